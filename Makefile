@@ -1,0 +1,33 @@
+# The only three commands one needs: `make quickstart`, `make test`, `make check`.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: quickstart test check docs clean
+
+.venv/run: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e .
+	touch $@
+
+.venv/dev: .venv/run
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $@
+
+quickstart: .venv/run
+	$(BIN)/python examples/emoji/quickstart.py
+
+test: .venv/dev
+	$(BIN)/python -m pytest -n 2
+
+check: .venv/dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/python -m pytest -p no:cacheprovider tests/test_house.py
+
+docs: .venv/dev
+	$(BIN)/python -m sfumato.cli.reference > docs/options.md
+
+clean:
+	rm -rf .venv runs

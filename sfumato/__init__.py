@@ -1,0 +1,3 @@
+"""sfumato: a trainer for image diffusion models."""
+
+__version__ = "0.1.0"

@@ -1,0 +1,1 @@
+"""Floor 2: small changes to single layers; one file each."""

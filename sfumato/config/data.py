@@ -1,0 +1,144 @@
+"""Pictures, captions and buckets.
+
+The options of a subset and of a dataset fall back: subset -> dataset -> [general] -> flag -> default.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+Interpolation = Literal["lanczos", "nearest", "bilinear", "linear", "bicubic", "cubic", "area", "box"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CaptionOptions:
+    """What happens to a caption each time its picture is drawn."""
+
+    caption_extension: str = ".txt"
+    """Ending of the caption files."""
+    shuffle_caption: bool = False
+    """Shuffle the tags of a caption."""
+    caption_separator: str = ","
+    """What stands between the tags of a caption."""
+    keep_tokens: int = 0
+    """Tags at the front that are neither shuffled nor dropped."""
+    keep_tokens_separator: str | None = None
+    """Mark in the caption that parts kept tags from the rest (a second one starts a kept end)."""
+    secondary_separator: str | None = None
+    """Mark within a tag that is turned into caption_separator after shuffling."""
+    enable_wildcard: bool = False
+    """`{a|b}` draws one of them; a caption file of several lines draws a line."""
+    caption_prefix: str | None = None
+    """Put before each caption."""
+    caption_suffix: str | None = None
+    """Put after each caption."""
+    caption_dropout_rate: float = 0.0
+    """Chance that the caption is empty."""
+    caption_dropout_every_n_epochs: int = 0
+    """Every n-th epoch has empty captions."""
+    caption_tag_dropout_rate: float = 0.0
+    """Chance that a tag is dropped."""
+    token_warmup_min: int = 1
+    """Tags shown at the start of token warm-up."""
+    token_warmup_step: float = 0
+    """Optimizer steps over which more and more tags are shown (below 1: share of the run)."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PictureOptions:
+    """What happens to a picture each time it is drawn."""
+
+    num_repeats: int = 1
+    """Times each picture is seen in an epoch."""
+    color_aug: bool = False
+    """Vary hue and brightness slightly (not with cached latents)."""
+    flip_aug: bool = False
+    """Mirror half of the pictures."""
+    random_crop: bool = False
+    """Crop at a random place instead of the centre (not with cached latents)."""
+    face_crop_aug_range: str | None = None
+    """Crop around the face named in the file name (`_x_y_w_h`), scaled by "min,max" (not with cached latents)."""
+    alpha_mask: bool = False
+    """Weigh the loss by the picture's alpha channel."""
+    resize_interpolation: Interpolation | None = None
+    """How pictures are resized; default: area when shrinking, lanczos when enlarging."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SubsetConfig(CaptionOptions, PictureOptions):
+    """One folder of pictures."""
+
+    image_dir: str = ""
+    """Folder of the pictures."""
+    class_tokens: str | None = None
+    """Caption of pictures that have no caption file."""
+    is_reg: bool = False
+    """These are regularisation pictures."""
+    conditioning_data_dir: str | None = None
+    """Folder of mask pictures with the same names."""
+    recursive: bool = False
+    """Look into sub-folders as well."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BucketOptions:
+    """Sizes that pictures are brought to."""
+
+    resolution: tuple[int, int] = (512, 512)
+    """Size of training, `512` or `W,H`: the area of a bucket is at most this."""
+    enable_bucket: bool = False
+    """Bring each picture to the bucket of the nearest aspect ratio instead of one size."""
+    min_bucket_reso: int = 256
+    """Shortest side of a bucket."""
+    max_bucket_reso: int = 1024
+    """Longest side of a bucket."""
+    bucket_reso_steps: int = 64
+    """Sides of buckets are multiples of this."""
+    bucket_no_upscale: bool = False
+    """Never enlarge a picture."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DatasetConfig(BucketOptions):
+    """Some folders that share a resolution and a batch size."""
+
+    subsets: tuple[SubsetConfig, ...] = ()
+    """The folders."""
+    batch_size: int = 1
+    """Pictures a batch."""
+    network_multiplier: float = 1.0
+    """Strength of the adapter on these pictures."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DataConfig(CaptionOptions, PictureOptions, BucketOptions):
+    """Where pictures come from, and defaults for the datasets."""
+
+    dataset_config: str | None = None
+    """Dataset file (TOML or JSON) with [general], [[datasets]] and [[datasets.subsets]]."""
+    train_data_dir: str | None = None
+    """Folder of folders `<repeats>_<class tokens>` in place of dataset_config."""
+    reg_data_dir: str | None = None
+    """Folder of folders `<repeats>_<class tokens>` with regularisation pictures."""
+    train_batch_size: int = 1
+    """Pictures a batch, where the dataset file says nothing."""
+    dataset_repeats: int = 1
+    """Times each picture is seen in an epoch, where the dataset file says nothing."""
+    class_tokens: str | None = None
+    """Caption of pictures that have no caption file, where the dataset file says nothing."""
+    cache_latents: bool = False
+    """Encode each picture once and keep the latents."""
+    cache_latents_to_disk: bool = False
+    """Keep the latents on disk, for later runs (implies cache_latents)."""
+    cache_text_encoder_outputs: bool = False
+    """Encode each caption once and keep the outputs (the text encoder is not trained then)."""
+    cache_text_encoder_outputs_to_disk: bool = False
+    """Keep the text outputs on disk, for later runs (implies cache_text_encoder_outputs)."""
+    cache_dir: str | None = None
+    """Where caches on disk live; default: `~/.cache/sfumato`."""
+    skip_unreadable: bool = False
+    """Train without the pictures that cannot be read, instead of stopping."""
+    debug_dataset: bool = False
+    """Write the first batches as pictures to output_dir and stop."""
+

@@ -1,0 +1,1 @@
+"""Floor 2: pictures to batches; knows no family."""

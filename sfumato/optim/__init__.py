@@ -1,0 +1,1 @@
+"""Floor 2: optimizers, parameter groups, schedules, averages."""

@@ -1,0 +1,1 @@
+"""Floor 0: functions on tensors; imports torch alone."""

@@ -1,0 +1,51 @@
+"""Randomness without a global state: every draw is keyed by what it is for.
+
+A key is a 64-bit number made of (seed, epoch, sample, purpose ...), so a draw depends on nothing else:
+not on worker count, on how batches are cut, or on how many draws came before (counter-based
+generators, Salmon et al. 2011, in spirit; here a keyed seed a draw).
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from hashlib import blake2b
+
+import torch
+from torch import Tensor
+
+
+def key(*parts: int | str) -> int:
+    """A 63-bit number that depends on all parts and their order."""
+    digest = blake2b("\x1f".join(f"{type(p).__name__}:{p}" for p in parts).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 1
+
+
+def generator(*parts: int | str) -> torch.Generator:
+    """A CPU generator seeded with `key(*parts)`."""
+    return torch.Generator().manual_seed(key(*parts))
+
+
+def python_random(*parts: int | str) -> random.Random:
+    """Python's generator seeded with `key(*parts)`, for crops and captions."""
+    return random.Random(key(*parts))
+
+
+@dataclass(frozen=True, slots=True)
+class Draws:
+    """The random numbers of a batch; sample i draws from `keys[i]` and a purpose alone."""
+
+    keys: Sequence[int]
+
+    def normal(self, purpose: str, shape: Sequence[int]) -> Tensor:
+        """(b, *shape) standard normal numbers, fp32 on the CPU."""
+        return torch.stack([torch.randn(tuple(shape), generator=generator(k, purpose)) for k in self.keys])
+
+    def uniform(self, purpose: str, shape: Sequence[int] = ()) -> Tensor:
+        """(b, *shape) numbers in [0, 1), fp32 on the CPU."""
+        return torch.stack([torch.rand(tuple(shape), generator=generator(k, purpose)) for k in self.keys])
+
+    def integers(self, purpose: str, low: int, high: int) -> Tensor:
+        """(b,) whole numbers in [low, high), int64 on the CPU."""
+        return torch.stack([torch.randint(low, high, (), generator=generator(k, purpose)) for k in self.keys])

@@ -1,0 +1,1 @@
+"""Floor 4: what is done to weight files outside training."""
