@@ -1,1 +1,158 @@
-"""Floor 2: small changes to single layers; one file each."""
+"""Floor 2: kinds of adapters, one file each, found by the file's name; a new kind adds no line here."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from functools import cache
+from importlib import import_module
+from pathlib import Path
+from typing import Any, cast
+
+from torch import Tensor
+
+from sfumato.adapters.base import Adapter, LayerOptions
+from sfumato.config import NetworkConfig
+from sfumato.errors import UserError, nearest
+
+_HELPERS = {"__init__", "base", "insert"}
+_KOHYA = {f"lora_{family}": "lora" for family in ("flux", "sd3", "lumina", "hunyuan_image", "anima")} | {"oft_flux": "oft"}
+_LATER = (
+    *("block_dims", "block_alphas", "conv_block_dims", "conv_block_alphas"),
+    *("down_lr_weight", "mid_lr_weight", "up_lr_weight", "block_lr_zero_threshold"),
+    *("network_reg_dims", "network_reg_lrs", "include_patterns", "exclude_patterns", "split_qkv", "ggpo_beta", "ggpo_sigma", "use_tucker"),
+)
+"""network_args of sd-scripts that sfumato does not have yet."""
+
+
+@cache
+def kinds() -> tuple[str, ...]:
+    """All kinds' names."""
+    return tuple(sorted(p.stem for p in Path(__file__).parent.glob("*.py") if p.stem not in _HELPERS))
+
+
+def kind(name: str) -> type[Adapter]:
+    """A kind by its name, or by kohya's (`networks.lora`, `networks.lora_flux`). Errors: `UserError` for an unknown one."""
+    own = name.removeprefix("networks.")
+    own = _KOHYA.get(own, own)
+    if own in kinds():
+        return cast("type[Adapter]", import_module(f"sfumato.adapters.{own}").ADAPTER)
+    if name.startswith("lycoris"):
+        raise UserError(f"network_module {name!r}: name the algorithm itself, one of {', '.join(kinds())} (locon: lora with conv_dim)")
+    raise UserError(f"network_module {name!r} is not known; there are {', '.join(kinds())}{nearest(own, kinds())}")
+
+
+def of_leaves(leaves: Mapping[str, Tensor]) -> tuple[type[Adapter], LayerOptions]:
+    """The kind that a file's leaves are of, with rank and alpha. Errors: `UserError` if none has such leaves."""
+    for name in kinds():
+        if options := kind(name).read(leaves):
+            return kind(name), options
+    raise UserError(f"no kind of adapter has the tensors {', '.join(sorted(leaves))}; there are {', '.join(kinds())}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AdapterPlan:
+    """What a run is told of its adapters, for all layers."""
+
+    kind: type[Adapter]
+    rank: int = 4
+    alpha: float = 1.0
+    conv_rank: int | None = None
+    """Rank on convolutions larger than 1x1; None: no adapters on the "conv" targets."""
+    conv_alpha: float = 1.0
+    more: Mapping[str, Any] = field(default_factory=dict)
+    """Dropouts and the kind's own options, by their names in `kind.Options`."""
+    plus: float | None = None
+    """LoRA+: factor on the rate of `plus_parameters`."""
+    plus_denoiser: float | None = None
+    """The same for the denoiser, in place of `plus`."""
+    plus_encoders: float | None = None
+    """The same for text encoders, in place of `plus`."""
+
+    def options(self, *, conv: bool) -> LayerOptions:
+        """What a layer's adapter is told; `conv`: a convolution larger than 1x1."""
+        if conv:
+            assert self.conv_rank is not None
+            return self.kind.Options(rank=self.conv_rank, alpha=self.conv_alpha, **self.more)
+        return self.kind.Options(rank=self.rank, alpha=self.alpha, **self.more)
+
+    def plus_ratio(self, component: str) -> float | None:
+        """LoRA+'s factor for a component; None: no LoRA+."""
+        own = self.plus_denoiser if component == "denoiser" else self.plus_encoders
+        return self.plus if own is None else own
+
+
+def parse(network: NetworkConfig) -> AdapterPlan:
+    """Flags and network_args -> a plan. Errors: one `UserError` with all that is wrong."""
+    chosen = kind(network.network_module)
+    known = _known_args(chosen)
+    errors: list[str] = []
+    args: dict[str, Any] = {}
+    for text in network.network_args:
+        name, equals, value = text.partition("=")
+        if not equals:
+            errors.append(f"network_args {text!r}: expected key=value")
+        elif name in _LATER:
+            errors.append(f"network_args {name}: not supported yet; leave it out")
+        elif name not in known:
+            errors.append(f"network_args {name!r} is not known to {network.network_module}{nearest(name, known)}")
+        else:
+            args[name] = _typed(name, value, known[name], errors)
+    if network.network_dropout is not None:
+        if "dropout" in args:
+            errors.append("the dropout is set twice: by network_dropout and by dropout in network_args; leave one out")
+        args["dropout"] = network.network_dropout
+    rank = 4 if network.network_dim is None else network.network_dim
+    alpha = 1.0 if network.network_alpha is None else network.network_alpha
+    errors += _sense(chosen, rank, args)
+    if errors:
+        raise UserError(*errors)
+    return AdapterPlan(
+        kind=chosen,
+        rank=rank,
+        alpha=alpha,
+        conv_rank=args.pop("conv_dim", None) or None,
+        conv_alpha=args.pop("conv_alpha", 1.0),
+        plus=args.pop("loraplus_lr_ratio", None),
+        plus_denoiser=args.pop("loraplus_unet_lr_ratio", None),
+        plus_encoders=args.pop("loraplus_text_encoder_lr_ratio", None),
+        more=args,
+    )
+
+
+def _known_args(chosen: type[Adapter]) -> dict[str, str]:
+    """network_args of a kind -> the name of their type."""
+    plan = {"conv_dim": "int", "conv_alpha": "float"}
+    plus = dict.fromkeys(("loraplus_lr_ratio", "loraplus_unet_lr_ratio", "loraplus_text_encoder_lr_ratio"), "float")
+    own = {f.name: str(f.type) for f in fields(chosen.Options) if f.name not in ("rank", "alpha")}
+    return plan | plus | own
+
+
+def _typed(name: str, text: str, kind_of: str, errors: list[str]) -> Any:
+    """The value of `text`, or None and an error."""
+    read = {"int": int, "float": float, "bool": {"true": True, "false": False, "1": True, "0": False}.__getitem__, "str": str}[kind_of]
+    try:
+        return read(text.strip().lower() if kind_of == "bool" else text)  # type: ignore[operator]
+    except (ValueError, KeyError):
+        errors.append(f"network_args {name}={text}: expected {'True or False' if kind_of == 'bool' else kind_of}")
+        return None
+
+
+def _sense(chosen: type[Adapter], rank: int, args: Mapping[str, Any]) -> list[str]:
+    """What is wrong with values that have the right types."""
+    errors = [] if rank > 0 else [f"network_dim {rank}: expected 1 or more"]
+    if (args.get("conv_dim") or 0) < 0:
+        errors.append(f"network_args conv_dim={args['conv_dim']}: expected 1 or more, or 0 for none")
+    if "conv_alpha" in args and not args.get("conv_dim"):
+        errors.append("network_args conv_alpha does nothing without conv_dim: set conv_dim, or leave conv_alpha out")
+    for name in ("dropout", "rank_dropout", "module_dropout"):
+        if not (chance := args.get(name)):
+            continue
+        if name not in chosen.supports:
+            errors.append(f"{name} has no meaning for {chosen.__name__}: leave it out")
+        elif not 0 <= chance < 1:
+            errors.append(f"{name} {chance}: expected a chance, 0 up to but not 1")
+    plus = [name for name in args if name.startswith("loraplus")]
+    if plus and chosen.plus_parameters is Adapter.plus_parameters:
+        errors.append(f"{plus[0]} has no meaning for {chosen.__name__}: leave it out")
+    return errors

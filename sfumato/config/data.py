@@ -11,7 +11,7 @@ from typing import Literal
 Interpolation = Literal["lanczos", "nearest", "bilinear", "linear", "bicubic", "cubic", "area", "box"]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)  # no slots: two slotted bases cannot be joined
 class CaptionOptions:
     """What happens to a caption each time its picture is drawn."""
 
@@ -45,7 +45,7 @@ class CaptionOptions:
     """Optimizer steps over which more and more tags are shown (below 1: share of the run)."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)  # no slots: two slotted bases cannot be joined
 class PictureOptions:
     """What happens to a picture each time it is drawn."""
 
@@ -81,7 +81,7 @@ class SubsetConfig(CaptionOptions, PictureOptions):
     """Look into sub-folders as well."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)  # no slots: two slotted bases cannot be joined
 class BucketOptions:
     """Sizes that pictures are brought to."""
 

@@ -138,8 +138,6 @@ class TrainConfig:
     """Batches whose gradients are averaged for one optimizer step."""
     mixed_precision: Literal["no", "fp16", "bf16"] | None = None
     """Number format of the computation; default: what `accelerate launch` says, else no."""
-    full_fp16: bool = False
-    """Hold the trained weights themselves in fp16 (adapters only; whole models are refused, as they overflow)."""
     full_bf16: bool = False
     """Hold the trained weights themselves in bf16, updated with stochastic rounding."""
     seed: int = 42

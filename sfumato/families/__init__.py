@@ -30,3 +30,8 @@ def facts(name: str) -> ModuleType:
 def family(name: str) -> Family:
     """A family's record."""
     return cast("Family", import_module(f"sfumato.families.{name}.family").FAMILY)
+
+
+def of(options: object) -> Family:
+    """The family whose `Options` these are."""
+    return family(type(options).__module__.split(".")[2])

@@ -1,1 +1,201 @@
-"""Adapter key names as other programs spell them: written and read by one record."""
+"""Adapter key names as other programs spell them: written and read by one record.
+
+A `Dialect` builds the name of every layer of a net and looks names up; a name whose dots became `_` is never split.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from sfumato.errors import UserError, nearest
+from sfumato.formats.names import KeyMap, Rule
+
+Site = tuple[str, str]
+"""(component, native path of the layer): ("denoiser", "input_blocks.1.1.transformer_blocks.0.attn1.to_q")."""
+Leaves = dict[str, Tensor]
+"""What an adapter keeps for a layer, in kohya's and LyCORIS' names: "lora_down.weight", "alpha", "hada_w1_a" ..."""
+
+DOWN, UP, ALPHA = "lora_down.weight", "lora_up.weight", "alpha"
+_READ_AS = {
+    "lora_A.weight": DOWN,
+    "lora_B.weight": UP,
+    "lora_A.default.weight": DOWN,
+    "lora_B.default.weight": UP,
+    "lora.down.weight": DOWN,
+    "lora.up.weight": UP,
+}
+"""Leaf spellings of PEFT and of old diffusers; files mix them with any dialect's paths, so all are read in all."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Dialect:
+    """How one program names the tensors of an adapter."""
+
+    name: str
+    prefix: Mapping[str, str]
+    """component -> what stands before the path, separator included; a component that is not here cannot be named."""
+    keys: Mapping[str, KeyMap] = field(default_factory=dict)
+    """component -> table native -> foreign; a component that is not here keeps its native names."""
+    separator: Literal[".", "_"] = "."
+    """What joins the parts of the path."""
+    leaves: Mapping[str, str] = field(default_factory=dict)
+    """native leaf -> foreign leaf; a leaf that is not here keeps its name."""
+    fold_alpha: bool = False
+    """No alpha is written; alpha / rank is multiplied into lora_up (PEFT). Such a dialect holds LoRA alone."""
+
+    def names(self, site: Site) -> tuple[tuple[str, ...], Rule | None]:
+        """Foreign names of a layer, without leaf: one, or one a piece of a fused layer; and the rule that cuts it."""
+        component, path = site
+        if component not in self.prefix:
+            raise UserError(f"the {self.name} names have no place for {component!r}; they hold {', '.join(self.prefix)}")
+        match = self.keys[component].match(path, native=True) if component in self.keys else None
+        paths = match.foreign() if match else (path,)
+        return tuple(self.prefix[component] + p.replace(".", self.separator) for p in paths), match.rule if match else None
+
+
+def write(dialect: Dialect, adapters: Mapping[Site, Leaves]) -> dict[str, Tensor]:
+    """Adapters in a dialect's names. Errors: `UserError` for what the dialect cannot hold; two layers of one name."""
+    out: dict[str, Tensor] = {}
+    for site, leaves in adapters.items():
+        names, rule = dialect.names(site)
+        if dialect.fold_alpha:
+            leaves = _folded(dialect, names[0], leaves)
+        for name, piece in zip(names, _cut(names, rule, leaves), strict=True):
+            keys = {f"{name}.{dialect.leaves.get(leaf, leaf)}": t for leaf, t in piece.items()}
+            if twice := out.keys() & keys.keys():
+                raise UserError(f"two layers share the {dialect.name} name {min(twice)!r}")
+            out |= keys
+    return out
+
+
+def read(dialects: Iterable[Dialect], tensors: Mapping[str, Tensor], sites: Iterable[Site]) -> dict[Site, Leaves]:
+    """Tensors of an adapter file -> native leaves, in the order of `sites` (all layers of the nets, not only adapted ones).
+
+    Keys of several dialects may stand in one file. A LoRA without alpha gets its rank as alpha. Errors:
+    `UserError` listing the keys that name no layer, with the nearest names.
+    """
+    places, order = _places(tuple(dialects), sites)
+    found: dict[Site, tuple[Rule | None, dict[int, Leaves]]] = {}
+    strange = []
+    for key, tensor in tensors.items():
+        name, leaf = _split(key, places)
+        if not name:
+            strange.append(key)
+            continue
+        place = places[name]
+        rule, pieces = found.setdefault(place.site, (place.rule, {}))
+        leaves = pieces.setdefault(place.piece, {})
+        native = place.leaves.get(leaf, _READ_AS.get(leaf, leaf))
+        if native in leaves or rule != place.rule:
+            raise UserError(f"two tensors for one place of {place.site[1]}, the second of them {key!r}")
+        leaves[native] = tensor
+    if strange:
+        raise UserError(_unclaimed(strange, places, len(tensors)))
+    return {site: _joined(site, *found[site]) for site in order if site in found}
+
+
+# --- names ---
+
+
+@dataclass(frozen=True, slots=True)
+class _Place:
+    """What a foreign name stands for."""
+
+    site: Site
+    piece: int
+    rule: Rule | None
+    leaves: Mapping[str, str]
+    """foreign leaf -> native leaf"""
+
+
+def _places(dialects: tuple[Dialect, ...], sites: Iterable[Site]) -> tuple[dict[str, _Place], list[Site]]:
+    """What every layer's names in every dialect stand for, and the layers in order."""
+    places: dict[str, _Place] = {}
+    order = list(sites)
+    for dialect in dialects:
+        leaves = {foreign: leaf for leaf, foreign in dialect.leaves.items()}
+        for site in order:
+            if site[0] not in dialect.prefix:
+                continue
+            names, rule = dialect.names(site)
+            for piece, name in enumerate(names):
+                known = places.setdefault(name, _Place(site, piece, rule, leaves))
+                if known.site != site:
+                    raise ValueError(f"{name!r} names both {known.site} and {site}")
+    return places, order
+
+
+def _split(key: str, places: Mapping[str, _Place]) -> tuple[str, str]:
+    """(name, leaf) of a key, the name being the longest known one; ("", "") when no layer has that name."""
+    name = key
+    while name := name.rpartition(".")[0]:
+        leaf = key[len(name) + 1 :]
+        if name in places and leaf not in ("weight", "bias"):  # those are a checkpoint's, not an adapter's
+            return name, leaf
+    return "", ""
+
+
+def _unclaimed(strange: list[str], places: Mapping[str, _Place], total: int) -> str:
+    said = []
+    for key in strange[:5]:
+        head = key.split(".lora_")[0] if ".lora_" in key else key.rpartition(".")[0]
+        said.append(f"  {key}{nearest(head, places)}")
+    more = [f"  and {len(strange) - 5} more"] if len(strange) > 5 else []
+    return "\n".join([f"{len(strange)} of {total} keys of the adapter name no layer of this model:", *said, *more])
+
+
+# --- values ---
+
+
+def _folded(dialect: Dialect, name: str, leaves: Leaves) -> Leaves:
+    """The leaves with alpha / rank multiplied into `lora_up`."""
+    if strange := leaves.keys() - {DOWN, UP, ALPHA}:
+        raise UserError(f"the {dialect.name} names hold LoRA alone, not {min(strange)!r} of {name}; save with --dialect kohya")
+    up = leaves[UP]
+    scale = float(leaves[ALPHA]) / leaves[DOWN].shape[0] if ALPHA in leaves else 1.0
+    return {DOWN: leaves[DOWN], UP: (up.float() * scale).to(up.dtype)}
+
+
+def _cut(names: tuple[str, ...], rule: Rule | None, leaves: Leaves) -> list[Leaves]:
+    """The leaves of each piece of a fused layer: `lora_down` is shared, `lora_up` is cut along its rows."""
+    if rule and rule.change:
+        raise UserError(f"{names[0]}: the layer's values differ between the two sides; its adapter has no exact form there")
+    if len(names) == 1:
+        return [leaves]
+    if strange := leaves.keys() - {DOWN, UP, ALPHA}:
+        raise UserError(f"{names[0]}: {min(strange)!r} of a fused layer cannot be cut into {len(names)}; save with native names (comfy)")
+    up = leaves[UP]
+    rows = list(rule.rows) if rule and rule.rows else [up.shape[0] // len(names)] * len(names)
+    return [{leaf: part if leaf == UP else t for leaf, t in leaves.items()} for part in torch.split(up, rows)]
+
+
+def _joined(site: Site, rule: Rule | None, pieces: dict[int, Leaves]) -> Leaves:
+    """The native leaves of a layer from those of its pieces, exactly: at the same rank when all pieces share one
+    `lora_down`, else at the sum of their ranks; a piece that is not there changes nothing."""
+    for leaves in pieces.values():
+        if DOWN in leaves and ALPHA not in leaves:  # scale 1
+            leaves[ALPHA] = torch.tensor(float(leaves[DOWN].shape[0]), dtype=leaves[DOWN].dtype)
+    if rule and rule.change:
+        raise UserError(f"{site[1]}: the layer's values differ between the two sides; its adapter has no exact form here")
+    if rule is None or len(rule.foreign) == 1:
+        return pieces[0]
+    if any(leaves.keys() != {DOWN, UP, ALPHA} for leaves in pieces.values()):
+        raise UserError(f"{site[1]}: only LoRA, with lora_down and lora_up in every piece, can be joined to a fused layer")
+    parts = [pieces[i] for i in sorted(pieces)]
+    downs, ups = [p[DOWN] for p in parts], [p[UP] for p in parts]
+    if len(parts) == len(rule.foreign) and all(torch.equal(p[DOWN], downs[0]) and p[ALPHA] == parts[0][ALPHA] for p in parts):
+        return {DOWN: downs[0], UP: torch.cat(ups), ALPHA: parts[0][ALPHA]}
+    rows = rule.rows or (ups[0].shape[0],) * len(rule.foreign)
+    rank = sum(d.shape[0] for d in downs)
+    up = ups[0].new_zeros((sum(rows), rank, *ups[0].shape[2:]))
+    at = 0
+    for i, part in sorted(pieces.items()):
+        r = part[DOWN].shape[0]
+        up[sum(rows[:i]) : sum(rows[: i + 1]), at : at + r] = part[UP] * (part[ALPHA] / r)
+        at += r
+    return {DOWN: torch.cat(downs), UP: up, ALPHA: torch.tensor(float(rank), dtype=up.dtype)}

@@ -111,7 +111,7 @@ class KeyMap:
                 out[names[0]] = value
                 continue
             cuts = list(match.rule.rows) if match.rule.rows else [value.shape[0] // len(names)] * len(names)
-            out.update({name: piece.clone() for name, piece in zip(names, value.split(cuts), strict=True)})
+            out.update({name: piece.clone() for name, piece in zip(names, torch.split(value, cuts), strict=True)})
         return out
 
     def match(self, name: str, *, native: bool) -> Match:

@@ -1,1 +1,202 @@
-"""How latents are noised."""
+"""How latents are noised: what the denoiser sees, what it should say, and what an error of it weighs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from functools import cached_property
+from typing import Any, Literal, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sfumato.errors import UserError
+from sfumato.tensors.random import Draws
+
+SNR_LIMIT = 1000.0
+"""Debiased and v-scaled weights hold the signal-to-noise ratio below this, as sd-scripts does."""
+
+
+@dataclass(frozen=True, slots=True)
+class Noised:
+    """A batch as the denoiser gets it; floats are fp32, all on the latents' device."""
+
+    x: Tensor
+    """(b, c, h, w) what the denoiser sees."""
+    t: Tensor
+    """(b,) its clock, in the process's own units."""
+    target: Tensor
+    """(b, c, h, w) what it should say."""
+    weight: Tensor
+    """(b,) loss weight of the timestep."""
+    sigma: Tensor
+    """(b,) noise over signal; infinite where there is no signal."""
+
+
+class Process(Protocol):
+    """A way from data to noise."""
+
+    @property
+    def steps(self) -> int:
+        """Length of the clock: t lies in [0, steps)."""
+        ...
+
+    def noise(self, latents: Tensor, draws: Draws) -> Noised:
+        """Noise latents (b, c, h, w), scaled as the denoiser takes them; sample i depends on `draws.keys[i]` alone."""
+        ...
+
+    def scheduler_config(self) -> dict[str, Any]:
+        """What diffusers' schedulers must be told to walk the way back."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class DDPM:
+    """Discrete diffusion (arXiv:2006.11239) on Stable Diffusion's schedule; fields are spelled as kohya's flags."""
+
+    prediction: Literal["eps", "v"] = "eps"
+    """The net says the noise, or the velocity of arXiv:2202.00512."""
+    steps: int = 1000
+    zero_terminal_snr: bool = False
+    min_timestep: int | None = None
+    max_timestep: int | None = None
+    noise_offset: float | None = None
+    noise_offset_random_strength: bool = False
+    adaptive_noise_scale: float | None = None
+    multires_noise_iterations: int | None = None
+    multires_noise_discount: float = 0.3
+    ip_noise_gamma: float | None = None
+    ip_noise_gamma_random_strength: bool = False
+    min_snr_gamma: float | None = None
+    scale_v_pred_loss_like_noise_pred: bool = False
+    v_pred_like_loss: float | None = None
+    debiased_estimation_loss: bool = False
+
+    @classmethod
+    def of(cls, prediction: Literal["eps", "v"], *configs: object) -> DDPM:
+        """Take the fields from config records that spell them alike (`NoiseConfig`, `LossConfig`)."""
+        told = {f.name: getattr(c, f.name) for c in configs for f in fields(cls) if hasattr(c, f.name)}
+        return cls(prediction=prediction, **told)
+
+    def __post_init__(self) -> None:
+        v, (low, high) = self.prediction == "v", self._range
+        wrong = {
+            "zero_terminal_snr: needs a model that predicts v": self.zero_terminal_snr and not v,
+            "scale_v_pred_loss_like_noise_pred: is for models that predict v": self.scale_v_pred_loss_like_noise_pred and not v,
+            "v_pred_like_loss: is for models that predict noise, not v": bool(self.v_pred_like_loss) and v,
+            "noise_offset_random_strength: does nothing without noise_offset": self.noise_offset_random_strength and not self.noise_offset,
+            "adaptive_noise_scale: does nothing without noise_offset": bool(self.adaptive_noise_scale) and not self.noise_offset,
+            "ip_noise_gamma_random_strength: does nothing without ip_noise_gamma": (
+                self.ip_noise_gamma_random_strength and not self.ip_noise_gamma
+            ),
+            f"min_snr_gamma {self.min_snr_gamma}: must be above 0": self.min_snr_gamma is not None and self.min_snr_gamma <= 0,
+            f"min_timestep {low}: must be 0 to {self.steps - 1}": not 0 <= low < self.steps,
+            f"max_timestep {high}: must be min_timestep ({low}) to {self.steps}": not low <= high <= self.steps,
+        }
+        if any(wrong.values()):
+            raise UserError(*(f"{message}; change it or leave it out" for message, holds in wrong.items() if holds))
+
+    @property
+    def _range(self) -> tuple[int, int]:
+        low = 0 if self.min_timestep is None else self.min_timestep
+        return low, self.steps if self.max_timestep is None else self.max_timestep
+
+    @cached_property
+    def alphas_cumprod(self) -> Tensor:
+        """(steps,) share of signal in the variance of x at each t, fp32 on the CPU."""
+        betas = torch.linspace(0.00085**0.5, 0.012**0.5, self.steps) ** 2
+        signal = torch.cumprod(1 - betas, 0)
+        if not self.zero_terminal_snr:
+            return signal
+        # arXiv:2305.08891, algorithm 1: shift the last amplitude to zero, keep the first.
+        root = signal.sqrt()
+        rescaled: Tensor = ((root - root[-1]) * (root[0] / (root[0] - root[-1]))).square()
+        return rescaled
+
+    def noise(self, latents: Tensor, draws: Draws) -> Noised:
+        """See `Process.noise`."""
+        x0 = latents.float()
+        noise = self._texture(x0, draws)
+        low, high = self._range
+        t = draws.integers("timestep", low, max(high, low + 1))
+        signal = self.alphas_cumprod[t]
+        a, s = (_wide(n, x0) for n in (signal.sqrt(), (1 - signal).sqrt()))
+        x = a * x0 + s * self._perturbed(noise, draws)
+        target = noise if self.prediction == "eps" else a * noise - s * x0
+        sigma = ((1 - signal) / signal).sqrt()
+        return Noised(x, t.to(x0.device), target, self.weight(t).to(x0.device), sigma.to(x0.device))
+
+    def weight(self, t: Tensor) -> Tensor:
+        """(b,) whole numbers t on the CPU -> (b,) loss weights: the product of all that are asked for."""
+        signal, v = self.alphas_cumprod[t], self.prediction == "v"
+        snr = signal / (1 - signal)
+        limited = snr.clamp(max=SNR_LIMIT)
+        weight = torch.ones_like(snr)
+        if self.min_snr_gamma is not None:  # arXiv:2303.09556
+            weight = weight * (snr.clamp(max=self.min_snr_gamma) / (snr + 1) if v else (self.min_snr_gamma / snr).clamp(max=1))
+        if self.scale_v_pred_loss_like_noise_pred:
+            weight = weight * limited / (limited + 1)
+        if self.v_pred_like_loss:
+            weight = weight * (1 + self.v_pred_like_loss * (limited + 1) / limited)
+        if self.debiased_estimation_loss:  # arXiv:2310.08442
+            weight = weight * (1 / (limited + 1) if v else limited.rsqrt())
+        return weight
+
+    def scheduler_config(self) -> dict[str, Any]:
+        """See `Process.scheduler_config`; the keys that a scheduler class does not know are not for it."""
+        config = {
+            "num_train_timesteps": self.steps,
+            "beta_start": 0.00085,
+            "beta_end": 0.012,
+            "beta_schedule": "scaled_linear",
+            "prediction_type": "epsilon" if self.prediction == "eps" else "v_prediction",
+            # As in Stable Diffusion's own scheduler files.
+            "clip_sample": False,
+            "set_alpha_to_one": False,
+            "steps_offset": 1,
+            "skip_prk_steps": True,
+        }
+        # Only trailing steps begin at the last timestep, which is what the rescaled schedule is for (arXiv:2305.08891, 3.3).
+        return config | ({"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"} if self.zero_terminal_snr else {})
+
+    def _texture(self, x0: Tensor, draws: Draws) -> Tensor:
+        """The noise of the batch (b, c, h, w), with offset and further resolutions where asked for."""
+        noise = draws.normal("noise", x0.shape[1:]).to(x0.device)
+        if self.noise_offset:
+            noise = noise + self._offset(x0, draws) * draws.normal("noise offset", (x0.shape[1], 1, 1)).to(x0.device)
+        if self.multires_noise_iterations:
+            noise = torch.stack([self._pyramid(one, Draws([k])) for one, k in zip(noise, draws.keys, strict=True)])
+        return noise
+
+    def _offset(self, x0: Tensor, draws: Draws) -> Tensor:
+        """Strength of the offset: (b or 1, c or 1, 1, 1)."""
+        strength = torch.full((1, 1, 1, 1), self.noise_offset or 0.0, device=x0.device)
+        if self.noise_offset_random_strength:
+            strength = strength * _wide(draws.uniform("noise offset strength"), x0)
+        if self.adaptive_noise_scale:
+            strength = (strength + self.adaptive_noise_scale * x0.mean((2, 3), keepdim=True).abs()).clamp(min=0)
+        return strength
+
+    def _pyramid(self, noise: Tensor, draws: Draws) -> Tensor:
+        """Multi-resolution noise of one sample (c, h, w): ever coarser noise on top, then scaled back to unit deviation."""
+        c, h, w = noise.shape
+        for i in range(self.multires_noise_iterations or 0):
+            shrink = (2 + 2 * float(draws.uniform(f"multires shrink {i}"))) ** i
+            small = (max(1, int(h / shrink)), max(1, int(w / shrink)))
+            coarse = draws.normal(f"multires {i}", (c, *small)).to(noise.device)
+            noise = noise + F.interpolate(coarse, size=(h, w), mode="bilinear")[0] * self.multires_noise_discount**i
+            if 1 in small:
+                break
+        return noise / noise.std()
+
+    def _perturbed(self, noise: Tensor, draws: Draws) -> Tensor:
+        """Noise as the input gets it: a little more than the target tells of (input perturbation, arXiv:2301.11706)."""
+        if not self.ip_noise_gamma:
+            return noise
+        strength = _wide(draws.uniform("ip noise strength"), noise) if self.ip_noise_gamma_random_strength else 1.0
+        return noise + self.ip_noise_gamma * strength * draws.normal("ip noise", noise.shape[1:]).to(noise.device)
+
+
+def _wide(per_sample: Tensor, like: Tensor) -> Tensor:
+    """(b,) -> (b, 1, 1, 1) on the device of `like`."""
+    return per_sample.to(like.device).view(-1, *[1] * (like.ndim - 1))

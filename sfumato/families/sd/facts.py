@@ -2,8 +2,17 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Literal
+
+from sfumato.families.detect import Detected, Kind, Shapes
+
+FAMILY = "sd"
+PIPELINES = ("StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline")
+"""Classes that a diffusers folder of this family names."""
+CONTEXT_XL = 2048
+"""Width of the text states in Stable Diffusion XL, whose names are otherwise like these."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -20,3 +29,126 @@ class Options:
     """Tokens of a caption; longer ones are cut. 150 and 225 are encoded in chunks of 75."""
     weighted_captions: bool = False
     """Read `(word:1.3)` and `[word]` in captions as weights."""
+
+
+def architecture(options: Options) -> str:
+    """The model's name in modelspec metadata, without the ending for adapters."""
+    if not options.v2:
+        return "stable-diffusion-v1"
+    return "stable-diffusion-v2-768-v" if options.v_parameterization else "stable-diffusion-v2-512"
+
+
+def base_model_version(options: Options) -> str:
+    """The model's name in sd-scripts' metadata, `ss_base_model_version`."""
+    if not options.v2:
+        return "sd_v1"
+    return "sd_v2_v" if options.v_parameterization else "sd_v2"
+
+
+def detect(shapes: Shapes) -> Detected | None:
+    """What a file with these tensors is, if it is of this family."""
+    for look in (_checkpoint, _adapter, _controlnet, _vae, _text_encoder, _embedding):
+        if found := look(shapes):
+            return found
+    return None
+
+
+UNET_PREFIX = "model.diffusion_model."
+_UNETS = {
+    "ldm": (UNET_PREFIX, "input_blocks.0.0.weight", r"(input|middle|output)_block.*\.attn2\.to_k\.weight"),
+    "native": ("", "input_blocks.0.0.weight", r"(input|middle|output)_block.*\.attn2\.to_k\.weight"),
+    "diffusers": ("", "conv_in.weight", r"(down|mid|up)_block.*\.attn2\.to_k\.weight"),
+}
+"""Spelling -> prefix, first tensor, keys of the text attention."""
+
+
+def _checkpoint(shapes: Shapes) -> Detected | None:
+    for dialect, (prefix, first, keys) in _UNETS.items():
+        context = _context(shapes, re.escape(prefix) + keys)
+        if prefix + first in shapes and context not in (None, CONTEXT_XL) and not _is_controlnet(shapes):
+            parts = {
+                "denoiser": True,
+                "text_encoder": any(name.startswith("cond_stage_model.") for name in shapes),
+                "vae": any(name.startswith("first_stage_model.") for name in shapes),
+            }
+            # A diffusers folder has its other parts in other files.
+            held = tuple(parts) if dialect == "diffusers" else tuple(part for part, there in parts.items() if there)
+            return _said("checkpoint", dialect, _variant(shapes), prediction="v" if "v_pred" in shapes else None, parts=held)
+    return None
+
+
+_ADAPTERS = {
+    "kohya": r"(lora_unet|lycoris)_(down_blocks|mid_block|up_blocks|input_blocks|middle_block|output_blocks|time_emb|conv_in|conv_out).*"
+    r"|lora_te_text_model_encoder_layers_.*",
+    "comfy": r"diffusion_model\.(input_blocks|middle_block|output_blocks)\..*|text_encoders\.clip_[lh]\..*",
+    "peft": r"(unet\.)?(down_blocks|mid_block|up_blocks)\..*|text_encoder\.(text_model\.)?encoder\.layers\..*",
+}
+_LEAF = re.compile(r".*\.((lora|hada|lokr)_\w+(\.\w+)*|lora\.(up|down)\.weight|oft_blocks|oft_diag|diff|diff_b|dora_scale|alpha)")
+_LARGER = re.compile(r"lora_te[12]_.*|text_encoder_2\..*|.*transformer_blocks[._][1-9]\d*[._].*|.*(double|joint|single_transformer)_blocks.*")
+"""What Stable Diffusion XL and the transformers have, whose names begin alike."""
+
+
+def _adapter(shapes: Shapes) -> Detected | None:
+    if not shapes or not any(_LEAF.fullmatch(name) for name in shapes) or any(_LARGER.fullmatch(name) for name in shapes):
+        return None
+    if _context(shapes, r".*attn2[._]to_k\.(lora_down|lora_A|lora\.down)\.(default\.)?weight") == CONTEXT_XL:
+        return None
+    for dialect, pattern in _ADAPTERS.items():
+        if any(re.fullmatch(pattern, name) for name in shapes):
+            return _said("adapter", dialect, _variant(shapes))
+    return None
+
+
+def _is_controlnet(shapes: Shapes) -> bool:
+    marks = ("zero_convs.0.0.weight", "control_model.zero_convs.0.0.weight", "controlnet_cond_embedding.conv_in.weight")
+    return any(mark in shapes for mark in marks)
+
+
+def _controlnet(shapes: Shapes) -> Detected | None:
+    if not _is_controlnet(shapes) or _context(shapes, r".*attn2\.to_k\.weight") == CONTEXT_XL:
+        return None
+    dialect = "diffusers" if "controlnet_cond_embedding.conv_in.weight" in shapes else "ldm"
+    return _said("controlnet", dialect, _variant(shapes))
+
+
+def _vae(shapes: Shapes) -> Detected | None:
+    """The VAE of Stable Diffusion XL has the same names and shapes; one of more channels is another family's."""
+    for dialect, prefix, block in (("ldm", "", "down.0.block.0"), ("ldm", "first_stage_model.", "down.0.block.0"), ("diffusers", "", "down_blocks.0.resnets.0")):
+        if f"{prefix}encoder.{block}.conv1.weight" in shapes and shapes.get(f"{prefix}decoder.conv_in.weight", (0, 0))[1] == 4:
+            return _said("vae", dialect)
+    return None
+
+
+def _text_encoder(shapes: Shapes) -> Detected | None:
+    """CLIP-L, which other families use as well, or OpenCLIP-H."""
+    widths = {"": 0} | {name: shape[-1] for name, shape in shapes.items() if name.endswith(("token_embedding.weight", "positional_embedding"))}
+    if any(".resblocks." in name for name in shapes) and max(widths.values()) == 1024:
+        return _said("text_encoder", "openclip", "v2")
+    if any(re.fullmatch(r"(.*\.)?encoder\.layers\.0\.self_attn\.q_proj\.weight", name) for name in shapes) and max(widths.values()) in (768, 1024):
+        return _said("text_encoder", "hf", "v1" if max(widths.values()) == 768 else "v2")
+    return None
+
+
+def _embedding(shapes: Shapes) -> Detected | None:
+    name = next((n for n in shapes if n == "emb_params" or n.startswith("string_to_param.")), None)
+    if name is None or len(shapes[name]) != 2 or shapes[name][1] not in (768, 1024):
+        return None
+    return _said("embedding", "kohya" if name == "emb_params" else "a1111", "v1" if shapes[name][1] == 768 else "v2")
+
+
+def _said(
+    kind: Kind, dialect: str, variant: str = "", prediction: Literal["eps", "v"] | None = None, parts: tuple[str, ...] = ()
+) -> Detected:
+    return Detected(family=FAMILY, kind=kind, dialect=dialect, variant=variant, prediction=prediction, parts=parts)
+
+
+def _context(shapes: Shapes, pattern: str) -> int | None:
+    """Width of the text states, from the keys of an attention to the text."""
+    return next((shape[1] for name, shape in shapes.items() if len(shape) == 2 and re.fullmatch(pattern, name)), None)
+
+
+def _variant(shapes: Shapes) -> str:
+    """2.x projects into its transformers by linear layers, 1.x by convolutions."""
+    pattern = re.compile(r".*[._]proj_in\.((lora_down|lora_A|lora\.down)\.(default\.)?)?weight")
+    shape = next((shape for name, shape in shapes.items() if pattern.fullmatch(name)), None)
+    return "" if shape is None else "v2" if len(shape) == 2 else "v1"

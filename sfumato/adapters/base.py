@@ -1,0 +1,153 @@
+"""What every kind of adapter is: one layer's change, heard at the layer's door.
+
+An adapter looks at its base layer's shape and never owns the layer. It knows nothing of nets, files,
+quantisation or training; `insert.py` puts it in place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from sfumato.errors import UserError
+from sfumato.formats.dialect import Leaves
+from sfumato.tensors.random import Draws, key
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayerOptions:
+    """What one layer's adapter is told. A kind with more to be told has a subclass with more fields."""
+
+    rank: int = 4
+    alpha: float = 1.0
+    """The change is scaled by alpha / rank; 0 means the rank."""
+    dropout: float = 0.0
+    """Chance that a number between the two factors is dropped."""
+    rank_dropout: float = 0.0
+    """Chance that a rank is dropped, for a sample at a time."""
+    module_dropout: float = 0.0
+    """Chance that the whole change of a layer is dropped, for a sample at a time."""
+
+    @property
+    def scale(self) -> float:
+        return (self.alpha or self.rank) / self.rank
+
+
+@dataclass(slots=True)
+class Moment:
+    """What holds for the forward passes of now; all adapters of a net share one."""
+
+    multiplier: float | Tensor = 1.0
+    """Strength of the change: a number, or (b,) one a sample."""
+    draws: Draws | None = None
+    """Where the dropouts of this batch come from; needed only in training mode and only if there are dropouts."""
+
+
+class Adapter(nn.Module):
+    """One layer's change. Subclasses fill in `__init__`, `read`, `forward` and `change`; their parameters are the leaves of a file."""
+
+    Options: ClassVar[type[LayerOptions]] = LayerOptions
+    supports: ClassVar[frozenset[str]] = frozenset()
+    """Which of dropout, rank_dropout, module_dropout the kind has."""
+
+    alpha: Tensor
+
+    def __init__(self, base: nn.Module, options: LayerOptions, generator: torch.Generator) -> None:
+        """Starts with no effect. `generator` (CPU) gives the start values, in fp32 on the base layer's device."""
+        super().__init__()
+        self.options = options
+        self.site = ""
+        self.moment = Moment()
+        self.register_buffer("alpha", torch.tensor(options.alpha or options.rank, dtype=torch.float32, device=device_of(base)))
+
+    @classmethod
+    def read(cls, leaves: Mapping[str, Tensor]) -> LayerOptions | None:
+        """Rank and alpha of leaves that are of this kind, or None if they are of another."""
+        raise NotImplementedError
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        """The layer's input and output -> its new output, in y's shape and dtype."""
+        raise NotImplementedError
+
+    def change(self, weight: Tensor) -> Tensor:
+        """What merging adds to `weight` at multiplier 1, shaped as it, fp32."""
+        raise NotImplementedError
+
+    def plus_parameters(self) -> list[nn.Parameter]:
+        """The parameters that LoRA+ (arXiv:2402.12354) gives a higher rate."""
+        raise UserError(f"loraplus_lr_ratio has no meaning for {type(self).__name__}: leave it out")
+
+    def scale_norm(self, limit: float) -> tuple[Tensor, Tensor]:
+        """Scale the change so that its Frobenius norm is at most `limit`. Returns (norm after, whether it was scaled), 0-d tensors."""
+        raise UserError(f"scale_weight_norms has no meaning for {type(self).__name__}: leave it out")
+
+    def leaves(self) -> Leaves:
+        """The tensors that a file holds, by kohya's names; not copied."""
+        return {name: t.detach() for name, t in self.state_dict().items()}
+
+    def load_leaves(self, leaves: Mapping[str, Tensor]) -> None:
+        """The reverse of `leaves`; a file without alpha means alpha = rank. Errors: `UserError` for other names or shapes."""
+        given = {"alpha": torch.tensor(float(self.options.rank)), **leaves}
+        own = self.state_dict()
+        if wrong := sorted(own.keys() ^ given.keys()):
+            raise UserError(f"{self.site}: expected {', '.join(sorted(own))}; missing or not known: {', '.join(wrong)}")
+        for name, t in own.items():
+            if t.numel() != given[name].numel() or (t.ndim and t.shape != given[name].shape):
+                raise UserError(
+                    f"{self.site}.{name} has shape {list(given[name].shape)}, expected {list(t.shape)}; "
+                    "a file of another rank needs its own network_dim, or --dim_from_weights"
+                )
+        with torch.no_grad():
+            for name, t in own.items():
+                t.copy_(given[name].reshape(t.shape))
+        self.options = replace(self.options, alpha=float(given["alpha"]))
+
+    # What subclasses use.
+
+    def add(self, y: Tensor, change: Tensor) -> Tensor:
+        """y plus the change of the output, times multiplier and module dropout."""
+        strength = self.moment.multiplier
+        if isinstance(strength, Tensor):
+            change = change * over_samples(strength, change).to(change.dtype)
+        elif strength != 1.0:
+            change = change * strength
+        if self.training and self.options.module_dropout:
+            kept = self.kept("module_dropout", self.options.module_dropout, (change.shape[0],), change.device)
+            change = change * over_samples(kept, change).to(change.dtype)
+        return y + change.to(y.dtype)
+
+    def kept(self, purpose: str, chance: float, shape: Sequence[int], device: torch.device) -> Tensor:
+        """A mask of `shape` (rows of one sample next to each other): False with the given chance, by the batch's own draws."""
+        draws = self.moment.draws
+        if draws is None:
+            raise RuntimeError("adapters with dropout in training mode need `Inserted.draws` for every batch")
+        rows, odd = divmod(shape[0], len(draws.keys))
+        if odd:
+            raise RuntimeError(f"{shape[0]} rows do not share out over {len(draws.keys)} samples")
+        parts = []
+        for k in draws.keys:
+            generator = torch.Generator(device).manual_seed(key(k, purpose, self.site))
+            parts.append(torch.rand((rows, *shape[1:]), generator=generator, device=device))
+        return torch.cat(parts) >= chance
+
+
+def over_samples(values: Tensor, like: Tensor) -> Tensor:
+    """(b,) -> (b * n, 1, ...) for `like` (b * n, ...): samples may have several rows each, as the chunks of a long caption."""
+    rows, odd = divmod(like.shape[0], values.shape[0])
+    if odd:
+        raise RuntimeError(f"{like.shape[0]} rows do not share out over the multipliers of {values.shape[0]} samples")
+    return values.to(like.device).repeat_interleave(rows).view(-1, *[1] * (like.ndim - 1))
+
+
+def as_input(x: Tensor, weight: Tensor) -> Tensor:
+    """x in the dtype of an adapter's weight; under autocast as it is, for autocast casts both."""
+    return x if torch.is_autocast_enabled(x.device.type) else x.to(weight.dtype)
+
+
+def device_of(base: nn.Module) -> torch.device:
+    """Where a layer's weight is."""
+    return next(base.parameters()).device

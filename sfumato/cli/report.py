@@ -1,0 +1,45 @@
+"""Everything that is wrong or worth saying about what a user wrote, gathered so that it is told at once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from sfumato.errors import UserError
+
+
+@dataclass(frozen=True, slots=True)
+class Given:
+    """One setting as a user wrote it."""
+
+    key: str
+    value: object
+    where: str
+    """"run.toml:12", or "" on the command line."""
+    flag: bool
+    """From the command line: the value is a string, a list of strings, or True."""
+    lenient: bool = False
+    """From a kohya command or file: where it has no effect this is stated, not refused."""
+
+    def __str__(self) -> str:
+        return f"{self.where}: {self.key}" if self.where else f"--{self.key}"
+
+
+@dataclass(slots=True)
+class Report:
+    """Errors and notices, in the order in which they were found."""
+
+    errors: list[str] = field(default_factory=list)
+    notices: list[str] = field(default_factory=list)
+
+    def error(self, message: str) -> None:
+        if message not in self.errors:
+            self.errors.append(message)
+
+    def note(self, message: str) -> None:
+        if message not in self.notices:
+            self.notices.append(message)
+
+    def finish(self) -> None:
+        """Raises UserError with all errors, if there are any."""
+        if self.errors:
+            raise UserError(*self.errors)

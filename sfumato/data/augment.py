@@ -1,0 +1,70 @@
+"""From a picture to the pixels that a net sees: resize, crop, mirror, colours, and the mask along with them."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.nn import functional
+
+from sfumato.config.data import Interpolation
+from sfumato.data.batch import Size
+from sfumato.data.buckets import Crop, Placement
+
+_RESAMPLING: Mapping[Interpolation, Image.Resampling] = {
+    "lanczos": Image.Resampling.LANCZOS,
+    "nearest": Image.Resampling.NEAREST,
+    "bilinear": Image.Resampling.BILINEAR,
+    "linear": Image.Resampling.BILINEAR,
+    "bicubic": Image.Resampling.BICUBIC,
+    "cubic": Image.Resampling.BICUBIC,
+    "area": Image.Resampling.BOX,
+    "box": Image.Resampling.BOX,
+}
+
+
+def resize(image: Image.Image, size: Size, interpolation: Interpolation | None = None) -> Image.Image:
+    """To (width, height); by default area averages when neither side grows, else lanczos."""
+    if image.size == size:
+        return image
+    shrinks = size[0] <= image.width and size[1] <= image.height
+    return image.resize(size, _RESAMPLING[interpolation or ("area" if shrinks else "lanczos")])
+
+
+def cut(image: Image.Image, placement: Placement, crop: Crop, *, flip: bool, interpolation: Interpolation | None = None) -> Image.Image:
+    """The part of a picture (or of its mask) that belongs to the bucket; `crop` is in the picture that is not mirrored."""
+    kept = resize(image, placement.resized, interpolation).crop(placement.box(crop))
+    return kept.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if flip else kept
+
+
+def pixels(image: Image.Image) -> Tensor:
+    """RGB -> (3, H, W) in [-1, 1], fp32."""
+    values = torch.from_numpy(np.array(image, dtype=np.float32))  # (H, W, 3)
+    return (values / 127.5 - 1).permute(2, 0, 1).contiguous()
+
+
+def mask(image: Image.Image, stride: int) -> Tensor:
+    """Grey picture of the bucket -> (1, h, w) in [0, 1] at latent size: the mean over each latent pixel's `stride` x `stride` pixels."""
+    values = torch.from_numpy(np.array(image, dtype=np.float32))[None] / 255  # (1, H, W)
+    return functional.avg_pool2d(values, stride)
+
+
+def random_crop(placement: Placement, rng: random.Random) -> Crop:
+    """Any cut of the bucket out of the resized picture, all as likely."""
+    return rng.randint(0, placement.trim[0]), rng.randint(0, placement.trim[1])
+
+
+def vary_colours(image: Image.Image, rng: random.Random) -> Image.Image:
+    """One picture in three with another hue (up to 16 degrees) or gamma (0.95 to 1.05): sd-scripts' `color_aug`."""
+    if rng.random() >= 1 / 3:
+        return image
+    if rng.random() < 0.5:
+        hue, saturation, value = image.convert("HSV").split()
+        turn = round(rng.uniform(-16, 16) / 360 * 256)
+        return Image.merge("HSV", (hue.point([(h + turn) % 256 for h in range(256)]), saturation, value)).convert("RGB")
+    gamma = rng.uniform(0.95, 1.05)
+    return image.point([round(255 * (v / 255) ** gamma) for v in range(256)] * 3)

@@ -1,0 +1,131 @@
+"""Sizes that pictures are brought to: pure arithmetic, the same as sd-scripts'."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import sqrt
+
+from sfumato.config.data import BucketOptions
+from sfumato.data.batch import Size
+
+Crop = tuple[int, int]
+"""(left, top) of what is kept of the resized picture."""
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """How a picture comes to its bucket: resized to `resized`, then `bucket` is cut out of it. (width, height), pixels."""
+
+    bucket: Size
+    resized: Size
+
+    @property
+    def trim(self) -> Size:
+        """Pixels cut away in all, in width and in height."""
+        return self.resized[0] - self.bucket[0], self.resized[1] - self.bucket[1]
+
+    @property
+    def centre(self) -> Crop:
+        """The crop at the centre."""
+        return self.trim[0] // 2, self.trim[1] // 2
+
+    def box(self, crop: Crop) -> tuple[int, int, int, int]:
+        """(left, top, right, bottom) of a crop, in the resized picture."""
+        return crop[0], crop[1], crop[0] + self.bucket[0], crop[1] + self.bucket[1]
+
+    def mirrored(self, crop: Crop) -> Crop:
+        """Where the same cut lies when the resized picture is mirrored."""
+        return self.trim[0] - crop[0], crop[1]
+
+
+def resolutions(options: BucketOptions) -> tuple[Size, ...]:
+    """All buckets, sorted by width, then height: `resolution` is an area that none exceeds.
+
+    With `enable_bucket` off, or with `bucket_no_upscale` (where buckets follow from the pictures), `resolution` alone.
+    """
+    if not options.enable_bucket or options.bucket_no_upscale:
+        return (options.resolution,)
+    low, high, step = bounds(options)
+    area = options.resolution[0] * options.resolution[1]
+    square = int(sqrt(area) // step) * step
+    found = {(square, square)}
+    for width in range(low, high + 1, step):
+        height = min(high, area // width // step * step)
+        if height >= low:
+            found |= {(width, height), (height, width)}
+    return tuple(sorted(found))
+
+
+def bounds(options: BucketOptions) -> tuple[int, int, int]:
+    """(shortest side, longest side, step) of buckets; sides that are no multiples of the step are widened to the next."""
+    step = options.bucket_reso_steps
+    return max(step, options.min_bucket_reso // step * step), -(-options.max_bucket_reso // step) * step, step
+
+
+def place(size: Size, options: BucketOptions, buckets: Sequence[Size] | None = None) -> Placement:
+    """The bucket of a picture of this (width, height), and how it gets there. `buckets`: `resolutions(options)`, worked out once.
+
+    Raises ValueError for a picture that is too small or too long for any bucket (with `bucket_no_upscale` only).
+    """
+    if options.enable_bucket and options.bucket_no_upscale:
+        return _place_without_enlarging(size, options)
+    buckets = resolutions(options) if buckets is None else buckets
+    width, height = size
+    ratio = width / height
+    # The sorted order decides ties: the narrowest bucket wins, as in sd-scripts.
+    bucket = size if size in buckets else min(buckets, key=lambda b: abs(b[0] / b[1] - ratio))
+    scale = bucket[1] / height if ratio > bucket[0] / bucket[1] else bucket[0] / width
+    return Placement(bucket, (int(width * scale + 0.5), int(height * scale + 0.5)))
+
+
+def _place_without_enlarging(size: Size, options: BucketOptions) -> Placement:
+    step, area = options.bucket_reso_steps, options.resolution[0] * options.resolution[1]
+    resized = size if size[0] * size[1] <= area else _shrunk(size, area, step)
+    bucket = resized[0] // step * step, resized[1] // step * step
+    if not all(bucket):
+        raise ValueError(
+            f"{size[0]}x{size[1]} would be {resized[0]}x{resized[1]}, and no side of a bucket is below bucket_reso_steps ({step}); "
+            "enlarge or crop it, lower bucket_reso_steps, or leave bucket_no_upscale out"
+        )
+    return Placement(bucket, resized)
+
+
+def _shrunk(size: Size, area: int, step: int) -> Size:
+    """The size of at most `area` with one side a multiple of `step`: the side that changes the aspect ratio of the bucket less."""
+
+    def to_steps(x: float) -> int:
+        return int(x + 0.5) // step * step
+
+    ratio = size[0] / size[1]
+    width = to_steps(sqrt(area * ratio))
+    height = to_steps(area / sqrt(area * ratio))
+    by_width = (width, int(width / ratio + 0.5))
+    by_height = (int(height * ratio + 0.5), height)
+
+    def error(bucket: Size) -> float:
+        return abs(bucket[0] / bucket[1] - ratio) if all(bucket) else float("inf")
+
+    wider = error((width, to_steps(width / ratio))) < error((to_steps(height * ratio), height))
+    return by_width if wider else by_height
+
+
+def check(options: BucketOptions, stride: int) -> list[str]:
+    """What is wrong with the options, one message each. `stride`: picture pixels a latent pixel."""
+    width, height = options.resolution
+    if not options.enable_bucket:
+        fits = min(width, height) >= stride and not width % stride and not height % stride
+        return [] if fits else [f"resolution {width},{height}: both sides must be multiples of {stride}"]
+    step = options.bucket_reso_steps
+    if step < stride or step % stride:
+        return [f"bucket_reso_steps {step} must be a multiple of {stride}"]
+    wrong = []
+    if sqrt(width * height) < step:
+        wrong.append(f"resolution {width},{height} is below bucket_reso_steps {step}: lower bucket_reso_steps")
+    if options.bucket_no_upscale:
+        return wrong
+    if min(width, height) < options.min_bucket_reso:
+        wrong.append(f"resolution {width},{height} is below min_bucket_reso {options.min_bucket_reso}: lower min_bucket_reso")
+    if max(width, height) > options.max_bucket_reso:
+        wrong.append(f"resolution {width},{height} is above max_bucket_reso {options.max_bucket_reso}: raise max_bucket_reso")
+    return wrong

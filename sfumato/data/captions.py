@@ -1,0 +1,116 @@
+"""The caption of a picture as it is drawn for one step: pure text, and randomness handed in."""
+
+from __future__ import annotations
+
+import random
+import re
+from collections.abc import Sequence
+from itertools import product
+from math import floor, prod
+
+from sfumato.config.data import CaptionOptions
+
+_WILDCARD = re.compile(r"\{\{|\}\}|\{([^{}]+)\}")
+
+
+def vary(lines: Sequence[str], options: CaptionOptions, rng: random.Random, *, epoch: int, step: int) -> str:
+    """The caption for one draw of a picture, in sd-scripts' order: affixes, dropout, wildcards, then tags.
+
+    `lines`: of the caption file. `epoch` counts from 1, `step` (optimizer steps done) from 0; `options.token_warmup_step` must
+    be whole steps (`with_whole_warmup`).
+    """
+    # Each draw below is made only when its option is set, so a chance of 0 changes nothing for the draws that follow.
+    if options.caption_dropout_rate > 0 and rng.random() < options.caption_dropout_rate:
+        return ""
+    if options.caption_dropout_every_n_epochs > 0 and epoch % options.caption_dropout_every_n_epochs == 0:
+        return ""
+    line = rng.choice(lines) if options.enable_wildcard else lines[0]
+    caption = affixed(line, options)
+    if options.enable_wildcard:
+        caption = _WILDCARD.sub(lambda found: _drawn(found, rng), caption)
+    return _varied_tags(caption, options, rng, step)
+
+
+def affixed(line: str, options: CaptionOptions) -> str:
+    """A line with caption_prefix and caption_suffix, a space between."""
+    return " ".join(part for part in (options.caption_prefix, line, options.caption_suffix) if part)
+
+
+def _drawn(found: re.Match[str], rng: random.Random) -> str:
+    return rng.choice(found[1].split("|")) if found[1] else found[0][0]
+
+
+def _varied_tags(caption: str, options: CaptionOptions, rng: random.Random, step: int) -> str:
+    mark = options.keep_tokens_separator
+    moves = options.shuffle_caption or options.token_warmup_step > 0 or options.caption_tag_dropout_rate > 0
+    if moves or (mark and mark in caption):
+        front, tags, end = _parts(caption, options)
+        if step < options.token_warmup_step:
+            tags = tags[: _warm(step, len(tags), options)]
+        if options.shuffle_caption:
+            rng.shuffle(tags)
+        if options.caption_tag_dropout_rate > 0:
+            tags = [tag for tag in tags if rng.random() >= options.caption_tag_dropout_rate]
+        caption = ", ".join(front + tags + end)
+    if options.secondary_separator:
+        caption = caption.replace(options.secondary_separator, options.caption_separator)
+    return caption
+
+
+def _parts(caption: str, options: CaptionOptions) -> tuple[list[str], list[str], list[str]]:
+    """(tags kept in front, tags that may move, tags kept at the end)."""
+
+    def split(text: str) -> list[str]:
+        return [tag.strip() for tag in text.split(options.caption_separator) if tag.strip()]
+
+    mark = options.keep_tokens_separator
+    if mark and mark in caption:
+        front, _, rest = caption.partition(mark)
+        middle, _, end = rest.partition(mark)
+        return split(front), split(middle), split(end)
+    tags = split(caption)
+    return tags[: options.keep_tokens], tags[options.keep_tokens :], []
+
+
+def _warm(step: int, count: int, options: CaptionOptions) -> int:
+    """How many of `count` tags are shown at a step of the warm-up."""
+    return floor(step * (count - options.token_warmup_min) / options.token_warmup_step) + options.token_warmup_min
+
+
+def with_whole_warmup(options: CaptionOptions, steps: int) -> int:
+    """`token_warmup_step` in optimizer steps, for a run of `steps`: a value below 1 is a share of the run."""
+    warmup = options.token_warmup_step
+    return floor(warmup * steps) if warmup < 1 else int(warmup)
+
+
+def endless(options: CaptionOptions) -> list[str]:
+    """The options set that make a picture's captions too many to encode beforehand."""
+    names = ("shuffle_caption", "caption_tag_dropout_rate", "token_warmup_step")
+    return [name for name in names if getattr(options, name)]
+
+
+def every(lines: Sequence[str], options: CaptionOptions, limit: int = 256) -> list[str] | None:
+    """All captions that `vary` can give when nothing is `endless`, in a fixed order; None when they are more than `limit`."""
+    drops = options.caption_dropout_rate > 0 or options.caption_dropout_every_n_epochs > 0
+    chosen = list(lines) if options.enable_wildcard else [lines[0]]
+    found: list[str] = []
+    for line in chosen:
+        spelt = _spelt(affixed(line, options), limit) if options.enable_wildcard else [affixed(line, options)]
+        if spelt is None or len(found) + len(spelt) > limit:
+            return None
+        # No draw is made here: with nothing endless set, the tags do not move.
+        found += [_varied_tags(caption, options, random.Random(0), 0) for caption in spelt]
+    return list(dict.fromkeys(found + [""] * drops))
+
+
+def _spelt(caption: str, limit: int) -> list[str] | None:
+    """A caption with its wildcards replaced in all ways, or None when there are more than `limit`."""
+    pieces: list[list[str]] = []
+    end = 0
+    for found in _WILDCARD.finditer(caption):
+        pieces += [[caption[end : found.start()]], found[1].split("|") if found[1] else [found[0][0]]]
+        end = found.end()
+    pieces.append([caption[end:]])
+    if prod(map(len, pieces)) > limit:
+        return None
+    return ["".join(choice) for choice in product(*pieces)]

@@ -1,0 +1,130 @@
+"""A picture file of any kind to upright RGB or RGBA of 8 bits."""
+
+from __future__ import annotations
+
+import struct
+from contextlib import suppress
+from importlib import import_module
+from pathlib import Path
+from typing import IO
+
+import numpy as np
+from PIL import ExifTags, Image, UnidentifiedImageError
+
+from sfumato.data.batch import Size
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif", ".jxl")
+"""Endings of pictures; in capitals too."""
+
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""EXIF orientation -> what makes the picture upright (EXIF 2.3, tag 0x0112)."""
+
+
+class Unreadable(Exception):
+    """A picture cannot be read; the message says why."""
+
+
+def oriented_size(path: Path) -> Size:
+    """(width, height) of a picture once it is upright, from its header alone. Raises Unreadable, OSError."""
+    with _open(path, path.suffix) as image:
+        width, height = image.size
+        return (height, width) if _orientation(image) >= 5 else (width, height)
+
+
+def read(source: Path | IO[bytes], suffix: str) -> Image.Image:
+    """A whole picture, upright, in RGB, or in RGBA where it has transparency; the first frame of an animation.
+
+    `suffix`: of the file's name, for the message. Raises Unreadable, OSError.
+    """
+    with _open(source, suffix) as image:
+        turn = _UPRIGHT.get(_orientation(image))
+        try:
+            image.load()
+            plain = _eight_bits(image)
+        except (OSError, ValueError, SyntaxError, EOFError, IndexError, struct.error, Image.DecompressionBombError) as error:
+            # Pillow's decoders raise all of these on damaged data.
+            raise Unreadable(f"damaged: {error}") from error
+    return plain.transpose(turn) if turn is not None else plain
+
+
+def flat(image: Image.Image, colour: str = "white") -> Image.Image:
+    """RGB: what is transparent shows `colour`."""
+    if image.mode != "RGBA":
+        return image.convert("RGB")
+    ground = Image.new("RGBA", image.size, colour)
+    return Image.alpha_composite(ground, image).convert("RGB")
+
+
+def _open(source: Path | IO[bytes], suffix: str) -> Image.Image:
+    if suffix.lower() == ".jxl":
+        try:
+            import_module("pillow_jxl")  # registers itself with Pillow
+        except ImportError as error:
+            raise Unreadable("JPEG XL needs a plug-in: pip install pillow-jxl-plugin") from error
+    try:
+        return Image.open(source)
+    except UnidentifiedImageError as error:
+        raise Unreadable(_unidentified(source, suffix)) from error
+    except Image.DecompressionBombError as error:
+        raise Unreadable(f"too large: {error}") from error
+    except (ValueError, SyntaxError, EOFError, struct.error) as error:
+        raise Unreadable(f"damaged: {error}") from error
+
+
+def _unidentified(source: Path | IO[bytes], suffix: str) -> str:
+    size = source.stat().st_size if isinstance(source, Path) else source.seek(0, 2)
+    if size == 0:
+        return "the file is empty"
+    return f"not a picture that this Pillow reads (is it really {suffix.lower()}, and whole?)"
+
+
+def _orientation(image: Image.Image) -> int:
+    """EXIF orientation, 1 (upright) to 8, without decoding the picture."""
+    late = _exif_behind_the_picture(image)
+    # A picture with broken EXIF data is still a picture; other readers show it as it lies.
+    with suppress(Exception):
+        if late:
+            exif = Image.Exif()
+            exif.load(late)
+            return int(exif.get(ExifTags.Base.Orientation, 1))
+        if image.format != "PNG" or {"exif", "Raw profile type exif", "XML:com.adobe.xmp"} & image.info.keys():
+            return int(image.getexif().get(ExifTags.Base.Orientation, 1))
+    return 1
+
+
+def _exif_behind_the_picture(image: Image.Image) -> bytes:
+    """The eXIf chunk of a PNG that has it after the picture's data, where Pillow would decode the picture to find it."""
+    stream = getattr(image, "fp", None)
+    if image.format != "PNG" or "exif" in image.info or stream is None:
+        return b""
+    place = stream.tell()
+    try:
+        stream.seek(8)
+        while len(head := stream.read(8)) == 8:
+            length, kind = struct.unpack(">I4s", head)
+            if kind == b"eXIf":
+                return bytes(stream.read(length))
+            stream.seek(length + 4, 1)
+        return b""
+    finally:
+        stream.seek(place)
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I"):
+        # Greys of 16 bits (kept in 32 by some formats): Pillow's own conversion would clip them at 255.
+        grey = np.asarray(image).astype(np.int64).clip(0, 65535) // 257
+        return Image.fromarray(grey.astype(np.uint8)).convert("RGB")
+    if image.mode == "F":
+        raise ValueError("pictures of floating-point numbers have no fixed white: save it with 8 or 16 bits a channel")
+    return image.convert("RGBA" if image.has_transparency_data else "RGB")
+
+

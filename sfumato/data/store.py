@@ -1,0 +1,135 @@
+"""What is kept between runs: tensors found by the content they were made of, and what is known of files."""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import closing, contextmanager
+from dataclasses import dataclass, field
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from torch import Tensor
+
+from sfumato.formats import files
+
+Parts = Mapping[str, object]
+"""What an entry depends on, by name; JSON values."""
+
+
+def default_root() -> Path:
+    """Where caches on disk live when the user names no place."""
+    return Path("~/.cache/sfumato").expanduser()
+
+
+def key(parts: Parts) -> str:
+    """The name of an entry: a hash of all it depends on, 40 hexadecimal digits."""
+    return blake2b(json.dumps(parts, sort_keys=True).encode(), digest_size=20).hexdigest()
+
+
+@dataclass(slots=True)
+class Store:
+    """Named tensors by key: one safetensors file an entry below `root`, or the memory of this process when `root` is None.
+
+    A file is written aside and renamed, so an entry is whole or absent, however the run ends.
+    """
+
+    root: Path | None = None
+    _memory: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+
+    def path(self, name: str) -> Path:
+        """The file of an entry; two letters a folder keep folders short."""
+        assert self.root is not None
+        return self.root / "entries" / name[:2] / f"{name}.safetensors"
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._memory if self.root is None else self.path(name).is_file()
+
+    def get(self, name: str) -> dict[str, Tensor] | None:
+        """The tensors of an entry, or None when there is no whole entry of this name (a damaged one is made again)."""
+        if self.root is None:
+            return self._memory.get(name)
+        try:
+            # Bytes, not a memory map: a map would break if another run replaced the file meanwhile.
+            return _tensors(self.path(name).read_bytes())
+        except (FileNotFoundError, SafetensorError):
+            return None
+
+    def put(self, name: str, tensors: Mapping[str, Tensor]) -> None:
+        """Keep an entry. Raises UserError when the disk is full."""
+        kept = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
+        if self.root is None:
+            self._memory[name] = kept
+            return
+        path = self.path(name)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        files.save(path, kept, {})
+
+
+def _tensors(data: bytes) -> dict[str, Tensor]:
+    from safetensors.torch import load
+
+    return load(data)
+
+
+@dataclass(slots=True)
+class Index:
+    """What is known by (kind, name), in one sqlite file below `root`, or in memory when `root` is None.
+
+    Only what can be worked out again is kept here, so the file may be deleted at any time.
+    Connections live for one call: an Index can be copied to another process.
+    """
+
+    root: Path | None = None
+    _memory: dict[tuple[str, str], str] = field(default_factory=dict)
+
+    def read(self, kind: str, names: Iterable[str]) -> dict[str, Any]:
+        """What was written of these names; names that are not known are left out."""
+        if self.root is None:
+            return {n: json.loads(self._memory[kind, n]) for n in names if (kind, n) in self._memory}
+        found: dict[str, Any] = {}
+        with self._connection() as connection:
+            for name in names:
+                row = connection.execute("SELECT value FROM known WHERE kind = ? AND name = ?", (kind, name)).fetchone()
+                if row:
+                    found[name] = json.loads(row[0])
+        return found
+
+    def write(self, kind: str, values: Mapping[str, object]) -> None:
+        """Keep JSON values by name, replacing earlier ones."""
+        if not values:
+            return
+        rows = [(kind, name, json.dumps(value, sort_keys=True)) for name, value in values.items()]
+        if self.root is None:
+            self._memory.update({(k, n): v for k, n, v in rows})
+            return
+        with self._connection() as connection:
+            connection.executemany("INSERT OR REPLACE INTO known VALUES (?, ?, ?)", rows)
+
+    @contextmanager
+    def _connection(self) -> Iterator[sqlite3.Connection]:
+        assert self.root is not None
+        self.root.mkdir(parents=True, exist_ok=True)
+        with closing(sqlite3.connect(self.root / "index.sqlite", timeout=60)) as connection, connection:
+            connection.execute("CREATE TABLE IF NOT EXISTS known (kind TEXT, name TEXT, value TEXT, PRIMARY KEY (kind, name)) WITHOUT ROWID")
+            yield connection
+
+
+def why(old: Parts | None, new: Parts) -> str:
+    """In a few words, why an entry must be made: how what it depends on differs from what it last depended on."""
+    if old is None:
+        return "new"
+    changed = [name for name in new if old.get(name) != new[name]]
+    return ", ".join(_change(name, old.get(name), new[name]) for name in changed) or "its entry is gone"
+
+
+def _change(name: str, old: object, new: object) -> str:
+    told = {"picture", "caption", "mask", "VAE", "text encoder", "crop"}
+    return f"{name} changed" if name in told else f"{name} {_say(old)} -> {_say(new)}"
+
+
+def _say(value: object) -> str:
+    return "x".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)

@@ -1,0 +1,103 @@
+"""What a weight file is and of which family, from its names and shapes alone; imports no torch."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from sfumato import families
+from sfumato.errors import UserError
+from sfumato.families import sources
+from sfumato.formats import files
+
+Shapes = Mapping[str, tuple[int, ...]]
+Kind = Literal["checkpoint", "adapter", "vae", "text_encoder", "embedding", "controlnet"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Detected:
+    """What a family says of a file that it knows."""
+
+    family: str
+    kind: Kind
+    variant: str = ""
+    """Version within the family ("v1", "v2"); empty: the file does not say."""
+    dialect: str = ""
+    """How its names are spelled: "ldm", "diffusers", "openclip" ...; of adapters "kohya", "comfy" or "peft"."""
+    prediction: Literal["eps", "v"] | None = None
+    """What the denoiser says; None: the file does not say."""
+    parts: tuple[str, ...] = ()
+    """Of a checkpoint, what it holds: "denoiser", "text_encoder", "vae"."""
+
+
+CALLED: Mapping[Kind, str] = {
+    "adapter": "an adapter (such as a LoRA), not a base model: give it as --network_weights, and the model it was trained on here",
+    "vae": "a VAE, not a base model: give it as --vae",
+    "text_encoder": "a text encoder alone, not a base model",
+    "embedding": "a textual inversion embedding, not a base model",
+    "controlnet": "a ControlNet, not a base model",
+}
+
+OTHERS = {
+    r"conditioner\.embedders\.1\..*|(model\.diffusion_model\.|unet\.)?(label_emb|add_embedding)\..*": "Stable Diffusion XL",
+    r"lora_te[12]_.*|lora_unet_(input|output)_blocks_\d+_\d_transformer_blocks_[1-9]_.*": "Stable Diffusion XL",
+    r"(model\.diffusion_model\.)?joint_blocks\..*|lora_unet_joint_blocks_.*": "Stable Diffusion 3",
+    r"(model\.diffusion_model\.)?distilled_guidance_layer\..*": "Chroma",
+    r"(model\.diffusion_model\.)?double_blocks\.\d+\.img_attn\.qkv\..*|lora_unet_(double|single)_blocks_.*": "FLUX",
+    r"single_transformer_blocks\..*|transformer\.single_transformer_blocks\..*": "FLUX",
+    r"(model\.diffusion_model\.)?cap_embedder\..*": "Lumina Image 2.0",
+    r"(net\.|model\.diffusion_model\.)?llm_adapter\..*": "Anima",
+}
+"""Names by which models are known that sfumato does not train yet."""
+
+
+def identify(shapes: Shapes) -> Detected | None:
+    """What a file with these tensors is, as the first family that knows it says; None: no family does."""
+    answers = (families.facts(name).detect(shapes) for name in families.names())
+    return next((a for a in answers if a), None)
+
+
+def detect_file(name: str | Path, flag: str = "pretrained_model_name_or_path") -> Detected:
+    """The base model `name` (a file, a diffusers folder or a hub id).
+
+    Errors: a `UserError` of one line that says what the file seems to be when it is no whole model of a known family.
+    """
+    path = sources.local(str(name), flag)
+    if path.is_dir():
+        return _folder(path, flag)
+    shapes = {key: info.shape for key, info in files.read_header(path).tensors.items()}
+    found = identify(shapes)
+    if found is None:
+        raise UserError(f"{flag}: {path} is {unknown(shapes)}")
+    if found.kind != "checkpoint":
+        raise UserError(f"{flag}: {path} is {CALLED[found.kind]}")
+    if lacking := {"denoiser", "text_encoder"} - set(found.parts):
+        raise UserError(f"{flag}: {path} holds no {' and no '.join(sorted(lacking))}; a whole model is needed, as a single file or a diffusers folder")
+    return found
+
+
+def unknown(shapes: Shapes) -> str:
+    """What a file that no family knows seems to be, as the end of a sentence."""
+    for pattern, model in OTHERS.items():
+        if any(re.fullmatch(pattern, key) for key in shapes):
+            return f"of {model}, which is not supported yet"
+    first = ", ".join(repr(key) for key in list(shapes)[:2])
+    return f"no model that sfumato knows (its tensors: {len(shapes)}, {first} ...)"
+
+
+def _folder(path: Path, flag: str) -> Detected:
+    index = path / "model_index.json"
+    if not index.is_file():
+        raise UserError(f"{flag}: the folder {path} has no model_index.json: expected a diffusers folder, or a single file")
+    pipeline = str(sources.read_json(index).get("_class_name"))
+    for name in families.names():
+        if pipeline in families.facts(name).PIPELINES:
+            shapes = {key: info.shape for file in sources.weight_files(path / "unet") for key, info in files.read_header(file).tensors.items()}
+            found: Detected | None = families.facts(name).detect(shapes)
+            if found and found.kind == "checkpoint":
+                return found
+            raise UserError(f"{flag}: {path / 'unet'} is {unknown(shapes)}")
+    raise UserError(f"{flag}: the folder {path} holds a {pipeline}, which is not supported yet")

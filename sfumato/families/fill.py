@@ -1,0 +1,38 @@
+"""Give a net without values (on the meta device) the tensors of a file."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TypeVar
+
+from torch import Tensor, nn
+
+from sfumato.errors import UserError, nearest
+
+Net = TypeVar("Net", bound=nn.Module)
+SHOWN = 5
+
+
+def shapes(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    """{name: shape}, from which nets read their sizes."""
+    return {name: tuple(t.shape) for name, t in tensors.items()}
+
+
+def fill(net: Net, tensors: Mapping[str, Tensor], what: str) -> Net:
+    """The net with these very tensors as its own, frozen and in eval mode.
+
+    Errors: `UserError` that names what is missing, left over or of another shape; `what` says whose tensors they are.
+    """
+    wanted, given = shapes(net.state_dict()), shapes(tensors)
+    wrong = [f"{what} lacks the tensor {name!r} {shape}" for name, shape in wanted.items() if name not in given]
+    wrong += [f"{what} has the tensor {name!r}, which has no place in the net{nearest(name, wanted)}" for name in given if name not in wanted]
+    wrong += [
+        f"{what}: tensor {name!r} has shape {given[name]}, expected {shape}"
+        for name, shape in wanted.items()
+        if given.get(name, shape) != shape
+    ]
+    if wrong:
+        more = [f"... and {len(wrong) - SHOWN} more such tensors"] if len(wrong) > SHOWN else []
+        raise UserError(*wrong[:SHOWN], *more)
+    net.load_state_dict(dict(tensors), strict=True, assign=True)
+    return net.eval().requires_grad_(False)

@@ -1,0 +1,104 @@
+"""The names of Stable Diffusion's files: prefixes of the single file, tables to diffusers, tensors that belong to no net."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection
+from dataclasses import dataclass
+
+from sfumato.formats.names import KeyMap, Rule, rule
+
+UNET = "model.diffusion_model."
+VAE = "first_stage_model."
+CLIP_L = "cond_stage_model.transformer."
+"""1.x: CLIP-L in transformers' names."""
+CLIP_H = "cond_stage_model.model."
+"""2.x: OpenCLIP-H in its own names."""
+
+KEPT = re.compile(
+    r"model_ema\..*"  # the average that a training run kept of the U-Net
+    r"|(alphas|betas|sqrt_|log_one|posterior_|lvlb_|logvar|scale_factor|global_step).*"  # the noise schedule, and counters
+    r"|(v_pred|ztsnr)"  # empty tensors by which some programs mark v prediction and a zero terminal SNR
+    r"|denoiser\.sigmas|embedding_manager\..*"
+    r"|first_stage_model\.(loss|discriminator|model_ema)\..*"  # what trained the VAE
+    r"|cond_stage_model\.(transformer\.|model\.)?(text_model\.)?(embeddings\.position_ids|logit_scale|text_projection(\.weight)?|attn_mask)"
+    r"|cond_stage_model\.transformer\.(vision_model|visual_projection)\..*"
+)
+"""Full names of tensors that no net holds; they are copied from the source file on save."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where the parts of a U-Net stand: layers a level, and which levels have attention, the outermost level first."""
+
+    layers: int
+    attention: tuple[bool, ...]
+
+    @classmethod
+    def of(cls, names: Collection[str]) -> Layout:
+        """Read off the tensors' names, native ones or diffusers'."""
+        held = set(names)
+        if "input_blocks.0.0.weight" in held:
+            levels = 1 + sum(name.endswith(".op.weight") for name in held)
+            blocks = len({name.split(".")[1] for name in held if name.startswith("input_blocks.")})
+            layers = (blocks - levels) // levels
+            return cls(layers, tuple(f"input_blocks.{1 + level * (layers + 1)}.1.norm.weight" in held for level in range(levels)))
+        levels = len({name.split(".")[1] for name in held if name.startswith("down_blocks.")})
+        layers = len({name.split(".")[3] for name in held if name.startswith("down_blocks.0.resnets.")})
+        return cls(layers, tuple(f"down_blocks.{level}.attentions.0.norm.weight" in held for level in range(levels)))
+
+
+def unet_keys(names: Collection[str]) -> KeyMap:
+    """native: LDM. foreign: diffusers' UNet2DConditionModel. For a net with tensors of these names, in either spelling."""
+    layout = Layout.of(names)
+    ends = [
+        rule("time_embed.0", "time_embedding.linear_1"),
+        rule("time_embed.2", "time_embedding.linear_2"),
+        rule("input_blocks.0.0", "conv_in"),
+        rule("out.0", "conv_norm_out"),
+        rule("out.2", "conv_out"),
+    ]
+    middle = [
+        *_resnet("middle_block.0", "mid_block.resnets.0"),
+        rule("middle_block.1", "mid_block.attentions.0"),
+        *_resnet("middle_block.2", "mid_block.resnets.1"),
+    ]
+    return KeyMap(*ends, *_way_down(layout), *middle, *_way_up(layout))
+
+
+def _way_down(layout: Layout) -> list[Rule]:
+    rules, last = [], len(layout.attention) - 1
+    for level, attends in enumerate(layout.attention):
+        first = 1 + level * (layout.layers + 1)
+        for j in range(layout.layers):
+            rules += _resnet(f"input_blocks.{first + j}.0", f"down_blocks.{level}.resnets.{j}")
+            if attends:
+                rules.append(rule(f"input_blocks.{first + j}.1", f"down_blocks.{level}.attentions.{j}"))
+        if level < last:
+            rules.append(rule(f"input_blocks.{first + layout.layers}.0.op", f"down_blocks.{level}.downsamplers.0.conv"))
+    return rules
+
+
+def _way_up(layout: Layout) -> list[Rule]:
+    rules, last = [], len(layout.attention) - 1
+    for up, attends in enumerate(reversed(layout.attention)):
+        first = up * (layout.layers + 1)
+        for j in range(layout.layers + 1):
+            rules += _resnet(f"output_blocks.{first + j}.0", f"up_blocks.{up}.resnets.{j}")
+            if attends:
+                rules.append(rule(f"output_blocks.{first + j}.1", f"up_blocks.{up}.attentions.{j}"))
+        if up < last:
+            rules.append(rule(f"output_blocks.{first + layout.layers}.{1 + attends}.conv", f"up_blocks.{up}.upsamplers.0.conv"))
+    return rules
+
+
+def _resnet(native: str, foreign: str) -> list[Rule]:
+    parts = {
+        "in_layers.0": "norm1",
+        "in_layers.2": "conv1",
+        "emb_layers.1": "time_emb_proj",
+        "out_layers.0": "norm2",
+        "out_layers.3": "conv2",
+        "skip_connection": "conv_shortcut",
+    }
+    return [rule(f"{native}.{n}", f"{foreign}.{f}") for n, f in parts.items()]

@@ -1,0 +1,389 @@
+"""Weight files: header alone, load, atomic save, digests; imports torch only where tensors are touched."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import itertools
+import json
+import math
+import os
+import re
+import shutil
+import time
+import zipfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sfumato.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+PICKLES = (".ckpt", ".pt", ".pth", ".bin")
+"""Endings of pickled weight files; everything else is taken for safetensors."""
+_LARGEST_HEADER = 100_000_000  # the safetensors library's own limit, in bytes
+_STALE = 600  # seconds after which an unfinished file is taken for a dead run's
+_DTYPES = {  # safetensors' spelling: torch's; in the order in which the safetensors library lays tensors out, backwards
+    "BOOL": "bool",
+    "U8": "uint8",
+    "I8": "int8",
+    "F8_E5M2": "float8_e5m2",
+    "F8_E4M3": "float8_e4m3fn",
+    "F8_E8M0": "float8_e8m0fnu",
+    "I16": "int16",
+    "U16": "uint16",
+    "F16": "float16",
+    "BF16": "bfloat16",
+    "I32": "int32",
+    "U32": "uint32",
+    "F32": "float32",
+    "C64": "complex64",
+    "F64": "float64",
+    "I64": "int64",
+    "U64": "uint64",
+}
+_SPELLING = {f"torch.{theirs}": name for name, theirs in _DTYPES.items()}
+_BYTES = dict.fromkeys(("BOOL", "U8", "I8", "F8_E5M2", "F8_E4M3", "F8_E8M0"), 1) | dict.fromkeys(("I16", "U16", "F16", "BF16"), 2)
+_BYTES |= dict.fromkeys(("I32", "U32", "F32"), 4) | dict.fromkeys(("C64", "F64", "I64", "U64"), 8)
+_counter = itertools.count()
+
+
+@dataclass(frozen=True, slots=True)
+class TensorInfo:
+    """One tensor of a file, without its values."""
+
+    dtype: str
+    """As safetensors spells it: F32, BF16 ..."""
+    shape: tuple[int, ...]
+    start: int
+    """First byte, counted from the end of the header (in a pickle: as if the tensors stood one after another)."""
+    end: int
+
+
+@dataclass(frozen=True, slots=True)
+class Header:
+    """What a file holds, in the order of its bytes."""
+
+    tensors: dict[str, TensorInfo]
+    metadata: dict[str, str] = field(default_factory=dict)
+
+
+# --- reading ---
+
+
+def read_header(path: str | Path) -> Header:
+    """Names, dtypes, shapes and metadata, without the values.
+
+    A pickle is mapped, not read, but needs torch. Errors: `UserError` for a file that is missing, empty,
+    truncated, or not a weight file.
+    """
+    path = _existing(path)
+    if path.suffix in PICKLES:
+        return _pickle_header(path)
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if length > min(_LARGEST_HEADER, size - 8):
+            raise UserError(_not_safetensors(path, size, length))
+        text = file.read(length)
+    try:
+        entries = json.loads(text)
+        metadata = entries.pop("__metadata__", {})
+        tensors = {name: TensorInfo(e["dtype"], tuple(e["shape"]), *e["data_offsets"]) for name, e in entries.items()}
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise UserError(f"{path}: not a safetensors file (its header is no table of tensors)") from None
+    tensors = dict(sorted(tensors.items(), key=lambda item: (item[1].start, item[0])))
+    _check_layout(path, tensors, size - 8 - length)
+    return Header(tensors, metadata)
+
+
+def load(
+    path: str | Path,
+    *,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype | None = None,
+    names: Callable[[str], bool] | None = None,
+) -> dict[str, Tensor]:
+    """{name: tensor} of a .safetensors, .ckpt, .pt, .pth or .bin file, memory-mapped where the format can be.
+
+    `dtype` casts floating tensors only; `names` picks tensors. Pickles are read without running any code in
+    them; "state_dict" is unwrapped, numbers and strings beside tensors are left out. Errors: as `read_header`.
+    """
+    path = _existing(path)
+    if path.suffix in PICKLES:
+        tensors = {name: t.to(device) for name, t in _unpickle(path).items() if names is None or names(name)}
+    else:
+        from safetensors import safe_open
+
+        read_header(path)
+        with safe_open(path, framework="pt", device=str(device)) as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys() if names is None or names(name)}  # noqa: SIM118
+    if dtype is None:
+        return tensors
+    return {name: t.to(dtype) if t.is_floating_point() else t for name, t in tensors.items()}
+
+
+def _existing(path: str | Path) -> Path:
+    path = Path(path)
+    if not path.exists():
+        raise UserError(f"{path}: no such file")
+    if path.is_dir():
+        raise UserError(f"{path}: is a folder, expected a weight file")
+    if path.stat().st_size == 0:
+        raise UserError(f"{path}: the file is empty; was the download or the save interrupted?")
+    return path
+
+
+def _not_safetensors(path: Path, size: int, length: int) -> str:
+    with path.open("rb") as file:
+        start = file.read(64)
+    if start.startswith(b"version https://git-lfs"):
+        return f"{path}: a Git LFS pointer, not the weights themselves; fetch them with `git lfs pull`"
+    if start.lstrip().lower().startswith((b"<!doctype", b"<html")):
+        return f"{path}: a web page, not a weight file; the download did not succeed"
+    if start.startswith((b"PK\x03\x04", b"\x80\x02")):
+        return f"{path}: a pickled file; rename it to {path.with_suffix('.ckpt').name}"
+    if length <= _LARGEST_HEADER and start[8:9] == b"{":
+        return f"{path}: truncated: the header alone has {length:,} bytes, the file has {size:,}; download or copy it again"
+    return f"{path}: not a safetensors file"
+
+
+def _check_layout(path: Path, tensors: Mapping[str, TensorInfo], size: int) -> None:
+    """Every tensor has the bytes that its shape asks for, and together they are the rest of the file."""
+    at = 0
+    for name, info in tensors.items():
+        fits = info.dtype not in _BYTES or info.end - info.start == math.prod(info.shape) * _BYTES[info.dtype]
+        if info.start != at or not fits:
+            raise UserError(f"{path}: damaged: the header's place for {name!r} does not fit its shape {list(info.shape)} of {info.dtype}")
+        at = info.end
+    if size < at:
+        raise UserError(f"{path}: truncated: {at:,} bytes of tensors expected, {size:,} found; download or copy it again")
+    if size > at:
+        raise UserError(f"{path}: damaged: {size - at:,} bytes follow the last tensor; download or copy it again")
+
+
+# --- pickles ---
+
+
+class _Inert:
+    """Stands in for a class of the program that wrote a pickle (lightning's callbacks); does nothing."""
+
+    def __init__(self, *args: object, **kwargs: object) -> None:
+        pass
+
+
+def _unpickle(path: Path) -> dict[str, Tensor]:
+    """Tensors of a pickle by dotted name, without running code: `torch.load(weights_only=True)`."""
+    import pickle
+
+    import torch
+
+    zipped = zipfile.is_zipfile(path)
+    try:
+        strange = torch.serialization.get_unsafe_globals_in_checkpoint(path) if zipped else []
+        inert: list[Any] = [(_Inert, name) for name in strange if name.startswith(("pytorch_lightning.", "lightning."))]
+        with torch.serialization.safe_globals(inert):
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
+    except pickle.UnpicklingError as error:
+        what = re.search(r"GLOBAL ([\w.]+)", str(error))
+        held = f"holds code ({what[1]})" if what else "cannot be read as plain tensors"
+        raise UserError(f"{path}: {held}, which sfumato does not run; ask for a .safetensors of it") from None
+    except Exception as error:  # a broken pickle can raise anything
+        why = str(error).partition("\n")[0].partition(". ")[0] or type(error).__name__
+        raise UserError(f"{path}: truncated, or not a file that torch saved ({why})") from None
+    if isinstance(content, Mapping) and isinstance(content.get("state_dict"), Mapping):
+        content = content["state_dict"]
+    tensors = dict(_flat(content))
+    if not tensors:
+        raise UserError(f"{path}: holds no tensors")
+    return tensors
+
+
+def _flat(content: object, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
+    import torch
+
+    if isinstance(content, torch.Tensor):
+        yield prefix, content.detach()
+    elif isinstance(content, Mapping):
+        for name, value in content.items():
+            yield from _flat(value, f"{prefix}.{name}" if prefix else str(name))
+
+
+def _pickle_header(path: Path) -> Header:
+    tensors, at = {}, 0
+    for name, t in _unpickle(path).items():
+        tensors[name] = TensorInfo(_SPELLING.get(str(t.dtype), str(t.dtype)), tuple(t.shape), at, at + t.nbytes)
+        at += t.nbytes
+    return Header(tensors)
+
+
+# --- writing ---
+
+
+@contextmanager
+def aside(path: str | Path, needed: int = 0) -> Iterator[Path]:
+    """A temporary path in the same folder, which becomes `path` when the block ends well.
+
+    `path` holds its old content or the whole new one, whatever happens; after a failure the temporary file is
+    gone. `needed`: bytes about to be written, for the message. Errors: `UserError` when the disk is full or
+    the folder cannot be written.
+    """
+    path = Path(path)
+    # The ending is kept: some writers choose the format by it.
+    temp = path.with_name(f".{path.stem}.{os.getpid()}-{next(_counter)}.part{path.suffix}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _drop_stale(path)
+        temp.touch()
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written: {error.strerror}") from None
+    try:
+        yield temp
+        _sync(temp)
+        os.replace(temp, path)
+    except BaseException as error:
+        with suppress(OSError):
+            temp.unlink(missing_ok=True)
+        if isinstance(error, Exception) and is_full(error):
+            raise UserError(full_disk(path, needed)) from error
+        raise
+    _sync(path.parent)
+
+
+def save(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
+    """Write a weight file, atomically; the ending chooses safetensors or a pickle (which holds no metadata).
+
+    The same tensors and metadata give the same bytes. Errors: `UserError` as `aside`; the old file is untouched then.
+    """
+    path = Path(path)
+    with aside(path, sum(t.nbytes for t in tensors.values())) as temp, temp.open("wb") as file:
+        if path.suffix in PICKLES:
+            import torch
+
+            torch.save({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, file)
+        else:
+            for part in serialise(tensors, metadata):
+                file.write(part)
+
+
+def serialise(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> Iterator[bytes | memoryview]:
+    """A safetensors file: first its header, then the bytes of one tensor after another, laid out as the safetensors library does.
+
+    The library itself needs all tensors in memory at once, writes metadata in random order, and makes files
+    that only their owner can read.
+    """
+    order = list(_DTYPES)
+    rank = {name: order.index(_spelling(name, t)) for name, t in tensors.items()}
+    names = sorted(tensors, key=lambda name: (-rank[name], name.encode()))
+    entries: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    at = 0
+    for name in names:
+        t = tensors[name]
+        entries[name] = {"dtype": order[rank[name]], "shape": list(t.shape), "data_offsets": [at, at + t.nbytes]}
+        at += t.nbytes
+    header = json.dumps(entries, ensure_ascii=False, separators=(",", ":")).encode()
+    header += b" " * (-len(header) % 8)
+    yield len(header).to_bytes(8, "little") + header
+    for name in names:
+        yield _bytes(tensors[name])
+
+
+def _spelling(name: str, tensor: Tensor) -> str:
+    if str(tensor.dtype) not in _SPELLING:
+        raise UserError(f"tensor {name!r}: safetensors has no {tensor.dtype}")
+    return _SPELLING[str(tensor.dtype)]
+
+
+def _bytes(tensor: Tensor) -> memoryview:
+    """The values as they lie in memory, in order of rows."""
+    import torch
+
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Write UTF-8 text, atomically. Errors: as `aside`."""
+    data = text.encode()
+    with aside(path, len(data)) as temp:
+        temp.write_bytes(data)
+
+
+def is_full(error: BaseException | None) -> bool:
+    """Whether a full disk or an exhausted quota lies behind an error, through whatever library it came."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            return True
+        # safetensors and torch raise their own errors, which carry the system's as text.
+        if re.search(r"os error (28|122|27)\b|No space left|[Qq]uota exceeded", str(error)):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+def full_disk(path: Path, needed: int) -> str:
+    """The message for a full disk: what was needed and what is free."""
+    free = shutil.disk_usage(path.parent).free
+    return f"{path}: the disk is full: {needed:,} bytes needed, {free:,} free; nothing was written: make room or choose another folder"
+
+
+def _drop_stale(path: Path) -> None:
+    """Remove what runs killed in the middle of writing `path` left behind."""
+    pattern = re.compile(re.escape(f".{path.stem}.") + r"\d+-\d+\.part" + re.escape(path.suffix))
+    with os.scandir(path.parent) as entries:
+        for entry in entries:
+            if pattern.fullmatch(entry.name):
+                with suppress(OSError):
+                    if time.time() - entry.stat().st_mtime > _STALE:
+                        os.unlink(entry.path)
+
+
+def _sync(path: Path) -> None:
+    """Have the bytes of a file, or the names of a folder, on the disk itself."""
+    if path.is_dir() and os.name == "nt":
+        return  # Windows has no handle on a folder; its renames are journalled
+    handle = os.open(path, os.O_RDONLY if os.name != "nt" else os.O_RDWR)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+# --- content ---
+
+
+def check_finite(tensors: Mapping[str, Tensor], what: str) -> None:
+    """Errors: `UserError` naming the first tensors with NaN or infinity; `what`: which weights these are."""
+    import torch
+
+    bad = []
+    for name, t in tensors.items():
+        if t.is_floating_point():
+            wide = t.float() if t.element_size() == 1 else t  # isfinite knows no 8-bit floats
+            if not bool(torch.isfinite(wide).all()):
+                bad.append(f"{name} ({int((~torch.isfinite(wide)).sum()):,} of {t.numel():,} values)")
+    if bad:
+        more = f" and {len(bad) - 3} more" if len(bad) > 3 else ""
+        raise UserError(f"{what}: NaN or infinite values in {', '.join(bad[:3])}{more}")
+
+
+def fingerprint(tensors: Mapping[str, Tensor]) -> str:
+    """Hash of names, dtypes, shapes and values; the order of the tensors does not matter."""
+    digest = hashlib.blake2b(digest_size=16)
+    for name in sorted(tensors):
+        digest.update(f"{name}\0{tensors[name].dtype}\0{tuple(tensors[name].shape)}\0".encode())
+        digest.update(_bytes(tensors[name]))
+    return digest.hexdigest()
+
+
+def file_digest(path: str | Path) -> str:
+    """sha256 of a file's bytes, in hex."""
+    digest = hashlib.sha256()
+    with Path(path).open("rb") as file:
+        while block := file.read(1 << 22):
+            digest.update(block)
+    return digest.hexdigest()

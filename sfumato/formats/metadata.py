@@ -1,0 +1,286 @@
+"""What a saved file says of itself: modelspec 1.0.1 and kohya's `ss_*` fields, with hashes as sd-scripts computes them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from sfumato.config import Config, DatasetConfig, OutputConfig
+from sfumato.errors import UserError
+from sfumato.formats.files import file_digest, serialise, write_text
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+LEGACY_START, LEGACY_LENGTH = 0x100000, 0x10000
+"""The bytes that the old, short hash looks at."""
+NEEDED = ("ss_v2", "ss_base_model_version", "ss_network_module", "ss_network_dim", "ss_network_alpha", "ss_network_args")
+"""What `no_metadata` leaves, because loaders read it."""
+
+_OPTIONS = {  # section of the config -> its fields that are written, as ss_<field>
+    "optimizer": (
+        "learning_rate text_encoder_lr unet_lr lr_warmup_steps lr_scheduler lr_scheduler_args max_grad_norm ema_decay learning_rate_te"
+    ),
+    "train": "gradient_accumulation_steps seed full_bf16 stop_text_encoder_training train_text_encoder",
+    "memory": "gradient_checkpointing lowram",
+    "data": (
+        "cache_latents caption_dropout_rate caption_dropout_every_n_epochs caption_tag_dropout_rate "
+        "face_crop_aug_range resize_interpolation"
+    ),
+    "noise": (
+        "noise_offset noise_offset_random_strength adaptive_noise_scale multires_noise_iterations multires_noise_discount "
+        "ip_noise_gamma ip_noise_gamma_random_strength zero_terminal_snr min_timestep max_timestep"
+    ),
+    "loss": (
+        "prior_loss_weight min_snr_gamma loss_type huber_schedule huber_c huber_scale masked_loss "
+        "scale_v_pred_loss_like_noise_pred v_pred_like_loss"
+    ),
+    "network": "network_dropout scale_weight_norms",
+    "output": "output_name training_comment",
+}
+
+
+# --- modelspec ---
+
+
+def modelspec(
+    architecture: str,
+    output: OutputConfig,
+    *,
+    implementation: str,
+    resolution: tuple[int, int],
+    prediction: str,
+    date: datetime,
+    adapter: str = "",
+    encoder_layer: int | None = None,
+    timestep_range: tuple[int, int] | None = None,
+) -> dict[str, str]:
+    """The `modelspec.*` fields.
+
+    `architecture`: "stable-diffusion-v1"; `adapter`: "lora", "textual-inversion" ...; `resolution`: (width, height);
+    `prediction`: "epsilon" or "v"; `encoder_layer`: clip_skip; `timestep_range`: first and last step.
+    Source: Stability AI's ModelSpec.
+    """
+    values: dict[str, object] = {
+        "sai_model_spec": "1.0.1",
+        "architecture": f"{architecture}/{adapter}" if adapter else architecture,
+        "implementation": implementation,
+        "title": output.metadata_title or output.output_name,
+        "resolution": f"{resolution[0]}x{resolution[1]}",
+        "date": date.replace(microsecond=0).isoformat(),
+        "author": output.metadata_author,
+        "description": output.metadata_description,
+        "license": output.metadata_license,
+        "tags": output.metadata_tags,
+        "usage_hint": output.metadata_usage_hint,
+        "trigger_phrase": output.metadata_trigger_phrase,
+        "prediction_type": prediction,
+        "encoder_layer": encoder_layer,
+        "timestep_range": f"{timestep_range[0]},{timestep_range[1]}" if timestep_range else None,
+    }
+    return {f"modelspec.{name}": str(value) for name, value in values.items() if value is not None}
+
+
+# --- ss_* ---
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DatasetFacts:
+    """What a scan found of one dataset."""
+
+    config: DatasetConfig
+    images: Sequence[int]
+    """Pictures in each subset, without repeats."""
+    captions: Sequence[Sequence[str]] = ()
+    """Captions of each subset, one a picture."""
+    buckets: Mapping[tuple[int, int], int] = field(default_factory=dict)
+    """(width, height) -> pictures, repeats counted."""
+    mean_ar_error: float = 0.0
+    """Mean difference of aspect ratio between a picture and its bucket."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunFacts:
+    """What a run knows of itself beyond its config. Names are those of the `ss_*` fields."""
+
+    session_id: int
+    training_started_at: float
+    training_finished_at: float
+    base_model_version: str
+    """sd_v1, sd_v2, sd_v2_v ..."""
+    v2: bool
+    optimizer: str
+    """Class and arguments: `torch.optim.adamw.AdamW(weight_decay=0.1)`."""
+    mixed_precision: str
+    num_train_images: int
+    """Repeats counted."""
+    num_reg_images: int
+    num_batches_per_epoch: int
+    num_epochs: int
+    max_train_steps: int
+    steps: int
+    epoch: int
+    clip_skip: int | None = None
+    max_token_length: int | None = None
+    network_module: str | None = None
+    """None when a whole model is trained."""
+    network_dim: int | None = None
+    network_alpha: float | None = None
+    network_args: Mapping[str, object] | None = None
+
+
+def training(config: Config, run: RunFacts, datasets: Sequence[DatasetFacts] = ()) -> dict[str, str]:
+    """The `ss_*` fields, all as text, "None" where there is nothing (as sd-scripts writes them and others read them)."""
+    values: dict[str, object] = {
+        name: getattr(getattr(config, section), name) for section, names in _OPTIONS.items() for name in names.split()
+    }
+    values["debiased_estimation"] = config.loss.debiased_estimation_loss
+    values |= asdict(run)
+    if run.network_args:
+        values["network_args"] = json.dumps(dict(run.network_args))
+    else:
+        del values["network_args"]
+    for name in ("text_encoder_lr", "lr_scheduler_args"):
+        values[name] = list(values[name]) or None  # type: ignore[call-overload]
+    if config.output.no_metadata:
+        return {name: text for name, text in _texts(values).items() if name in NEEDED}
+    return _texts(values | _dataset_fields(datasets))
+
+
+def base_model(name: str, kind: str = "sd_model", memo: Path | None = None) -> dict[str, str]:
+    """Name and hashes of the base model, or with `kind` "vae" of the VAE. A folder or a hub id has a name alone."""
+    path = Path(name)
+    if not path.is_file():
+        return {f"ss_{kind}_name": path.name if path.exists() else name}
+    new = "ss_new_sd_model_hash" if kind == "sd_model" else f"ss_new_{kind}_hash"
+    return {f"ss_{kind}_name": path.name, f"ss_{kind}_hash": legacy_hash(path), new: model_hash(path, memo)}
+
+
+def _texts(values: Mapping[str, object]) -> dict[str, str]:
+    return {f"ss_{name}": str(value) for name, value in values.items()}
+
+
+def _dataset_fields(datasets: Sequence[DatasetFacts]) -> dict[str, object]:
+    """`datasets` whole, and over all of them the folders, tags and resolution that other programs look for."""
+    if not datasets:
+        return {}
+    folders: dict[bool, dict[str, object]] = {False: {}, True: {}}
+    tags: dict[str, Counter[str]] = {}
+    for d in datasets:
+        for subset, count in zip(d.config.subsets, d.images, strict=True):
+            folders[subset.is_reg][Path(subset.image_dir).name] = {"n_repeats": subset.num_repeats, "img_count": count}
+        for folder, counted in _tags(d).items():
+            tags.setdefault(folder, Counter()).update(counted)
+    width, height = datasets[0].config.resolution
+    return {
+        "datasets": json.dumps([_dataset(d) for d in datasets], ensure_ascii=False),
+        "dataset_dirs": json.dumps(folders[False], ensure_ascii=False),
+        "reg_dataset_dirs": json.dumps(folders[True], ensure_ascii=False),
+        "tag_frequency": json.dumps(tags, ensure_ascii=False),
+        "bucket_info": json.dumps(_bucket_info(datasets[0])) if len(datasets) == 1 else None,
+        "resolution": f"({width}, {height})",
+        "enable_bucket": datasets[0].config.enable_bucket,
+        "batch_size_per_device": datasets[0].config.batch_size,
+    }
+
+
+def _dataset(facts: DatasetFacts) -> dict[str, object]:
+    """One entry of `ss_datasets`."""
+    plain = asdict(facts.config)
+    subsets = plain.pop("subsets")
+    for subset, count in zip(subsets, facts.images, strict=True):
+        subset["img_count"] = count
+        subset["image_dir"] = Path(subset["image_dir"]).name  # where it lay on somebody's disk is nobody's business
+    repeated = [(s.is_reg, n * s.num_repeats) for s, n in zip(facts.config.subsets, facts.images, strict=True)]
+    return {
+        "is_dreambooth": True,
+        "batch_size_per_device": plain.pop("batch_size"),
+        "num_train_images": sum(n for reg, n in repeated if not reg),
+        "num_reg_images": sum(n for reg, n in repeated if reg),
+        **plain,
+        "tag_frequency": _tags(facts),
+        "bucket_info": _bucket_info(facts),
+        "subsets": subsets,
+    }
+
+
+def _bucket_info(facts: DatasetFacts) -> dict[str, object]:
+    buckets = {str(i): {"resolution": list(size), "count": n} for i, (size, n) in enumerate(sorted(facts.buckets.items()))}
+    return {"buckets": buckets, "mean_img_ar_error": facts.mean_ar_error}
+
+
+def _tags(facts: DatasetFacts) -> dict[str, Counter[str]]:
+    """folder -> how often each tag stands in its captions."""
+    out: dict[str, Counter[str]] = {}
+    for subset, captions in zip(facts.config.subsets, facts.captions, strict=False):
+        counted = out.setdefault(Path(subset.image_dir).name, Counter())
+        counted.update(tag for caption in captions for tag in split_tags(caption, subset.caption_separator))
+    return out
+
+
+def split_tags(caption: str, separator: str = ",") -> Iterable[str]:
+    """The tags of a caption, in lower case, as sd-scripts counts them."""
+    return (tag for part in caption.split(separator) if (tag := part.strip().lower()))
+
+
+# --- hashes ---
+
+
+def hashes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[str, str]:
+    """`sshs_model_hash` and `sshs_legacy_hash` of an adapter about to be saved.
+
+    Both are taken of the file as it would be with the `ss_*` fields of `metadata` alone: the first is the sha256 of
+    what follows the header, the second 8 hex digits of the sha256 of 64 KiB at 1 MiB.
+    """
+    parts = serialise(tensors, {k: v for k, v in metadata.items() if k.startswith("ss_")})
+    header = next(parts)
+    payload, window = hashlib.sha256(), hashlib.sha256()
+    at = len(header)
+    window.update(header[LEGACY_START : LEGACY_START + LEGACY_LENGTH])
+    for part in parts:
+        payload.update(part)
+        window.update(part[max(0, LEGACY_START - at) : max(0, LEGACY_START + LEGACY_LENGTH - at)])
+        at += len(part)
+    return {"sshs_model_hash": payload.hexdigest(), "sshs_legacy_hash": window.hexdigest()[:8]}
+
+
+def legacy_hash(path: str | Path) -> str:
+    """`ss_sd_model_hash`: 8 hex digits of the sha256 of 64 KiB at 1 MiB of a file."""
+    with Path(path).open("rb") as file:
+        file.seek(LEGACY_START)
+        return hashlib.sha256(file.read(LEGACY_LENGTH)).hexdigest()[:8]
+
+
+def model_hash(path: str | Path, memo: Path | None = None) -> str:
+    """`ss_new_sd_model_hash`: the sha256 of a whole file.
+
+    `memo`: a JSON file that remembers hashes by path, size and time of change, so that a base model is read
+    once and not each run; default `~/.cache/sfumato/hashes.json`. When it cannot be written, nothing is remembered.
+    """
+    path = Path(path).resolve()
+    memo = memo or Path("~/.cache/sfumato/hashes.json").expanduser()
+    stat = path.stat()
+    state = [stat.st_size, stat.st_mtime_ns]
+    known = _memory(memo)
+    found = known.get(str(path))
+    if isinstance(found, list) and found[:2] == state:
+        return str(found[2])
+    digest = file_digest(path)
+    with suppress(UserError):  # a home that cannot be written is no reason to stop a run
+        write_text(memo, json.dumps({**_memory(memo), str(path): [*state, digest]}, indent=1))
+    return digest
+
+
+def _memory(memo: Path) -> dict[str, object]:
+    try:
+        known = json.loads(memo.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return known if isinstance(known, dict) else {}

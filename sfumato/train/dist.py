@@ -1,0 +1,86 @@
+"""Which process this is, which device it uses, and what a launcher asked for.
+
+`accelerate launch` and `torchrun` only start processes: what they say stands in the environment and is
+read here, once.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Literal
+
+import torch
+import torch.distributed
+
+from sfumato.errors import UserError
+
+Precision = Literal["no", "fp16", "bf16"]
+
+
+@dataclass(frozen=True, slots=True)
+class World:
+    """The processes of a run and this one's place among them."""
+
+    rank: int
+    size: int
+    device: torch.device
+
+    @property
+    def main(self) -> bool:
+        """Whether this process writes files and speaks to the user."""
+        return self.rank == 0
+
+    def wait(self) -> None:
+        """Return when all processes are here."""
+        if self.size > 1:
+            torch.distributed.barrier()
+
+    def agree(self, flag: bool) -> bool:
+        """Whether any process says yes."""
+        if self.size == 1:
+            return flag
+        value = torch.tensor(int(flag), device=self.device)
+        torch.distributed.all_reduce(value, op=torch.distributed.ReduceOp.MAX)
+        return bool(value.item())
+
+    def close(self) -> None:
+        if self.size > 1 and torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+
+
+def world() -> World:
+    """Join the other processes that a launcher started, if any."""
+    size, rank, local = (int(os.environ.get(name, default)) for name, default in (("WORLD_SIZE", "1"), ("RANK", "0"), ("LOCAL_RANK", "0")))
+    device = device_of(local)
+    if size > 1:
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        torch.distributed.init_process_group(backend, timeout=timedelta(minutes=60))
+    return World(rank, size, device)
+
+
+def device_of(local_rank: int = 0) -> torch.device:
+    """The accelerator of this process, or the CPU where there is none or `accelerate launch --cpu` asked for it."""
+    if os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes"):
+        return torch.device("cpu")
+    if torch.cuda.is_available():
+        torch.cuda.set_device(local_rank)
+        return torch.device("cuda", local_rank)
+    if torch.backends.mps.is_available():
+        return torch.device("mps")
+    if hasattr(torch, "xpu") and torch.xpu.is_available():
+        return torch.device("xpu", local_rank)
+    return torch.device("cpu")
+
+
+def precision(asked: Precision | None) -> Precision:
+    """What the config asks for, else what `accelerate launch --mixed_precision` says, else "no"."""
+    said = asked or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    if said not in ("no", "fp16", "bf16"):
+        raise UserError(f"mixed_precision {said!r} (from accelerate launch) is not supported; expected no, fp16 or bf16")
+    return said
+
+
+DTYPES: dict[Precision, torch.dtype] = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+"""What frozen weights are held in, by mixed precision."""

@@ -1,0 +1,139 @@
+"""What is written down while training: JSON lines always, tensorboard and wandb when asked, the loss as a picture."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, Protocol
+
+from sfumato.config import Config
+from sfumato.errors import UserError
+from sfumato.formats import files
+
+
+class Sink(Protocol):
+    """A place for numbers."""
+
+    def write(self, step: int, values: Mapping[str, float]) -> None: ...
+    def close(self) -> None: ...
+
+
+class Lines:
+    """`NAME.jsonl`: one JSON object a line; a resumed run goes on where its state ends."""
+
+    def __init__(self, path: Path, start: int) -> None:
+        self.path = path
+        kept = [line for line in path.read_text().splitlines() if _step_of(line) <= start] if start and path.exists() else []
+        files.write_text(path, "".join(line + "\n" for line in kept))
+        self.file = path.open("a", buffering=1)
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        self.file.write(json.dumps({"step": step, **values}) + "\n")
+
+    def close(self) -> None:
+        self.file.close()
+
+
+def _step_of(line: str) -> float:
+    with suppress(ValueError, KeyError, TypeError):
+        return float(json.loads(line)["step"])
+    return float("inf")
+
+
+class Tensorboard:
+    def __init__(self, folder: Path) -> None:
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError as error:
+            raise UserError("--log_with tensorboard: the library is not installed; run `pip install tensorboard`") from error
+        self.writer: Any = SummaryWriter(str(folder))  # type: ignore[no-untyped-call]
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        for name, value in values.items():
+            self.writer.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        self.writer.close()
+
+
+class Wandb:
+    def __init__(self, project: str, name: str, settings: Mapping[str, Any]) -> None:
+        try:
+            import wandb
+        except ImportError as error:
+            raise UserError("--log_with wandb: the library is not installed; run `pip install wandb`") from error
+        self.run: Any = wandb.init(project=project, name=name, config=dict(settings))
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        self.run.log(dict(values), step=step)
+
+    def close(self) -> None:
+        self.run.finish()
+
+
+class Log:
+    """All sinks of a run."""
+
+    def __init__(self, config: Config, start: int, settings: Mapping[str, Any]) -> None:
+        folder, name, asked = Path(config.output.output_dir), config.output.output_name, config.log.log_with
+        self.path = folder / f"{name}.jsonl"
+        self.sinks: list[Sink] = [Lines(self.path, start)]
+        if asked in ("tensorboard", "all"):
+            base = Path(config.log.logging_dir) if config.log.logging_dir else folder / "logs"
+            self.sinks.append(Tensorboard(base / f"{config.log.log_prefix or ''}{name}"))
+        if asked in ("wandb", "all"):
+            self.sinks.append(Wandb(config.log.log_tracker_name or "sfumato", config.log.wandb_run_name or name, settings))
+
+    def write(self, step: int, **values: float) -> None:
+        for sink in self.sinks:
+            sink.write(step, values)
+
+    def close(self) -> None:
+        for sink in self.sinks:
+            sink.close()
+
+
+def read(path: Path) -> dict[str, list[tuple[int, float]]]:
+    """A log's numbers by name: {"loss": [(step, value), ...]}."""
+    out: dict[str, list[tuple[int, float]]] = {}
+    for line in path.read_text().splitlines():
+        entry = json.loads(line)
+        for name, value in entry.items():
+            if name != "step":
+                out.setdefault(name, []).append((entry["step"], value))
+    return out
+
+
+def smooth(values: list[float], weight: float) -> list[float]:
+    """Exponential moving average without the bias of its start (as Adam's moments)."""
+    out, average, norm = [], 0.0, 0.0
+    for value in values:
+        average, norm = weight * average + (1 - weight) * value, weight * norm + (1 - weight)
+        out.append(average / norm)
+    return out
+
+
+def curve(log: Path, picture: Path) -> None:
+    """Draw the loss and the learning rates of a log as a PNG."""
+    from matplotlib.figure import Figure
+
+    numbers = read(log)
+    if not numbers.get("loss"):
+        return
+    steps, loss = (list(column) for column in zip(*numbers["loss"], strict=True))
+    figure = Figure(figsize=(8, 4.5), dpi=120, layout="constrained")
+    axes = figure.add_subplot()
+    axes.plot(steps, loss, color="#c8c8d8", linewidth=0.7, label="loss of a step")
+    axes.plot(steps, smooth([float(v) for v in loss], 0.98 if len(loss) > 200 else 0.9), color="#2040c0", linewidth=1.8, label="smoothed")
+    axes.set_xlabel("optimizer step")
+    axes.set_ylabel("loss")
+    rates = axes.twinx()
+    for name in sorted(n for n in numbers if n.startswith("lr/")):
+        rates.plot(*zip(*numbers[name], strict=True), linewidth=0.8, linestyle=":", label=name)
+    rates.set_ylabel("learning rate")
+    handles = [h for a in (axes, rates) for h in a.get_legend_handles_labels()[0]]
+    axes.legend(handles=handles, loc="upper right", frameon=False)
+    with files.aside(picture) as path:
+        figure.savefig(path, format="png")

@@ -1,0 +1,291 @@
+"""The one loop: batches in, optimizer steps, and now and then a picture, a result or the run's state.
+
+One clock, the optimizer step: schedule, intervals, file names and resuming read it alone.
+"""
+
+from __future__ import annotations
+
+import math
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from sfumato.config import Config
+from sfumato.data.batch import Batch
+from sfumato.data.loader import Loader
+from sfumato.data.plan import Plan, SampleRef
+from sfumato.errors import UserError
+from sfumato.optim import build
+from sfumato.optim.ema import EMA
+from sfumato.train import keep
+from sfumato.train.dist import World
+from sfumato.train.log import Log
+from sfumato.train.progress import Bar
+from sfumato.train.trainables import Trainable
+
+
+@dataclass(frozen=True, slots=True)
+class Pace:
+    """How many optimizer steps there are. An incomplete last group of an epoch is a step as well."""
+
+    batches: int
+    """Batches an epoch, over all processes."""
+    group: int
+    """Batches an optimizer step: accumulation x processes."""
+    steps: int
+    """Optimizer steps in all."""
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return math.ceil(self.batches / self.group)
+
+    @property
+    def epochs(self) -> int:
+        return math.ceil(self.steps / self.steps_per_epoch)
+
+    @classmethod
+    def of(cls, config: Config, batches: int, processes: int) -> Pace:
+        t = config.train
+        group = t.gradient_accumulation_steps * processes
+        if batches < processes:
+            raise UserError(f"{batches} batches an epoch are too few for {processes} processes; start fewer, or lower the batch size")
+        steps = math.ceil(batches / group) * t.max_train_epochs if t.max_train_epochs else (t.max_train_steps or 1600)
+        return cls(batches, group, steps)
+
+
+@dataclass(slots=True)
+class Course:
+    """All that a run needs while it runs."""
+
+    config: Config
+    world: World
+    pace: Pace
+    plan: Plan
+    loader: Loader
+    trainable: Trainable
+    step: nn.Module
+    """`step.Step`, or DistributedDataParallel around it."""
+    optimizer: torch.optim.Optimizer
+    schedule: Any
+    ema: EMA | None
+    scaler: torch.amp.GradScaler
+    log: Log | None
+    draw: Callable[[int, int], None]
+    """(step, epoch): draw the sample prompts."""
+    save_result: Callable[[Any, int, int], None]
+    """(path, step, epoch)."""
+    save_state: Callable[[Any, int, int], None]
+    began: float = field(default_factory=time.monotonic)
+    done: int = 0
+    """Optimizer steps done, those before a resume included."""
+    first_step_after: float | None = None
+    """Seconds from `began` to the end of the first step."""
+
+
+@dataclass(slots=True)
+class Pending:
+    """Losses that still lie on the device, so that no step waits for one to be read."""
+
+    values: list[tuple[int, Tensor, Tensor, list[float]]] = field(default_factory=list)
+    read: float = 0.0
+    average: float = math.nan
+
+    def add(self, step: int, loss: Tensor, norm: Tensor, rates: list[float]) -> None:
+        self.values.append((step, loss, norm, rates))
+
+    def flush(self, course: Course, epoch: int) -> None:
+        """Read, check and write what has gathered."""
+        if not self.values:
+            return
+        numbers = torch.stack([torch.stack((loss.detach().float(), norm.detach().float())) for _, loss, norm, _ in self.values]).tolist()
+        for (step, _, _, rates), (loss, norm) in zip(self.values, numbers, strict=True):
+            if not math.isfinite(loss):
+                raise UserError(
+                    f"the loss of step {step} is {loss}; nothing was saved after it. Lower the learning rate, use --mixed_precision bf16 instead "
+                    "of fp16, or try --no_half_vae; earlier results and states in output_dir are sound"
+                )
+            self.average = loss if math.isnan(self.average) else 0.95 * self.average + 0.05 * loss
+            if course.log:
+                names = [g["name"] for g in course.optimizer.param_groups]
+                lrs = {f"lr/{n}": lr for n, lr in zip(names, rates, strict=True)}
+                course.log.write(step, loss=loss, grad_norm=norm, epoch=epoch + 1, **lrs)
+        self.values.clear()
+        self.read = time.monotonic()
+
+
+class Interrupt:
+    """The first Ctrl+C (or SIGTERM) is remembered and handled at the end of the step; the second one kills."""
+
+    def __init__(self) -> None:
+        self.asked = False
+        self.old: dict[int, Any] = {}
+
+    def __enter__(self) -> Interrupt:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            # Only the main thread may listen; elsewhere (a notebook's worker, say) the default stays.
+            try:
+                self.old[number] = signal.signal(number, self._hear)
+            except ValueError:
+                break
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self.old.items():
+            signal.signal(number, handler)
+
+    def _hear(self, number: int, frame: FrameType | None) -> None:
+        self.asked = True
+        for n, handler in self.old.items():
+            signal.signal(n, handler)
+
+
+def run(course: Course) -> bool:
+    """Train from `course.done` to the end; True when the end was reached, False after Ctrl+C."""
+    pace, pending = course.pace, Pending()
+    bar = Bar("training", pace.steps, course.done, quiet=not course.world.main)
+    course.optimizer.zero_grad(set_to_none=True)
+    if course.done == 0 and course.config.sample.sample_at_first:
+        _sample(course, 0)
+    try:
+        with Interrupt() as interrupt:
+            for epoch in range(course.done // pace.steps_per_epoch, pace.epochs):
+                for loss, norm in _epoch(course, epoch):
+                    pending.add(course.done, loss, norm, [g["lr"] for g in course.optimizer.param_groups])
+                    stop = course.world.agree(interrupt.asked)
+                    duty = _duties(course, epoch)
+                    if duty or stop or course.done == pace.steps or time.monotonic() - pending.read > 0.5:
+                        pending.flush(course, epoch)
+                        bar.to(course.done, f"loss {pending.average:.4f}  {bar.speed():.2f} steps/s")
+                    if course.first_step_after is None:
+                        course.first_step_after = time.monotonic() - course.began
+                    if duty:
+                        duty()
+                    if stop and course.done < pace.steps:
+                        name = keep.step_name(course.config.output.output_name, course.done)
+                        _save(course, keep.Saving(name, state=True), epoch)
+                        return False
+    finally:
+        bar.close()
+    return True
+
+
+def _epoch(course: Course, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """The optimizer steps of an epoch that are still to do: (mean loss, gradient norm) of each."""
+    pace = course.pace
+    batches = course.plan.batches(epoch, course.config.train.seed)
+    first = course.done - epoch * pace.steps_per_epoch
+    mine = course.loader.epoch(epoch, start_batch=first * pace.group, rank=course.world.rank, world=course.world.size)
+    for group in range(first, pace.steps_per_epoch):
+        if course.done >= pace.steps:
+            return
+        yield _optimizer_step(course, mine, batches[group * pace.group : (group + 1) * pace.group])
+        course.schedule.step()
+        course.done += 1
+
+
+def _optimizer_step(course: Course, mine: Iterator[Batch], refs: list[tuple[SampleRef, ...]]) -> tuple[Tensor, Tensor]:
+    """One step on the batches `refs`, shared out over the processes; every sample weighs the same."""
+    world, samples = course.world, sum(len(batch) for batch in refs)
+    rounds = math.ceil(len(refs) / world.size)
+    total, batch = torch.zeros((), device=world.device), None
+    for i in range(rounds):
+        if i * world.size + world.rank < len(refs):
+            batch = next(mine).to(world.device)
+        elif batch is None:
+            batch = _weightless(next(course.loader.epoch(0)).to(world.device))
+        else:
+            batch = _weightless(batch)
+        with _exchange(course.step, last=i == rounds - 1):
+            cost = course.step(batch)
+            # DistributedDataParallel averages over the processes; the sum over all samples is what is wanted.
+            course.scaler.scale(cost * (world.size / samples)).backward()
+        total += cost.detach() / samples
+    if world.size > 1:
+        torch.distributed.all_reduce(total)
+    return total, _update(course)
+
+
+def _weightless(batch: Batch) -> Batch:
+    """A batch that takes part in the gradient exchange without changing it."""
+    return replace(batch, weight=torch.zeros_like(batch.weight))
+
+
+def _exchange(step: nn.Module, *, last: bool) -> AbstractContextManager[Any]:
+    return nullcontext() if last or not isinstance(step, DistributedDataParallel) else step.no_sync()
+
+
+def _update(course: Course) -> Tensor:
+    """Clip, step, average; returns the gradient norm."""
+    weights = course.trainable.weights()
+    course.scaler.unscale_(course.optimizer)
+    limit = course.config.optimizer.max_grad_norm
+    norm = torch.nn.utils.clip_grad_norm_(weights.values(), limit if limit > 0 else math.inf)
+    course.scaler.step(course.optimizer)
+    course.scaler.update()
+    course.optimizer.zero_grad(set_to_none=True)
+    course.trainable.after_step()
+    if course.ema:
+        course.ema.update(weights)
+    return norm
+
+
+def _duties(course: Course, epoch: int) -> Callable[[], None] | None:
+    """What is due after the step just done, or None."""
+    output, sample, pace, step = course.config.output, course.config.sample, course.pace, course.done
+    ended = step == min((epoch + 1) * pace.steps_per_epoch, pace.steps)
+    savings = [keep.after_step(output, step) if step < pace.steps else None, keep.after_epoch(output, epoch + 1, pace.epochs) if ended else None]
+    every, epochs = sample.sample_every_n_steps, sample.sample_every_n_epochs
+    draws = (every and step % every == 0) or (epochs and ended and (epoch + 1) % epochs == 0)
+    freeze = course.config.train.stop_text_encoder_training == step
+    if not (any(savings) or draws or freeze):
+        return None
+
+    def duty() -> None:
+        for saving in savings:
+            if saving:
+                _save(course, saving, epoch)
+        if draws:
+            _sample(course, epoch)
+        if freeze:
+            course.trainable.freeze_encoders()
+
+    return duty
+
+
+def _save(course: Course, saving: keep.Saving, epoch: int) -> None:
+    folder = Path(course.config.output.output_dir)
+    if course.world.main:
+        suffix = course.trainable.suffix()
+        with finished(course):
+            course.save_result(folder / f"{saving.name}{suffix}", course.done, epoch)
+        if saving.state:
+            course.save_state(folder / keep.state_name(saving.name), course.done, epoch)
+        keep.clean(saving, folder, suffix)
+    course.world.wait()
+
+
+def _sample(course: Course, epoch: int) -> None:
+    if course.world.main:
+        with finished(course):
+            course.draw(course.done, epoch)
+    course.world.wait()
+
+
+@contextmanager
+def finished(course: Course) -> Iterator[None]:
+    """The weights as they would be saved: the optimizer's evaluation weights, or their average; dropouts off."""
+    with build.evaluating(course.optimizer), course.ema.applied(course.trainable.weights()) if course.ema else nullcontext():
+        course.trainable.train(False)
+        try:
+            yield
+        finally:
+            course.trainable.train(True)

@@ -1,0 +1,74 @@
+"""Progress with speed and ETA: a live bar on a terminal, a plain line now and then elsewhere."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+console = Console(stderr=True, highlight=False, soft_wrap=True)
+
+Tell = Callable[[int, int], None]
+"""(done, total)."""
+
+
+class Bar:
+    """How far one job is."""
+
+    def __init__(self, title: str, total: int, start: int = 0, *, quiet: bool = False) -> None:
+        self.title, self.total, self.start, self.done = title, total, start, start
+        self.began = self.spoke = time.monotonic()
+        self.note = ""
+        self.bar: Progress | None = None
+        self.quiet = quiet
+        if console.is_terminal and not quiet:
+            self.bar = Progress(
+                TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TaskProgressColumn(),
+                TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(), TextColumn("{task.fields[note]}"), console=console,
+            )  # fmt: skip
+            self.bar.start()
+            self.task = self.bar.add_task(title, total=total, completed=start, note="")
+
+    def speed(self) -> float:
+        """Units a second since the start."""
+        return (self.done - self.start) / max(time.monotonic() - self.began, 1e-9)
+
+    def to(self, done: int, note: str = "") -> None:
+        """Say that `done` of `total` is done."""
+        self.done, self.note = done, note
+        if self.bar:
+            self.bar.update(self.task, completed=done, note=note)
+        elif not self.quiet and time.monotonic() - self.spoke > 15:
+            self.spoke = time.monotonic()
+            left = (self.total - done) / max(self.speed(), 1e-9)
+            console.print(f"{self.title} {done}/{self.total}  {self.speed():.2f}/s  {_clock(left)} left  {note}".rstrip())
+
+    def close(self) -> None:
+        if self.bar:
+            self.bar.stop()
+
+
+def _clock(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
+
+
+@contextmanager
+def telling(title: str, *, quiet: bool = False) -> Iterator[Tell]:
+    """A `tell(done, total)` for jobs that learn their size as they go."""
+    bar: list[Bar] = []
+
+    def tell(done: int, total: int) -> None:
+        if not bar:
+            bar.append(Bar(title, total, quiet=quiet))
+        bar[0].to(done)
+
+    try:
+        yield tell
+    finally:
+        for b in bar:
+            b.close()

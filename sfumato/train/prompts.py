@@ -1,0 +1,220 @@
+"""Prompt files: what to draw, as sd-scripts' `--sample_prompts` spells it."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+from sfumato.errors import UserError, nearest
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+SAMPLERS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
+    "ddim": ("DDIMScheduler", {}),
+    "pndm": ("PNDMScheduler", {}),
+    "lms": ("LMSDiscreteScheduler", {}),
+    "euler": ("EulerDiscreteScheduler", {}),
+    "euler_a": ("EulerAncestralDiscreteScheduler", {}),
+    "heun": ("HeunDiscreteScheduler", {}),
+    "dpm_2": ("KDPM2DiscreteScheduler", {}),
+    "dpm_2_a": ("KDPM2AncestralDiscreteScheduler", {}),
+    # The first-generation solver cannot step onto sigma 0.
+    "dpmsolver": ("DPMSolverMultistepScheduler", {"algorithm_type": "dpmsolver", "final_sigmas_type": "sigma_min"}),
+    "dpmsolver++": ("DPMSolverMultistepScheduler", {"algorithm_type": "dpmsolver++"}),
+    # With an odd number of steps the last one must be of a lower order.
+    "dpmsingle": ("DPMSolverSinglestepScheduler", {"lower_order_final": True}),
+}
+"""Sampler name -> diffusers' scheduler class, and what it is told besides the process's own settings."""
+ALIASES = {f"k_{name}": name for name in ("lms", "euler", "euler_a", "dpm_2", "dpm_2_a")}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prompt:
+    """One picture to draw; fields are spelled as the keys of sd-scripts' TOML and JSON prompt files."""
+
+    prompt: str = ""
+    negative_prompt: str = ""
+    width: int = 512
+    height: int = 512
+    sample_steps: int = 30
+    scale: float = 7.5
+    """Classifier-free guidance; at 1 or below the negative prompt is not used."""
+    guidance_scale: float | None = None
+    """The guidance that distilled models are told; other models do not hear it."""
+    seed: int | None = None
+    sample_sampler: str | None = None
+    """One of `SAMPLERS`; None: the run's."""
+
+
+OPTIONS = {
+    "w": "width",
+    "h": "height",
+    "d": "seed",
+    "s": "sample_steps",
+    "l": "scale",
+    "g": "guidance_scale",
+    "n": "negative_prompt",
+    "ss": "sample_sampler",
+}
+"""Option of a prompt line -> field."""
+LATER = {
+    "cn": "controlnet_image",
+    "ctr": "cfg_trunc_ratio",
+    "rcfg": "renorm_cfg",
+    "fs": "flow_shift",
+}
+"""Options and keys of sd-scripts that no family here takes yet."""
+KINDS: Mapping[str, type] = {
+    "prompt": str,
+    "negative_prompt": str,
+    "sample_sampler": str,
+    "width": int,
+    "height": int,
+    "sample_steps": int,
+    "seed": int,
+    "scale": float,
+    "guidance_scale": float,
+}
+LIMITS: Mapping[str, tuple[int, int]] = {
+    "width": (8, 16384),
+    "height": (8, 16384),
+    "sample_steps": (1, 1000),
+    "seed": (0, 2**64 - 1),
+}
+
+
+def read_prompts(path: Path | str, default: Prompt | None = None) -> list[Prompt]:
+    """The prompts of a .txt, .toml or .json file; `default` says what they do not.
+
+    Raises one `UserError` that tells every mistake in the file, each with its line or its place.
+    """
+    path, default = Path(path), default or Prompt()
+    readers: Mapping[str, Callable[[Path, str], Iterable[tuple[str, Any]]]] = {".txt": _lines, ".toml": _toml, ".json": _json}
+    reader = readers.get(path.suffix.lower())
+    if reader is None:
+        raise UserError(f"{path}: a prompt file ends in .txt, .toml or .json")
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read: {error}") from error
+    prompts: list[Prompt] = []
+    mistakes: list[str] = []
+    try:
+        for place, entry in reader(path, text):
+            try:
+                prompts.append(parse_line(entry, place, default) if isinstance(entry, str) else _checked(entry, place, default))
+            except UserError as error:
+                mistakes += error.messages
+    except ValueError as error:  # of tomllib and json; their messages say the line
+        raise UserError(f"{path}: not valid {path.suffix[1:].upper()}: {error}") from error
+    if mistakes:
+        raise UserError(*mistakes)
+    if not prompts:
+        raise UserError(f"{path}: holds no prompt; write one a line")
+    return prompts
+
+
+def parse_line(line: str, place: str = "prompt", default: Prompt | None = None) -> Prompt:
+    """`a cat --w 512 --h 768 --d 1 --s 20 --l 7 --n blurry --ss euler` -> a prompt.
+
+    An option is `--` and letters after a space or at the start; any other `--` is text. `place` begins the messages of `UserError`.
+    """
+    text, *parts = re.split(r"(?:^|\s+)--(?=[A-Za-z])", line.strip())
+    said: dict[str, str] = {"prompt": text.strip()}
+    mistakes = []
+    for part in parts:
+        name, _, value = part.strip().partition(" ")
+        field = OPTIONS.get(name.lower())
+        if field is None:
+            mistakes.append(_unknown(place, f"option --{name}", name.lower(), LATER, OPTIONS, "--"))
+        elif field in said:
+            mistakes.append(f"{place}: --{name} is given twice; give it once")
+        elif not value.strip():
+            mistakes.append(f"{place}: --{name} needs a value")
+        else:
+            said[field] = value.strip()
+    if mistakes:
+        raise UserError(*mistakes)
+    return _checked(said, place, default or Prompt())
+
+
+def _lines(path: Path, text: str) -> Iterable[tuple[str, Any]]:
+    for number, line in enumerate(text.splitlines(), 1):
+        if line.strip() and not line.strip().startswith("#"):
+            yield f"{path}:{number}", line
+
+
+def _toml(path: Path, text: str) -> Iterable[tuple[str, Any]]:
+    data = tomllib.loads(text)
+    shared = data.pop("prompt", None)
+    if data or not isinstance(shared, dict):
+        raise UserError(f"{path}: [prompt] with [[prompt.subset]] below it was expected, and nothing else")
+    subsets = shared.pop("subset", [{}])
+    if not isinstance(subsets, list):
+        raise UserError(f"{path}: subsets are written [[prompt.subset]], with two brackets")
+    for number, subset in enumerate(subsets, 1):
+        yield f"{path}: [[prompt.subset]] {number}", {**shared, **subset}
+
+
+def _json(path: Path, text: str) -> Iterable[tuple[str, Any]]:
+    data = json.loads(text)
+    if not isinstance(data, list) or not all(isinstance(entry, str | dict) for entry in data):
+        raise UserError(f'{path}: a list of prompts was expected, each a table such as {{"prompt": "a cat"}} or a prompt line')
+    for number, entry in enumerate(data, 1):
+        yield f"{path}: entry {number}", entry
+
+
+def _checked(said: Mapping[str, Any], place: str, default: Prompt) -> Prompt:
+    """Fields with their right types and within their limits, put over `default`."""
+    known = {f.name for f in fields(Prompt)}
+    mistakes = [_unknown(place, f"key {key!r}", key, {v: v for v in LATER.values()}, known) for key in said if key not in known]
+    if "prompt" not in said:
+        mistakes.append(f'{place}: `prompt` is missing; "" draws without one')
+    values: dict[str, Any] = {}
+    for name, value in said.items():
+        if name in known:
+            try:
+                values[name] = _value(name, value)
+            except ValueError as error:
+                mistakes.append(f"{place}: {name}: {error}")
+    if mistakes:
+        raise UserError(*mistakes)
+    return replace(default, **values)
+
+
+def _value(name: str, value: Any) -> Any:
+    kind = KINDS[name]
+    wrong = f"{'a whole number' if kind is int else 'a number' if kind is float else 'text'} was expected, not {value!r}"
+    # Lines give text for everything; TOML and JSON give types, and True is not a number there.
+    if isinstance(value, bool) or (kind is str and not isinstance(value, str)) or (kind is int and isinstance(value, float)):
+        raise ValueError(wrong)
+    try:
+        value = kind(value)
+    except (ValueError, TypeError) as error:
+        raise ValueError(wrong) from error
+    low, high = LIMITS.get(name, (value, value))
+    if not low <= value <= high:
+        raise ValueError(f"{low} to {high} was expected, not {value}")
+    return sampler(str(value)) if name == "sample_sampler" else value
+
+
+def sampler(name: str) -> str:
+    """A sampler's own name for a name or alias; raises ValueError for one that is not known."""
+    name = ALIASES.get(name, name)
+    if name not in SAMPLERS:
+        raise ValueError(f"there is no sampler {name!r}{nearest(name, SAMPLERS)}; there are {', '.join(SAMPLERS)}")
+    return name
+
+
+def _unknown(place: str, what: str, name: str, later: Mapping[str, str], known: Iterable[str], prefix: str = "") -> str:
+    if name in later:
+        return f"{place}: {what} ({later[name]}) is not supported yet; leave it out"
+    return f"{place}: unknown {what}{nearest(name, known)}; known are {', '.join(prefix + k for k in sorted(known))}"

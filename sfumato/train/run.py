@@ -1,0 +1,287 @@
+"""A run from its config to its result: everything is put together here, once, in one order."""
+
+from __future__ import annotations
+
+import dataclasses
+import resource
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from sfumato import adapters, families
+from sfumato.config import Config, DatasetConfig
+from sfumato.data.cache import Report, cache_latents, cache_texts
+from sfumato.data.loader import Loader
+from sfumato.data.plan import Plan, make_plan
+from sfumato.data.store import Index, Store, default_root
+from sfumato.errors import UserError
+from sfumato.families.base import Models
+from sfumato.formats import files
+from sfumato.memory.checkpoint import checkpoint_blocks
+from sfumato.optim import build, schedules
+from sfumato.optim.ema import EMA
+from sfumato.tensors import attention
+from sfumato.train import dist, keep, log, loop, provenance, state
+from sfumato.train.prompts import read_prompts
+from sfumato.train.progress import console, telling
+from sfumato.train.sample import sample
+from sfumato.train.step import Step
+from sfumato.train.trainables import Adapters, Full, Trainable, caches_latents, caches_text, read_adapter
+
+Method = Literal["network", "full"]
+
+
+@dataclass(frozen=True, slots=True)
+class Data:
+    """The pictures of a run and where what is made of them is kept."""
+
+    plan: Plan
+    store: Store
+    index: Index
+
+
+def open_data(config: Config, datasets: tuple[DatasetConfig, ...]) -> Data:
+    """Scan the datasets; memory alone is used unless a cache on disk is asked for."""
+    d = config.data
+    on_disk = d.cache_latents_to_disk or d.cache_text_encoder_outputs_to_disk or d.cache_dir
+    root = (Path(d.cache_dir) if d.cache_dir else default_root()) if on_disk else None
+    index = Index(root)
+    plan = make_plan(datasets, index, seed=config.train.seed, skip_unreadable=d.skip_unreadable, prior_loss_weight=config.loss.prior_loss_weight)
+    for line in plan.notices:
+        console.print(line)
+    return Data(plan, Store(root), index)
+
+
+def load_models(config: Config, precision: dist.Precision, device: torch.device | str = "cpu") -> Models:
+    """The base model with its frozen weights in the format of the computation; the VAE in fp32 where that is safer."""
+    family = families.of(config.family)
+    models = family.load(
+        config.model.pretrained_model_name_or_path,
+        config.family,
+        vae=config.model.vae,
+        tokenizer=config.model.tokenizer,
+        device=device,
+        dtype=torch.float32,
+    )
+    dtype = dist.DTYPES[precision]
+    for net in models.nets().values():
+        net.to(dtype)
+    if models.vae is not None:
+        # fp16 overflows in these VAEs, so it is never what they run in.
+        models.vae.to(torch.bfloat16 if precision == "bf16" and not config.memory.no_half_vae else torch.float32)
+    return models
+
+
+def fill_caches(config: Config, data: Data, models: Models, world: dist.World) -> list[Report]:
+    """Encode what is asked to be kept and is not there yet; the first process fills a disk, each its own memory."""
+    reports = []
+    if caches_latents(config) and models.vae is not None:
+        models.vae.to(world.device)
+        with telling("encoding pictures", quiet=not world.main) as tell:
+            reports.append(_once(config.data.cache_latents_to_disk, world, partial(_cache_latents, config, data, models, world, tell)))
+        models.vae.to("cpu")
+    if caches_text(config):
+        for net in models.encoders.values():
+            net.to(world.device)
+        with telling("encoding captions", quiet=not world.main) as tell:
+            reports.append(_once(config.data.cache_text_encoder_outputs_to_disk, world, partial(_cache_texts, data, models, world, tell)))
+    if world.main:
+        for report in reports:
+            console.print(str(report))
+    return reports
+
+
+def _once(on_disk: bool, world: dist.World, job: Any) -> Any:
+    if not on_disk or world.main:
+        report = job()
+        world.wait()
+        return report
+    world.wait()
+    return job()
+
+
+def _cache_latents(config: Config, data: Data, models: Models, world: dist.World, tell: Any) -> Report:
+    vae, strategy = models.vae, models.family.latents
+    assert vae is not None
+    dtype = next(vae.parameters()).dtype
+
+    @torch.no_grad()
+    def encode(pixels: Tensor) -> Tensor:
+        return strategy.encode(vae, pixels.to(world.device, dtype)).float()
+
+    fingerprint = files.fingerprint(vae.state_dict())
+    return cache_latents(data.plan, data.store, data.index, encode, fingerprint, strategy, batch_size=config.memory.vae_batch_size, progress=tell)
+
+
+def _cache_texts(data: Data, models: Models, world: dist.World, tell: Any) -> Report:
+    tokenize, encode = models.family.tokenize(models), models.family.encode(models)
+
+    @torch.no_grad()
+    def run(tokens: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        return encode.encode(models.encoders, {k: v.to(world.device) for k, v in tokens.items()})
+
+    fingerprint = files.fingerprint({f"{name}.{k}": v for name, net in models.encoders.items() for k, v in net.state_dict().items()})
+    settings = {**tokenize.settings, **encode.settings}
+    return cache_texts(data.plan, data.store, data.index, tokenize.tokenize, run, fingerprint, settings, models.family.outputs, progress=tell)
+
+
+def cache(config: Config, datasets: tuple[DatasetConfig, ...]) -> list[Report]:
+    """`sfumato cache`: fill the caches on disk and stop."""
+    world = dist.world()
+    data = open_data(config, datasets)
+    models = load_models(config, dist.precision(config.train.mixed_precision))
+    reports = fill_caches(config, data, models, world)
+    world.close()
+    return reports
+
+
+def train(config: Config, method: Method, datasets: tuple[DatasetConfig, ...], resolved: str = "") -> None:
+    """Train and save. `resolved` is the whole config as TOML; it is written beside the result before the first step.
+
+    Errors: `UserError` for whatever the user can mend.
+    """
+    began = time.monotonic()
+    world = dist.world()
+    try:
+        course = prepare(config, method, datasets, world, began)
+        if world.main:
+            files.write_text(Path(config.output.output_dir) / f"{config.output.output_name}.toml", resolved)
+        ended = loop.run(course)
+        if world.main:
+            _finish(course, ended)
+        world.wait()
+    finally:
+        world.close()
+
+
+def prepare(config: Config, method: Method, datasets: tuple[DatasetConfig, ...], world: dist.World, began: float) -> loop.Course:
+    """Everything up to the first step, in this order: pictures, model, caches, trainable, memory, optimizer, old state."""
+    precision = dist.precision(config.train.mixed_precision)
+    attention.choose("xformers" if config.memory.xformers else "sdpa")
+    data = open_data(config, datasets)
+    pace = loop.Pace.of(config, len(data.plan.batches(0, config.train.seed)), world.size)
+    if world.main:
+        data.plan.show(console, pace.group, pace.steps)
+    prompts = read_prompts(config.sample.sample_prompts) if config.sample.sample_prompts else []
+    models = load_models(config, precision)
+    merge_base_weights(config, models)
+    fill_caches(config, data, models, world)
+    trainable: Trainable = Full(models, config) if method == "full" else Adapters(models, config, adapters.parse(config.network))
+    place(config, models, trainable, world)
+    process = models.family.process(models, config.noise, config.loss)
+    optimizer = build.optimizer(config.optimizer, trainable.groups())
+    if config.train.full_bf16:
+        optimizer = build.in_low_bits(optimizer, config.train.seed)
+    step: nn.Module = Step(models, trainable, process, config.loss, precision)
+    if world.size > 1:
+        step = DistributedDataParallel(step, find_unused_parameters=bool(config.train.stop_text_encoder_training))
+    loader = Loader.of(data.plan, data.store, config, models, latents=caches_latents(config), texts=caches_text(config))
+    tell = partial(_draw, config, models, process, prompts, world)
+    facts = provenance.Facts(config, method, datasets, models, data.plan, pace, trainable)
+    course = loop.Course(
+        config=config, world=world, pace=pace, plan=data.plan, loader=loader, trainable=trainable, step=step, optimizer=optimizer,
+        schedule=schedules.schedule(config.optimizer, optimizer, pace.steps),
+        ema=EMA(trainable.weights(), config.optimizer.ema_decay) if config.optimizer.ema_decay else None,
+        scaler=torch.amp.GradScaler(world.device.type, enabled=precision == "fp16"),
+        log=None, draw=tell, began=began,
+        save_result=lambda path, done, epoch: trainable.save(path, facts.metadata(path, done, epoch)),
+        save_state=lambda path, done, epoch: state.save(course, path),
+    )  # fmt: skip
+    state.resume(course)
+    trainable.train(True)
+    if world.main:
+        Path(config.output.output_dir).mkdir(parents=True, exist_ok=True)
+        course.log = log.Log(config, course.done, asdict(dataclasses.replace(config, family=None)))
+    return course
+
+
+def merge_base_weights(config: Config, models: Models) -> None:
+    """Merge `base_weights` into the nets, each at its strength."""
+    strengths = config.network.base_weights_multiplier
+    for i, path in enumerate(config.network.base_weights):
+        inserted = adapters.inserted_from(models.nets(), read_adapter(models, Path(path)))
+        inserted.multiplier = strengths[i] if i < len(strengths) else 1.0
+        inserted.merge()
+        inserted.remove()
+
+
+def place(config: Config, models: Models, trainable: Trainable, world: dist.World) -> None:
+    """Nets to the device they are used on; checkpointing around what gradients pass through."""
+    family = models.family
+    models.denoiser.to(world.device)
+    for name, net in models.encoders.items():
+        net.to("cpu" if caches_text(config) and name not in trainable.trained else world.device)
+    if models.vae is not None:
+        models.vae.to("cpu" if caches_latents(config) else world.device)
+    trainable.modules().to(world.device)
+    if config.memory.gradient_checkpointing:
+        checkpoint_blocks(family.blocks(models.denoiser))
+        for name, net in models.encoders.items():
+            if name in trainable.trained:
+                checkpoint_blocks(family.encoder_blocks(net))
+
+
+@contextmanager
+def present(models: Models, device: torch.device) -> Iterator[None]:
+    """All nets on `device`; afterwards each is where it was."""
+    nets = [*models.nets().values(), *([models.vae] if models.vae is not None else [])]
+    places = [next(net.parameters()).device for net in nets]
+    for net in nets:
+        net.to(device)
+    try:
+        yield
+    finally:
+        for net, old in zip(nets, places, strict=True):
+            net.to(old)
+
+
+def _draw(config: Config, models: Models, process: Any, prompts: list[Any], world: dist.World, step: int, epoch: int) -> None:
+    if not prompts:
+        return
+    ended = config.sample.sample_every_n_epochs is not None and config.sample.sample_every_n_steps is None
+    with present(models, world.device), telling("drawing samples") as tell:
+        sample(
+            models, prompts, Path(config.output.output_dir) / "sample", process=process, name=config.output.output_name,
+            sampler=config.sample.sample_sampler, epoch=epoch + 1 if ended else None, step=None if ended else step,
+            seed=config.train.seed, progress=tell,
+        )  # fmt: skip
+
+
+def _finish(course: loop.Course, ended: bool) -> None:
+    """Save the result, draw the loss, say what it took."""
+    config, done = course.config, course.done
+    folder, name = Path(config.output.output_dir), config.output.output_name
+    epoch = max(0, -(-done // course.pace.steps_per_epoch) - 1)
+    result = folder / f"{name if ended else keep.step_name(name, done)}{course.trainable.suffix()}"
+    if ended:
+        with loop.finished(course):
+            course.save_result(result, done, epoch)
+        if config.output.save_state or config.output.save_state_on_train_end:
+            course.save_state(folder / keep.state_name(name), done, epoch)
+    if course.log:
+        course.log.close()
+        log.curve(course.log.path, folder / f"{name}-loss.png")
+    seconds = time.monotonic() - course.began
+    first = course.first_step_after or seconds
+    speed = (done - course.started - 1) / max(seconds - first, 1e-9)
+    console.print(
+        f"{result}: {'done' if ended else f'stopped after step {done}; go on with --resume auto'}. "
+        f"First step after {first:.1f} s, {speed:.2f} steps/s, peak memory {peak_memory(course.world.device) / 2**20:.0f} MiB"
+    )
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes: of the accelerator where there is one, else of this process."""
+    if device.type != "cpu":
+        return int(torch.accelerator.max_memory_allocated(device))
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

@@ -1,0 +1,249 @@
+"""Pictures drawn by a model: the same code while training and for `sfumato sample`."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from sfumato.data.batch import Cond
+from sfumato.errors import UserError
+from sfumato.families.base import Models
+from sfumato.tensors.noise import Process
+from sfumato.tensors.random import key
+from sfumato.train import picture
+from sfumato.train.prompts import SAMPLERS, Prompt
+from sfumato.train.prompts import sampler as own_name
+
+Progress = Callable[[int, int], None]
+"""Told (done, all) steps of the denoiser."""
+log = logging.getLogger(__name__)
+
+
+def sample(
+    models: Models,
+    prompts: Sequence[Prompt],
+    folder: Path,
+    *,
+    process: Process,
+    name: str,
+    sampler: str = "ddim",
+    epoch: int | None = None,
+    step: int | None = None,
+    seed: int = 42,
+    batch_size: int = 1,
+    rank: int = 0,
+    world: int = 1,
+    progress: Progress | None = None,
+) -> list[Path]:
+    """Draw `prompts` into `folder` and return the files, in the prompts' order.
+
+    A prompt without a seed gets one of (`seed`, its place in the list), the same each time, so that pictures of
+    one run can be compared. Process `rank` of `world` draws every world-th prompt. Raises `UserError` for a
+    sampler that is unknown or does not fit the process.
+    """
+    places = range(rank, len(prompts), world)
+    seeded = [replace(prompts[i], seed=seed_of(prompts[i], i, seed)) for i in places]
+    images = draw(models, seeded, process=process, sampler=sampler, batch_size=batch_size, progress=progress)
+    paths = []
+    for place, prompt, image in zip(places, seeded, images, strict=True):
+        path = folder / picture.file_name(name, place, epoch=epoch, step=step, seed=prompts[place].seed)
+        picture.save(image, path, prompt, prompt.sample_sampler or sampler)
+        paths.append(path)
+    return paths
+
+
+def seed_of(prompt: Prompt, place: int, seed: int) -> int:
+    """The prompt's own seed, or a fixed one for its `place` in a run seeded with `seed`."""
+    return prompt.seed if prompt.seed is not None else key("sample", seed, place) % 2**32
+
+
+def draw(
+    models: Models,
+    prompts: Sequence[Prompt],
+    *,
+    process: Process,
+    sampler: str = "ddim",
+    noise: Tensor | None = None,
+    batch_size: int = 1,
+    progress: Progress | None = None,
+) -> list[Image.Image]:
+    """One picture a prompt. See `draw_latents`, which does all but the decoding."""
+    latents = draw_latents(models, prompts, process=process, sampler=sampler, noise=noise, batch_size=batch_size, progress=progress)
+    return [decode(models, one, prompt) for one, prompt in zip(latents, prompts, strict=True)]
+
+
+def draw_latents(
+    models: Models,
+    prompts: Sequence[Prompt],
+    *,
+    process: Process,
+    sampler: str = "ddim",
+    noise: Tensor | None = None,
+    batch_size: int = 1,
+    progress: Progress | None = None,
+) -> list[Tensor]:
+    """One latent (c, h, w) a prompt, scaled as the denoiser takes it, fp32 on the denoiser's device.
+
+    Neighbouring prompts of one size, sampler and number of steps are drawn together, up to `batch_size`. Each
+    starts from its own seed's noise (0 if it has none), made on the CPU, so that neither company nor device
+    changes a picture. `noise` (n, c, h, w), of unit deviation, stands in for that of the seeds.
+
+    Works under autocast and with nets in 16 bits; nets are in eval mode for the while and get their modes back.
+    """
+    _tell_of_no_effect(prompts, models)
+    groups = [
+        chunk
+        for _, alike in groupby(range(len(prompts)), lambda i: _shape(prompts[i], models, sampler))
+        for chunk in _chunks(list(alike), batch_size)
+    ]
+    schedulers = [scheduler_for(process, prompts[group[0]].sample_sampler or sampler) for group in groups]
+    count = _Count(progress)
+    for group, scheduler in zip(groups, schedulers, strict=True):
+        scheduler.set_timesteps(prompts[group[0]].sample_steps, device=_place(models.denoiser)[0])
+        count.total += len(scheduler.timesteps)
+    drawn: list[Tensor] = []
+    with torch.no_grad(), _evaluating([models.denoiser, *models.encoders.values()]):
+        for group, scheduler in zip(groups, schedulers, strict=True):
+            start = None if noise is None else noise[group]
+            drawn += _walk(models, [prompts[i] for i in group], scheduler, start, count)
+    return drawn
+
+
+def decode(models: Models, latents: Tensor, prompt: Prompt) -> Image.Image:
+    """A latent (c, h, w) as the denoiser gives it -> the picture; the VAE runs in the format that it is held in."""
+    if models.vae is None:
+        raise UserError("this model has no VAE to draw pictures with; give one with --vae")
+    device, dtype = _place(models.vae)
+    with torch.no_grad(), _evaluating([models.vae]), torch.autocast(device.type, enabled=False):
+        raw = models.family.unscale(models.vae, latents[None].to(device, torch.float32))
+        pixels = models.vae.decode(raw.to(dtype)).sample[0].float()  # type: ignore[operator]
+    if not pixels.isfinite().all():
+        cause = "the VAE overflowed: try --no_half_vae" if latents.isfinite().all() else "the denoiser gave NaN: the training has diverged"
+        log.warning("the picture of %r is not finite and partly black; %s", prompt.prompt, cause)
+    levels = ((pixels.nan_to_num(-1) / 2 + 0.5).clamp(0, 1) * 255).round().to("cpu", torch.uint8)
+    return Image.fromarray(levels.permute(1, 2, 0).numpy())
+
+
+def scheduler_for(process: Process, sampler: str) -> Any:
+    """The diffusers scheduler of a sampler's name, set up for the process."""
+    import diffusers
+
+    try:
+        class_name, told = SAMPLERS[own_name(sampler)]
+    except ValueError as error:
+        raise UserError(f"sample_sampler: {error}") from error
+    try:
+        kind = getattr(diffusers, class_name)
+        known = inspect.signature(kind).parameters
+    except ImportError as error:
+        raise UserError(f"sample_sampler {sampler}: needs scipy; run `pip install scipy`, or take another") from error
+    config = process.scheduler_config()
+    if config.get("rescale_betas_zero_snr") and "rescale_betas_zero_snr" not in known:
+        raise UserError(
+            f"sample_sampler {sampler}: cannot begin at zero signal, as zero_terminal_snr asks; take ddim, euler or dpmsolver++"
+        )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # the first-generation solver is on its way out of diffusers
+        return kind(**{k: v for k, v in {**config, **told}.items() if k in known})
+
+
+def encode(models: Models, captions: Sequence[str]) -> Cond:
+    """What the denoiser is told of captions: on its device, floats in its format."""
+    device = next((_place(net)[0] for net in models.encoders.values()), torch.device("cpu"))
+    tokens = {k: v.to(device) for k, v in models.family.tokenize(models).tokenize(captions).items()}
+    cond = models.family.encode(models).encode(models.encoders, tokens)
+    return {k: _as_in(v, models.denoiser) for k, v in cond.items()}
+
+
+def _walk(models: Models, prompts: Sequence[Prompt], scheduler: Any, noise: Tensor | None, count: _Count) -> list[Tensor]:
+    """From noise to latents, along the scheduler's timesteps."""
+    device = _place(models.denoiser)[0]
+    generators = [torch.Generator().manual_seed(p.seed or 0) for p in prompts]
+    if noise is None:
+        noise = torch.cat([torch.randn((1, *_latent_shape(models, p)), generator=g) for p, g in zip(prompts, generators, strict=True)])
+    x = noise.to(device, torch.float32) * scheduler.init_noise_sigma
+    guided = prompts[0].scale > 1
+    cond = encode(models, ([p.negative_prompt for p in prompts] if guided else []) + [p.prompt for p in prompts])
+    scale = torch.tensor([p.scale for p in prompts], device=device).view(-1, 1, 1, 1)
+    # Samplers that add noise on the way draw it from each picture's own generator as well.
+    extra = {"generator": generators} if "generator" in inspect.signature(scheduler.step).parameters else {}
+    for t in scheduler.timesteps:
+        seen = scheduler.scale_model_input(torch.cat([x, x]) if guided else x, t)
+        clock = t.float().expand(len(seen))  # of its own format, whatever the net's: 16 bits would round it
+        said = models.family.predict(models.denoiser, _as_in(seen, models.denoiser), clock, cond, None).float()
+        if guided:
+            negative, positive = said.chunk(2)
+            said = negative + scale * (positive - negative)
+        x = scheduler.step(said, t, x, **extra, return_dict=False)[0]
+        count.step()
+    return list(x)
+
+
+class _Count:
+    """How far all pictures together are."""
+
+    def __init__(self, progress: Progress | None) -> None:
+        self.done, self.total, self.progress = 0, 0, progress
+
+    def step(self) -> None:
+        self.done += 1
+        if self.progress:
+            self.progress(self.done, self.total)
+
+
+def _tell_of_no_effect(prompts: Sequence[Prompt], models: Models) -> None:
+    stride = models.family.latents.stride
+    for p in prompts:
+        if p.width % stride or p.height % stride:
+            log.warning("%dx%d: sides are cut to multiples of %d", p.width, p.height, stride)
+        if p.guidance_scale is not None:
+            log.warning("guidance_scale (--g) has no effect: it is for models distilled with guidance; scale (--l) guides this one")
+
+
+def _shape(prompt: Prompt, models: Models, sampler: str) -> tuple[object, ...]:
+    """What pictures must share to be drawn together."""
+    return (*_latent_shape(models, prompt), prompt.sample_steps, prompt.sample_sampler or sampler, prompt.scale > 1)
+
+
+def _latent_shape(models: Models, prompt: Prompt) -> tuple[int, int, int]:
+    facts = models.family.latents
+    return facts.channels, prompt.height // facts.stride, prompt.width // facts.stride
+
+
+def _chunks(items: list[int], size: int) -> Iterator[list[int]]:
+    return (items[i : i + size] for i in range(0, len(items), size))
+
+
+def _place(net: nn.Module) -> tuple[torch.device, torch.dtype]:
+    """Device and number format of a net."""
+    first = next(p for p in net.parameters() if p.is_floating_point())
+    return first.device, first.dtype
+
+
+def _as_in(x: Tensor, net: nn.Module) -> Tensor:
+    device, dtype = _place(net)
+    return x.to(device, dtype if x.is_floating_point() else None)
+
+
+@contextmanager
+def _evaluating(nets: Sequence[nn.Module]) -> Iterator[None]:
+    """Nets in eval mode; each part gets its own mode back, whatever happens."""
+    modes: Mapping[nn.Module, bool] = {part: part.training for net in nets for part in net.modules()}
+    try:
+        for net in nets:
+            net.eval()
+        yield
+    finally:
+        for part, mode in modes.items():
+            part.training = mode

@@ -1,0 +1,72 @@
+"""From a batch to its loss."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import Tensor, nn
+
+from sfumato.config import LossConfig
+from sfumato.data.batch import Batch, Cond
+from sfumato.families.base import Models
+from sfumato.tensors import losses
+from sfumato.tensors.noise import Process
+from sfumato.tensors.random import Draws
+from sfumato.train.dist import DTYPES, Precision
+from sfumato.train.trainables import Trainable
+
+
+def autocast(device: torch.device, precision: Precision) -> AbstractContextManager[object]:
+    """Mixed precision on `device`, or nothing for "no"."""
+    if precision == "no":
+        return nullcontext()
+    return torch.autocast(device.type, DTYPES[precision])
+
+
+class Step(nn.Module):
+    """A batch -> the sum of its samples' weighted errors (a scalar, fp32).
+
+    A module, so that DistributedDataParallel can stand around it; it holds what is trained and looks at
+    the rest.
+    """
+
+    def __init__(self, models: Models, trainable: Trainable, process: Process, loss: LossConfig, precision: Precision) -> None:
+        super().__init__()
+        self.trained = trainable.modules()
+        # In a tuple, so that the frozen nets do not become this module's own.
+        self.held = (models, trainable)
+        self.process, self.loss, self.precision = process, loss, precision
+        self.encode = models.family.encode(models)
+
+    def forward(self, batch: Batch) -> Tensor:
+        models, trainable = self.held
+        family = models.family
+        draws = Draws(batch.keys)
+        trainable.on_batch(batch.multiplier, draws)
+        latents = family.scale(models.vae, batch.latents if batch.latents is not None else self.latents(batch.pixels))
+        with autocast(latents.device, self.precision):
+            noised = self.process.noise(latents.float(), draws)
+            said = family.predict(models.denoiser, noised.x, noised.t, self.cond(batch), batch)
+        threshold = losses.huber_threshold(self.loss.huber_schedule, self.loss.huber_c, self.loss.huber_scale, noised.t, noised.sigma, self.process.steps)
+        error = losses.loss(self.loss.loss_type, said.float(), noised.target.float(), c=threshold)
+        return losses.per_sample(error, batch.mask, noised.weight, batch.weight).sum()
+
+    def cond(self, batch: Batch) -> Cond:
+        """The batch's cond, as kept or from the encoders."""
+        if batch.cond is not None:
+            return batch.cond
+        if batch.tokens is None:
+            raise RuntimeError("a batch without cond and without tokens")
+        models, trainable = self.held
+        with torch.set_grad_enabled(torch.is_grad_enabled() and any(name in models.encoders for name in trainable.trained)):
+            return self.encode.encode(models.encoders, batch.tokens)
+
+    @torch.no_grad()
+    def latents(self, pixels: Tensor | None) -> Tensor:
+        """Raw latents of pictures, encoded now."""
+        models, _ = self.held
+        if models.vae is None or pixels is None:
+            raise RuntimeError("a batch without latents and without pixels")
+        parameter = next(models.vae.parameters())
+        return models.family.latents.encode(models.vae, pixels.to(parameter.dtype)).float()

@@ -1,0 +1,257 @@
+"""What is trained: whole nets or adapters on them. The loop sees no difference."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from sfumato.adapters import AdapterPlan
+from sfumato.adapters.insert import Inserted, choose
+from sfumato.config import Config
+from sfumato.errors import UserError
+from sfumato.families.base import Models
+from sfumato.formats import dialect, files
+from sfumato.optim.groups import Group
+from sfumato.tensors.random import Draws
+
+SAVE_DTYPES = {"float": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+class Trainable(Protocol):
+    """Something with weights to train, that can say them, take them back and write them to a file."""
+
+    kind: str
+    """Ending of the modelspec architecture: "" for a whole model, "lora" for an adapter."""
+    trained: tuple[str, ...]
+    """Components that change."""
+
+    def weights(self) -> dict[str, nn.Parameter]:
+        """Everything that is trained, by a name that stays the same from run to run."""
+        ...
+
+    def groups(self) -> list[Group]:
+        """The weights in groups with their learning rates."""
+        ...
+
+    def modules(self) -> nn.Module:
+        """A module that holds the weights, for gradient exchange."""
+        ...
+
+    def train(self, mode: bool) -> None:
+        """Dropouts on or off."""
+        ...
+
+    def on_batch(self, multiplier: Tensor, draws: Draws) -> None:
+        """Told before each batch: the strength (b,) of its samples and where their dropouts come from."""
+        ...
+
+    def after_step(self) -> None:
+        """Told after each optimizer step."""
+        ...
+
+    def freeze_encoders(self) -> None:
+        """Train the text encoders no longer."""
+        ...
+
+    def suffix(self) -> str:
+        """Ending of the result's file name; empty for a folder."""
+        ...
+
+    def save(self, path: Path, metadata: Mapping[str, str]) -> None:
+        """Write the result."""
+        ...
+
+
+def _thaw(nets: Iterator[nn.Module] | list[nn.Module], dtype: torch.dtype) -> None:
+    for net in nets:
+        net.to(dtype)
+        net.requires_grad_(True)
+
+
+class Full:
+    """The denoiser's own weights, and the text encoders' if asked for."""
+
+    kind = ""
+
+    def __init__(self, models: Models, config: Config) -> None:
+        self.models, self.config = models, config
+        encoders = tuple(models.encoders) if config.train.train_text_encoder else ()
+        self.trained: tuple[str, ...] = ("denoiser", *encoders)
+        dtype = torch.bfloat16 if config.train.full_bf16 else torch.float32
+        _thaw([models.nets()[name] for name in self.trained], dtype)
+
+    def weights(self) -> dict[str, nn.Parameter]:
+        nets = self.models.nets()
+        return {f"{name}.{path}": p for name in self.trained for path, p in nets[name].named_parameters() if p.requires_grad}
+
+    def groups(self) -> list[Group]:
+        o = self.config.optimizer
+        te = o.learning_rate if o.learning_rate_te is None else o.learning_rate_te
+        nets = self.models.nets()
+        return [
+            Group(name=name, lr=o.learning_rate if name == "denoiser" else te, parameters=[p for p in nets[name].parameters() if p.requires_grad])
+            for name in self.trained
+        ]
+
+    def modules(self) -> nn.Module:
+        return nn.ModuleDict({name: self.models.nets()[name] for name in self.trained})
+
+    def train(self, mode: bool) -> None:
+        for name in self.trained:
+            self.models.nets()[name].train(mode)
+
+    def on_batch(self, multiplier: Tensor, draws: Draws) -> None:
+        pass
+
+    def after_step(self) -> None:
+        pass
+
+    def freeze_encoders(self) -> None:
+        for name in self.trained[1:]:
+            self.models.nets()[name].requires_grad_(False)
+
+    def _layout(self) -> tuple[str, str]:
+        asked = self.config.output.save_model_as
+        if asked is None:
+            asked = "safetensors" if self.models.layout == "single_file" else "diffusers"
+        return ("diffusers", "") if asked.startswith("diffusers") else ("single_file", f".{asked}")
+
+    def suffix(self) -> str:
+        return self._layout()[1]
+
+    def save(self, path: Path, metadata: Mapping[str, str]) -> None:
+        precision = self.config.output.save_precision
+        dtype = SAVE_DTYPES[precision] if precision else None
+        self.models.family.save(self.models, path, layout=self._layout()[0], dtype=dtype, metadata=metadata)
+
+
+class Adapters:
+    """Small changes to chosen layers of frozen nets."""
+
+    def __init__(self, models: Models, config: Config, plan: AdapterPlan) -> None:
+        self.models, self.config, self.plan = models, config, plan
+        self.kind = plan.kind
+        network = config.network
+        nets = models.nets()
+        self.trained: tuple[str, ...] = tuple(name for name in nets if _wanted(name, models, config))
+        if not self.trained:
+            raise UserError("nothing is left to train: --network_train_unet_only, --network_train_text_encoder_only and the learning rates exclude everything")
+        chosen = [
+            ((name, path), layer, options)
+            for name in self.trained
+            for path, layer, options in choose(nets[name], models.family.targets[name], plan)
+        ]
+        given = self._given(network.network_weights, [(name, path) for name, net in nets.items() for path, _ in net.named_modules()])
+        if network.dim_from_weights:
+            chosen = plan.as_in(given, chosen)
+        self.inserted = Inserted(plan, chosen)
+        if given:
+            self.inserted.load(given)
+        if config.train.full_bf16:
+            self.inserted.to(torch.bfloat16)
+
+    def _given(self, path: str | None, sites: list[dialect.Site]) -> dict[dialect.Site, dialect.Leaves]:
+        if path is None:
+            return {}
+        return read_adapter(self.models, Path(path), sites)
+
+    def weights(self) -> dict[str, nn.Parameter]:
+        return {"|".join((*site, name)): p for site, a in self.inserted.sites().items() for name, p in a.named_parameters() if p.requires_grad}
+
+    def groups(self) -> list[Group]:
+        sites = self.inserted.sites()
+        return [
+            Group(
+                name=name,
+                lr=_adapter_lr(name, self.models, self.config),
+                parameters=[p for site, a in sites.items() if site[0] == name for p in a.parameters() if p.requires_grad],
+                plus=[p for site, a in sites.items() if site[0] == name for p in a.plus_parameters()],
+                plus_ratio=self.plan.plus_ratio(name),
+            )
+            for name in self.trained
+        ]
+
+    def modules(self) -> nn.Module:
+        return self.inserted
+
+    def train(self, mode: bool) -> None:
+        self.inserted.train(mode)
+
+    def on_batch(self, multiplier: Tensor, draws: Draws) -> None:
+        self.inserted.multiplier, self.inserted.draws = multiplier, draws
+
+    def after_step(self) -> None:
+        limit = self.config.network.scale_weight_norms
+        if limit:
+            self.inserted.scale_norms(limit)
+
+    def freeze_encoders(self) -> None:
+        for (component, _), adapter in self.inserted.sites().items():
+            if component != "denoiser":
+                adapter.requires_grad_(False)
+
+    def suffix(self) -> str:
+        asked = self.config.output.save_model_as or "safetensors"
+        if asked.startswith("diffusers"):
+            raise UserError(f"save_model_as = {asked!r} is for whole models; an adapter is saved as safetensors, ckpt or pt")
+        return f".{asked}"
+
+    def save(self, path: Path, metadata: Mapping[str, str]) -> None:
+        precision = self.config.output.save_precision
+        tensors = dialect.write(self.models.family.dialects(self.models)[self.config.output.dialect], self.inserted.state())
+        files.check_finite(tensors, f"the adapter {path.name}")
+        if precision:
+            tensors = {name: t.to(SAVE_DTYPES[precision]) for name, t in tensors.items()}
+        files.save(path, tensors, metadata)
+
+
+def read_adapter(models: Models, path: Path, sites: list[dialect.Site] | None = None) -> dict[dialect.Site, dialect.Leaves]:
+    """An adapter file in any dialect of the family -> {site: leaves}."""
+    if sites is None:
+        sites = [(name, p) for name, net in models.nets().items() for p, _ in net.named_modules()]
+    return dialect.read(models.family.dialects(models).values(), files.load(path), sites)
+
+
+def _wanted(name: str, models: Models, config: Config) -> bool:
+    if name == "denoiser":
+        return not config.network.network_train_text_encoder_only
+    if config.network.network_train_unet_only or config.train.stop_text_encoder_training == 0 or caches_text(config):
+        return False
+    return _adapter_lr(name, models, config) > 0
+
+
+def caches_text(config: Config) -> bool:
+    """Whether text outputs are kept, so that no text encoder is trained."""
+    return config.data.cache_text_encoder_outputs or config.data.cache_text_encoder_outputs_to_disk
+
+
+def caches_latents(config: Config) -> bool:
+    """Whether latents are kept."""
+    return config.data.cache_latents or config.data.cache_latents_to_disk
+
+
+def _adapter_lr(name: str, models: Models, config: Config) -> float:
+    o = config.optimizer
+    if name == "denoiser":
+        return o.learning_rate if o.unet_lr is None else o.unet_lr
+    if not o.text_encoder_lr:
+        return o.learning_rate
+    order = models.family.encoder_lr_order
+    return o.text_encoder_lr[min(order.index(name), len(o.text_encoder_lr) - 1)]
+
+
+@contextmanager
+def merged(models: Models, adapters: Mapping[dialect.Site, dialect.Leaves], multiplier: float = 1.0) -> Iterator[Any]:
+    """Adapters put on the nets for as long as the context lasts."""
+    inserted = Inserted.of(models.nets(), adapters)
+    inserted.multiplier = multiplier
+    inserted.eval()
+    try:
+        yield inserted
+    finally:
+        inserted.remove()
