@@ -30,7 +30,12 @@ def unet() -> dict[str, Tensor]:
     down = ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",)
     up = ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3
     net = UNet2DConditionModel(
-        block_out_channels=CHANNELS, down_block_types=down, up_block_types=up, cross_attention_dim=CONTEXT, attention_head_dim=8, sample_size=8
+        block_out_channels=CHANNELS,
+        down_block_types=down,
+        up_block_types=up,
+        cross_attention_dim=CONTEXT,
+        attention_head_dim=8,
+        sample_size=8,
     )
     tensors = net.state_dict()
     tensors = names.unet_keys(tensors).to_native(tensors)

@@ -5,13 +5,13 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from PIL import ImageFont
 from pictures import captions, contact_sheet, draw, write
+from PIL import ImageFont
 
-NAMES = (
-    "hourglass, cloud, anchor, airplane, pencil, cactus, tulip, mushroom, banana, pear, cherries, hamburger, birthday cake, guitar, trumpet, "
-    "house, snail, elephant, octopus, rabbit, penguin, cat face, t-shirt, light bulb, camera, key, rocket, bicycle, fish, crab"
-).split(", ")
+NAMES = """
+hourglass, cloud, anchor, airplane, pencil, cactus, tulip, mushroom, banana, pear, cherries, hamburger, birthday cake, guitar, trumpet,
+house, snail, elephant, octopus, rabbit, penguin, cat face, t-shirt, light bulb, camera, key, rocket, bicycle, fish, crab
+"""
 """The 30 pictures of the quickstart; every other name is left for prompts that the adapter never saw."""
 SCALE = 8
 
@@ -23,12 +23,13 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("examples/emoji/lineart"))
     parser.add_argument("--all", action="store_true", help="every name in captions.txt: line art for the VAE to learn from")
     args = parser.parse_args()
+    names = [name.strip() for name in NAMES.split(",")]
     characters = {caption: character for character, caption in captions()}
     em = args.size * SCALE
     font = ImageFont.truetype(args.font, round(em * 0.8))
     args.out.mkdir(parents=True, exist_ok=True)
     drawn = []
-    for number, name in enumerate(characters if args.all else NAMES):
+    for number, name in enumerate(characters if args.all else names):
         drawn.append(draw(font, characters[name], em, args.size))
         write(drawn[-1], (f"{name}, line art",), args.out / f"{number:03d}_{name.replace(' ', '-')}.png")
     sheet = Path("runs/emoji") / f"{args.out.name}.png"

@@ -78,8 +78,8 @@ class Adapter(nn.Module):
         raise NotImplementedError
 
     def plus_parameters(self) -> list[nn.Parameter]:
-        """The parameters that LoRA+ (arXiv:2402.12354) gives a higher rate."""
-        raise UserError(f"loraplus_lr_ratio has no meaning for {type(self).__name__}: leave it out")
+        """The parameters that LoRA+ (arXiv:2402.12354) gives a higher rate; none: LoRA+ has no meaning for the kind."""
+        return []
 
     def scale_norm(self, limit: float) -> tuple[Tensor, Tensor]:
         """Scale the change so that its Frobenius norm is at most `limit`. Returns (norm after, whether it was scaled), 0-d tensors."""

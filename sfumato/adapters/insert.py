@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from fnmatch import fnmatchcase
 from typing import NamedTuple
@@ -64,12 +64,13 @@ class Inserted(nn.Module):
         self.moment = Moment()
         self._sites: dict[Site, tuple[Adapter, nn.Module]] = {}
         self._handles = []
-        self.held = nn.ModuleDict({component: nn.ModuleDict() for component in places})
+        self.held = nn.ModuleDict()
         for component, chosen in places.items():
+            self.held[component] = held = nn.ModuleDict()
             for path, layer, options in chosen:
                 adapter = kind(layer, options, generator(seed, "adapter", component, path))
                 adapter.site, adapter.moment = f"{component}.{path}", self.moment
-                self.held[component][path.replace(".", "|")] = adapter  # type: ignore[index]
+                held[path.replace(".", "|")] = adapter  # names of parts take no dots
                 self._sites[component, path] = adapter, layer
                 self._handles.append(layer.register_forward_hook(_listen(adapter)))
 
@@ -173,7 +174,7 @@ def _listen(adapter: Adapter) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor
     return hook
 
 
-def _names(sites: Iterator[Site] | set[Site]) -> str:
+def _names(sites: set[Site]) -> str:
     names = sorted(".".join(site) for site in sites)
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
     return ", ".join(names[:3]) + more

@@ -18,6 +18,8 @@ class LoRA(Adapter):
 
     def __init__(self, base: nn.Module, options: LayerOptions, generator: torch.Generator) -> None:
         super().__init__(base, options, generator)
+        self.lora_down: nn.Linear | nn.Conv2d
+        self.lora_up: nn.Linear | nn.Conv2d
         self.lora_down, self.lora_up = _pair(base, options.rank)
         start = nn.init.kaiming_uniform_(torch.empty(self.lora_down.weight.shape), a=math.sqrt(5), generator=generator)
         self.lora_down.weight = nn.Parameter(start.to(device_of(base)))
@@ -41,7 +43,7 @@ class LoRA(Adapter):
         return (up.flatten(1) @ down.flatten(1)).view(weight.shape) * self.options.scale
 
     def plus_parameters(self) -> list[nn.Parameter]:
-        return [self.lora_up.weight]
+        return list(self.lora_up.parameters())
 
     @torch.no_grad()
     def scale_norm(self, limit: float) -> tuple[Tensor, Tensor]:

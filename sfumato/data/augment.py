@@ -11,9 +11,11 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional
 
-from sfumato.config.data import Interpolation
+from sfumato.config.data import Interpolation, PictureOptions
 from sfumato.data.batch import Size
 from sfumato.data.buckets import Crop, Placement
+from sfumato.data.pictures import flat
+from sfumato.data.scan import Picture, open_picture
 
 _RESAMPLING: Mapping[Interpolation, Image.Resampling] = {
     "lanczos": Image.Resampling.LANCZOS,
@@ -68,3 +70,32 @@ def vary_colours(image: Image.Image, rng: random.Random) -> Image.Image:
         return Image.merge("HSV", (hue.point([(h + turn) % 256 for h in range(256)]), saturation, value)).convert("RGB")
     gamma = rng.uniform(0.95, 1.05)
     return image.point([round(255 * (v / 255) ** gamma) for v in range(256)] * 3)
+
+
+def load(
+    picture: Picture,
+    options: PictureOptions,
+    placement: Placement,
+    crop: Crop,
+    *,
+    stride: int,
+    flip: bool = False,
+    colours: random.Random | None = None,
+) -> dict[str, Tensor]:
+    """Read a picture as a net sees it: "pixels" (3, H, W) in [-1, 1], and "mask" (1, h, w) in [0, 1] where its folder has masks.
+
+    `colours`: vary them by these draws. Raises UserError naming the file.
+    """
+    image = open_picture(picture.path)
+    covering = None
+    if options.alpha_mask:
+        # Alpha is a weight here, not transparency: what lies under it is the picture.
+        covering = image.getchannel("A") if image.mode == "RGBA" else Image.new("L", image.size, 255)
+        image = image.convert("RGB")
+    elif picture.mask_path:
+        covering = flat(open_picture(picture.mask_path), "black").getchannel("R")
+    seen = cut(flat(image), placement, crop, flip=flip, interpolation=options.resize_interpolation)
+    read = {"pixels": pixels(vary_colours(seen, colours) if colours else seen)}
+    if covering is not None:
+        read["mask"] = mask(cut(covering, placement, crop, flip=flip), stride)
+    return read

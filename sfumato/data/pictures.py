@@ -126,5 +126,3 @@ def _eight_bits(image: Image.Image) -> Image.Image:
     if image.mode == "F":
         raise ValueError("pictures of floating-point numbers have no fixed white: save it with 8 or 16 bits a channel")
     return image.convert("RGBA" if image.has_transparency_data else "RGB")
-
-

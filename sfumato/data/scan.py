@@ -154,9 +154,9 @@ def _listing(subset: SubsetConfig) -> tuple[list[Path], list[str]] | str:
     said = ", ".join(f"{n} {suffix}" for suffix, n in others.most_common())
     if not pictures:
         hint = "" if subset.recursive else "; `recursive = true` looks into sub-folders"
-        return f"image_dir {subset.image_dir}: no pictures in this folder ({', '.join(SUFFIXES)})" + (
-            f", only {said}" if said else ""
-        ) + hint
+        return (
+            f"image_dir {subset.image_dir}: no pictures in this folder ({', '.join(SUFFIXES)})" + (f", only {said}" if said else "") + hint
+        )
     unknown = {s: n for s, n in others.items() if s not in _EXPECTED and s != _suffix(subset)}
     note = f"{folder}: not pictures, left alone: " + ", ".join(f"{n} {s}" for s, n in unknown.items())
     return pictures, [note] if unknown else []
@@ -233,7 +233,9 @@ def _problem(
         if of_mask.problem:
             return f"its mask {mask}: {of_mask.problem}"
         # Masks may be smaller or larger than their pictures, to a pixel's rounding, but not of another shape.
-        if abs(of_mask.width * picture.height - of_mask.height * picture.width) > max(picture.width, picture.height, of_mask.width, of_mask.height):
+        if abs(of_mask.width * picture.height - of_mask.height * picture.width) > max(
+            picture.width, picture.height, of_mask.width, of_mask.height
+        ):
             return f"its mask {mask} is {of_mask.width}x{of_mask.height}: not the shape of the picture, {picture.width}x{picture.height}"
     return ""
 
@@ -262,7 +264,9 @@ def _caption_notes(subset: SubsetConfig, bare: Sequence[Path], long: Sequence[Pa
             f"caption ({_some(bare)}){hint}"
         )
     if long:
-        notes.append(f"{subset.image_dir}: {len(long)} captions have several lines and only the first is used ({_some(long)}); enable_wildcard draws one")
+        notes.append(
+            f"{subset.image_dir}: {len(long)} captions have several lines and only the first is used ({_some(long)}); enable_wildcard draws one"
+        )
     return notes
 
 

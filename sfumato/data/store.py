@@ -114,7 +114,9 @@ class Index:
         assert self.root is not None
         self.root.mkdir(parents=True, exist_ok=True)
         with closing(sqlite3.connect(self.root / "index.sqlite", timeout=60)) as connection, connection:
-            connection.execute("CREATE TABLE IF NOT EXISTS known (kind TEXT, name TEXT, value TEXT, PRIMARY KEY (kind, name)) WITHOUT ROWID")
+            connection.execute(
+                "CREATE TABLE IF NOT EXISTS known (kind TEXT, name TEXT, value TEXT, PRIMARY KEY (kind, name)) WITHOUT ROWID"
+            )
             yield connection
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -13,9 +13,12 @@ from sfumato.data.batch import Cond, Tokens
 
 
 class TokenizeStrategy(Protocol):
-    """Captions -> tokens. `settings` are what the result depends on besides the caption."""
+    """Captions -> tokens."""
 
-    settings: Mapping[str, object]
+    @property
+    def settings(self) -> Mapping[str, object]:
+        """What the result depends on besides the caption."""
+        ...
 
     def tokenize(self, captions: Sequence[str]) -> Tokens:
         """b captions -> named tensors whose first dimension is b."""
@@ -23,9 +26,12 @@ class TokenizeStrategy(Protocol):
 
 
 class TextEncodingStrategy(Protocol):
-    """Tokens -> cond. `settings` are what the result depends on besides tokens and weights of the encoders."""
+    """Tokens -> cond."""
 
-    settings: Mapping[str, object]
+    @property
+    def settings(self) -> Mapping[str, object]:
+        """What the result depends on besides tokens and weights of the encoders."""
+        ...
 
     def encode(self, encoders: Mapping[str, nn.Module], tokens: Tokens) -> Cond:
         """Tokens of b captions -> named tensors whose first dimension is b. Differentiable."""
@@ -48,7 +54,7 @@ class LatentsCachingStrategy:
 
     def encode(self, vae: nn.Module, pixels: Tensor) -> Tensor:
         """(b, 3, H, W) in [-1, 1] -> (b, c, h, w): the posterior's mean, raw."""
-        mean: Tensor = vae.encode(pixels).latent_dist.mode()
+        mean: Tensor = cast(Any, vae).encode(pixels).latent_dist.mode()
         return mean
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -15,6 +15,7 @@ from sfumato.formats import files
 
 Shapes = Mapping[str, tuple[int, ...]]
 Kind = Literal["checkpoint", "adapter", "vae", "text_encoder", "embedding", "controlnet"]
+WHOLE = ("denoiser", "text_encoder", "vae")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,7 +31,7 @@ class Detected:
     prediction: Literal["eps", "v"] | None = None
     """What the denoiser says; None: the file does not say."""
     parts: tuple[str, ...] = ()
-    """Of a checkpoint, what it holds: "denoiser", "text_encoder", "vae"."""
+    """Of a checkpoint, what of `WHOLE` it holds."""
 
 
 CALLED: Mapping[Kind, str] = {
@@ -42,14 +43,15 @@ CALLED: Mapping[Kind, str] = {
 }
 
 OTHERS = {
-    r"conditioner\.embedders\.1\..*|(model\.diffusion_model\.|unet\.)?(label_emb|add_embedding)\..*": "Stable Diffusion XL",
-    r"lora_te[12]_.*|lora_unet_(input|output)_blocks_\d+_\d_transformer_blocks_[1-9]_.*": "Stable Diffusion XL",
     r"(model\.diffusion_model\.)?joint_blocks\..*|lora_unet_joint_blocks_.*": "Stable Diffusion 3",
     r"(model\.diffusion_model\.)?distilled_guidance_layer\..*": "Chroma",
+    r"(model\.diffusion_model\.)?byt5_in\..*|lora_unet_double_blocks_\d+_img_mlp_fc1\..*": "HunyuanImage 2.1",
     r"(model\.diffusion_model\.)?double_blocks\.\d+\.img_attn\.qkv\..*|lora_unet_(double|single)_blocks_.*": "FLUX",
-    r"single_transformer_blocks\..*|transformer\.single_transformer_blocks\..*": "FLUX",
-    r"(model\.diffusion_model\.)?cap_embedder\..*": "Lumina Image 2.0",
-    r"(net\.|model\.diffusion_model\.)?llm_adapter\..*": "Anima",
+    r"(transformer\.)?single_transformer_blocks\..*|controlnet_blocks\..*": "FLUX",
+    r"(model\.diffusion_model\.)?cap_embedder\..*|lora_unet_context_refiner_.*": "Lumina Image 2.0",
+    r"(net\.|model\.diffusion_model\.)?llm_adapter\..*|lora_unet_(llm_adapter|blocks)_.*": "Anima",
+    r"conditioner\.embedders\.1\..*|(model\.diffusion_model\.|unet\.)?(label_emb|add_embedding)\..*": "Stable Diffusion XL",
+    r"lora_te[12]_.*|(lora|oft|lllite)_unet_(input|output)_blocks_.*": "Stable Diffusion XL",
 }
 """Names by which models are known that sfumato does not train yet."""
 
@@ -74,8 +76,10 @@ def detect_file(name: str | Path, flag: str = "pretrained_model_name_or_path") -
         raise UserError(f"{flag}: {path} is {unknown(shapes)}")
     if found.kind != "checkpoint":
         raise UserError(f"{flag}: {path} is {CALLED[found.kind]}")
-    if lacking := {"denoiser", "text_encoder"} - set(found.parts):
-        raise UserError(f"{flag}: {path} holds no {' and no '.join(sorted(lacking))}; a whole model is needed, as a single file or a diffusers folder")
+    if lacking := set(WHOLE[:2]) - set(found.parts):
+        raise UserError(
+            f"{flag}: {path} holds no {' and no '.join(sorted(lacking))}; a whole model is needed, as a single file or a diffusers folder"
+        )
     return found
 
 
@@ -95,9 +99,11 @@ def _folder(path: Path, flag: str) -> Detected:
     pipeline = str(sources.read_json(index).get("_class_name"))
     for name in families.names():
         if pipeline in families.facts(name).PIPELINES:
-            shapes = {key: info.shape for file in sources.weight_files(path / "unet") for key, info in files.read_header(file).tensors.items()}
+            shapes = {
+                key: info.shape for file in sources.weight_files(path / "unet") for key, info in files.read_header(file).tensors.items()
+            }
             found: Detected | None = families.facts(name).detect(shapes)
             if found and found.kind == "checkpoint":
-                return found
+                return replace(found, parts=WHOLE)
             raise UserError(f"{flag}: {path / 'unet'} is {unknown(shapes)}")
     raise UserError(f"{flag}: the folder {path} holds a {pipeline}, which is not supported yet")

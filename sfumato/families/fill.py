@@ -25,7 +25,9 @@ def fill(net: Net, tensors: Mapping[str, Tensor], what: str) -> Net:
     """
     wanted, given = shapes(net.state_dict()), shapes(tensors)
     wrong = [f"{what} lacks the tensor {name!r} {shape}" for name, shape in wanted.items() if name not in given]
-    wrong += [f"{what} has the tensor {name!r}, which has no place in the net{nearest(name, wanted)}" for name in given if name not in wanted]
+    wrong += [
+        f"{what} has the tensor {name!r}, which has no place in the net{nearest(name, wanted)}" for name in given if name not in wanted
+    ]
     wrong += [
         f"{what}: tensor {name!r} has shape {given[name]}, expected {shape}"
         for name, shape in wanted.items()

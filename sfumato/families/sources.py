@@ -37,7 +37,9 @@ def local(name: str, flag: str, patterns: Sequence[str] = PIPELINE_FILES) -> Pat
         return Path(snapshot_download(name, allow_patterns=list(patterns)))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise UserError(f"{flag}: {name!r} is no file or folder here, and the hub has no such model or cannot be reached ({reason})") from error
+        raise UserError(
+            f"{flag}: {name!r} is no file or folder here, and the hub has no such model or cannot be reached ({reason})"
+        ) from error
 
 
 def weight_files(folder: Path) -> list[Path]:

@@ -23,7 +23,9 @@ def clip_tokenizer(folder: Path | None = None, *, pad: str = EOS) -> Any:
         vocabulary, merges = stock_vocabulary()
         return CLIPTokenizer(vocab=dict(vocabulary), merges=list(merges), pad_token=pad, model_max_length=77)
     if not any((folder / name).is_file() for name in ("tokenizer.json", "vocab.json")):
-        raise UserError(f"tokenizer folder {folder}: neither tokenizer.json nor vocab.json is in it; give a CLIP tokenizer's folder, or leave it out")
+        raise UserError(
+            f"tokenizer folder {folder}: neither tokenizer.json nor vocab.json is in it; give a CLIP tokenizer's folder, or leave it out"
+        )
     try:
         return CLIPTokenizer.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError, KeyError) as error:

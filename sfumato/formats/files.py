@@ -93,7 +93,7 @@ def read_header(path: str | Path) -> Header:
         text = file.read(length)
     try:
         entries = json.loads(text)
-        metadata = entries.pop("__metadata__", {})
+        metadata = {key: str(value) for key, value in entries.pop("__metadata__", {}).items()}
         tensors = {name: TensorInfo(e["dtype"], tuple(e["shape"]), *e["data_offsets"]) for name, e in entries.items()}
     except (ValueError, KeyError, TypeError, AttributeError):
         raise UserError(f"{path}: not a safetensors file (its header is no table of tensors)") from None

@@ -10,7 +10,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -81,12 +81,14 @@ class Course:
     log: Log | None
     draw: Callable[[int, int], None]
     """(step, epoch): draw the sample prompts."""
-    save_result: Callable[[Any, int, int], None]
+    save_result: Callable[[Path, int, int], None]
     """(path, step, epoch)."""
-    save_state: Callable[[Any, int, int], None]
+    save_state: Callable[[Path], None]
     began: float = field(default_factory=time.monotonic)
     done: int = 0
     """Optimizer steps done, those before a resume included."""
+    started: int = 0
+    """Optimizer steps done before this process."""
     first_step_after: float | None = None
     """Seconds from `began` to the end of the first step."""
 
@@ -159,7 +161,7 @@ def run(course: Course) -> bool:
         with Interrupt() as interrupt:
             for epoch in range(course.done // pace.steps_per_epoch, pace.epochs):
                 for loss, norm in _epoch(course, epoch):
-                    pending.add(course.done, loss, norm, [g["lr"] for g in course.optimizer.param_groups])
+                    pending.add(course.done, loss, norm, build.rates(course.optimizer))
                     stop = course.world.agree(interrupt.asked)
                     duty = _duties(course, epoch)
                     if duty or stop or course.done == pace.steps or time.monotonic() - pending.read > 0.5:
@@ -183,7 +185,8 @@ def _epoch(course: Course, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
     pace = course.pace
     batches = course.plan.batches(epoch, course.config.train.seed)
     first = course.done - epoch * pace.steps_per_epoch
-    mine = course.loader.epoch(epoch, start_batch=first * pace.group, rank=course.world.rank, world=course.world.size)
+    turns = first * course.config.train.gradient_accumulation_steps
+    mine = course.loader.epoch(epoch, start_batch=turns, rank=course.world.rank, world=course.world.size)
     for group in range(first, pace.steps_per_epoch):
         if course.done >= pace.steps:
             return
@@ -196,14 +199,9 @@ def _optimizer_step(course: Course, mine: Iterator[Batch], refs: list[tuple[Samp
     """One step on the batches `refs`, shared out over the processes; every sample weighs the same."""
     world, samples = course.world, sum(len(batch) for batch in refs)
     rounds = math.ceil(len(refs) / world.size)
-    total, batch = torch.zeros((), device=world.device), None
+    total = torch.zeros((), device=world.device)
     for i in range(rounds):
-        if i * world.size + world.rank < len(refs):
-            batch = next(mine).to(world.device)
-        elif batch is None:
-            batch = _weightless(next(course.loader.epoch(0)).to(world.device))
-        else:
-            batch = _weightless(batch)
+        batch = next(mine).to(world.device)
         with _exchange(course.step, last=i == rounds - 1):
             cost = course.step(batch)
             # DistributedDataParallel averages over the processes; the sum over all samples is what is wanted.
@@ -212,11 +210,6 @@ def _optimizer_step(course: Course, mine: Iterator[Batch], refs: list[tuple[Samp
     if world.size > 1:
         torch.distributed.all_reduce(total)
     return total, _update(course)
-
-
-def _weightless(batch: Batch) -> Batch:
-    """A batch that takes part in the gradient exchange without changing it."""
-    return replace(batch, weight=torch.zeros_like(batch.weight))
 
 
 def _exchange(step: nn.Module, *, last: bool) -> AbstractContextManager[Any]:
@@ -242,7 +235,10 @@ def _duties(course: Course, epoch: int) -> Callable[[], None] | None:
     """What is due after the step just done, or None."""
     output, sample, pace, step = course.config.output, course.config.sample, course.pace, course.done
     ended = step == min((epoch + 1) * pace.steps_per_epoch, pace.steps)
-    savings = [keep.after_step(output, step) if step < pace.steps else None, keep.after_epoch(output, epoch + 1, pace.epochs) if ended else None]
+    savings = [
+        keep.after_step(output, step) if step < pace.steps else None,
+        keep.after_epoch(output, epoch + 1, pace.epochs) if ended else None,
+    ]
     every, epochs = sample.sample_every_n_steps, sample.sample_every_n_epochs
     draws = (every and step % every == 0) or (epochs and ended and (epoch + 1) % epochs == 0)
     freeze = course.config.train.stop_text_encoder_training == step
@@ -268,7 +264,7 @@ def _save(course: Course, saving: keep.Saving, epoch: int) -> None:
         with finished(course):
             course.save_result(folder / f"{saving.name}{suffix}", course.done, epoch)
         if saving.state:
-            course.save_state(folder / keep.state_name(saving.name), course.done, epoch)
+            course.save_state(folder / keep.state_name(saving.name))
         keep.clean(saving, folder, suffix)
     course.world.wait()
 

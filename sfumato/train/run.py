@@ -6,7 +6,7 @@ import dataclasses
 import resource
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -18,7 +18,9 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from sfumato import adapters, families
+from sfumato.adapters.insert import from_state
 from sfumato.config import Config, DatasetConfig
+from sfumato.data.batch import Cond, Tokens
 from sfumato.data.cache import Report, cache_latents, cache_texts
 from sfumato.data.loader import Loader
 from sfumato.data.plan import Plan, make_plan
@@ -32,7 +34,7 @@ from sfumato.optim.ema import EMA
 from sfumato.tensors import attention
 from sfumato.train import dist, keep, log, loop, provenance, state
 from sfumato.train.prompts import read_prompts
-from sfumato.train.progress import console, telling
+from sfumato.train.progress import Tell, console, telling
 from sfumato.train.sample import sample
 from sfumato.train.step import Step
 from sfumato.train.trainables import Adapters, Full, Trainable, caches_latents, caches_text, read_adapter
@@ -45,20 +47,27 @@ class Data:
     """The pictures of a run and where what is made of them is kept."""
 
     plan: Plan
-    store: Store
+    latents: Store
+    texts: Store
     index: Index
 
 
-def open_data(config: Config, datasets: tuple[DatasetConfig, ...]) -> Data:
+def open_data(config: Config, datasets: tuple[DatasetConfig, ...], world: dist.World) -> Data:
     """Scan the datasets; memory alone is used unless a cache on disk is asked for."""
     d = config.data
     on_disk = d.cache_latents_to_disk or d.cache_text_encoder_outputs_to_disk or d.cache_dir
     root = (Path(d.cache_dir) if d.cache_dir else default_root()) if on_disk else None
     index = Index(root)
-    plan = make_plan(datasets, index, seed=config.train.seed, skip_unreadable=d.skip_unreadable, prior_loss_weight=config.loss.prior_loss_weight)
-    for line in plan.notices:
-        console.print(line)
-    return Data(plan, Store(root), index)
+    with telling("reading pictures", quiet=not world.main) as tell:
+        plan = make_plan(
+            datasets, index, skip_unreadable=d.skip_unreadable, stride=families.of(config.family).latents.stride, progress=tell
+        )
+    if world.main:
+        for line in [*plan.notes, *(f"left out: {skip.path}: {skip.reason}" for skip in plan.skipped)]:
+            console.print(line)
+    return Data(
+        plan, Store(root if d.cache_latents_to_disk else None), Store(root if d.cache_text_encoder_outputs_to_disk else None), index
+    )
 
 
 def load_models(config: Config, precision: dist.Precision, device: torch.device | str = "cpu") -> Models:
@@ -81,67 +90,79 @@ def load_models(config: Config, precision: dist.Precision, device: torch.device 
     return models
 
 
-def fill_caches(config: Config, data: Data, models: Models, world: dist.World) -> list[Report]:
+@dataclass(frozen=True, slots=True)
+class Caches:
+    """What is kept of pictures and captions; None where they are encoded in each step."""
+
+    latents: Report | None = None
+    texts: Report | None = None
+
+
+def fill_caches(config: Config, data: Data, models: Models, world: dist.World) -> Caches:
     """Encode what is asked to be kept and is not there yet; the first process fills a disk, each its own memory."""
-    reports = []
-    if caches_latents(config) and models.vae is not None:
+    latents = texts = None
+    if caches_latents(config):
+        if models.vae is None:
+            raise UserError(f"{config.model.pretrained_model_name_or_path} has no VAE to encode pictures with; give one with --vae")
         models.vae.to(world.device)
         with telling("encoding pictures", quiet=not world.main) as tell:
-            reports.append(_once(config.data.cache_latents_to_disk, world, partial(_cache_latents, config, data, models, world, tell)))
-        models.vae.to("cpu")
+            latents = _in_turn(world, partial(_cache_latents, config, data, models, world, tell))
     if caches_text(config):
         for net in models.encoders.values():
             net.to(world.device)
         with telling("encoding captions", quiet=not world.main) as tell:
-            reports.append(_once(config.data.cache_text_encoder_outputs_to_disk, world, partial(_cache_texts, data, models, world, tell)))
-    if world.main:
-        for report in reports:
-            console.print(str(report))
-    return reports
+            texts = _in_turn(world, partial(_cache_texts, data, models, world, tell))
+    for name, report in (("latents", latents), ("text outputs", texts)):
+        if report and world.main:
+            console.print(f"{name}: {report}")
+    return Caches(latents, texts)
 
 
-def _once(on_disk: bool, world: dist.World, job: Any) -> Any:
-    if not on_disk or world.main:
-        report = job()
+def _in_turn(world: dist.World, job: Callable[[], Report]) -> Report:
+    """The first process does the job before the others, which then find on the disk what it made."""
+    if not world.main:
         world.wait()
-        return report
-    world.wait()
-    return job()
+    report = job()
+    if world.main:
+        world.wait()
+    return report
 
 
-def _cache_latents(config: Config, data: Data, models: Models, world: dist.World, tell: Any) -> Report:
+def _cache_latents(config: Config, data: Data, models: Models, world: dist.World, tell: Tell) -> Report:
     vae, strategy = models.vae, models.family.latents
     assert vae is not None
     dtype = next(vae.parameters()).dtype
 
-    @torch.no_grad()
     def encode(pixels: Tensor) -> Tensor:
         return strategy.encode(vae, pixels.to(world.device, dtype)).float()
 
-    fingerprint = files.fingerprint(vae.state_dict())
-    return cache_latents(data.plan, data.store, data.index, encode, fingerprint, strategy, batch_size=config.memory.vae_batch_size, progress=tell)
+    fingerprint = f"{files.fingerprint(vae.state_dict())} in {dtype}"
+    return cache_latents(
+        data.plan, data.latents, data.index, encode, fingerprint, strategy, batch_size=config.memory.vae_batch_size, progress=tell
+    )
 
 
-def _cache_texts(data: Data, models: Models, world: dist.World, tell: Any) -> Report:
+def _cache_texts(data: Data, models: Models, world: dist.World, tell: Tell) -> Report:
     tokenize, encode = models.family.tokenize(models), models.family.encode(models)
 
-    @torch.no_grad()
-    def run(tokens: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    def run(tokens: Tokens) -> Cond:
         return encode.encode(models.encoders, {k: v.to(world.device) for k, v in tokens.items()})
 
     fingerprint = files.fingerprint({f"{name}.{k}": v for name, net in models.encoders.items() for k, v in net.state_dict().items()})
-    settings = {**tokenize.settings, **encode.settings}
-    return cache_texts(data.plan, data.store, data.index, tokenize.tokenize, run, fingerprint, settings, models.family.outputs, progress=tell)
+    return cache_texts(
+        data.plan, data.texts, data.index, tokenize.tokenize, run, fingerprint, models.family.outputs,
+        settings={**tokenize.settings, **encode.settings}, progress=tell,
+    )  # fmt: skip
 
 
-def cache(config: Config, datasets: tuple[DatasetConfig, ...]) -> list[Report]:
+def cache(config: Config, datasets: tuple[DatasetConfig, ...]) -> Caches:
     """`sfumato cache`: fill the caches on disk and stop."""
     world = dist.world()
-    data = open_data(config, datasets)
+    data = open_data(config, datasets, world)
     models = load_models(config, dist.precision(config.train.mixed_precision))
-    reports = fill_caches(config, data, models, world)
+    caches = fill_caches(config, data, models, world)
     world.close()
-    return reports
+    return caches
 
 
 def train(config: Config, method: Method, datasets: tuple[DatasetConfig, ...], resolved: str = "") -> None:
@@ -167,14 +188,15 @@ def prepare(config: Config, method: Method, datasets: tuple[DatasetConfig, ...],
     """Everything up to the first step, in this order: pictures, model, caches, trainable, memory, optimizer, old state."""
     precision = dist.precision(config.train.mixed_precision)
     attention.choose("xformers" if config.memory.xformers else "sdpa")
-    data = open_data(config, datasets)
-    pace = loop.Pace.of(config, len(data.plan.batches(0, config.train.seed)), world.size)
+    data = open_data(config, datasets, world)
+    pace = loop.Pace.of(config, data.plan.batches_per_epoch, world.size)
     if world.main:
-        data.plan.show(console, pace.group, pace.steps)
+        console.print(data.plan.steps_line(config.train.gradient_accumulation_steps, world.size))
+        console.print(f"{pace.steps} steps in {pace.epochs} epochs")
     prompts = read_prompts(config.sample.sample_prompts) if config.sample.sample_prompts else []
     models = load_models(config, precision)
     merge_base_weights(config, models)
-    fill_caches(config, data, models, world)
+    caches = fill_caches(config, data, models, world)
     trainable: Trainable = Full(models, config) if method == "full" else Adapters(models, config, adapters.parse(config.network))
     place(config, models, trainable, world)
     process = models.family.process(models, config.noise, config.loss)
@@ -184,19 +206,28 @@ def prepare(config: Config, method: Method, datasets: tuple[DatasetConfig, ...],
     step: nn.Module = Step(models, trainable, process, config.loss, precision)
     if world.size > 1:
         step = DistributedDataParallel(step, find_unused_parameters=bool(config.train.stop_text_encoder_training))
-    loader = Loader.of(data.plan, data.store, config, models, latents=caches_latents(config), texts=caches_text(config))
+    loader = Loader(
+        plan=data.plan, seed=config.train.seed, tokenize=models.family.tokenize(models).tokenize, latents=caches.latents, texts=caches.texts,
+        prior_loss_weight=config.loss.prior_loss_weight, accumulation=config.train.gradient_accumulation_steps, steps=pace.steps,
+        workers=config.train.max_data_loader_n_workers, persistent=config.train.persistent_data_loader_workers,
+    )  # fmt: skip
     tell = partial(_draw, config, models, process, prompts, world)
-    facts = provenance.Facts(config, method, datasets, models, data.plan, pace, trainable)
+    adapter = trainable.plan if isinstance(trainable, Adapters) else None
+    facts = provenance.Facts(config=config, models=models, plan=data.plan, pace=pace, adapter=adapter)
     course = loop.Course(
         config=config, world=world, pace=pace, plan=data.plan, loader=loader, trainable=trainable, step=step, optimizer=optimizer,
         schedule=schedules.schedule(config.optimizer, optimizer, pace.steps),
         ema=EMA(trainable.weights(), config.optimizer.ema_decay) if config.optimizer.ema_decay else None,
         scaler=torch.amp.GradScaler(world.device.type, enabled=precision == "fp16"),
         log=None, draw=tell, began=began,
-        save_result=lambda path, done, epoch: trainable.save(path, facts.metadata(path, done, epoch)),
-        save_state=lambda path, done, epoch: state.save(course, path),
+        save_result=lambda path, done, epoch: trainable.save(path, facts.metadata(done, epoch)),
+        save_state=lambda path: state.save(course, path),
     )  # fmt: skip
     state.resume(course)
+    stop = config.train.stop_text_encoder_training
+    if stop and course.done >= stop:
+        trainable.freeze_encoders()
+    build.training(optimizer)
     trainable.train(True)
     if world.main:
         Path(config.output.output_dir).mkdir(parents=True, exist_ok=True)
@@ -208,7 +239,7 @@ def merge_base_weights(config: Config, models: Models) -> None:
     """Merge `base_weights` into the nets, each at its strength."""
     strengths = config.network.base_weights_multiplier
     for i, path in enumerate(config.network.base_weights):
-        inserted = adapters.inserted_from(models.nets(), read_adapter(models, Path(path)))
+        inserted = from_state(models.nets(), read_adapter(models, Path(path)))
         inserted.multiplier = strengths[i] if i < len(strengths) else 1.0
         inserted.merge()
         inserted.remove()
@@ -266,7 +297,7 @@ def _finish(course: loop.Course, ended: bool) -> None:
         with loop.finished(course):
             course.save_result(result, done, epoch)
         if config.output.save_state or config.output.save_state_on_train_end:
-            course.save_state(folder / keep.state_name(name), done, epoch)
+            course.save_state(folder / keep.state_name(name))
     if course.log:
         course.log.close()
         log.curve(course.log.path, folder / f"{name}-loss.png")

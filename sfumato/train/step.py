@@ -48,7 +48,9 @@ class Step(nn.Module):
         with autocast(latents.device, self.precision):
             noised = self.process.noise(latents.float(), draws)
             said = family.predict(models.denoiser, noised.x, noised.t, self.cond(batch), batch)
-        threshold = losses.huber_threshold(self.loss.huber_schedule, self.loss.huber_c, self.loss.huber_scale, noised.t, noised.sigma, self.process.steps)
+        threshold = losses.huber_threshold(
+            self.loss.huber_schedule, self.loss.huber_c, self.loss.huber_scale, noised.t, noised.sigma, self.process.steps
+        )
         error = losses.loss(self.loss.loss_type, said.float(), noised.target.float(), c=threshold)
         return losses.per_sample(error, batch.mask, noised.weight, batch.weight).sum()
 

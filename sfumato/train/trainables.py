@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
 from sfumato.adapters import AdapterPlan
-from sfumato.adapters.insert import Inserted, choose
+from sfumato.adapters.insert import Inserted, choose, from_state
 from sfumato.config import Config
 from sfumato.errors import UserError
 from sfumato.families.base import Models
 from sfumato.formats import dialect, files
+from sfumato.formats.metadata import hashes
 from sfumato.optim.groups import Group
 from sfumato.tensors.random import Draws
 
@@ -31,7 +31,7 @@ class Trainable(Protocol):
     """Components that change."""
 
     def weights(self) -> dict[str, nn.Parameter]:
-        """Everything that is trained, by a name that stays the same from run to run."""
+        """Everything that is trained, or was before it was frozen, by a name that stays the same from run to run."""
         ...
 
     def groups(self) -> list[Group]:
@@ -85,16 +85,21 @@ class Full:
         dtype = torch.bfloat16 if config.train.full_bf16 else torch.float32
         _thaw([models.nets()[name] for name in self.trained], dtype)
 
+        self._weights = {f"{name}.{path}": p for name in self.trained for path, p in models.nets()[name].named_parameters()}
+
     def weights(self) -> dict[str, nn.Parameter]:
-        nets = self.models.nets()
-        return {f"{name}.{path}": p for name in self.trained for path, p in nets[name].named_parameters() if p.requires_grad}
+        return self._weights
 
     def groups(self) -> list[Group]:
         o = self.config.optimizer
         te = o.learning_rate if o.learning_rate_te is None else o.learning_rate_te
         nets = self.models.nets()
         return [
-            Group(name=name, lr=o.learning_rate if name == "denoiser" else te, parameters=[p for p in nets[name].parameters() if p.requires_grad])
+            Group(
+                name=name,
+                lr=o.learning_rate if name == "denoiser" else te,
+                parameters=[p for p in nets[name].parameters() if p.requires_grad],
+            )
             for name in self.trained
         ]
 
@@ -135,33 +140,31 @@ class Adapters:
 
     def __init__(self, models: Models, config: Config, plan: AdapterPlan) -> None:
         self.models, self.config, self.plan = models, config, plan
-        self.kind = plan.kind
+        self.kind = plan.kind.__name__.lower()
         network = config.network
         nets = models.nets()
         self.trained: tuple[str, ...] = tuple(name for name in nets if _wanted(name, models, config))
         if not self.trained:
-            raise UserError("nothing is left to train: --network_train_unet_only, --network_train_text_encoder_only and the learning rates exclude everything")
-        chosen = [
-            ((name, path), layer, options)
-            for name in self.trained
-            for path, layer, options in choose(nets[name], models.family.targets[name], plan)
-        ]
-        given = self._given(network.network_weights, [(name, path) for name, net in nets.items() for path, _ in net.named_modules()])
+            raise UserError(
+                "nothing is left to train: --network_train_unet_only, --network_train_text_encoder_only and the learning rates exclude everything"
+            )
+        given = read_adapter(models, Path(network.network_weights)) if network.network_weights else {}
         if network.dim_from_weights:
-            chosen = plan.as_in(given, chosen)
-        self.inserted = Inserted(plan, chosen)
-        if given:
-            self.inserted.load(given)
+            self.inserted = from_state(
+                nets, {site: leaves for site, leaves in given.items() if site[0] in self.trained}, plan, seed=config.train.seed
+            )
+        else:
+            places = {name: choose(nets[name], name, models.family.targets[name], plan) for name in self.trained}
+            self.inserted = Inserted(places, plan.kind, seed=config.train.seed)
+            if given:
+                self.inserted.load(given)
         if config.train.full_bf16:
             self.inserted.to(torch.bfloat16)
-
-    def _given(self, path: str | None, sites: list[dialect.Site]) -> dict[dialect.Site, dialect.Leaves]:
-        if path is None:
-            return {}
-        return read_adapter(self.models, Path(path), sites)
+        sites = self.inserted.sites().items()
+        self._weights = {"|".join((*site, name)): p for site, a in sites for name, p in a.named_parameters() if p.requires_grad}
 
     def weights(self) -> dict[str, nn.Parameter]:
-        return {"|".join((*site, name)): p for site, a in self.inserted.sites().items() for name, p in a.named_parameters() if p.requires_grad}
+        return self._weights
 
     def groups(self) -> list[Group]:
         sites = self.inserted.sites()
@@ -181,6 +184,7 @@ class Adapters:
 
     def train(self, mode: bool) -> None:
         self.inserted.train(mode)
+        self.inserted.multiplier = 1.0
 
     def on_batch(self, multiplier: Tensor, draws: Draws) -> None:
         self.inserted.multiplier, self.inserted.draws = multiplier, draws
@@ -207,13 +211,14 @@ class Adapters:
         files.check_finite(tensors, f"the adapter {path.name}")
         if precision:
             tensors = {name: t.to(SAVE_DTYPES[precision]) for name, t in tensors.items()}
-        files.save(path, tensors, metadata)
+        files.save(path, tensors, {**metadata, **hashes(tensors, metadata)})
 
 
-def read_adapter(models: Models, path: Path, sites: list[dialect.Site] | None = None) -> dict[dialect.Site, dialect.Leaves]:
-    """An adapter file in any dialect of the family -> {site: leaves}."""
-    if sites is None:
-        sites = [(name, p) for name, net in models.nets().items() for p, _ in net.named_modules()]
+def read_adapter(models: Models, path: Path) -> dict[dialect.Site, dialect.Leaves]:
+    """An adapter file in any dialect of the family -> {site: leaves}. Errors: `UserError` for keys that name no layer."""
+    sites = [
+        (name, p) for name, net in models.nets().items() for p, layer in net.named_modules() if isinstance(layer, nn.Linear | nn.Conv2d)
+    ]
     return dialect.read(models.family.dialects(models).values(), files.load(path), sites)
 
 
@@ -243,15 +248,3 @@ def _adapter_lr(name: str, models: Models, config: Config) -> float:
         return o.learning_rate
     order = models.family.encoder_lr_order
     return o.text_encoder_lr[min(order.index(name), len(o.text_encoder_lr) - 1)]
-
-
-@contextmanager
-def merged(models: Models, adapters: Mapping[dialect.Site, dialect.Leaves], multiplier: float = 1.0) -> Iterator[Any]:
-    """Adapters put on the nets for as long as the context lasts."""
-    inserted = Inserted.of(models.nets(), adapters)
-    inserted.multiplier = multiplier
-    inserted.eval()
-    try:
-        yield inserted
-    finally:
-        inserted.remove()

@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass
 from typing import Literal
 
-from sfumato.families.detect import Detected, Kind, Shapes
+from sfumato.families.detect import WHOLE, Detected, Kind, Shapes
 
 FAMILY = "sd"
 PIPELINES = ("StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline")
@@ -40,9 +40,7 @@ def architecture(options: Options) -> str:
 
 def base_model_version(options: Options) -> str:
     """The model's name in sd-scripts' metadata, `ss_base_model_version`."""
-    if not options.v2:
-        return "sd_v1"
-    return "sd_v2_v" if options.v_parameterization else "sd_v2"
+    return ("sd_v2" if options.v2 else "sd_v1") + ("_v" if options.v_parameterization else "")
 
 
 def detect(shapes: Shapes) -> Detected | None:
@@ -66,14 +64,11 @@ def _checkpoint(shapes: Shapes) -> Detected | None:
     for dialect, (prefix, first, keys) in _UNETS.items():
         context = _context(shapes, re.escape(prefix) + keys)
         if prefix + first in shapes and context not in (None, CONTEXT_XL) and not _is_controlnet(shapes):
-            parts = {
-                "denoiser": True,
-                "text_encoder": any(name.startswith("cond_stage_model.") for name in shapes),
-                "vae": any(name.startswith("first_stage_model.") for name in shapes),
-            }
-            # A diffusers folder has its other parts in other files.
-            held = tuple(parts) if dialect == "diffusers" else tuple(part for part, there in parts.items() if there)
-            return _said("checkpoint", dialect, _variant(shapes), prediction="v" if "v_pred" in shapes else None, parts=held)
+            prefixes = (prefix, "cond_stage_model.", "first_stage_model.")
+            parts = tuple(
+                part for part, p in zip(WHOLE, prefixes, strict=True) if part == "denoiser" or any(n.startswith(p) for n in shapes)
+            )
+            return _said("checkpoint", dialect, _variant(shapes), prediction="v" if "v_pred" in shapes else None, parts=parts)
     return None
 
 
@@ -84,7 +79,9 @@ _ADAPTERS = {
     "peft": r"(unet\.)?(down_blocks|mid_block|up_blocks)\..*|text_encoder\.(text_model\.)?encoder\.layers\..*",
 }
 _LEAF = re.compile(r".*\.((lora|hada|lokr)_\w+(\.\w+)*|lora\.(up|down)\.weight|oft_blocks|oft_diag|diff|diff_b|dora_scale|alpha)")
-_LARGER = re.compile(r"lora_te[12]_.*|text_encoder_2\..*|.*transformer_blocks[._][1-9]\d*[._].*|.*(double|joint|single_transformer)_blocks.*")
+_LARGER = re.compile(
+    r"lora_te[12]_.*|text_encoder_2\..*|.*transformer_blocks[._][1-9]\d*[._].*|.*(double|joint|single_transformer)_blocks.*"
+)
 """What Stable Diffusion XL and the transformers have, whose names begin alike."""
 
 
@@ -113,7 +110,13 @@ def _controlnet(shapes: Shapes) -> Detected | None:
 
 def _vae(shapes: Shapes) -> Detected | None:
     """The VAE of Stable Diffusion XL has the same names and shapes; one of more channels is another family's."""
-    for dialect, prefix, block in (("ldm", "", "down.0.block.0"), ("ldm", "first_stage_model.", "down.0.block.0"), ("diffusers", "", "down_blocks.0.resnets.0")):
+    if any(name.startswith((UNET_PREFIX, "conditioner.")) for name in shapes):
+        return None
+    for dialect, prefix, block in (
+        ("ldm", "", "down.0.block.0"),
+        ("ldm", "first_stage_model.", "down.0.block.0"),
+        ("diffusers", "", "down_blocks.0.resnets.0"),
+    ):
         if f"{prefix}encoder.{block}.conv1.weight" in shapes and shapes.get(f"{prefix}decoder.conv_in.weight", (0, 0))[1] == 4:
             return _said("vae", dialect)
     return None
@@ -121,10 +124,15 @@ def _vae(shapes: Shapes) -> Detected | None:
 
 def _text_encoder(shapes: Shapes) -> Detected | None:
     """CLIP-L, which other families use as well, or OpenCLIP-H."""
-    widths = {"": 0} | {name: shape[-1] for name, shape in shapes.items() if name.endswith(("token_embedding.weight", "positional_embedding"))}
+    widths = {"": 0} | {
+        name: shape[-1] for name, shape in shapes.items() if name.endswith(("token_embedding.weight", "positional_embedding"))
+    }
     if any(".resblocks." in name for name in shapes) and max(widths.values()) == 1024:
         return _said("text_encoder", "openclip", "v2")
-    if any(re.fullmatch(r"(.*\.)?encoder\.layers\.0\.self_attn\.q_proj\.weight", name) for name in shapes) and max(widths.values()) in (768, 1024):
+    if any(re.fullmatch(r"(.*\.)?encoder\.layers\.0\.self_attn\.q_proj\.weight", name) for name in shapes) and max(widths.values()) in (
+        768,
+        1024,
+    ):
         return _said("text_encoder", "hf", "v1" if max(widths.values()) == 768 else "v2")
     return None
 

@@ -114,7 +114,8 @@ class Transformer(nn.Module):
         width = shapes["proj_in.weight"][0]
         heads = width // LINEAR_HEAD_WIDTH if self.linear else CONV_HEADS
         if not heads or width % heads:
-            raise UserError(f"an attention of {width} channels cannot be cut into {f'heads of {LINEAR_HEAD_WIDTH}' if self.linear else f'{CONV_HEADS} heads'}")
+            cut = f"heads of {LINEAR_HEAD_WIDTH}" if self.linear else f"{CONV_HEADS} heads"
+            raise UserError(f"the U-Net has an attention of {width} channels, which cannot be cut into {cut}")
         self.transformer_blocks = nn.ModuleList(TransformerBlock(part, heads) for part in _numbered(shapes, "transformer_blocks"))
 
     def forward(self, x: Tensor, context: Tensor) -> Tensor:
@@ -260,7 +261,7 @@ def _pixels(x: Tensor) -> Tensor:
 
 def _picture(x: Tensor, like: Tensor) -> Tensor:
     """(b, h * w, c) -> (b, c, h, w)"""
-    return x.transpose(1, 2).unflatten(2, like.shape[-2:])
+    return x.transpose(1, 2).reshape(*x.shape[:1], -1, *like.shape[-2:])
 
 
 def _linear(shapes: Shapes, name: str) -> nn.Linear:

@@ -1,0 +1,263 @@
+"""Dataset files (TOML or JSON) and kohya's folders of folders -> `DatasetConfig`s; subset -> dataset -> [general] -> flag."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from sfumato.cli import options, paths, rules, toml, values
+from sfumato.cli.report import Given, Report
+from sfumato.config import DatasetConfig, SubsetConfig
+from sfumato.config.data import BucketOptions, CaptionOptions, PictureOptions
+from sfumato.errors import UserError, nearest
+
+FOLDER = re.compile(r"(\d+)_(.*)")
+Found = dict[str, Given]
+Value = Callable[[str], Any]
+
+_SHARED = {f.name for record in (CaptionOptions, PictureOptions) for f in fields(record)} | {"class_tokens"}
+_SUBSET = {f.name for f in fields(SubsetConfig)}
+_DATASET = ({f.name for f in fields(DatasetConfig)} - {"subsets"}) | _SHARED
+_FLAGS = {"batch_size": "train_batch_size", "num_repeats": "dataset_repeats"}
+"""Setting of a dataset file -> the flag that it falls back to, where the names differ."""
+
+INERT = {"cache_info": "sizes and captions are read from the files' headers, quickly, and remembered"}
+REFUSED = {
+    "metadata_file": "is not supported yet: put captions into files beside the pictures (caption_extension)",
+    "custom_attributes": "is not supported yet",
+    "validation_split": "is not supported yet",
+    "validation_seed": "is not supported yet",
+}
+
+
+def read(settings: Mapping[str, Any], given: Mapping[str, Given], report: Report) -> tuple[DatasetConfig, ...]:
+    """The datasets that the settings name, checked; what is wrong goes to the report.
+
+    `settings`: all settings by name, which the files fall back to; `given`: those that a user set.
+    """
+    if settings["dataset_config"]:
+        tables = from_file(Path(settings["dataset_config"]).expanduser(), report)
+    else:
+        tables = from_folders(settings, given, report)
+    used: dict[str, set[Any]] = {}
+    made = tuple(_dataset(table, subsets, settings, used, report) for table, subsets in tables)
+    if made:
+        _unused_flags(settings, given, used, report)
+        check(made, settings, given, report)
+    return made
+
+
+# --- dataset files --------------------------------------------------------------------------------
+
+Tables = list[tuple[Found, list[Found]]]
+"""Of each dataset its own settings, [general]'s below them, and those of each of its subsets."""
+
+
+def from_file(path: Path, report: Report) -> Tables:
+    """The settings of a dataset file, each with its line and of the right type."""
+    if not path.is_file():
+        return []  # reported with the other paths
+    try:
+        content, lines = toml.read(path)
+    except UserError as e:
+        report.errors += e.messages
+        return []
+
+    def table(at: toml.Path_, content: Any, known: set[str]) -> Found:
+        return _table(path, at, content, lines, known, report)
+
+    for name in set(content) - {"general", "datasets"}:
+        where = f"{path}:{lines[(name,)]}" if (name,) in lines else str(path)
+        report.error(f"{where}: {name}: unknown table; expected [general] and [[datasets]]{nearest(name, ('general', 'datasets'))}")
+    general = table(("general",), content.get("general", {}), _DATASET)
+    found: Tables = []
+    for d, dataset in enumerate(_tables(path, "datasets", content.get("datasets"), report)):
+        at = ("datasets", d)
+        own = table(at, {k: v for k, v in dataset.items() if k != "subsets"}, _DATASET)
+        subsets = _tables(path, "datasets.subsets", dataset.get("subsets"), report)
+        found.append((general | own, [table((*at, "subsets", s), subset, _SUBSET) for s, subset in enumerate(subsets)]))
+    return found
+
+
+def _tables(path: Path, name: str, content: Any, report: Report) -> list[dict[str, Any]]:
+    if isinstance(content, list) and content and all(isinstance(c, dict) for c in content):
+        return content
+    report.error(f"{path}: expected at least one [[{name}]]" + (f", found {name} = {content!r}" if content else ""))
+    return []
+
+
+def _table(path: Path, at: toml.Path_, content: Any, lines: Mapping[toml.Path_, int], known: set[str], report: Report) -> Found:
+    if not isinstance(content, dict):
+        report.error(f"{path}: {'.'.join(map(str, at))}: expected a table, found {content!r}")
+        return {}
+    found: Found = {}
+    for name, value in content.items():
+        place = (*at, name)
+        where = f"{path}:{lines[place]}" if place in lines else f"{path}: {'.'.join(map(str, at))}"
+        if checked := _setting(Given(name, value, where, False), known, report):
+            found[name] = checked
+    return found
+
+
+def _setting(given: Given, known: set[str], report: Report) -> Given | None:
+    """A setting with its value converted, or None when it was answered: stated or refused."""
+    if given.key in INERT:
+        report.note(f"{given}: accepted, no effect: {INERT[given.key]}")
+        return None
+    if given.key in REFUSED:
+        if given.value not in (0, "", None, {}):
+            report.error(f"{given}: {REFUSED[given.key]}")
+        return None
+    if given.key not in known:
+        elsewhere = "; it belongs to " + ("[[datasets.subsets]]" if given.key in _SUBSET else "[[datasets]]") if given.key in _SUBSET | _DATASET else ""
+        report.error(f"{given}: unknown setting here{elsewhere or nearest(given.key, known)}")
+        return None
+    try:
+        value = values.convert(_kinds()[given.key], given.value, text=False)
+    except ValueError as e:
+        report.error(f"{given}: {e}")
+        return None
+    if said := rules.in_range(given.key, value):
+        report.error(f"{given}: {said}")
+        return None
+    return paths.settle(Given(given.key, value, given.where, False), report)
+
+
+def _kinds() -> dict[str, Any]:
+    return {name: o.kind for record in (DatasetConfig, SubsetConfig) for name, o in options.of(record, "data").items()}
+
+
+# --- folders of folders ---------------------------------------------------------------------------
+
+
+def from_folders(settings: Mapping[str, Any], given: Mapping[str, Given], report: Report) -> Tables:
+    """One dataset of the folders `<repeats>_<class tokens>` in train_data_dir and reg_data_dir."""
+    subsets = [s for key in ("train_data_dir", "reg_data_dir") if settings[key] for s in _folders(key, Path(settings[key]), given, report)]
+    return [({}, subsets)] if subsets else []
+
+
+def _folders(key: str, root: Path, given: Mapping[str, Given], report: Report) -> list[Found]:
+    root = root.expanduser()
+    if not root.is_dir():
+        return []  # reported with the other paths
+    found: list[Found] = []
+    for folder in sorted(p for p in root.iterdir() if p.is_dir() and not p.name.startswith(".")):
+        match = FOLDER.fullmatch(folder.name)
+        if not match or not int(match.group(1)):
+            report.note(f"{folder}: left out: its name is not `<repeats>_<class tokens>`")
+            continue
+        said = {"image_dir": str(folder), "num_repeats": int(match.group(1)), "class_tokens": match.group(2), "is_reg": key == "reg_data_dir"}
+        found.append({name: Given(name, value, str(folder), False) for name, value in said.items()})
+    if not found:
+        report.error(
+            f"{given.get(key, f'--{key}')}: {root} has no folder `<repeats>_<class tokens>`, such as {root / '10_my cat'}; "
+            "for a folder that holds the pictures itself write a dataset file (dataset_config) with image_dir"
+        )
+    return found
+
+
+# --- falling back ---------------------------------------------------------------------------------
+
+
+def _dataset(table: Found, subsets: list[Found], settings: Mapping[str, Any], used: dict[str, set[Any]], report: Report) -> DatasetConfig:
+    def value(name: str, *levels: Found) -> Any:
+        for level in levels:
+            if name in level and level[name].value is not None:
+                return level[name].value
+        flag = _FLAGS.get(name, name)
+        if name == "num_repeats" and settings["dataset_repeats"] == 1:
+            flag = name
+        return settings.get(flag, _default(name))
+
+    def note(name: str, found: Any) -> Any:
+        used.setdefault(name, set()).add(found)
+        return found
+
+    made = []
+    for subset in subsets:
+        if "image_dir" not in subset:
+            first = next(iter(subset.values()), None)
+            report.error(f"{first.where if first else 'a [[datasets.subsets]]'}: image_dir is missing in this [[datasets.subsets]]")
+        made.append(SubsetConfig(**{f.name: note(f.name, value(f.name, subset, table)) for f in fields(SubsetConfig)}))
+    own = {f.name: note(f.name, value(f.name, table)) for f in fields(DatasetConfig) if f.name != "subsets"}
+    return DatasetConfig(**own, subsets=tuple(made))
+
+
+def _default(name: str) -> Any:
+    return next(o[name].default for o in (options.of(SubsetConfig, ""), options.of(DatasetConfig, "")) if name in o)
+
+
+def _unused_flags(settings: Mapping[str, Any], given: Mapping[str, Given], used: Mapping[str, set[Any]], report: Report) -> None:
+    """Flags that every dataset overrules."""
+    for name, found in used.items():
+        flag = _FLAGS.get(name, name)
+        flag = flag if flag in given else name
+        each = given.get(flag)
+        if each is None or settings[flag] in found:
+            continue
+        if each.flag or settings[flag] != options.common()[flag].default:
+            source = settings["dataset_config"] or settings["train_data_dir"]
+            rules.without_effect(each, f"{source} says {name} itself, for every {'dataset' if name in _DATASET - _SHARED else 'folder'}", report)
+
+
+# --- checks across settings -----------------------------------------------------------------------
+
+_CUTS = ("shuffle_caption", "caption_tag_dropout_rate", "token_warmup_step")
+_BUCKETS = ("min_bucket_reso", "max_bucket_reso", "bucket_reso_steps", "bucket_no_upscale")
+_NOT_CACHED = ("color_aug", "random_crop", "face_crop_aug_range")
+_NOT_FINITE = ("shuffle_caption", "caption_tag_dropout_rate", "token_warmup_step", "enable_wildcard")
+
+
+def check(datasets: Iterable[DatasetConfig], settings: Mapping[str, Any], given: Mapping[str, Given], report: Report) -> None:
+    """Report what does not go together in the datasets."""
+    datasets = tuple(datasets)
+    for dataset in datasets:
+        _check_buckets(dataset, report)
+        for subset in dataset.subsets:
+            _check_subset(subset, settings, report)
+    subsets = [s for d in datasets for s in d.subsets]
+    if not any(not s.is_reg for s in subsets):
+        report.error("all folders are regularisation pictures (is_reg): one must hold what is to be learnt")
+    if settings["masked_loss"] and not any(s.alpha_mask or s.conditioning_data_dir for s in subsets):
+        report.error(f"{given.get('masked_loss', 'masked_loss')}: no folder has masks: set alpha_mask or conditioning_data_dir")
+    if "prior_loss_weight" in given and settings["prior_loss_weight"] != 1.0 and not any(s.is_reg for s in subsets):
+        rules.without_effect(given["prior_loss_weight"], "no folder holds regularisation pictures (is_reg, reg_data_dir)", report)
+
+
+def _check_buckets(dataset: DatasetConfig, report: Report) -> None:
+    plain = DatasetConfig()
+    idle = [name for name in _BUCKETS if not dataset.enable_bucket and getattr(dataset, name) != getattr(plain, name)]
+    if idle:
+        report.note(f"{', '.join(idle)}: no effect without enable_bucket")
+    if not dataset.enable_bucket:
+        return
+    if dataset.min_bucket_reso > dataset.max_bucket_reso:
+        report.error(f"min_bucket_reso {dataset.min_bucket_reso} is above max_bucket_reso {dataset.max_bucket_reso}")
+    if max(dataset.resolution) > dataset.max_bucket_reso:
+        report.error(f"resolution {max(dataset.resolution)} is above max_bucket_reso {dataset.max_bucket_reso}: raise max_bucket_reso")
+    if min(dataset.resolution) < dataset.min_bucket_reso:
+        report.error(f"resolution {min(dataset.resolution)} is below min_bucket_reso {dataset.min_bucket_reso}: lower min_bucket_reso")
+
+
+def _check_subset(subset: SubsetConfig, settings: Mapping[str, Any], report: Report) -> None:
+    def on(names: Iterable[str]) -> list[str]:
+        return [name for name in names if getattr(subset, name)]
+
+    if (settings["cache_latents"] or settings["cache_latents_to_disk"]) and (found := on(_NOT_CACHED)):
+        report.error(f"{subset.image_dir}: {', '.join(found)} cannot be used with cache_latents: pictures are encoded only once (flip_aug can)")
+    if (settings["cache_text_encoder_outputs"] or settings["cache_text_encoder_outputs_to_disk"]) and (found := on(_NOT_FINITE)):
+        report.error(f"{subset.image_dir}: {', '.join(found)} cannot be used with cache_text_encoder_outputs: captions are encoded only once")
+    if not on(_CUTS) and (found := on(("keep_tokens", "keep_tokens_separator", "secondary_separator"))):
+        report.note(f"{subset.image_dir}: {', '.join(found)}: no effect without {', '.join(_CUTS[:2])} or {_CUTS[2]}")
+    if subset.conditioning_data_dir and not settings["masked_loss"]:
+        report.note(f"{subset.image_dir}: conditioning_data_dir: no effect without masked_loss")
+    if subset.face_crop_aug_range and not re.fullmatch(r"[\d.]+,[\d.]+", subset.face_crop_aug_range):
+        report.error(f'{subset.image_dir}: face_crop_aug_range: expected "min,max" such as "2.0,4.0", found {subset.face_crop_aug_range!r}')
+
+
+def write(datasets: Iterable[DatasetConfig]) -> str:
+    """Datasets as a dataset file that reads back to the same."""
+    return toml.write_array("datasets", [(d, {"subsets": d.subsets}) for d in datasets])

@@ -1,0 +1,280 @@
+"""Defaults < TOML < flags -> one checked `Config`, with everything that is wrong told at once; imports no torch."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any, Literal, NoReturn
+
+from sfumato import families
+from sfumato.cli import foreign, options, paths, rules, toml, values
+from sfumato.cli.report import Given, Report
+from sfumato.config import Config, DatasetConfig
+from sfumato.errors import UserError, nearest
+
+Method = Literal["network", "full"]
+Say = Callable[[str], None]
+
+CONFIGS = {
+    "config": "TOML file with any of these settings, in sections of any name; flags win over it.",
+    "config_file": "The same for a file made for kohya's scripts: settings without effect are stated, not refused.",
+}
+_ZERO_IS_OFF = frozenset(
+    {
+        "save_every_n_epochs", "save_every_n_steps", "save_n_epoch_ratio", "save_last_n_epochs", "save_last_n_steps", "sample_every_n_steps",
+        "sample_every_n_epochs", "multires_noise_iterations", "max_train_epochs", "save_last_n_epochs_state", "save_last_n_steps_state",
+    }
+)  # fmt: skip
+"""Kohya's files write 0 where nothing is meant."""
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse that raises a UserError instead of printing its usage."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{self.prog}: {message}; `--help` lists all flags")
+
+
+def parser(prog: str, description: str = "", *, names: Iterable[str] | None = None) -> Parser:
+    """Flags for all settings (or those in `names`), grouped as the config is. Values stay strings: they are checked with those of the files."""
+    made = Parser(prog=prog, description=description, allow_abbrev=False, argument_default=argparse.SUPPRESS)
+    for name, said in CONFIGS.items():
+        made.add_argument(f"--{name}", metavar="FILE", help=said)
+    wanted = None if names is None else set(names)
+    groups: dict[str, Any] = {}
+    for option in options.known().values():
+        if wanted is None or option.name in wanted:
+            group = groups.setdefault(option.section, made.add_argument_group(option.section) if option.section not in groups else None)
+            group.add_argument(f"--{option.name}", **_argument(option))
+    for name in sorted(foreign.names()):
+        made.add_argument(f"--{name}", nargs="*", help=argparse.SUPPRESS)
+    return made
+
+
+def _argument(option: options.Option) -> dict[str, Any]:
+    said = option.help.replace("%", "%%")
+    shown = values.expected(option.kind)
+    if bool in values.parts(option.kind):
+        return {"nargs": "?", "const": True, "metavar": "false", "help": said}
+    if shown.startswith("a list"):
+        return {"nargs": "*", "metavar": "X", "help": said}
+    default = "" if option.default in (None, "") else f" (default: {show(option.default)})"
+    choices = f" [{shown.removeprefix('one of ')}]" if shown.startswith("one of ") else ""
+    return {"metavar": "X", "help": f"{said}{choices}{default}".replace(" (default: %)", " (default: %%)")}
+
+
+def show(value: object) -> str:
+    """A value as one would write it on the command line."""
+    if isinstance(value, tuple):
+        return ",".join(map(show, value))
+    return str(value).lower() if isinstance(value, bool) else f"{value:g}" if isinstance(value, float) else str(value)
+
+
+@dataclass(frozen=True, slots=True)
+class Resolved:
+    """A checked config and what is to be said of it."""
+
+    config: Config
+    datasets: tuple[DatasetConfig, ...]
+    notices: tuple[str, ...]
+
+
+def resolve(argv: Sequence[str], method: Method, *, say: Say | None = None, **options: Any) -> tuple[Config, tuple[DatasetConfig, ...]]:
+    """The config and datasets of a command line; notices go to `say` (default: stderr of the first process).
+
+    Errors: one `UserError` with all mistakes, each with its file, line and key. For `options` see `resolve_all`.
+    """
+    found = resolve_all(argv, method, **options)
+    for notice in found.notices:
+        (say or tell)(notice)
+    return found.config, found.datasets
+
+
+def tell(notice: str) -> None:
+    """A note on stderr, by the first process of a run."""
+    if os.environ.get("RANK", "0") == "0":
+        print(f"note: {notice}", file=sys.stderr)
+
+
+def resolve_all(
+    argv: Sequence[str],
+    method: Method,
+    *,
+    data: bool = True,
+    prog: str = "sfumato",
+    kohya: bool = False,
+    defaults: Mapping[str, object] | None = None,
+    adapt: Callable[[dict[str, Given], Report], None] | None = None,
+) -> Resolved:
+    """As `resolve`, with the notices returned.
+
+    `data`: whether pictures are needed. `kohya`: state what has no effect instead of refusing it. `defaults`: other defaults than ours.
+    `adapt`: changes what was given before it is checked.
+    """
+    report = Report()
+    given = gather(argv, report, prog=prog, lenient=kohya)
+    if adapt:
+        adapt(given, report)
+    given = {key: paths.settle(each, report) for key, each in given.items()}
+    family = find_family(given, report)
+    known = {**options.common(), **options.of_family(family)}
+    plain = {name: o.default for name, o in known.items()} | dict(defaults or {})
+    settings = plain | checked(known, given, report)
+    datasets = _datasets(settings, given, report) if data else ()
+    rules.clashes(settings, given, method, report)
+    stated = rules.idle(settings, plain, given, method, report) if data else set()
+    report.finish()
+    settings |= {name: known[name].default for name in stated}
+    return Resolved(build(settings, family), datasets, tuple(report.notices))
+
+
+def _datasets(settings: Mapping[str, Any], given: Mapping[str, Given], report: Report) -> tuple[DatasetConfig, ...]:
+    from sfumato.cli import datasets
+
+    if not (settings["dataset_config"] or settings["train_data_dir"]):
+        report.error("no pictures: set dataset_config (a dataset file) or train_data_dir (a folder of folders `<repeats>_<class tokens>`)")
+        return ()
+    return datasets.read(settings, given, report)
+
+
+def gather(argv: Sequence[str], report: Report, *, prog: str = "sfumato", lenient: bool = False) -> dict[str, Given]:
+    """What the command line and the files that it names say, by setting; flags win."""
+    parsed, strange = parser(prog).parse_known_args(list(argv))
+    said = vars(parsed)
+    for word in strange:
+        if word.startswith("--"):
+            name = word[2:].partition("=")[0]
+            report.error(f"--{name}: unknown flag{nearest(name, every_name())}")
+        elif not any(w.startswith("--") for w in strange):
+            report.error(f"{word!r}: a flag was expected, such as --config FILE")
+    found: dict[str, Given] = {}
+    for key in CONFIGS:
+        if key in said:
+            found |= from_file(said.pop(key), report, lenient=lenient or key == "config_file")
+    flags = [Given(name, _flag_value(value), "", True, lenient) for name, value in said.items()]
+    return found | {g.key: g for g in _own_words(flags, report)}
+
+
+def _flag_value(value: Any) -> Any:
+    return True if value == [] else value
+
+
+def every_name() -> list[str]:
+    """All settings that can be written, kohya's included."""
+    return [*options.known(), *foreign.names(), *CONFIGS]
+
+
+def _own_words(settings: Iterable[Given], report: Report) -> list[Given]:
+    told = [foreign.translate(g, report) if g.key in foreign.names() else g for g in settings]
+    return [g for g in told if g is not None]
+
+
+def from_file(name: str, report: Report, *, lenient: bool) -> dict[str, Given]:
+    """The settings of a config file: sections are free, keys are not."""
+    path = Path(name).expanduser()
+    if not path.is_file() and Path(f"{path}.toml").is_file():
+        path = Path(f"{path}.toml")
+    if not path.is_file():
+        report.error(f"config file {path} does not exist{paths.near(path) or f' (relative paths start at {Path.cwd()})'}")
+        return {}
+    try:
+        content, lines = toml.read(path)
+    except UserError as e:
+        report.errors += e.messages
+        return {}
+    found: dict[str, Given] = {}
+    for place, value in _flat(content):
+        where = f"{path}:{lines[place]}" if place in lines else str(path)
+        each = Given(str(place[-1]), value, where, False, lenient)
+        if said := _not_a_setting(each, found):
+            report.error(f"{each}: {said}")
+        else:
+            found[each.key] = each
+    return {g.key: g for g in _own_words(found.values(), report)}
+
+
+def _flat(content: Mapping[str, Any], at: tuple[str | int, ...] = ()) -> Iterable[tuple[tuple[str | int, ...], Any]]:
+    for name, value in content.items():
+        if isinstance(value, dict):
+            yield from _flat(value, (*at, name))
+        else:
+            yield (*at, name), value
+
+
+def _not_a_setting(given: Given, found: Mapping[str, Given]) -> str:
+    if given.key in found:
+        return f"was set before, at {found[given.key].where}"
+    if given.key == "datasets" and isinstance(given.value, list):
+        return "datasets stand in a file of their own; name it with dataset_config"
+    if given.key in options.known() or given.key in foreign.names():
+        return ""
+    return f"unknown setting{nearest(given.key, every_name())}"
+
+
+def find_family(given: Mapping[str, Given], report: Report) -> str:
+    """The family of the base model, from its header; a stand-in while the path is wrong, so that the rest can be checked."""
+    from sfumato.families.detect import detect_file
+
+    stand_in = next((options.owners()[k][0] for k in given if k in options.owners()), families.names()[0])
+    base = given.get("pretrained_model_name_or_path")
+    if base is None or not isinstance(base.value, str) or not base.value:
+        report.error("no base model: set pretrained_model_name_or_path to a .safetensors or .ckpt file, a diffusers folder or a hub id")
+        return stand_in
+    if report.errors and (paths.is_hub_id(base.value) or not Path(base.value).expanduser().exists()):
+        return stand_in  # nothing is fetched from the hub for a run that cannot start
+    try:
+        family = detect_file(base.value).family
+    except UserError as e:
+        for message in e.messages:
+            report.error(f"{base}: {message.removeprefix('pretrained_model_name_or_path: ')}")
+        return stand_in
+    for name, each in given.items():
+        if name in options.owners() and family not in options.owners()[name]:
+            report.error(f"{each}: is a setting of {', '.join(options.owners()[name])}, but the base model is of the family {family}")
+    return family
+
+
+def checked(known: Mapping[str, options.Option], given: Mapping[str, Given], report: Report) -> dict[str, Any]:
+    """The values of what was given, those with mistakes left out."""
+    found: dict[str, Any] = {}
+    for name, each in given.items():
+        if name not in known:
+            continue  # another family's, reported before
+        try:
+            value = values.convert(known[name].kind, each.value, text=each.flag)
+        except ValueError as e:
+            report.error(f"{each}: {e}")
+            continue
+        if value == 0 and name in _ZERO_IS_OFF:
+            value = None
+        if said := rules.in_range(name, value):
+            report.error(f"{each}: {said}")
+        else:
+            found[name] = value
+    return found
+
+
+def build(settings: Mapping[str, Any], family: str) -> Config:
+    """The records from the values of all settings."""
+    records = {section: _record(record, settings) for section, record in options.sections().items()}
+    return Config(**records, family=_record(families.facts(family).Options, settings))
+
+
+def _record(record: type, settings: Mapping[str, Any]) -> Any:
+    return record(**{f.name: settings[f.name] for f in fields(record)})
+
+
+def write_toml(config: Config) -> str:
+    """The whole config as TOML that reads back to the same `Config`."""
+    tables = {name: getattr(config, name) for name in options.sections()}
+    return toml.write({**tables, "family": config.family})
+
+
+def with_family(config: Config, **changes: Any) -> Config:
+    """The config with some of the family's own options changed."""
+    family: Any = config.family
+    return replace(config, family=replace(family, **changes))

@@ -1,0 +1,124 @@
+"""Settings of kohya's scripts that are no field of ours: another name, no effect here, or not supported."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+from sfumato.cli.report import Given, Report
+
+RENAMED: Mapping[str, tuple[str, object]] = {
+    "caption_extention": ("caption_extension", None),
+    "diffusers_xformers": ("xformers", None),
+    "mem_eff_attn": ("sdpa", None),
+    "use_8bit_adam": ("optimizer_type", "AdamW8bit"),
+    "use_lion_optimizer": ("optimizer_type", "Lion"),
+    "use_safetensors": ("save_model_as", "safetensors"),
+}
+"""kohya's name -> our name, and the value that it stands for (None: its own)."""
+
+_KEYED = "what is cached is found by its content, and what does not fit is encoded again"
+_UPLOAD = "only matters with huggingface_repo_id"
+_VALIDATION = "only matters with validation_split"
+_DEEPSPEED = "only matters with deepspeed"
+_CONSOLE = "everything is written to LOG.jsonl beside the result, and the console says what matters"
+_GUI = "a graphical front end writes it; sd-scripts does not read it either"
+
+INERT: Mapping[str, str] = {
+    "cache_info": "sizes and captions are read from the files' headers, quickly, and remembered",
+    "console_log_file": _CONSOLE,
+    "console_log_level": _CONSOLE,
+    "console_log_simple": _CONSOLE,
+    "ddp_gradient_as_bucket_view": "it never changes results, and sfumato sets it up itself",
+    "ddp_static_graph": "it never changes results, and sfumato sets it up itself",
+    "ddp_timeout": "sfumato waits an hour for the slowest process",
+    "disable_mmap_load_safetensors": "it never changes results",
+    "dynamo_backend": "only matters with torch_compile",
+    "epoch": _GUI,
+    "fp16_master_weights_and_gradients": _DEEPSPEED,
+    "highvram": "no memory is given back between steps anyway",
+    "huggingface_path_in_repo": _UPLOAD,
+    "huggingface_repo_type": _UPLOAD,
+    "huggingface_repo_visibility": _UPLOAD,
+    "log_config": "the resolved config is always written beside the result",
+    "max_validation_steps": _VALIDATION,
+    "noise_offset_type": _GUI,
+    "offload_optimizer_device": _DEEPSPEED,
+    "offload_optimizer_nvme_path": _DEEPSPEED,
+    "offload_param_device": _DEEPSPEED,
+    "offload_param_nvme_path": _DEEPSPEED,
+    "skip_cache_check": _KEYED,
+    "text_encoder_batch_size": "captions are encoded in batches of a size that suits",
+    "tokenizer_cache_dir": "the CLIP vocabulary comes with sfumato; see tokenizer",
+    "validate_every_n_epochs": _VALIDATION,
+    "validate_every_n_steps": _VALIDATION,
+    "validation_seed": _VALIDATION,
+    "zero3_init_flag": _DEEPSPEED,
+    "zero3_save_16bit_model": _DEEPSPEED,
+    "zero_stage": _DEEPSPEED,
+}
+"""Accepted without effect, and why."""
+
+_LATER = "is not supported yet"
+_INITIAL = f"{_LATER}: save_state and resume continue a run exactly"
+_HUB = f"{_LATER}: upload the result with `hf upload`"
+_MEMORY = f"{_LATER}: gradient_checkpointing, full_bf16 and cached latents spare memory"
+
+REFUSED: Mapping[str, str] = {
+    "async_upload": _HUB,
+    "blocks_to_swap": _MEMORY,
+    "conditioning_data_dir": "goes into the dataset file, to the subset whose pictures it masks",
+    "cpu_offload_checkpointing": _MEMORY,
+    "dataset_class": _LATER,
+    "deepspeed": f"{_LATER}: leave it out; several cards work through torchrun or accelerate launch alone",
+    "fp8_base": _MEMORY,
+    "fp8_base_unet": _MEMORY,
+    "full_fp16": "is not supported, as weights and gradients overflow in fp16: use full_bf16, or mixed_precision fp16",
+    "fused_backward_pass": _MEMORY,
+    "huggingface_repo_id": _HUB,
+    "huggingface_token": f"{_HUB} after `hf auth login`, which keeps the token out of command lines",
+    "in_json": f"{_LATER}: put captions into files beside the pictures (caption_extension)",
+    "initial_epoch": _INITIAL,
+    "initial_step": _INITIAL,
+    "log_tracker_config": _LATER,
+    "metadata_is_negative_embedding": _LATER,
+    "metadata_merged_from": _LATER,
+    "metadata_preprocessor": _LATER,
+    "metadata_thumbnail": _LATER,
+    "no_token_padding": f"{_LATER}: captions are padded to the encoder's length, as inference does",
+    "output_config": "is not needed: the resolved config is written beside every result, and `sfumato plan` checks it without training",
+    "resume_from_huggingface": f"{_LATER}: download the state and name its folder with resume",
+    "save_state_to_huggingface": _HUB,
+    "skip_until_initial_step": _INITIAL,
+    "torch_compile": _LATER,
+    "validation_split": _LATER,
+    "wandb_api_key": "does not belong into command lines and files: use `wandb login` or the variable WANDB_API_KEY",
+}
+"""Known and refused, and why or what to do instead."""
+
+_OFF: tuple[object, ...] = (False, None, "", "no", "none", 0, "0", "0.0", "false", "False", [])
+
+
+def names() -> frozenset[str]:
+    """All of kohya's settings that are no field of ours."""
+    return frozenset({*RENAMED, *INERT, *REFUSED})
+
+
+def translate(given: Given, report: Report) -> Given | None:
+    """The setting in our own words; None when it was answered here: stated, or refused unless it is switched off."""
+    if given.key in RENAMED:
+        key, value = RENAMED[given.key]
+        if value is None:
+            return replace(given, key=key, where=given.where or f"--{given.key}")
+        return replace(given, key=key, value=value, flag=False, where=given.where or f"--{given.key}") if not off(given) else None
+    if given.key in INERT:
+        report.note(f"{given}: accepted, no effect: {INERT[given.key]}")
+    elif not off(given):
+        report.error(f"{given}: {REFUSED[given.key]}")
+    return None
+
+
+def off(given: Given) -> bool:
+    """Whether a switch or amount that we do not have is at its "off" value."""
+    value = given.value[0] if isinstance(given.value, list) and len(given.value) == 1 else given.value
+    return value in _OFF and value is not True

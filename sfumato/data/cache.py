@@ -1,0 +1,252 @@
+"""Encodes what is not in the store yet, once: the latents of pictures and the text outputs of captions."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from sfumato.data import augment, captions
+from sfumato.data.batch import Cond, Tokens
+from sfumato.data.plan import Item, Plan
+from sfumato.data.scan import Progress
+from sfumato.data.store import Index, Parts, Store, key, why
+from sfumato.data.strategies import LatentsCachingStrategy, TextEncoderOutputsCachingStrategy
+from sfumato.errors import UserError
+
+VERSION = 1
+"""Raised whenever the same picture or caption would give other numbers than before."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Report:
+    """What a cache holds for a plan."""
+
+    store: Store
+    keys: Mapping[Hashable, str]
+    """Key in the store; for latents by place in `plan.items`, for text outputs by caption."""
+    found: int = 0
+    """Entries that were there."""
+    encoded: int = 0
+    """Entries that were made now."""
+    changed: Sequence[tuple[str, str]] = field(default_factory=tuple)
+    """(picture or caption, why it was encoded), for each entry made."""
+
+    @property
+    def reasons(self) -> dict[str, int]:
+        """Why entries were made -> how many."""
+        return dict(Counter(reason for _, reason in self.changed))
+
+    def __str__(self) -> str:
+        told = ", ".join(f"{n} {reason}" for reason, n in self.reasons.items())
+        return f"{self.found} found, {self.encoded} encoded" + (f" ({told})" if told else "")
+
+
+@dataclass(frozen=True, slots=True)
+class _Job:
+    """An entry to be made."""
+
+    key: str
+    owner: str
+    parts: Parts
+    reason: str
+    item: int = -1
+
+
+def latent_parts(plan: Plan, item: Item, vae_fingerprint: str, dtype: torch.dtype) -> Parts:
+    """All that the latents of a picture depend on."""
+    subset, placement = plan.subset(item), item.placement
+    mask = "alpha" if subset.alpha_mask else item.picture.mask_digest
+    return {
+        "version": VERSION,
+        "picture": item.picture.digest,
+        "mask": mask,
+        "bucket": list(placement.bucket),
+        "resized": list(placement.resized),
+        "crop": list(placement.centre),
+        "resize_interpolation": subset.resize_interpolation,
+        "flip_aug": subset.flip_aug,
+        "VAE": vae_fingerprint,
+        "dtype": str(dtype).removeprefix("torch."),
+        "stride": plan.stride,
+    }
+
+
+def cache_latents(
+    plan: Plan,
+    store: Store,
+    index: Index,
+    encode: Callable[[Tensor], Tensor],
+    vae_fingerprint: str,
+    strategy: LatentsCachingStrategy,
+    *,
+    batch_size: int = 1,
+    progress: Progress | None = None,
+) -> Report:
+    """See that the store holds the latents of every picture of the plan; encode those that it lacks.
+
+    `encode`: (b, 3, H, W) in [-1, 1], fp32 on the CPU -> (b, c, h, w) raw latents on any device. `vae_fingerprint`: of its weights.
+    Raises UserError for options that cached latents cannot follow, for a picture that cannot be read any more,
+    and for latents that are not finite.
+    """
+    _check_fixed(plan)
+    parts = [latent_parts(plan, item, vae_fingerprint, strategy.dtype) for item in plan.items]
+    keys = [key(p) for p in parts]
+    owners = [_owner(item) for item in plan.items]
+    jobs = _missing(store, index, "latents", [_Job(keys[i], owners[i], parts[i], "", i) for i in range(len(keys))])
+    done = 0
+    for portion, tensors in _read_ahead(plan, _portions(plan, jobs, batch_size)):
+        pixels = torch.stack([t["pixels"] for t in tensors])  # (b, 3, H, W)
+        entries = [{"latents": latents} for latents in _encoded(plan, portion, pixels, encode, strategy)]
+        if plan.subset(plan.items[portion[0].item]).flip_aug:
+            for entry, latents in zip(entries, _encoded(plan, portion, pixels.flip(3), encode, strategy), strict=True):
+                entry["latents_flipped"] = latents
+        for job, entry, read in zip(portion, entries, tensors, strict=True):
+            store.put(job.key, entry | ({"mask": read["mask"]} if "mask" in read else {}))
+        done += len(portion)
+        if progress:
+            progress(done, len(jobs))
+    return _report(store, index, "latents", dict(enumerate(keys)), dict(zip(owners, parts, strict=True)), jobs)
+
+
+def _check_fixed(plan: Plan) -> None:
+    wrong = []
+    for dataset in plan.datasets:
+        for subset in dataset.subsets:
+            moving = [name for name in ("random_crop", "color_aug") if getattr(subset, name)]
+            wrong += [
+                f"{subset.image_dir}: {name} changes the picture each time, so its latents cannot be cached: turn one off"
+                for name in moving
+            ]
+    if wrong:
+        raise UserError(*wrong)
+
+
+def _missing(store: Store, index: Index, kind: str, jobs: Sequence[_Job]) -> list[_Job]:
+    """The entries that must be made, each key once, with the reason."""
+    lacking = list({job.key: job for job in reversed(jobs) if job.key not in store}.values())[::-1]
+    last = index.read(kind, [job.owner for job in lacking])
+    return [_Job(job.key, job.owner, job.parts, why(last.get(job.owner), job.parts), job.item) for job in lacking]
+
+
+def _portions(plan: Plan, jobs: Sequence[_Job], batch_size: int) -> Iterator[list[_Job]]:
+    """Jobs of the same bucket and mirroring, `batch_size` together."""
+    groups: dict[tuple[object, ...], list[_Job]] = {}
+    for job in jobs:
+        item = plan.items[job.item]
+        groups.setdefault((item.placement.bucket, plan.subset(item).flip_aug), []).append(job)
+    for members in groups.values():
+        for start in range(0, len(members), batch_size):
+            yield members[start : start + batch_size]
+
+
+def _read_ahead(plan: Plan, portions: Iterable[list[_Job]]) -> Iterator[tuple[list[_Job], list[dict[str, Tensor]]]]:
+    """Each portion with its pictures; the next portion's are read while this one's are encoded."""
+
+    def read(job: _Job) -> dict[str, Tensor]:
+        item = plan.items[job.item]
+        return augment.load(item.picture, plan.subset(item), item.placement, item.placement.centre, stride=plan.stride)
+
+    with ThreadPoolExecutor(4) as pool:
+        waiting = None
+        for portion in portions:
+            coming = portion, [pool.submit(read, job) for job in portion]
+            if waiting:
+                yield waiting[0], [future.result() for future in waiting[1]]
+            waiting = coming
+        if waiting:
+            yield waiting[0], [future.result() for future in waiting[1]]
+
+
+def _encoded(
+    plan: Plan, portion: Sequence[_Job], pixels: Tensor, encode: Callable[[Tensor], Tensor], strategy: LatentsCachingStrategy
+) -> list[Tensor]:
+    """(c, h, w) latents of each picture, as they are kept."""
+    with torch.no_grad():
+        latents = encode(pixels).detach().cpu().to(strategy.dtype)
+    for job, latent in zip(portion, latents, strict=True):
+        if not torch.isfinite(latent).all():
+            raise UserError(
+                f"{plan.items[job.item].picture.path}: the VAE gives numbers that are not finite; it overflows in half precision: "
+                "use --no_half_vae, or a VAE made for fp16"
+            )
+    return [latent.clone() for latent in latents]
+
+
+def cache_texts(
+    plan: Plan,
+    store: Store,
+    index: Index,
+    tokenize: Callable[[Sequence[str]], Tokens],
+    encode: Callable[[Tokens], Cond],
+    fingerprint: str,
+    strategy: TextEncoderOutputsCachingStrategy,
+    *,
+    settings: Mapping[str, object],
+    batch_size: int = 8,
+    progress: Progress | None = None,
+) -> Report:
+    """See that the store holds the text outputs of every caption that the plan can give; encode those that it lacks.
+
+    `fingerprint`: of the encoders' weights. `settings`: all that tokens and outputs depend on besides (JSON values). Raises
+    UserError when an option makes captions too many to encode beforehand, and for outputs that are not finite.
+    """
+    owners = _captions(plan)
+    common = {"version": VERSION, "text encoder": fingerprint, "dtype": str(strategy.dtype).removeprefix("torch.")}
+    common |= {f"setting {name}": value for name, value in {**strategy.settings, **settings}.items()}
+    parts: dict[str, Parts] = {owner: {"caption": caption, **common} for owner, caption in owners.items()}
+    keys = {caption: key(parts[owner]) for owner, caption in owners.items()}
+    jobs = _missing(store, index, "texts", [_Job(keys[caption], owner, parts[owner], "") for owner, caption in owners.items()])
+    for start in range(0, len(jobs), batch_size):
+        portion = jobs[start : start + batch_size]
+        with torch.no_grad():
+            cond = encode(tokenize([owners[job.owner] for job in portion]))
+        for i, job in enumerate(portion):
+            store.put(job.key, {name: _kept(cond[name][i], strategy.dtype, owners[job.owner]) for name in strategy.fields})
+        if progress:
+            progress(start + len(portion), len(jobs))
+    return _report(store, index, "texts", dict(keys), parts, jobs)
+
+
+def _captions(plan: Plan) -> dict[str, str]:
+    """Owner (a picture, and the number of its caption) -> caption, for all captions that the plan can give."""
+    wrong = []
+    for dataset in plan.datasets:
+        for subset in dataset.subsets:
+            if names := captions.endless(subset):
+                wrong.append(f"{subset.image_dir}: {', '.join(names)} changes the caption each time, so text outputs cannot be cached")
+    if wrong:
+        raise UserError(*wrong)
+    owners: dict[str, str] = {}
+    for item in plan.items:
+        found = captions.every(item.picture.captions, plan.subset(item))
+        if found is None:
+            raise UserError(f"{item.picture.path}: its wildcards give too many captions to cache their text outputs: turn that off")
+        owners |= {_owner(item) + (f"#{i}" if i else ""): caption for i, caption in enumerate(found)}
+    return owners
+
+
+def _kept(value: Tensor, dtype: torch.dtype, caption: str) -> Tensor:
+    value = value.detach().cpu()
+    value = value.to(dtype) if value.is_floating_point() else value
+    if value.is_floating_point() and not torch.isfinite(value).all():
+        raise UserError(f"the text encoder's output for {caption!r} is not finite in {dtype}: compute it in bf16 or fp32")
+    return value.clone()
+
+
+def _owner(item: Item) -> str:
+    return f"{item.dataset}.{item.picture.subset}:{item.picture.path}"
+
+
+def _report(
+    store: Store, index: Index, kind: str, keys: Mapping[Hashable, str], parts: Mapping[str, Parts], jobs: Sequence[_Job]
+) -> Report:
+    """Remember what every owner now depends on, those found by another's entry too."""
+    last = index.read(kind, parts)
+    index.write(kind, {owner: p for owner, p in parts.items() if last.get(owner) != p})
+    changed = tuple((job.owner.partition(":")[2], job.reason) for job in jobs)
+    return Report(store=store, keys=keys, found=len(set(keys.values())) - len(jobs), encoded=len(jobs), changed=changed)

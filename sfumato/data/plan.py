@@ -1,0 +1,274 @@
+"""Which pictures are seen, in which buckets and batches, and how many steps that makes; known before training."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from hashlib import blake2b
+from pathlib import Path
+
+from sfumato.config import DatasetConfig, SubsetConfig
+from sfumato.data.batch import Size
+from sfumato.data.buckets import Placement, check, place, resolutions
+from sfumato.data.scan import Picture, Progress, Scan, Skipped, scan
+from sfumato.data.store import Index
+from sfumato.errors import UserError
+from sfumato.tensors.random import key, python_random
+
+
+@dataclass(frozen=True, slots=True)
+class Item:
+    """A picture in its place in a dataset."""
+
+    picture: Picture
+    placement: Placement
+    dataset: int
+    repeats: int
+    """Times it is seen in an epoch."""
+
+    def key(self, seed: int, epoch: int, repeat: int) -> int:
+        """What all randomness of one draw of this picture follows from."""
+        return key(seed, epoch, self.dataset, self.picture.subset, self.picture.name, repeat)
+
+
+@dataclass(frozen=True, slots=True)
+class SampleRef:
+    """One draw of a picture in an epoch."""
+
+    item: int
+    """Place in `plan.items`."""
+    repeat: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """All pictures of a run. Every picture file found is in `items` or in `skipped`."""
+
+    datasets: tuple[DatasetConfig, ...]
+    items: tuple[Item, ...]
+    skipped: tuple[Skipped, ...]
+    notes: tuple[str, ...]
+    """What the user should know, a line each."""
+    stride: int
+
+    def subset(self, item: Item) -> SubsetConfig:
+        """The options of a picture's folder."""
+        return self.datasets[item.dataset].subsets[item.picture.subset]
+
+    def buckets(self) -> dict[tuple[int, Size], list[int]]:
+        """(dataset, bucket) -> places in `items`, in a fixed order."""
+        found: dict[tuple[int, Size], list[int]] = defaultdict(list)
+        for i, item in enumerate(self.items):
+            found[item.dataset, item.placement.bucket].append(i)
+        return dict(sorted(found.items()))
+
+    def batches(self, epoch: int, seed: int) -> list[tuple[SampleRef, ...]]:
+        """The batches of an epoch (counted from 0), over all processes; each bucket's last batch may be smaller."""
+        cut: list[tuple[SampleRef, ...]] = []
+        for (dataset, bucket), members in self.buckets().items():
+            refs = [SampleRef(i, repeat) for i in members for repeat in range(self.items[i].repeats)]
+            python_random(seed, epoch, "bucket", dataset, *bucket).shuffle(refs)
+            size = self.datasets[dataset].batch_size
+            cut += [tuple(refs[start : start + size]) for start in range(0, len(refs), size)]
+        python_random(seed, epoch, "batches").shuffle(cut)
+        return cut
+
+    @property
+    def batches_per_epoch(self) -> int:
+        """Batches in an epoch, over all processes."""
+        return sum(-(-self._samples(members) // self.datasets[dataset].batch_size) for (dataset, _), members in self.buckets().items())
+
+    def steps_per_epoch(self, accumulation: int = 1, world: int = 1) -> int:
+        """Optimizer steps in an epoch: `world` processes take batches in turn, `accumulation` each, the last step what is left."""
+        return -(-self.batches_per_epoch // (accumulation * world))
+
+    @property
+    def train_samples(self) -> int:
+        """Draws of training pictures in an epoch."""
+        return sum(item.repeats for item in self.items if not item.picture.is_reg)
+
+    @property
+    def reg_samples(self) -> int:
+        """Draws of regularisation pictures in an epoch."""
+        return sum(item.repeats for item in self.items if item.picture.is_reg)
+
+    def _samples(self, members: Iterable[int]) -> int:
+        return sum(self.items[i].repeats for i in members)
+
+    def folder_rows(self) -> list[tuple[str, ...]]:
+        """A row a folder: dataset, folder, kind, pictures, repeats, samples an epoch, skipped."""
+        rows = []
+        for d, dataset in enumerate(self.datasets):
+            for s, subset in enumerate(dataset.subsets):
+                mine = [item for item in self.items if (item.dataset, item.picture.subset) == (d, s)]
+                samples = sum(item.repeats for item in mine)
+                counts = sorted({item.repeats for item in mine}) or [subset.num_repeats]
+                repeats = " or ".join(str(n) for n in counts)
+                kind = "regularisation" if subset.is_reg else "training"
+                left = sum(_within(skip, subset) for skip in self.skipped)
+                rows.append((str(d + 1), subset.image_dir, kind, str(len(mine)), repeats, str(samples), str(left)))
+        return rows
+
+    def bucket_rows(self) -> list[tuple[str, ...]]:
+        """A row a bucket: dataset, bucket, pictures, samples an epoch, batches, size of the last batch, share cut away, enlarged."""
+        rows = []
+        for (dataset, bucket), members in self.buckets().items():
+            size, samples = self.datasets[dataset].batch_size, self._samples(members)
+            cut = sum(_cut_away(self.items[i].placement) for i in members) / len(members)
+            grown = sum(self.items[i].placement.resized[0] > self.items[i].picture.width for i in members)
+            last = samples % size or size
+            row = (dataset + 1, f"{bucket[0]}x{bucket[1]}", len(members), samples, -(-samples // size), last, f"{cut:.1%}", grown)
+            rows.append(tuple(str(value) for value in row))
+        return rows
+
+    def steps_line(self, accumulation: int = 1, world: int = 1) -> str:
+        """The sum from pictures to the steps of an epoch, in words."""
+        pictures = f"{sum(not item.picture.is_reg for item in self.items)} pictures x repeats = {self.train_samples} samples"
+        if self.reg_samples:
+            regs = sum(item.picture.is_reg for item in self.items)
+            pictures += f", and {regs} regularisation pictures x repeats = {self.reg_samples} samples"
+        sizes = "/".join(str(dataset.batch_size) for dataset in self.datasets)
+        return (
+            f"{pictures}; in batches of {sizes}, cut within each bucket: {self.batches_per_epoch} batches; "
+            f"/ ({accumulation} accumulated x {world} processes) = {self.steps_per_epoch(accumulation, world)} steps an epoch"
+        )
+
+    def digest(self) -> str:
+        """Changes when the batches do: a resumed run compares it."""
+        rows = [[i.dataset, i.picture.subset, i.picture.name, i.repeats, i.placement.bucket] for i in self.items]
+        sizes = [dataset.batch_size for dataset in self.datasets]
+        return blake2b(json.dumps([rows, sizes]).encode(), digest_size=16).hexdigest()
+
+    def tag_frequency(self) -> dict[str, dict[str, int]]:
+        """Folder name -> tag -> pictures that have it: sd-scripts' `ss_tag_frequency`."""
+        found: dict[str, Counter[str]] = defaultdict(Counter)
+        for item in self.items:
+            subset = self.subset(item)
+            tags = (tag.strip() for tag in item.picture.captions[0].split(subset.caption_separator))
+            found[Path(subset.image_dir).name].update(tag for tag in tags if tag)
+        return {folder: dict(counts) for folder, counts in found.items()}
+
+
+def _within(skip: Skipped, subset: SubsetConfig) -> bool:
+    return Path(subset.image_dir) in skip.path.parents
+
+
+def _cut_away(placement: Placement) -> float:
+    kept = placement.bucket[0] * placement.bucket[1]
+    return 1 - kept / (placement.resized[0] * placement.resized[1])
+
+
+def make_plan(
+    datasets: Sequence[DatasetConfig],
+    index: Index,
+    *,
+    skip_unreadable: bool = False,
+    bodies: bool = True,
+    stride: int = 8,
+    progress: Progress | None = None,
+) -> Plan:
+    """Find all pictures and their buckets.
+
+    `bodies`: decode each picture once (unless `index` knows it), so that damaged ones show now; False: headers alone.
+    `stride`: picture pixels a latent pixel. Raises UserError that lists every option that cannot act, or every file
+    that cannot be used, with its reason (those are left out and listed in `skipped` instead if `skip_unreadable`).
+    """
+    _check_options(datasets, stride)
+    items: list[Item] = []
+    skipped: list[Skipped] = []
+    notes: list[str] = []
+    for d, dataset in enumerate(datasets):
+        found = scan(dataset, index, bodies=bodies, progress=progress)
+        placed, left = _placed(found, dataset, d)
+        placed, unneeded = _repeat_regularisation(placed)
+        items += placed
+        skipped += [*found.skipped, *left, *unneeded]
+        notes += found.notes + _notes(dataset, placed, unneeded, d)
+    bad = [skip for skip in skipped if skip.unreadable]
+    if bad and not skip_unreadable:
+        raise UserError(_listed(bad))
+    if not items:
+        raise UserError("no picture is left to train on", *([_listed(bad)] if bad else []))
+    if all(item.picture.is_reg for item in items):
+        raise UserError("all pictures are regularisation pictures (is_reg): there is nothing to train on")
+    return Plan(datasets=tuple(datasets), items=tuple(items), skipped=tuple(skipped), notes=tuple(notes), stride=stride)
+
+
+def _listed(bad: Sequence[Skipped]) -> str:
+    lines = [f"  {skip.path}: {skip.reason}" for skip in bad]
+    advice = "mend or remove them, or train without them by skip_unreadable (--skip_unreadable)"
+    return "\n".join([f"{len(bad)} pictures cannot be used; {advice}:", *lines])
+
+
+def _check_options(datasets: Sequence[DatasetConfig], stride: int) -> None:
+    wrong = []
+    if not any(dataset.subsets for dataset in datasets):
+        wrong.append("there are no pictures to train on: name a folder by train_data_dir, or in the file of dataset_config")
+    for d, dataset in enumerate(datasets):
+        where = f"dataset {d + 1}"
+        wrong += [f"{where}: {message}" for message in check(dataset, stride)]
+        if dataset.batch_size < 1:
+            wrong.append(f"{where}: batch_size {dataset.batch_size} must be 1 or more")
+        for subset in dataset.subsets:
+            wrong += [f"{where}, {subset.image_dir}: {message}" for message in _check_subset(subset)]
+    if wrong:
+        raise UserError(*wrong)
+
+
+def _check_subset(subset: SubsetConfig) -> list[str]:
+    wrong = []
+    if subset.face_crop_aug_range is not None:
+        wrong.append("face_crop_aug_range is not supported yet: leave it out")
+    if subset.alpha_mask and subset.conditioning_data_dir:
+        wrong.append("alpha_mask and conditioning_data_dir both give a mask: choose one")
+    for name in ("caption_dropout_rate", "caption_tag_dropout_rate"):
+        if not 0 <= getattr(subset, name) <= 1:
+            wrong.append(f"{name} {getattr(subset, name)} must be from 0 to 1")
+    return wrong
+
+
+def _placed(found: Scan, dataset: DatasetConfig, number: int) -> tuple[list[Item], list[Skipped]]:
+    buckets = resolutions(dataset)
+    items, left = [], []
+    for picture in found.pictures:
+        try:
+            placement = place((picture.width, picture.height), dataset, buckets)
+        except ValueError as error:
+            left.append(Skipped(picture.path, str(error)))
+            continue
+        items.append(Item(picture, placement, number, picture.repeats))
+    return items, left
+
+
+def _repeat_regularisation(items: Sequence[Item]) -> tuple[list[Item], list[Skipped]]:
+    """Regularisation pictures are repeated until they are as many as the training samples, or cut off there, as sd-scripts does."""
+    train = [item for item in items if not item.picture.is_reg]
+    regs = [item for item in items if item.picture.is_reg]
+    goal, samples = sum(item.repeats for item in train), 0
+    kept: list[Item] = []
+    for item in regs:
+        if samples >= goal:
+            break
+        kept.append(item)
+        samples += item.repeats
+    if kept and samples < goal:
+        # All are in use: each gets its share of what is missing, the first ones what does not divide.
+        share, rest = divmod(goal - samples, len(kept))
+        kept = [replace(item, repeats=item.repeats + share + (i < rest)) for i, item in enumerate(kept)]
+    reason = f"regularisation picture not needed: there are {samples} samples of them for {goal} of training"
+    return train + kept, [Skipped(item.picture.path, reason, unreadable=False) for item in regs[len(kept) :]]
+
+
+def _notes(dataset: DatasetConfig, items: Sequence[Item], unneeded: Sequence[Skipped], number: int) -> list[str]:
+    notes = []
+    if dataset.bucket_no_upscale and not dataset.enable_bucket:
+        notes.append(f"dataset {number + 1}: bucket_no_upscale acts with enable_bucket only")
+    if unneeded:
+        notes.append(f"dataset {number + 1}: {len(unneeded)} regularisation pictures are left out: {unneeded[0].reason.partition(': ')[2]}")
+    regs = [item for item in items if item.picture.is_reg]
+    if any(item.repeats != item.picture.repeats for item in regs):
+        samples = sum(item.repeats for item in regs)
+        notes.append(f"dataset {number + 1}: {len(regs)} regularisation pictures are repeated to {samples} samples, as many as of training")
+    return notes

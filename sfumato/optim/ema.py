@@ -1,0 +1,63 @@
+"""A moving average of trained weights, to save and to draw with."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from sfumato.errors import UserError
+
+
+class EMA:
+    """`average = decay * average + (1 - decay) * weight` after every step, in fp32.
+
+    The decay warms up, min(decay, (n + 1) / (n + 10)) at update n, so that the start values are soon forgotten;
+    the first update takes the weights as they are. Same as diffusers' `EMAModel`.
+    """
+
+    def __init__(self, weights: Mapping[str, Tensor], decay: float) -> None:
+        """`weights`: by names that stay the same from run to run."""
+        if not 0 <= decay < 1:
+            raise UserError(f"ema_decay {decay}: expected 0 up to but not 1, such as 0.999")
+        self.decay, self.updates = decay, 0
+        self.average = {name: w.detach().float().clone() for name, w in weights.items()}
+
+    @torch.no_grad()
+    def update(self, weights: Mapping[str, Tensor]) -> None:
+        """Take in the weights of a step. What is no longer trained keeps its average."""
+        decay = min(self.decay, (self.updates + 1) / (self.updates + 10)) if self.updates else 0.0
+        self.updates += 1
+        now = {name: weights[name].detach().float() for name in self.average if name in weights}
+        if now:
+            torch._foreach_lerp_([self.average[name] for name in now], list(now.values()), 1 - decay)
+
+    @contextmanager
+    def applied(self, weights: Mapping[str, Tensor]) -> Iterator[None]:
+        """Within, the weights hold their average; afterwards their own values, bit for bit."""
+        with torch.no_grad():
+            own = {name: w.detach().clone() for name, w in weights.items()}
+            for name, w in weights.items():
+                w.copy_(self.average[name])
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for name, w in weights.items():
+                    w.copy_(own[name])
+
+    def state(self) -> dict[str, Tensor]:
+        """Averages by name, and the number of updates."""
+        return {**self.average, "updates": torch.tensor(self.updates)}
+
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        """The reverse of `state`. Errors: `ValueError` for other names or shapes."""
+        if odd := sorted(state.keys() ^ {*self.average, "updates"}):
+            raise ValueError(f"{len(odd)} averages are in one of them only, such as {odd[0]}")
+        self.updates = int(state["updates"])
+        for name, own in self.average.items():
+            if own.shape != state[name].shape:
+                raise ValueError(f"the average of {name} has shape {tuple(state[name].shape)} there and {tuple(own.shape)} here")
+            own.copy_(state[name])

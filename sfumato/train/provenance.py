@@ -1,0 +1,118 @@
+"""What a result says of how it was made: modelspec and kohya's `ss_*` fields, gathered from the run."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from dataclasses import dataclass, field
+from datetime import datetime
+from importlib.metadata import version
+from typing import Any
+
+from sfumato import families
+from sfumato.adapters import AdapterPlan
+from sfumato.config import Config
+from sfumato.data.plan import Plan
+from sfumato.families.base import Models
+from sfumato.formats import metadata
+from sfumato.tensors.random import key
+from sfumato.train import dist
+from sfumato.train.loop import Pace
+
+
+@dataclass(slots=True, kw_only=True)
+class Facts:
+    """All that a result's metadata is made of."""
+
+    config: Config
+    models: Models
+    plan: Plan
+    pace: Pace
+    adapter: AdapterPlan | None
+    """None when a whole model is trained."""
+    started: float = field(default_factory=time.time)
+    _base: dict[str, str] = field(default_factory=dict)
+
+    def metadata(self, done: int, epoch: int) -> dict[str, str]:
+        """The metadata of a result after `done` optimizer steps, in `epoch` (counted from 0)."""
+        spec = self._modelspec()
+        told = metadata.training(self.config, self._run(done, epoch + 1), datasets(self.plan))
+        if self.config.output.no_metadata:
+            return spec | told
+        # Hashing the base model reads all of it, once; later runs remember.
+        self._base = self._base or self._base_model()
+        return spec | told | self._base
+
+    def _family(self) -> Any:
+        return families.facts(self.models.family.name)
+
+    def _modelspec(self) -> dict[str, str]:
+        noise, options = self.config.noise, self.models.options
+        return metadata.modelspec(
+            self._family().architecture(options),
+            self.config.output,
+            implementation=f"sfumato {version('sfumato')}",
+            resolution=self.plan.datasets[0].resolution,
+            prediction=self._prediction(),
+            date=datetime.fromtimestamp(self.started),
+            adapter=self.adapter.kind.__name__.lower() if self.adapter else "",
+            encoder_layer=getattr(options, "clip_skip", None),
+            timestep_range=(noise.min_timestep or 0, noise.max_timestep or 1000) if noise.min_timestep or noise.max_timestep else None,
+        )
+
+    def _prediction(self) -> str:
+        process = self.models.family.process(self.models, self.config.noise, self.config.loss)
+        return {"v_prediction": "v"}.get(said := process.scheduler_config()["prediction_type"], said)
+
+    def _base_model(self) -> dict[str, str]:
+        model = self.config.model
+        out = metadata.base_model(model.pretrained_model_name_or_path)
+        return out | (metadata.base_model(model.vae, "vae") if model.vae else {})
+
+    def _run(self, done: int, epoch: int) -> metadata.RunFacts:
+        options, optimizer, network = self.models.options, self.config.optimizer, self.config.network
+        version_ = self._family().base_model_version(options)
+        return metadata.RunFacts(
+            session_id=key(self.config.output.output_name, int(self.started * 1000)),
+            training_started_at=self.started,
+            training_finished_at=time.time(),
+            base_model_version=version_,
+            v2=bool(getattr(options, "v2", False)),
+            optimizer=f"{optimizer.optimizer_type}({','.join(optimizer.optimizer_args)})",
+            mixed_precision=dist.precision(self.config.train.mixed_precision),
+            num_train_images=self.plan.train_samples,
+            num_reg_images=self.plan.reg_samples,
+            num_batches_per_epoch=self.pace.batches,
+            num_epochs=self.pace.epochs,
+            max_train_steps=self.pace.steps,
+            steps=done,
+            epoch=epoch,
+            clip_skip=getattr(options, "clip_skip", None),
+            max_token_length=getattr(options, "max_token_length", None),
+            network_module=f"networks.{self.adapter.kind.__name__.lower()}" if self.adapter else None,
+            network_dim=self.adapter.rank if self.adapter else None,
+            network_alpha=self.adapter.alpha if self.adapter else None,
+            network_args=dict(text.split("=", 1) for text in network.network_args) if self.adapter else None,
+        )
+
+
+def datasets(plan: Plan) -> list[metadata.DatasetFacts]:
+    """What the scan found, a record a dataset."""
+    out = []
+    for d, dataset in enumerate(plan.datasets):
+        items = [item for item in plan.items if item.dataset == d]
+        by_subset = [[item for item in items if item.picture.subset == s] for s in range(len(dataset.subsets))]
+        buckets: Counter[tuple[int, int]] = Counter()
+        for item in items:
+            buckets[item.placement.bucket] += item.repeats
+        errors = [abs(i.picture.width / i.picture.height - i.placement.bucket[0] / i.placement.bucket[1]) for i in items]
+        out.append(
+            metadata.DatasetFacts(
+                config=dataset,
+                images=[len(mine) for mine in by_subset],
+                captions=[[item.picture.captions[0] if item.picture.captions else "" for item in mine] for mine in by_subset],
+                buckets=buckets,
+                mean_ar_error=sum(errors) / max(len(errors), 1),
+            )
+        )
+    return out

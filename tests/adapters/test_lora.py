@@ -1,0 +1,90 @@
+"""LoRA against LyCORIS and PEFT, given the same weights."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from lycoris.modules.locon import LoConModule
+from peft import LoraConfig, get_peft_model
+from torch import nn
+
+from sfumato.adapters.base import LayerOptions
+from sfumato.adapters.lora import LoRA
+
+close = torch.testing.assert_close
+
+LAYERS = {
+    "linear": (lambda: nn.Linear(6, 9), (2, 5, 6)),
+    "vector": (lambda: nn.Linear(6, 9, bias=False), (2, 6)),
+    "conv1x1": (lambda: nn.Conv2d(6, 9, 1), (2, 6, 5, 4)),
+    "conv3x3": (lambda: nn.Conv2d(6, 9, 3, padding=1), (2, 6, 5, 4)),
+    "conv3x3_stride": (lambda: nn.Conv2d(6, 9, 3, stride=2, padding=1), (2, 6, 8, 6)),
+}
+
+
+@pytest.fixture(params=LAYERS)
+def case(request):
+    """(layer, adapter with some effect, input)."""
+    torch.manual_seed(0)
+    make, shape = LAYERS[request.param]
+    layer = make().requires_grad_(False)
+    adapter = LoRA(layer, LayerOptions(rank=4, alpha=3.0), torch.Generator().manual_seed(1))
+    nn.init.normal_(adapter.lora_up.weight, std=0.2)
+    return layer, adapter, torch.randn(shape)
+
+
+def test_equals_lycoris(case):
+    layer, adapter, x = case
+    other = LoConModule("x", layer, lora_dim=4, alpha=3.0)
+    other.load_state_dict({**adapter.state_dict()}, strict=False)
+    close(other.lora_up.weight.reshape(-1), adapter.lora_up.weight.reshape(-1), atol=0, rtol=0)
+    mine = adapter(x, layer(x))
+    merged = layer.weight + adapter.change(layer.weight)
+    close(other.get_merged_weight()[0].reshape(merged.shape), merged, atol=1e-6, rtol=1e-5)
+    other.apply_to()
+    close(layer(x), mine, atol=1e-6, rtol=1e-5)
+
+
+def test_equals_peft(case):
+    layer, adapter, x = case
+    mine = adapter(x, layer(x))
+    peft = get_peft_model(nn.Sequential(layer), LoraConfig(r=4, lora_alpha=3.0, target_modules=["0"]))
+    wrapped = peft.base_model.model[0]
+    with torch.no_grad():
+        wrapped.lora_A["default"].weight.copy_(adapter.lora_down.weight)
+        wrapped.lora_B["default"].weight.copy_(adapter.lora_up.weight)
+    close(wrapped(x), mine, atol=1e-6, rtol=1e-5)
+    mine.sum().backward()
+    wrapped(x).sum().backward()
+    close(adapter.lora_down.weight.grad, wrapped.lora_A["default"].weight.grad, atol=1e-5, rtol=1e-5)
+
+
+def test_starts_as_torchs_own_layers_do(case):
+    """kaiming_uniform(a=sqrt(5)): evenly within +-1/sqrt(fan in)."""
+    _, adapter, _ = case
+    down = adapter.lora_down.weight
+    bound = down[0].numel() ** -0.5
+    assert 0.8 * bound < down.abs().max() <= bound
+
+
+@pytest.mark.parametrize(("alpha", "scale"), [(0.0, 1.0), (4.0, 1.0), (1.0, 0.25), (8.0, 2.0)])
+def test_alpha(alpha, scale):
+    options = LayerOptions(rank=4, alpha=alpha)
+    assert options.scale == scale
+    adapter = LoRA(nn.Linear(3, 3), options, torch.Generator())
+    assert adapter.alpha.item() == (alpha or 4.0)
+    assert set(adapter.leaves()) == {"alpha", "lora_down.weight", "lora_up.weight"}
+
+
+def test_a_file_without_alpha_means_the_rank():
+    adapter = LoRA(nn.Linear(3, 3), LayerOptions(rank=4, alpha=1.0), torch.Generator())
+    leaves = adapter.leaves()
+    del leaves["alpha"]
+    adapter.load_leaves(leaves)
+    assert adapter.options.scale == 1.0
+    assert LoRA.read(leaves) == LayerOptions(rank=4, alpha=4.0)
+
+
+def test_refuses_what_it_cannot_follow():
+    with pytest.raises(TypeError, match="without groups"):
+        LoRA(nn.Conv2d(4, 4, 3, groups=2), LayerOptions(), torch.Generator())

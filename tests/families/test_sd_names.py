@@ -1,0 +1,133 @@
+"""The tables against the names and shapes of real files, at full size, on the meta device."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from sfumato.adapters import parse
+from sfumato.adapters.insert import Inserted, choose
+from sfumato.config import NetworkConfig
+from sfumato.errors import UserError
+from sfumato.families.autoencoders import load_kl
+from sfumato.families.base import Models
+from sfumato.families.encoders import clip_text
+from sfumato.families.fill import fill, shapes
+from sfumato.families.sd import checkpoint
+from sfumato.families.sd.facts import Options
+from sfumato.families.sd.family import FAMILY
+from sfumato.families.sd.names import unet_keys
+from sfumato.families.sd.net import UNet
+from sfumato.formats import dialect
+
+Keys = Callable[[str], dict[str, tuple[int, ...]]]
+
+
+def meta(table: dict[str, tuple[int, ...]]) -> dict[str, Tensor]:
+    return {name: torch.empty(shape, device="meta") for name, shape in table.items()}
+
+
+@pytest.mark.parametrize("version", ["sd1", "sd2"])
+def test_every_tensor_of_a_single_file_is_claimed_and_written_again(keys: Keys, version: str) -> None:
+    table = keys(f"{version}.single_file")
+    source = checkpoint.claim(Path("model.safetensors"), meta(table), {})
+    unet = fill(UNet.of(shapes(source.unet)), source.unet, "unet")
+    text = clip_text(source.text, source.activation)
+    assert source.vae is not None
+    vae = load_kl(source.vae)
+    assert len(text.layers) == {"sd1": 12, "sd2": 23}[version]
+    assert shapes(checkpoint.spell(source, unet.state_dict(), text.state_dict(), vae.state_dict())) == table
+
+
+@pytest.mark.parametrize("version", ["sd1", "sd2"])
+def test_the_unet_table_is_whole_in_both_directions(keys: Keys, version: str) -> None:
+    ldm = {
+        name.removeprefix("model.diffusion_model."): shape
+        for name, shape in keys(f"{version}.single_file").items()
+        if name.startswith("model.diffusion_model.")
+    }
+    diffusers = keys(f"{version}.unet.diffusers")
+    assert shapes(unet_keys(diffusers).to_native(meta(diffusers))) == ldm
+    assert shapes(unet_keys(ldm).to_foreign(meta(ldm))) == diffusers
+
+
+def test_a_tensor_of_no_part_is_refused_by_name(keys: Keys) -> None:
+    table = keys("sd1.single_file")
+    with pytest.raises(UserError, match="mystery"):
+        checkpoint.claim(Path("model.safetensors"), meta({**table, "mystery.weight": (1,)}), {})
+    more = checkpoint.claim(Path("model.safetensors"), meta({**table, "model.diffusion_model.input_blocks.1.0.norm.weight": (320,)}), {})
+    with pytest.raises(UserError, match=r"input_blocks\.1\.0\.norm\.weight"):
+        fill(UNet.of(shapes(more.unet)), more.unet, "unet")
+
+
+def test_a_missing_tensor_is_named(keys: Keys) -> None:
+    table = keys("sd1.single_file")
+    del table["model.diffusion_model.output_blocks.3.1.proj_in.bias"]
+    source = checkpoint.claim(Path("model.safetensors"), meta(table), {})
+    with pytest.raises(UserError, match=r"lacks .*output_blocks\.3\.1\.proj_in\.bias"):
+        fill(UNet.of(shapes(source.unet)), source.unet, "unet")
+    del table["model.diffusion_model.input_blocks.3.0.op.weight"], table["model.diffusion_model.input_blocks.3.0.op.bias"]
+    source = checkpoint.claim(Path("model.safetensors"), meta(table), {})
+    with pytest.raises(UserError, match=r"lacks .*input_blocks\.3"):
+        UNet.of(shapes(source.unet))
+
+
+@pytest.fixture(scope="module")
+def full_size(keys: Keys) -> dict[str, nn.Module]:
+    source = checkpoint.claim(Path("model.safetensors"), meta(keys("sd1.single_file")), {})
+    return {"denoiser": fill(UNet.of(shapes(source.unet)), source.unet, "unet"), "clip_l": clip_text(source.text, source.activation)}
+
+
+def adapter(nets: dict[str, nn.Module], *args: str) -> tuple[Models, dict[dialect.Site, dialect.Leaves]]:
+    plan = parse(NetworkConfig(network_dim=4, network_alpha=1, network_args=args))
+    places = {name: choose(net, name, FAMILY.targets[name], plan) for name, net in nets.items()}
+    inserted = Inserted(places, plan.kind, seed=0)
+    inserted.remove()
+    denoiser, encoder = nets.values()
+    # The layers have no values, and so their adapters have none; PEFT's names need that of alpha.
+    state = {site: {**leaves, "alpha": torch.tensor(1.0)} for site, leaves in inserted.state().items()}
+    return Models(FAMILY, Options(), denoiser, {"clip_l": encoder}, {}, None), state
+
+
+@pytest.mark.parametrize(("table", "args"), [("adapter.sd1.lora", ()), ("adapter.sd1.locon", ("conv_dim=4", "conv_alpha=1"))])
+def test_adapters_have_the_names_and_shapes_of_sd_scripts(
+    keys: Keys, full_size: dict[str, nn.Module], table: str, args: tuple[str, ...]
+) -> None:
+    models, state = adapter(full_size, *args)
+    assert shapes(dialect.write(FAMILY.dialects(models)["kohya"], state)) == keys(table)
+
+
+@pytest.mark.parametrize("spelling", ["kohya", "comfy", "peft"])
+def test_every_name_of_an_adapter_is_known_to_comfyui(full_size: dict[str, nn.Module], spelling: str) -> None:
+    """ComfyUI's table holds the U-Net; a name lands on the tensor that the adapter is for."""
+    known = json.loads(gzip.decompress((Path(__file__).parents[1] / "fixtures" / "comfy.sd1.json.gz").read_bytes()))
+    models, state = adapter(full_size, "conv_dim=4")
+    dialect_ = FAMILY.dialects(models)[spelling]
+    checked = 0
+    for component, path in state:
+        if component == "denoiser":
+            (name,), _ = dialect_.names((component, path))
+            if (
+                spelling == "peft"
+            ):  # ComfyUI lists diffusers' older names of the four projections, and takes the new ones without the prefix
+                name = name.removeprefix("unet.")
+                name = name if name in known else name.replace(".to_", ".processor.to_").replace(".to_out.0", ".to_out")
+            assert known[name] == f"diffusion_model.{path}.weight"
+            checked += 1
+    assert checked == 278
+
+
+@pytest.mark.parametrize("spelling", ["kohya", "comfy", "peft"])
+def test_an_adapter_is_read_back_in_every_dialect(full_size: dict[str, nn.Module], spelling: str) -> None:
+    models, state = adapter(full_size, "conv_dim=4")
+    dialects = FAMILY.dialects(models)
+    sites = [(name, p) for name, net in full_size.items() for p, layer in net.named_modules() if isinstance(layer, nn.Linear | nn.Conv2d)]
+    back = dialect.read(dialects.values(), dialect.write(dialects[spelling], state), sites)
+    assert back.keys() == state.keys()
+    assert all(back[site]["lora_down.weight"] is leaves["lora_down.weight"] for site, leaves in state.items())

@@ -1,0 +1,164 @@
+"""Metadata and hashes; the hashes against sd-scripts' own way: serialise with the safetensors library, then read the bytes."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+from dataclasses import replace
+from datetime import datetime
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from sfumato.config import Config, DatasetConfig, OutputConfig, SubsetConfig
+from sfumato.formats import files, metadata
+
+RUN = metadata.RunFacts(
+    session_id=1, training_started_at=1.5, training_finished_at=2.5, base_model_version="sd_v1", v2=False, optimizer="torch.optim.adamw.AdamW",
+    mixed_precision="no", num_train_images=40, num_reg_images=0, num_batches_per_epoch=20, num_epochs=2, max_train_steps=40, steps=40, epoch=2,
+    network_module="networks.lora", network_dim=4, network_alpha=1.0, network_args={"conv_dim": 4},
+)  # fmt: skip
+
+
+def sd_scripts_hashes(tensors: dict[str, Tensor], meta: dict[str, str]) -> dict[str, str]:
+    file = io.BytesIO(safetensors.torch.save(tensors, {k: v for k, v in meta.items() if k.startswith("ss_")}))
+    length = int.from_bytes(file.read(8), "little")
+    file.seek(8 + length)
+    model = hashlib.sha256(file.read()).hexdigest()
+    file.seek(0x100000)
+    return {"sshs_model_hash": model, "sshs_legacy_hash": hashlib.sha256(file.read(0x10000)).hexdigest()[:8]}
+
+
+@pytest.mark.parametrize("rows", [4, 60, 300], ids=["ends before the window", "ends in it", "ends after it"])
+def test_hashes_are_sd_scripts(rows: int) -> None:
+    tensors = {f"layer{i}.lora_up.weight": torch.rand(rows, 1000) for i in range(4)} | {"layer0.alpha": torch.tensor(1.0), "half": torch.rand(300, 700).half()}
+    meta = {"ss_seed": "42", "ss_é": "ü", "modelspec.title": "left out", "sshs_model_hash": "left out"}
+    assert metadata.hashes(tensors, meta) == sd_scripts_hashes(tensors, meta)
+
+
+def test_hashes_see_every_value() -> None:
+    a, b = torch.zeros(10), torch.zeros(10)
+    b[-1] = 1e-30
+    assert metadata.hashes({"a": a}, {}) != metadata.hashes({"a": b}, {})
+    assert metadata.hashes({"a": a}, {})["sshs_model_hash"] == hashlib.sha256(bytes(40)).hexdigest()
+
+
+def test_the_hashes_of_a_base_model(tmp_path: Path) -> None:
+    path, memo = tmp_path / "model.safetensors", tmp_path / "cache" / "hashes.json"
+    path.write_bytes(bytes(range(256)) * 5000)
+    data = path.read_bytes()
+    assert metadata.base_model(str(path), memo=memo) == {
+        "ss_sd_model_name": "model.safetensors",
+        "ss_sd_model_hash": hashlib.sha256(data[0x100000:0x110000]).hexdigest()[:8],
+        "ss_new_sd_model_hash": hashlib.sha256(data).hexdigest(),
+    }
+    assert metadata.base_model(str(path), "vae", memo).keys() == {"ss_vae_name", "ss_vae_hash", "ss_new_vae_hash"}
+    assert metadata.base_model(str(tmp_path)) == {"ss_sd_model_name": tmp_path.name}
+    assert metadata.base_model("owner/name") == {"ss_sd_model_name": "owner/name"}
+
+
+def test_a_base_model_is_read_once_until_it_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, memo, reads = tmp_path / "a", tmp_path / "hashes.json", []
+    monkeypatch.setattr(metadata, "file_digest", lambda p: reads.append(p) or files.file_digest(p))
+    path.write_bytes(b"one")
+    assert metadata.model_hash(path, memo) == metadata.model_hash(path, memo) == hashlib.sha256(b"one").hexdigest()
+    assert len(reads) == 1
+    path.write_bytes(b"other")
+    assert metadata.model_hash(path, memo) == hashlib.sha256(b"other").hexdigest()
+    memo.write_text("{ not json")
+    assert metadata.model_hash(path, memo) == hashlib.sha256(b"other").hexdigest()
+    memo_in_a_file = path / "hashes.json"
+    assert metadata.model_hash(path, memo_in_a_file) == hashlib.sha256(b"other").hexdigest()
+
+
+def test_modelspec() -> None:
+    output = OutputConfig(output_name="lineart", metadata_author="A. Nonym", metadata_tags="line art, ink")
+    spec = metadata.modelspec(
+        "stable-diffusion-v1", output, adapter="lora", implementation="diffusers", resolution=(512, 768), prediction="epsilon",
+        date=datetime(2026, 1, 2, 3, 4, 5, 678), encoder_layer=2, timestep_range=(0, 1000),
+    )  # fmt: skip
+    assert spec == {
+        "modelspec.sai_model_spec": "1.0.1",
+        "modelspec.architecture": "stable-diffusion-v1/lora",
+        "modelspec.implementation": "diffusers",
+        "modelspec.title": "lineart",
+        "modelspec.resolution": "512x768",
+        "modelspec.date": "2026-01-02T03:04:05",
+        "modelspec.author": "A. Nonym",
+        "modelspec.tags": "line art, ink",
+        "modelspec.prediction_type": "epsilon",
+        "modelspec.encoder_layer": "2",
+        "modelspec.timestep_range": "0,1000",
+    }
+
+
+def test_training_fields() -> None:
+    config = Config(output=OutputConfig(output_name="lineart", training_comment="note"))
+    fields = metadata.training(config, RUN)
+    assert all(key.startswith("ss_") and isinstance(value, str) for key, value in fields.items())
+    wanted = {
+        "ss_learning_rate": "0.0001",
+        "ss_unet_lr": "None",
+        "ss_text_encoder_lr": "None",
+        "ss_network_module": "networks.lora",
+        "ss_network_dim": "4",
+        "ss_network_alpha": "1.0",
+        "ss_network_args": '{"conv_dim": 4}',
+        "ss_base_model_version": "sd_v1",
+        "ss_v2": "False",
+        "ss_num_train_images": "40",
+        "ss_steps": "40",
+        "ss_output_name": "lineart",
+        "ss_training_comment": "note",
+        "ss_min_snr_gamma": "None",
+        "ss_debiased_estimation": "False",
+        "ss_lr_scheduler": "constant",
+        "ss_seed": "42",
+    }
+    assert wanted.items() <= fields.items()
+
+
+def test_no_metadata_leaves_what_loaders_need() -> None:
+    fields = metadata.training(Config(output=OutputConfig(no_metadata=True)), RUN, [facts()])
+    assert set(fields) == set(metadata.NEEDED)
+    assert set(metadata.training(Config(output=OutputConfig(no_metadata=True)), replace(RUN, network_args=None))) == set(metadata.NEEDED) - {"ss_network_args"}
+
+
+def facts() -> metadata.DatasetFacts:
+    subsets = (SubsetConfig(image_dir="/home/me/10_cat", num_repeats=10), SubsetConfig(image_dir="/home/me/1_animal", is_reg=True, caption_separator=";"))
+    return metadata.DatasetFacts(
+        config=DatasetConfig(subsets=subsets, resolution=(512, 448), batch_size=2, enable_bucket=True),
+        images=(3, 5),
+        captions=(("a Cat, sitting", "a cat", " , "), ("x; y", "x")),
+        buckets={(512, 448): 20, (448, 512): 15},
+        mean_ar_error=0.25,
+    )
+
+
+def test_dataset_fields() -> None:
+    fields = metadata.training(Config(), RUN, [facts()])
+    (dataset,) = json.loads(fields["ss_datasets"])
+    assert dataset["num_train_images"] == 30
+    assert dataset["num_reg_images"] == 5
+    assert dataset["resolution"] == [512, 448]
+    assert dataset["bucket_info"] == {
+        "buckets": {"0": {"resolution": [448, 512], "count": 15}, "1": {"resolution": [512, 448], "count": 20}},
+        "mean_img_ar_error": 0.25,
+    }
+    assert [(s["image_dir"], s["img_count"], s["num_repeats"], s["is_reg"]) for s in dataset["subsets"]] == [("10_cat", 3, 10, False), ("1_animal", 5, 1, True)]
+    assert json.loads(fields["ss_tag_frequency"]) == {"10_cat": {"a cat": 2, "sitting": 1}, "1_animal": {"x": 2, "y": 1}}
+    assert json.loads(fields["ss_dataset_dirs"]) == {"10_cat": {"n_repeats": 10, "img_count": 3}}
+    assert json.loads(fields["ss_reg_dataset_dirs"]) == {"1_animal": {"n_repeats": 1, "img_count": 5}}
+    assert fields["ss_resolution"] == "(512, 448)"
+    assert "/home/me" not in json.dumps(fields)
+
+
+def test_two_datasets_add_up() -> None:
+    fields = metadata.training(Config(), RUN, [facts(), facts()])
+    assert len(json.loads(fields["ss_datasets"])) == 2
+    assert json.loads(fields["ss_tag_frequency"])["10_cat"] == {"a cat": 4, "sitting": 2}
+    assert fields["ss_bucket_info"] == "None"

@@ -1,0 +1,92 @@
+"""Checkpointing from outside."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from sfumato.config import MemoryConfig
+from sfumato.memory.checkpoint import checkpoint_blocks
+from sfumato.memory.plan import fit
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(8, 32), nn.Linear(32, 8)
+        self.runs = 0
+
+    def forward(self, x: Tensor, *, scale: float) -> Tensor:
+        self.runs += 1
+        return x + scale * self.b(nn.functional.dropout(self.a(x).relu(), 0.3))
+
+
+def _run(blocks: list[Block], x: Tensor) -> list[Tensor]:
+    torch.manual_seed(5)
+    for p in (p for b in blocks for p in b.parameters()):
+        p.grad = None
+    for block in blocks:
+        x = block(x, scale=0.5)
+    x.square().sum().backward()
+    return [p.grad.clone() for b in blocks for p in b.parameters()]
+
+
+@pytest.fixture
+def blocks() -> list[Block]:
+    torch.manual_seed(0)
+    return [Block() for _ in range(3)]
+
+
+def test_gradients_are_equal_with_dropout(blocks):
+    x = torch.randn(4, 8)
+    plain = _run(blocks, x)
+    handle = checkpoint_blocks(blocks)
+    again = _run(blocks, x)
+    assert all(torch.equal(a, b) for a, b in zip(plain, again, strict=True))
+    assert [b.runs for b in blocks] == [3, 3, 3]  # once before, twice now
+    handle.remove()
+    _run(blocks, x)
+    assert [b.runs for b in blocks] == [4, 4, 4]
+
+
+def test_less_is_remembered(blocks):
+    def saved() -> int:
+        sizes = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: sizes.append(t.numel()) or t, lambda t: t):
+            x = torch.randn(64, 8, requires_grad=True)
+            for block in blocks:
+                x = block(x, scale=0.5)
+        return sum(sizes)
+
+    plain = saved()
+    checkpoint_blocks(blocks)
+    assert saved() < plain / 2
+
+
+def test_without_gradients_nothing_changes(blocks):
+    checkpoint_blocks(blocks)
+    with torch.no_grad():
+        blocks[0](torch.randn(2, 8), scale=1.0)
+    assert blocks[0].runs == 1
+
+
+def test_names_stay(blocks):
+    keys = list(blocks[0].state_dict())
+    checkpoint_blocks(blocks)
+    assert list(blocks[0].state_dict()) == keys
+
+
+def test_twice_is_refused_and_leaves_no_trace(blocks):
+    handle = checkpoint_blocks(blocks[2:])
+    with pytest.raises(RuntimeError, match="wrapped forward"):
+        checkpoint_blocks(blocks)
+    assert "forward" not in vars(blocks[0])
+    handle.remove()
+    checkpoint_blocks(blocks)
+
+
+@pytest.mark.parametrize("asked", [True, False])
+def test_the_plan_does_what_the_config_says(blocks, asked):
+    fit(blocks, MemoryConfig(gradient_checkpointing=asked))
+    assert all(("forward" in vars(b)) is asked for b in blocks)

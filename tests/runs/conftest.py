@@ -1,0 +1,73 @@
+"""A tiny model, a few pictures, and a function that trains on them for a few steps."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tiny
+from PIL import Image
+
+from sfumato.config import Config, DatasetConfig, SubsetConfig
+from sfumato.families.sd.facts import Options
+from sfumato.train import run
+
+Train = Callable[..., Path]
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny SD 1.x single file."""
+    return tiny.tiny_sd1(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture
+def pictures(tmp_path: Path) -> Path:
+    """Five pictures of 64 px with captions."""
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for i in range(5):
+        noise = np.random.default_rng(i).integers(0, 256, (8, 8, 3), dtype=np.uint8)
+        Image.fromarray(noise).resize((64, 64), Image.Resampling.NEAREST).save(folder / f"{i}.png")
+        (folder / f"{i}.txt").write_text(f"picture {i}, red, blue")
+    return folder
+
+
+def config(**options: Any) -> Config:
+    """A config from flat field names."""
+    sections = {}
+    for section in fields(Config):
+        default = getattr(Config(), section.name)
+        if section.name != "family":
+            mine = {f.name: options.pop(f.name) for f in fields(default) if f.name in options}
+            sections[section.name] = replace(default, **mine)
+    family = options.pop("family", Options())
+    assert not options, options
+    return Config(**sections, family=family)
+
+
+@pytest.fixture
+def train(model: Path, pictures: Path, tmp_path: Path) -> Train:
+    """Train with these flat options; returns the output folder."""
+
+    def go(name: str, method: run.Method = "network", *, subset: dict[str, Any] | None = None, **options: Any) -> Path:
+        told = {
+            "pretrained_model_name_or_path": str(model),
+            "output_dir": str(tmp_path / name),
+            "output_name": "out",
+            "max_train_steps": 4,
+            "learning_rate": 1e-3,
+            "network_dim": 2,
+            "network_alpha": 2.0,
+            "seed": 7,
+        }
+        folder = SubsetConfig(image_dir=str(pictures), **(subset or {}))
+        data = DatasetConfig(subsets=(folder,), resolution=(64, 64), batch_size=2)
+        run.train(config(**{**told, **options}), method, (data,))
+        return tmp_path / name
+
+    return go

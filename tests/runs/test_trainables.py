@@ -1,0 +1,144 @@
+"""Exactly what is named is trained, and what is saved is what was trained."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from conftest import Train
+from safetensors import safe_open
+
+from sfumato.formats.files import load
+from sfumato.train import keep
+
+UNET, TEXT, VAE = "model.diffusion_model.", "cond_stage_model.", "first_stage_model."
+
+
+def changed(before: dict[str, torch.Tensor], after: dict[str, torch.Tensor]) -> set[str]:
+    assert before.keys() == after.keys()
+    return {name for name in before if not torch.equal(before[name], after[name])}
+
+
+@pytest.mark.parametrize("text", [False, True], ids=["U-Net", "U-Net and text encoder"])
+def test_full_training_changes_what_it_says(train: Train, model: Path, text: bool) -> None:
+    after = load(train("full", "full", train_text_encoder=text) / "out.safetensors")
+    names = changed(load(model), after)
+    assert any(n.startswith(UNET) for n in names)
+    assert any(n.startswith(TEXT) for n in names) == text
+    assert not any(n.startswith(VAE) for n in names)
+    # Every tensor of the U-Net: none hangs loose.
+    assert {n for n in after if n.startswith(UNET)} <= names
+
+
+@pytest.mark.parametrize(
+    ("options", "prefixes"),
+    [
+        ({}, {"lora_unet", "lora_te"}),
+        ({"network_train_unet_only": True}, {"lora_unet"}),
+        ({"network_train_text_encoder_only": True}, {"lora_te"}),
+        ({"text_encoder_lr": (0.0,)}, {"lora_unet"}),
+        ({"cache_text_encoder_outputs": True, "network_train_unet_only": True}, {"lora_unet"}),
+        ({"network_args": ("conv_dim=2",)}, {"lora_unet", "lora_te"}),
+    ],
+    ids=["both", "U-Net", "text", "text rate 0", "cached text", "LoCon"],
+)
+def test_adapters_are_put_where_they_are_asked_for(train: Train, options: dict[str, Any], prefixes: set[str]) -> None:
+    tensors = load(train("lora", **options) / "out.safetensors")
+    assert {"_".join(name.split("_")[:2]) for name in tensors} == prefixes
+    ups = [t for name, t in tensors.items() if name.endswith("lora_up.weight")]
+    assert all(t.abs().max() > 0 for t in ups)
+    assert any(t.ndim == 4 and "resnets" in name for name, t in tensors.items()) == ("network_args" in options)
+
+
+@pytest.mark.parametrize("options", [{"gradient_checkpointing": True}, {"mixed_precision": "bf16"}, {"full_bf16": True, "mixed_precision": "bf16"}], ids=str)
+def test_memory_and_precision_options_train(train: Train, options: dict[str, Any]) -> None:
+    folder = train("a", max_train_steps=6, **options)
+    losses = [json.loads(line)["loss"] for line in (folder / "out.jsonl").read_text().splitlines()]
+    assert len(losses) == 6
+    if options == {"gradient_checkpointing": True}:
+        plain = [json.loads(line)["loss"] for line in (train("b", max_train_steps=6) / "out.jsonl").read_text().splitlines()]
+        assert losses == pytest.approx(plain, abs=1e-6)
+
+
+def test_stopping_the_text_encoder_freezes_it(train: Train) -> None:
+    early = load(train("a", stop_text_encoder_training=2, max_train_steps=2) / "out.safetensors")
+    late = load(train("b", stop_text_encoder_training=2, max_train_steps=5) / "out.safetensors")
+    moved = changed(early, late)
+    assert moved
+    assert not any(name.startswith("lora_te") for name in moved)
+
+
+def test_start_from_an_adapter(train: Train) -> None:
+    first = train("a", network_dim=3) / "out.safetensors"
+    again = train("b", network_weights=str(first), dim_from_weights=True, learning_rate=0.0) / "out.safetensors"
+    one, two = load(first), load(again)
+    assert one.keys() == two.keys()
+    assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+def test_base_weights_are_merged(train: Train, model: Path) -> None:
+    adapter = train("a") / "out.safetensors"
+    merged = load(train("b", "full", base_weights=(str(adapter),), learning_rate=0.0) / "out.safetensors")
+    names = changed(load(model), merged)
+    assert names and all(name.endswith((".weight",)) for name in names)
+
+
+def test_results_and_states_by_step_and_epoch(train: Train) -> None:
+    folder = train(
+        "a", max_train_steps=9, save_every_n_steps=2, save_last_n_steps=2, save_every_n_epochs=1, save_last_n_epochs=1, save_state=True
+    )
+    found = {p.name for p in folder.iterdir()}
+    assert "out.safetensors" in found and "out-state" in found
+    steps = sorted(n for n in found if "step" in n)
+    assert steps == sorted(f"out-step{s:08d}{end}" for s in (6, 8) for end in (".safetensors", "-state"))
+    assert "out-000002.safetensors" in found and "out-000001.safetensors" not in found
+
+
+def test_the_arithmetic_of_kept_files() -> None:
+    from sfumato.config import OutputConfig
+
+    output = OutputConfig(output_name="x", save_every_n_steps=100, save_last_n_steps=300, save_every_n_epochs=2, save_last_n_epochs=3)
+    assert keep.after_step(output, 150) is None
+    saving = keep.after_step(output, 1000)
+    assert saving is not None and (saving.name, saving.old_result) == ("x-step00001000", "x-step00000600")
+    by_epoch = keep.after_epoch(output, 8, 20)
+    assert by_epoch is not None and (by_epoch.name, by_epoch.old_result) == ("x-000008", "x-000002")
+    assert keep.after_epoch(output, 20, 20) is None
+    assert keep.every_n_epochs(OutputConfig(save_n_epoch_ratio=4), 10) == 2
+
+
+def test_metadata_says_how_it_was_made(train: Train) -> None:
+    path = train("a", training_comment="hello") / "out.safetensors"
+    with safe_open(path, "pt") as file:
+        said = file.metadata()
+    assert said["ss_network_module"] == "networks.lora" and said["ss_network_dim"] == "2" and said["ss_steps"] == "4"
+    assert said["ss_training_comment"] == "hello" and said["ss_base_model_version"] == "sd_v1"
+    assert said["modelspec.architecture"] == "stable-diffusion-v1/lora"
+    assert len(said["sshs_model_hash"]) == 64
+    assert json.loads(said["ss_tag_frequency"])["pictures"]["red"] == 5
+
+
+def test_sd2_with_v_prediction_trains(train: Train, tmp_path: Path) -> None:
+    from sfumato.families.sd.facts import Options
+
+    model = tiny.tiny_sd2(tmp_path / "sd2")
+    folder = train("v", pretrained_model_name_or_path=str(model), family=Options(v_parameterization=True), min_snr_gamma=5.0)
+    with safe_open(folder / "out.safetensors", "pt") as file:
+        assert file.metadata()["modelspec.prediction_type"] == "v"
+
+
+def test_samples_are_drawn(train: Train, tmp_path: Path) -> None:
+    (tmp_path / "prompts.txt").write_text("a cat --w 64 --h 64 --s 2 --d 1\na dog --w 64 --h 64 --s 2\n")
+    folder = train("a", sample_prompts=str(tmp_path / "prompts.txt"), sample_every_n_steps=2, sample_at_first=True, sample_sampler="euler")
+    assert len(list((folder / "sample").glob("*.png"))) == 6
+
+
+def test_sampling_does_not_change_training(train: Train, tmp_path: Path) -> None:
+    (tmp_path / "prompts.txt").write_text("a cat --w 64 --h 64 --s 2 --d 1\n")
+    plain = load(train("a", network_dropout=0.2) / "out.safetensors")
+    drawn = load(train("b", network_dropout=0.2, sample_prompts=str(tmp_path / "prompts.txt"), sample_every_n_steps=1) / "out.safetensors")
+    assert not changed(plain, drawn)
