@@ -108,17 +108,15 @@ class Adapter(nn.Module):
 
     # What subclasses use.
 
-    def add(self, y: Tensor, change: Tensor) -> Tensor:
-        """y plus the change of the output, times multiplier and module dropout."""
+    def add(self, y: Tensor, change: Tensor, scale: float = 1.0) -> Tensor:
+        """y plus scale times the change of the output, times multiplier and module dropout, in y's dtype."""
         strength = self.moment.multiplier
-        if isinstance(strength, Tensor):
-            change = change * over_samples(strength, change).to(change.dtype)
-        elif strength != 1.0:
-            change = change * strength
         if self.training and self.options.module_dropout:
             kept = self.kept("module_dropout", self.options.module_dropout, (change.shape[0],), change.device)
             change = change * over_samples(kept, change).to(change.dtype)
-        return y + change.to(y.dtype)
+        if isinstance(strength, Tensor):
+            return torch.addcmul(y, (change * scale).to(y.dtype), over_samples(strength, y).to(y.dtype))
+        return torch.add(y, change.to(y.dtype), alpha=strength * scale)
 
     def kept(self, purpose: str, chance: float, shape: Sequence[int], device: torch.device) -> Tensor:
         """A mask of `shape` (rows of one sample next to each other): False with the given chance, by the batch's own draws."""
@@ -140,7 +138,8 @@ def over_samples(values: Tensor, like: Tensor) -> Tensor:
     rows, odd = divmod(like.shape[0], values.shape[0])
     if odd:
         raise RuntimeError(f"{like.shape[0]} rows do not share out over the multipliers of {values.shape[0]} samples")
-    return values.to(like.device).repeat_interleave(rows).view(-1, *[1] * (like.ndim - 1))
+    values = values.to(like.device)
+    return (values if rows == 1 else values.repeat_interleave(rows)).view(-1, *[1] * (like.ndim - 1))
 
 
 def as_input(x: Tensor, weight: Tensor) -> Tensor:

@@ -36,7 +36,7 @@ class LoRA(Adapter):
         h = self.lora_down(as_input(x, self.lora_down.weight))
         if self.training:
             h = self._drop(h)
-        return self.add(y, self.lora_up(h) * self.options.scale)
+        return self.add(y, self.lora_up(h), self.options.scale)
 
     def change(self, weight: Tensor) -> Tensor:
         up, down = self.lora_up.weight.float(), self.lora_down.weight.float()

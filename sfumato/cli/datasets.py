@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
 from sfumato.cli import options, paths, rules, toml, values
 from sfumato.cli.report import Given, Report
 from sfumato.config import DatasetConfig, SubsetConfig
-from sfumato.config.data import BucketOptions, CaptionOptions, PictureOptions
+from sfumato.config.data import CaptionOptions, PictureOptions
 from sfumato.errors import UserError, nearest
 
 FOLDER = re.compile(r"(\d+)_(.*)")
@@ -97,7 +97,7 @@ def _table(path: Path, at: toml.Path_, content: Any, lines: Mapping[toml.Path_, 
     for name, value in content.items():
         place = (*at, name)
         where = f"{path}:{lines[place]}" if place in lines else f"{path}: {'.'.join(map(str, at))}"
-        if checked := _setting(Given(name, value, where, False), known, report):
+        if checked := _setting(Given(name, value, where, False, source=path), known, report):
             found[name] = checked
     return found
 
@@ -112,7 +112,11 @@ def _setting(given: Given, known: set[str], report: Report) -> Given | None:
             report.error(f"{given}: {REFUSED[given.key]}")
         return None
     if given.key not in known:
-        elsewhere = "; it belongs to " + ("[[datasets.subsets]]" if given.key in _SUBSET else "[[datasets]]") if given.key in _SUBSET | _DATASET else ""
+        elsewhere = (
+            "; it belongs to " + ("[[datasets.subsets]]" if given.key in _SUBSET else "[[datasets]]")
+            if given.key in _SUBSET | _DATASET
+            else ""
+        )
         report.error(f"{given}: unknown setting here{elsewhere or nearest(given.key, known)}")
         return None
     try:
@@ -123,7 +127,7 @@ def _setting(given: Given, known: set[str], report: Report) -> Given | None:
     if said := rules.in_range(given.key, value):
         report.error(f"{given}: {said}")
         return None
-    return paths.settle(Given(given.key, value, given.where, False), report)
+    return paths.settle(replace(given, value=value), report)
 
 
 def _kinds() -> dict[str, Any]:
@@ -149,7 +153,12 @@ def _folders(key: str, root: Path, given: Mapping[str, Given], report: Report) -
         if not match or not int(match.group(1)):
             report.note(f"{folder}: left out: its name is not `<repeats>_<class tokens>`")
             continue
-        said = {"image_dir": str(folder), "num_repeats": int(match.group(1)), "class_tokens": match.group(2), "is_reg": key == "reg_data_dir"}
+        said = {
+            "image_dir": str(folder),
+            "num_repeats": int(match.group(1)),
+            "class_tokens": match.group(2),
+            "is_reg": key == "reg_data_dir",
+        }
         found.append({name: Given(name, value, str(folder), False) for name, value in said.items()})
     if not found:
         report.error(
@@ -200,7 +209,9 @@ def _unused_flags(settings: Mapping[str, Any], given: Mapping[str, Given], used:
             continue
         if each.flag or settings[flag] != options.common()[flag].default:
             source = settings["dataset_config"] or settings["train_data_dir"]
-            rules.without_effect(each, f"{source} says {name} itself, for every {'dataset' if name in _DATASET - _SHARED else 'folder'}", report)
+            rules.without_effect(
+                each, f"{source} says {name} itself, for every {'dataset' if name in _DATASET - _SHARED else 'folder'}", report
+            )
 
 
 # --- checks across settings -----------------------------------------------------------------------
@@ -247,9 +258,13 @@ def _check_subset(subset: SubsetConfig, settings: Mapping[str, Any], report: Rep
         return [name for name in names if getattr(subset, name)]
 
     if (settings["cache_latents"] or settings["cache_latents_to_disk"]) and (found := on(_NOT_CACHED)):
-        report.error(f"{subset.image_dir}: {', '.join(found)} cannot be used with cache_latents: pictures are encoded only once (flip_aug can)")
+        report.error(
+            f"{subset.image_dir}: {', '.join(found)} cannot be used with cache_latents: pictures are encoded only once (flip_aug can)"
+        )
     if (settings["cache_text_encoder_outputs"] or settings["cache_text_encoder_outputs_to_disk"]) and (found := on(_NOT_FINITE)):
-        report.error(f"{subset.image_dir}: {', '.join(found)} cannot be used with cache_text_encoder_outputs: captions are encoded only once")
+        report.error(
+            f"{subset.image_dir}: {', '.join(found)} cannot be used with cache_text_encoder_outputs: captions are encoded only once"
+        )
     if not on(_CUTS) and (found := on(("keep_tokens", "keep_tokens_separator", "secondary_separator"))):
         report.note(f"{subset.image_dir}: {', '.join(found)}: no effect without {', '.join(_CUTS[:2])} or {_CUTS[2]}")
     if subset.conditioning_data_dir and not settings["masked_loss"]:

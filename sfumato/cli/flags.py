@@ -23,12 +23,10 @@ CONFIGS = {
     "config": "TOML file with any of these settings, in sections of any name; flags win over it.",
     "config_file": "The same for a file made for kohya's scripts: settings without effect are stated, not refused.",
 }
-_ZERO_IS_OFF = frozenset(
-    {
-        "save_every_n_epochs", "save_every_n_steps", "save_n_epoch_ratio", "save_last_n_epochs", "save_last_n_steps", "sample_every_n_steps",
-        "sample_every_n_epochs", "multires_noise_iterations", "max_train_epochs", "save_last_n_epochs_state", "save_last_n_steps_state",
-    }
-)  # fmt: skip
+_ZERO_IS_OFF = """
+    save_every_n_epochs save_every_n_steps save_n_epoch_ratio save_last_n_epochs save_last_n_steps save_last_n_epochs_state
+    save_last_n_steps_state sample_every_n_steps sample_every_n_epochs multires_noise_iterations max_train_epochs
+"""
 """Kohya's files write 0 where nothing is meant."""
 
 
@@ -39,18 +37,22 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{self.prog}: {message}; `--help` lists all flags")
 
 
-def parser(prog: str, description: str = "", *, names: Iterable[str] | None = None) -> Parser:
-    """Flags for all settings (or those in `names`), grouped as the config is. Values stay strings: they are checked with those of the files."""
-    made = Parser(prog=prog, description=description, allow_abbrev=False, argument_default=argparse.SUPPRESS)
+def parser(prog: str, *, names: Iterable[str] | None = None) -> Parser:
+    """Flags for all settings (or those in `names`), grouped as the config is.
+
+    Values stay strings: they are checked together with those of the files.
+    """
+    made = Parser(prog=prog, usage=f"{prog} [--config FILE] [--flag value ...]", allow_abbrev=False, argument_default=argparse.SUPPRESS)
     for name, said in CONFIGS.items():
         made.add_argument(f"--{name}", metavar="FILE", help=said)
     wanted = None if names is None else set(names)
     groups: dict[str, Any] = {}
     for option in options.known().values():
         if wanted is None or option.name in wanted:
-            group = groups.setdefault(option.section, made.add_argument_group(option.section) if option.section not in groups else None)
-            group.add_argument(f"--{option.name}", **_argument(option))
-    for name in sorted(foreign.names()):
+            if option.section not in groups:
+                groups[option.section] = made.add_argument_group(option.section)
+            groups[option.section].add_argument(f"--{option.name}", **_argument(option))
+    for name in sorted(foreign.names()) if wanted is None else ():
         made.add_argument(f"--{name}", nargs="*", help=argparse.SUPPRESS)
     return made
 
@@ -105,6 +107,7 @@ def resolve_all(
     method: Method,
     *,
     data: bool = True,
+    only: Iterable[str] | None = None,
     prog: str = "sfumato",
     kohya: bool = False,
     defaults: Mapping[str, object] | None = None,
@@ -112,11 +115,12 @@ def resolve_all(
 ) -> Resolved:
     """As `resolve`, with the notices returned.
 
-    `data`: whether pictures are needed. `kohya`: state what has no effect instead of refusing it. `defaults`: other defaults than ours.
+    `data`: whether pictures are needed. `only`: the flags there are; files may say more, for other commands.
+    `kohya`: state what has no effect instead of refusing it. `defaults`: other defaults than ours.
     `adapt`: changes what was given before it is checked.
     """
     report = Report()
-    given = gather(argv, report, prog=prog, lenient=kohya)
+    given = gather(argv, report, prog=prog, lenient=kohya, only=only)
     if adapt:
         adapt(given, report)
     given = {key: paths.settle(each, report) for key, each in given.items()}
@@ -141,14 +145,16 @@ def _datasets(settings: Mapping[str, Any], given: Mapping[str, Given], report: R
     return datasets.read(settings, given, report)
 
 
-def gather(argv: Sequence[str], report: Report, *, prog: str = "sfumato", lenient: bool = False) -> dict[str, Given]:
+def gather(
+    argv: Sequence[str], report: Report, *, prog: str = "sfumato", lenient: bool = False, only: Iterable[str] | None = None
+) -> dict[str, Given]:
     """What the command line and the files that it names say, by setting; flags win."""
-    parsed, strange = parser(prog).parse_known_args(list(argv))
-    said = vars(parsed)
+    parsed, strange = parser(prog, names=only).parse_known_args(list(argv))
+    said, flag_names = vars(parsed), every_name() if only is None else [*only, *CONFIGS]
     for word in strange:
         if word.startswith("--"):
             name = word[2:].partition("=")[0]
-            report.error(f"--{name}: unknown flag{nearest(name, every_name())}")
+            report.error(f"--{name}: {_strange(name, flag_names, prog)}")
         elif not any(w.startswith("--") for w in strange):
             report.error(f"{word!r}: a flag was expected, such as --config FILE")
     found: dict[str, Given] = {}
@@ -157,6 +163,10 @@ def gather(argv: Sequence[str], report: Report, *, prog: str = "sfumato", lenien
             found |= from_file(said.pop(key), report, lenient=lenient or key == "config_file")
     flags = [Given(name, _flag_value(value), "", True, lenient) for name, value in said.items()]
     return found | {g.key: g for g in _own_words(flags, report)}
+
+
+def _strange(name: str, known: Sequence[str], prog: str) -> str:
+    return f"is no flag of `{prog}`" if name in every_name() else f"unknown flag{nearest(name, known)}"
 
 
 def _flag_value(value: Any) -> Any:
@@ -189,7 +199,7 @@ def from_file(name: str, report: Report, *, lenient: bool) -> dict[str, Given]:
     found: dict[str, Given] = {}
     for place, value in _flat(content):
         where = f"{path}:{lines[place]}" if place in lines else str(path)
-        each = Given(str(place[-1]), value, where, False, lenient)
+        each = Given(str(place[-1]), value, where, False, lenient, path)
         if said := _not_a_setting(each, found):
             report.error(f"{each}: {said}")
         else:
@@ -249,7 +259,7 @@ def checked(known: Mapping[str, options.Option], given: Mapping[str, Given], rep
         except ValueError as e:
             report.error(f"{each}: {e}")
             continue
-        if value == 0 and name in _ZERO_IS_OFF:
+        if value == 0 and name in _ZERO_IS_OFF.split():
             value = None
         if said := rules.in_range(name, value):
             report.error(f"{each}: {said}")

@@ -58,7 +58,7 @@ def owners() -> dict[str, tuple[str, ...]]:
 
 def known() -> Mapping[str, Option]:
     """All settings, those of all families included."""
-    return {**{name: of_family(having[0])[name] for name, having in owners().items()}, **common()}
+    return {**common(), **{name: of_family(having[0])[name] for name, having in owners().items() if name not in common()}}
 
 
 def of(record: type, section: str) -> dict[str, Option]:

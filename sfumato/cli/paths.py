@@ -28,10 +28,10 @@ def settle(given: Given, report: Report) -> Given:
     """A setting with its paths checked; those of a file may stand beside that file as well as in the current folder."""
     if given.key not in FOLDERS | FILES | EITHER | {"resume"}:
         return given
-    beside = Path(given.where.rpartition(":")[0] or given.where).parent if given.where else None
-    many = isinstance(given.value, (list, tuple))
-    found = [_settled(given, value, beside, report) for value in (given.value if many else [given.value])]  # type: ignore[attr-defined]
-    return replace(given, value=found if many else found[0])
+    beside = given.source.parent if given.source else None
+    if isinstance(given.value, (list, tuple)):
+        return replace(given, value=[_settled(given, value, beside, report) for value in given.value])
+    return replace(given, value=_settled(given, given.value, beside, report))
 
 
 def _settled(given: Given, value: object, beside: Path | None, report: Report) -> object:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from sfumato.errors import UserError
 
@@ -19,6 +20,8 @@ class Given:
     """From the command line: the value is a string, a list of strings, or True."""
     lenient: bool = False
     """From a kohya command or file: where it has no effect this is stated, not refused."""
+    source: Path | None = None
+    """The file that it stands in."""
 
     def __str__(self) -> str:
         return f"{self.where}: {self.key}" if self.where else f"--{self.key}"

@@ -35,7 +35,13 @@ def _full(v: View) -> bool:
     return v.method == "full"
 
 
+def _caches_text(v: View) -> bool:
+    return bool(v.cache_text_encoder_outputs or v.cache_text_encoder_outputs_to_disk)
+
+
 def _trains_text(v: View) -> bool:
+    if _caches_text(v) or v.stop_text_encoder_training == 0:
+        return False
     if _full(v):
         return bool(v.train_text_encoder)
     return not v.network_train_unet_only and (not v.text_encoder_lr or any(v.text_encoder_lr))
@@ -53,13 +59,34 @@ _NO_WARMUP = ("constant", "piecewise_constant", "adafactor")
 IDLE: tuple[Idle, ...] = (
     Idle((*NETWORK, "dialect"), _full, "no adapter is trained with `train full`"),
     Idle(("unet_lr", "text_encoder_lr"), _full, "`train full` reads learning_rate and learning_rate_te"),
-    Idle(("train_text_encoder", "learning_rate_te"), lambda v: not _full(v), "an adapter's text encoder goes by text_encoder_lr and network_train_unet_only"),
+    Idle(
+        ("train_text_encoder", "learning_rate_te"),
+        lambda v: not _full(v),
+        "an adapter's text encoder goes by text_encoder_lr and network_train_unet_only",
+    ),
     Idle(("learning_rate_te",), lambda v: _full(v) and not v.train_text_encoder, "it needs train_text_encoder"),
-    Idle(("stop_text_encoder_training",), lambda v: not _trains_text(v), "the text encoder is not trained"),
-    Idle(("text_encoder_lr",), lambda v: v.network_train_unet_only and any(v.text_encoder_lr), "network_train_unet_only leaves the text encoder alone"),
+    Idle(
+        ("stop_text_encoder_training",),
+        lambda v: bool(v.stop_text_encoder_training) and not _trains_text(v),
+        "the text encoder is not trained anyway",
+    ),
+    Idle(
+        ("text_encoder_lr",),
+        lambda v: v.network_train_unet_only and any(v.text_encoder_lr),
+        "network_train_unet_only leaves the text encoder alone",
+    ),
+    Idle(
+        ("text_encoder_lr",),
+        lambda v: _caches_text(v) and any(v.text_encoder_lr),
+        "cache_text_encoder_outputs leaves the text encoder alone",
+    ),
     Idle(("unet_lr",), lambda v: v.network_train_text_encoder_only, "network_train_text_encoder_only leaves the denoiser alone"),
     Idle(("dim_from_weights",), lambda v: not v.network_weights, "it needs network_weights"),
-    Idle(("network_dim", "network_alpha"), lambda v: v.dim_from_weights and v.network_weights, "dim_from_weights takes them from network_weights"),
+    Idle(
+        ("network_dim", "network_alpha"),
+        lambda v: v.dim_from_weights and v.network_weights,
+        "dim_from_weights takes them from network_weights",
+    ),
     Idle(("base_weights_multiplier",), lambda v: not v.base_weights, "it needs base_weights"),
     Idle(("save_last_n_epochs",), lambda v: not (v.save_every_n_epochs or v.save_n_epoch_ratio), "it needs save_every_n_epochs"),
     Idle(("save_last_n_steps",), lambda v: not v.save_every_n_steps, "it needs save_every_n_steps"),
@@ -74,10 +101,16 @@ IDLE: tuple[Idle, ...] = (
     Idle(("max_train_steps",), lambda v: v.max_train_epochs, "max_train_epochs decides how long training takes"),
     Idle(("persistent_data_loader_workers",), lambda v: not v.max_data_loader_n_workers, "it needs max_data_loader_n_workers"),
     Idle(("lr_scheduler",), lambda v: v.lr_scheduler_type, "lr_scheduler_type takes its place"),
-    Idle(("lr_scheduler_num_cycles",), lambda v: v.lr_scheduler != "cosine_with_restarts", "only lr_scheduler cosine_with_restarts has cycles"),
+    Idle(
+        ("lr_scheduler_num_cycles",),
+        lambda v: v.lr_scheduler not in ("cosine_with_restarts", *_MIN_LR),
+        f"only lr_scheduler cosine_with_restarts, {' and '.join(_MIN_LR)} have cycles",
+    ),
     Idle(("lr_scheduler_power",), lambda v: v.lr_scheduler != "polynomial", "only lr_scheduler polynomial has a power"),
     Idle(("lr_scheduler_timescale",), lambda v: v.lr_scheduler != "inverse_sqrt", "only lr_scheduler inverse_sqrt has a time scale"),
-    Idle(("lr_scheduler_min_lr_ratio",), lambda v: v.lr_scheduler not in _MIN_LR, f"only lr_scheduler {' and '.join(_MIN_LR)} have a floor"),
+    Idle(
+        ("lr_scheduler_min_lr_ratio",), lambda v: v.lr_scheduler not in _MIN_LR, f"only lr_scheduler {' and '.join(_MIN_LR)} have a floor"
+    ),
     Idle(("lr_decay_steps",), lambda v: v.lr_scheduler != "warmup_stable_decay", "only lr_scheduler warmup_stable_decay has decay steps"),
     Idle(
         ("lr_warmup_steps",),
@@ -87,7 +120,11 @@ IDLE: tuple[Idle, ...] = (
     Idle(("noise_offset_random_strength", "adaptive_noise_scale"), lambda v: not v.noise_offset, "it needs noise_offset"),
     Idle(("multires_noise_discount",), lambda v: not v.multires_noise_iterations, "it needs multires_noise_iterations"),
     Idle(("ip_noise_gamma_random_strength",), lambda v: not v.ip_noise_gamma, "it needs ip_noise_gamma"),
-    Idle(("huber_schedule", "huber_c", "huber_scale"), lambda v: v.loss_type not in _HUBER, f"only loss_type {' and '.join(_HUBER)} have a threshold"),
+    Idle(
+        ("huber_schedule", "huber_c", "huber_scale"),
+        lambda v: v.loss_type not in _HUBER,
+        f"only loss_type {' and '.join(_HUBER)} have a threshold",
+    ),
     Idle(
         ("sample_prompts", "sample_sampler"),
         lambda v: not (v.sample_every_n_steps or v.sample_every_n_epochs or v.sample_at_first),
@@ -100,7 +137,11 @@ IDLE: tuple[Idle, ...] = (
     Idle(("cache_dir",), lambda v: not _on_disk(v), "it needs cache_latents_to_disk or cache_text_encoder_outputs_to_disk"),
     Idle(("train_data_dir", "reg_data_dir"), lambda v: v.dataset_config, "dataset_config names the folders"),
     Idle(("reg_data_dir",), lambda v: not v.train_data_dir, "it needs train_data_dir"),
-    Idle(("xformers",), lambda v: not find_spec("xformers"), "xformers is not installed; PyTorch's own attention is used, which gives the same result"),
+    Idle(
+        ("xformers",),
+        lambda v: not find_spec("xformers"),
+        "xformers is not installed; PyTorch's own attention is used, which gives the same result",
+    ),
 )
 
 
@@ -133,8 +174,8 @@ CLASHES: tuple[Clash, ...] = (
     ),
     Clash(
         ("cache_text_encoder_outputs", "cache_text_encoder_outputs_to_disk"),
-        lambda v: (v.cache_text_encoder_outputs or v.cache_text_encoder_outputs_to_disk) and _trains_text(v),
-        "text outputs cannot be kept while the text encoder is trained: set network_train_unet_only (or leave train_text_encoder out)",
+        lambda v: _caches_text(v) and (v.train_text_encoder if _full(v) else v.network_train_text_encoder_only),
+        "text outputs cannot be kept while the text encoder is trained",
     ),
     Clash(
         ("save_model_as",),
@@ -148,38 +189,27 @@ CLASHES: tuple[Clash, ...] = (
     ),
 )
 
-POSITIVE = (1, None)
-SHARE = (0, 1)
+_COUNTS = """
+    train_batch_size batch_size num_repeats dataset_repeats gradient_accumulation_steps max_train_steps max_train_epochs save_every_n_epochs
+    save_every_n_steps save_n_epoch_ratio save_last_n_epochs save_last_n_steps vae_batch_size sample_every_n_steps sample_every_n_epochs
+    network_dim clip_skip multires_noise_iterations lr_scheduler_num_cycles min_bucket_reso max_bucket_reso resolution
+"""
+_SHARES = "caption_dropout_rate caption_tag_dropout_rate network_dropout ema_decay multires_noise_discount lr_scheduler_min_lr_ratio"
+_AMOUNTS = """
+    learning_rate unet_lr text_encoder_lr learning_rate_te max_grad_norm max_data_loader_n_workers keep_tokens seed network_alpha
+    caption_dropout_every_n_epochs token_warmup_min token_warmup_step lr_warmup_steps lr_decay_steps scale_weight_norms prior_loss_weight
+    stop_text_encoder_training save_last_n_epochs_state save_last_n_steps_state
+"""
 RANGES: Mapping[str, tuple[float, float | None]] = {
-    **dict.fromkeys(
-        (
-            "train_batch_size", "batch_size", "num_repeats", "dataset_repeats", "gradient_accumulation_steps", "max_train_steps", "max_train_epochs",
-            "save_every_n_epochs", "save_every_n_steps", "save_n_epoch_ratio", "save_last_n_epochs", "save_last_n_steps", "vae_batch_size",
-            "sample_every_n_steps", "sample_every_n_epochs", "network_dim", "clip_skip", "multires_noise_iterations", "lr_scheduler_num_cycles",
-            "min_bucket_reso", "max_bucket_reso", "resolution",
-        ),
-        POSITIVE,
-    ),
-    **dict.fromkeys(
-        (
-            "caption_dropout_rate", "caption_tag_dropout_rate", "network_dropout", "ema_decay", "multires_noise_discount", "lr_scheduler_min_lr_ratio",
-        ),
-        SHARE,
-    ),
-    **dict.fromkeys(
-        (
-            "learning_rate", "unet_lr", "text_encoder_lr", "learning_rate_te", "max_grad_norm", "max_data_loader_n_workers", "keep_tokens", "seed",
-            "caption_dropout_every_n_epochs", "token_warmup_min", "token_warmup_step", "lr_warmup_steps", "lr_decay_steps", "network_alpha",
-            "scale_weight_norms", "prior_loss_weight", "stop_text_encoder_training", "save_last_n_epochs_state", "save_last_n_steps_state",
-        ),
-        (0, None),
-    ),
+    **dict.fromkeys(_COUNTS.split(), (1, None)),
+    **dict.fromkeys(_SHARES.split(), (0, 1)),
+    **dict.fromkeys(_AMOUNTS.split(), (0, None)),
     "min_timestep": (0, 999),
     "max_timestep": (1, 1000),
     "bucket_reso_steps": (8, None),
     "huber_c": (1e-9, None),
     "min_snr_gamma": (1e-9, None),
-}  # fmt: skip
+}
 """Setting -> lowest and highest value."""
 
 

@@ -14,7 +14,7 @@ from sfumato.data import augment, captions
 from sfumato.data.batch import Cond, Tokens
 from sfumato.data.plan import Item, Plan
 from sfumato.data.scan import Progress
-from sfumato.data.store import Index, Parts, Store, key, why
+from sfumato.data.store import Index, Parts, Store, key, why, writing
 from sfumato.data.strategies import LatentsCachingStrategy, TextEncoderOutputsCachingStrategy
 from sfumato.errors import UserError
 
@@ -99,17 +99,13 @@ def cache_latents(
     owners = [_owner(item) for item in plan.items]
     jobs = _missing(store, index, "latents", [_Job(keys[i], owners[i], parts[i], "", i) for i in range(len(keys))])
     done = 0
-    for portion, tensors in _read_ahead(plan, _portions(plan, jobs, batch_size)):
-        pixels = torch.stack([t["pixels"] for t in tensors])  # (b, 3, H, W)
-        entries = [{"latents": latents} for latents in _encoded(plan, portion, pixels, encode, strategy)]
-        if plan.subset(plan.items[portion[0].item]).flip_aug:
-            for entry, latents in zip(entries, _encoded(plan, portion, pixels.flip(3), encode, strategy), strict=True):
-                entry["latents_flipped"] = latents
-        for job, entry, read in zip(portion, entries, tensors, strict=True):
-            store.put(job.key, entry | ({"mask": read["mask"]} if "mask" in read else {}))
-        done += len(portion)
-        if progress:
-            progress(done, len(jobs))
+    with writing(store) as put:
+        for portion, tensors in _read_ahead(plan, _portions(plan, jobs, batch_size)):
+            for job, entry in zip(portion, _entries(plan, portion, tensors, encode, strategy), strict=True):
+                put(job.key, entry)
+            done += len(portion)
+            if progress:
+                progress(done, len(jobs))
     return _report(store, index, "latents", dict(enumerate(keys)), dict(zip(owners, parts, strict=True)), jobs)
 
 
@@ -162,6 +158,24 @@ def _read_ahead(plan: Plan, portions: Iterable[list[_Job]]) -> Iterator[tuple[li
             yield waiting[0], [future.result() for future in waiting[1]]
 
 
+def _entries(
+    plan: Plan,
+    portion: Sequence[_Job],
+    tensors: Sequence[Mapping[str, Tensor]],
+    encode: Callable[[Tensor], Tensor],
+    strategy: LatentsCachingStrategy,
+) -> list[dict[str, Tensor]]:
+    """What is kept of each picture: latents, those of the mirrored picture where pictures are mirrored, the mask where it has one."""
+    pixels = torch.stack([t["pixels"] for t in tensors])  # (b, 3, H, W)
+    entries = [{"latents": latents} for latents in _encoded(plan, portion, pixels, encode, strategy)]
+    if plan.subset(plan.items[portion[0].item]).flip_aug:
+        for entry, latents in zip(entries, _encoded(plan, portion, pixels.flip(3), encode, strategy), strict=True):
+            entry["latents_flipped"] = latents
+    for entry, read in zip(entries, tensors, strict=True):
+        entry |= {name: read[name] for name in ("mask",) if name in read}
+    return entries
+
+
 def _encoded(
     plan: Plan, portion: Sequence[_Job], pixels: Tensor, encode: Callable[[Tensor], Tensor], strategy: LatentsCachingStrategy
 ) -> list[Tensor]:
@@ -199,17 +213,18 @@ def cache_texts(
     common = {"version": VERSION, "text encoder": fingerprint, "dtype": str(strategy.dtype).removeprefix("torch.")}
     common |= {f"setting {name}": value for name, value in {**strategy.settings, **settings}.items()}
     parts: dict[str, Parts] = {owner: {"caption": caption, **common} for owner, caption in owners.items()}
-    keys = {caption: key(parts[owner]) for owner, caption in owners.items()}
+    keys: dict[Hashable, str] = {caption: key(parts[owner]) for owner, caption in owners.items()}
     jobs = _missing(store, index, "texts", [_Job(keys[caption], owner, parts[owner], "") for owner, caption in owners.items()])
-    for start in range(0, len(jobs), batch_size):
-        portion = jobs[start : start + batch_size]
-        with torch.no_grad():
-            cond = encode(tokenize([owners[job.owner] for job in portion]))
-        for i, job in enumerate(portion):
-            store.put(job.key, {name: _kept(cond[name][i], strategy.dtype, owners[job.owner]) for name in strategy.fields})
-        if progress:
-            progress(start + len(portion), len(jobs))
-    return _report(store, index, "texts", dict(keys), parts, jobs)
+    with writing(store) as put:
+        for start in range(0, len(jobs), batch_size):
+            portion = jobs[start : start + batch_size]
+            with torch.no_grad():
+                cond = encode(tokenize([owners[job.owner] for job in portion]))
+            for i, job in enumerate(portion):
+                put(job.key, {name: _kept(cond[name][i], strategy.dtype, owners[job.owner]) for name in strategy.fields})
+            if progress:
+                progress(start + len(portion), len(jobs))
+    return _report(store, index, "texts", keys, parts, jobs)
 
 
 def _captions(plan: Plan) -> dict[str, str]:
@@ -239,7 +254,7 @@ def _kept(value: Tensor, dtype: torch.dtype, caption: str) -> Tensor:
 
 
 def _owner(item: Item) -> str:
-    return f"{item.dataset}.{item.picture.subset}:{item.picture.path}"
+    return f"{item.dataset}.{item.picture.subset}:{item.picture.path.absolute()}"
 
 
 def _report(

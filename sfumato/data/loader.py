@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -170,8 +171,8 @@ class Loader:
         Processes take batches in turn. Where the last turn does not go round, the rest get a batch again with weight 0:
         all processes do the same number of steps, and the samples together are those of one process.
         """
-        self._queue.jobs = self._jobs(epoch, rank, world)[start_batch:]
-        for job, read in zip(self._queue.jobs, self._reader, strict=True):
+        self._queue.jobs = jobs = self._jobs(epoch, rank, world)[start_batch:]
+        for job, read in zip(jobs, self._reader, strict=True):
             if isinstance(read, UserError):
                 raise read
             yield self._batch(job, read)
@@ -219,7 +220,7 @@ def _cond(texts: Report, said: Sequence[str]) -> dict[str, Tensor]:
     return {name: value.float() if value.is_floating_point() else value for name, value in stacked.items()}
 
 
-def _as_it_is(read: Read | UserError) -> Read | UserError:
+def _as_it_is(read: Any) -> Any:
     return read
 
 

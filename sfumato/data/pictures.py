@@ -88,6 +88,8 @@ def _unidentified(source: Path | IO[bytes], suffix: str) -> str:
 
 def _orientation(image: Image.Image) -> int:
     """EXIF orientation, 1 (upright) to 8, without decoding the picture."""
+    if image.format == "TIFF":
+        return 1  # Pillow turns these itself, and says their upright size
     late = _exif_behind_the_picture(image)
     # A picture with broken EXIF data is still a picture; other readers show it as it lies.
     with suppress(Exception):

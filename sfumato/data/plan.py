@@ -99,7 +99,7 @@ class Plan:
 
     def folder_rows(self) -> list[tuple[str, ...]]:
         """A row a folder: dataset, folder, kind, pictures, repeats, samples an epoch, skipped."""
-        rows = []
+        rows: list[tuple[str, ...]] = []
         for d, dataset in enumerate(self.datasets):
             for s, subset in enumerate(dataset.subsets):
                 mine = [item for item in self.items if (item.dataset, item.picture.subset) == (d, s)]
@@ -113,7 +113,7 @@ class Plan:
 
     def bucket_rows(self) -> list[tuple[str, ...]]:
         """A row a bucket: dataset, bucket, pictures, samples an epoch, batches, size of the last batch, share cut away, enlarged."""
-        rows = []
+        rows: list[tuple[str, ...]] = []
         for (dataset, bucket), members in self.buckets().items():
             size, samples = self.datasets[dataset].batch_size, self._samples(members)
             cut = sum(_cut_away(self.items[i].placement) for i in members) / len(members)

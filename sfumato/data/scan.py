@@ -98,10 +98,10 @@ def scan(dataset: DatasetConfig, index: Index, *, bodies: bool = True, progress:
 def examine(paths: Sequence[Path], index: Index, *, bodies: bool, progress: Progress | None = None) -> dict[Path, Facts]:
     """What each picture file is, from the index where the file has not changed since (size and times), else from the file."""
     paths = list(dict.fromkeys(paths))
-    known = index.read("picture", [str(p) for p in paths])
+    known = index.read("picture", [str(p.absolute()) for p in paths])
     facts: dict[Path, Facts] = {}
     for path in paths:
-        row = known.get(str(path))
+        row = known.get(str(path.absolute()))
         if row and row["stamp"] == _stamp(path) and (row["digest"] or not bodies):
             facts[path] = Facts(row["width"], row["height"], row["digest"])
     todo = [p for p in paths if p not in facts]
@@ -113,7 +113,7 @@ def examine(paths: Sequence[Path], index: Index, *, bodies: bool, progress: Prog
             fresh = dict(zip(portion, pool.map(lambda p: _examine(p, bodies), portion), strict=True))
             facts |= fresh
             # A problem is not remembered: it may be mended without touching the file (a plug-in that was missing).
-            rows = {str(p): _row(f, stamps[p]) for p, f in fresh.items() if not f.problem}
+            rows = {str(p.absolute()): _row(f, stamps[p]) for p, f in fresh.items() if not f.problem}
             index.write("picture", rows)
             if progress:
                 progress(start + len(portion), len(todo))
@@ -153,10 +153,9 @@ def _listing(subset: SubsetConfig) -> tuple[list[Path], list[str]] | str:
     others = Counter(p.suffix.lower() or "(no ending)" for p in names if p.suffix.lower() not in SUFFIXES)
     said = ", ".join(f"{n} {suffix}" for suffix, n in others.most_common())
     if not pictures:
+        only = f"; only {said}" if said else ""
         hint = "" if subset.recursive else "; `recursive = true` looks into sub-folders"
-        return (
-            f"image_dir {subset.image_dir}: no pictures in this folder ({', '.join(SUFFIXES)})" + (f", only {said}" if said else "") + hint
-        )
+        return f"image_dir {subset.image_dir}: no pictures in this folder ({', '.join(SUFFIXES)}){only}{hint}"
     unknown = {s: n for s, n in others.items() if s not in _EXPECTED and s != _suffix(subset)}
     note = f"{folder}: not pictures, left alone: " + ", ".join(f"{n} {s}" for s, n in unknown.items())
     return pictures, [note] if unknown else []
@@ -264,9 +263,8 @@ def _caption_notes(subset: SubsetConfig, bare: Sequence[Path], long: Sequence[Pa
             f"caption ({_some(bare)}){hint}"
         )
     if long:
-        notes.append(
-            f"{subset.image_dir}: {len(long)} captions have several lines and only the first is used ({_some(long)}); enable_wildcard draws one"
-        )
+        many = f"{subset.image_dir}: {len(long)} captions have several lines"
+        notes.append(f"{many} and only the first is used ({_some(long)}); enable_wildcard draws one")
     return notes
 
 

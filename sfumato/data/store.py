@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import sqlite3
-from collections.abc import Iterable, Iterator, Mapping
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from hashlib import blake2b
@@ -14,6 +16,7 @@ from typing import Any
 from safetensors import SafetensorError
 from torch import Tensor
 
+from sfumato.errors import UserError
 from sfumato.formats import files
 
 Parts = Mapping[str, object]
@@ -28,6 +31,9 @@ def default_root() -> Path:
 def key(parts: Parts) -> str:
     """The name of an entry: a hash of all it depends on, 40 hexadecimal digits."""
     return blake2b(json.dumps(parts, sort_keys=True).encode(), digest_size=20).hexdigest()
+
+
+_TABLE = "CREATE TABLE IF NOT EXISTS known (kind TEXT, name TEXT, value TEXT, PRIMARY KEY (kind, name)) WITHOUT ROWID"
 
 
 @dataclass(slots=True)
@@ -49,13 +55,16 @@ class Store:
         return name in self._memory if self.root is None else self.path(name).is_file()
 
     def get(self, name: str) -> dict[str, Tensor] | None:
-        """The tensors of an entry, or None when there is no whole entry of this name (a damaged one is made again)."""
+        """The tensors of an entry, or None when there is none of this name; a damaged one is removed."""
         if self.root is None:
             return self._memory.get(name)
         try:
             # Bytes, not a memory map: a map would break if another run replaced the file meanwhile.
             return _tensors(self.path(name).read_bytes())
-        except (FileNotFoundError, SafetensorError):
+        except FileNotFoundError:
+            return None
+        except SafetensorError:
+            self.path(name).unlink(missing_ok=True)  # so that the next start sees that it is missing
             return None
 
     def put(self, name: str, tensors: Mapping[str, Tensor]) -> None:
@@ -73,6 +82,25 @@ def _tensors(data: bytes) -> dict[str, Tensor]:
     from safetensors.torch import load
 
     return load(data)
+
+
+@contextmanager
+def writing(store: Store, ahead: int = 32) -> Iterator[Callable[[str, Mapping[str, Tensor]], None]]:
+    """`store.put` beside other work: the disk is waited for only when more than `ahead` entries are on their way, and at the end.
+
+    Raises what `put` raises, at a later `put` or at the end.
+    """
+    waiting: deque[Future[None]] = deque()
+
+    def put(name: str, tensors: Mapping[str, Tensor]) -> None:
+        waiting.append(pool.submit(store.put, name, tensors))
+        if len(waiting) > ahead:
+            waiting.popleft().result()
+
+    with ThreadPoolExecutor(4) as pool:
+        yield put
+        for future in waiting:
+            future.result()
 
 
 @dataclass(slots=True)
@@ -112,12 +140,17 @@ class Index:
     @contextmanager
     def _connection(self) -> Iterator[sqlite3.Connection]:
         assert self.root is not None
-        self.root.mkdir(parents=True, exist_ok=True)
-        with closing(sqlite3.connect(self.root / "index.sqlite", timeout=60)) as connection, connection:
-            connection.execute(
-                "CREATE TABLE IF NOT EXISTS known (kind TEXT, name TEXT, value TEXT, PRIMARY KEY (kind, name)) WITHOUT ROWID"
-            )
-            yield connection
+        file = self.root / "index.sqlite"
+        try:
+            self.root.mkdir(parents=True, exist_ok=True)
+            # Another run may be writing: wait for it.
+            with closing(sqlite3.connect(file, timeout=60)) as connection, connection:
+                connection.execute(_TABLE)
+                yield connection
+        except (sqlite3.Error, OSError) as error:
+            raise UserError(
+                f"{file}: the cache's index cannot be used: {error}; delete it if it is damaged, or choose another cache_dir"
+            ) from error
 
 
 def why(old: Parts | None, new: Parts) -> str:
@@ -125,12 +158,17 @@ def why(old: Parts | None, new: Parts) -> str:
     if old is None:
         return "new"
     changed = [name for name in new if old.get(name) != new[name]]
+    if "bucket" in changed:
+        changed = [name for name in changed if name not in ("resized", "crop")]  # they follow from it
     return ", ".join(_change(name, old.get(name), new[name]) for name in changed) or "its entry is gone"
 
 
+_OPAQUE = ("picture", "mask", "caption", "VAE", "text encoder", "crop")
+"""Parts whose values would tell a reader nothing."""
+
+
 def _change(name: str, old: object, new: object) -> str:
-    told = {"picture", "caption", "mask", "VAE", "text encoder", "crop"}
-    return f"{name} changed" if name in told else f"{name} {_say(old)} -> {_say(new)}"
+    return f"{name} changed" if name in _OPAQUE else f"{name} {_say(old)} -> {_say(new)}"
 
 
 def _say(value: object) -> str:

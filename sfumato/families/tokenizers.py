@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import gzip
+import json
 from functools import cache
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +50,11 @@ def byte_letters() -> list[str]:
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     others = [b for b in range(256) if b not in printable]
     return [chr(b) for b in printable] + [chr(256 + i) for i in range(len(others))]
+
+
+def fingerprint(tokenizer: Any) -> str:
+    """Hash of the vocabulary."""
+    return blake2b(json.dumps(sorted(tokenizer.get_vocab().items())).encode(), digest_size=8).hexdigest()
 
 
 def is_stock(tokenizer: Any) -> bool:

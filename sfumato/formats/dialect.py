@@ -141,11 +141,12 @@ def _split(key: str, places: Mapping[str, _Place]) -> tuple[str, str]:
 
 
 def _unclaimed(strange: list[str], places: Mapping[str, _Place], total: int) -> str:
-    said = []
-    for key in strange[:5]:
-        head = key.split(".lora_")[0] if ".lora_" in key else key.rpartition(".")[0]
-        said.append(f"  {key}{nearest(head, places)}")
-    more = [f"  and {len(strange) - 5} more"] if len(strange) > 5 else []
+    """The message for keys that name no layer: a key of each of the first five unknown names, and the nearest known ones."""
+    first: dict[str, str] = {}
+    for key in strange:
+        first.setdefault(key.split(".lora_")[0] if ".lora_" in key else key.rpartition(".")[0], key)
+    said = [f"  {key}{nearest(head, places)}" for head, key in list(first.items())[:5]]
+    more = [f"  and those of {len(first) - 5} more names"] if len(first) > 5 else []
     return "\n".join([f"{len(strange)} of {total} keys of the adapter name no layer of this model:", *said, *more])
 
 

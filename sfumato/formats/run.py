@@ -89,13 +89,13 @@ def damages(folder: Path) -> list[str]:
     return said + [f"{name} is not in the manifest" for name in sorted(foreign)]
 
 
-def newest(parent: str | Path, prefix: str) -> Path | None:
-    """The state written last of the whole ones in `parent` whose names start with `prefix`; damaged ones are logged and passed over."""
+def newest(parent: str | Path, named: str) -> Path | None:
+    """The state written last of the whole ones in `parent` whose names fit the pattern `named`; damaged ones are logged and passed over."""
     parent = Path(parent)
     if not parent.is_dir():
         return None
     _clean(parent)
-    found = [p for p in parent.iterdir() if p.name.startswith(prefix) and (p / "manifest.json").is_file()]
+    found = [p for p in parent.iterdir() if re.fullmatch(named, p.name) and (p / "manifest.json").is_file()]
     for folder in sorted(found, key=_written, reverse=True):
         if not (damage := damages(folder)):
             return folder

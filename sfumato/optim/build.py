@@ -99,11 +99,16 @@ def evaluating(optimizer: torch.optim.Optimizer) -> Iterator[None]:
     if not has_modes(optimizer):
         yield
         return
+    held = [(p, p.detach().clone()) for group in optimizer.param_groups for p in group["params"]]
     optimizer.eval()  # type: ignore[attr-defined]
     try:
         yield
     finally:
         training(optimizer)
+        # There and back again is exact but for rounding: with this, saving leaves no trace in what is trained.
+        with torch.no_grad():
+            for p, own in held:
+                p.copy_(own)
 
 
 def training(optimizer: torch.optim.Optimizer) -> None:

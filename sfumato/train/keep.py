@@ -7,6 +7,7 @@ same with `-state` for run states.
 from __future__ import annotations
 
 import math
+import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,11 @@ def step_name(name: str, step: int) -> str:
 
 def state_name(result: str) -> str:
     return f"{result}-state"
+
+
+def states_of(name: str) -> str:
+    """A pattern that fits the names of all states of results called `name`, and no other run's."""
+    return re.escape(name) + r"(-\d{6}|-step\d{8})?-state"
 
 
 @dataclass(frozen=True, slots=True)

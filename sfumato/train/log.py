@@ -90,7 +90,10 @@ class Log:
         for sink in self.sinks:
             sink.write(step, values)
 
-    def close(self) -> None:
+    def __enter__(self) -> Log:
+        return self
+
+    def __exit__(self, *_: object) -> None:
         for sink in self.sinks:
             sink.close()
 

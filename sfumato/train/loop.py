@@ -112,8 +112,8 @@ class Pending:
         for (step, _, _, rates), (loss, norm) in zip(self.values, numbers, strict=True):
             if not math.isfinite(loss):
                 raise UserError(
-                    f"the loss of step {step} is {loss}; nothing was saved after it. Lower the learning rate, use --mixed_precision bf16 instead "
-                    "of fp16, or try --no_half_vae; earlier results and states in output_dir are sound"
+                    f"the loss of step {step} is {loss}; nothing was saved after it, earlier results in output_dir are sound. "
+                    "Lower learning_rate, use mixed_precision bf16 instead of fp16, or try no_half_vae"
                 )
             self.average = loss if math.isnan(self.average) else 0.95 * self.average + 0.05 * loss
             if course.log:
@@ -160,8 +160,8 @@ def run(course: Course) -> bool:
     try:
         with Interrupt() as interrupt:
             for epoch in range(course.done // pace.steps_per_epoch, pace.epochs):
-                for loss, norm in _epoch(course, epoch):
-                    pending.add(course.done, loss, norm, build.rates(course.optimizer))
+                for loss, norm, rates in _epoch(course, epoch):
+                    pending.add(course.done, loss, norm, rates)
                     stop = course.world.agree(interrupt.asked)
                     duty = _duties(course, epoch)
                     if duty or stop or course.done == pace.steps or time.monotonic() - pending.read > 0.5:
@@ -180,8 +180,8 @@ def run(course: Course) -> bool:
     return True
 
 
-def _epoch(course: Course, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """The optimizer steps of an epoch that are still to do: (mean loss, gradient norm) of each."""
+def _epoch(course: Course, epoch: int) -> Iterator[tuple[Tensor, Tensor, list[float]]]:
+    """The optimizer steps of an epoch that are still to do: mean loss, gradient norm and rates of each, once it is done."""
     pace = course.pace
     batches = course.plan.batches(epoch, course.config.train.seed)
     first = course.done - epoch * pace.steps_per_epoch
@@ -190,9 +190,11 @@ def _epoch(course: Course, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
     for group in range(first, pace.steps_per_epoch):
         if course.done >= pace.steps:
             return
-        yield _optimizer_step(course, mine, batches[group * pace.group : (group + 1) * pace.group])
+        told = _optimizer_step(course, mine, batches[group * pace.group : (group + 1) * pace.group])
+        rates = build.rates(course.optimizer)
         course.schedule.step()
         course.done += 1
+        yield (*told, rates)
 
 
 def _optimizer_step(course: Course, mine: Iterator[Batch], refs: list[tuple[SampleRef, ...]]) -> tuple[Tensor, Tensor]:

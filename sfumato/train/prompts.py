@@ -185,6 +185,8 @@ def _checked(said: Mapping[str, Any], place: str, default: Prompt) -> Prompt:
                 values[name] = _value(name, value)
             except ValueError as error:
                 mistakes.append(f"{place}: {name}: {error}")
+            except UserError as error:
+                mistakes.append(f"{place}: {error}")
     if mistakes:
         raise UserError(*mistakes)
     return replace(default, **values)
@@ -207,10 +209,10 @@ def _value(name: str, value: Any) -> Any:
 
 
 def sampler(name: str) -> str:
-    """A sampler's own name for a name or alias; raises ValueError for one that is not known."""
+    """A sampler's own name for a name or alias; `UserError` for one that is not known."""
     name = ALIASES.get(name, name)
     if name not in SAMPLERS:
-        raise ValueError(f"there is no sampler {name!r}{nearest(name, SAMPLERS)}; there are {', '.join(SAMPLERS)}")
+        raise UserError(f"sample_sampler: there is no {name!r}{nearest(name, SAMPLERS)}; there are {', '.join(SAMPLERS)}")
     return name
 
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections import Counter
 from dataclasses import dataclass, field
 from datetime import datetime
-from importlib.metadata import version
 from typing import Any
 
-from sfumato import families
+from sfumato import __version__, families
 from sfumato.adapters import AdapterPlan
 from sfumato.config import Config
 from sfumato.data.plan import Plan
@@ -18,6 +18,11 @@ from sfumato.formats import metadata
 from sfumato.tensors.random import key
 from sfumato.train import dist
 from sfumato.train.loop import Pace
+
+
+def now() -> float:
+    """Seconds since 1970; SOURCE_DATE_EPOCH if it is set, so that the same run can give the same file, byte for byte."""
+    return float(os.environ.get("SOURCE_DATE_EPOCH") or time.time())
 
 
 @dataclass(slots=True, kw_only=True)
@@ -30,7 +35,7 @@ class Facts:
     pace: Pace
     adapter: AdapterPlan | None
     """None when a whole model is trained."""
-    started: float = field(default_factory=time.time)
+    started: float = field(default_factory=now)
     _base: dict[str, str] = field(default_factory=dict)
 
     def metadata(self, done: int, epoch: int) -> dict[str, str]:
@@ -51,7 +56,7 @@ class Facts:
         return metadata.modelspec(
             self._family().architecture(options),
             self.config.output,
-            implementation=f"sfumato {version('sfumato')}",
+            implementation=f"sfumato {__version__}",
             resolution=self.plan.datasets[0].resolution,
             prediction=self._prediction(),
             date=datetime.fromtimestamp(self.started),
@@ -71,12 +76,11 @@ class Facts:
 
     def _run(self, done: int, epoch: int) -> metadata.RunFacts:
         options, optimizer, network = self.models.options, self.config.optimizer, self.config.network
-        version_ = self._family().base_model_version(options)
         return metadata.RunFacts(
             session_id=key(self.config.output.output_name, int(self.started * 1000)),
             training_started_at=self.started,
-            training_finished_at=time.time(),
-            base_model_version=version_,
+            training_finished_at=now(),
+            base_model_version=self._family().base_model_version(options),
             v2=bool(getattr(options, "v2", False)),
             optimizer=f"{optimizer.optimizer_type}({','.join(optimizer.optimizer_args)})",
             mixed_precision=dist.precision(self.config.train.mixed_precision),

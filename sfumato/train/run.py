@@ -7,7 +7,7 @@ import resource
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -33,8 +33,8 @@ from sfumato.optim import build, schedules
 from sfumato.optim.ema import EMA
 from sfumato.tensors import attention
 from sfumato.train import dist, keep, log, loop, provenance, state
-from sfumato.train.prompts import read_prompts
 from sfumato.train.progress import Tell, console, telling
+from sfumato.train.prompts import read_prompts
 from sfumato.train.sample import sample
 from sfumato.train.step import Step
 from sfumato.train.trainables import Adapters, Full, Trainable, caches_latents, caches_text, read_adapter
@@ -86,7 +86,8 @@ def load_models(config: Config, precision: dist.Precision, device: torch.device 
         net.to(dtype)
     if models.vae is not None:
         # fp16 overflows in these VAEs, so it is never what they run in.
-        models.vae.to(torch.bfloat16 if precision == "bf16" and not config.memory.no_half_vae else torch.float32)
+        # By nn.Module's own `to`: diffusers' logs a warning about nothing.
+        nn.Module.to(models.vae, torch.bfloat16 if precision == "bf16" and not config.memory.no_half_vae else torch.float32)
     return models
 
 
@@ -174,9 +175,10 @@ def train(config: Config, method: Method, datasets: tuple[DatasetConfig, ...], r
     world = dist.world()
     try:
         course = prepare(config, method, datasets, world, began)
-        if world.main:
-            files.write_text(Path(config.output.output_dir) / f"{config.output.output_name}.toml", resolved)
-        ended = loop.run(course)
+        with course.log or nullcontext():
+            if world.main:
+                files.write_text(Path(config.output.output_dir) / f"{config.output.output_name}.toml", resolved)
+            ended = loop.run(course)
         if world.main:
             _finish(course, ended)
         world.wait()
@@ -207,10 +209,17 @@ def prepare(config: Config, method: Method, datasets: tuple[DatasetConfig, ...],
     if world.size > 1:
         step = DistributedDataParallel(step, find_unused_parameters=bool(config.train.stop_text_encoder_training))
     loader = Loader(
-        plan=data.plan, seed=config.train.seed, tokenize=models.family.tokenize(models).tokenize, latents=caches.latents, texts=caches.texts,
-        prior_loss_weight=config.loss.prior_loss_weight, accumulation=config.train.gradient_accumulation_steps, steps=pace.steps,
-        workers=config.train.max_data_loader_n_workers, persistent=config.train.persistent_data_loader_workers,
-    )  # fmt: skip
+        plan=data.plan,
+        seed=config.train.seed,
+        tokenize=models.family.tokenize(models).tokenize,
+        latents=caches.latents,
+        texts=caches.texts,
+        prior_loss_weight=config.loss.prior_loss_weight,
+        accumulation=config.train.gradient_accumulation_steps,
+        steps=pace.steps,
+        workers=config.train.max_data_loader_n_workers,
+        persistent=config.train.persistent_data_loader_workers,
+    )
     tell = partial(_draw, config, models, process, prompts, world)
     adapter = trainable.plan if isinstance(trainable, Adapters) else None
     facts = provenance.Facts(config=config, models=models, plan=data.plan, pace=pace, adapter=adapter)
@@ -299,7 +308,6 @@ def _finish(course: loop.Course, ended: bool) -> None:
         if config.output.save_state or config.output.save_state_on_train_end:
             course.save_state(folder / keep.state_name(name))
     if course.log:
-        course.log.close()
         log.curve(course.log.path, folder / f"{name}-loss.png")
     seconds = time.monotonic() - course.began
     first = course.first_step_after or seconds

@@ -38,30 +38,37 @@ def main(config: Config) -> list[Path]:
     Errors: `UserError` for whatever the user can mend.
     """
     # These modules draw samples themselves, so they are imported late.
-    from sfumato.adapters.insert import from_state
     from sfumato.train import dist, run
     from sfumato.train.progress import telling
     from sfumato.train.step import autocast
-    from sfumato.train.trainables import read_adapter
 
     if not config.sample.sample_prompts:
-        raise UserError("--sample_prompts is missing: name a file of prompts (.txt, .toml or .json)")
-    prompts = read_prompts(config.sample.sample_prompts)
-    world, precision = dist.world(), dist.precision(config.train.mixed_precision)
+        raise UserError("sample_prompts is missing: name a file of prompts (.txt, .toml or .json)")
+    prompts, sampler = read_prompts(config.sample.sample_prompts), own_name(config.sample.sample_sampler)
+    precision = dist.precision(config.train.mixed_precision)
     attention.choose("xformers" if config.memory.xformers else "sdpa")
-    models = run.load_models(config, precision)
-    run.merge_base_weights(config, models)
-    if config.network.network_weights:
-        from_state(models.nets(), read_adapter(models, Path(config.network.network_weights))).to(world.device).eval()
-    process = models.family.process(models, config.noise, config.loss)
+    world = dist.world()
     try:
+        models = run.load_models(config, precision)
+        run.merge_base_weights(config, models)
+        _put_on(config, models, world.device)
+        process = models.family.process(models, config.noise, config.loss)
         with run.present(models, world.device), autocast(world.device, precision), telling("drawing samples") as tell:
             return sample(
                 models, prompts, Path(config.output.output_dir) / "sample", process=process, name=config.output.output_name,
-                sampler=config.sample.sample_sampler, seed=config.train.seed, rank=world.rank, world=world.size, progress=tell,
+                sampler=sampler, seed=config.train.seed, rank=world.rank, world=world.size, progress=tell,
             )  # fmt: skip
     finally:
         world.close()
+
+
+def _put_on(config: Config, models: Models, device: torch.device) -> None:
+    """The adapter of `network_weights`, if any; the layers keep hold of it."""
+    from sfumato.adapters.insert import from_state
+    from sfumato.train.trainables import read_adapter
+
+    if config.network.network_weights:
+        from_state(models.nets(), read_adapter(models, Path(config.network.network_weights))).to(device).eval()
 
 
 def sample(
@@ -173,23 +180,19 @@ def scheduler_for(process: Process, sampler: str) -> Any:
     """The diffusers scheduler of a sampler's name, set up for the process."""
     import diffusers
 
-    try:
-        class_name, told = SAMPLERS[own_name(sampler)]
-    except ValueError as error:
-        raise UserError(f"sample_sampler: {error}") from error
-    try:
-        kind = getattr(diffusers, class_name)
-        known = inspect.signature(kind).parameters
-    except ImportError as error:
-        raise UserError(f"sample_sampler {sampler}: needs scipy; run `pip install scipy`, or take another") from error
-    config = process.scheduler_config()
+    class_name, told = SAMPLERS[own_name(sampler)]
+    kind, config = getattr(diffusers, class_name), process.scheduler_config()
+    known = inspect.signature(kind).parameters
     if config.get("rescale_betas_zero_snr") and "rescale_betas_zero_snr" not in known:
         raise UserError(
             f"sample_sampler {sampler}: cannot begin at zero signal, as zero_terminal_snr asks; take ddim, euler or dpmsolver++"
         )
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # the first-generation solver is on its way out of diffusers
-        return kind(**{k: v for k, v in {**config, **told}.items() if k in known})
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # the first-generation solver is on its way out of diffusers
+            return kind(**{k: v for k, v in {**config, **told}.items() if k in known})
+    except ImportError as error:
+        raise UserError(f"sample_sampler {sampler}: needs scipy; run `pip install scipy`, or take another") from error
 
 
 def encode(models: Models, captions: Sequence[str]) -> Cond:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from sfumato.errors import UserError
 from sfumato.formats import run as runs
+from sfumato.train import keep
 from sfumato.train.loop import Course
 from sfumato.train.progress import console
 
@@ -69,7 +70,7 @@ def _find(course: Course) -> Path | None:
         return None
     if asked != "auto":
         return Path(asked)
-    found = runs.newest(output.output_dir, output.output_name)
+    found = runs.newest(output.output_dir, keep.states_of(output.output_name))
     if found is None:
         console.print(f"resume auto: no state of {output.output_name!r} in {output.output_dir}; starting at step 0")
     return found

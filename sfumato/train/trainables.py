@@ -146,7 +146,7 @@ class Adapters:
         self.trained: tuple[str, ...] = tuple(name for name in nets if _wanted(name, models, config))
         if not self.trained:
             raise UserError(
-                "nothing is left to train: --network_train_unet_only, --network_train_text_encoder_only and the learning rates exclude everything"
+                "nothing is left to train: network_train_unet_only, network_train_text_encoder_only and the rates exclude everything"
             )
         given = read_adapter(models, Path(network.network_weights)) if network.network_weights else {}
         if network.dim_from_weights:

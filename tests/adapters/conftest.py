@@ -1,44 +1,14 @@
-"""A small net with every kind of layer that adapters go on, and what is asked of it."""
+"""What the tests of adapters share."""
 
 from __future__ import annotations
 
 import pytest
 import torch
-from torch import Tensor, nn
+from small import Net
+from torch import Tensor
 
 from sfumato import adapters
 from sfumato.adapters import AdapterPlan
-from sfumato.adapters.insert import Inserted, choose
-
-TARGETS = {"linear": ("block.to_*", "block.proj"), "conv": ("block.conv*",)}
-
-
-class Block(nn.Module):
-    """Takes and gives (b, 6, h, w)."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv1 = nn.Conv2d(6, 8, 3, stride=2, padding=1)
-        self.conv2 = nn.Conv2d(8, 6, 3, padding=2, dilation=2)
-        self.proj = nn.Conv2d(6, 10, 1)
-        self.to_q = nn.Linear(10, 12, bias=False)
-        self.to_out = nn.Linear(12, 6)
-
-    def forward(self, x: Tensor) -> Tensor:
-        h = self.proj(self.conv2(self.conv1(x).relu()))  # (b, 10, h, w)
-        b, c, height, width = h.shape
-        h = self.to_out(self.to_q(h.view(b, c, -1).transpose(1, 2)).relu())
-        return h.transpose(1, 2).reshape(b, 6, height, width)
-
-
-class Net(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.block = Block()
-        self.head = nn.Linear(6, 3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.block(x).mean((2, 3)))
 
 
 @pytest.fixture
@@ -56,15 +26,3 @@ def x() -> Tensor:
 def plan(request: pytest.FixtureRequest) -> AdapterPlan:
     """A plan of every kind there is."""
     return AdapterPlan(kind=adapters.kind(request.param), rank=4, alpha=2.0, conv_rank=3, conv_alpha=1.5)
-
-
-def insert(net: nn.Module, plan: AdapterPlan, *, seed: int = 0) -> Inserted:
-    return Inserted({"denoiser": choose(net, "denoiser", TARGETS, plan)}, plan.kind, seed=seed)
-
-
-def disturb(inserted: Inserted) -> None:
-    """Every parameter away from its start."""
-    g = torch.Generator().manual_seed(7)
-    with torch.no_grad():
-        for p in inserted.parameters():
-            p.add_(0.1 * torch.randn(p.shape, generator=g))

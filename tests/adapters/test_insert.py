@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from small import TARGETS, insert
 from torch import nn
 
 from sfumato.adapters import AdapterPlan, kind
 from sfumato.adapters.insert import Inserted, choose, from_state
 from sfumato.errors import UserError
-from tests.adapters.conftest import TARGETS, insert
 
 LORA = AdapterPlan(kind=kind("lora"), rank=4, conv_rank=3, conv_alpha=1.5)
 

@@ -6,13 +6,13 @@ from dataclasses import replace
 
 import pytest
 import torch
+from small import disturb, insert
 from torch import nn
 
 from sfumato.adapters import of_leaves
 from sfumato.adapters.insert import Inserted, from_state
 from sfumato.memory.checkpoint import checkpoint_blocks
 from sfumato.tensors.random import Draws
-from tests.adapters.conftest import disturb, insert
 
 close = torch.testing.assert_close
 
@@ -168,7 +168,7 @@ def test_dropouts_keep_the_mean(plan, name):
 
 
 def test_checkpointed_gradients_are_equal(net, plan, x):
-    more = {name: 0.3 for name in plan.kind.supports}
+    more = dict.fromkeys(plan.kind.supports, 0.3)
     inserted = insert(net, replace(plan, more=more))
     disturb(inserted)
     inserted.draws = Draws((1, 2, 3))

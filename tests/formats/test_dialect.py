@@ -13,9 +13,13 @@ from sfumato.formats import dialect
 from sfumato.formats.dialect import Dialect, Leaves, Site
 from sfumato.formats.names import SWAP_HALVES, KeyMap, rule
 
-quick = settings(deadline=None, max_examples=40, derandomize=True)
+quick = settings(deadline=None, max_examples=25, derandomize=True)
 
-TABLE = KeyMap(rule("blocks.{i}.attn.qkv", "layers.{i}.to_q", "layers.{i}.to_k", "layers.{i}.to_v"), rule("blocks.{i}.attn.proj", "layers.{i}.to_out"), rule("conv_in"))
+TABLE = KeyMap(
+    rule("blocks.{i}.attn.qkv", "layers.{i}.to_q", "layers.{i}.to_k", "layers.{i}.to_v"),
+    rule("blocks.{i}.attn.proj", "layers.{i}.to_out"),
+    rule("conv_in"),
+)
 KOHYA = Dialect(name="kohya", prefix={"denoiser": "lora_unet_", "clip_l": "lora_te_"}, separator="_")
 COMFY = Dialect(name="comfy", prefix={"denoiser": "diffusion_model.", "clip_l": "text_encoders.clip_l.transformer."})
 PEFT = Dialect(
@@ -50,7 +54,9 @@ def change(leaves: Leaves) -> Tensor:
 
 
 def same(a: dict[Site, Leaves], b: dict[Site, Leaves]) -> bool:
-    return a.keys() == b.keys() and all(x.keys() == b[s].keys() and all(torch.equal(t, b[s][k]) for k, t in x.items()) for s, x in a.items())
+    return a.keys() == b.keys() and all(
+        x.keys() == b[s].keys() and all(torch.equal(t, b[s][k]) for k, t in x.items()) for s, x in a.items()
+    )
 
 
 @pytest.mark.parametrize("spoken", [KOHYA, COMFY, SPLIT], ids=lambda d: d.name)
@@ -78,7 +84,9 @@ def test_peft_keeps_the_change(chosen: set[Site], alpha: float) -> None:
 
 def test_names_are_as_the_programs_spell_them() -> None:
     adapters = {SITES[0]: lora(SITES[0]), SITES[1]: lora(SITES[1]), SITES[-1]: lora(SITES[-1])}
-    assert list(dialect.write(KOHYA, adapters))[:3] == [f"lora_unet_blocks_0_attn_qkv.{x}" for x in ("lora_down.weight", "lora_up.weight", "alpha")]
+    assert list(dialect.write(KOHYA, adapters))[:3] == [
+        f"lora_unet_blocks_0_attn_qkv.{x}" for x in ("lora_down.weight", "lora_up.weight", "alpha")
+    ]
     assert "lora_te_text_model_layers_0_mlp_fc10.alpha" in dialect.write(KOHYA, adapters)
     assert "diffusion_model.blocks.0.attn.proj.lora_up.weight" in dialect.write(COMFY, adapters)
     assert "text_encoders.clip_l.transformer.text_model.layers.0.mlp.fc10.lora_down.weight" in dialect.write(COMFY, adapters)
@@ -109,10 +117,16 @@ def test_several_dialects_may_stand_in_one_file() -> None:
     assert same(dialect.read(ALL, mixed, SITES), adapters)
 
 
-@pytest.mark.parametrize("down, up", [("lora_A.weight", "lora_B.weight"), ("lora.down.weight", "lora.up.weight"), ("lora_A.default.weight", "lora_B.default.weight")])
+@pytest.mark.parametrize(
+    "down, up",
+    [("lora_A.weight", "lora_B.weight"), ("lora.down.weight", "lora.up.weight"), ("lora_A.default.weight", "lora_B.default.weight")],
+)
 def test_leaves_of_peft_and_diffusers_are_read_under_any_path(down: str, up: str) -> None:
     leaves = lora(SITES[1])
-    tensors = {f"diffusion_model.blocks.0.attn.proj.{down}": leaves["lora_down.weight"], f"diffusion_model.blocks.0.attn.proj.{up}": leaves["lora_up.weight"]}
+    tensors = {
+        f"diffusion_model.blocks.0.attn.proj.{down}": leaves["lora_down.weight"],
+        f"diffusion_model.blocks.0.attn.proj.{up}": leaves["lora_up.weight"],
+    }
     (got,) = dialect.read(ALL, tensors, SITES).values()
     assert got["alpha"].item() == 2, "without alpha the scale is 1"
     assert torch.equal(got["lora_up.weight"], leaves["lora_up.weight"])

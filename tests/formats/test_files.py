@@ -5,14 +5,12 @@ from __future__ import annotations
 import errno
 import os
 import pickle
-import resource
 import signal
 import subprocess
 import sys
 import types
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import safetensors.torch
@@ -29,7 +27,12 @@ def some() -> dict[str, Tensor]:
     tensors = {f"layer.{i}.weight": torch.randn(3, 4, generator=g).to(d) for i, d in enumerate(dtypes)}
     whole = [torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool, torch.uint16, torch.uint32, torch.uint64]
     tensors |= {f"steps.{i}": torch.arange(5).to(d) for i, d in enumerate(whole)}
-    return tensors | {"scalar": torch.tensor(2.0), "none": torch.zeros(0, 4), "é": torch.zeros(2), "c": torch.zeros(2, dtype=torch.complex64)}
+    return tensors | {
+        "scalar": torch.tensor(2.0),
+        "none": torch.zeros(0, 4),
+        "é": torch.zeros(2),
+        "c": torch.zeros(2, dtype=torch.complex64),
+    }
 
 
 def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
@@ -171,23 +174,15 @@ def test_truncated_pickles(tmp_path: Path) -> None:
 # --- atomic ---
 
 
-@contextmanager
-def small_disk(size: int) -> Iterator[None]:
-    """The kernel itself refuses files above `size` bytes, as a full disk or a quota does."""
-    old = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, old[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, old)
-
-
 @pytest.mark.parametrize("ending", [".safetensors", ".ckpt"])
-def test_a_full_disk_leaves_the_old_file_alone(tmp_path: Path, ending: str) -> None:
+def test_a_full_disk_leaves_the_old_file_alone(tmp_path: Path, ending: str, small_disk: Any) -> None:
     path = tmp_path / f"a{ending}"
     files.save(path, {"a": torch.ones(4)})
     before = path.read_bytes()
-    with small_disk(10_000), pytest.raises(UserError, match=r"the disk is full: 400,000 bytes needed, [\d,]+ free; nothing was written") as error:
+    with (
+        small_disk(10_000),
+        pytest.raises(UserError, match=r"the disk is full: 400,000 bytes needed, [\d,]+ free; nothing was written") as error,
+    ):
         files.save(path, {"a": torch.ones(100_000)})
     assert str(path) in str(error.value)
     assert os.listdir(tmp_path) == [path.name]
@@ -288,9 +283,20 @@ def test_fingerprint_is_of_the_content_alone(tmp_path: Path) -> None:
         {"a": torch.zeros(2, 3)},
     ]
     assert len({files.fingerprint(t) for t in [base, *others]}) == 6
-    assert files.fingerprint({"a": torch.arange(6).reshape(2, 3).T}) == files.fingerprint({"a": torch.arange(6).reshape(2, 3).T.contiguous()})
+    assert files.fingerprint({"a": torch.arange(6).reshape(2, 3).T}) == files.fingerprint(
+        {"a": torch.arange(6).reshape(2, 3).T.contiguous()}
+    )
 
 
 def test_file_digest(tmp_path: Path) -> None:
     (tmp_path / "a").write_bytes(b"abc")
     assert files.file_digest(tmp_path / "a") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+
+
+def test_changing_what_was_loaded_does_not_change_the_file(tmp_path: Path) -> None:
+    for ending in (".safetensors", ".ckpt"):
+        path = tmp_path / f"a{ending}"
+        files.save(path, {"a": torch.ones(1000)})
+        before = path.read_bytes()
+        files.load(path)["a"].mul_(2)
+        assert path.read_bytes() == before

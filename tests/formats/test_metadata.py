@@ -35,7 +35,10 @@ def sd_scripts_hashes(tensors: dict[str, Tensor], meta: dict[str, str]) -> dict[
 
 @pytest.mark.parametrize("rows", [4, 60, 300], ids=["ends before the window", "ends in it", "ends after it"])
 def test_hashes_are_sd_scripts(rows: int) -> None:
-    tensors = {f"layer{i}.lora_up.weight": torch.rand(rows, 1000) for i in range(4)} | {"layer0.alpha": torch.tensor(1.0), "half": torch.rand(300, 700).half()}
+    tensors = {f"layer{i}.lora_up.weight": torch.rand(rows, 1000) for i in range(4)} | {
+        "layer0.alpha": torch.tensor(1.0),
+        "half": torch.rand(300, 700).half(),
+    }
     meta = {"ss_seed": "42", "ss_é": "ü", "modelspec.title": "left out", "sshs_model_hash": "left out"}
     assert metadata.hashes(tensors, meta) == sd_scripts_hashes(tensors, meta)
 
@@ -125,11 +128,16 @@ def test_training_fields() -> None:
 def test_no_metadata_leaves_what_loaders_need() -> None:
     fields = metadata.training(Config(output=OutputConfig(no_metadata=True)), RUN, [facts()])
     assert set(fields) == set(metadata.NEEDED)
-    assert set(metadata.training(Config(output=OutputConfig(no_metadata=True)), replace(RUN, network_args=None))) == set(metadata.NEEDED) - {"ss_network_args"}
+    assert set(metadata.training(Config(output=OutputConfig(no_metadata=True)), replace(RUN, network_args=None))) == set(
+        metadata.NEEDED
+    ) - {"ss_network_args"}
 
 
 def facts() -> metadata.DatasetFacts:
-    subsets = (SubsetConfig(image_dir="/home/me/10_cat", num_repeats=10), SubsetConfig(image_dir="/home/me/1_animal", is_reg=True, caption_separator=";"))
+    subsets = (
+        SubsetConfig(image_dir="/home/me/10_cat", num_repeats=10),
+        SubsetConfig(image_dir="/home/me/1_animal", is_reg=True, caption_separator=";"),
+    )
     return metadata.DatasetFacts(
         config=DatasetConfig(subsets=subsets, resolution=(512, 448), batch_size=2, enable_bucket=True),
         images=(3, 5),
@@ -149,7 +157,10 @@ def test_dataset_fields() -> None:
         "buckets": {"0": {"resolution": [448, 512], "count": 15}, "1": {"resolution": [512, 448], "count": 20}},
         "mean_img_ar_error": 0.25,
     }
-    assert [(s["image_dir"], s["img_count"], s["num_repeats"], s["is_reg"]) for s in dataset["subsets"]] == [("10_cat", 3, 10, False), ("1_animal", 5, 1, True)]
+    assert [(s["image_dir"], s["img_count"], s["num_repeats"], s["is_reg"]) for s in dataset["subsets"]] == [
+        ("10_cat", 3, 10, False),
+        ("1_animal", 5, 1, True),
+    ]
     assert json.loads(fields["ss_tag_frequency"]) == {"10_cat": {"a cat": 2, "sitting": 1}, "1_animal": {"x": 2, "y": 1}}
     assert json.loads(fields["ss_dataset_dirs"]) == {"10_cat": {"n_repeats": 10, "img_count": 3}}
     assert json.loads(fields["ss_reg_dataset_dirs"]) == {"1_animal": {"n_repeats": 1, "img_count": 5}}

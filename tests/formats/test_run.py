@@ -19,7 +19,6 @@ from torch import Tensor, nn
 
 from sfumato.errors import UserError
 from sfumato.formats import run
-from tests.formats.test_files import small_disk
 
 PARTS = {"adapter": {"a": torch.rand(3, 4), "b": torch.tensor(2.0)}, "ema": {"a": torch.rand(3, 4)}, "empty": {}}
 FACTS = {"step": 7, "epoch": 1, "nested": {"x": [1, None, "é"]}}
@@ -93,16 +92,16 @@ def test_newest_passes_over_what_is_damaged(tmp_path: Path, monkeypatch: pytest.
     for name in ("x-1-state", "x-3-state", "x-2-state", "y-state"):
         run.save_run(tmp_path / name, PARTS, FACTS)
     (tmp_path / "x-9-state").mkdir()
-    assert run.newest(tmp_path, "x-") == tmp_path / "x-3-state"
+    assert run.newest(tmp_path, "x-.*") == tmp_path / "x-3-state"
     flip(tmp_path / "x-3-state" / "adapter.safetensors")
     with caplog.at_level(logging.WARNING):
-        assert run.newest(tmp_path, "x-") == tmp_path / "x-2-state"
+        assert run.newest(tmp_path, "x-.*") == tmp_path / "x-2-state"
     assert "x-3-state is passed over: adapter.safetensors was changed" in caplog.text
     assert run.newest(tmp_path, "z") is None
     assert run.newest(tmp_path / "none", "x") is None
 
 
-def test_a_full_disk_keeps_the_old_state(tmp_path: Path) -> None:
+def test_a_full_disk_keeps_the_old_state(tmp_path: Path, small_disk: Any) -> None:
     run.save_run(tmp_path / "s", PARTS, FACTS)
     with small_disk(10_000), pytest.raises(UserError, match=r"state of the run could not be saved: .*disk is full: 400,000 bytes needed"):
         run.save_run(tmp_path / "s", {"adapter": {"a": torch.ones(100_000)}}, {})
@@ -134,7 +133,7 @@ else:
 run.save_run({str(folder)!r}, {{"adapter": {{"a": torch.ones(2)}}}}, {{"step": 2}})
 """
     assert subprocess.run([sys.executable, "-c", code]).returncode == -signal.SIGKILL
-    assert run.newest(tmp_path, "s") == folder
+    assert run.newest(tmp_path, "s.*") == folder
     assert run.load_run(folder)[1] == {"step": 2 if moment == "run.shutil.rmtree" else 1}
     run.save_run(folder, PARTS, {"step": 3})
     for rest in tmp_path.glob(".*.part"):
@@ -156,7 +155,7 @@ KEYS = st.text(max_size=3) | st.integers(-3, 3) | st.sampled_from(["$tensor", "$
 VALUES = st.recursive(LEAVES, lambda v: st.lists(v, max_size=3) | st.tuples(v, v) | st.dictionaries(KEYS, v, max_size=3), max_leaves=12)
 
 
-@settings(deadline=None, max_examples=150, derandomize=True)
+@settings(deadline=None, max_examples=60, derandomize=True)
 @given(VALUES)
 def test_pack_and_back_through_json(value: Any) -> None:
     packed, tensors = run.pack(value)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +10,10 @@ import pytest
 import tiny
 from PIL import Image
 
-from sfumato.config import Config, DatasetConfig, SubsetConfig
-from sfumato.families.sd.facts import Options
-from sfumato.train import run
+from training import Train, config
 
-Train = Callable[..., Path]
+from sfumato.config import DatasetConfig, SubsetConfig
+from sfumato.train import run
 
 
 @pytest.fixture(scope="session")
@@ -35,19 +32,6 @@ def pictures(tmp_path: Path) -> Path:
         Image.fromarray(noise).resize((64, 64), Image.Resampling.NEAREST).save(folder / f"{i}.png")
         (folder / f"{i}.txt").write_text(f"picture {i}, red, blue")
     return folder
-
-
-def config(**options: Any) -> Config:
-    """A config from flat field names."""
-    sections = {}
-    for section in fields(Config):
-        default = getattr(Config(), section.name)
-        if section.name != "family":
-            mine = {f.name: options.pop(f.name) for f in fields(default) if f.name in options}
-            sections[section.name] = replace(default, **mine)
-    family = options.pop("family", Options())
-    assert not options, options
-    return Config(**sections, family=family)
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Train
+from training import Train
 
 from sfumato.formats.files import load
 from sfumato.train import loop

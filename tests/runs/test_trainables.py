@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
-from conftest import Train
+from training import Train
 from safetensors import safe_open
 
 from sfumato.formats.files import load

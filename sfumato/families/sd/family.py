@@ -46,11 +46,11 @@ def load(
     where = local(path, NAME)
     detect_file(where, NAME)
     source = folder.read(where) if where.is_dir() else checkpoint.read(where)
+    denoiser = fill(UNet.of(_trainable(shapes(source.unet), where)), source.unet, f"{where} (U-Net)")
     if vae is not None:
         tensors, scale = read_vae(vae)
         source = replace(source, vae=tensors, vae_scale=scale)
     options = complete(options, source)
-    denoiser = fill(UNet.of(_trainable(shapes(source.unet), where)), source.unet, f"{where} (U-Net)")
     encoder = clip_text(source.text, source.activation, f"{where} (text encoder)")
     tokens = _tokenizer(tokenizer, where, v2=source.v2)
     _check_vocabulary(tokens, encoder)

@@ -38,27 +38,29 @@ UNET_FACTS: dict[str, Any] = {
     "transformer_layers_per_block": 1,
 }
 """What a config must say, where it says anything, for the net to be the one we have."""
+_MIDDLE = "mid_block.attentions.0.proj_in.weight"
 _CONV = "down_blocks.{}.resnets.0.conv1.weight"
 
 
 def read(path: Path) -> Source:
     """The parts of a folder. Errors: `UserError` for missing parts, and for configs that ask for another net."""
     unet = sources.weights(path / "unet")
+    if _MIDDLE not in unet:
+        raise UserError(f"{path / 'unet'}: lacks the tensor {_MIDDLE!r}; the file is incomplete or of another kind")
     _check_unet(path / "unet" / "config.json", unet)
     text = {name: t for name, t in sources.weights(path / "text_encoder").items() if not name.endswith("position_ids")}
     prefixed = any(name.startswith("text_model.") for name in text)
     vae, scale = read_vae(str(path / "vae")) if (path / "vae").is_dir() else (None, SD_SCALE)
     scheduler = path / "scheduler" / "scheduler_config.json"
     said = sources.read_json(scheduler).get("prediction_type") if scheduler.is_file() else None
-    native = unet_keys(unet).to_native(unet)
     return Source(
         path=path,
-        unet=native,
+        unet=unet_keys(unet).to_native(unet),
         text=(CLIP_HF if prefixed else CLIP_BARE).to_native(text),
         vae=vae,
         vae_scale=scale,
         activation=_activation(path / "text_encoder" / "config.json"),
-        text_names="open_clip" if native["middle_block.1.proj_in.weight"].ndim == 2 else "hf",
+        text_names="open_clip" if unet[_MIDDLE].ndim == 2 else "hf",
         prediction={"v_prediction": "v", "epsilon": "eps"}.get(str(said)),  # type: ignore[arg-type]
     )
 
@@ -83,7 +85,7 @@ def _check_unet(path: Path, unet: Mapping[str, Tensor]) -> None:
 
 def _activation(path: Path) -> str:
     config = sources.read_json(path)
-    expected = heads(int(config["hidden_size"]))
+    expected = heads(int(config.get("hidden_size", 512)))  # transformers leaves its own defaults out of the file
     if config.get("num_attention_heads", expected) != expected:
         raise UserError(f"{path}: {config['num_attention_heads']} attention heads; for this width only {expected} is supported")
     return str(config.get("hidden_act", "quick_gelu"))
@@ -95,7 +97,7 @@ def _widths(unet: Mapping[str, Tensor]) -> list[int]:
 
 
 def _heads(unet: Mapping[str, Tensor], widths: list[int]) -> list[int]:
-    linear = unet["mid_block.attentions.0.proj_in.weight"].ndim == 2
+    linear = unet[_MIDDLE].ndim == 2
     return [width // LINEAR_HEAD_WIDTH if linear else CONV_HEADS for width in widths]
 
 
@@ -135,7 +137,7 @@ def write(
 def unet_config(unet: Mapping[str, Tensor], sample_size: int) -> dict[str, Any]:
     """The config of diffusers' UNet2DConditionModel for a net with these tensors, in diffusers' names."""
     widths, layout = _widths(unet), Layout.of(unet)
-    linear = unet["mid_block.attentions.0.proj_in.weight"].ndim == 2
+    linear = unet[_MIDDLE].ndim == 2
     down = ["CrossAttnDownBlock2D" if attends else "DownBlock2D" for attends in layout.attention]
     up = ["CrossAttnUpBlock2D" if attends else "UpBlock2D" for attends in reversed(layout.attention)]
     return {

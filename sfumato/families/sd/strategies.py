@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from sfumato.data.batch import Cond, Tokens
 from sfumato.data.strategies import LatentsCachingStrategy, TextEncoderOutputsCachingStrategy
+from sfumato.families.tokenizers import fingerprint
 
 CHUNK = 75
 """Tokens that the text encoder takes at once, without the marks of start and end."""
@@ -32,8 +33,12 @@ class SdTokenize:
     @property
     def settings(self) -> Mapping[str, object]:
         """What the tokens depend on besides the caption."""
-        t = self.tokenizer
-        return {"max_token_length": self.max_length, "weighted_captions": self.weighted, "vocabulary": len(t), "pad": t.pad_token_id}
+        return {
+            "max_token_length": self.max_length,
+            "weighted_captions": self.weighted,
+            "vocabulary": fingerprint(self.tokenizer),
+            "pad": self.tokenizer.pad_token_id,
+        }
 
     def tokenize(self, captions: Sequence[str]) -> Tokens:
         """See the class."""

@@ -17,7 +17,14 @@ def test_defaults_are_kohyas():
 
 
 def test_all_args():
-    args = ("conv_dim=8", "conv_alpha=4", "rank_dropout=0.1", "module_dropout=0.2", "loraplus_lr_ratio=16", "loraplus_text_encoder_lr_ratio=4")
+    args = (
+        "conv_dim=8",
+        "conv_alpha=4",
+        "rank_dropout=0.1",
+        "module_dropout=0.2",
+        "loraplus_lr_ratio=16",
+        "loraplus_text_encoder_lr_ratio=4",
+    )
     plan = parse(NetworkConfig(network_module="networks.lora", network_dim=32, network_alpha=16, network_dropout=0.3, network_args=args))
     options, conv = plan.options(conv=False), plan.options(conv=True)
     assert (options.rank, options.alpha, options.dropout, options.rank_dropout, options.module_dropout) == (32, 16, 0.3, 0.1, 0.2)

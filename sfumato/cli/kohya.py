@@ -1,0 +1,106 @@
+"""Command lines of kohya's sd-scripts: an old script's name -> what it trains, its defaults, its ways of saying things."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from importlib.util import find_spec
+
+from sfumato.cli import flags, main
+from sfumato.cli.report import Given, Report
+from sfumato.errors import UserError
+
+
+@dataclass(frozen=True, slots=True)
+class Script:
+    """What one of kohya's scripts does."""
+
+    method: flags.Method
+    families: tuple[str, ...]
+    trains_text: bool = False
+    """It trains the text encoder unless told otherwise."""
+
+
+SCRIPTS: Mapping[str, Script] = {
+    "train_network": Script("network", ("sd",)),
+    "fine_tune": Script("full", ("sd",)),
+    "train_db": Script("full", ("sd",), trains_text=True),
+}
+
+DEFAULTS: Mapping[str, object] = {"learning_rate": 2e-6, "caption_extension": ".caption"}
+"""Where kohya's defaults differ from ours and change the result."""
+
+
+def run(script: str, argv: Sequence[str]) -> int:
+    """Run a command line of kohya's script of this name (without `.py`); the exit code."""
+    return main.guarded(lambda: _run(script, list(argv)))
+
+
+def _run(script: str, argv: list[str]) -> int:
+    what = SCRIPTS[script]
+    resolved = resolve(script, argv)
+    for notice in resolved.notices:
+        flags.tell(notice)
+    main.train(what.method, resolved)
+    return 0
+
+
+def resolve(script: str, argv: Sequence[str]) -> flags.Resolved:
+    """A checked config from a kohya command line. Errors: one `UserError` with all mistakes."""
+    what = SCRIPTS[script]
+
+    def adapt(given: dict[str, Given], report: Report) -> None:
+        _adapt(what, given, report)
+
+    found = flags.resolve_all(argv, what.method, prog=f"{script}.py", kohya=True, defaults=DEFAULTS, adapt=adapt)
+    family = type(found.config.family).__module__.split(".")[-2]
+    if family not in what.families:
+        raise UserError(
+            f"{script}.py is for the family {' or '.join(what.families)}, but the base model is of the family {family}: "
+            f"use `sfumato train {what.method}`"
+        )
+    return found
+
+
+def _adapt(script: Script, given: dict[str, Given], report: Report) -> None:
+    """kohya's ways of saying things, in ours."""
+    _negative_is_never(given)
+    if script.trains_text and "train_text_encoder" not in given:
+        trains = _number(given.get("stop_text_encoder_training")) != 0
+        given["train_text_encoder"] = Given("train_text_encoder", trains, "train_db", False, True)
+        if not trains:
+            del given["stop_text_encoder_training"]
+    if "logging_dir" in given and "log_with" not in given:
+        _log_folder(given, report)
+    for name, value in DEFAULTS.items():
+        if name not in given:
+            report.note(f"--{name}: not given; kohya's default {value} is used")
+
+
+def _negative_is_never(given: dict[str, Given]) -> None:
+    """`stop_text_encoder_training -1`: the text encoder is not trained at all, our 0."""
+    each = given.get("stop_text_encoder_training")
+    if each is not None and (_number(each) or 0) < 0:
+        given[each.key] = replace(each, value=0, flag=False, where=each.where or f"--{each.key}")
+
+
+def _number(given: Given | None) -> int | None:
+    try:
+        return int(given.value) if given is not None and isinstance(given.value, (int, str)) else None
+    except ValueError:
+        return None  # said by the check of types
+
+
+def _log_folder(given: dict[str, Given], report: Report) -> None:
+    """kohya's logging_dir alone switches tensorboard on."""
+    if find_spec("tensorboard"):
+        given["log_with"] = replace(given["logging_dir"], key="log_with", value="tensorboard", flag=False, where=str(given["logging_dir"]))
+    else:
+        report.note(
+            f"{given.pop('logging_dir')}: accepted, no effect: tensorboard is not installed (pip install tensorboard); LOG.jsonl is written"
+        )
+
+
+if __name__ == "__main__":
+    raise SystemExit(run(sys.argv[1], sys.argv[2:]))

@@ -1,0 +1,191 @@
+"""The command `sfumato`: one function a sub-command; everything heavy is imported when it is needed."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from sfumato import __version__
+from sfumato.errors import UserError, nearest
+
+if TYPE_CHECKING:
+    from sfumato.cli.flags import Method, Resolved
+
+METHODS: tuple[Method, ...] = ("network", "full")
+SAMPLE = """
+    sample_prompts sample_sampler output_dir output_name network_weights base_weights base_weights_multiplier seed mixed_precision
+    xformers sdpa no_half_vae zero_terminal_snr
+"""
+"""What `sfumato sample` reads, besides the model and the family's own settings."""
+
+
+@dataclass(frozen=True, slots=True)
+class Command:
+    """A sub-command."""
+
+    run: Callable[[list[str]], int]
+    help: str
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; the exit code: 0, 2 for a user's mistake, 130 when interrupted."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    return guarded(lambda: _dispatch(words))
+
+
+def guarded(job: Callable[[], int]) -> int:
+    """Run a job; a user's mistake is told on stderr without a traceback."""
+    try:
+        return job()
+    except UserError as e:
+        for message in e.messages:
+            print(f"error: {message}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        return 130
+
+
+def _dispatch(words: list[str]) -> int:
+    if not words or words[0] in ("-h", "--help", "help"):
+        print(usage())
+        return 0
+    if words[0] in ("-V", "--version"):
+        print(f"sfumato {__version__}")
+        return 0
+    if words[0] not in COMMANDS:
+        raise UserError(f"{words[0]!r} is no command of sfumato{nearest(words[0], COMMANDS)} (there are {', '.join(COMMANDS)})")
+    return COMMANDS[words[0]].run(words[1:])
+
+
+def usage() -> str:
+    """What `sfumato --help` says."""
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name:{width}}  {command.help}" for name, command in COMMANDS.items()]
+    return "\n".join(
+        ["sfumato: a trainer for image diffusion models", "", *lines, "", "`sfumato COMMAND --help` lists the flags of a command."]
+    )
+
+
+# --- commands -------------------------------------------------------------------------------------
+
+
+def _train(words: list[str]) -> int:
+    method = _method(words, "train", None)
+    train(method, _resolved(words, method, f"sfumato train {method}"))
+    return 0
+
+
+def train(method: Method, resolved: Resolved) -> None:
+    """Train what was resolved; the config, with what the dataset file said, is written beside the result."""
+    from sfumato.cli import datasets, flags
+    from sfumato.train import run
+
+    said = "".join(f"# {line}\n" for line in datasets.write(resolved.datasets).splitlines())
+    text = f"# sfumato {__version__}, train {method}\n{flags.write_toml(resolved.config)}\n# The datasets of this run:\n{said}"
+    run.train(resolved.config, method, resolved.datasets, resolved=text)
+
+
+def _plan(words: list[str]) -> int:
+    method = _method(words, "plan", "network")
+    resolved = _resolved(words, method, f"sfumato plan {method}")
+    from sfumato.train import run
+
+    run.plan(resolved.config, method, resolved.datasets)
+    return 0
+
+
+def _cache(words: list[str]) -> int:
+    method = _method(words, "cache", "network")
+    resolved = _resolved(words, method, f"sfumato cache {method}")
+    from sfumato.train import run
+
+    run.cache(resolved.config, resolved.datasets)
+    return 0
+
+
+def _sample(words: list[str]) -> int:
+    from sfumato.cli import options
+
+    read = [
+        name for name, option in options.known().items() if option.section == "model" or name in SAMPLE.split() or name in options.owners()
+    ]
+    resolved = _resolved(words, "network", "sfumato sample", data=False, only=read)
+    if not resolved.config.sample.sample_prompts:
+        raise UserError("sfumato sample: set sample_prompts, a file of prompts (.txt, .toml or .json)")
+    from sfumato.train import sample
+
+    for path in sample.main(resolved.config):
+        print(path)
+    return 0
+
+
+def _method(words: list[str], command: str, default: Method | None) -> Method:
+    """Take the method off the front of the words."""
+    found = next((m for m in METHODS if words and words[0] == m), None)
+    if found:
+        del words[0]
+        return found
+    if words and not words[0].startswith("-"):
+        raise UserError(f"sfumato {command} {words[0]}: expected {' or '.join(METHODS)}{nearest(words[0], METHODS)}")
+    if default is None and not {"-h", "--help"} & set(words):
+        raise UserError(
+            f"sfumato {command}: say what to train: `sfumato {command} network` (an adapter) or `sfumato {command} full` (the whole model)"
+        )
+    return default or "network"
+
+
+def _resolved(words: list[str], method: Method, prog: str, *, data: bool = True, only: Sequence[str] | None = None) -> Resolved:
+    from sfumato.cli import flags
+
+    resolved = flags.resolve_all(words, method, data=data, prog=prog, only=only)
+    for notice in resolved.notices:
+        flags.tell(notice)
+    return resolved
+
+
+def _show(words: list[str]) -> int:
+    parser = _parser("show", "What a weight file is, from its header alone.")
+    parser.add_argument("files", nargs="+", metavar="FILE", help="weight file or diffusers folder")
+    parser.add_argument("--json", action="store_true", help="machine-readable, one object a file")
+    args = parser.parse_args(words)
+    from sfumato.tools import show
+
+    for path in args.files:
+        facts = show.describe(path)
+        print(json.dumps(facts, indent=2, ensure_ascii=False) if args.json else show.text(facts))
+    return 0
+
+
+def _doctor(words: list[str]) -> int:
+    parser = _parser("doctor", "What this machine has, and whether it can train.")
+    parser.add_argument("--json", action="store_true", help="machine-readable")
+    args = parser.parse_args(words)
+    from sfumato.tools import doctor
+
+    facts = doctor.examine()
+    print(doctor.as_json(facts) if args.json else doctor.text(facts))
+    return 1 if doctor.broken(facts) else 0
+
+
+def _parser(command: str, description: str) -> argparse.ArgumentParser:
+    from sfumato.cli.flags import Parser
+
+    return Parser(prog=f"sfumato {command}", description=description, allow_abbrev=False)
+
+
+COMMANDS: Mapping[str, Command] = {
+    "train": Command(_train, "train an adapter (train network) or a whole model (train full)"),
+    "plan": Command(_plan, "check everything and say what a training would do, without training"),
+    "cache": Command(_cache, "encode pictures and captions for later trainings"),
+    "sample": Command(_sample, "draw pictures"),
+    "show": Command(_show, "say what a weight file is"),
+    "doctor": Command(_doctor, "say what this machine has and whether it can train"),
+}
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,157 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from sfumato.cli import datasets, flags
+from sfumato.config import DatasetConfig
+from sfumato.errors import UserError
+
+MODEL = ["--pretrained_model_name_or_path", "base.safetensors"]
+BASE = [*MODEL, "--dataset_config", "data.toml"]
+
+FULL = """
+[general]
+caption_extension = ".caption"
+shuffle_caption = true
+keep_tokens = 2
+enable_bucket = true
+
+[[datasets]]
+resolution = [128, 192]
+batch_size = 3
+min_bucket_reso = 64
+keep_tokens = 1
+
+  [[datasets.subsets]]
+  image_dir = "pictures"
+  num_repeats = 5
+  class_tokens = "a cat"
+  keep_tokens = 0
+
+  [[datasets.subsets]]
+  image_dir = "pictures"
+  is_reg = true
+
+[[datasets]]
+resolution = 512
+  [[datasets.subsets]]
+  image_dir = "pictures"
+  caption_dropout_rate = 0.5
+"""
+
+
+def read(text: str, *argv: str, name: str = "data.toml") -> tuple[DatasetConfig, ...]:
+    Path(name).write_text(text)
+    return flags.resolve([*MODEL, "--dataset_config", name, *argv], "network", say=lambda _: None)[1]
+
+
+def test_a_setting_falls_back_from_subset_to_dataset_to_general_to_flag_to_default(home: Path) -> None:
+    first, second = read(FULL, "--train_batch_size", "2", "--flip_aug", "--class_tokens", "thing")
+    cat, reg = first.subsets
+    assert (first.resolution, first.batch_size, first.min_bucket_reso, first.enable_bucket) == ((128, 192), 3, 64, True)
+    assert (second.resolution, second.batch_size, second.min_bucket_reso, second.enable_bucket) == ((512, 512), 2, 256, True)
+    assert (cat.keep_tokens, reg.keep_tokens, second.subsets[0].keep_tokens) == (0, 1, 2)
+    assert (cat.num_repeats, reg.num_repeats, cat.is_reg, reg.is_reg) == (5, 1, False, True)
+    assert (cat.class_tokens, reg.class_tokens) == ("a cat", "thing")
+    assert all(s.flip_aug and s.shuffle_caption and s.caption_extension == ".caption" for s in (cat, reg))
+    assert second.subsets[0].caption_dropout_rate == 0.5 and cat.caption_dropout_rate == 0.0
+
+
+def test_json_reads_as_toml_does(home: Path) -> None:
+    content = {
+        "general": {"shuffle_caption": True, "keep_tokens": 1},
+        "datasets": [{"resolution": "64,96", "subsets": [{"image_dir": "pictures", "num_repeats": 2}]}],
+    }
+    toml = '[general]\nshuffle_caption = true\nkeep_tokens = 1\n[[datasets]]\nresolution = "64,96"\n[[datasets.subsets]]\nimage_dir = "pictures"\nnum_repeats = 2\n'
+    assert read(json.dumps(content), name="data.json") == read(toml)
+
+
+def test_what_is_written_reads_back_to_the_same(home: Path) -> None:
+    first = read(FULL, "--flip_aug")
+    assert read(datasets.write(first)) == first
+
+
+def test_every_mistake_is_told_with_its_line(home: Path) -> None:
+    text = FULL.replace('image_dir = "pictures"\n  is_reg', 'image_dir = "picture"\n  is_reg').replace("batch_size = 3", 'batch_size = "3"')
+    text = (
+        text.replace("num_repeats = 5", "num_repeat = 5")
+        .replace("keep_tokens = 1\n", "keep_tokens = 1\nis_reg = true\n")
+        .replace("0.5", "1.5")
+    )
+    with pytest.raises(UserError) as e:
+        read(text)
+    line = {
+        key: next(i for i, row in enumerate(text.splitlines(), 1) if key in row)
+        for key in ("batch_size", "num_repeat", "is_reg", '"picture"', "1.5")
+    }
+    assert sorted(e.value.messages) == sorted(
+        [
+            f"data.toml:{line['batch_size']}: batch_size: expected a whole number, found the text '3'",
+            f"data.toml:{line['num_repeat']}: num_repeat: unknown setting here; did you mean 'num_repeats'?",
+            f"data.toml:{line['is_reg']}: is_reg: unknown setting here; it belongs to [[datasets.subsets]]",
+            f"data.toml:{line['"picture"'] if False else line[chr(34) + 'picture' + chr(34)]}: image_dir: folder picture does not exist; did you mean 'pictures'?",
+            f"data.toml:{line['1.5']}: caption_dropout_rate: expected between 0 and 1, found 1.5",
+        ]
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[general]\n", "expected at least one [[datasets]]"),
+        ("[[datasets]]\n", "expected at least one [[datasets.subsets]]"),
+        ("[[dataset]]\n", "data.toml:1: dataset: unknown table"),
+        ("[[datasets]]\n[[datasets.subsets]]\nnum_repeats = 1\n", "data.toml:3: image_dir is missing"),
+        (
+            '[[datasets]]\n[[datasets.subsets]]\nmetadata_file = "x.json"\nimage_dir = "pictures"\n',
+            "data.toml:3: metadata_file: is not supported yet",
+        ),
+        ('[[datasets]]\n[[datasets.subsets]]\nimage_dir = "pictures"\nis_reg = true\n', "all folders are regularisation pictures"),
+        ('[[datasets]]\nenable_bucket = true\nresolution = 2048\n[[datasets.subsets]]\nimage_dir = "pictures"\n', "above max_bucket_reso"),
+        ("[[datasets]]\n[[datasets.subsets]]\nimage_dir = 'C:\\x'\nface_crop_aug_range = 'a'\n", "data.toml:3: image_dir"),
+    ],
+)
+def test_what_is_wrong_is_told(text: str, message: str, home: Path) -> None:
+    with pytest.raises(UserError) as e:
+        read(text)
+    assert any(message in m for m in e.value.messages)
+
+
+def test_switched_off_or_idle_keys_of_kohya_are_read(home: Path) -> None:
+    text = '[[datasets]]\nvalidation_split = 0.0\n[[datasets.subsets]]\nimage_dir = "pictures"\ncache_info = true\ncustom_attributes = {}\n'
+    Path("data.toml").write_text(text)
+    found = flags.resolve_all(BASE, "network")
+    assert len(found.datasets) == 1 and [n for n in found.notices if "cache_info: accepted, no effect" in n]
+
+
+def test_folders_of_folders_are_one_dataset(home: Path) -> None:
+    for name in ("train/10_my cat", "train/2_dog", "train/notes", "reg/1_cat"):
+        Path(name).mkdir(parents=True)
+    argv = [*MODEL, "--train_data_dir", "train", "--reg_data_dir", "reg", "--resolution", "64", "--train_batch_size", "4"]
+    found = flags.resolve_all(argv, "network")
+    [dataset] = found.datasets
+    assert (dataset.resolution, dataset.batch_size) == ((64, 64), 4)
+    assert [(s.num_repeats, s.class_tokens, s.is_reg) for s in dataset.subsets] == [
+        (10, "my cat", False),
+        (2, "dog", False),
+        (1, "cat", True),
+    ]
+    assert [n for n in found.notices if "train/notes: left out" in n]
+
+
+def test_a_folder_of_pictures_is_no_folder_of_folders(home: Path) -> None:
+    with pytest.raises(UserError, match="has no folder `<repeats>_<class tokens>`"):
+        flags.resolve([*MODEL, "--train_data_dir", "pictures"], "network")
+
+
+def test_a_flag_that_the_file_overrules_everywhere_is_told(home: Path) -> None:
+    with pytest.raises(UserError, match="--train_batch_size: would have no effect: data.toml says batch_size itself, for every dataset"):
+        read(FULL.replace("resolution = 512", "resolution = 512\nbatch_size = 1"), "--train_batch_size", "2")
+
+
+def test_dataset_repeats_is_the_fallback_of_num_repeats(home: Path) -> None:
+    first, second = read(FULL, "--dataset_repeats", "7")
+    assert [s.num_repeats for s in (*first.subsets, *second.subsets)] == [5, 7, 7]

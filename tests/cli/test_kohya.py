@@ -1,0 +1,153 @@
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sfumato.cli import flags, foreign, kohya, options
+from sfumato.errors import UserError
+from sfumato.train import run
+
+FLAGS = Path(__file__).with_name("kohya_flags.txt").read_text().split()
+BASE = ["--pretrained_model_name_or_path=base.safetensors", "--dataset_config=data.toml"]
+
+
+@pytest.mark.parametrize("flag", FLAGS)
+def test_every_flag_of_kohyas_three_scripts_is_known(flag: str) -> None:
+    ours = flag in options.known() or flag in flags.CONFIGS
+    answered = [flag in table for table in (foreign.RENAMED, foreign.INERT, foreign.REFUSED)]
+    assert ours + sum(answered) == 1
+
+
+def test_new_names_are_settings_of_ours() -> None:
+    assert {new for new, _ in foreign.RENAMED.values()} <= set(options.known())
+
+
+@pytest.mark.parametrize("flag", sorted(foreign.INERT))
+def test_a_flag_without_effect_is_stated_once(flag: str, home: Path) -> None:
+    found = kohya.resolve("train_network", [*BASE, f"--{flag}", "1"])
+    assert [n for n in found.notices if n.startswith(f"--{flag}: accepted, no effect: ")] and len(set(found.notices)) == len(found.notices)
+
+
+@pytest.mark.parametrize("flag", sorted(foreign.REFUSED))
+def test_an_unsupported_flag_is_refused_by_name_and_passes_when_off(flag: str, home: Path) -> None:
+    with pytest.raises(UserError) as e:
+        kohya.resolve("train_network", [*BASE, f"--{flag}", "3"])
+    assert [m.startswith(f"--{flag}: ") for m in e.value.messages] == [True]
+    Path("off.toml").write_text(f"{flag} = false\n")
+    kohya.resolve("train_network", [*BASE, "--config_file", "off"])
+
+
+def test_a_typical_command_is_read_whole(home: Path) -> None:
+    Path("train/10_lines").mkdir(parents=True)
+    Path("prompts.txt").write_text("a cat --d 1\n")
+    found = kohya.resolve(
+        "train_network",
+        [
+            "--pretrained_model_name_or_path=base.safetensors", "--train_data_dir", "train", "--output_dir", "out", "--output_name=lines",
+            "--resolution=512,512", "--network_module=networks.lora", "--network_dim=8", "--network_alpha", "4", "--network_args", "conv_dim=4",
+            "conv_alpha=1", "--train_batch_size=2", "--max_train_epochs=10", "--learning_rate=1e-4", "--unet_lr=1e-4", "--text_encoder_lr", "5e-5",
+            "--lr_scheduler=cosine_with_restarts", "--lr_scheduler_num_cycles=2", "--lr_warmup_steps=10%", "--optimizer_type=AdamW",
+            "--optimizer_args", "weight_decay=0.01", "betas=0.9,0.99", "--mixed_precision=fp16", "--save_precision=fp16", "--seed=42",
+            "--save_model_as=safetensors", "--save_every_n_epochs=1", "--caption_extension=.txt", "--shuffle_caption", "--keep_tokens=1",
+            "--clip_skip=2", "--max_token_length=225", "--cache_latents", "--gradient_checkpointing", "--enable_bucket", "--min_snr_gamma=5",
+            "--noise_offset=0.05", "--sample_prompts=prompts.txt", "--sample_every_n_epochs=1", "--sample_sampler=euler_a", "--prior_loss_weight=1.0",
+            "--max_data_loader_n_workers=2", "--persistent_data_loader_workers", "--mem_eff_attn", "--no_half_vae",
+        ],
+    )  # fmt: skip
+    config = found.config
+    assert (config.network.network_dim, config.network.network_args) == (8, ("conv_dim=4", "conv_alpha=1"))
+    assert (config.optimizer.text_encoder_lr, config.optimizer.lr_warmup_steps) == ((5e-5,), "10%")
+    assert found.datasets[0].subsets[0].num_repeats == 10 and found.datasets[0].batch_size == 2 and config.memory.sdpa
+    assert found.notices == ()
+
+
+def test_kohyas_defaults_are_used_and_said(home: Path) -> None:
+    found = kohya.resolve("train_network", BASE)
+    assert found.config.optimizer.learning_rate == 2e-6 and found.datasets[0].subsets[0].caption_extension == ".caption"
+    assert {n.split(":")[0] for n in found.notices} == {"--learning_rate", "--caption_extension"}
+
+
+def test_kohyas_config_files_are_read_as_they_are(home: Path) -> None:
+    Path("kohya.toml").write_text(
+        """
+        [model_arguments]
+        pretrained_model_name_or_path = "base.safetensors"
+        vae = ""
+        [training]
+        learning_rate = 0.0001
+        text_encoder_lr = 5e-5
+        optimizer_args = []
+        lr_scheduler = "cosine"
+        lr_scheduler_power = 2
+        max_train_steps = 100
+        max_train_epochs = 3
+        save_every_n_steps = 0
+        fp8_base = false
+        epoch = 1
+        noise_offset_type = "Original"
+        resolution = "64,64"
+        cache_latents = true
+        """
+    )
+    found = kohya.resolve("train_network", ["--config_file", "kohya", "--dataset_config", "data.toml"])
+    assert (found.config.output.save_every_n_steps, found.config.train.max_train_epochs, found.config.model.vae) == (None, 3, None)
+    said = {n.split(":")[2].strip() for n in found.notices if "accepted, no effect" in n}
+    assert said == {"epoch", "noise_offset_type", "lr_scheduler_power", "max_train_steps"}
+
+
+@pytest.mark.parametrize(
+    ("argv", "trains"),
+    [
+        ([], True),
+        (["--stop_text_encoder_training=-1"], False),
+        (["--stop_text_encoder_training=0"], False),
+        (["--stop_text_encoder_training=5"], True),
+    ],
+)
+def test_train_db_trains_the_text_encoder_unless_told_otherwise(argv: list[str], trains: bool, home: Path) -> None:
+    config = kohya.resolve("train_db", [*BASE, *argv]).config
+    assert config.train.train_text_encoder is trains
+    assert config.train.stop_text_encoder_training == (5 if argv[-1:] == ["--stop_text_encoder_training=5"] else None)
+
+
+def test_fine_tune_trains_the_text_encoder_only_when_told(home: Path) -> None:
+    assert kohya.resolve("fine_tune", BASE).config.train.train_text_encoder is False
+    assert kohya.resolve("fine_tune", [*BASE, "--train_text_encoder"]).config.train.train_text_encoder is True
+
+
+def test_a_log_folder_alone_switches_tensorboard_on(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kohya, "find_spec", lambda name: object())
+    assert kohya.resolve("train_network", [*BASE, "--logging_dir", "logs"]).config.log.log_with == "tensorboard"
+    monkeypatch.setattr(kohya, "find_spec", lambda name: None)
+    found = kohya.resolve("train_network", [*BASE, "--logging_dir", "logs"])
+    assert found.config.log.log_with is None and any("tensorboard is not installed" in n for n in found.notices)
+
+
+def test_old_names_are_read(home: Path) -> None:
+    found = kohya.resolve("train_network", [*BASE, "--use_8bit_adam", "--caption_extention", ".cap"])
+    assert found.config.optimizer.optimizer_type == "AdamW8bit" and found.config.data.caption_extension == ".cap"
+
+
+@pytest.mark.parametrize("script", sorted(kohya.SCRIPTS))
+def test_the_launchers_run_from_any_folder_without_installation(script: str, home: Path) -> None:
+    path = Path(__file__).parents[2] / "scripts" / f"{script}.py"
+    env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    done = subprocess.run([sys.executable, str(path), "--learning_rat", "1"], capture_output=True, text=True, env=env)
+    assert done.returncode == 2 and "error: --learning_rat: unknown flag; did you mean 'learning_rate'?" in done.stderr
+
+
+def test_a_command_trains_with_the_resolved_config(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    called: dict[str, Any] = {}
+    monkeypatch.setattr(
+        run, "train", lambda config, method, datasets, resolved="": called.update(method=method, resolved=resolved, datasets=datasets)
+    )
+    assert kohya.run("train_db", [*BASE, "--learning_rate=1e-5"]) == 0
+    assert called["method"] == "full" and len(called["datasets"]) == 1
+    assert "learning_rate = 1e-05\n" in called["resolved"] and '# image_dir = "pictures"' in called["resolved"]
+    Path("resolved.toml").write_text(called["resolved"])
+    assert flags.resolve_all(["--config", "resolved.toml"], "full").config.optimizer.learning_rate == 1e-5

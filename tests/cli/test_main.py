@@ -1,0 +1,72 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sfumato.cli import reference
+from sfumato.cli.main import COMMANDS, guarded, main
+from sfumato.train import run, sample
+
+BASE = ["--pretrained_model_name_or_path", "base.safetensors", "--dataset_config", "data.toml"]
+
+
+def test_help_and_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--help"]) == 0 and main([]) == 0
+    assert all(f"  {name} " in capsys.readouterr().out for name in list(COMMANDS)[:1])
+    assert main(["--version"]) == 0 and capsys.readouterr().out.startswith("sfumato ")
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["trian"], "did you mean 'train'?"),
+        (["train"], "say what to train"),
+        (["train", "netwrk"], "expected network or full; did you mean 'network'?"),
+        (["show"], "required: FILE"),
+        (["show", "nothing.safetensors"], "nothing.safetensors"),
+        (["sample", "--learning_rate", "1"], "--learning_rate: is no flag of `sfumato sample`"),
+        (["sample", *BASE[:2]], "set sample_prompts"),
+    ],
+)
+def test_mistakes_exit_with_2(argv: list[str], message: str, home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(argv) == 2
+    said = capsys.readouterr().err
+    assert message in said and said.startswith("error: ") and "Traceback" not in said
+
+
+def test_commands_hand_over_the_config(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[Any] = []
+    monkeypatch.setattr(run, "train", lambda config, method, datasets, resolved="": calls.append(("train", method, len(datasets))))
+    monkeypatch.setattr(run, "plan", lambda config, method, datasets: calls.append(("plan", method, len(datasets))), raising=False)
+    monkeypatch.setattr(run, "cache", lambda config, datasets: calls.append(("cache", "network", len(datasets))))
+    monkeypatch.setattr(sample, "main", lambda config: [Path(config.sample.sample_prompts)], raising=False)
+    Path("prompts.txt").write_text("a cat\n")
+    for argv in (["train", "full", *BASE], ["plan", *BASE], ["cache", *BASE], ["sample", *BASE[:2], "--sample_prompts", "prompts.txt"]):
+        assert main(argv) == 0
+    assert calls == [("train", "full", 1), ("plan", "network", 1), ("cache", "network", 1)]
+
+
+def test_unexpected_errors_keep_their_traceback_and_interrupts_exit_with_130() -> None:
+    def broken() -> int:
+        raise ZeroDivisionError
+
+    def stopped() -> int:
+        raise KeyboardInterrupt
+
+    with pytest.raises(ZeroDivisionError):
+        guarded(broken)
+    assert guarded(stopped) == 130
+
+
+def test_show_says_what_a_file_is(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["show", "base.safetensors", "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert (facts["kind"], facts["family"]) == ("checkpoint", "sd")
+
+
+def test_the_page_of_options_is_up_to_date() -> None:
+    page = Path(__file__).parents[2] / "docs" / "options.md"
+    assert page.read_text(encoding="utf-8") == reference.page(), "run `python -m sfumato.cli.reference > docs/options.md`"

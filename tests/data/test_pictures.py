@@ -1,0 +1,127 @@
+"""Every kind of picture file, and every way of lying on its side."""
+
+from __future__ import annotations
+
+from io import BytesIO
+from pathlib import Path
+
+import numpy as np
+import pytest
+from folders import noise
+from PIL import Image, ImageOps, PngImagePlugin
+
+from sfumato.data.pictures import flat, oriented_size, read
+from sfumato.data.scan import open_picture
+from sfumato.errors import UserError
+
+GREY = np.arange(256, dtype=np.uint8).reshape(16, 16)
+
+
+def test_modes_keep_what_is_seen(tmp_path: Path) -> None:
+    rgb = noise((20, 12), 1)
+    files = {
+        "rgb.png": rgb,
+        "rgb.bmp": rgb,
+        "rgb.tif": rgb,
+        "rgb.webp": rgb,
+        "cmyk.tif": rgb.convert("CMYK"),
+        "palette.png": rgb.quantize(256),
+        "grey.png": rgb.convert("L"),
+        "one.png": rgb.convert("1"),
+    }
+    for name, image in files.items():
+        image.save(tmp_path / name, **({"lossless": True} if name.endswith("webp") else {}))
+        opened = open_picture(tmp_path / name)
+        assert opened.mode == "RGB", name
+        assert np.array_equal(opened, image.convert("RGB")), name
+
+
+@pytest.mark.parametrize("kind", ["png", "tif"])
+def test_sixteen_bits_of_grey_are_not_clipped(tmp_path: Path, kind: str) -> None:
+    Image.fromarray(GREY.astype(np.uint16) * 257).save(tmp_path / f"a.{kind}")
+    assert np.array_equal(np.asarray(open_picture(tmp_path / f"a.{kind}"))[..., 1], GREY)
+
+
+def test_floating_point_is_refused_with_advice(tmp_path: Path) -> None:
+    Image.fromarray(GREY.astype(np.float32)).save(tmp_path / "a.tif")
+    with pytest.raises(UserError, match=r"a\.tif.*8 or 16 bits"):
+        open_picture(tmp_path / "a.tif")
+
+
+def test_transparency_shows_white(tmp_path: Path) -> None:
+    clear = Image.new("RGBA", (4, 4), (255, 0, 0, 0))
+    clear.putpixel((0, 0), (0, 0, 255, 255))
+    grey = Image.merge("LA", (Image.new("L", (4, 4), 7), Image.new("L", (4, 4), 0)))
+    palette = Image.new("P", (4, 4), 0)
+    palette.putpalette([255, 0, 0, 0, 255, 0])
+    marked = Image.new("RGB", (4, 4), (1, 2, 3))
+    for name, image, options in [
+        ("rgba", clear, {}),
+        ("la", grey, {}),
+        ("p", palette, {"transparency": 0}),
+        ("trns", marked, {"transparency": (1, 2, 3)}),
+        ("l", Image.new("L", (4, 4), 9), {"transparency": 9}),
+    ]:
+        image.save(tmp_path / f"{name}.png", **options)
+        opened = open_picture(tmp_path / f"{name}.png")
+        assert opened.mode == "RGBA", name
+        assert flat(opened).getpixel((3, 3)) == (255, 255, 255), name
+    assert flat(open_picture(tmp_path / "rgba.png")).getpixel((0, 0)) == (0, 0, 255)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("name", ["a.jpg", "a.png", "a.webp", "a.tif"])
+def test_exif_orientation(tmp_path: Path, orientation: int, name: str) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    noise((24, 16), 2).save(tmp_path / name, exif=exif)
+    with Image.open(tmp_path / name) as raw:
+        upright = ImageOps.exif_transpose(raw).convert("RGB")  # Pillow's own, as an oracle
+    opened = open_picture(tmp_path / name)
+    assert np.array_equal(opened, upright)
+    assert oriented_size(tmp_path / name) == opened.size == ((16, 24) if orientation >= 5 else (24, 16))
+
+
+def late_exif() -> bytes:
+    """A PNG that has its eXIf chunk behind its pixels."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    plain, chunk = BytesIO(), BytesIO()
+    noise((24, 16), 3).save(plain, "png")
+    PngImagePlugin.putchunk(chunk, b"eXIf", exif.tobytes()[6:])
+    end = plain.getvalue().rindex(b"IEND") - 4
+    return plain.getvalue()[:end] + chunk.getvalue() + plain.getvalue()[end:]
+
+
+def test_exif_behind_the_pixels_counts_as_well(tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(late_exif())
+    with Image.open(tmp_path / "a.png") as raw:
+        assert ImageOps.exif_transpose(raw).size == (16, 24)
+    assert oriented_size(tmp_path / "a.png") == open_picture(tmp_path / "a.png").size == (16, 24)
+
+
+def test_broken_exif_does_not_cost_the_picture(tmp_path: Path) -> None:
+    noise((24, 16), 4).save(tmp_path / "a.jpg", exif=b"Exif\x00\x00MM\x00*\xff\xff")
+    assert open_picture(tmp_path / "a.jpg").size == (24, 16)
+
+
+@pytest.mark.parametrize(("data", "reason"), [(b"", "empty"), (b"hello", "not a picture"), (b"\x89PNG\r\n\x1a\n", "not a picture|damaged")])
+def test_what_is_no_picture_is_told(tmp_path: Path, data: bytes, reason: str) -> None:
+    (tmp_path / "a.png").write_bytes(data)
+    with pytest.raises(UserError, match=rf"a\.png: .*({reason})"):
+        open_picture(tmp_path / "a.png")
+
+
+@pytest.mark.parametrize("name", ["a.png", "a.jpg", "a.webp", "a.bmp", "a.tif", "a.gif"])
+def test_a_truncated_picture_is_told(tmp_path: Path, name: str) -> None:
+    noise((64, 64), 5).save(tmp_path / name)
+    data = (tmp_path / name).read_bytes()
+    (tmp_path / name).write_bytes(data[: len(data) // 2])
+    with pytest.raises(UserError, match=name):
+        open_picture(tmp_path / name)
+
+
+def test_the_first_frame_of_an_animation(tmp_path: Path) -> None:
+    frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "blue")]
+    frames[0].save(tmp_path / "a.gif", save_all=True, append_images=frames[1:])
+    assert read(tmp_path / "a.gif", ".gif").convert("RGB").getpixel((0, 0)) == (255, 0, 0)

@@ -1,0 +1,138 @@
+"""Prompt files in sd-scripts' syntax, and what is wrong in them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sfumato.errors import UserError
+from sfumato.train.prompts import Prompt, parse_line, read_prompts
+
+
+def written(folder: Path, name: str, text: str) -> Path:
+    path = folder / name
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def test_a_line_with_all_options() -> None:
+    line = "a cat, (red:1.2) --n bad hands, blurry --w 640 --H 768 --d 7 --s 20 --l 6.5 --g 3.5 --ss k_euler_a"
+    assert parse_line(line) == Prompt(
+        prompt="a cat, (red:1.2)",
+        negative_prompt="bad hands, blurry",
+        width=640,
+        height=768,
+        seed=7,
+        sample_steps=20,
+        scale=6.5,
+        guidance_scale=3.5,
+        sample_sampler="euler_a",
+    )
+
+
+def test_the_prompt_itself_is_never_an_option() -> None:
+    assert parse_line("w 100 foo") == Prompt(prompt="w 100 foo")
+    assert parse_line("n foo --w 64").prompt == "n foo"
+    assert parse_line("a cat -- happy, well-done--really, 2--3 --w 64").prompt == "a cat -- happy, well-done--really, 2--3"
+
+
+def test_a_line_may_draw_without_a_prompt() -> None:
+    assert parse_line("--w 64 --d 1") == Prompt(prompt="", width=64, seed=1)
+
+
+@given(st.text(st.characters(blacklist_categories=("Cs", "Cc", "Z")), min_size=1), st.integers(8, 2048), st.integers(0, 2**63))
+def test_text_without_options_is_kept_whole(text: str, width: int, seed: int) -> None:
+    if text.startswith("--"):
+        text = "x" + text
+    assert parse_line(f"{text} --w {width} --d {seed}") == Prompt(prompt=text, width=width, seed=seed)
+
+
+def test_a_text_file_skips_comments_and_blank_lines(tmp_path: Path) -> None:
+    path = written(tmp_path, "p.txt", "\ufeffa cat --w 64\n\n# a comment --q\n   \n  a dog\r\n")
+    assert read_prompts(path, Prompt(height=96)) == [Prompt(prompt="a cat", width=64, height=96), Prompt(prompt="a dog", height=96)]
+
+
+def test_all_mistakes_are_told_with_their_lines(tmp_path: Path) -> None:
+    path = written(tmp_path, "p.txt", "ok --w 64\na --q 1\nb --w wide --s 0\n\nc --cn x.png --d 1 --d 2 --n\nd --ss eulr --w 64px")
+    with pytest.raises(UserError) as caught:
+        read_prompts(path)
+    said = list(caught.value.messages)
+    assert [m.removeprefix(f"{path}:")[:1] for m in said] == ["2", "3", "3", "5", "5", "5", "6", "6"]
+    for message, words in zip(said, ("--q", "wide", "1 to 1000", "controlnet_image", "twice", "--n needs", "'euler'", "64px"), strict=True):
+        assert words in message
+
+
+def test_toml_subsets_go_over_the_defaults(tmp_path: Path) -> None:
+    text = """
+    [prompt]
+    width = 64
+    scale = 5
+    negative_prompt = "dull"
+    [[prompt.subset]]
+    prompt = "a cat"
+    [[prompt.subset]]
+    prompt = "a dog"
+    width = 128
+    seed = 3
+    sample_sampler = "ddim"
+    """
+    assert read_prompts(written(tmp_path, "p.toml", text)) == [
+        Prompt(prompt="a cat", width=64, scale=5.0, negative_prompt="dull"),
+        Prompt(prompt="a dog", width=128, scale=5.0, negative_prompt="dull", seed=3, sample_sampler="ddim"),
+    ]
+
+
+def test_toml_without_subsets_is_one_prompt(tmp_path: Path) -> None:
+    assert read_prompts(written(tmp_path, "p.toml", '[prompt]\nprompt = "a cat"')) == [Prompt(prompt="a cat")]
+
+
+def test_json_takes_tables_and_lines(tmp_path: Path) -> None:
+    entries = [{"prompt": "a cat", "sample_steps": 5}, "a dog --w 64"]
+    assert read_prompts(written(tmp_path, "p.json", json.dumps(entries))) == [
+        Prompt(prompt="a cat", sample_steps=5),
+        Prompt(prompt="a dog", width=64),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "words"),
+    [
+        ("p.toml", '[prompt]\nprompt = "a"\nwidht = 64', "'widht'; did you mean 'width'?"),
+        (
+            "p.toml",
+            "[prompt]\nprompt = 'a'\n[[prompt.subset]]\n[[prompt.subset]]\nwidth = '64x'",
+            "[[prompt.subset]] 2: width: a whole number",
+        ),
+        ("p.toml", "[prompt]\nprompt = 'a'\nwidth = 64.5", "a whole number was expected, not 64.5"),
+        ("p.toml", "[prompt]\nprompt = 'a'\nseed = true", "not True"),
+        ("p.toml", "[prompt]\nprompt = 1", "text was expected"),
+        ("p.toml", "[prompt]\nprompt = 'a'\nscale = nan", "scale"),
+        ("p.toml", "[prompt\n", "not valid TOML"),
+        ("p.toml", "[prompts]\n", "[prompt] with [[prompt.subset]]"),
+        ("p.toml", "[prompt]\nsubset = 1", "two brackets"),
+        ("p.json", '[{"width": 64}]', "`prompt` is missing"),
+        ("p.json", '[{"prompt": "a", "flow_shift": 3}]', "not supported yet"),
+        ("p.json", '{"prompt": "a"}', "a list"),
+        ("p.json", "[1]", "a list"),
+        ("p.json", "[", "not valid JSON"),
+        ("p.txt", "# nothing", "holds no prompt"),
+        ("p.yaml", "a", ".txt, .toml or .json"),
+    ],
+)
+def test_mistakes_are_told(tmp_path: Path, name: str, text: str, words: str) -> None:
+    path = written(tmp_path, name, text)
+    with pytest.raises(UserError) as caught:
+        read_prompts(path)
+    assert str(path) in str(caught.value) and words in str(caught.value)
+
+
+def test_a_file_that_cannot_be_read_is_told(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="cannot be read"):
+        read_prompts(tmp_path / "none.txt")
+    (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
+    with pytest.raises(UserError, match="cannot be read"):
+        read_prompts(tmp_path / "latin.txt")

@@ -1,0 +1,289 @@
+"""Drawing, against diffusers' pipeline of the same weights."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal
+
+import diffusers
+import numpy as np
+import pytest
+import tiny
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+from torch import Tensor
+
+from sfumato import families
+from sfumato.config import Config, LossConfig, ModelConfig, NetworkConfig, NoiseConfig, OutputConfig, SampleConfig, TrainConfig
+from sfumato.errors import UserError
+from sfumato.families.base import Models
+from sfumato.tensors.noise import DDPM
+from sfumato.train.prompts import SAMPLERS, Prompt
+from sfumato.train.sample import decode, draw, draw_latents, main, sample, scheduler_for
+
+SD = families.family("sd")
+PROMPT = Prompt(prompt="a cat", negative_prompt="dull", width=48, height=32, sample_steps=3, scale=5.0, seed=1)
+EPS = DDPM()
+START = torch.randn(1, 4, 4, 6, generator=torch.Generator().manual_seed(3))
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Models:
+    path = tiny.tiny_sd1(tmp_path_factory.mktemp("sd1"))
+    return SD.load(str(path), families.facts("sd").Options())
+
+
+def read(path: Path) -> tuple[np.ndarray[Any, Any], str]:
+    with Image.open(path) as picture:
+        return np.asarray(picture, float), picture.info["parameters"]
+
+
+def pipeline(v2: bool, process: Any, sampler: str) -> Any:
+    pipe = tiny.pipeline(v2=v2)
+    pipe.scheduler = scheduler_for(process, sampler)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def theirs(pipe: Any, prompt: Prompt, **given: Any) -> Any:
+    return pipe(
+        prompt.prompt,
+        negative_prompt=prompt.negative_prompt,
+        height=prompt.height,
+        width=prompt.width,
+        num_inference_steps=prompt.sample_steps,
+        guidance_scale=prompt.scale,
+        **{"output_type": "latent", **given},
+    ).images
+
+
+@pytest.mark.parametrize("scale", [5.0, 1.0])
+@pytest.mark.parametrize("sampler", ["ddim", "euler"])
+def test_a_fixed_latent_becomes_diffusers_latents(models: Models, sampler: str, scale: float) -> None:
+    prompt = replace(PROMPT, scale=scale)
+    (ours,) = draw_latents(models, [prompt], process=EPS, sampler=sampler, noise=START)
+    wanted = theirs(pipeline(False, EPS, sampler), prompt, latents=START)[0]
+    torch.testing.assert_close(ours, wanted, atol=1e-3, rtol=1e-3)
+    assert (ours - START[0]).abs().mean() > 0.1
+
+
+@pytest.mark.parametrize("sampler", ["pndm", "lms", "euler_a", "heun", "dpm_2", "dpm_2_a", "dpmsolver", "dpmsolver++", "dpmsingle"])
+def test_a_seed_gives_diffusers_picture_with_every_sampler(models: Models, sampler: str) -> None:
+    """The first noise and, for the ancestral ones, the noise on the way."""
+    if sampler == "lms":
+        pytest.importorskip("scipy")
+    (ours,) = draw_latents(models, [PROMPT], process=EPS, sampler=sampler)
+    wanted = theirs(pipeline(False, EPS, sampler), PROMPT, generator=torch.Generator().manual_seed(1))[0]
+    torch.testing.assert_close(ours, wanted, atol=1e-3, rtol=1e-3)
+
+
+def test_pixels_are_diffusers(models: Models) -> None:
+    (ours,) = draw(models, [PROMPT], process=EPS, noise=START)
+    wanted = theirs(pipeline(False, EPS, "ddim"), PROMPT, latents=START, output_type="np")[0]
+    assert ours.size == (48, 32)
+    assert np.abs(np.asarray(ours) / 255 - wanted).max() < 1.01 / 255
+
+
+@pytest.mark.parametrize("sampler", ["ddim", "euler", "dpmsolver++"])
+def test_v_prediction_from_zero_signal(sampler: str, tmp_path: Path) -> None:
+    folder = tiny.tiny_sd2_diffusers(tmp_path, prediction="v_prediction")
+    models = SD.load(str(folder), families.facts("sd").Options())
+    process = SD.process(models, NoiseConfig(zero_terminal_snr=True), LossConfig())
+    (ours,) = draw_latents(models, [PROMPT], process=process, sampler=sampler, noise=START)
+    scheduler = getattr(diffusers, SAMPLERS[sampler][0])(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        prediction_type="v_prediction",
+        rescale_betas_zero_snr=True,
+        timestep_spacing="trailing",
+        **({"clip_sample": False, "set_alpha_to_one": False} if sampler == "ddim" else {}),
+    )
+    pipe = pipeline(True, process, sampler)
+    pipe.scheduler = scheduler
+    torch.testing.assert_close(ours, theirs(pipe, PROMPT, latents=START)[0], atol=1e-3, rtol=1e-3)
+    assert scheduler.timesteps[0] == 999
+
+
+@pytest.mark.parametrize("sampler", ["ddim", "euler_a"])
+def test_a_batch_equals_single_runs(tmp_path: Path, sampler: str) -> None:
+    """In fp64: nets this small, with two numbers in a group norm, blow the last digits of fp32 up."""
+    models = SD.load(str(tiny.tiny_sd1(tmp_path)), families.facts("sd").Options(), dtype=torch.float64)
+    prompts = [
+        PROMPT,
+        replace(PROMPT, prompt="a dog", seed=2, scale=3.0),
+        replace(PROMPT, seed=3, scale=1.0),
+        replace(PROMPT, width=32, seed=4),
+        replace(PROMPT, seed=5, sample_steps=2),
+    ]
+    told: list[tuple[int, int]] = []
+    together = draw_latents(models, prompts, process=EPS, sampler=sampler, batch_size=4, progress=lambda *n: told.append(n))
+    for one, prompt in zip(together, prompts, strict=True):
+        (alone,) = draw_latents(models, [prompt], process=EPS, sampler=sampler)
+        torch.testing.assert_close(one, alone, atol=1e-5, rtol=1e-5)
+    assert told == [(n, 11) for n in range(1, 12)]
+
+
+def test_global_randomness_is_not_touched(models: Models) -> None:
+    before = torch.random.get_rng_state()
+    draw(models, [PROMPT], process=EPS, sampler="euler_a")
+    assert torch.equal(torch.random.get_rng_state(), before)
+
+
+def test_every_part_gets_its_mode_back(models: Models, monkeypatch: pytest.MonkeyPatch) -> None:
+    net = models.denoiser
+    net.train()
+    frozen = next(net.children())
+    frozen.eval()
+    seen = []
+    hook = net.register_forward_hook(lambda module, *_: seen.append((module.training, torch.is_grad_enabled())))
+    draw(models, [PROMPT], process=EPS)
+    modes = (net.training, frozen.training, list(net.children())[1].training)
+    monkeypatch.setattr(models, "family", replace(models.family, predict=lambda *_: 1 / 0))
+    with pytest.raises(ZeroDivisionError):
+        draw(models, [PROMPT], process=EPS)
+    modes += (net.training,)
+    hook.remove()
+    net.eval()
+    assert set(seen) == {(False, False)}
+    assert modes == (True, False, True, True)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "mixed"), [(torch.float32, True), (torch.bfloat16, True), (torch.bfloat16, False), (torch.float16, False)]
+)
+def test_16_bits_draw_nearly_the_same(models: Models, tmp_path: Path, dtype: torch.dtype, mixed: bool) -> None:
+    half = SD.load(str(tiny.tiny_sd1(tmp_path)), families.facts("sd").Options(), dtype=dtype)
+    assert half.vae is not None
+    half.vae.to(dtype)
+    exact = draw_latents(models, [PROMPT], process=EPS, noise=START)[0]
+    with torch.autocast("cpu", torch.bfloat16, enabled=mixed):
+        near = draw_latents(half, [PROMPT], process=EPS, noise=START)[0]
+        image = decode(half, near, PROMPT)
+    assert near.dtype == torch.float32
+    assert torch.nn.functional.cosine_similarity(near.flatten(), exact.flatten(), 0) > 0.995
+    difference = np.asarray(image, float) - np.asarray(decode(models, exact, PROMPT), float)
+    assert np.abs(difference).mean() < 4
+
+
+def test_the_vae_keeps_its_own_format_under_autocast(models: Models) -> None:
+    assert models.vae is not None
+    seen: list[torch.dtype] = []
+    hook = models.vae.decoder.conv_out.register_forward_hook(lambda _m, _x, y: seen.append(y.dtype))  # type: ignore[union-attr, operator, call-arg]
+    with torch.autocast("cpu", torch.bfloat16):
+        decode(models, START[0], PROMPT)
+    hook.remove()
+    assert seen == [torch.float32]
+
+
+def test_files_and_seeds(models: Models, tmp_path: Path) -> None:
+    prompts = [PROMPT, replace(PROMPT, seed=None), replace(PROMPT, prompt="a dog", seed=None)]
+    write: Callable[..., list[Path]] = lambda folder, **more: sample(models, prompts, folder, process=EPS, name="x", step=20, **more)  # noqa: E731
+    first = write(tmp_path / "a")
+    assert [re.sub(r"\d{14}", "T", p.name) for p in first] == ["x_000020_00_T_1.png", "x_000020_01_T.png", "x_000020_02_T.png"]
+    second = write(tmp_path / "b")
+    other = write(tmp_path / "c", seed=43)
+    shards = [write(tmp_path / "d", rank=r, world=2) for r in (0, 1)]
+    assert [len(s) for s in shards] == [2, 1]
+
+    def pixels(paths: list[Path]) -> list[np.ndarray[Any, Any]]:
+        return [read(p)[0] for p in paths]
+
+    for a, b, d in zip(pixels(first), pixels(second), pixels([shards[0][0], shards[1][0], shards[0][1]]), strict=True):
+        assert np.array_equal(a, b) and np.array_equal(a, d)
+    same = [np.array_equal(a, c) for a, c in zip(pixels(first), pixels(other), strict=True)]
+    assert same == [True, False, False]
+    assert "Seed: 1," in read(first[0])[1]
+
+
+def test_a_picture_that_is_not_finite_is_told_and_still_written(models: Models, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING):
+        image = decode(models, torch.full((4, 2, 2), torch.nan), PROMPT)
+    assert image.size == (16, 16) and "diverged" in caplog.text and "'a cat'" in caplog.text
+
+
+def test_what_has_no_effect_is_told(models: Models, caplog: pytest.LogCaptureFixture) -> None:
+    odd = replace(PROMPT, width=39, guidance_scale=3.5, sample_steps=1)
+    with caplog.at_level(logging.WARNING):
+        (image,) = draw(models, [odd], process=EPS)
+    assert image.size == (32, 32)
+    assert "multiples of 8" in caplog.text and "--g" in caplog.text
+
+
+def test_samplers_that_do_not_fit_are_refused() -> None:
+    zero = DDPM(prediction="v", zero_terminal_snr=True)
+    for sampler in ("pndm", "heun", "dpm_2", "dpmsingle"):
+        with pytest.raises(UserError, match="zero_terminal_snr"):
+            scheduler_for(zero, sampler)
+    with pytest.raises(UserError, match="did you mean 'euler'"):
+        scheduler_for(EPS, "eulr")
+
+
+def test_a_sampler_whose_library_is_missing_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Missing:
+        def __init__(self) -> None:
+            raise ImportError("scipy")
+
+    monkeypatch.setattr(diffusers, "LMSDiscreteScheduler", Missing)
+    with pytest.raises(UserError, match="pip install scipy"):
+        scheduler_for(EPS, "lms")
+
+
+def test_a_model_without_a_vae_is_refused(models: Models) -> None:
+    latent: Tensor = START[0]
+    with pytest.raises(UserError, match="--vae"):
+        decode(replace(models, vae=None), latent, PROMPT)
+
+
+def lora(folder: Path) -> Path:
+    """An adapter in sd-scripts' names on one layer, strong enough to be seen."""
+    draw = torch.Generator().manual_seed(0)
+    layer = "lora_unet_up_blocks_3_attentions_2_proj_out"
+    tensors = {f"{layer}.alpha": torch.tensor(2.0)}
+    for part, shape in (("lora_down", (2, 32, 1, 1)), ("lora_up", (32, 2, 1, 1))):
+        tensors[f"{layer}.{part}.weight"] = torch.randn(shape, generator=draw)
+    save_file(tensors, folder / "lora.safetensors")
+    return folder / "lora.safetensors"
+
+
+def run(folder: Path, name: str, network: NetworkConfig, precision: Literal["no", "bf16"] = "no") -> np.ndarray[Any, Any]:
+    """`sfumato sample` with a tiny model and one prompt -> the picture."""
+    (folder / "prompts.txt").write_text("a cat --w 64 --h 64 --s 2 --d 1\n")
+    config = Config(
+        model=ModelConfig(pretrained_model_name_or_path=str(tiny.tiny_sd1(folder))),
+        output=OutputConfig(output_dir=str(folder / name), output_name=name),
+        sample=SampleConfig(sample_prompts=str(folder / "prompts.txt"), sample_sampler="k_euler"),
+        train=TrainConfig(mixed_precision=precision),
+        network=network,
+        family=families.facts("sd").Options(),
+    )
+    (path,) = main(config)
+    assert path.parent == folder / name / "sample" and path.name.startswith(f"{name}_00_") and path.name.endswith("_1.png")
+    return read(path)[0]
+
+
+def test_the_command_draws_with_adapters_worn_or_merged(tmp_path: Path) -> None:
+    plain = run(tmp_path, "plain", NetworkConfig())
+    file = str(lora(tmp_path))
+    worn = run(tmp_path, "worn", NetworkConfig(network_weights=file))
+    merged = run(tmp_path, "merged", NetworkConfig(base_weights=(file,)))
+    half = run(tmp_path, "half", NetworkConfig(network_weights=file), "bf16")
+    print(np.abs(worn - plain).mean(), np.abs(worn - merged).mean(), np.abs(worn - half).mean())
+    assert np.abs(worn - plain).mean() > 10
+    assert np.abs(worn - merged).mean() < 0.5
+    assert np.abs(worn - half).mean() < 5
+
+
+def test_a_wrong_sampler_is_told_before_weights_are_read(tmp_path: Path) -> None:
+    (tmp_path / "p.txt").write_text("a cat")
+    for sampling, words in (
+        (SampleConfig(sample_prompts=str(tmp_path / "p.txt"), sample_sampler="dimm"), "ddim"),
+        (SampleConfig(), "sample_prompts"),
+    ):
+        with pytest.raises(UserError, match=words):
+            main(Config(sample=sampling))
