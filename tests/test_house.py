@@ -30,7 +30,9 @@ def test_functions_fit_a_screen(path: Path) -> None:
     long = [
         f"{node.name} ({node.end_lineno - node.lineno + 1} lines)"
         for node in ast.walk(ast.parse(path.read_text()))
-        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and node.end_lineno is not None and node.end_lineno - node.lineno + 1 > 60
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+        and node.end_lineno is not None
+        and node.end_lineno - node.lineno + 1 > 60
     ]
     assert not long
 
@@ -50,7 +52,9 @@ def test_no_family_is_named_outside_its_folder(path: Path) -> None:
             assert not (constants & names), f"line {node.lineno} compares with a family's name"
         if isinstance(node, ast.ImportFrom) and node.module:
             parts = node.module.split(".")
-            assert not (parts[:2] == ["sfumato", "families"] and len(parts) > 2 and parts[2] in names), f"line {node.lineno} imports a family"
+            assert not (parts[:2] == ["sfumato", "families"] and len(parts) > 2 and parts[2] in names), (
+                f"line {node.lineno} imports a family"
+            )
 
 
 @pytest.mark.parametrize("path", [p for p in FILES if p.parent.parent.name == "families"], ids=ids)

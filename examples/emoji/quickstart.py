@@ -28,6 +28,8 @@ def main() -> int:
 
 def show(adapter: Path) -> None:
     """Draw the held-out prompts without and with the adapter; write the grid and the measure."""
+    from sfumato import families
+    from sfumato.config import Config, ModelConfig
     from sfumato.families.detect import detect_file
     from sfumato.train.draw import Drawer
     from sfumato.train.picture import grid
@@ -35,15 +37,15 @@ def show(adapter: Path) -> None:
     from sfumato.train.prompts import read_prompts
 
     model = str(HERE / "model.safetensors")
-    drawer = Drawer.of(model, detect_file(model).family)
+    options = families.facts(detect_file(model).family).Options()
+    drawer = Drawer.of(Config(model=ModelConfig(pretrained_model_name_or_path=model), family=options))
     prompts = read_prompts(HERE / "prompts.txt")
     with telling("drawing before and after") as tell:
         before = drawer.draw(prompts, progress=tell)
         with drawer.adapted(adapter):
             after = drawer.draw(prompts, progress=tell)
     titles = [p.prompt.removesuffix(", line art") for p in prompts]
-    big = [[image.resize((128, 128), 4) for image in row] for row in (before, after)]
-    grid(big, ["before", "after"], titles).save(OUT / "before-after.png")
+    grid([before, after], ["before", "after"], titles, enlarge=2).save(OUT / "before-after.png")
     effect = {"saturation_before": saturation(before), "saturation_after": saturation(after)}
     effect["fold"] = effect["saturation_before"] / max(effect["saturation_after"], 1e-9)
     (OUT / "effect.json").write_text(json.dumps(effect, indent=1) + "\n")

@@ -70,8 +70,9 @@ def from_file(path: Path, report: Report) -> Tables:
         return _table(path, at, content, lines, known, report)
 
     for name in set(content) - {"general", "datasets"}:
-        where = f"{path}:{lines[(name,)]}" if (name,) in lines else str(path)
-        report.error(f"{where}: {name}: unknown table; expected [general] and [[datasets]]{nearest(name, ('general', 'datasets'))}")
+        line = lines.get((name,)) or lines.get((name, 0))
+        near = nearest(name, ("general", "datasets"))
+        report.error(f"{path}{f':{line}' if line else ''}: {name}: unknown table; expected [general] and [[datasets]]{near}")
     general = table(("general",), content.get("general", {}), _DATASET)
     found: Tables = []
     for d, dataset in enumerate(_tables(path, "datasets", content.get("datasets"), report)):
@@ -209,9 +210,7 @@ def _unused_flags(settings: Mapping[str, Any], given: Mapping[str, Given], used:
             continue
         if each.flag or settings[flag] != options.common()[flag].default:
             source = settings["dataset_config"] or settings["train_data_dir"]
-            rules.without_effect(
-                each, f"{source} says {name} itself, for every {'dataset' if name in _DATASET - _SHARED else 'folder'}", report
-            )
+            report.without_effect(each, f"{source} says {name} itself, for every {'dataset' if name in _DATASET - _SHARED else 'folder'}")
 
 
 # --- checks across settings -----------------------------------------------------------------------
@@ -235,7 +234,7 @@ def check(datasets: Iterable[DatasetConfig], settings: Mapping[str, Any], given:
     if settings["masked_loss"] and not any(s.alpha_mask or s.conditioning_data_dir for s in subsets):
         report.error(f"{given.get('masked_loss', 'masked_loss')}: no folder has masks: set alpha_mask or conditioning_data_dir")
     if "prior_loss_weight" in given and settings["prior_loss_weight"] != 1.0 and not any(s.is_reg for s in subsets):
-        rules.without_effect(given["prior_loss_weight"], "no folder holds regularisation pictures (is_reg, reg_data_dir)", report)
+        report.without_effect(given["prior_loss_weight"], "no folder holds regularisation pictures (is_reg, reg_data_dir)")
 
 
 def _check_buckets(dataset: DatasetConfig, report: Report) -> None:
@@ -268,7 +267,7 @@ def _check_subset(subset: SubsetConfig, settings: Mapping[str, Any], report: Rep
     if not on(_CUTS) and (found := on(("keep_tokens", "keep_tokens_separator", "secondary_separator"))):
         report.note(f"{subset.image_dir}: {', '.join(found)}: no effect without {', '.join(_CUTS[:2])} or {_CUTS[2]}")
     if subset.conditioning_data_dir and not settings["masked_loss"]:
-        report.note(f"{subset.image_dir}: conditioning_data_dir: no effect without masked_loss")
+        report.error(f"{subset.image_dir}: conditioning_data_dir needs masked_loss: set it, or leave conditioning_data_dir out")
     if subset.face_crop_aug_range and not re.fullmatch(r"[\d.]+,[\d.]+", subset.face_crop_aug_range):
         report.error(f'{subset.image_dir}: face_crop_aug_range: expected "min,max" such as "2.0,4.0", found {subset.face_crop_aug_range!r}')
 

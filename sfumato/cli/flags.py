@@ -130,9 +130,10 @@ def resolve_all(
     settings = plain | checked(known, given, report)
     datasets = _datasets(settings, given, report) if data else ()
     rules.clashes(settings, given, method, report)
-    stated = rules.idle(settings, plain, given, method, report) if data else set()
+    if data:
+        rules.idle(settings, plain, given, method, report)
     report.finish()
-    settings |= {name: known[name].default for name in stated}
+    settings |= {name: known[name].default for name in report.idle}
     return Resolved(build(settings, family), datasets, tuple(report.notices))
 
 

@@ -108,9 +108,10 @@ def translate(given: Given, report: Report) -> Given | None:
     """The setting in our own words; None when it was answered here: stated, or refused unless it is switched off."""
     if given.key in RENAMED:
         key, value = RENAMED[given.key]
+        said = replace(given, key=key, value=_alone(given.value), where=given.where or f"--{given.key}")
         if value is None:
-            return replace(given, key=key, where=given.where or f"--{given.key}")
-        return replace(given, key=key, value=value, flag=False, where=given.where or f"--{given.key}") if not off(given) else None
+            return said
+        return replace(said, value=value, flag=False) if not off(given) else None
     if given.key in INERT:
         report.note(f"{given}: accepted, no effect: {INERT[given.key]}")
     elif not off(given):
@@ -118,7 +119,12 @@ def translate(given: Given, report: Report) -> Given | None:
     return None
 
 
+def _alone(value: object) -> object:
+    """Kohya's flags are read as lists, as nothing is known of them."""
+    return value[0] if isinstance(value, list) and len(value) == 1 else value
+
+
 def off(given: Given) -> bool:
     """Whether a switch or amount that we do not have is at its "off" value."""
-    value = given.value[0] if isinstance(given.value, list) and len(given.value) == 1 else given.value
+    value = _alone(given.value)
     return value in _OFF and value is not True

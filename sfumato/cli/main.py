@@ -93,9 +93,9 @@ def train(method: Method, resolved: Resolved) -> None:
 def _plan(words: list[str]) -> int:
     method = _method(words, "plan", "network")
     resolved = _resolved(words, method, f"sfumato plan {method}")
-    from sfumato.train import run
+    from sfumato.train import plan
 
-    run.plan(resolved.config, method, resolved.datasets)
+    plan.show(resolved.config, method, resolved.datasets)
     return 0
 
 
@@ -117,9 +117,9 @@ def _sample(words: list[str]) -> int:
     resolved = _resolved(words, "network", "sfumato sample", data=False, only=read)
     if not resolved.config.sample.sample_prompts:
         raise UserError("sfumato sample: set sample_prompts, a file of prompts (.txt, .toml or .json)")
-    from sfumato.train import sample
+    from sfumato.train import draw
 
-    for path in sample.main(resolved.config):
+    for path in draw.main(resolved.config):
         print(path)
     return 0
 

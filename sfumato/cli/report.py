@@ -33,6 +33,8 @@ class Report:
 
     errors: list[str] = field(default_factory=list)
     notices: list[str] = field(default_factory=list)
+    idle: set[str] = field(default_factory=set)
+    """Settings that were stated to have no effect; they go back to their defaults."""
 
     def error(self, message: str) -> None:
         if message not in self.errors:
@@ -41,6 +43,14 @@ class Report:
     def note(self, message: str) -> None:
         if message not in self.notices:
             self.notices.append(message)
+
+    def without_effect(self, given: Given, why: str) -> None:
+        """Refuse a setting that does nothing, or state it when it comes from a kohya command or file."""
+        if given.lenient:
+            self.idle.add(given.key)
+            self.note(f"{given}: accepted, no effect: {why}")
+        else:
+            self.error(f"{given}: would have no effect: {why}; leave it out")
 
     def finish(self) -> None:
         """Raises UserError with all errors, if there are any."""

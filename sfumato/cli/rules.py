@@ -53,8 +53,15 @@ def _on_disk(v: View) -> bool:
 
 NETWORK = tuple(NetworkConfig.__dataclass_fields__)
 _HUBER = ("huber", "smooth_l1")
-_MIN_LR = ("cosine_with_min_lr", "warmup_stable_decay")
 _NO_WARMUP = ("constant", "piecewise_constant", "adafactor")
+
+
+def _only_with(key: str, *schedulers: str) -> Idle:
+    """A setting that only some schedulers have."""
+    return Idle(
+        (key,), lambda v: v.lr_scheduler_type or v.lr_scheduler not in schedulers, f"only lr_scheduler {' and '.join(schedulers)} has it"
+    )
+
 
 IDLE: tuple[Idle, ...] = (
     Idle((*NETWORK, "dialect"), _full, "no adapter is trained with `train full`"),
@@ -101,22 +108,13 @@ IDLE: tuple[Idle, ...] = (
     Idle(("max_train_steps",), lambda v: v.max_train_epochs, "max_train_epochs decides how long training takes"),
     Idle(("persistent_data_loader_workers",), lambda v: not v.max_data_loader_n_workers, "it needs max_data_loader_n_workers"),
     Idle(("lr_scheduler",), lambda v: v.lr_scheduler_type, "lr_scheduler_type takes its place"),
-    Idle(
-        ("lr_scheduler_num_cycles",),
-        lambda v: v.lr_scheduler not in ("cosine_with_restarts", *_MIN_LR),
-        f"only lr_scheduler cosine_with_restarts, {' and '.join(_MIN_LR)} have cycles",
-    ),
-    Idle(("lr_scheduler_power",), lambda v: v.lr_scheduler != "polynomial", "only lr_scheduler polynomial has a power"),
-    Idle(("lr_scheduler_timescale",), lambda v: v.lr_scheduler != "inverse_sqrt", "only lr_scheduler inverse_sqrt has a time scale"),
-    Idle(
-        ("lr_scheduler_min_lr_ratio",), lambda v: v.lr_scheduler not in _MIN_LR, f"only lr_scheduler {' and '.join(_MIN_LR)} have a floor"
-    ),
-    Idle(("lr_decay_steps",), lambda v: v.lr_scheduler != "warmup_stable_decay", "only lr_scheduler warmup_stable_decay has decay steps"),
-    Idle(
-        ("lr_warmup_steps",),
-        lambda v: v.lr_scheduler in _NO_WARMUP and not v.lr_scheduler_type,
-        "this lr_scheduler has no warm-up; constant_with_warmup has",
-    ),
+    _only_with("lr_scheduler_num_cycles", "cosine_with_restarts", "cosine_with_min_lr", "warmup_stable_decay"),
+    _only_with("lr_scheduler_power", "polynomial"),
+    _only_with("lr_scheduler_timescale", "inverse_sqrt"),
+    _only_with("lr_scheduler_min_lr_ratio", "cosine_with_min_lr", "warmup_stable_decay"),
+    _only_with("lr_decay_steps", "warmup_stable_decay"),
+    Idle(("lr_warmup_steps",), lambda v: v.lr_scheduler in _NO_WARMUP, "this lr_scheduler has no warm-up; constant_with_warmup has"),
+    Idle(("lr_warmup_steps",), lambda v: v.lr_scheduler_type, "a scheduler class of your own has its own arguments, lr_scheduler_args"),
     Idle(("noise_offset_random_strength", "adaptive_noise_scale"), lambda v: not v.noise_offset, "it needs noise_offset"),
     Idle(("multires_noise_discount",), lambda v: not v.multires_noise_iterations, "it needs multires_noise_iterations"),
     Idle(("ip_noise_gamma_random_strength",), lambda v: not v.ip_noise_gamma, "it needs ip_noise_gamma"),
@@ -233,20 +231,11 @@ def clashes(values: Mapping[str, Any], given: Mapping[str, Given], method: str, 
             report.error(f"{first or rule.keys[0]}: {rule.why}")
 
 
-def idle(values: Mapping[str, Any], defaults: Mapping[str, Any], given: Mapping[str, Given], method: str, report: Report) -> set[str]:
-    """Report what a user set that has no effect; the settings concerned that were only stated, not refused."""
-    view, stated = View(values, method), set()
+def idle(values: Mapping[str, Any], defaults: Mapping[str, Any], given: Mapping[str, Given], method: str, report: Report) -> None:
+    """Report what a user set that has no effect."""
+    view, found = View(values, method), set()
     for rule in IDLE:
         for key in rule.keys:
-            if key in given and key not in stated and values[key] != defaults[key] and rule.when(view):
-                without_effect(given[key], rule.why, report)
-                stated.add(key)
-    return stated
-
-
-def without_effect(given: Given, why: str, report: Report) -> None:
-    """Refuse a setting that does nothing, or state it when it comes from a kohya command or file."""
-    if given.lenient:
-        report.note(f"{given}: accepted, no effect: {why}")
-    else:
-        report.error(f"{given}: would have no effect: {why}; leave it out")
+            if key in given and key not in found and values[key] != defaults[key] and rule.when(view):
+                report.without_effect(given[key], rule.why)
+                found.add(key)

@@ -191,8 +191,6 @@ def make_plan(
         raise UserError(_listed(bad))
     if not items:
         raise UserError("no picture is left to train on", *([_listed(bad)] if bad else []))
-    if all(item.picture.is_reg for item in items):
-        raise UserError("all pictures are regularisation pictures (is_reg): there is nothing to train on")
     return Plan(datasets=tuple(datasets), items=tuple(items), skipped=tuple(skipped), notes=tuple(notes), stride=stride)
 
 
@@ -206,6 +204,8 @@ def _check_options(datasets: Sequence[DatasetConfig], stride: int) -> None:
     wrong = []
     if not any(dataset.subsets for dataset in datasets):
         wrong.append("there are no pictures to train on: name a folder by train_data_dir, or in the file of dataset_config")
+    elif all(subset.is_reg for dataset in datasets for subset in dataset.subsets):
+        wrong.append("all folders are of regularisation pictures (is_reg): there is nothing to train on")
     for d, dataset in enumerate(datasets):
         where = f"dataset {d + 1}"
         wrong += [f"{where}: {message}" for message in check(dataset, stride)]

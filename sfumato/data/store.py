@@ -85,7 +85,7 @@ def _tensors(data: bytes) -> dict[str, Tensor]:
 
 
 @contextmanager
-def writing(store: Store, ahead: int = 32) -> Iterator[Callable[[str, Mapping[str, Tensor]], None]]:
+def writing(store: Store, ahead: int = 8) -> Iterator[Callable[[str, Mapping[str, Tensor]], None]]:
     """`store.put` beside other work: the disk is waited for only when more than `ahead` entries are on their way, and at the end.
 
     Raises what `put` raises, at a later `put` or at the end.

@@ -6,18 +6,19 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from PIL import Image
 
-from sfumato import families
 from sfumato.adapters.insert import from_state
-from sfumato.config import LossConfig, NoiseConfig
+from sfumato.config import Config
+from sfumato.errors import UserError
 from sfumato.families.base import Models
+from sfumato.tensors import attention
 from sfumato.tensors.noise import Process
-from sfumato.train import dist, sample
-from sfumato.train.prompts import Prompt
+from sfumato.train import dist, prompts, run, sample
+from sfumato.train.progress import telling
+from sfumato.train.step import autocast
 from sfumato.train.trainables import read_adapter
 
 
@@ -27,46 +28,59 @@ class Drawer:
 
     models: Models
     process: Process
+    precision: dist.Precision
+    device: torch.device
 
     @classmethod
-    def of(
-        cls,
-        path: str,
-        family: str,
-        *,
-        options: Any = None,
-        vae: str | None = None,
-        tokenizer: str | None = None,
-        noise: NoiseConfig | None = None,
-        dtype: torch.dtype = torch.float32,
-        device: torch.device | None = None,
-    ) -> Drawer:
-        """Load a checkpoint (file, folder or hub id). `dtype`: of the denoiser and the encoders; the VAE runs in fp32."""
-        record = families.family(family)
-        options = families.facts(family).Options() if options is None else options
+    def of(cls, config: Config, device: torch.device | None = None) -> Drawer:
+        """The base model of a config with its `base_weights` merged. Errors: `UserError` for whatever the user can mend."""
+        precision = dist.precision(config.train.mixed_precision)
+        attention.choose("xformers" if config.memory.xformers else "sdpa")
         device = dist.device_of() if device is None else device
-        models = record.load(path, options, vae=vae, tokenizer=tokenizer, dtype=dtype)
-        for net in models.nets().values():
+        models = run.load_models(config, precision)
+        run.merge_base_weights(config, models)
+        for net in run.all_nets(models):
             net.to(device)
-        if models.vae is not None:
-            models.vae.to(device, torch.float32)
-        return cls(models, record.process(models, noise or NoiseConfig(), LossConfig()))
+        return cls(models, models.family.process(models, config.noise, config.loss), precision, device)
 
     @contextmanager
-    def adapted(self, *paths: Path, strengths: Sequence[float] = ()) -> Iterator[None]:
-        """Adapter files act for as long as the context lasts. `strengths`: one a file; default 1."""
+    def adapted(self, *paths: Path, strength: float = 1.0) -> Iterator[None]:
+        """Adapter files act for as long as the context lasts."""
         held = []
         try:
-            for i, path in enumerate(paths):
-                inserted = from_state(self.models.nets(), read_adapter(self.models, path))
-                inserted.multiplier = strengths[i] if i < len(strengths) else 1.0
-                inserted.eval()
+            for path in paths:
+                inserted = from_state(self.models.nets(), read_adapter(self.models, path)).to(self.device).eval()
+                inserted.multiplier = strength
                 held.append(inserted)
             yield
         finally:
             for inserted in held:
                 inserted.remove()
 
-    def draw(self, prompts: Sequence[Prompt], *, sampler: str = "ddim", progress: sample.Progress | None = None) -> list[Image.Image]:
+    def draw(
+        self, wanted: Sequence[prompts.Prompt], *, sampler: str = "ddim", batch_size: int = 8, progress: sample.Progress | None = None
+    ) -> list[Image.Image]:
         """One picture a prompt."""
-        return sample.draw(self.models, prompts, process=self.process, sampler=sampler, batch_size=8, progress=progress)
+        with autocast(self.device, self.precision):
+            return sample.draw(self.models, wanted, process=self.process, sampler=sampler, batch_size=batch_size, progress=progress)
+
+
+def main(config: Config) -> list[Path]:
+    """`sfumato sample`: draw `sample_prompts` with the base model, its `base_weights` and `network_weights`, into `output_dir/sample`.
+
+    Errors: `UserError` for whatever the user can mend.
+    """
+    if not config.sample.sample_prompts:
+        raise UserError("sample_prompts is missing: name a file of prompts (.txt, .toml or .json)")
+    wanted, sampler = prompts.read_prompts(config.sample.sample_prompts), prompts.sampler(config.sample.sample_sampler)
+    world = dist.world()
+    try:
+        drawer = Drawer.of(config, world.device)
+        adapters = [Path(config.network.network_weights)] if config.network.network_weights else []
+        with drawer.adapted(*adapters), autocast(world.device, drawer.precision), telling("drawing samples") as tell:
+            return sample.sample(
+                drawer.models, wanted, Path(config.output.output_dir) / "sample", process=drawer.process, name=config.output.output_name,
+                sampler=sampler, seed=config.train.seed, rank=world.rank, world=world.size, progress=tell,
+            )  # fmt: skip
+    finally:
+        world.close()

@@ -11,7 +11,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -28,15 +28,16 @@ from sfumato.data.store import Index, Store, default_root
 from sfumato.errors import UserError
 from sfumato.families.base import Models
 from sfumato.formats import files
-from sfumato.memory.checkpoint import checkpoint_blocks
+from sfumato.memory.plan import fit
 from sfumato.optim import build, schedules
 from sfumato.optim.ema import EMA
 from sfumato.tensors import attention
+from sfumato.tensors.noise import Process
 from sfumato.train import dist, keep, log, loop, provenance, state
 from sfumato.train.progress import Tell, console, telling
-from sfumato.train.prompts import read_prompts
+from sfumato.train.prompts import Prompt, read_prompts, sampler
 from sfumato.train.sample import sample
-from sfumato.train.step import Step
+from sfumato.train.step import Step, autocast
 from sfumato.train.trainables import Adapters, Full, Trainable, caches_latents, caches_text, read_adapter
 
 Method = Literal["network", "full"]
@@ -196,6 +197,7 @@ def prepare(config: Config, method: Method, datasets: tuple[DatasetConfig, ...],
         console.print(data.plan.steps_line(config.train.gradient_accumulation_steps, world.size))
         console.print(f"{pace.steps} steps in {pace.epochs} epochs")
     prompts = read_prompts(config.sample.sample_prompts) if config.sample.sample_prompts else []
+    sampler(config.sample.sample_sampler)
     models = load_models(config, precision)
     merge_base_weights(config, models)
     caches = fill_caches(config, data, models, world)
@@ -207,7 +209,8 @@ def prepare(config: Config, method: Method, datasets: tuple[DatasetConfig, ...],
         optimizer = build.in_low_bits(optimizer, config.train.seed)
     step: nn.Module = Step(models, trainable, process, config.loss, precision)
     if world.size > 1:
-        step = DistributedDataParallel(step, find_unused_parameters=bool(config.train.stop_text_encoder_training))
+        # A clip_skip, or a text encoder frozen on the way, leaves weights without a gradient.
+        step = DistributedDataParallel(step, find_unused_parameters=trainable.trained != ("denoiser",))
     loader = Loader(
         plan=data.plan,
         seed=config.train.seed,
@@ -220,7 +223,7 @@ def prepare(config: Config, method: Method, datasets: tuple[DatasetConfig, ...],
         workers=config.train.max_data_loader_n_workers,
         persistent=config.train.persistent_data_loader_workers,
     )
-    tell = partial(_draw, config, models, process, prompts, world)
+    tell = partial(_draw, config, models, process, prompts, world, precision)
     adapter = trainable.plan if isinstance(trainable, Adapters) else None
     facts = provenance.Facts(config=config, models=models, plan=data.plan, pace=pace, adapter=adapter)
     course = loop.Course(
@@ -263,17 +266,21 @@ def place(config: Config, models: Models, trainable: Trainable, world: dist.Worl
     if models.vae is not None:
         models.vae.to("cpu" if caches_latents(config) else world.device)
     trainable.modules().to(world.device)
-    if config.memory.gradient_checkpointing:
-        checkpoint_blocks(family.blocks(models.denoiser))
-        for name, net in models.encoders.items():
-            if name in trainable.trained:
-                checkpoint_blocks(family.encoder_blocks(net))
+    fit(family.blocks(models.denoiser), config.memory)
+    for name, net in models.encoders.items():
+        if name in trainable.trained:
+            fit(family.encoder_blocks(net), config.memory)
+
+
+def all_nets(models: Models) -> list[nn.Module]:
+    """Denoiser, encoders and VAE."""
+    return [*models.nets().values(), *([models.vae] if models.vae is not None else [])]
 
 
 @contextmanager
 def present(models: Models, device: torch.device) -> Iterator[None]:
     """All nets on `device`; afterwards each is where it was."""
-    nets = [*models.nets().values(), *([models.vae] if models.vae is not None else [])]
+    nets = all_nets(models)
     places = [next(net.parameters()).device for net in nets]
     for net in nets:
         net.to(device)
@@ -284,11 +291,20 @@ def present(models: Models, device: torch.device) -> Iterator[None]:
             net.to(old)
 
 
-def _draw(config: Config, models: Models, process: Any, prompts: list[Any], world: dist.World, step: int, epoch: int) -> None:
+def _draw(
+    config: Config,
+    models: Models,
+    process: Process,
+    prompts: list[Prompt],
+    world: dist.World,
+    precision: dist.Precision,
+    step: int,
+    epoch: int,
+) -> None:
     if not prompts:
         return
     ended = config.sample.sample_every_n_epochs is not None and config.sample.sample_every_n_steps is None
-    with present(models, world.device), telling("drawing samples") as tell:
+    with present(models, world.device), autocast(world.device, precision), telling("drawing samples") as tell:
         sample(
             models, prompts, Path(config.output.output_dir) / "sample", process=process, name=config.output.output_name,
             sampler=config.sample.sample_sampler, epoch=epoch + 1 if ended else None, step=None if ended else step,

@@ -16,59 +16,18 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from sfumato.config import Config
 from sfumato.data.batch import Cond
 from sfumato.errors import UserError
 from sfumato.families.base import Models
-from sfumato.tensors import attention
 from sfumato.tensors.noise import Process
 from sfumato.tensors.random import key
 from sfumato.train import picture
-from sfumato.train.prompts import SAMPLERS, Prompt, read_prompts
+from sfumato.train.prompts import SAMPLERS, Prompt
 from sfumato.train.prompts import sampler as own_name
 
 Progress = Callable[[int, int], None]
 """Told (done, all) steps of the denoiser."""
 log = logging.getLogger(__name__)
-
-
-def main(config: Config) -> list[Path]:
-    """`sfumato sample`: draw `sample_prompts` with the base model, its `base_weights` and `network_weights`, into `output_dir/sample`.
-
-    Errors: `UserError` for whatever the user can mend.
-    """
-    # These modules draw samples themselves, so they are imported late.
-    from sfumato.train import dist, run
-    from sfumato.train.progress import telling
-    from sfumato.train.step import autocast
-
-    if not config.sample.sample_prompts:
-        raise UserError("sample_prompts is missing: name a file of prompts (.txt, .toml or .json)")
-    prompts, sampler = read_prompts(config.sample.sample_prompts), own_name(config.sample.sample_sampler)
-    precision = dist.precision(config.train.mixed_precision)
-    attention.choose("xformers" if config.memory.xformers else "sdpa")
-    world = dist.world()
-    try:
-        models = run.load_models(config, precision)
-        run.merge_base_weights(config, models)
-        _put_on(config, models, world.device)
-        process = models.family.process(models, config.noise, config.loss)
-        with run.present(models, world.device), autocast(world.device, precision), telling("drawing samples") as tell:
-            return sample(
-                models, prompts, Path(config.output.output_dir) / "sample", process=process, name=config.output.output_name,
-                sampler=sampler, seed=config.train.seed, rank=world.rank, world=world.size, progress=tell,
-            )  # fmt: skip
-    finally:
-        world.close()
-
-
-def _put_on(config: Config, models: Models, device: torch.device) -> None:
-    """The adapter of `network_weights`, if any; the layers keep hold of it."""
-    from sfumato.adapters.insert import from_state
-    from sfumato.train.trainables import read_adapter
-
-    if config.network.network_weights:
-        from_state(models.nets(), read_adapter(models, Path(config.network.network_weights))).to(device).eval()
 
 
 def sample(

@@ -246,5 +246,5 @@ def _adapter_lr(name: str, models: Models, config: Config) -> float:
         return o.learning_rate if o.unet_lr is None else o.unet_lr
     if not o.text_encoder_lr:
         return o.learning_rate
-    order = models.family.encoder_lr_order
+    order = [name for name in models.family.encoder_lr_order if name in models.encoders]
     return o.text_encoder_lr[min(order.index(name), len(o.text_encoder_lr) - 1)]

@@ -2,13 +2,15 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from sfumato import train
 from sfumato.cli import reference
 from sfumato.cli.main import COMMANDS, guarded, main
-from sfumato.train import run, sample
+from sfumato.train import draw, run
 
 BASE = ["--pretrained_model_name_or_path", "base.safetensors", "--dataset_config", "data.toml"]
 
@@ -40,9 +42,11 @@ def test_mistakes_exit_with_2(argv: list[str], message: str, home: Path, capsys:
 def test_commands_hand_over_the_config(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[Any] = []
     monkeypatch.setattr(run, "train", lambda config, method, datasets, resolved="": calls.append(("train", method, len(datasets))))
-    monkeypatch.setattr(run, "plan", lambda config, method, datasets: calls.append(("plan", method, len(datasets))), raising=False)
+    monkeypatch.setattr(
+        train, "plan", SimpleNamespace(show=lambda config, method, datasets: calls.append(("plan", method, len(datasets)))), raising=False
+    )
     monkeypatch.setattr(run, "cache", lambda config, datasets: calls.append(("cache", "network", len(datasets))))
-    monkeypatch.setattr(sample, "main", lambda config: [Path(config.sample.sample_prompts)], raising=False)
+    monkeypatch.setattr(draw, "main", lambda config: [Path(config.sample.sample_prompts)])
     Path("prompts.txt").write_text("a cat\n")
     for argv in (["train", "full", *BASE], ["plan", *BASE], ["cache", *BASE], ["sample", *BASE[:2], "--sample_prompts", "prompts.txt"]):
         assert main(argv) == 0

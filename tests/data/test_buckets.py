@@ -29,7 +29,13 @@ def brute_force(resolution: tuple[int, int], low: int, high: int, step: int) -> 
 
 @pytest.mark.parametrize(
     ("resolution", "low", "high", "step"),
-    [((512, 512), 256, 1024, 64), ((1024, 1024), 256, 2048, 64), ((768, 512), 320, 960, 64), ((64, 64), 32, 128, 16), ((512, 512), 256, 1024, 8)],
+    [
+        ((512, 512), 256, 1024, 64),
+        ((1024, 1024), 256, 2048, 64),
+        ((768, 512), 320, 960, 64),
+        ((64, 64), 32, 128, 16),
+        ((512, 512), 256, 1024, 8),
+    ],
 )
 def test_buckets_are_those_of_the_rules(resolution: tuple[int, int], low: int, high: int, step: int) -> None:
     options = BucketOptions(enable_bucket=True, resolution=resolution, min_bucket_reso=low, max_bucket_reso=high, bucket_reso_steps=step)
@@ -52,7 +58,7 @@ def test_buckets_of_512() -> None:
         ((1920, 1080), (640, 384), (683, 384), (21, 0)),  # 16:9 is nearer to 640x384 (1.67) than to 704x320 (2.2)
         ((1000, 1500), (384, 640), (427, 640), (21, 0)),
         ((100, 100), (512, 512), (512, 512), (0, 0)),  # enlarged
-        ((333, 100), (960, 256), (960, 288), (0, 16)),
+        ((333, 100), (832, 256), (852, 256), (10, 0)),
     ],
 )
 def test_places(size: tuple[int, int], bucket: tuple[int, int], resized: tuple[int, int], centre: tuple[int, int]) -> None:
@@ -81,7 +87,8 @@ def test_a_bucket_is_always_within_the_resized_picture(width: int, height: int) 
         ((300, 200), (256, 192), (300, 200)),  # small: left as it is, cut to steps
         ((64, 4000), (64, 3968), (64, 4000)),  # no clamp to max_bucket_reso
         ((1024, 1024), (512, 512), (512, 512)),
-        ((1920, 1080), (640, 320), (640, 360)),  # width to steps: 640x320 (2.0); height to steps: 640x384 (1.67), nearer to 1.78
+        ((999, 1000), (512, 512), (512, 513)),  # 511.7 counts as 512
+        ((1920, 1080), (640, 384), (683, 384)),  # width to steps: 640x320 (2.0); height to steps: 640x384 (1.67), nearer to 1.78
     ],
 )
 def test_places_without_enlarging(size: tuple[int, int], bucket: tuple[int, int], resized: tuple[int, int]) -> None:

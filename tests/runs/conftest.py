@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import tiny
 from PIL import Image
-
 from training import Train, config
 
 from sfumato.config import DatasetConfig, SubsetConfig

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import tiny
 import torch
-from training import Train
 from safetensors import safe_open
+from training import Train
 
 from sfumato.formats.files import load
 from sfumato.train import keep
@@ -49,12 +49,15 @@ def test_full_training_changes_what_it_says(train: Train, model: Path, text: boo
 def test_adapters_are_put_where_they_are_asked_for(train: Train, options: dict[str, Any], prefixes: set[str]) -> None:
     tensors = load(train("lora", **options) / "out.safetensors")
     assert {"_".join(name.split("_")[:2]) for name in tensors} == prefixes
-    ups = [t for name, t in tensors.items() if name.endswith("lora_up.weight")]
-    assert all(t.abs().max() > 0 for t in ups)
+    still = {name for name, t in tensors.items() if name.endswith("lora_up.weight") and not t.any()}
+    # The middle of this net sees one pixel, and a softmax over one number has no gradient.
+    assert still == {n for n in tensors if "mid_block" in n and n.endswith(("attn1_to_q.lora_up.weight", "attn1_to_k.lora_up.weight"))}
     assert any(t.ndim == 4 and "resnets" in name for name, t in tensors.items()) == ("network_args" in options)
 
 
-@pytest.mark.parametrize("options", [{"gradient_checkpointing": True}, {"mixed_precision": "bf16"}, {"full_bf16": True, "mixed_precision": "bf16"}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{"gradient_checkpointing": True}, {"mixed_precision": "bf16"}, {"full_bf16": True, "mixed_precision": "bf16"}], ids=str
+)
 def test_memory_and_precision_options_train(train: Train, options: dict[str, Any]) -> None:
     folder = train("a", max_train_steps=6, **options)
     losses = [json.loads(line)["loss"] for line in (folder / "out.jsonl").read_text().splitlines()]
@@ -74,7 +77,7 @@ def test_stopping_the_text_encoder_freezes_it(train: Train) -> None:
 
 def test_start_from_an_adapter(train: Train) -> None:
     first = train("a", network_dim=3) / "out.safetensors"
-    again = train("b", network_weights=str(first), dim_from_weights=True, learning_rate=0.0) / "out.safetensors"
+    again = train("b", network_weights=str(first), dim_from_weights=True, learning_rate=1e-30) / "out.safetensors"
     one, two = load(first), load(again)
     assert one.keys() == two.keys()
     assert all(torch.equal(one[name], two[name]) for name in one)

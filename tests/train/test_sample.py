@@ -273,7 +273,6 @@ def test_the_command_draws_with_adapters_worn_or_merged(tmp_path: Path) -> None:
     worn = run(tmp_path, "worn", NetworkConfig(network_weights=file))
     merged = run(tmp_path, "merged", NetworkConfig(base_weights=(file,)))
     half = run(tmp_path, "half", NetworkConfig(network_weights=file), "bf16")
-    print(np.abs(worn - plain).mean(), np.abs(worn - merged).mean(), np.abs(worn - half).mean())
     assert np.abs(worn - plain).mean() > 10
     assert np.abs(worn - merged).mean() < 0.5
     assert np.abs(worn - half).mean() < 5

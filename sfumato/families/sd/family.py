@@ -135,8 +135,11 @@ def save(
             sample_size=96 if models.options.v2 and v else 64,
         )
         return
-    files.save(path, checkpoint.spell(source, parts["denoiser"], parts[name], parts.get("vae")), metadata)
+    if not unchanged(models.denoiser.state_dict(), source.unet):
+        # An average of the old U-Net beside the new one would be taken for the new one's by programs that prefer it.
+        source = replace(source, kept={k: t for k, t in source.kept.items() if not k.startswith("model_ema.")})
     _put_beside(tokenizer, path.parent / "tokenizer")
+    files.save(path, checkpoint.spell(source, parts["denoiser"], parts[name], parts.get("vae")), metadata)
 
 
 def _values(net: nn.Module, given: Mapping[str, Tensor], instead: Mapping[str, Tensor], dtype: torch.dtype | None) -> Mapping[str, Tensor]:
@@ -154,7 +157,7 @@ def _put_beside(tokenizer: Any, beside: Path) -> None:
         tokenizer.save_pretrained(beside)
     elif clip_tokenizer(beside).get_vocab() != tokenizer.get_vocab():
         raise UserError(
-            f"{beside}: another model's tokenizer stands where this model's must; the weights are saved, move them or the tokenizer"
+            f"{beside}: another model's tokenizer stands where this model's must; choose another output_dir"
         )
 
 

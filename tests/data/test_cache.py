@@ -1,0 +1,264 @@
+"""Exactly what changed is encoded again, and it is said why; a killed run goes on where it was."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from folders import LATENTS, dataset, encode, folder, latents, noise, plan, subset, texts
+from PIL import Image
+from torch import Tensor
+
+from sfumato.data.cache import Report
+from sfumato.data.store import Index, Store
+from sfumato.errors import UserError
+
+
+@pytest.fixture
+def cache(tmp_path: Path) -> Path:
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def pictures(tmp_path: Path) -> Path:
+    return folder(tmp_path / "p")
+
+
+def run(pictures: Path, cache: Path, vae: str = "vae", stride: int = 8, **options: Any) -> Report:
+    """A whole start: a new index and store over the same folder."""
+    of_dataset = {k: options.pop(k) for k in ("resolution",) if k in options}
+    index = Index(cache)
+    return latents(plan(dataset(subset(pictures, **options), **of_dataset), index=index, stride=stride), Store(cache), index, vae)
+
+
+def run_texts(pictures: Path, cache: Path, encoder: str = "clip", settings: dict[str, object] | None = None, **options: Any) -> Report:
+    index = Index(cache)
+    return texts(plan(dataset(subset(pictures, **options)), index=index), Store(cache), index, encoder, **(settings or {"clip_skip": 1}))
+
+
+def counts(report: Report) -> tuple[int, int, dict[str, int]]:
+    return report.found, report.encoded, report.reasons
+
+
+def test_an_unchanged_second_start_encodes_nothing(pictures: Path, cache: Path) -> None:
+    assert counts(run(pictures, cache)) == (0, 5, {"new": 5})
+    assert counts(run(pictures, cache)) == (5, 0, {})
+    assert str(run(pictures, cache)) == "5 found, 0 encoded"
+
+
+def replace_picture(pictures: Path) -> dict[str, Any]:
+    noise((64, 64), 321).save(pictures / "4.png")
+    return {}
+
+
+def add_picture(pictures: Path) -> dict[str, Any]:
+    noise((64, 64), 322).save(pictures / "9.png")
+    (pictures / "9.txt").write_text("a new one")
+    return {}
+
+
+def touch(pictures: Path) -> dict[str, Any]:
+    os.utime(pictures / "0.png", (1, 1))
+    return {}
+
+
+def edit_caption(pictures: Path) -> dict[str, Any]:
+    (pictures / "3.txt").write_text("something else")
+    return {}
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        (replace_picture, (4, 1, {"picture changed": 1})),
+        (add_picture, (5, 1, {"new": 1})),
+        (touch, (5, 0, {})),
+        (edit_caption, (5, 0, {})),
+        (lambda _: {"vae": "another"}, (0, 5, {"VAE changed": 5})),
+        (lambda _: {"flip_aug": True}, (0, 5, {"flip_aug False -> True": 5})),
+        (lambda _: {"resize_interpolation": "bicubic"}, (0, 5, {"resize_interpolation None -> bicubic": 5})),
+        (lambda _: {"num_repeats": 7}, (5, 0, {})),
+    ],
+)
+def test_exactly_the_latents_concerned(
+    pictures: Path, cache: Path, change: Callable[[Path], dict[str, Any]], expected: tuple[int, int, dict[str, int]]
+) -> None:
+    run(pictures, cache)
+    options = change(pictures)
+    assert counts(run(pictures, cache, **options)) == expected
+    assert run(pictures, cache, **options).encoded == 0
+
+
+def test_another_resolution_keeps_the_first(pictures: Path, cache: Path) -> None:
+    run(pictures, cache)
+    again = run(pictures, cache, resolution=(96, 96))
+    assert (again.found, again.encoded) == (0, 5)
+    assert all(reason.startswith("bucket ") for reason in again.reasons)
+    assert again.reasons["bucket 64x64 -> 96x96"] >= 2
+    assert run(pictures, cache).encoded == 0
+
+
+def test_the_changed_picture_is_named(pictures: Path, cache: Path) -> None:
+    run(pictures, cache)
+    replace_picture(pictures)
+    assert run(pictures, cache).changed == ((str(pictures / "4.png"), "picture changed"),)
+
+
+def test_a_lost_entry_is_made_again(pictures: Path, cache: Path) -> None:
+    first = run(pictures, cache)
+    first.store.path(first.keys[2]).unlink()
+    assert counts(run(pictures, cache)) == (4, 1, {"its entry is gone": 1})
+
+
+def test_pictures_of_the_same_bytes_share_an_entry(pictures: Path, cache: Path) -> None:
+    (pictures / "copy.png").write_bytes((pictures / "0.png").read_bytes())
+    report = run(pictures, cache)
+    assert report.encoded == 5
+    assert report.keys[5] == report.keys[0]
+
+
+def test_latents_are_what_the_vae_says_of_the_cut_picture(tmp_path: Path) -> None:
+    folder(tmp_path / "p", [(64, 64)])
+    report = run(tmp_path / "p", tmp_path / "cache", flip_aug=True)
+    entry = report.store.get(report.keys[0]) or {}
+    with Image.open(tmp_path / "p" / "0.png") as image:
+        pixels = torch.tensor(list(image.convert("RGB").tobytes()), dtype=torch.float32).view(64, 64, 3).permute(2, 0, 1) / 127.5 - 1
+    assert torch.equal(entry["latents"], encode(pixels[None])[0].half())
+    assert torch.equal(entry["latents_flipped"], encode(pixels[None].flip(3))[0].half())
+    assert entry["latents"].dtype == LATENTS.dtype
+
+
+def test_vae_batches_do_not_change_what_is_kept(pictures: Path, tmp_path: Path) -> None:
+    of = plan(dataset(subset(pictures, flip_aug=True)))
+    one, three = (latents(of, Store(), Index(), batch_size=n) for n in (1, 3))
+    assert one.keys == three.keys
+    for name in one.keys.values():
+        a, b = one.store.get(name) or {}, three.store.get(name) or {}
+        assert a.keys() == b.keys() == {"latents", "latents_flipped"}
+        assert all(torch.allclose(a[k].float(), b[k].float(), atol=1e-3) for k in a)
+
+
+def test_masks_are_kept_with_the_latents_and_are_part_of_the_key(tmp_path: Path, cache: Path) -> None:
+    pictures = folder(tmp_path / "p", [(64, 64)] * 2)
+    (tmp_path / "m").mkdir()
+    half = Image.new("L", (64, 64), 0)
+    half.paste(255, (0, 0, 32, 64))
+    for i in range(2):
+        half.save(tmp_path / "m" / f"{i}.png")
+    report = run(pictures, cache, conditioning_data_dir=str(tmp_path / "m"))
+    mask = (report.store.get(report.keys[0]) or {})["mask"]
+    assert torch.equal(mask, torch.cat([torch.ones(1, 8, 4), torch.zeros(1, 8, 4)], dim=2))
+    half.transpose(Image.Transpose.ROTATE_90).save(tmp_path / "m" / "1.png")
+    assert counts(run(pictures, cache, conditioning_data_dir=str(tmp_path / "m"))) == (1, 1, {"mask changed": 1})
+
+
+def test_alpha_is_the_mask_and_hides_nothing(tmp_path: Path) -> None:
+    image = noise((64, 64), 5).convert("RGBA")
+    image.putalpha(Image.new("L", (64, 64), 51))
+    (tmp_path / "p").mkdir()
+    image.save(tmp_path / "p" / "a.png")
+    report = run(tmp_path / "p", tmp_path / "cache", alpha_mask=True)
+    entry = report.store.get(report.keys[0]) or {}
+    assert torch.allclose(entry["mask"], torch.full((1, 8, 8), 0.2))
+    image.convert("RGB").save(tmp_path / "p" / "a.png")
+    opaque = run(tmp_path / "p", tmp_path / "cache", alpha_mask=True)
+    entry_of_opaque = opaque.store.get(opaque.keys[0]) or {}
+    assert torch.equal(entry["latents"], entry_of_opaque["latents"])
+    assert torch.equal(entry_of_opaque["mask"], torch.ones(1, 8, 8))
+
+
+def test_latents_that_are_not_finite_name_the_picture_and_the_flag(pictures: Path) -> None:
+    def broken(pixels: Tensor) -> Tensor:
+        return encode(pixels) * float("nan")
+
+    with pytest.raises(UserError, match=r"0\.png.*--no_half_vae"):
+        latents(plan(dataset(subset(pictures))), Store(), Index(), encode=broken)
+
+
+@pytest.mark.parametrize("option", ["random_crop", "color_aug"])
+def test_options_that_change_the_picture_each_time_are_refused(pictures: Path, option: str) -> None:
+    with pytest.raises(UserError, match=option):
+        latents(plan(dataset(subset(pictures, **{option: True}))), Store(), Index())
+
+
+def test_texts_unchanged_changed_and_shared(pictures: Path, cache: Path) -> None:
+    assert counts(run_texts(pictures, cache)) == (0, 5, {"new": 5})
+    assert counts(run_texts(pictures, cache)) == (5, 0, {})
+    edit_caption(pictures)
+    assert counts(run_texts(pictures, cache)) == (4, 1, {"caption changed": 1})
+    replace_picture(pictures)
+    assert counts(run_texts(pictures, cache)) == (5, 0, {})
+    (pictures / "0.txt").write_text("something else")
+    assert counts(run_texts(pictures, cache)) == (4, 0, {})
+
+
+def test_texts_follow_the_encoder_and_its_settings(pictures: Path, cache: Path) -> None:
+    run_texts(pictures, cache)
+    assert counts(run_texts(pictures, cache, settings={"clip_skip": 2})) == (0, 5, {"setting clip_skip 1 -> 2": 5})
+    assert counts(run_texts(pictures, cache, encoder="other", settings={"clip_skip": 2})) == (0, 5, {"text encoder changed": 5})
+    assert run_texts(pictures, cache).encoded == 0
+
+
+def test_dropout_adds_the_empty_caption_alone(pictures: Path, cache: Path) -> None:
+    run_texts(pictures, cache)
+    assert counts(run_texts(pictures, cache, caption_dropout_rate=0.1)) == (5, 1, {"new": 1})
+
+
+def test_only_the_named_fields_are_kept(pictures: Path, cache: Path) -> None:
+    report = run_texts(pictures, cache)
+    entry = report.store.get(next(iter(report.keys.values()))) or {}
+    assert entry.keys() == {"hidden"}
+    assert entry["hidden"].dtype == torch.float16
+
+
+def test_captions_without_end_are_refused_by_option(pictures: Path, cache: Path) -> None:
+    with pytest.raises(UserError, match="shuffle_caption, caption_tag_dropout_rate"):
+        run_texts(pictures, cache, shuffle_caption=True, caption_tag_dropout_rate=0.1)
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from folders import dataset, encode, latents, plan, subset
+from sfumato.data.store import Index, Store
+
+pictures, cache, calls = Path(sys.argv[1]), Path(sys.argv[2]), []
+
+def dying(pixels):
+    calls.append(1)
+    if len(calls) == 40:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return encode(pixels)
+
+index = Index(cache)
+latents(plan(dataset(subset(pictures)), index=index), Store(cache), index, encode=dying)
+"""
+
+
+def test_a_killed_run_goes_on_where_it_was(tmp_path: Path, cache: Path) -> None:
+    pictures = folder(tmp_path / "p", [(64, 64)] * 60)
+    here = Path(__file__).parent
+    path = os.pathsep.join([str(here), str(here.parent.parent)])
+    killed = subprocess.run([sys.executable, "-c", KILLED, str(pictures), str(cache)], env=os.environ | {"PYTHONPATH": path}, check=False)
+    assert killed.returncode == -9
+    whole = [p for p in cache.rglob("*.safetensors") if not p.name.startswith(".")]
+    again = run(pictures, cache)
+    assert 30 <= len(whole) < 40
+    assert (again.found, again.encoded) == (len(whole), 60 - len(whole))
+    assert all(again.store.get(name) for name in again.keys.values())
+
+
+def test_the_folder_of_the_pictures_is_not_touched(pictures: Path, cache: Path) -> None:
+    def state() -> dict[Path, tuple[bytes, int]]:
+        return {p: (p.read_bytes(), p.stat().st_mtime_ns) for p in pictures.rglob("*")}
+
+    before = state()
+    run(pictures, cache, flip_aug=True)
+    run_texts(pictures, cache)
+    assert state() == before

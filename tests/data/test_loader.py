@@ -1,0 +1,235 @@
+"""The same batches whatever reads them, and all that belongs together stays together."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from folders import LATENTS, dataset, encode, folder, latents, noise, plan, subset, texts, tokenize
+from PIL import Image
+from torch import Tensor
+
+from sfumato.data.batch import Batch
+from sfumato.data.loader import Loader
+from sfumato.data.plan import Plan
+from sfumato.data.store import Index, Store
+from sfumato.errors import UserError
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return folder(tmp_path_factory.mktemp("pictures"), [(64, 64)] * 5 + [(96, 70)] * 3)
+
+
+MOVING = {"flip_aug": True, "random_crop": True, "color_aug": True, "shuffle_caption": True, "caption_dropout_rate": 0.2, "num_repeats": 2}
+
+
+def moving(pictures: Path, **options: Any) -> Plan:
+    return plan(dataset(subset(pictures, **MOVING), **options))
+
+
+def loader(of: Plan, **options: Any) -> Loader:
+    return Loader(plan=of, seed=7, tokenize=tokenize, **options)
+
+
+def equal(a: object, b: object) -> bool:
+    if isinstance(a, Tensor):
+        return isinstance(b, Tensor) and a.dtype == b.dtype and torch.equal(a, b)
+    if isinstance(a, dict) and isinstance(b, dict):
+        return a.keys() == b.keys() and all(equal(a[k], b[k]) for k in a)
+    return a == b
+
+
+def same(a: list[Batch], b: list[Batch]) -> bool:
+    return len(a) == len(b) and all(equal(getattr(x, f.name), getattr(y, f.name)) for x, y in zip(a, b, strict=True) for f in fields(Batch))
+
+
+def test_workers_change_nothing(pictures: Path) -> None:
+    of = moving(pictures)
+    none, two = loader(of), loader(of, workers=2, persistent=True)
+    for epoch in range(2):
+        assert same(list(none.epoch(epoch)), list(two.epoch(epoch)))
+
+
+def test_workers_change_nothing_with_latents_on_disk(pictures: Path, tmp_path: Path) -> None:
+    of = plan(dataset(subset(pictures, flip_aug=True)))
+    kept = latents(of, Store(tmp_path), Index())
+    assert same(list(loader(of, latents=kept).epoch(0)), list(loader(of, latents=kept, workers=2).epoch(0)))
+
+
+def test_epochs_differ_and_come_again(pictures: Path) -> None:
+    of = moving(pictures)
+    first = list(loader(of).epoch(0))
+    assert same(first, list(loader(of).epoch(0)))
+    assert not same(first, list(loader(of).epoch(1)))
+
+
+def test_an_epoch_can_be_entered_in_the_middle(pictures: Path) -> None:
+    of = moving(pictures)
+    assert same(list(loader(of).epoch(1))[3:], list(loader(of).epoch(1, start_batch=3)))
+
+
+def samples(batches: list[Batch]) -> Counter[tuple[object, ...]]:
+    """Every sample that weighs something, by all that it is."""
+    found: Counter[tuple[object, ...]] = Counter()
+    for batch in batches:
+        assert batch.pixels is not None
+        for i, key in enumerate(batch.keys):
+            if batch.weight[i]:
+                found[key, batch.captions[i], tuple(batch.sizes[i].tolist()), float(batch.weight[i]), batch.pixels[i].sum().item()] += 1
+    return found
+
+
+@pytest.mark.parametrize("world", [2, 3, 4])
+def test_processes_share_the_samples_of_one(pictures: Path, world: int) -> None:
+    of = moving(pictures)
+    alone = list(loader(of).epoch(0))
+    shared = [list(loader(of).epoch(0, rank=rank, world=world)) for rank in range(world)]
+    assert {len(batches) for batches in shared} == {loader(of).batches_per_epoch(world)}
+    assert samples([batch for batches in shared for batch in batches]) == samples(alone)
+    assert alone[1].keys == shared[1][0].keys
+
+
+def test_a_draw_does_not_depend_on_how_batches_are_cut(pictures: Path) -> None:
+    three = samples(list(loader(moving(pictures, batch_size=3)).epoch(0)))
+    assert samples(list(loader(moving(pictures, batch_size=1)).epoch(0))) == three
+
+
+def test_no_global_generator_is_touched(pictures: Path) -> None:
+    torch.manual_seed(3)
+    before = torch.random.get_rng_state(), random.getstate(), str(np.random.get_state())
+    of = moving(pictures)
+    for workers in (0, 2):
+        list(loader(of, workers=workers).epoch(0))
+    assert torch.equal(before[0], torch.random.get_rng_state())
+    assert before[1:] == (random.getstate(), str(np.random.get_state()))
+
+
+def test_a_batch_of_pixels_says_what_it_is(pictures: Path) -> None:
+    of = plan(dataset(subset(pictures), batch_size=3, network_multiplier=0.5))
+    for batch in loader(of).epoch(0):
+        assert batch.pixels is not None
+        assert batch.latents is None
+        assert batch.cond is None
+        assert batch.mask is None
+        assert batch.pixels.dtype == torch.float32
+        assert batch.pixels.abs().max() <= 1
+        height, width = batch.pixels.shape[2:]
+        assert batch.sizes[:, 4:].tolist() == [[height, width]] * len(batch)
+        assert batch.multiplier.tolist() == [0.5] * len(batch)
+        assert batch.weight.tolist() == [1.0] * len(batch)
+        assert equal(batch.tokens, tokenize(batch.captions))
+
+
+def wide(tmp_path: Path) -> Path:
+    """A picture of 96x64 whose red is the column and whose alpha is the column too."""
+    columns = np.tile(np.arange(96, dtype=np.uint8), (64, 1))
+    Image.fromarray(np.dstack([columns] * 4)).save(tmp_path / "a.png")
+    return tmp_path
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_flip_and_crop_take_picture_mask_and_sizes_along(tmp_path: Path, cached: bool) -> None:
+    root = wide(tmp_path)
+    options: dict[str, Any] = {"flip_aug": True, "alpha_mask": True, "num_repeats": 24, "random_crop": not cached}
+    of = plan(dataset(subset(root, **options), enable_bucket=False, batch_size=24))
+    kept = latents(of, Store(), Index()) if cached else None
+    [batch] = loader(of, latents=kept).epoch(0)
+    assert batch.mask is not None
+    seen = batch.latents if cached else encode(batch.pixels) if batch.pixels is not None else None
+    assert seen is not None
+    turned = 0
+    for i in range(24):
+        red = ((seen[i, 0] + 1) * 127.5).round()
+        assert torch.allclose((seen[i, :1] + 1) / 2, batch.mask[i], atol=2e-3)
+        columns = [float(c) for c in red[0]]
+        mirrored = columns[0] > columns[-1]
+        turned += mirrored
+        left = int(batch.sizes[i, 3])
+        # The first column seen is `left` in the picture, or counted from its right edge when mirrored.
+        first = 95 - left - 3.5 if mirrored else left + 3.5
+        assert abs(columns[0] - first) <= 1
+        assert batch.sizes[i].tolist() == [64, 96, 0, left, 64, 64]
+    assert 4 < turned < 20
+    assert cached or len({int(s) for s in batch.sizes[:, 3]}) > 5
+
+
+def test_pictures_without_a_mask_count_everywhere(tmp_path: Path) -> None:
+    folder(tmp_path / "a", [(64, 64)])
+    noise((64, 64), 9, "RGBA").save(tmp_path / "a" / "0.png")
+    folder(tmp_path / "b", [(64, 64)])
+    of = plan(dataset(subset(tmp_path / "a", alpha_mask=True), subset(tmp_path / "b")))
+    [batch] = loader(of).epoch(0)
+    assert batch.mask is not None
+    whole = [bool((m == 1).all()) for m in batch.mask]
+    assert sorted(whole) == [False, True]
+    assert batch.mask.shape == (2, 1, 8, 8)
+
+
+def test_regularisation_pictures_weigh_as_told(tmp_path: Path) -> None:
+    of = plan(dataset(subset(folder(tmp_path / "a")), subset(folder(tmp_path / "b"), is_reg=True, class_tokens="dog")))
+    batches = list(loader(of, prior_loss_weight=0.25).epoch(0))
+    assert Counter(w for b in batches for w in b.weight.tolist()) == {1.0: 5, 0.25: 5}
+
+
+def test_stored_texts_are_handed_out_by_caption(pictures: Path) -> None:
+    of = plan(dataset(subset(pictures, caption_dropout_rate=0.5)))
+    said = Loader(plan=of, seed=1, latents=latents(of, Store(), Index()), texts=texts(of, Store(), Index()))
+    batches = list(said.epoch(0))
+    assert "" in [c for b in batches for c in b.captions]
+    for batch in batches:
+        assert batch.tokens is None
+        assert batch.latents is not None
+        assert batch.latents.dtype == torch.float32
+        assert batch.latents.shape[1] == LATENTS.channels
+        assert equal(batch.cond, {"hidden": tokenize(batch.captions)["ids"].float()})
+
+
+def test_token_warmup_follows_the_optimizer_step(pictures: Path) -> None:
+    of = plan(dataset(subset(pictures, token_warmup_step=0.5), batch_size=1))
+    batches = [list(loader(of, accumulation=2, steps=8).epoch(e)) for e in range(2)]
+    shown = [len(b.captions[0].split(", ")) for epoch in batches for b in epoch]
+    assert shown == [1, 1, 1, 1, 2, 2, 3, 3] + [4] * 8
+
+
+def test_a_share_of_an_unknown_run_is_refused(pictures: Path) -> None:
+    with pytest.raises(UserError, match="token_warmup_step"):
+        loader(plan(dataset(subset(pictures, token_warmup_step=0.5))))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_picture_that_vanishes_is_told_plainly(tmp_path: Path, workers: int) -> None:
+    of = plan(dataset(subset(folder(tmp_path))))
+    (tmp_path / "3.png").unlink()
+    with pytest.raises(UserError, match=r"3\.png") as caught:
+        list(loader(of, workers=workers).epoch(0))
+    assert "Traceback" not in str(caught.value)
+
+
+def test_an_entry_that_vanishes_is_told_plainly(pictures: Path, tmp_path: Path) -> None:
+    of = plan(dataset(subset(pictures)))
+    kept = latents(of, Store(tmp_path), Index())
+    kept.store.path(kept.keys[0]).unlink()
+    with pytest.raises(UserError, match=r"0\.png.*start again"):
+        list(loader(of, latents=kept).epoch(0))
+
+
+def test_several_datasets_in_one_run(pictures: Path) -> None:
+    of = plan(dataset(subset(pictures)), dataset(subset(pictures), resolution=(96, 96), batch_size=3, network_multiplier=-1.0))
+    batches = list(loader(of).epoch(0))
+    assert Counter(m for b in batches for m in b.multiplier.tolist()) == {1.0: 8, -1.0: 8}
+    assert len({key for b in batches for key in b.keys}) == 16
+    for batch in batches:
+        assert len(batch) <= (3 if batch.multiplier[0] < 0 else 2)
+
+
+def test_every_second_epoch_is_empty_counted_from_one(pictures: Path) -> None:
+    of = plan(dataset(subset(pictures, caption_dropout_every_n_epochs=2)))
+    empty = [{caption == "" for b in loader(of).epoch(epoch) for caption in b.captions} for epoch in range(4)]
+    assert empty == [{False}, {True}, {False}, {True}]

@@ -1,0 +1,149 @@
+"""What is planned is what is done: counts, buckets, batches and steps."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from folders import dataset, folder, plan, subset
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from sfumato.config import DatasetConfig
+from sfumato.data.plan import Plan
+from sfumato.errors import UserError
+
+
+def draws(of: Plan, epoch: int = 0, seed: int = 1) -> Counter[str]:
+    return Counter(str(of.items[ref.item].picture.path) for batch in of.batches(epoch, seed) for ref in batch)
+
+
+def test_every_picture_comes_as_often_as_it_is_repeated(tmp_path: Path) -> None:
+    made = plan(dataset(subset(folder(tmp_path / "a"), num_repeats=3), subset(folder(tmp_path / "b", [(64, 64)]))))
+    assert draws(made) == {str(i.picture.path): 3 if i.picture.subset == 0 else 1 for i in made.items}
+
+
+def test_batches_are_of_one_bucket_and_one_dataset_and_of_its_size(tmp_path: Path) -> None:
+    root = folder(tmp_path, [(64, 64)] * 5 + [(96, 64)] * 3)
+    made = plan(dataset(subset(root), batch_size=3), dataset(subset(root), resolution=(96, 96), batch_size=2))
+    sizes = []
+    for batch in made.batches(0, 1):
+        items = [made.items[ref.item] for ref in batch]
+        assert len({(i.dataset, i.placement.bucket) for i in items}) == 1
+        sizes.append((items[0].dataset, len(batch)))
+    assert sorted(sizes) == [(0, 2), (0, 3), (0, 3), (1, 1), (1, 1), (1, 2), (1, 2), (1, 2)]
+    assert len(sizes) == made.batches_per_epoch
+
+
+def test_the_order_follows_from_seed_and_epoch(tmp_path: Path) -> None:
+    made = plan(dataset(subset(folder(tmp_path, [(64, 64)] * 12))))
+    again = plan(dataset(subset(tmp_path)))
+    assert made.batches(3, 5) == again.batches(3, 5)
+    assert made.batches(3, 5) != made.batches(4, 5)
+    assert made.batches(3, 5) != made.batches(3, 6)
+    assert draws(made, 3, 5) == draws(made, 4, 6)
+    company = [{frozenset(batch) for batch in made.batches(epoch, 5)} for epoch in (3, 4)]
+    assert company[0] != company[1]  # other pictures together, not only another order
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    root = tmp_path_factory.mktemp("pictures")
+    return folder(root / "a"), folder(root / "b", [(64, 64)] * 3, seed=50)
+
+
+@given(
+    st.tuples(st.integers(1, 4), st.integers(1, 4)),
+    st.tuples(st.integers(1, 5), st.integers(1, 5)),
+    st.booleans(),
+    st.integers(1, 4),
+    st.integers(1, 3),
+)
+@settings(deadline=None, max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_the_table_is_what_is_done(
+    pictures: tuple[Path, Path], repeats: tuple[int, int], sizes: tuple[int, int], reg: bool, accumulation: int, world: int
+) -> None:
+    a, b = pictures
+    made = plan(
+        dataset(subset(a, num_repeats=repeats[0]), subset(b, num_repeats=repeats[1], is_reg=reg), batch_size=sizes[0]),
+        dataset(subset(b, num_repeats=repeats[1]), resolution=(96, 96), batch_size=sizes[1]),
+    )
+    batches = made.batches(0, 0)
+    samples = sum(map(len, batches))
+    assert len(batches) == made.batches_per_epoch == sum(int(row[4]) for row in made.bucket_rows())
+    assert samples == made.train_samples + made.reg_samples == sum(int(row[5]) for row in made.folder_rows())
+    steps = [batches[i : i + accumulation * world] for i in range(0, len(batches), accumulation * world)]
+    assert made.steps_per_epoch(accumulation, world) == len(steps)
+    assert f"= {len(steps)} steps" in made.steps_line(accumulation, world)
+
+
+def sd_scripts(train: int, repeats: list[int]) -> list[int]:
+    """How sd-scripts registers regularisation pictures: one after another, then one more of each, until there are enough."""
+    count, registered, first = 0, [0] * len(repeats), True
+    while count < train:
+        for i, n in enumerate(repeats):
+            registered[i] += n if first else 1
+            count += n if first else 1
+            if count >= train:
+                break
+        first = False
+    return registered
+
+
+@pytest.mark.parametrize(("train", "count", "repeats"), [(5, 2, 1), (5, 3, 1), (5, 3, 2), (5, 4, 2), (3, 5, 1), (12, 5, 1)])
+def test_regularisation_pictures_come_as_often_as_training_pictures(tmp_path: Path, train: int, count: int, repeats: int) -> None:
+    folder(tmp_path / "t", [(64, 64)] * train)
+    folder(tmp_path / "r", [(64, 64)] * count, seed=90)
+    made = plan(dataset(subset(tmp_path / "t"), subset(tmp_path / "r", is_reg=True, num_repeats=repeats)))
+    expected = sd_scripts(train, [repeats] * count)
+    assert [i.repeats for i in made.items if i.picture.is_reg] == [n for n in expected if n]
+    assert len(made.skipped) == expected.count(0)
+    assert len(made.items) + len(made.skipped) == train + count
+    assert made.notes or expected == [repeats] * count
+
+
+def test_regularisation_alone_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="nothing to train on"):
+        plan(dataset(subset(folder(tmp_path), is_reg=True)))
+
+
+@pytest.mark.parametrize("options", [{"batch_size": 0}, {"resolution": (60, 60), "enable_bucket": False}])
+def test_options_that_cannot_act_are_refused(tmp_path: Path, options: dict[str, object]) -> None:
+    with pytest.raises(UserError, match="dataset 1"):
+        plan(dataset(subset(folder(tmp_path)), **options))
+
+
+def test_all_wrong_options_are_told_at_once(tmp_path: Path) -> None:
+    root = folder(tmp_path)
+    with pytest.raises(UserError) as caught:
+        plan(
+            dataset(subset(root, face_crop_aug_range="1,2"), batch_size=0),
+            dataset(subset(root, alpha_mask=True, conditioning_data_dir="x")),
+        )
+    assert len(caught.value.messages) == 3
+
+
+def test_no_dataset_is_refused() -> None:
+    with pytest.raises(UserError, match="train_data_dir"):
+        plan(DatasetConfig())
+
+
+def test_pictures_without_a_bucket_are_listed(tmp_path: Path) -> None:
+    folder(tmp_path, [(64, 64), (8, 64)])
+    with pytest.raises(UserError, match=r"1\.png: 8x64.*bucket_reso_steps"):
+        plan(dataset(subset(tmp_path), bucket_no_upscale=True))
+
+
+def test_the_digest_changes_when_the_batches_do(tmp_path: Path) -> None:
+    root = folder(tmp_path)
+    same = plan(dataset(subset(root))).digest()
+    (root / "0.txt").write_text("another caption")
+    assert plan(dataset(subset(root))).digest() == same
+    for other in (dataset(subset(root), batch_size=3), dataset(subset(root, num_repeats=2)), dataset(subset(root), resolution=(80, 80))):
+        assert plan(other).digest() != same
+
+
+def test_tags_are_counted_by_folder(tmp_path: Path) -> None:
+    made = plan(dataset(subset(folder(tmp_path / "10_thing", [(64, 64)] * 2), num_repeats=10)))
+    assert made.tag_frequency() == {"10_thing": {"thing 0": 1, "thing 1": 1, "red": 2, "green": 2, "blue": 2}}
