@@ -17,7 +17,7 @@ class ModelConfig:
     vae: str | None = None
     """A VAE to use in place of the checkpoint's own: file, folder or hub id."""
     tokenizer: str | None = None
-    """Tokenizer folder; default: the folder `tokenizer` beside the checkpoint if there is one, else the CLIP vocabulary that comes with sfumato."""
+    """Tokenizer folder; default: `tokenizer` beside the checkpoint if there is one, else the CLIP vocabulary that comes with sfumato."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

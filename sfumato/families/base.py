@@ -18,6 +18,7 @@ from sfumato.data.strategies import (
     TextEncodingStrategy,
     TokenizeStrategy,
 )
+from sfumato.errors import UserError
 from sfumato.formats.dialect import Dialect
 from sfumato.tensors.noise import Process
 
@@ -40,6 +41,12 @@ class Models:
     """"single_file" or "diffusers": how the source was laid out, and how a whole model is saved by default."""
     extras: dict[str, Any] = field(default_factory=dict)
     """What a family must remember for saving."""
+
+    def the_vae(self) -> nn.Module:
+        """The VAE. Errors: `UserError` when the checkpoint came without one and none was given."""
+        if self.vae is None:
+            raise UserError(f"{self.source} has no VAE, which pictures must pass through; give one with --vae")
+        return self.vae
 
     def nets(self) -> dict[str, nn.Module]:
         """What can be trained, by component name: the denoiser and the encoders."""

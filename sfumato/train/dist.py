@@ -77,9 +77,10 @@ def device_of(local_rank: int = 0) -> torch.device:
 def precision(asked: Precision | None) -> Precision:
     """What the config asks for, else what `accelerate launch --mixed_precision` says, else "no"."""
     said = asked or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
-    if said not in ("no", "fp16", "bf16"):
-        raise UserError(f"mixed_precision {said!r} (from accelerate launch) is not supported; expected no, fp16 or bf16")
-    return said
+    for known in DTYPES:
+        if said == known:
+            return known
+    raise UserError(f"mixed_precision {said!r} (from accelerate launch) is not supported; expected {', '.join(DTYPES)}")
 
 
 DTYPES: dict[Precision, torch.dtype] = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}

@@ -67,7 +67,8 @@ class Facts:
 
     def _prediction(self) -> str:
         process = self.models.family.process(self.models, self.config.noise, self.config.loss)
-        return {"v_prediction": "v"}.get(said := process.scheduler_config()["prediction_type"], said)
+        said = str(process.scheduler_config()["prediction_type"])
+        return {"v_prediction": "v"}.get(said, said)
 
     def _base_model(self) -> dict[str, str]:
         model = self.config.model

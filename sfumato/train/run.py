@@ -104,9 +104,7 @@ def fill_caches(config: Config, data: Data, models: Models, world: dist.World) -
     """Encode what is asked to be kept and is not there yet; the first process fills a disk, each its own memory."""
     latents = texts = None
     if caches_latents(config):
-        if models.vae is None:
-            raise UserError(f"{config.model.pretrained_model_name_or_path} has no VAE to encode pictures with; give one with --vae")
-        models.vae.to(world.device)
+        models.the_vae().to(world.device)
         with telling("encoding pictures", quiet=not world.main) as tell:
             latents = _in_turn(world, partial(_cache_latents, config, data, models, world, tell))
     if caches_text(config):
@@ -131,8 +129,7 @@ def _in_turn(world: dist.World, job: Callable[[], Report]) -> Report:
 
 
 def _cache_latents(config: Config, data: Data, models: Models, world: dist.World, tell: Tell) -> Report:
-    vae, strategy = models.vae, models.family.latents
-    assert vae is not None
+    vae, strategy = models.the_vae(), models.family.latents
     dtype = next(vae.parameters()).dtype
 
     def encode(pixels: Tensor) -> Tensor:

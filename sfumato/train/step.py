@@ -44,7 +44,7 @@ class Step(nn.Module):
         family = models.family
         draws = Draws(batch.keys)
         trainable.on_batch(batch.multiplier, draws)
-        latents = family.scale(models.vae, batch.latents if batch.latents is not None else self.latents(batch.pixels))
+        latents = family.scale(models.the_vae(), batch.latents if batch.latents is not None else self.latents(batch.pixels))
         with autocast(latents.device, self.precision):
             noised = self.process.noise(latents.float(), draws)
             said = family.predict(models.denoiser, noised.x, noised.t, self.cond(batch), batch)
@@ -68,7 +68,7 @@ class Step(nn.Module):
     def latents(self, pixels: Tensor | None) -> Tensor:
         """Raw latents of pictures, encoded now."""
         models, _ = self.held
-        if models.vae is None or pixels is None:
+        if pixels is None:
             raise RuntimeError("a batch without latents and without pixels")
-        parameter = next(models.vae.parameters())
-        return models.family.latents.encode(models.vae, pixels.to(parameter.dtype)).float()
+        vae = models.the_vae()
+        return models.family.latents.encode(vae, pixels.to(next(vae.parameters()).dtype)).float()
