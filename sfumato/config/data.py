@@ -141,4 +141,3 @@ class DataConfig(CaptionOptions, PictureOptions, BucketOptions):
     """Train without the pictures that cannot be read, instead of stopping."""
     debug_dataset: bool = False
     """Write the first batches as pictures to output_dir and stop."""
-

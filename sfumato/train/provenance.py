@@ -38,7 +38,7 @@ class Facts:
     started: float = field(default_factory=now)
     _base: dict[str, str] = field(default_factory=dict)
 
-    def metadata(self, done: int, epoch: int) -> dict[str, str]:
+    def at(self, done: int, epoch: int) -> dict[str, str]:
         """The metadata of a result after `done` optimizer steps, in `epoch` (counted from 0)."""
         spec = self._modelspec()
         told = metadata.training(self.config, self._run(done, epoch + 1), datasets(self.plan))

@@ -25,7 +25,6 @@ from sfumato.data.cache import Report, cache_latents, cache_texts
 from sfumato.data.loader import Loader
 from sfumato.data.plan import Plan, make_plan
 from sfumato.data.store import Index, Store, default_root
-from sfumato.errors import UserError
 from sfumato.families.base import Models
 from sfumato.formats import files
 from sfumato.memory.plan import fit
@@ -229,7 +228,7 @@ def prepare(config: Config, method: Method, datasets: tuple[DatasetConfig, ...],
         ema=EMA(trainable.weights(), config.optimizer.ema_decay) if config.optimizer.ema_decay else None,
         scaler=torch.amp.GradScaler(world.device.type, enabled=precision == "fp16"),
         log=None, draw=tell, began=began,
-        save_result=lambda path, done, epoch: trainable.save(path, facts.metadata(done, epoch)),
+        save_result=lambda path, done, epoch: trainable.save(path, facts.at(done, epoch)),
         save_state=lambda path: state.save(course, path),
     )  # fmt: skip
     state.resume(course)

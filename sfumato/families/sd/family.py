@@ -156,9 +156,7 @@ def _put_beside(tokenizer: Any, beside: Path) -> None:
     if not beside.exists():
         tokenizer.save_pretrained(beside)
     elif clip_tokenizer(beside).get_vocab() != tokenizer.get_vocab():
-        raise UserError(
-            f"{beside}: another model's tokenizer stands where this model's must; choose another output_dir"
-        )
+        raise UserError(f"{beside}: another model's tokenizer stands where this model's must; choose another output_dir")
 
 
 def tokenize(models: Models) -> SdTokenize:
