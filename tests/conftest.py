@@ -1,4 +1,4 @@
-"""Puts this folder on the path, so that every test can `import tiny`, and reads the key tables of real files."""
+"""Puts this folder on the path, so that every test can `import tiny`; fixtures that tests of several folders use."""
 
 from __future__ import annotations
 
@@ -8,6 +8,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
+from run_fixtures import model, pictures, train
+
+__all__ = ["keys", "model", "pictures", "train"]
+
+# Two test processes share two cores; and one thread adds numbers in the same order each time.
+torch.set_num_threads(1)
 
 KEYS = Path(__file__).with_name("fixtures") / "keys"
 

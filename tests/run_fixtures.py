@@ -1,4 +1,4 @@
-"""A tiny model, a few pictures, and a function that trains on them for a few steps."""
+"""Fixtures of whole runs: a tiny model, a few pictures, and a function that trains on them for a few steps."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def train(model: Path, pictures: Path, tmp_path: Path) -> Train:
             "network_alpha": 2.0,
             "seed": 7,
         }
-        folder = SubsetConfig(image_dir=str(pictures), **(subset or {}))
+        folder = SubsetConfig(**{"image_dir": str(pictures), **(subset or {})})
         data = DatasetConfig(subsets=(folder,), resolution=(64, 64), batch_size=2)
         run.train(config(**{**told, **options}), method, (data,))
         return tmp_path / name

@@ -1,0 +1,73 @@
+"""An adapter that we trained and saved does the same in diffusers' own pipeline as in ours."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from training import Train, config
+
+from sfumato.formats.files import load
+from sfumato.train.draw import Drawer
+from sfumato.train.prompts import Prompt
+from sfumato.train.sample import draw_latents
+
+PROMPT = Prompt(prompt="picture 1, red", negative_prompt="blue", width=64, height=64, sample_steps=4, scale=5.0, seed=3)
+
+
+def theirs(adapter: Path | None, noise: torch.Tensor) -> torch.Tensor:
+    """The latents of diffusers' StableDiffusionPipeline with the adapter file loaded by its own loader."""
+    pipeline = tiny.pipeline(v2=False)
+    pipeline.set_progress_bar_config(disable=True)
+    if adapter:
+        pipeline.load_lora_weights(str(adapter))
+    try:
+        return pipeline(
+            PROMPT.prompt,
+            negative_prompt=PROMPT.negative_prompt,
+            latents=noise,
+            width=64,
+            height=64,
+            num_inference_steps=PROMPT.sample_steps,
+            guidance_scale=PROMPT.scale,
+            output_type="latent",
+        ).images
+    finally:
+        if adapter:
+            pipeline.unload_lora_weights()
+
+
+@pytest.mark.parametrize("dialect", ["kohya", "peft"])
+def test_the_same_latents(train: Train, model: Path, dialect: str) -> None:
+    adapter = train("a", dialect=dialect, network_alpha=1.0, learning_rate=2e-2, max_train_steps=6) / "out.safetensors"
+    noise = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    drawer = Drawer.of(config(pretrained_model_name_or_path=str(model)), torch.device("cpu"))
+
+    def ours() -> torch.Tensor:
+        return draw_latents(drawer.models, [PROMPT], process=drawer.process, sampler="ddim", noise=noise)[0]
+
+    plain = ours()
+    with drawer.adapted(adapter):
+        adapted = ours()
+    assert (adapted - plain).abs().max() > 0.01, "the adapter must do something, or this test proves nothing"
+    torch.testing.assert_close(adapted, theirs(adapter, noise)[0], rtol=0, atol=1e-3)
+
+
+def test_every_key_is_used(train: Train, monkeypatch: pytest.MonkeyPatch) -> None:
+    """diffusers puts each pair of our file into a layer: none is left over, none is missing."""
+    adapter = train("a", max_train_steps=1) / "out.safetensors"
+    pipeline = tiny.pipeline(v2=False)
+    pipeline.load_lora_weights(str(adapter), adapter_name="ours")
+    try:
+        inside: Mapping[str, int] = {
+            part: sum("lora_A.ours.weight" in name for name, _ in net.named_parameters())
+            for part, net in (("lora_unet", pipeline.unet), ("lora_te", pipeline.text_encoder))
+        }
+    finally:
+        pipeline.unload_lora_weights()
+    names = [name for name in load(adapter) if name.endswith("lora_down.weight")]
+    assert inside == {part: sum(name.startswith(part) for name in names) for part in inside}
+    assert min(inside.values()) > 0

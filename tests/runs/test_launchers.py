@@ -1,0 +1,71 @@
+"""kohya's command lines train under the launchers that people use, and several processes give what one gives."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from sfumato.formats.files import load
+
+ROOT = Path(__file__).parents[2]
+BIN = Path(sys.executable).parent
+
+
+def launch(launcher: list[str], model: Path, pictures: Path, out: Path, *flags: str) -> dict[str, torch.Tensor]:
+    """Run scripts/train_network.py with the flags of a usual command line; returns the adapter."""
+    dataset = pictures.parent / "data.toml"
+    dataset.write_text(
+        f'[general]\ncaption_extension = ".txt"\n[[datasets]]\nresolution = 64\nbatch_size = 2\n[[datasets.subsets]]\nimage_dir = "{pictures}"\n'
+    )
+    command = f"""
+        --pretrained_model_name_or_path {model} --dataset_config {dataset} --output_dir {out} --output_name out
+        --save_model_as safetensors --save_precision float --prior_loss_weight 1.0 --max_train_steps 3 --learning_rate 1e-3 --unet_lr 1e-3
+        --text_encoder_lr 5e-4 --optimizer_type AdamW --optimizer_args weight_decay=0.01 --lr_scheduler constant_with_warmup
+        --lr_warmup_steps 1 --network_module networks.lora --network_dim 2 --network_alpha 1 --network_args conv_dim=2 conv_alpha=1
+        --network_dropout 0.1 --cache_latents --clip_skip 2 --max_token_length 150 --seed 5 --min_snr_gamma 5 --noise_offset 0.05
+        --max_grad_norm 1.0 --gradient_checkpointing --gradient_accumulation_steps 1 --max_data_loader_n_workers 1
+        --persistent_data_loader_workers --xformers --save_every_n_epochs 1 --training_comment test --loss_type l2
+    """.split()
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    ran = subprocess.run([*launcher, str(ROOT / "scripts" / "train_network.py"), *command, *flags], capture_output=True, text=True, env=env)
+    assert ran.returncode == 0, ran.stderr[-3000:]
+    return load(out / "out.safetensors")
+
+
+@pytest.fixture(scope="module")
+def lone(model: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, torch.Tensor]]:
+    """Five pictures and the adapter that plain python trains on them."""
+    import numpy as np
+    from PIL import Image
+
+    folder = tmp_path_factory.mktemp("set") / "pictures"
+    folder.mkdir()
+    for i in range(5):
+        noise = np.random.default_rng(i).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+        Image.fromarray(noise).save(folder / f"{i}.png")
+        (folder / f"{i}.txt").write_text(f"picture {i}")
+    return folder, launch([sys.executable], model, folder, folder.parent / "alone")
+
+
+def test_accelerate_launch(lone: tuple[Path, dict[str, torch.Tensor]], model: Path) -> None:
+    folder, alone = lone
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--mixed_precision", "no", "--num_processes", "1"]
+    found = launch(launcher, model, folder, folder.parent / "accelerate")
+    assert found.keys() == alone.keys()
+    assert all(torch.equal(found[name], alone[name]) for name in alone)
+
+
+def test_two_processes_do_the_steps_of_one_that_accumulates(lone: tuple[Path, dict[str, torch.Tensor]], model: Path) -> None:
+    """Randomness goes by the sample and every sample weighs the same, so only the order of sums differs."""
+    folder, _ = lone
+    one = launch([sys.executable], model, folder, folder.parent / "one", "--gradient_accumulation_steps", "2")
+    run = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(20000 + os.getpid() % 20000)]
+    two = launch(run, model, folder, folder.parent / "two")
+    assert one.keys() == two.keys()
+    for name in one:
+        torch.testing.assert_close(two[name], one[name], rtol=0, atol=2e-5, msg=name)
