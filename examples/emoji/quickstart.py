@@ -44,7 +44,7 @@ def show(adapter: Path) -> None:
         before = drawer.draw(prompts, progress=tell)
         with drawer.adapted(adapter):
             after = drawer.draw(prompts, progress=tell)
-    titles = [p.prompt.removesuffix(", line art") for p in prompts]
+    titles = [p.prompt for p in prompts]
     grid([before, after], ["before", "after"], titles, enlarge=2).save(OUT / "before-after.png")
     effect = {"saturation_before": saturation(before), "saturation_after": saturation(after)}
     effect["fold"] = effect["saturation_before"] / max(effect["saturation_after"], 1e-9)

@@ -31,7 +31,7 @@ def main() -> None:
     drawn = []
     for number, name in enumerate(characters if args.all else names):
         drawn.append(draw(font, characters[name], em, args.size))
-        write(drawn[-1], (f"{name}, line art",), args.out / f"{number:03d}_{name.replace(' ', '-')}.png")
+        write(drawn[-1], (name,), args.out / f"{number:03d}_{name.replace(' ', '-')}.png")
     sheet = Path("runs/emoji") / f"{args.out.name}.png"
     sheet.parent.mkdir(parents=True, exist_ok=True)
     contact_sheet(drawn, 10).save(sheet)

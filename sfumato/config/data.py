@@ -139,5 +139,3 @@ class DataConfig(CaptionOptions, PictureOptions, BucketOptions):
     """Where caches on disk live; default: `~/.cache/sfumato`."""
     skip_unreadable: bool = False
     """Train without the pictures that cannot be read, instead of stopping."""
-    debug_dataset: bool = False
-    """Write the first batches as pictures to output_dir and stop."""

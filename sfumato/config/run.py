@@ -166,8 +166,6 @@ class MemoryConfig:
     """Run the VAE in fp32 even when the computation is in fp16 or bf16."""
     vae_batch_size: int = 1
     """Pictures that the VAE encodes at once."""
-    lowram: bool = False
-    """Load weights straight to the accelerator, sparing host memory."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -29,7 +29,7 @@ _OPTIONS = {  # section of the config -> its fields that are written, as ss_<fie
         "learning_rate text_encoder_lr unet_lr lr_warmup_steps lr_scheduler lr_scheduler_args max_grad_norm ema_decay learning_rate_te"
     ),
     "train": "gradient_accumulation_steps seed full_bf16 stop_text_encoder_training train_text_encoder",
-    "memory": "gradient_checkpointing lowram",
+    "memory": "gradient_checkpointing",
     "data": (
         "cache_latents caption_dropout_rate caption_dropout_every_n_epochs caption_tag_dropout_rate "
         "face_crop_aug_range resize_interpolation"

@@ -57,7 +57,9 @@ def test_what_was_only_run_in_another_format_is_written_as_it_was(tmp_path: Path
     models.denoiser.get_parameter("out.2.bias").data += 1
     before, after = load(path), load(written(models, tmp_path / "out" / "model.safetensors"))
     unet = {name for name in before if name.startswith("model.diffusion_model.")}
-    assert_same({k: t for k, t in before.items() if k not in unet}, {k: t for k, t in after.items() if k not in unet})
+    # The average that the source kept of its U-Net goes: it is not that of the new one.
+    others = {k: t for k, t in before.items() if k not in unet and not k.startswith("model_ema.")}
+    assert_same(others, {k: t for k, t in after.items() if k not in unet})
     assert {after[name].dtype for name in unet} == {torch.float32}
     torch.testing.assert_close(after["model.diffusion_model.out.2.bias"], before["model.diffusion_model.out.2.bias"].float() + 1)
 

@@ -64,7 +64,18 @@ def test_two_processes_do_the_steps_of_one_that_accumulates(lone: tuple[Path, di
     """Randomness goes by the sample and every sample weighs the same, so only the order of sums differs."""
     folder, _ = lone
     # Not Adam: it would blow up differences of gradients near zero.
-    plain = "--optimizer_type SGDNesterov --optimizer_args momentum=0.5 --learning_rate 1 --unet_lr 1 --text_encoder_lr 1".split()
+    plain = [
+        "--optimizer_type",
+        "SGDNesterov",
+        "--optimizer_args",
+        "momentum=0.5",
+        "--learning_rate",
+        "1",
+        "--unet_lr",
+        "1",
+        "--text_encoder_lr",
+        "1",
+    ]
     one = launch([sys.executable], model, folder, folder.parent / "one", "--gradient_accumulation_steps", "2", *plain)
     run = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(20000 + os.getpid() % 20000)]
     two = launch(run, model, folder, folder.parent / "two", *plain)

@@ -23,8 +23,9 @@ from sfumato.config import Config, LossConfig, ModelConfig, NetworkConfig, Noise
 from sfumato.errors import UserError
 from sfumato.families.base import Models
 from sfumato.tensors.noise import DDPM
+from sfumato.train.draw import main
 from sfumato.train.prompts import SAMPLERS, Prompt
-from sfumato.train.sample import decode, draw, draw_latents, main, sample, scheduler_for
+from sfumato.train.sample import decode, draw, draw_latents, sample, scheduler_for
 
 SD = families.family("sd")
 PROMPT = Prompt(prompt="a cat", negative_prompt="dull", width=48, height=32, sample_steps=3, scale=5.0, seed=1)
