@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -45,6 +46,10 @@ def guarded(job: Callable[[], int]) -> int:
         for message in e.messages:
             print(f"error: {message}", file=sys.stderr)
         return 2
+    except BrokenPipeError:
+        # The reader, `head` say, has seen enough. What is still buffered must go nowhere, or Python complains at its end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         return 130
