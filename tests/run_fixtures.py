@@ -23,8 +23,13 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def pictures(tmp_path: Path) -> Path:
+    """See `make_pictures`."""
+    return make_pictures(tmp_path)
+
+
+def make_pictures(where: Path) -> Path:
     """Five pictures of 64 px with captions."""
-    folder = tmp_path / "pictures"
+    folder = where / "pictures"
     folder.mkdir()
     for i in range(5):
         noise = np.random.default_rng(i).integers(0, 256, (8, 8, 3), dtype=np.uint8)

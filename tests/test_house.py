@@ -11,7 +11,7 @@ from sfumato import families
 
 ROOT = Path(__file__).parents[1]
 FILES = sorted((ROOT / "sfumato").rglob("*.py"))
-SHARED_NETS: set[tuple[str, str]] = {("sdxl", "sd")}
+SHARED_NETS: set[tuple[str, str]] = {("sdxl", "sd"), ("chroma", "flux")}
 """(family, family whose modules it may import)."""
 
 

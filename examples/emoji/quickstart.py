@@ -37,7 +37,7 @@ def show(adapter: Path) -> None:
     from sfumato.train.prompts import read_prompts
 
     model = str(HERE / "model.safetensors")
-    options = families.facts(detect_file(model).family).Options()
+    options = families.facts(detect_file(model).family).options()
     drawer = Drawer.of(Config(model=ModelConfig(pretrained_model_name_or_path=model), family=options))
     prompts = read_prompts(HERE / "prompts.txt")
     with telling("drawing before and after") as tell:

@@ -9,6 +9,7 @@ import torch
 from pictures import captions
 
 from sfumato.config import LossConfig, NoiseConfig
+from sfumato.families.loading import load
 from sfumato.families.sd.facts import Options
 from sfumato.families.sd.family import FAMILY
 from sfumato.train.picture import grid
@@ -37,7 +38,7 @@ def main() -> None:
     unknown = set(names) - {caption for _, caption in captions()}
     if unknown:
         raise SystemExit(f"not in captions.txt: {', '.join(sorted(unknown))}")
-    models = FAMILY.load(args.model, Options(), dtype=torch.float32)
+    models = load(FAMILY, args.model, Options(), dtype=torch.float32)
     models.vae.float()
     prompts = [
         Prompt(prompt=name, width=64, height=64, sample_steps=args.steps, scale=args.scale, seed=args.seed + i)

@@ -68,6 +68,8 @@ class AdapterPlan:
     """The same for the denoiser, in place of `plus`."""
     plus_encoders: float | None = None
     """The same for text encoders, in place of `plus`."""
+    family: Any = None
+    """What the family's own network_args say: an instance of its `Facts.network_args`."""
 
     def options(self, *, conv: bool) -> LayerOptions:
         """What a layer's adapter is told; `conv`: a convolution larger than 1x1."""
@@ -82,17 +84,21 @@ class AdapterPlan:
         return self.plus if own is None else own
 
 
-def parse(network: NetworkConfig) -> AdapterPlan:
-    """Flags and network_args -> a plan. Errors: one `UserError` with all that is wrong."""
+def parse(network: NetworkConfig, family: type | None = None) -> AdapterPlan:
+    """Flags and network_args -> a plan. `family`: the dataclass of the family's own network_args.
+
+    Errors: one `UserError` with all that is wrong.
+    """
     chosen = kind(network.network_module)
-    known = _known_args(chosen)
+    theirs = {} if family is None else _types(family)
+    known = _known_args(chosen) | theirs
     errors: list[str] = []
     args: dict[str, Any] = {}
     for text in network.network_args:
         name, equals, value = text.partition("=")
         if not equals:
             errors.append(f"network_args {text!r}: expected key=value")
-        elif name in _LATER:
+        elif name in _LATER and name not in theirs:
             errors.append(f"network_args {name}: not supported yet; leave it out")
         elif name not in known:
             errors.append(f"network_args {name!r} is not known to {network.network_module}{nearest(name, known)}")
@@ -116,6 +122,7 @@ def parse(network: NetworkConfig) -> AdapterPlan:
         plus=args.pop("loraplus_lr_ratio", None),
         plus_denoiser=args.pop("loraplus_unet_lr_ratio", None),
         plus_encoders=args.pop("loraplus_text_encoder_lr_ratio", None),
+        family=None if family is None else family(**{name: args.pop(name) for name in theirs if name in args}),
         more=args,
     )
 
@@ -124,8 +131,13 @@ def _known_args(chosen: type[Adapter]) -> dict[str, str]:
     """network_args of a kind -> the name of their type."""
     plan = {"conv_dim": "int", "conv_alpha": "float"}
     plus = dict.fromkeys(("loraplus_lr_ratio", "loraplus_unet_lr_ratio", "loraplus_text_encoder_lr_ratio"), "float")
-    own = {f.name: str(f.type) for f in fields(chosen.Options) if f.name not in ("rank", "alpha")}
+    own = {name: kind_of for name, kind_of in _types(chosen.Options).items() if name not in ("rank", "alpha", "pieces")}
     return plan | plus | own
+
+
+def _types(record: type) -> dict[str, str]:
+    """Field of a dataclass -> the name of its type, which may also be None."""
+    return {f.name: str(f.type).removesuffix(" | None") for f in fields(record)}
 
 
 def _typed(name: str, text: str, kind_of: str, errors: list[str]) -> Any:

@@ -31,6 +31,8 @@ class LayerOptions:
     """Chance that a rank is dropped, for a sample at a time."""
     module_dropout: float = 0.0
     """Chance that the whole change of a layer is dropped, for a sample at a time."""
+    pieces: tuple[int, ...] = ()
+    """Output rows that have an adapter of their own within the layer (q, k and v of a fused one); none: all rows share one."""
 
     @property
     def scale(self) -> float:

@@ -26,21 +26,28 @@ class Place(NamedTuple):
     options: LayerOptions
 
 
-def choose(net: nn.Module, component: str, targets: Mapping[str, tuple[str, ...]], plan: AdapterPlan) -> list[Place]:
+def choose(
+    net: nn.Module,
+    component: str,
+    targets: Mapping[str, tuple[str, ...]],
+    plan: AdapterPlan,
+    layer: Callable[[Place], Place | None] = lambda place: place,
+) -> list[Place]:
     """The layers of a net that get adapters, in the net's order.
 
     `targets`: patterns (fnmatch on module paths) by layer kind. Layers under "linear" always get one; layers
     under "conv" only if the plan has a rank for convolutions. The rank goes by the layer: `rank` for linear
-    layers and 1x1 convolutions, `conv_rank` for larger ones. Errors: `UserError` if there is nothing to train.
+    layers and 1x1 convolutions, `conv_rank` for larger ones; `layer` has the last word on each, and may leave it out.
+    Errors: `UserError` if there is nothing to train.
     """
     patterns = targets.get("linear", ()) + (targets.get("conv", ()) if plan.conv_rank else ())
     places = []
-    for path, layer in net.named_modules():
-        if not isinstance(layer, nn.Linear | nn.Conv2d) or not any(fnmatchcase(path, p) for p in patterns):
+    for path, module in net.named_modules():
+        if not isinstance(module, nn.Linear | nn.Conv2d) or not any(fnmatchcase(path, p) for p in patterns):
             continue
-        large = isinstance(layer, nn.Conv2d) and layer.kernel_size != (1, 1)
-        if not large or plan.conv_rank:
-            places.append(Place(path, layer, plan.options(conv=large)))
+        large = isinstance(module, nn.Conv2d) and module.kernel_size != (1, 1)
+        if (not large or plan.conv_rank) and (place := layer(Place(path, module, plan.options(conv=large)))):
+            places.append(place)
     if not places:
         raise UserError(f"{component}: no layer has a path like {', '.join(patterns) or 'any'}; nothing there to put an adapter on")
     return places

@@ -1,14 +1,22 @@
-"""LoRA: the change is a product of two thin matrices (arXiv:2106.09685); for convolutions, LoCon as LyCORIS has it."""
+"""LoRA: the change is a product of two thin matrices (arXiv:2106.09685); for convolutions, LoCon as LyCORIS has it.
+
+A fused layer's pieces may have pairs of their own. In a file they are one pair: the `down`s stacked, the `up`s on a diagonal of
+blocks, and alpha times their number, as the rank has grown so.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from sfumato.adapters.base import Adapter, LayerOptions, as_input, device_of
+from sfumato.errors import UserError
+from sfumato.formats.dialect import ALPHA, DOWN, UP, Leaves
 
 
 class LoRA(Adapter):
@@ -19,11 +27,15 @@ class LoRA(Adapter):
     def __init__(self, base: nn.Module, options: LayerOptions, generator: torch.Generator) -> None:
         super().__init__(base, options, generator)
         self.lora_down: nn.Linear | nn.Conv2d
-        self.lora_up: nn.Linear | nn.Conv2d
-        self.lora_down, self.lora_up = _pair(base, options.rank)
+        self.lora_up: nn.Linear | nn.Conv2d | Diagonal
+        self.lora_down, self.lora_up = _pair(base, options.rank * max(1, len(options.pieces)))
         start = nn.init.kaiming_uniform_(torch.empty(self.lora_down.weight.shape), a=math.sqrt(5), generator=generator)
         self.lora_down.weight = nn.Parameter(start.to(device_of(base)))
-        self.lora_up.weight = nn.Parameter(torch.zeros(self.lora_up.weight.shape, device=device_of(base)))
+        if options.pieces:
+            self.lora_up = Diagonal(options.pieces, options.rank, device_of(base))
+            self.alpha *= len(options.pieces)
+        else:
+            self.lora_up.weight = nn.Parameter(torch.zeros(self.lora_up.weight.shape, device=device_of(base)))
 
     @classmethod
     def read(cls, leaves: Mapping[str, Tensor]) -> LayerOptions | None:
@@ -42,6 +54,22 @@ class LoRA(Adapter):
         up, down = self.lora_up.weight.float(), self.lora_down.weight.float()
         return (up.flatten(1) @ down.flatten(1)).view(weight.shape) * self.options.scale
 
+    def leaves(self) -> Leaves:
+        if not isinstance(self.lora_up, Diagonal):
+            return super().leaves()
+        return {DOWN: self.lora_down.weight.detach(), UP: self.lora_up.weight.detach(), ALPHA: self.alpha}
+
+    @torch.no_grad()
+    def load_leaves(self, leaves: Mapping[str, Tensor]) -> None:
+        if not isinstance(self.lora_up, Diagonal):
+            return super().load_leaves(leaves)
+        down, up = (leaves.get(name) for name in (DOWN, UP))
+        if down is None or up is None or down.shape != self.lora_down.weight.shape or not self.lora_up.take(up):
+            raise UserError(f"{self.site}: the file's adapter is not of {len(self.options.pieces)} separate pieces; leave split_qkv out")
+        self.lora_down.weight.copy_(down)
+        self.alpha.copy_(leaves.get(ALPHA, torch.tensor(float(len(down)))))
+        self.options = replace(self.options, alpha=float(self.alpha) / len(self.options.pieces))
+
     def plus_parameters(self) -> list[nn.Parameter]:
         return list(self.lora_up.parameters())
 
@@ -51,8 +79,8 @@ class LoRA(Adapter):
         up, down = self.lora_up.weight, self.lora_down.weight
         norm = torch.linalg.matrix_norm(up.flatten(1) @ down.flatten(1)) * abs(self.options.scale)
         ratio = (limit / norm).clamp(max=1.0)
-        up.mul_(ratio.sqrt())
-        down.mul_(ratio.sqrt())
+        for factor in self.parameters():
+            factor.mul_(ratio.sqrt())
         return norm * ratio, ratio < 1.0
 
     def _drop(self, h: Tensor) -> Tensor:
@@ -60,10 +88,45 @@ class LoRA(Adapter):
         if p := self.options.dropout:
             h = h * self.kept("dropout", p, h.shape, h.device).to(h.dtype) / (1 - p)
         if p := self.options.rank_dropout:
-            kept = self.kept("rank_dropout", p, (h.shape[0], self.options.rank), h.device).to(h.dtype) / (1 - p)
+            kept = self.kept("rank_dropout", p, (h.shape[0], len(self.lora_down.weight)), h.device).to(h.dtype) / (1 - p)
             ones = [1] * (h.ndim - 2)
             h = h * kept.view(len(h), *((-1, *ones) if isinstance(self.lora_down, nn.Conv2d) else (*ones, -1)))
         return h
+
+
+class Diagonal(nn.Module):
+    """The `up`s of a layer's pieces: each turns its own share of the ranks into its own rows."""
+
+    def __init__(self, rows: Sequence[int], rank: int, device: torch.device) -> None:
+        super().__init__()
+        self.blocks = nn.ParameterList([torch.zeros(n, rank, device=device) for n in rows])
+
+    @property
+    def weight(self) -> Tensor:
+        """(all rows, all ranks), zero off the diagonal of blocks."""
+        return _diagonal(self.blocks)
+
+    def take(self, weight: Tensor) -> bool:
+        """Take the blocks of such a weight; False, and nothing is taken, if it has another shape or is not zero elsewhere."""
+        if weight.shape != self.weight.shape:
+            return False
+        rows = torch.split(weight, [len(block) for block in self.blocks])
+        blocks = [part.chunk(len(rows), 1)[i] for i, part in enumerate(rows)]
+        if not torch.equal(_diagonal(blocks), weight):
+            return False
+        for block, value in zip(self.blocks, blocks, strict=True):
+            block.copy_(value)
+        return True
+
+    def forward(self, h: Tensor) -> Tensor:
+        """(..., all ranks) -> (..., all rows)"""
+        shares = h.chunk(len(self.blocks), -1)
+        return torch.cat([functional.linear(share, block) for share, block in zip(shares, self.blocks, strict=True)], -1)
+
+
+def _diagonal(blocks: Iterable[Tensor]) -> Tensor:
+    out: Tensor = torch.block_diag(*blocks)  # type: ignore[no-untyped-call]
+    return out
 
 
 def _pair(base: nn.Module, rank: int) -> tuple[nn.Linear, nn.Linear] | tuple[nn.Conv2d, nn.Conv2d]:

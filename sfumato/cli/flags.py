@@ -15,6 +15,7 @@ from sfumato.cli import foreign, options, paths, rules, toml, values
 from sfumato.cli.report import Given, Report
 from sfumato.config import Config, DatasetConfig
 from sfumato.errors import UserError, nearest
+from sfumato.families.about import Facts
 
 Method = Literal["network", "full"]
 Say = Callable[[str], None]
@@ -125,16 +126,28 @@ def resolve_all(
         adapt(given, report)
     given = {key: paths.settle(each, report) for key, each in given.items()}
     family = find_family(given, report)
+    facts = families.facts(family)
     known = {**options.common(), **options.of_family(family)}
-    plain = {name: o.default for name, o in known.items()} | dict(defaults or {})
+    plain = {name: o.default for name, o in known.items()} | dict(facts.defaults) | dict(defaults or {})
     settings = plain | checked(known, given, report)
     datasets = _datasets(settings, given, report) if data else ()
     rules.clashes(settings, given, method, report)
     if data:
         rules.idle(settings, plain, given, method, report)
+    _of_family(facts, settings, plain, given, report)
     report.finish()
     settings |= {name: known[name].default for name in report.idle}
     return Resolved(build(settings, family), datasets, tuple(report.notices))
+
+
+def _of_family(facts: Facts, settings: Mapping[str, Any], plain: Mapping[str, Any], given: Mapping[str, Given], report: Report) -> None:
+    """Report what the family has no use for, and what is wrong with its own options."""
+    for name, why in facts.refused.items():
+        if name in given and settings[name] != plain[name]:
+            report.error(f"{given[name]}: {why}")
+    for message in facts.check(_record(facts.options, settings)):
+        name = message.partition(":")[0]
+        report.error(f"{given[name]}:{message.partition(':')[2]}" if name in given else message)
 
 
 def _datasets(settings: Mapping[str, Any], given: Mapping[str, Given], report: Report) -> tuple[DatasetConfig, ...]:
@@ -272,7 +285,7 @@ def checked(known: Mapping[str, options.Option], given: Mapping[str, Given], rep
 def build(settings: Mapping[str, Any], family: str) -> Config:
     """The records from the values of all settings."""
     records = {section: _record(record, settings) for section, record in options.sections().items()}
-    return Config(**records, family=_record(families.facts(family).Options, settings))
+    return Config(**records, family=_record(families.facts(family).options, settings))
 
 
 def _record(record: type, settings: Mapping[str, Any]) -> Any:

@@ -8,6 +8,7 @@ from dataclasses import replace
 from sfumato.cli.report import Given, Report
 
 RENAMED: Mapping[str, tuple[str, object]] = {
+    "ae": ("vae", None),
     "caption_extention": ("caption_extension", None),
     "diffusers_xformers": ("xformers", None),
     "mem_eff_attn": ("sdpa", None),

@@ -5,8 +5,10 @@ from __future__ import annotations
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from importlib.util import find_spec
 
+from sfumato import families
 from sfumato.cli import flags, main
 from sfumato.cli.report import Given, Report
 from sfumato.errors import UserError
@@ -22,11 +24,17 @@ class Script:
     """It trains the text encoder unless told otherwise."""
 
 
-SCRIPTS: Mapping[str, Script] = {
-    "train_network": Script("network", ("sd",)),
-    "fine_tune": Script("full", ("sd",)),
-    "train_db": Script("full", ("sd",), trains_text=True),
-}
+@cache
+def scripts() -> Mapping[str, Script]:
+    """kohya's scripts by name, as the families name them."""
+    found: dict[str, Script] = {}
+    for family in families.names():
+        facts = families.facts(family)
+        for name, method in facts.scripts.items():
+            others = found[name].families if name in found else ()
+            found[name] = Script(method, (*others, family), trains_text=name in facts.trains_text)
+    return found
+
 
 DEFAULTS: Mapping[str, object] = {"learning_rate": 2e-6, "caption_extension": ".caption"}
 """Where kohya's defaults differ from ours and change the result."""
@@ -38,7 +46,7 @@ def run(script: str, argv: Sequence[str]) -> int:
 
 
 def _run(script: str, argv: list[str]) -> int:
-    what = SCRIPTS[script]
+    what = scripts()[script]
     resolved = resolve(script, argv)
     for notice in resolved.notices:
         flags.tell(notice)
@@ -48,7 +56,7 @@ def _run(script: str, argv: list[str]) -> int:
 
 def resolve(script: str, argv: Sequence[str]) -> flags.Resolved:
     """A checked config from a kohya command line. Errors: one `UserError` with all mistakes."""
-    what = SCRIPTS[script]
+    what = scripts()[script]
 
     def adapt(given: dict[str, Given], report: Report) -> None:
         _adapt(what, given, report)

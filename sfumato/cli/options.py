@@ -43,7 +43,7 @@ def common() -> dict[str, Option]:
 @cache
 def of_family(family: str) -> dict[str, Option]:
     """The settings that only this family has, by name. Imports no torch."""
-    return of(families.facts(family).Options, family)
+    return of(families.facts(family).options, family)
 
 
 @cache

@@ -5,17 +5,24 @@ from __future__ import annotations
 import os
 import re
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
+from sfumato import families
 from sfumato.cli.report import Given, Report
 from sfumato.errors import nearest
 
 FOLDERS = frozenset({"train_data_dir", "reg_data_dir", "image_dir", "conditioning_data_dir", "tokenizer"})
 FILES = frozenset({"dataset_config", "sample_prompts", "network_weights", "base_weights"})
 EITHER = frozenset({"pretrained_model_name_or_path", "vae"})
-"""A file, a folder or a hub id."""
+"""A file, a folder or a hub id; families have more such options."""
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _WEIGHTS = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")
+
+
+@cache
+def _either() -> frozenset[str]:
+    return EITHER.union(*(families.facts(name).paths for name in families.names()))
 
 
 def is_hub_id(name: str) -> bool:
@@ -26,7 +33,7 @@ def is_hub_id(name: str) -> bool:
 
 def settle(given: Given, report: Report) -> Given:
     """A setting with its paths checked; those of a file may stand beside that file as well as in the current folder."""
-    if given.key not in FOLDERS | FILES | EITHER | {"resume"}:
+    if given.key not in FOLDERS | FILES | _either() | {"resume"}:
         return given
     beside = given.source.parent if given.source else None
     if isinstance(given.value, (list, tuple)):
@@ -46,7 +53,7 @@ def _settled(given: Given, value: object, beside: Path | None, report: Report) -
 
 
 def _wrong(key: str, value: str, path: Path, beside: Path | None) -> str:
-    if key in EITHER:
+    if key in _either():
         return "" if path.exists() or is_hub_id(value) else _missing("file or folder", path, beside)
     if key in FILES:
         return "" if path.is_file() else _missing("file", path, beside)

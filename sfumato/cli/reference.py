@@ -26,7 +26,7 @@ def page() -> str:
     for section, record in options.sections().items():
         parts.append(_section(section, (record.__doc__ or "").split("\n")[0], options.of(record, section).values()))
     for family in families.names():
-        record = families.facts(family).Options
+        record = families.facts(family).options
         parts.append(_section(f"family {family}", (record.__doc__ or "").split("\n")[0], options.of_family(family).values()))
     parts.append(_kohya())
     return "\n".join(parts)

@@ -110,15 +110,15 @@ def _shrunk(size: Size, area: int, step: int) -> Size:
     return by_width if wider else by_height
 
 
-def check(options: BucketOptions, stride: int) -> list[str]:
-    """What is wrong with the options, one message each. `stride`: picture pixels a latent pixel."""
+def check(options: BucketOptions, multiple: int) -> list[str]:
+    """What is wrong with the options, one message each. `multiple`: what sides must be multiples of, in pixels."""
     width, height = options.resolution
     if not options.enable_bucket:
-        fits = min(width, height) >= stride and not width % stride and not height % stride
-        return [] if fits else [f"resolution {width},{height}: both sides must be multiples of {stride}"]
+        fits = min(width, height) >= multiple and not width % multiple and not height % multiple
+        return [] if fits else [f"resolution {width},{height}: both sides must be multiples of {multiple}"]
     step = options.bucket_reso_steps
-    if step < stride or step % stride:
-        return [f"bucket_reso_steps {step} must be a multiple of {stride}"]
+    if step < multiple or step % multiple:
+        return [f"bucket_reso_steps {step} must be a multiple of {multiple}"]
     wrong = []
     if sqrt(width * height) < step:
         wrong.append(f"resolution {width},{height} is below bucket_reso_steps {step}: lower bucket_reso_steps")

@@ -221,7 +221,7 @@ def cache_texts(
             with torch.no_grad():
                 cond = encode(tokenize([owners[job.owner] for job in portion]))
             for i, job in enumerate(portion):
-                put(job.key, {name: _kept(cond[name][i], strategy.dtype, owners[job.owner]) for name in strategy.fields})
+                put(job.key, {name: _kept(t, strategy.dtype, owners[job.owner]) for name, t in strategy.keep(cond, i).items()})
             if progress:
                 progress(start + len(portion), len(jobs))
     return _report(store, index, "texts", keys, parts, jobs)

@@ -13,10 +13,11 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from sfumato.config import SubsetConfig
 from sfumato.data import augment, captions
-from sfumato.data.batch import Batch, Tokens
+from sfumato.data.batch import Batch, Cond, Tokens
 from sfumato.data.buckets import Crop
 from sfumato.data.cache import Report
 from sfumato.data.plan import Item, Plan
+from sfumato.data.strategies import TextEncoderOutputsCachingStrategy
 from sfumato.errors import UserError
 from sfumato.tensors.random import python_random
 
@@ -127,6 +128,8 @@ class Loader:
     """Of `cache_latents`; None: batches carry pixels."""
     texts: Report | None = None
     """Of `cache_texts`; None: batches carry tokens."""
+    outputs: TextEncoderOutputsCachingStrategy = field(default_factory=lambda: TextEncoderOutputsCachingStrategy(fields=()))
+    """How text outputs are kept."""
     prior_loss_weight: float = 1.0
     accumulation: int = 1
     """Batches a process takes for one optimizer step."""
@@ -202,7 +205,7 @@ class Loader:
             latents=stacked.get("latents"),
             pixels=stacked.get("pixels"),
             mask=stacked.get("mask"),
-            cond=_cond(self.texts, said) if self.texts else None,
+            cond=_cond(self.texts, self.outputs, said) if self.texts else None,
             tokens=self.tokenize(said) if self.tokenize and not self.texts else None,
         )
 
@@ -211,13 +214,12 @@ class Loader:
         return captions.vary(item.picture.captions, options, python_random(key, "caption"), epoch=job.epoch + 1, step=job.step)
 
 
-def _cond(texts: Report, said: Sequence[str]) -> dict[str, Tensor]:
+def _cond(texts: Report, outputs: TextEncoderOutputsCachingStrategy, said: Sequence[str]) -> Cond:
     entries = [texts.store.get(texts.keys[caption]) for caption in said]
     whole = [entry for entry in entries if entry is not None]
     if len(whole) < len(entries):
         raise UserError(f"cached text outputs of {said[entries.index(None)]!r} are gone or damaged: start again, and they are made anew")
-    stacked = {name: torch.stack([entry[name] for entry in whole]) for name in whole[0]}
-    return {name: value.float() if value.is_floating_point() else value for name, value in stacked.items()}
+    return outputs.join(whole)
 
 
 def _as_it_is(read: Any) -> Any:

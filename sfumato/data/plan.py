@@ -167,15 +167,17 @@ def make_plan(
     skip_unreadable: bool = False,
     bodies: bool = True,
     stride: int = 8,
+    multiple: int | None = None,
     progress: Progress | None = None,
 ) -> Plan:
     """Find all pictures and their buckets.
 
     `bodies`: decode each picture once (unless `index` knows it), so that damaged ones show now; False: headers alone.
-    `stride`: picture pixels a latent pixel. Raises UserError that lists every option that cannot act, or every file
-    that cannot be used, with its reason (those are left out and listed in `skipped` instead if `skip_unreadable`).
+    `stride`: picture pixels a latent pixel; `multiple`: what sides are multiples of, if more than that. Raises UserError that
+    lists every option that cannot act, or every file that cannot be used, with its reason (those are left out and listed in
+    `skipped` instead if `skip_unreadable`).
     """
-    _check_options(datasets, stride)
+    _check_options(datasets, multiple or stride)
     items: list[Item] = []
     skipped: list[Skipped] = []
     notes: list[str] = []
@@ -200,7 +202,7 @@ def _listed(bad: Sequence[Skipped]) -> str:
     return "\n".join([f"{len(bad)} pictures cannot be used; {advice}:", *lines])
 
 
-def _check_options(datasets: Sequence[DatasetConfig], stride: int) -> None:
+def _check_options(datasets: Sequence[DatasetConfig], multiple: int) -> None:
     wrong = []
     if not any(dataset.subsets for dataset in datasets):
         wrong.append("there are no pictures to train on: name a folder by train_data_dir, or in the file of dataset_config")
@@ -208,7 +210,7 @@ def _check_options(datasets: Sequence[DatasetConfig], stride: int) -> None:
         wrong.append("all folders are of regularisation pictures (is_reg): there is nothing to train on")
     for d, dataset in enumerate(datasets):
         where = f"dataset {d + 1}"
-        wrong += [f"{where}: {message}" for message in check(dataset, stride)]
+        wrong += [f"{where}: {message}" for message in check(dataset, multiple)]
         if dataset.batch_size < 1:
             wrong.append(f"{where}: batch_size {dataset.batch_size} must be 1 or more")
         for subset in dataset.subsets:

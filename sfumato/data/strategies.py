@@ -8,6 +8,7 @@ from typing import Any, Literal, Protocol, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from sfumato.data.batch import Cond, Tokens
 
@@ -47,10 +48,17 @@ class LatentsCachingStrategy:
     channels: int = 4
     dtype: torch.dtype = torch.float16
     """What latents are kept in."""
+    patch: int = 1
+    """Latent pixels a side that the denoiser takes together: sides of pictures are multiples of stride x patch."""
     suffix: str = "_sd.npz"
     """Ending of sd-scripts' own cache files, for importing them."""
     stored: Literal["raw", "final"] = "raw"
     """Whether sd-scripts' files hold latents before or after the VAE's shift and scale; ours are always raw."""
+
+    @property
+    def multiple(self) -> int:
+        """What the sides of pictures are multiples of, in pixels."""
+        return self.stride * self.patch
 
     def encode(self, vae: nn.Module, pixels: Tensor) -> Tensor:
         """(b, 3, H, W) in [-1, 1] -> (b, c, h, w): the posterior's mean, raw."""
@@ -64,7 +72,31 @@ class TextEncoderOutputsCachingStrategy:
 
     fields: tuple[str, ...]
     """Names in cond that are kept."""
+    ragged: Mapping[str, str] = field(default_factory=dict)
+    """Field (n, d) -> the field (n,), true for its used rows, which come first: such a field is kept without the others."""
+    length: int | None = None
+    """Rows that ragged fields are padded to with zeros when they are read; None: to the longest of a batch."""
     dtype: torch.dtype = torch.float16
     suffix: str = ""
     """Ending of sd-scripts' own cache files, for importing them; empty: it has none."""
     settings: Mapping[str, object] = field(default_factory=dict)
+
+    def keep(self, cond: Cond, i: int) -> dict[str, Tensor]:
+        """What is kept of the i-th caption of a cond."""
+        used = {name: int(cond[mask][i].sum()) for name, mask in self.ragged.items()}
+        kept = [name for name in self.fields if name not in self.ragged.values()]
+        return {name: cond[name][i][: used.get(name)] for name in kept}
+
+    def join(self, entries: Sequence[Mapping[str, Tensor]]) -> Cond:
+        """The cond of a batch from what was kept of its captions."""
+        joined = {}
+        for name in entries[0]:
+            values = [entry[name] for entry in entries]
+            if name not in self.ragged:
+                joined[name] = torch.stack(values)
+                continue
+            lengths = torch.tensor([len(value) for value in values])
+            rows = self.length or int(lengths.max())
+            joined[name] = torch.stack([functional.pad(value, (0, 0, 0, rows - len(value))) for value in values])
+            joined[self.ragged[name]] = torch.arange(rows) < lengths[:, None]
+        return joined

@@ -1,6 +1,6 @@
 """Floor 3: one folder a family, found by its name; a new family adds no line here.
 
-`facts.py` of a family imports no torch: its options and how its files are recognised.
+`facts.py` of a family imports no torch and holds the record `FACTS`: its options and how its files are recognised.
 `family.py` holds the record `FAMILY`.
 """
 
@@ -9,10 +9,10 @@ from __future__ import annotations
 from functools import cache
 from importlib import import_module
 from pathlib import Path
-from types import ModuleType
 from typing import TYPE_CHECKING, cast
 
 if TYPE_CHECKING:
+    from sfumato.families.about import Facts
     from sfumato.families.base import Family
 
 
@@ -22,9 +22,9 @@ def names() -> tuple[str, ...]:
     return tuple(sorted(p.parent.name for p in Path(__file__).parent.glob("*/facts.py")))
 
 
-def facts(name: str) -> ModuleType:
-    """A family's `facts.py`: `Options`, `detect`, `ARCHITECTURES`; imports no torch."""
-    return import_module(f"sfumato.families.{name}.facts")
+def facts(name: str) -> Facts:
+    """What a family says of itself before torch is imported."""
+    return cast("Facts", import_module(f"sfumato.families.{name}.facts").FACTS)
 
 
 def family(name: str) -> Family:
@@ -35,3 +35,8 @@ def family(name: str) -> Family:
 def of(options: object) -> Family:
     """The family whose `Options` these are."""
     return family(type(options).__module__.split(".")[2])
+
+
+def facts_of(options: object) -> Facts:
+    """The facts of the family whose `Options` these are."""
+    return facts(type(options).__module__.split(".")[2])

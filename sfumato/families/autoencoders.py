@@ -3,53 +3,104 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from typing import Any
+from typing import Any, NamedTuple, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from sfumato.errors import UserError
-from sfumato.families.encoders import count_layers
-from sfumato.families.fill import fill
+from sfumato.families import sources
+from sfumato.families.encoders import built, count_layers
+from sfumato.formats import files
 from sfumato.formats.names import CONV_TO_LINEAR, KeyMap, Rule, rule
 
 SD_SCALE = 0.18215
 """Factor from raw latents to those of the denoiser in Stable Diffusion 1.x and 2.x."""
 LDM_MARK, DIFFUSERS_MARK = "encoder.down.0.block.0.conv1.weight", "encoder.down_blocks.0.resnets.0.conv1.weight"
 """A tensor by which the spelling of a KL autoencoder is known."""
+EARLY_MARK = "encoder.mid_block.attentions.0.query.weight"
+PARTS = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.")
+"""What its names start with."""
+PREFIXES = ("first_stage_model.", "vae.")
+"""What stands before its names in files that hold more than a VAE."""
 
 
-def load_kl(tensors: Mapping[str, Tensor], scale: float = SD_SCALE, what: str = "the VAE") -> Any:
+def load_kl(tensors: Mapping[str, Tensor], scale: float = SD_SCALE, shift: float | None = None, what: str = "the VAE") -> Any:
     """diffusers' AutoencoderKL with these tensors, in LDM's or in diffusers' names without prefix.
 
-    Sizes are read off the shapes. Errors: `UserError` for missing, further or mis-shaped tensors.
+    Errors: `UserError` for missing, further or mis-shaped tensors.
+    """
+    return built(lambda shapes: kl_net(shapes, scale, shift), vae_names(tensors, what), what)
+
+
+def kl_net(shapes: Mapping[str, tuple[int, ...]], scale: float, shift: float | None = None) -> Any:
+    """diffusers' AutoencoderKL without values (on the meta device) for tensors of these shapes, in diffusers' names.
+
+    `scale`, `shift`: from raw latents to those of the denoiser; they stand in its config. Errors: `KeyError` for a missing tensor.
     """
     from diffusers import AutoencoderKL
 
-    native = vae_names(tensors, what)
-    try:
-        levels = count_layers(native, r"encoder\.down_blocks\.(\d+)\.")
-        channels = tuple(native[f"encoder.down_blocks.{i}.resnets.0.conv1.weight"].shape[0] for i in range(levels))
-        sizes = {
-            "in_channels": native["encoder.conv_in.weight"].shape[1],
-            "out_channels": native["decoder.conv_out.weight"].shape[0],
-            "latent_channels": native["decoder.conv_in.weight"].shape[1],
-            "layers_per_block": count_layers(native, r"encoder\.down_blocks\.0\.resnets\.(\d+)\."),
-        }
-    except KeyError as missing:
-        raise UserError(f"{what} lacks the tensor {missing}: the file is incomplete or of another kind") from None
+    levels = count_layers(shapes, r"encoder\.down_blocks\.(\d+)\.")
     with torch.device("meta"):
-        net = AutoencoderKL(
-            block_out_channels=channels,
+        return AutoencoderKL(
+            in_channels=shapes["encoder.conv_in.weight"][1],
+            out_channels=shapes["decoder.conv_out.weight"][0],
+            latent_channels=shapes["decoder.conv_in.weight"][1],
+            block_out_channels=tuple(shapes[f"encoder.down_blocks.{i}.resnets.0.conv1.weight"][0] for i in range(levels)),
+            layers_per_block=count_layers(shapes, r"encoder\.down_blocks\.0\.resnets\.(\d+)\."),
             down_block_types=("DownEncoderBlock2D",) * levels,
             up_block_types=("UpDecoderBlock2D",) * levels,
-            use_quant_conv="quant_conv.weight" in native,
-            use_post_quant_conv="post_quant_conv.weight" in native,
+            use_quant_conv="quant_conv.weight" in shapes,
+            use_post_quant_conv="post_quant_conv.weight" in shapes,
             scaling_factor=scale,
+            shift_factor=shift,
             sample_size=256,
-            **sizes,
         )
-    return fill(net, native, what)
+
+
+def scale(vae: nn.Module, latents: Tensor) -> Tensor:
+    """Raw latents -> those of the denoiser: (x - shift) * scale."""
+    factor, shift = _scaling(vae)
+    return (latents - shift) * factor
+
+
+def unscale(vae: nn.Module, latents: Tensor) -> Tensor:
+    """The inverse of `scale`."""
+    factor, shift = _scaling(vae)
+    return latents / factor + shift
+
+
+def _scaling(vae: nn.Module) -> tuple[float, float]:
+    config = cast(Any, vae).config
+    return float(config.scaling_factor), float(config.shift_factor or 0.0)
+
+
+class KlFile(NamedTuple):
+    """A KL autoencoder as it was found."""
+
+    tensors: dict[str, Tensor]
+    """In the names of diffusers' AutoencoderKL."""
+    scale: float
+    shift: float | None
+
+
+def read_vae(name: str, *, scale: float = SD_SCALE, shift: float | None = None, flag: str = "vae") -> KlFile:
+    """A VAE and how its latents are scaled; `scale` and `shift` stand where the source does not say.
+
+    `name`: a file (its names with or without the prefix of single files, or a whole single file), the folder of
+    a VAE or of a pipeline, or a hub id. Errors: `UserError` when there is no KL autoencoder in it.
+    """
+    path = sources.local(name, flag)
+    if path.is_dir():
+        folder = path / "vae" if (path / "vae").is_dir() else path
+        config = sources.read_json(folder / "config.json")
+        tensors = vae_names(sources.weights(folder), str(folder))
+        return KlFile(tensors, config.get("scaling_factor", scale), config.get("shift_factor", shift))
+    given = files.load(path)
+    prefix = next((p for p in PREFIXES if any(name.startswith(p) for name in given)), "")
+    # A VAE's own checkpoint also holds the loss it was trained with and an average of the weights.
+    parts = tuple(prefix + part for part in PARTS)
+    return KlFile(vae_names({n.removeprefix(prefix): t for n, t in given.items() if n.startswith(parts)}, str(path)), scale, shift)
 
 
 def vae_names(tensors: Mapping[str, Tensor], what: str = "the VAE") -> dict[str, Tensor]:
@@ -58,8 +109,8 @@ def vae_names(tensors: Mapping[str, Tensor], what: str = "the VAE") -> dict[str,
         return vae_keys(tensors).to_native(tensors)
     if DIFFUSERS_MARK not in tensors:
         raise UserError(f"{what}: neither {LDM_MARK!r} nor {DIFFUSERS_MARK!r} is in it, so it is no KL autoencoder")
-    if "encoder.mid_block.attentions.0.query.weight" in tensors:
-        return _EARLY.to_native(tensors)
+    if EARLY_MARK in tensors:
+        return EARLY.to_native(tensors)
     return dict(tensors)
 
 
@@ -103,4 +154,4 @@ def _early() -> KeyMap:
     return KeyMap(*renamed, *(rule(name) for name in same))
 
 
-_EARLY = _early()
+EARLY = _early()

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, cast
 
-import torch
 from torch import Tensor, nn
 
-from sfumato.config import NoiseConfig
-from sfumato.data.batch import Batch, Cond
+from sfumato.adapters import AdapterPlan
+from sfumato.adapters.insert import Place
+from sfumato.config import LossConfig, NoiseConfig
+from sfumato.data.batch import Cond
 from sfumato.data.strategies import (
     LatentsCachingStrategy,
     TextEncoderOutputsCachingStrategy,
@@ -19,8 +21,10 @@ from sfumato.data.strategies import (
     TokenizeStrategy,
 )
 from sfumato.errors import UserError
+from sfumato.families.parts import Part, Source
 from sfumato.formats.dialect import Dialect
 from sfumato.tensors.noise import Process
+from sfumato.tensors.random import Draws
 
 
 @dataclass(slots=True)
@@ -35,17 +39,16 @@ class Models:
     """By name: {"clip_l": ...}; module paths are the names that files use."""
     tokenizers: dict[str, Any]
     vae: nn.Module | None
-    source: Path | None = None
-    """The file or folder that it came from."""
-    layout: str = "single_file"
-    """"single_file" or "diffusers": how the source was laid out, and how a whole model is saved by default."""
+    source: Source | None = None
+    """What it was read from; what was not trained is copied from there."""
     extras: dict[str, Any] = field(default_factory=dict)
-    """What a family must remember for saving."""
+    """What a family works out once and uses in every step."""
 
     def the_vae(self) -> nn.Module:
         """The VAE. Errors: `UserError` when the checkpoint came without one and none was given."""
         if self.vae is None:
-            raise UserError(f"{self.source} has no VAE, which pictures must pass through; give one with --vae")
+            where = self.source.path if self.source else "the model"
+            raise UserError(f"{where} has no VAE, which pictures must pass through; give one with --vae")
         return self.vae
 
     def nets(self) -> dict[str, nn.Module]:
@@ -53,34 +56,50 @@ class Models:
         return {"denoiser": self.denoiser, **self.encoders}
 
 
-class Load(Protocol):
-    def __call__(
-        self,
-        path: str,
-        options: Any,
-        *,
-        vae: str | None = None,
-        tokenizer: str | None = None,
-        device: torch.device | str = "cpu",
-        dtype: torch.dtype | None = None,
-    ) -> Models:
-        """Read a checkpoint (file, folder or hub id). `dtype`: of denoiser and encoders; None: as in the file."""
-        ...
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Setting:
+    """What b samples are, besides what their captions say."""
+
+    sizes: Tensor
+    """(b, 6) original height and width, crop top and left, target height and width, in pixels."""
+    guidance: Tensor | None = None
+    """(b,) the guidance that a distilled model is told; None: the family's own for training."""
+    draws: Draws | None = None
+    """Where what is left out by chance while training comes from; None when pictures are drawn."""
 
 
-class Save(Protocol):
-    def __call__(
-        self,
-        models: Models,
-        path: Path,
-        *,
-        layout: str,
-        dtype: torch.dtype | None,
-        metadata: Mapping[str, str],
-        state: Mapping[str, Mapping[str, Tensor]] | None = None,
-    ) -> None:
-        """Write a whole model. `state`: {component: native tensors} to write in place of the nets' own (an average, say)."""
-        ...
+def as_encoded(models: Models, cond: Cond, setting: Setting) -> Cond:
+    """For `Family.condition`: the denoiser is told nothing but what the text encoders say."""
+    return cond
+
+
+def common_rate(options: Any, component: str, path: str) -> float | None:
+    """For `Family.rate`: every weight has the common rate of its component."""
+    return None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NewFolder:
+    """What a diffusers folder holds besides weights, for a model that did not come as one."""
+
+    index: Mapping[str, Any]
+    """model_index.json"""
+    configs: Mapping[str, Mapping[str, Any]]
+    """component -> its config.json"""
+    scheduler: Mapping[str, Any]
+    """scheduler/scheduler_config.json"""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Vocabulary:
+    """Where the tokenizer of a text encoder is."""
+
+    folder: str
+    """Its folder in a diffusers folder; also looked for beside a single file, and in the folder that the user gives."""
+    make: Callable[[Path | None], Any]
+    """The tokenizer of a folder; None: the one that every model of this family has. Errors: `UserError`."""
+    alone: bool = True
+    """Whether the folder that the user gives may be the tokenizer's itself."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,27 +107,48 @@ class Family:
     """A family is a record of facts and a few short functions."""
 
     name: str
-    load: Load
-    save: Save
+    title: str
+    """For messages: "Stable Diffusion XL"."""
+    parts: Sequence[Part]
+    """Its nets in files; "denoiser" is what is trained, "vae" the autoencoder, all others are text encoders."""
+    optional: frozenset[str] = frozenset()
+    """Parts that a model may lack."""
+    kept: re.Pattern[str] = re.compile(r"(?!)")
+    """Pattern of full names in single files that belong to no net and are copied on save."""
+    complete: Callable[[Any, Source], tuple[Any, Source]] = lambda options, source: (options, source)
+    """The options with what the files say filled in, and the source without what is not the model's.
+    Errors: `UserError` if they contradict."""
+    vocabularies: Mapping[str, Vocabulary]
+    """Text encoder -> its tokenizer."""
+    new_folder: Callable[[Models], NewFolder] | None = None
+    """None: saved as a diffusers folder only if it came as one."""
+    respell: Callable[[Models, dict[str, Tensor]], dict[str, Tensor]] = lambda models, tensors: tensors
+    """A last change to the tensors of a single file about to be saved."""
     tokenize: Callable[[Models], TokenizeStrategy]
     encode: Callable[[Models], TextEncodingStrategy]
     latents: LatentsCachingStrategy
-    outputs: TextEncoderOutputsCachingStrategy
-    process: Callable[[Models, NoiseConfig, Any], Process]
+    outputs: Callable[[Models], TextEncoderOutputsCachingStrategy]
+    process: Callable[[Models, NoiseConfig, LossConfig], Process]
     """(models, noise config, loss config) -> how latents are noised, what the net should say, and what an error weighs."""
-    predict: Callable[[nn.Module, Tensor, Tensor, Cond, Batch | None], Tensor]
-    """(denoiser, x (b, c, h, w), t (b,), cond, batch) -> what the denoiser says, shaped as x. `batch` is None when sampling."""
-    scale: Callable[[nn.Module, Tensor], Tensor]
-    """(vae, raw latents) -> the latents that the denoiser takes: shifted and scaled."""
-    unscale: Callable[[nn.Module, Tensor], Tensor]
-    """The inverse of `scale`."""
+    condition: Callable[[Models, Cond, Setting], Cond] = as_encoded
+    """(models, what the encoders say, setting) -> all that `predict` is told besides x and t."""
+    predict: Callable[[nn.Module, Tensor, Tensor, Cond], Tensor]
+    """(denoiser, x (b, c, h, w), t (b,), cond) -> what the denoiser says, shaped as x."""
+    sigmas: Callable[[Models, int, int], Tensor] | None = None
+    """(models, steps, latent pixels of the picture) -> (steps + 1,) noise levels from 1 to 0 that a picture is drawn along; None: DDPM."""
     blocks: Callable[[nn.Module], Sequence[nn.Module]]
     """The denoiser's repeated blocks, in forward order: what checkpointing, swapping and compiling act on."""
-    encoder_blocks: Callable[[nn.Module], Sequence[nn.Module]]
+    encoder_blocks: Callable[[nn.Module], Sequence[nn.Module]] = lambda net: list(cast(Any, net).layers)
     """The same for a text encoder."""
     dialects: Callable[[Models], Mapping[str, Dialect]]
     """Adapter key names: "kohya", "comfy", "peft"."""
     targets: Mapping[str, Mapping[str, tuple[str, ...]]]
     """component -> layer kind ("linear", "conv") -> path patterns (fnmatch) of the layers that adapters go on."""
+    layer: Callable[[Any, AdapterPlan, Place], Place | None] = lambda options, plan, place: place
+    """(options, plan, a layer that gets an adapter) -> the same with what the options say of this layer; None: no adapter there."""
+    trainable: Callable[[Any, AdapterPlan | None], frozenset[str] | None] = lambda options, plan: None
+    """(options, the plan of adapters, or None for a whole model) -> the text encoders that training may change; None: all."""
+    rate: Callable[[Any, str, str], float | None] = common_rate
+    """(options, component, path of a weight) -> its rate when a whole model is trained; None: the common one; 0: it is not trained."""
     encoder_lr_order: tuple[str, ...] = ()
     """Encoders in the order of kohya's text_encoder_lr values."""

@@ -43,15 +43,9 @@ CALLED: Mapping[Kind, str] = {
 }
 
 OTHERS = {
-    r"(model\.diffusion_model\.)?joint_blocks\..*|lora_unet_joint_blocks_.*": "Stable Diffusion 3",
-    r"(model\.diffusion_model\.)?distilled_guidance_layer\..*": "Chroma",
     r"(model\.diffusion_model\.)?byt5_in\..*|lora_unet_double_blocks_\d+_img_mlp_fc1\..*": "HunyuanImage 2.1",
-    r"(model\.diffusion_model\.)?double_blocks\.\d+\.img_attn\.qkv\..*|lora_unet_(double|single)_blocks_.*": "FLUX",
-    r"(transformer\.)?single_transformer_blocks\..*|controlnet_blocks\..*": "FLUX",
     r"(model\.diffusion_model\.)?cap_embedder\..*|lora_unet_context_refiner_.*": "Lumina Image 2.0",
     r"(net\.|model\.diffusion_model\.)?llm_adapter\..*|lora_unet_(llm_adapter|blocks)_.*": "Anima",
-    r"conditioner\.embedders\.1\..*|(model\.diffusion_model\.|unet\.)?(label_emb|add_embedding)\..*": "Stable Diffusion XL",
-    r"lora_te[12]_.*|(lora|oft|lllite)_unet_(input|output)_blocks_.*": "Stable Diffusion XL",
 }
 """Names by which models are known that sfumato does not train yet."""
 
@@ -76,7 +70,7 @@ def detect_file(name: str | Path, flag: str = "pretrained_model_name_or_path") -
         raise UserError(f"{flag}: {path} is {unknown(shapes)}")
     if found.kind != "checkpoint":
         raise UserError(f"{flag}: {path} is {CALLED[found.kind]}")
-    if lacking := set(WHOLE[:2]) - set(found.parts):
+    if lacking := set(families.facts(found.family).needed) - set(found.parts):
         raise UserError(
             f"{flag}: {path} holds no {' and no '.join(sorted(lacking))}; a whole model is needed, as a single file or a diffusers folder"
         )
@@ -98,12 +92,11 @@ def _folder(path: Path, flag: str) -> Detected:
         raise UserError(f"{flag}: the folder {path} has no model_index.json: expected a diffusers folder, or a single file")
     pipeline = str(sources.read_json(index).get("_class_name"))
     for name in families.names():
-        if pipeline in families.facts(name).PIPELINES:
-            shapes = {
-                key: info.shape for file in sources.weight_files(path / "unet") for key, info in files.read_header(file).tensors.items()
-            }
-            found: Detected | None = families.facts(name).detect(shapes)
+        if pipeline in families.facts(name).pipelines:
+            denoiser = path / families.facts(name).denoiser_folder
+            shapes = {key: info.shape for file in sources.weight_files(denoiser) for key, info in files.read_header(file).tensors.items()}
+            found = families.facts(name).detect(shapes)
             if found and found.kind == "checkpoint":
                 return replace(found, parts=WHOLE)
-            raise UserError(f"{flag}: {path / 'unet'} is {unknown(shapes)}")
+            raise UserError(f"{flag}: {denoiser} is {unknown(shapes)}")
     raise UserError(f"{flag}: the folder {path} holds a {pipeline}, which is not supported yet")

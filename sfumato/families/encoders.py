@@ -7,24 +7,27 @@ the file (`text_model.encoder.layers.0.mlp.fc1`), and adapters are named by it.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from sfumato.errors import UserError
-from sfumato.families.fill import fill
-from sfumato.formats.names import KeyMap, rule
+from sfumato.families import fill
+from sfumato.formats.names import TRANSPOSE, KeyMap, rule
 
 HEAD_WIDTH = 64
 """Channels of an attention head in every published CLIP text model."""
+VOCABULARY = 49408
+"""CLIP's tokens; the last marks the end of a caption. Embeddings that users train may follow it."""
 
 _PARTS = ("embeddings", "encoder", "final_layer_norm")
+_PROJECTION = rule("text_projection")
 
-CLIP_HF = KeyMap(rule("text_model"))
+CLIP_HF = KeyMap(rule("text_model"), _PROJECTION)
 """native: a `ClipText`. foreign: transformers' names with `text_model.`, as in single files and most folders."""
-CLIP_BARE = KeyMap(*(rule(f"text_model.{part}", part) for part in _PARTS))
+CLIP_BARE = KeyMap(*(rule(f"text_model.{part}", part) for part in _PARTS), _PROJECTION)
 """native: a `ClipText`. foreign: the same without `text_model.`, as in early single files."""
 
 _LAYER, _BLOCK = "text_model.encoder.layers.{i}", "transformer.resblocks.{i}"
@@ -33,6 +36,7 @@ OPEN_CLIP = KeyMap(
     rule("token_embedding", "text_model.embeddings.token_embedding"),
     rule("positional_embedding", "text_model.embeddings.position_embedding.weight"),
     rule("ln_final", "text_model.final_layer_norm"),
+    rule("text_projection", "text_projection.weight", change=TRANSPOSE),
     rule(f"{_BLOCK}.ln_1", f"{_LAYER}.layer_norm1"),
     rule(f"{_BLOCK}.ln_2", f"{_LAYER}.layer_norm2"),
     rule(f"{_BLOCK}.mlp.c_fc", f"{_LAYER}.mlp.fc1"),
@@ -41,25 +45,42 @@ OPEN_CLIP = KeyMap(
     rule(f"{_BLOCK}.attn.in_proj_weight", *(f"{_LAYER}.self_attn.{p}.weight" for p in _QKV)),
     rule(f"{_BLOCK}.attn.in_proj_bias", *(f"{_LAYER}.self_attn.{p}.bias" for p in _QKV)),
 )
-"""native: OpenCLIP's names, with q, k and v in one tensor. foreign: a `ClipText`, which has them apart."""
+"""native: OpenCLIP's names, with q, k and v in one tensor and the projection as x @ p. foreign: a `ClipText`."""
+
+
+class ClipSays(NamedTuple):
+    """What a text model says of b captions of n tokens."""
+
+    states: Tensor
+    """(b, n, d) after the layer asked for."""
+    normed: Tensor
+    """(b, n, d) `states` through the final norm."""
+    pooled: Tensor
+    """(b, d) after the last layer and the final norm, at the first end mark."""
+    projected: Tensor
+    """(b, p) `pooled` through the text projection; `pooled` itself where there is none."""
 
 
 class ClipText(nn.Module):
-    """Token ids (b, n) -> hidden states (b, n, d)."""
+    """Token ids (b, n) -> `ClipSays`."""
 
-    def __init__(self, config: Any) -> None:
+    def __init__(self, config: Any, *, projected: bool = False) -> None:
         super().__init__()
         from transformers import CLIPTextModel
 
         self.config = config
         model = CLIPTextModel(config)
         self.text_model = getattr(model, "text_model", model)
+        # A count of the positions, which no file holds: it is made in `forward`, where it cannot be without values.
+        del self.text_model.embeddings.position_ids
+        self.text_projection = nn.Linear(config.hidden_size, config.projection_dim, bias=False) if projected else nn.Identity()
 
-    def forward(self, ids: Tensor, skip: int = 1) -> Tensor:
-        """States after the `skip`-th layer from the end (1: the last), through the final norm; the mask is causal."""
-        states = self.text_model(input_ids=ids, output_hidden_states=True).hidden_states[-skip]
-        normed: Tensor = self.text_model.final_layer_norm(states)
-        return normed
+    def forward(self, ids: Tensor, skip: int = 1) -> ClipSays:
+        """States after the `skip`-th layer from the end (1: the last), and what is pooled of the last; the mask is causal."""
+        positions = torch.arange(ids.shape[1], device=ids.device)[None]
+        said = self.text_model(input_ids=ids, position_ids=positions, output_hidden_states=True)
+        states = said.hidden_states[-skip]
+        return ClipSays(states, self.text_model.final_layer_norm(states), said.pooler_output, self.text_projection(said.pooler_output))
 
     @property
     def layers(self) -> nn.ModuleList:
@@ -68,36 +89,47 @@ class ClipText(nn.Module):
         return layers
 
 
-def clip_text(tensors: Mapping[str, Tensor], activation: str, what: str = "the text encoder") -> ClipText:
-    """A text model with these tensors (names with `text_model.`); sizes are read off their shapes.
+def clip_net(shapes: Mapping[str, tuple[int, ...]], activation: str) -> ClipText:
+    """A text model without values (on the meta device) for tensors of these names (with `text_model.`) and shapes.
 
-    activation: "quick_gelu" (OpenAI's CLIP) or "gelu" (OpenCLIP). Errors: `UserError` for missing or further tensors.
+    activation: "quick_gelu" (OpenAI's CLIP) or "gelu" (OpenCLIP). Errors: `KeyError` for a missing tensor.
     """
     from transformers import CLIPTextConfig
 
+    vocabulary, width = shapes["text_model.embeddings.token_embedding.weight"]
+    projection = shapes.get("text_projection.weight")
+    end = min(vocabulary, VOCABULARY) - 1
+    config = CLIPTextConfig(
+        vocab_size=vocabulary,
+        hidden_size=width,
+        intermediate_size=shapes["text_model.encoder.layers.0.mlp.fc1.weight"][0],
+        num_hidden_layers=count_layers(shapes, r"text_model\.encoder\.layers\.(\d+)\."),
+        num_attention_heads=heads(width),
+        max_position_embeddings=shapes["text_model.embeddings.position_embedding.weight"][0],
+        hidden_act=activation,
+        projection_dim=projection[0] if projection else width,
+        bos_token_id=end - 1,
+        eos_token_id=end,
+    )
+    with torch.device("meta"):
+        return ClipText(config, projected=projection is not None)
+
+
+def clip_text(tensors: Mapping[str, Tensor], activation: str, what: str = "the text encoder") -> ClipText:
+    """`clip_net` with these tensors as its own. Errors: `UserError` for missing or further tensors."""
+    return built(lambda shapes: clip_net(shapes, activation), tensors, what)
+
+
+Net = TypeVar("Net", bound=nn.Module)
+
+
+def built(net: Callable[[Mapping[str, tuple[int, ...]]], Net], tensors: Mapping[str, Tensor], what: str) -> Net:
+    """The net for tensors of these shapes, with these very tensors as its own. Errors: `UserError` naming those that do not fit."""
     try:
-        vocabulary, width = tensors["text_model.embeddings.token_embedding.weight"].shape
-        config = CLIPTextConfig(
-            vocab_size=vocabulary,
-            hidden_size=width,
-            intermediate_size=tensors["text_model.encoder.layers.0.mlp.fc1.weight"].shape[0],
-            num_hidden_layers=count_layers(tensors, r"text_model\.encoder\.layers\.(\d+)\."),
-            num_attention_heads=heads(width),
-            max_position_embeddings=tensors["text_model.embeddings.position_embedding.weight"].shape[0],
-            hidden_act=activation,
-            projection_dim=width,
-            bos_token_id=vocabulary - 2,
-            eos_token_id=vocabulary - 1,
-        )
+        empty = net(fill.shapes(tensors))
     except KeyError as missing:
         raise UserError(f"{what} lacks the tensor {missing}: the file is incomplete or of another kind") from None
-    with torch.device("meta"):
-        net = ClipText(config)
-    fill(net, tensors, what)
-    positions = net.text_model.embeddings.position_embedding.num_embeddings
-    # Not in any file: transformers counts the positions in a buffer, which came without values.
-    net.text_model.embeddings.position_ids = torch.arange(positions)[None]
-    return net
+    return fill.fill(empty, tensors, what)
 
 
 def heads(width: int) -> int:

@@ -19,11 +19,18 @@ def shapes(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
 
 
 def fill(net: Net, tensors: Mapping[str, Tensor], what: str) -> Net:
-    """The net with these very tensors as its own, frozen and in eval mode.
+    """The net with these very tensors as its own, frozen and in eval mode. Errors: as `check`."""
+    check(net, shapes(tensors), what)
+    net.load_state_dict(dict(tensors), strict=True, assign=True)
+    return net.eval().requires_grad_(False)
+
+
+def check(net: nn.Module, given: Mapping[str, tuple[int, ...]], what: str) -> None:
+    """That tensors of these names and shapes are those of the net.
 
     Errors: `UserError` that names what is missing, left over or of another shape; `what` says whose tensors they are.
     """
-    wanted, given = shapes(net.state_dict()), shapes(tensors)
+    wanted = shapes(net.state_dict())
     wrong = [f"{what} lacks the tensor {name!r} {shape}" for name, shape in wanted.items() if name not in given]
     wrong += [
         f"{what} has the tensor {name!r}, which has no place in the net{nearest(name, wanted)}" for name in given if name not in wanted
@@ -36,5 +43,3 @@ def fill(net: Net, tensors: Mapping[str, Tensor], what: str) -> Net:
     if wrong:
         more = [f"... and {len(wrong) - SHOWN} more such tensors"] if len(wrong) > SHOWN else []
         raise UserError(*wrong[:SHOWN], *more)
-    net.load_state_dict(dict(tensors), strict=True, assign=True)
-    return net.eval().requires_grad_(False)

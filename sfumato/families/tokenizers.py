@@ -1,15 +1,18 @@
-"""CLIP's tokenizer: from a folder, or from the vocabulary that comes with sfumato."""
+"""Tokenizers of the text encoders: CLIP's from a folder or from the vocabulary that comes with sfumato, T5's from a folder."""
 
 from __future__ import annotations
 
 import gzip
 import json
+import struct
+from collections.abc import Iterator
 from functools import cache
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
 from sfumato.errors import UserError
+from sfumato.families import sources
 
 BOS, EOS = "<|startoftext|>", "<|endoftext|>"
 MERGES = Path(__file__).with_name("clip_bpe.txt.gz")
@@ -60,3 +63,84 @@ def fingerprint(tokenizer: Any) -> str:
 def is_stock(tokenizer: Any) -> bool:
     """Whether the tokenizer has CLIP's own vocabulary."""
     return bool(tokenizer.get_vocab() == stock_vocabulary()[0])
+
+
+# --- T5 ---
+
+T5_HUB = "google/t5-v1_1-xxl"
+"""Where T5's vocabulary is when no folder has it."""
+T5_FILES = ("spiece.model", "tokenizer*.json", "special_tokens_map.json")
+"""What is downloaded of it."""
+SENTINELS = 100
+"""Tokens `<extra_id_0>` ... that follow the pieces in T5's vocabulary."""
+
+
+def t5_source(given: str | None, *beside: Path) -> Path:
+    """The folder of T5's tokenizer: the one that the user names, else the first of `beside` with one in it, else the hub's."""
+    found = None if given is not None else next((folder for folder in beside if _holds_t5(folder)), None)
+    return found or sources.local(given or T5_HUB, "tokenizer", T5_FILES)
+
+
+def t5_tokenizer(folder: Path) -> Any:
+    """transformers' T5Tokenizer of a folder with tokenizer.json or spiece.model; it ends a text with `</s>`. Errors: `UserError`."""
+    from transformers import T5Tokenizer
+
+    if not _holds_t5(folder):
+        raise UserError(f"tokenizer folder {folder}: neither tokenizer.json nor spiece.model is in it; give the folder of a T5 tokenizer")
+    try:
+        if (folder / "tokenizer.json").is_file():
+            return T5Tokenizer.from_pretrained(folder, local_files_only=True)
+        # transformers needs two more libraries to read this small file.
+        pieces, characters = _sentencepiece((folder / "spiece.model").read_bytes())
+        marks = [(f"<extra_id_{i}>", 0.0) for i in reversed(range(SENTINELS))]
+        return T5Tokenizer(vocab=[*pieces, *marks], extra_ids=SENTINELS, _spm_precompiled_charsmap=characters)
+    except Exception as error:  # of a broken file the library, written in Rust, raises anything
+        raise UserError(f"tokenizer folder {folder} cannot be read as T5's: {type(error).__name__}: {error}") from error
+
+
+def _holds_t5(folder: Path) -> bool:
+    return any((folder / name).is_file() for name in ("tokenizer.json", "spiece.model"))
+
+
+def _sentencepiece(data: bytes) -> tuple[list[tuple[str, float]], bytes | None]:
+    """SentencePiece's ModelProto -> pieces with their scores, and the table by which characters are normalised.
+
+    Fields, from sentencepiece_model.proto: 1 a piece (1 its text, 2 its score), 3 the normaliser (2 its table).
+    """
+    pieces: list[tuple[str, float]] = []
+    characters = None
+    for number, value in _fields(data):
+        if number == 1:
+            piece = dict(_fields(value))
+            pieces.append((piece[1].decode(), struct.unpack("<f", piece.get(2, bytes(4)))[0]))
+        elif number == 3:
+            characters = dict(_fields(value)).get(2)
+    return pieces, characters or None
+
+
+def _fields(message: bytes) -> Iterator[tuple[int, bytes]]:
+    """(number, bytes) of each field of a protocol buffer; numbers of variable length are passed over."""
+    at = 0
+
+    def number() -> int:
+        nonlocal at
+        value = shift = 0
+        while True:
+            byte = message[at]
+            at += 1
+            value |= (byte & 127) << shift
+            if byte < 128:
+                return value
+            shift += 7
+
+    while at < len(message):
+        key = number()
+        kind = key & 7
+        if kind == 0:
+            number()
+            continue
+        size = {1: 8, 5: 4}[kind] if kind != 2 else number()
+        start, at = at, at + size
+        if at > len(message):
+            raise ValueError("truncated")
+        yield key >> 3, message[start:at]

@@ -5,7 +5,7 @@ A `Dialect` builds the name of every layer of a net and looks names up; a name w
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from sfumato.errors import UserError, nearest
-from sfumato.formats.names import KeyMap, Rule
+from sfumato.formats.names import Change, KeyMap, Rule
 
 Site = tuple[str, str]
 """(component, native path of the layer): ("denoiser", "input_blocks.1.1.transformer_blocks.0.attn1.to_q")."""
@@ -165,7 +165,7 @@ def _folded(dialect: Dialect, name: str, leaves: Leaves) -> Leaves:
 def _cut(names: tuple[str, ...], rule: Rule | None, leaves: Leaves) -> list[Leaves]:
     """The leaves of each piece of a fused layer: `lora_down` is shared, `lora_up` is cut along its rows."""
     if rule and rule.change:
-        raise UserError(f"{names[0]}: the layer's values differ between the two sides; its adapter has no exact form there")
+        leaves = _moved(names[0], rule.change, rule.change.back, leaves)
     if len(names) == 1:
         return [leaves]
     if strange := leaves.keys() - {DOWN, UP, ALPHA}:
@@ -175,16 +175,28 @@ def _cut(names: tuple[str, ...], rule: Rule | None, leaves: Leaves) -> list[Leav
     return [{leaf: part if leaf == UP else t for leaf, t in leaves.items()} for part in torch.split(up, rows)]
 
 
+def _moved(name: str, change: Change, move: Callable[[Tensor], Tensor], leaves: Leaves) -> Leaves:
+    """The leaves of a layer whose weight goes through `move`: exact for LoRA if that is a matter of rows, those of `lora_up`."""
+    if not change.moves_rows:
+        raise UserError(f"{name}: the layer's values differ between the two sides; its adapter has no exact form there")
+    if strange := leaves.keys() - {DOWN, UP, ALPHA}:
+        raise UserError(
+            f"{name}: the layer's rows stand in another order there, in which {min(strange)!r} has no exact form; only LoRA has"
+        )
+    return {leaf: move(t) if leaf == UP else t for leaf, t in leaves.items()}
+
+
 def _joined(site: Site, rule: Rule | None, pieces: dict[int, Leaves]) -> Leaves:
-    """The native leaves of a layer from those of its pieces, exactly: at the same rank when all pieces share one
-    `lora_down`, else at the sum of their ranks; a piece that is not there changes nothing."""
+    """The native leaves of a layer from those of its pieces, exactly; a piece that is not there changes nothing."""
     for leaves in pieces.values():
         if DOWN in leaves and ALPHA not in leaves:  # scale 1
             leaves[ALPHA] = torch.tensor(float(leaves[DOWN].shape[0]), dtype=leaves[DOWN].dtype)
-    if rule and rule.change:
-        raise UserError(f"{site[1]}: the layer's values differ between the two sides; its adapter has no exact form here")
-    if rule is None or len(rule.foreign) == 1:
-        return pieces[0]
+    whole = pieces[0] if rule is None or len(rule.foreign) == 1 else _fused(site, rule, pieces)
+    return _moved(site[1], rule.change, rule.change.into, whole) if rule and rule.change else whole
+
+
+def _fused(site: Site, rule: Rule, pieces: dict[int, Leaves]) -> Leaves:
+    """The leaves of a fused layer: at the same rank when all pieces share one `lora_down`, else at the sum of their ranks."""
     if any(leaves.keys() != {DOWN, UP, ALPHA} for leaves in pieces.values()):
         raise UserError(f"{site[1]}: only LoRA, with lora_down and lora_up in every piece, can be joined to a fused layer")
     parts = [pieces[i] for i in sorted(pieces)]

@@ -71,6 +71,8 @@ class Header:
 
     tensors: dict[str, TensorInfo]
     metadata: dict[str, str] = field(default_factory=dict)
+    size: int = 0
+    """Bytes before the first tensor."""
 
 
 # --- reading ---
@@ -99,7 +101,7 @@ def read_header(path: str | Path) -> Header:
         raise UserError(f"{path}: not a safetensors file (its header is no table of tensors)") from None
     tensors = dict(sorted(tensors.items(), key=lambda item: (item[1].start, item[0])))
     _check_layout(path, tensors, size - 8 - length)
-    return Header(tensors, metadata)
+    return Header(tensors, metadata, 8 + length)
 
 
 def load(
@@ -126,6 +128,14 @@ def load(
     if dtype is None:
         return tensors
     return {name: t.to(dtype) if t.is_floating_point() else t for name, t in tensors.items()}
+
+
+def torch_dtype(spelling: str) -> torch.dtype:
+    """torch's dtype for safetensors' spelling of it ("BF16")."""
+    import torch
+
+    dtype: torch.dtype = getattr(torch, _DTYPES[spelling])
+    return dtype
 
 
 def _existing(path: str | Path) -> Path:

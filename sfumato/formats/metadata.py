@@ -134,6 +134,8 @@ class RunFacts:
     network_dim: int | None = None
     network_alpha: float | None = None
     network_args: Mapping[str, object] | None = None
+    family: Mapping[str, object] = field(default_factory=dict)
+    """The family's own fields."""
 
 
 def training(config: Config, run: RunFacts, datasets: Sequence[DatasetFacts] = ()) -> dict[str, str]:
@@ -143,6 +145,8 @@ def training(config: Config, run: RunFacts, datasets: Sequence[DatasetFacts] = (
     }
     values["debiased_estimation"] = config.loss.debiased_estimation_loss
     values |= asdict(run)
+    del values["family"]
+    values |= run.family
     if run.network_args:
         values["network_args"] = json.dumps(dict(run.network_args))
     else:

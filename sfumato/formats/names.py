@@ -8,7 +8,7 @@ carries `a.b.weight`, `a.b.bias` and whatever else stands below. A name that no 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -23,13 +23,15 @@ class Change:
 
     into: Callable[[Tensor], Tensor]
     back: Callable[[Tensor], Tensor]
+    moves_rows: bool = False
+    """Whether only rows change places; then the `lora_up` of a LoRA changes as the weight does."""
 
 
 def _swap(t: Tensor) -> Tensor:
     return torch.cat(t.chunk(2)[::-1])
 
 
-SWAP_HALVES = Change(_swap, _swap)
+SWAP_HALVES = Change(_swap, _swap, moves_rows=True)
 """The two halves of the rows change places (scale and shift)."""
 TRANSPOSE = Change(lambda t: t.T.contiguous(), lambda t: t.T.contiguous())
 """(in, out) on one side, (out, in) on the other."""
@@ -88,31 +90,39 @@ class KeyMap:
 
     def to_native(self, foreign: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Foreign tensors -> native ones; pieces are joined."""
-        left, out = dict(foreign), {}
+        return dict(self.natives(foreign))
+
+    def natives(self, foreign: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+        """`to_native`, one tensor after another: of a lazy mapping only those are read that the next one is made of."""
+        left = dict.fromkeys(foreign)
         while left:
             key = next(iter(left))
             match = self.match(key, native=False)
-            missing = [name for name in match.foreign() if name not in left]
+            names = match.foreign()
+            missing = [name for name in names if name not in left]
             if missing:
                 raise UserError(f"tensor {key!r} comes without its other pieces: {', '.join(missing)}")
-            pieces = [left.pop(name) for name in match.foreign()]
-            value = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
-            out[match.native()] = match.rule.change.into(value) if match.rule.change else value
-        return out
+            for name in names:
+                del left[name]
+            value = foreign[key] if len(names) == 1 else torch.cat([foreign[name] for name in names])
+            yield match.native(), match.rule.change.into(value) if match.rule.change else value
 
     def to_foreign(self, native: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Native tensors -> foreign ones; a fused tensor is cut."""
-        out: dict[str, Tensor] = {}
-        for key, value in native.items():
-            match = self.match(key, native=True)
+        return dict(self.foreigns(native))
+
+    def foreigns(self, native: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+        """`to_foreign`, one tensor after another."""
+        for key in native:
+            match, value = self.match(key, native=True), native[key]
             value = match.rule.change.back(value) if match.rule.change else value
             names = match.foreign()
             if len(names) == 1:
-                out[names[0]] = value
+                yield names[0], value
                 continue
             cuts = list(match.rule.rows) if match.rule.rows else [value.shape[0] // len(names)] * len(names)
-            out.update({name: piece.clone() for name, piece in zip(names, torch.split(value, cuts), strict=True)})
-        return out
+            for name, piece in zip(names, torch.split(value, cuts), strict=True):
+                yield name, piece.clone()
 
     def match(self, name: str, *, native: bool) -> Match:
         """The rule that claims a tensor's name or a module's path."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from functools import cached_property
 from typing import Any, Literal, Protocol
@@ -93,8 +94,7 @@ class DDPM:
             f"min_timestep {low}: must be 0 to {self.steps - 1}": not 0 <= low < self.steps,
             f"max_timestep {high}: must be min_timestep ({low}) to {self.steps}": not low <= high <= self.steps,
         }
-        if any(wrong.values()):
-            raise UserError(*(f"{message}; change it or leave it out" for message, holds in wrong.items() if holds))
+        refuse_where(wrong)
 
     @property
     def _range(self) -> tuple[int, int]:
@@ -120,8 +120,8 @@ class DDPM:
         low, high = self._range
         t = draws.integers("timestep", low, max(high, low + 1))
         signal = self.alphas_cumprod[t]
-        a, s = (_wide(n, x0) for n in (signal.sqrt(), (1 - signal).sqrt()))
-        x = a * x0 + s * self._perturbed(noise, draws)
+        a, s = (wide(n, x0) for n in (signal.sqrt(), (1 - signal).sqrt()))
+        x = a * x0 + s * perturbed(noise, draws, self.ip_noise_gamma, self.ip_noise_gamma_random_strength)
         target = noise if self.prediction == "eps" else a * noise - s * x0
         sigma = ((1 - signal) / signal).sqrt()
         return Noised(x, t.to(x0.device), target, self.weight(t).to(x0.device), sigma.to(x0.device))
@@ -172,7 +172,7 @@ class DDPM:
         """Strength of the offset: (b or 1, c or 1, 1, 1)."""
         strength = torch.full((1, 1, 1, 1), self.noise_offset or 0.0, device=x0.device)
         if self.noise_offset_random_strength:
-            strength = strength * _wide(draws.uniform("noise offset strength"), x0)
+            strength = strength * wide(draws.uniform("noise offset strength"), x0)
         if self.adaptive_noise_scale:
             strength = (strength + self.adaptive_noise_scale * x0.mean((2, 3), keepdim=True).abs()).clamp(min=0)
         return strength
@@ -189,14 +189,21 @@ class DDPM:
                 break
         return noise / noise.std()
 
-    def _perturbed(self, noise: Tensor, draws: Draws) -> Tensor:
-        """Noise as the input gets it: a little more than the target tells of (input perturbation, arXiv:2301.11706)."""
-        if not self.ip_noise_gamma:
-            return noise
-        strength = _wide(draws.uniform("ip noise strength"), noise) if self.ip_noise_gamma_random_strength else 1.0
-        return noise + self.ip_noise_gamma * strength * draws.normal("ip noise", noise.shape[1:]).to(noise.device)
+
+def refuse_where(wrong: Mapping[str, bool]) -> None:
+    """Errors: one `UserError` with each message whose condition holds."""
+    if any(wrong.values()):
+        raise UserError(*(f"{message}; change it or leave it out" for message, holds in wrong.items() if holds))
 
 
-def _wide(per_sample: Tensor, like: Tensor) -> Tensor:
+def perturbed(noise: Tensor, draws: Draws, gamma: float | None, random_strength: bool) -> Tensor:
+    """Noise (b, c, h, w) as the input gets it: a little more than the target tells of (input perturbation, arXiv:2301.11706)."""
+    if not gamma:
+        return noise
+    strength = wide(draws.uniform("ip noise strength"), noise) if random_strength else 1.0
+    return noise + gamma * strength * draws.normal("ip noise", noise.shape[1:]).to(noise.device)
+
+
+def wide(per_sample: Tensor, like: Tensor) -> Tensor:
     """(b,) -> (b, 1, 1, 1) on the device of `like`."""
     return per_sample.to(like.device).view(-1, *[1] * (like.ndim - 1))

@@ -37,7 +37,7 @@ class Drawer:
         precision = dist.precision(config.train.mixed_precision)
         attention.choose("xformers" if config.memory.xformers else "sdpa")
         device = dist.device_of() if device is None else device
-        models = run.load_models(config, precision)
+        models = run.load_models(config, precision, None)
         run.merge_base_weights(config, models)
         for net in run.all_nets(models):
             net.to(device)
@@ -72,7 +72,8 @@ def main(config: Config) -> list[Path]:
     """
     if not config.sample.sample_prompts:
         raise UserError("sample_prompts is missing: name a file of prompts (.txt, .toml or .json)")
-    wanted, sampler = prompts.read_prompts(config.sample.sample_prompts), prompts.sampler(config.sample.sample_sampler)
+    wanted = prompts.read_prompts(config.sample.sample_prompts, prompts.default(config.family))
+    sampler = prompts.sampler(config.sample.sample_sampler)
     world = dist.world()
     try:
         drawer = Drawer.of(config, world.device)

@@ -17,7 +17,7 @@ from sfumato.families.detect import detect_file
 from sfumato.train import keep
 from sfumato.train.loop import Pace
 from sfumato.train.progress import telling
-from sfumato.train.prompts import read_prompts, sampler
+from sfumato.train.prompts import default, read_prompts, sampler
 from sfumato.train.run import Method
 from sfumato.train.trainables import caches_latents, caches_text
 
@@ -30,13 +30,14 @@ def show(config: Config, method: Method, datasets: tuple[DatasetConfig, ...]) ->
     console = Console(highlight=False)
     found = detect_file(config.model.pretrained_model_name_or_path)
     if method == "network":
-        adapters.parse(config.network)
-    prompts = read_prompts(config.sample.sample_prompts) if config.sample.sample_prompts else []
+        adapters.parse(config.network, families.facts_of(config.family).network_args)
+    prompts = read_prompts(config.sample.sample_prompts, default(config.family)) if config.sample.sample_prompts else []
     sampler(config.sample.sample_sampler)
+    latents = families.of(config.family).latents
     with telling("reading pictures") as tell:
         plan = make_plan(
             datasets, Index(), skip_unreadable=config.data.skip_unreadable, bodies=False,
-            stride=families.of(config.family).latents.stride, progress=tell,
+            stride=latents.stride, multiple=latents.multiple, progress=tell,
         )  # fmt: skip
     # Asked of the launcher's environment alone: a dry run starts no processes and no device.
     processes = int(os.environ.get("WORLD_SIZE", "1"))

@@ -10,6 +10,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
+from sfumato import families
 from sfumato.errors import UserError, nearest
 
 if sys.version_info >= (3, 11):
@@ -89,6 +90,11 @@ LIMITS: Mapping[str, tuple[int, int]] = {
     "sample_steps": (1, 1000),
     "seed": (0, 2**64 - 1),
 }
+
+
+def default(options: object) -> Prompt:
+    """What a prompt does not say, for the family whose options these are; None: for any."""
+    return Prompt() if options is None else Prompt(**families.facts_of(options).prompt)
 
 
 def read_prompts(path: Path | str, default: Prompt | None = None) -> list[Prompt]:

@@ -7,12 +7,12 @@ import time
 from collections import Counter
 from dataclasses import dataclass, field
 from datetime import datetime
-from typing import Any
 
 from sfumato import __version__, families
 from sfumato.adapters import AdapterPlan
 from sfumato.config import Config
 from sfumato.data.plan import Plan
+from sfumato.families.about import Facts as FamilyFacts
 from sfumato.families.base import Models
 from sfumato.formats import metadata
 from sfumato.tensors.random import key
@@ -48,7 +48,7 @@ class Facts:
         self._base = self._base or self._base_model()
         return spec | told | self._base
 
-    def _family(self) -> Any:
+    def _family(self) -> FamilyFacts:
         return families.facts(self.models.family.name)
 
     def _modelspec(self) -> dict[str, str]:
@@ -97,6 +97,7 @@ class Facts:
             network_module=f"networks.{self.adapter.kind.__name__.lower()}" if self.adapter else None,
             network_dim=self.adapter.rank if self.adapter else None,
             network_alpha=self.adapter.alpha if self.adapter else None,
+            family={name: getattr(options, name) for name in self._family().metadata},
             network_args=dict(text.split("=", 1) for text in network.network_args) if self.adapter else None,
         )
 

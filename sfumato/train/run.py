@@ -26,6 +26,7 @@ from sfumato.data.loader import Loader
 from sfumato.data.plan import Plan, make_plan
 from sfumato.data.store import Index, Store, default_root
 from sfumato.families.base import Models
+from sfumato.families.loading import load
 from sfumato.formats import files
 from sfumato.memory.plan import fit
 from sfumato.optim import build, schedules
@@ -34,10 +35,10 @@ from sfumato.tensors import attention
 from sfumato.tensors.noise import Process
 from sfumato.train import dist, keep, log, loop, provenance, state
 from sfumato.train.progress import Tell, console, telling
-from sfumato.train.prompts import Prompt, read_prompts, sampler
+from sfumato.train.prompts import Prompt, default, read_prompts, sampler
 from sfumato.train.sample import sample
 from sfumato.train.step import Step, autocast
-from sfumato.train.trainables import Adapters, Full, Trainable, caches_latents, caches_text, read_adapter
+from sfumato.train.trainables import Adapters, Full, Trainable, caches_latents, caches_text, read_adapter, whole_nets
 
 Method = Literal["network", "full"]
 
@@ -57,10 +58,10 @@ def open_data(config: Config, datasets: tuple[DatasetConfig, ...], world: dist.W
     d = config.data
     on_disk = d.cache_latents_to_disk or d.cache_text_encoder_outputs_to_disk or d.cache_dir
     root = (Path(d.cache_dir) if d.cache_dir else default_root()) if on_disk else None
-    index = Index(root)
+    index, latents = Index(root), families.of(config.family).latents
     with telling("reading pictures", quiet=not world.main) as tell:
         plan = make_plan(
-            datasets, index, skip_unreadable=d.skip_unreadable, stride=families.of(config.family).latents.stride, progress=tell
+            datasets, index, skip_unreadable=d.skip_unreadable, stride=latents.stride, multiple=latents.multiple, progress=tell
         )
     if world.main:
         for line in [*plan.notes, *(f"left out: {skip.path}: {skip.reason}" for skip in plan.skipped)]:
@@ -70,20 +71,21 @@ def open_data(config: Config, datasets: tuple[DatasetConfig, ...], world: dist.W
     )
 
 
-def load_models(config: Config, precision: dist.Precision, device: torch.device | str = "cpu") -> Models:
-    """The base model with its frozen weights in the format of the computation; the VAE in fp32 where that is safer."""
+def load_models(config: Config, precision: dist.Precision, method: Method | None) -> Models:
+    """The base model, each net read straight into the format that it is used in: frozen ones in that of the computation, trained ones
+    as they are trained, the VAE in fp32 where that is safer. `method`: None when nothing is trained."""
     family = families.of(config.family)
-    models = family.load(
+    trained = whole_nets(family, config, [part.name for part in family.parts]) if method == "full" else ()
+    dtype = dict.fromkeys([part.name for part in family.parts], dist.DTYPES[precision])
+    dtype |= dict.fromkeys(trained, torch.bfloat16 if config.train.full_bf16 else torch.float32)
+    models = load(
+        family,
         config.model.pretrained_model_name_or_path,
         config.family,
         vae=config.model.vae,
         tokenizer=config.model.tokenizer,
-        device=device,
-        dtype=torch.float32,
+        dtype=dtype,
     )
-    dtype = dist.DTYPES[precision]
-    for net in models.nets().values():
-        net.to(dtype)
     if models.vae is not None:
         # fp16 overflows in these VAEs, so it is never what they run in.
         # By nn.Module's own `to`: diffusers' logs a warning about nothing.
@@ -148,7 +150,7 @@ def _cache_texts(data: Data, models: Models, world: dist.World, tell: Tell) -> R
 
     fingerprint = files.fingerprint({f"{name}.{k}": v for name, net in models.encoders.items() for k, v in net.state_dict().items()})
     return cache_texts(
-        data.plan, data.texts, data.index, tokenize.tokenize, run, fingerprint, models.family.outputs,
+        data.plan, data.texts, data.index, tokenize.tokenize, run, fingerprint, models.family.outputs(models),
         settings={**tokenize.settings, **encode.settings}, progress=tell,
     )  # fmt: skip
 
@@ -157,7 +159,7 @@ def cache(config: Config, datasets: tuple[DatasetConfig, ...]) -> Caches:
     """`sfumato cache`: fill the caches on disk and stop."""
     world = dist.world()
     data = open_data(config, datasets, world)
-    models = load_models(config, dist.precision(config.train.mixed_precision))
+    models = load_models(config, dist.precision(config.train.mixed_precision), None)
     caches = fill_caches(config, data, models, world)
     world.close()
     return caches
@@ -192,12 +194,13 @@ def prepare(config: Config, method: Method, datasets: tuple[DatasetConfig, ...],
     if world.main:
         console.print(data.plan.steps_line(config.train.gradient_accumulation_steps, world.size))
         console.print(f"{pace.steps} steps in {pace.epochs} epochs")
-    prompts = read_prompts(config.sample.sample_prompts) if config.sample.sample_prompts else []
+    prompts = read_prompts(config.sample.sample_prompts, default(config.family)) if config.sample.sample_prompts else []
     sampler(config.sample.sample_sampler)
-    models = load_models(config, precision)
+    plan = adapters.parse(config.network, families.facts_of(config.family).network_args) if method == "network" else None
+    models = load_models(config, precision, method)
     merge_base_weights(config, models)
     caches = fill_caches(config, data, models, world)
-    trainable: Trainable = Full(models, config) if method == "full" else Adapters(models, config, adapters.parse(config.network))
+    trainable: Trainable = Adapters(models, config, plan) if plan else Full(models, config)
     place(config, models, trainable, world)
     process = models.family.process(models, config.noise, config.loss)
     optimizer = build.optimizer(config.optimizer, trainable.groups())
@@ -213,6 +216,7 @@ def prepare(config: Config, method: Method, datasets: tuple[DatasetConfig, ...],
         tokenize=models.family.tokenize(models).tokenize,
         latents=caches.latents,
         texts=caches.texts,
+        outputs=models.family.outputs(models),
         prior_loss_weight=config.loss.prior_loss_weight,
         accumulation=config.train.gradient_accumulation_steps,
         steps=pace.steps,
@@ -220,8 +224,7 @@ def prepare(config: Config, method: Method, datasets: tuple[DatasetConfig, ...],
         persistent=config.train.persistent_data_loader_workers,
     )
     tell = partial(_draw, config, models, process, prompts, world, precision)
-    adapter = trainable.plan if isinstance(trainable, Adapters) else None
-    facts = provenance.Facts(config=config, models=models, plan=data.plan, pace=pace, adapter=adapter)
+    facts = provenance.Facts(config=config, models=models, plan=data.plan, pace=pace, adapter=plan)
     course = loop.Course(
         config=config, world=world, pace=pace, plan=data.plan, loader=loader, trainable=trainable, step=step, optimizer=optimizer,
         schedule=schedules.schedule(config.optimizer, optimizer, pace.steps),

@@ -18,11 +18,12 @@ from torch import Tensor, nn
 
 from sfumato.data.batch import Cond
 from sfumato.errors import UserError
-from sfumato.families.base import Models
+from sfumato.families.autoencoders import unscale
+from sfumato.families.base import Models, Setting
 from sfumato.tensors.noise import Process
 from sfumato.tensors.random import key
 from sfumato.train import picture
-from sfumato.train.prompts import SAMPLERS, Prompt
+from sfumato.train.prompts import SAMPLERS, Prompt, default
 from sfumato.train.prompts import sampler as own_name
 
 Progress = Callable[[int, int], None]
@@ -107,11 +108,9 @@ def draw_latents(
         for _, alike in groupby(range(len(prompts)), lambda i: _shape(prompts[i], models, sampler))
         for chunk in _chunks(list(alike), batch_size)
     ]
-    schedulers = [scheduler_for(process, prompts[group[0]].sample_sampler or sampler) for group in groups]
+    schedulers = [_prepared(models, process, prompts[group[0]], sampler) for group in groups]
     count = _Count(progress)
-    for group, scheduler in zip(groups, schedulers, strict=True):
-        scheduler.set_timesteps(prompts[group[0]].sample_steps, device=_place(models.denoiser)[0])
-        count.total += len(scheduler.timesteps)
+    count.total = sum(len(scheduler.timesteps) for scheduler in schedulers)
     drawn: list[Tensor] = []
     with torch.no_grad(), _evaluating([models.denoiser, *models.encoders.values()]):
         for group, scheduler in zip(groups, schedulers, strict=True):
@@ -126,13 +125,47 @@ def decode(models: Models, latents: Tensor, prompt: Prompt) -> Image.Image:
         raise UserError("this model has no VAE to draw pictures with; give one with --vae")
     device, dtype = _place(models.vae)
     with torch.no_grad(), _evaluating([models.vae]), torch.autocast(device.type, enabled=False):
-        raw = models.family.unscale(models.vae, latents[None].to(device, torch.float32))
+        raw = unscale(models.vae, latents[None].to(device, torch.float32))
         pixels = models.vae.decode(raw.to(dtype)).sample[0].float()  # type: ignore[operator]
     if not pixels.isfinite().all():
         cause = "the VAE overflowed: try --no_half_vae" if latents.isfinite().all() else "the denoiser gave NaN: the training has diverged"
         log.warning("the picture of %r is not finite and partly black; %s", prompt.prompt, cause)
     levels = ((pixels.nan_to_num(-1) / 2 + 0.5).clamp(0, 1) * 255).round().to("cpu", torch.uint8)
     return Image.fromarray(levels.permute(1, 2, 0).numpy())
+
+
+class Euler:
+    """Walks a rectified flow in straight steps, with the calls of diffusers' schedulers."""
+
+    init_noise_sigma = 1.0
+
+    def __init__(self, sigmas: Tensor) -> None:
+        """`sigmas` (steps + 1,): noise levels from 1 to 0."""
+        self.sigmas, self.timesteps = sigmas, sigmas[:-1] * 1000
+        self.at = 0
+
+    def scale_model_input(self, x: Tensor, t: Tensor) -> Tensor:
+        """The net sees x as it is."""
+        return x
+
+    def step(self, said: Tensor, t: Tensor, x: Tensor, *, return_dict: bool = False) -> tuple[Tensor]:
+        """x at the next noise level, along the velocity that the net said."""
+        here, there = self.sigmas[self.at : self.at + 2]
+        self.at += 1
+        return (x + (there - here) * said,)
+
+
+def _prepared(models: Models, process: Process, prompt: Prompt, sampler: str) -> Any:
+    """The scheduler that a prompt is drawn along, its steps laid out."""
+    name, device = own_name(prompt.sample_sampler or sampler), _place(models.denoiser)[0]
+    if models.family.sigmas is None:
+        scheduler = scheduler_for(process, name)
+        scheduler.set_timesteps(prompt.sample_steps, device=device)
+        return scheduler
+    if name != "euler":
+        raise UserError(f"sample_sampler {name}: {models.family.title} is drawn with euler")
+    _, height, width = _latent_shape(models, prompt)
+    return Euler(models.family.sigmas(models, prompt.sample_steps, height * width).to(device))
 
 
 def scheduler_for(process: Process, sampler: str) -> Any:
@@ -155,11 +188,20 @@ def scheduler_for(process: Process, sampler: str) -> Any:
 
 
 def encode(models: Models, captions: Sequence[str]) -> Cond:
-    """What the denoiser is told of captions: on its device, floats in its format."""
+    """What the text encoders say of captions."""
     device = next((_place(net)[0] for net in models.encoders.values()), torch.device("cpu"))
     tokens = {k: v.to(device) for k, v in models.family.tokenize(models).tokenize(captions).items()}
-    cond = models.family.encode(models).encode(models.encoders, tokens)
-    return {k: _as_in(v, models.denoiser) for k, v in cond.items()}
+    return models.family.encode(models).encode(models.encoders, tokens)
+
+
+def _setting(models: Models, prompts: Sequence[Prompt]) -> Setting:
+    """What the denoiser is told of prompts besides their text: they are whole pictures of their own size."""
+    device = _place(models.denoiser)[0]
+    guidance = [p.guidance_scale for p in prompts]
+    return Setting(
+        sizes=torch.tensor([[p.height, p.width, 0, 0, p.height, p.width] for p in prompts], device=device),
+        guidance=None if None in guidance else torch.tensor(guidance, device=device),
+    )
 
 
 def _walk(models: Models, prompts: Sequence[Prompt], scheduler: Any, noise: Tensor | None, count: _Count) -> list[Tensor]:
@@ -171,13 +213,15 @@ def _walk(models: Models, prompts: Sequence[Prompt], scheduler: Any, noise: Tens
     x = noise.to(device, torch.float32) * scheduler.init_noise_sigma
     guided = prompts[0].scale > 1
     cond = encode(models, ([p.negative_prompt for p in prompts] if guided else []) + [p.prompt for p in prompts])
+    cond = models.family.condition(models, cond, _setting(models, [*prompts, *prompts] if guided else prompts))
+    cond = {name: _as_in(t, models.denoiser) for name, t in cond.items()}
     scale = torch.tensor([p.scale for p in prompts], device=device).view(-1, 1, 1, 1)
     # Samplers that add noise on the way draw it from each picture's own generator as well.
     extra = {"generator": generators} if "generator" in inspect.signature(scheduler.step).parameters else {}
     for t in scheduler.timesteps:
         seen = scheduler.scale_model_input(torch.cat([x, x]) if guided else x, t)
         clock = t.float().expand(len(seen))  # of its own format, whatever the net's: 16 bits would round it
-        said = models.family.predict(models.denoiser, _as_in(seen, models.denoiser), clock, cond, None).float()
+        said = models.family.predict(models.denoiser, _as_in(seen, models.denoiser), clock, cond).float()
         if guided:
             negative, positive = said.chunk(2)
             said = negative + scale * (positive - negative)
@@ -199,11 +243,12 @@ class _Count:
 
 
 def _tell_of_no_effect(prompts: Sequence[Prompt], models: Models) -> None:
-    stride = models.family.latents.stride
+    multiple = models.family.latents.multiple
+    hears = default(models.options).guidance_scale is not None
     for p in prompts:
-        if p.width % stride or p.height % stride:
-            log.warning("%dx%d: sides are cut to multiples of %d", p.width, p.height, stride)
-        if p.guidance_scale is not None:
+        if p.width % multiple or p.height % multiple:
+            log.warning("%dx%d: sides are cut to multiples of %d", p.width, p.height, multiple)
+        if p.guidance_scale is not None and not hears:
             log.warning("guidance_scale (--g) has no effect: it is for models distilled with guidance; scale (--l) guides this one")
 
 
@@ -214,7 +259,8 @@ def _shape(prompt: Prompt, models: Models, sampler: str) -> tuple[object, ...]:
 
 def _latent_shape(models: Models, prompt: Prompt) -> tuple[int, int, int]:
     facts = models.family.latents
-    return facts.channels, prompt.height // facts.stride, prompt.width // facts.stride
+    height, width = (side // facts.multiple * facts.patch for side in (prompt.height, prompt.width))
+    return facts.channels, height, width
 
 
 def _chunks(items: list[int], size: int) -> Iterator[list[int]]:

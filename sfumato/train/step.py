@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from sfumato.config import LossConfig
 from sfumato.data.batch import Batch, Cond
-from sfumato.families.base import Models
+from sfumato.families.autoencoders import scale
+from sfumato.families.base import Models, Setting
 from sfumato.tensors import losses
 from sfumato.tensors.noise import Process
 from sfumato.tensors.random import Draws
@@ -44,10 +45,11 @@ class Step(nn.Module):
         family = models.family
         draws = Draws(batch.keys)
         trainable.on_batch(batch.multiplier, draws)
-        latents = family.scale(models.the_vae(), batch.latents if batch.latents is not None else self.latents(batch.pixels))
+        latents = scale(models.the_vae(), batch.latents if batch.latents is not None else self.latents(batch.pixels))
         with autocast(latents.device, self.precision):
             noised = self.process.noise(latents.float(), draws)
-            said = family.predict(models.denoiser, noised.x, noised.t, self.cond(batch), batch)
+            cond = family.condition(models, self.cond(batch), Setting(sizes=batch.sizes, draws=draws))
+            said = family.predict(models.denoiser, noised.x, noised.t, cond)
         threshold = losses.huber_threshold(
             self.loss.huber_schedule, self.loss.huber_c, self.loss.huber_scale, noised.t, noised.sigma, self.process.steps
         )
@@ -57,7 +59,7 @@ class Step(nn.Module):
     def cond(self, batch: Batch) -> Cond:
         """The batch's cond, as kept or from the encoders."""
         if batch.cond is not None:
-            return batch.cond
+            return {name: t.float() if t.is_floating_point() else t for name, t in batch.cond.items()}
         if batch.tokens is None:
             raise RuntimeError("a batch without cond and without tokens")
         models, trainable = self.held

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
@@ -13,7 +14,8 @@ from sfumato.adapters import AdapterPlan
 from sfumato.adapters.insert import Inserted, choose, from_state
 from sfumato.config import Config
 from sfumato.errors import UserError
-from sfumato.families.base import Models
+from sfumato.families.base import Family, Models
+from sfumato.families.loading import check_folder, save
 from sfumato.formats import dialect, files
 from sfumato.formats.metadata import hashes
 from sfumato.optim.groups import Group
@@ -67,10 +69,11 @@ class Trainable(Protocol):
         ...
 
 
-def _thaw(nets: Iterator[nn.Module] | list[nn.Module], dtype: torch.dtype) -> None:
-    for net in nets:
-        net.to(dtype)
-        net.requires_grad_(True)
+def whole_nets(family: Family, config: Config, encoders: Iterable[str]) -> tuple[str, ...]:
+    """The components that change when a whole model is trained; `encoders`: those that there are."""
+    may = family.trainable(config.family, None)
+    text = [n for n in encoders if n not in ("denoiser", "vae") and (may is None or n in may)] if config.train.train_text_encoder else []
+    return ("denoiser", *text)
 
 
 class Full:
@@ -80,27 +83,32 @@ class Full:
 
     def __init__(self, models: Models, config: Config) -> None:
         self.models, self.config = models, config
-        encoders = tuple(models.encoders) if config.train.train_text_encoder else ()
-        self.trained: tuple[str, ...] = ("denoiser", *encoders)
-        dtype = torch.bfloat16 if config.train.full_bf16 else torch.float32
-        _thaw([models.nets()[name] for name in self.trained], dtype)
-
-        self._weights = {f"{name}.{path}": p for name in self.trained for path, p in models.nets()[name].named_parameters()}
+        self.trained: tuple[str, ...] = whole_nets(models.family, config, models.encoders)
+        self._weights: dict[str, nn.Parameter] = {}
+        self._rates: dict[str, dict[float, list[nn.Parameter]]] = {name: {} for name in self.trained}
+        for name in self.trained:
+            for path, p in models.nets()[name].named_parameters():
+                own = models.family.rate(models.options, name, path)
+                if own != 0:
+                    p.requires_grad_(True)
+                    self._weights[f"{name}.{path}"] = p
+                    self._rates[name].setdefault(self._common(name) if own is None else own, []).append(p)
+        if self._layout()[0] == "diffusers":
+            check_folder(models)
 
     def weights(self) -> dict[str, nn.Parameter]:
         return self._weights
 
-    def groups(self) -> list[Group]:
+    def _common(self, component: str) -> float:
+        """The learning rate of a component's weights that have none of their own."""
         o = self.config.optimizer
-        te = o.learning_rate if o.learning_rate_te is None else o.learning_rate_te
-        nets = self.models.nets()
+        return o.learning_rate if component == "denoiser" or o.learning_rate_te is None else o.learning_rate_te
+
+    def groups(self) -> list[Group]:
         return [
-            Group(
-                name=name,
-                lr=o.learning_rate if name == "denoiser" else te,
-                parameters=[p for p in nets[name].parameters() if p.requires_grad],
-            )
-            for name in self.trained
+            Group(name=component if len(rates) == 1 else f"{component} {i}", lr=rate, parameters=parameters)
+            for component, rates in self._rates.items()
+            for i, (rate, parameters) in enumerate(rates.items())
         ]
 
     def modules(self) -> nn.Module:
@@ -123,7 +131,8 @@ class Full:
     def _layout(self) -> tuple[str, str]:
         asked = self.config.output.save_model_as
         if asked is None:
-            asked = "safetensors" if self.models.layout == "single_file" else "diffusers"
+            source = self.models.source
+            asked = "diffusers" if source and source.layout == "diffusers" else "safetensors"
         return ("diffusers", "") if asked.startswith("diffusers") else ("single_file", f".{asked}")
 
     def suffix(self) -> str:
@@ -132,7 +141,7 @@ class Full:
     def save(self, path: Path, metadata: Mapping[str, str]) -> None:
         precision = self.config.output.save_precision
         dtype = SAVE_DTYPES[precision] if precision else None
-        self.models.family.save(self.models, path, layout=self._layout()[0], dtype=dtype, metadata=metadata)
+        save(self.models, path, layout=self._layout()[0], dtype=dtype, metadata=metadata, trained=self.trained)
 
 
 class Adapters:
@@ -143,7 +152,7 @@ class Adapters:
         self.kind = plan.kind.__name__.lower()
         network = config.network
         nets = models.nets()
-        self.trained: tuple[str, ...] = tuple(name for name in nets if _wanted(name, models, config))
+        self.trained: tuple[str, ...] = tuple(name for name in nets if _wanted(name, models, config, plan))
         if not self.trained:
             raise UserError(
                 "nothing is left to train: network_train_unet_only, network_train_text_encoder_only and the rates exclude everything"
@@ -154,7 +163,8 @@ class Adapters:
                 nets, {site: leaves for site, leaves in given.items() if site[0] in self.trained}, plan, seed=config.train.seed
             )
         else:
-            places = {name: choose(nets[name], name, models.family.targets[name], plan) for name in self.trained}
+            layer = partial(models.family.layer, models.options, plan)
+            places = {name: choose(nets[name], name, models.family.targets[name], plan, layer) for name in self.trained}
             self.inserted = Inserted(places, plan.kind, seed=config.train.seed)
             if given:
                 self.inserted.load(given)
@@ -222,9 +232,12 @@ def read_adapter(models: Models, path: Path) -> dict[dialect.Site, dialect.Leave
     return dialect.read(models.family.dialects(models).values(), files.load(path), sites)
 
 
-def _wanted(name: str, models: Models, config: Config) -> bool:
+def _wanted(name: str, models: Models, config: Config, plan: AdapterPlan) -> bool:
     if name == "denoiser":
         return not config.network.network_train_text_encoder_only
+    may = models.family.trainable(models.options, plan)
+    if may is not None and name not in may:
+        return False
     if config.network.network_train_unet_only or config.train.stop_text_encoder_training == 0 or caches_text(config):
         return False
     return _adapter_lr(name, models, config) > 0

@@ -173,9 +173,9 @@ def test_settings_that_act_are_not_refused(home: Path) -> None:
 
 def test_a_family_is_read_from_the_header_and_others_are_told(home: Path) -> None:
     safetensors(home / "lora.safetensors", {"lora_unet_down_blocks_0_attentions_0_proj_in.lora_down.weight": (4, 8)})
-    safetensors(home / "flux.safetensors", {"double_blocks.0.img_attn.qkv.weight": (24, 8)})
+    safetensors(home / "lumina.safetensors", {"cap_embedder.0.weight": (24,)})
     (home / "cut.safetensors").write_bytes((home / "base.safetensors").read_bytes()[:-10])
-    for name, said in (("lora", "an adapter"), ("flux", "FLUX"), ("cut", "")):
+    for name, said in (("lora", "an adapter"), ("lumina", "Lumina"), ("cut", "")):
         found = errors(["--pretrained_model_name_or_path", f"{name}.safetensors", "--dataset_config", "data.toml", "--seed", "x"])
         assert len(found) == 2 and found[0].startswith("--pretrained_model_name_or_path: ") and said in found[0]
         assert found[1] == "--seed: expected a whole number, found the text 'x'"

@@ -133,7 +133,7 @@ def test_old_names_are_read(home: Path) -> None:
     assert found.config.optimizer.optimizer_type == "AdamW8bit" and found.config.data.caption_extension == ".cap"
 
 
-@pytest.mark.parametrize("script", sorted(kohya.SCRIPTS))
+@pytest.mark.parametrize("script", sorted(kohya.scripts()))
 def test_the_launchers_run_from_any_folder_without_installation(script: str, home: Path) -> None:
     path = Path(__file__).parents[2] / "scripts" / f"{script}.py"
     env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}

@@ -2,12 +2,109 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 import tiny
 import torch
+from diffusers import FluxImg2ImgPipeline, StableDiffusion3Img2ImgPipeline
+from tinies import encoders
+from torch import Tensor
 
 from sfumato.errors import UserError
-from sfumato.families.autoencoders import load_kl, vae_keys
+from sfumato.families.autoencoders import kl_net, load_kl, read_vae, scale, unscale, vae_keys
+from sfumato.families.fill import shapes
+from sfumato.formats.files import save
+from sfumato.formats.names import add_prefix
+
+Keys = Callable[[str], dict[str, tuple[int, ...]]]
+FLUX, SD3 = (0.3611, 0.1159), (1.5305, 0.0609)
+
+
+def ldm16() -> dict[str, Tensor]:
+    tensors = encoders.vae16().state_dict()
+    return vae_keys(tensors).to_foreign(tensors)
+
+
+def test_a_vae_of_16_channels_says_what_diffusers_does() -> None:
+    theirs = encoders.vae16()
+    ours = load_kl(ldm16(), *FLUX)
+    assert "quant_conv.weight" not in ours.state_dict()
+    x, z = torch.rand(1, 3, 32, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1, torch.ones(1, 16, 4, 2)
+    with torch.no_grad():
+        torch.testing.assert_close(ours.encode(x).latent_dist.mode(), theirs.encode(x).latent_dist.mode(), atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(ours.decode(z).sample, theirs.decode(z).sample, atol=1e-5, rtol=1e-5)
+    assert (ours.config.latent_channels, ours.config.scaling_factor, ours.config.shift_factor) == (16, *FLUX)
+
+
+@pytest.mark.parametrize("name", ["flux.vae", "sd3.vae"])
+def test_every_tensor_of_a_real_vae_has_its_place(keys: Keys, name: str) -> None:
+    table = keys(name)
+    native = vae_keys(table).to_native({k: torch.empty(shape, device="meta") for k, shape in table.items()})
+    net = kl_net(shapes(native), *FLUX)
+    assert shapes(native) == shapes(net.state_dict())
+    assert all(t.is_meta for t in net.parameters()) and not list(net.buffers())
+    assert shapes(vae_keys(native).to_foreign(net.state_dict())) == table
+    assert net.config.block_out_channels == (128, 256, 512, 512)
+
+
+@pytest.mark.parametrize(("pipeline", "factors"), [(FluxImg2ImgPipeline, FLUX), (StableDiffusion3Img2ImgPipeline, SD3)])
+def test_latents_are_scaled_as_pipelines_do(pipeline: Any, factors: tuple[float, float], monkeypatch: pytest.MonkeyPatch) -> None:
+    vae = load_kl(encoders.vae16().state_dict(), *factors)
+    x = torch.rand(1, 3, 32, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    draw: Callable[[], torch.Generator] = lambda: torch.Generator().manual_seed(1)  # noqa: E731
+    with torch.no_grad():
+        raw = vae.encode(x).latent_dist.sample(draw())
+        if pipeline is FluxImg2ImgPipeline:
+            wanted = pipeline._encode_vae_image(SimpleNamespace(vae=vae), x, draw())
+        else:
+            held = SimpleNamespace(vae=vae, scheduler=SimpleNamespace(scale_noise=lambda latents, *_: latents))
+            wanted = pipeline.prepare_latents(held, x, torch.zeros(1), 1, 1, torch.float32, torch.device("cpu"), draw())
+    torch.testing.assert_close(scale(vae, raw), wanted)
+    torch.testing.assert_close(unscale(vae, wanted), raw)
+    assert not torch.allclose(wanted, raw * factors[0], atol=1e-3)
+
+
+def test_a_vae_without_a_shift() -> None:
+    vae, x = load_kl(tiny.parts(v2=False).vae.state_dict()), torch.ones(1, 4, 2, 2)
+    assert vae.config.shift_factor is None
+    assert scale(vae, x).unique().item() == pytest.approx(0.18215)
+    assert unscale(vae, x).unique().item() == pytest.approx(1 / 0.18215)
+
+
+@pytest.mark.parametrize("prefix", ["", "first_stage_model.", "vae."])
+def test_a_vae_is_read_from_any_file_that_holds_one(tmp_path: Path, prefix: str) -> None:
+    held = add_prefix(ldm16(), prefix)
+    others = (
+        {"loss.logvar": torch.zeros(1), "model.diffusion_model.encoder.weight": torch.zeros(1)}
+        if prefix
+        else {"loss.logvar": torch.zeros(1)}
+    )
+    save(tmp_path / "file.safetensors", {**held, **others, f"{prefix}model_ema.decay": torch.zeros(1)}, {})
+    found = read_vae(str(tmp_path / "file.safetensors"), scale=SD3[0], shift=SD3[1])
+    theirs = encoders.vae16().state_dict()
+    assert found.tensors.keys() == theirs.keys()
+    assert all(torch.equal(found.tensors[name], t) for name, t in theirs.items())
+    assert (found.scale, found.shift) == SD3
+
+
+def test_a_folder_says_how_its_latents_are_scaled(tmp_path: Path) -> None:
+    encoders.vae16().save_pretrained(tmp_path / "pipeline" / "vae")
+    for folder in (tmp_path / "pipeline", tmp_path / "pipeline" / "vae"):
+        found = read_vae(str(folder), scale=SD3[0], shift=SD3[1])
+        assert (found.scale, found.shift) == FLUX
+        assert shapes(found.tensors) == shapes(encoders.vae16().state_dict())
+
+
+def test_a_file_without_a_vae_is_refused_by_name(tmp_path: Path) -> None:
+    save(tmp_path / "other.safetensors", {"a.weight": torch.zeros(1)}, {})
+    with pytest.raises(UserError, match=r"other\.safetensors.*no KL autoencoder"):
+        read_vae(str(tmp_path / "other.safetensors"))
+    with pytest.raises(UserError, match="ae: no such file"):
+        read_vae(str(tmp_path / "nothing.safetensors"), flag="ae")
 
 
 def test_a_vae_in_ldm_names_says_what_diffusers_does() -> None:

@@ -70,11 +70,12 @@ def test_smaller_files(shapes: dict[str, tuple[int, ...]], kind: str) -> None:
 @pytest.mark.parametrize(
     ("name", "model"),
     [
-        ("sdxl.single_file", "Stable Diffusion XL"),
-        ("adapter.sdxl.lora", "Stable Diffusion XL"),
-        ("flux_dev.transformer", "FLUX"),
-        ("adapter.flux.lora", "FLUX"),
-        ("sd3_medium.transformer", "Stable Diffusion 3"),
+        ("lumina2.transformer", "Lumina Image 2.0"),
+        ("adapter.lumina2.lora", "Lumina Image 2.0"),
+        ("hunyuan_image.transformer", "HunyuanImage 2.1"),
+        ("adapter.hunyuan_image.lora", "HunyuanImage 2.1"),
+        ("anima.transformer", "Anima"),
+        ("adapter.anima.lora", "Anima"),
     ],
 )
 def test_other_models_are_called_by_name(keys: Keys, name: str, model: str) -> None:
@@ -95,7 +96,7 @@ def test_a_base_model(tmp_path: Path) -> None:
         ({"lora_unet_mid_block_attentions_0_proj_in.lora_down.weight": (4, 64, 1, 1)}, "an adapter"),
         ({"emb_params": (1, 768)}, "embedding"),
         ({"encoder.down.0.block.0.conv1.weight": (8, 8, 3, 3), "decoder.conv_in.weight": (8, 4, 3, 3)}, "a VAE"),
-        ({"double_blocks.0.img_attn.qkv.weight": (3, 1)}, "FLUX, which is not supported yet"),
+        ({"cap_embedder.0.weight": (1,)}, "Lumina Image 2.0, which is not supported yet"),
         ({"input_blocks.0.0.weight": (8, 4, 3, 3), "input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight": (8, 8)}, "no text_encoder"),
         ({"fc.weight": (2, 2)}, "no model that sfumato knows"),
     ],

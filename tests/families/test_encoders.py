@@ -2,16 +2,127 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tiny
 import torch
-from torch import nn
+from tinies import encoders
+from torch import Tensor, nn
 
 from sfumato.errors import UserError
-from sfumato.families.encoders import CLIP_BARE, OPEN_CLIP, clip_text
+from sfumato.families.encoders import CLIP_BARE, CLIP_HF, OPEN_CLIP, clip_net, clip_text
+from sfumato.families.fill import fill, shapes
 from sfumato.families.tokenizers import clip_tokenizer, is_stock
+
+Keys = Callable[[str], dict[str, tuple[int, ...]]]
+CAPTIONS = ["a cat on a mat", "", "red " * 80]
+KINDS = {
+    "clip_l": (encoders.clip_l, "quick_gelu"),
+    "clip_l_projected": (encoders.clip_l_projected, "quick_gelu"),
+    "clip_g": (encoders.clip_g, "gelu"),
+}
+
+
+def tokens(kind: str) -> Tensor:
+    """Captions that are short, empty and too long; CLIP-L's are padded with end marks, bigG's with the token 0."""
+    tokenizer = encoders.clip_tokenizer(g=kind == "clip_g")
+    found: Tensor = tokenizer(CAPTIONS, padding="max_length", truncation=True, max_length=77, return_tensors="pt").input_ids
+    ends = (found == tokenizer.eos_token_id).sum(1).tolist()
+    assert (ends == [1, 1, 1]) is (kind == "clip_g")
+    return found
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("skip", [1, 2, 3])
+def test_states_and_what_is_pooled_equal_transformers(kind: str, skip: int) -> None:
+    make, activation = KINDS[kind]
+    theirs: Any = make()
+    ours, ids = clip_text(tiny.text_states(theirs), activation), tokens(kind)
+    with torch.no_grad():
+        said, got = theirs(ids, output_hidden_states=True), ours(ids, skip)
+        pooled = said.pooler_output if kind == "clip_l" else theirs.text_model(ids).pooler_output
+    torch.testing.assert_close(got.states, said.hidden_states[-skip], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(got.pooled, pooled, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(got.projected, pooled if kind == "clip_l" else said.text_embeds, atol=1e-5, rtol=1e-5)
+    assert torch.equal(got.normed, ours.text_model.final_layer_norm(got.states))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_is_pooled_stands_at_the_first_end_mark(kind: str) -> None:
+    """The mask is causal: nothing that follows the first end mark changes what is pooled, and the word before it does."""
+    make, activation = KINDS[kind]
+    net, ids = clip_text(tiny.text_states(make()), activation), tokens(kind)[:1]
+    end = ids[0].tolist().index(net.config.eos_token_id)
+    after, before = ids.clone(), ids.clone()
+    after[0, end + 1 :] = 7
+    before[0, end - 1] = 7
+    with torch.no_grad():
+        pooled = net(ids).pooled
+        torch.testing.assert_close(pooled[0], net(ids).normed[0, end])
+        torch.testing.assert_close(net(after).pooled, pooled)
+        assert not torch.allclose(net(before).pooled, pooled, atol=1e-3)
+
+
+def test_embeddings_added_to_the_vocabulary_do_not_move_the_end_mark(keys: Keys) -> None:
+    table = keys("clip_l.hf")
+    name = "text_model.embeddings.token_embedding.weight"
+    assert clip_net({**table, name: (49408 + 5, 768)}, "quick_gelu").config.eos_token_id == 49407
+    assert clip_net(table, "quick_gelu").config.eos_token_id == 49407
+
+
+@pytest.mark.parametrize(("name", "layers", "heads", "projected"), [("clip_l.hf", 12, 12, False), ("clip_g.hf", 32, 20, True)])
+def test_every_tensor_of_a_real_file_has_its_place(keys: Keys, name: str, layers: int, heads: int, projected: bool) -> None:
+    table = keys(name)
+    native = shapes(CLIP_HF.to_native({k: torch.empty(shape, device="meta") for k, shape in table.items()}))
+    net = clip_net(native, "gelu")
+    assert shapes(net.state_dict()) == table
+    assert (len(net.layers), net.config.num_attention_heads) == (layers, heads)
+    assert isinstance(net.text_projection, nn.Linear) is projected
+
+
+def test_bigg_of_a_single_file_is_the_one_in_transformers_names(keys: Keys) -> None:
+    prefix = "conditioner.embedders.1.model."
+    held = {name.removeprefix(prefix): shape for name, shape in keys("sdxl.single_file").items() if name.startswith(prefix)}
+    del held["logit_scale"]
+    tensors = OPEN_CLIP.to_foreign({name: torch.empty(shape, device="meta") for name, shape in held.items()})
+    assert shapes(tensors) == keys("clip_g.hf")
+    assert shapes(OPEN_CLIP.to_native(tensors)) == held
+
+
+def test_the_projection_of_open_clip_is_multiplied_from_the_right() -> None:
+    net, ids = clip_text(tiny.text_states(encoders.clip_g()), "gelu"), tokens("clip_g")
+    native = OPEN_CLIP.to_native(net.state_dict())
+    with torch.no_grad():
+        got = net(ids)
+        torch.testing.assert_close(got.pooled @ native["text_projection"], got.projected)
+    back = OPEN_CLIP.to_foreign(native)
+    assert back.keys() == net.state_dict().keys()
+    assert all(torch.equal(back[name], t) for name, t in net.state_dict().items())
+
+
+def test_a_projection_to_another_width() -> None:
+    tensors = {**tiny.text_states(encoders.clip_l()), "text_projection.weight": torch.ones(5, encoders.L_WIDTH)}
+    net = clip_text(tensors, "quick_gelu")
+    with torch.no_grad():
+        assert net(tokens("clip_l")).projected.shape == (3, 5)
+    assert (net.config.projection_dim, clip_text(tiny.text_states(encoders.clip_l()), "quick_gelu").config.projection_dim) == (5, 64)
+
+
+def test_a_net_is_built_without_values_and_filled_later() -> None:
+    """One tensor after another: nothing is needed that is in no file."""
+    tensors = tiny.text_states(encoders.clip_g())
+    net = clip_net(shapes(tensors), "gelu")
+    assert all(t.is_meta for t in net.parameters())
+    assert not list(net.buffers())
+    for name, t in tensors.items():
+        net.load_state_dict({name: t}, strict=False, assign=True)
+    with torch.no_grad():
+        torch.testing.assert_close(net(tokens("clip_g")).projected, encoders.clip_g()(tokens("clip_g")).text_embeds)
+    with pytest.raises(UserError, match=r"lacks the tensor 'text_projection\.weight'"):
+        fill(clip_net(shapes(tensors), "gelu"), {k: t for k, t in tensors.items() if k != "text_projection.weight"}, "the file")
 
 
 @pytest.mark.parametrize(("v2", "activation"), [(False, "quick_gelu"), (True, "gelu")])
@@ -23,9 +134,9 @@ def test_states_equal_transformers(v2: bool, activation: str, skip: int) -> None
     with torch.no_grad():
         said = theirs(ids, output_hidden_states=True)
         norm = dict(theirs.named_modules()).get("final_layer_norm") or theirs.text_model.final_layer_norm
-        torch.testing.assert_close(ours(ids, skip), norm(said.hidden_states[-skip]), atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(ours(ids, skip).normed, norm(said.hidden_states[-skip]), atol=1e-5, rtol=1e-5)
         if skip == 1:
-            torch.testing.assert_close(ours(ids), said.last_hidden_state, atol=1e-5, rtol=1e-5)
+            torch.testing.assert_close(ours(ids).normed, said.last_hidden_state, atol=1e-5, rtol=1e-5)
 
 
 def test_paths_are_the_names_in_files() -> None:

@@ -14,6 +14,8 @@ from torch import Tensor
 
 from sfumato.config import LossConfig, NoiseConfig
 from sfumato.errors import UserError
+from sfumato.families import loading
+from sfumato.families.autoencoders import scale, unscale
 from sfumato.families.base import Models
 from sfumato.families.sd.facts import Options
 from sfumato.families.sd.family import FAMILY, encode, process
@@ -22,11 +24,11 @@ from sfumato.memory.checkpoint import checkpoint_blocks
 
 
 def opened(path: Path, **options: object) -> Models:
-    return FAMILY.load(str(path), Options(**options))  # type: ignore[arg-type]
+    return loading.load(FAMILY, str(path), Options(**options))  # type: ignore[arg-type]
 
 
 def written(models: Models, path: Path, layout: str = "single_file", dtype: torch.dtype | None = None, **more: object) -> Path:
-    FAMILY.save(models, path, layout=layout, dtype=dtype, metadata={"modelspec.title": "t"}, **more)  # type: ignore[arg-type]
+    loading.save(models, path, layout=layout, dtype=dtype, metadata={"modelspec.title": "t"}, **more)  # type: ignore[arg-type]
     return path
 
 
@@ -50,7 +52,7 @@ def test_a_single_file_comes_back_bit_for_bit(tmp_path: Path, v2: bool, dtype: t
 def test_what_was_only_run_in_another_format_is_written_as_it_was(tmp_path: Path) -> None:
     """A frozen text encoder run in bf16 keeps its fp16 values; the trained U-Net is written in its new format."""
     path = tiny.tiny_sd1(tmp_path, torch.float16)
-    models = FAMILY.load(str(path), Options(), dtype=torch.float32)
+    models = loading.load(FAMILY, str(path), Options(), dtype=torch.float32)
     models.encoders["clip_l"].to(torch.bfloat16)
     assert models.vae is not None
     models.vae.to(torch.float32)
@@ -100,7 +102,7 @@ def test_pickled_checkpoints(tmp_path: Path) -> None:
 def test_folders_of_diffusers_and_single_files_hold_the_same(tmp_path: Path, v2: bool) -> None:
     folder = (tiny.tiny_sd2_diffusers if v2 else tiny.tiny_sd1_diffusers)(tmp_path / "folder")
     models = opened(folder)
-    assert models.layout == "diffusers"
+    assert models.source is not None and models.source.layout == "diffusers"
     again = written(models, tmp_path / "again", "diffusers")
     theirs, ours = (StableDiffusionPipeline.from_pretrained(f) for f in (folder, again))
     for part in ("unet", "vae", "text_encoder"):
@@ -161,7 +163,7 @@ def test_another_vae(tmp_path: Path) -> None:
     save(tmp_path / "without.safetensors", {k.removeprefix("first_stage_model."): t + 1 for k, t in prefixed.items()}, {})
     first = next(iter(prefixed))
     for name, value in (("vae", None), ("with.safetensors", prefixed[first]), ("without.safetensors", prefixed[first] + 1)):
-        models = FAMILY.load(str(path), Options(), vae=str(tmp_path / name))
+        models = loading.load(FAMILY, str(path), Options(), vae=str(tmp_path / name))
         assert models.vae is not None
         if value is None:
             assert_same(dict(models.vae.state_dict()), dict(other.state_dict()))
@@ -204,7 +206,7 @@ def test_gradients_reach_a_text_encoder_and_are_the_same_with_checkpointing(tmp_
 
     def gradient() -> Tensor:
         cond = FAMILY.encode(models).encode(models.encoders, FAMILY.tokenize(models).tokenize(["a cat"]))
-        (found,) = torch.autograd.grad(FAMILY.predict(models.denoiser, x, torch.tensor([5]), cond, None).square().sum(), weight)
+        (found,) = torch.autograd.grad(FAMILY.predict(models.denoiser, x, torch.tensor([5]), cond).square().sum(), weight)
         return found
 
     plain = gradient()
@@ -217,6 +219,6 @@ def test_scale_and_its_inverse(tmp_path: Path) -> None:
     models = opened(tiny.tiny_sd1(tmp_path))
     assert models.vae is not None
     x = torch.ones(1, 4, 2, 2)
-    assert FAMILY.scale(models.vae, x).unique().item() == pytest.approx(0.18215)
-    torch.testing.assert_close(FAMILY.unscale(models.vae, FAMILY.scale(models.vae, x)), x)
+    assert scale(models.vae, x).unique().item() == pytest.approx(0.18215)
+    torch.testing.assert_close(unscale(models.vae, scale(models.vae, x)), x)
     assert replace(models.options, v2=None) == Options()

@@ -5,25 +5,24 @@ from __future__ import annotations
 import gzip
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from sparse import sparse
 from torch import Tensor, nn
 
 from sfumato.adapters import parse
 from sfumato.adapters.insert import Inserted, choose
 from sfumato.config import NetworkConfig
 from sfumato.errors import UserError
-from sfumato.families.autoencoders import load_kl
 from sfumato.families.base import Models
-from sfumato.families.encoders import clip_text
-from sfumato.families.fill import fill, shapes
-from sfumato.families.sd import checkpoint
+from sfumato.families.fill import check, shapes
+from sfumato.families.parts import Source, open_model, single_file
 from sfumato.families.sd.facts import Options
 from sfumato.families.sd.family import FAMILY
 from sfumato.families.sd.names import unet_keys
-from sfumato.families.sd.net import UNet
 from sfumato.formats import dialect
 
 Keys = Callable[[str], dict[str, tuple[int, ...]]]
@@ -33,16 +32,28 @@ def meta(table: dict[str, tuple[int, ...]]) -> dict[str, Tensor]:
     return {name: torch.empty(shape, device="meta") for name, shape in table.items()}
 
 
+def claimed(path: Path, table: dict[str, tuple[int, ...]]) -> Source:
+    """A file of full size with these tensors, as it is opened; no value is read."""
+    return open_model(sparse(path / "model.safetensors", table), FAMILY.parts, FAMILY.title, given={}, kept=FAMILY.kept)
+
+
+def empty(source: Source, name: str) -> nn.Module:
+    """A net of full size without values."""
+    held = source.held[name]
+    net = held.part.net(held.shapes(), {})
+    check(net, held.shapes(), name)
+    return net
+
+
 @pytest.mark.parametrize("version", ["sd1", "sd2"])
-def test_every_tensor_of_a_single_file_is_claimed_and_written_again(keys: Keys, version: str) -> None:
+def test_every_tensor_of_a_single_file_is_claimed_and_written_again(keys: Keys, version: str, tmp_path: Path) -> None:
     table = keys(f"{version}.single_file")
-    source = checkpoint.claim(Path("model.safetensors"), meta(table), {})
-    unet = fill(UNet.of(shapes(source.unet)), source.unet, "unet")
-    text = clip_text(source.text, source.activation)
-    assert source.vae is not None
-    vae = load_kl(source.vae)
-    assert len(text.layers) == {"sd1": 12, "sd2": 23}[version]
-    assert shapes(checkpoint.spell(source, unet.state_dict(), text.state_dict(), vae.state_dict())) == table
+    _, source = FAMILY.complete(Options(), claimed(tmp_path, table))
+    nets = {name: empty(source, name) for name in source.held}
+    (text,) = (net for name, net in nets.items() if name.startswith("clip"))
+    assert len(text.layers) == {"sd1": 12, "sd2": 23}[version]  # type: ignore[arg-type]
+    kept = replace(source, kept=meta(source.kept.shapes))  # type: ignore[attr-defined]
+    assert shapes(single_file(kept, {name: net.state_dict() for name, net in nets.items()})) == table
 
 
 @pytest.mark.parametrize("version", ["sd1", "sd2"])
@@ -57,31 +68,29 @@ def test_the_unet_table_is_whole_in_both_directions(keys: Keys, version: str) ->
     assert shapes(unet_keys(ldm).to_foreign(meta(ldm))) == diffusers
 
 
-def test_a_tensor_of_no_part_is_refused_by_name(keys: Keys) -> None:
+def test_a_tensor_of_no_part_is_refused_by_name(keys: Keys, tmp_path: Path) -> None:
     table = keys("sd1.single_file")
     with pytest.raises(UserError, match="mystery"):
-        checkpoint.claim(Path("model.safetensors"), meta({**table, "mystery.weight": (1,)}), {})
-    more = checkpoint.claim(Path("model.safetensors"), meta({**table, "model.diffusion_model.input_blocks.1.0.norm.weight": (320,)}), {})
+        claimed(tmp_path, {**table, "mystery.weight": (1,)})
+    more = claimed(tmp_path, {**table, "model.diffusion_model.input_blocks.1.0.norm.weight": (320,)})
     with pytest.raises(UserError, match=r"input_blocks\.1\.0\.norm\.weight"):
-        fill(UNet.of(shapes(more.unet)), more.unet, "unet")
+        more.held["denoiser"].build()
 
 
-def test_a_missing_tensor_is_named(keys: Keys) -> None:
+def test_a_missing_tensor_is_named(keys: Keys, tmp_path: Path) -> None:
     table = keys("sd1.single_file")
     del table["model.diffusion_model.output_blocks.3.1.proj_in.bias"]
-    source = checkpoint.claim(Path("model.safetensors"), meta(table), {})
     with pytest.raises(UserError, match=r"lacks .*output_blocks\.3\.1\.proj_in\.bias"):
-        fill(UNet.of(shapes(source.unet)), source.unet, "unet")
+        claimed(tmp_path, table).held["denoiser"].build()
     del table["model.diffusion_model.input_blocks.3.0.op.weight"], table["model.diffusion_model.input_blocks.3.0.op.bias"]
-    source = checkpoint.claim(Path("model.safetensors"), meta(table), {})
     with pytest.raises(UserError, match=r"lacks .*input_blocks\.3"):
-        UNet.of(shapes(source.unet))
+        claimed(tmp_path, table).held["denoiser"].build()
 
 
 @pytest.fixture(scope="module")
-def full_size(keys: Keys) -> dict[str, nn.Module]:
-    source = checkpoint.claim(Path("model.safetensors"), meta(keys("sd1.single_file")), {})
-    return {"denoiser": fill(UNet.of(shapes(source.unet)), source.unet, "unet"), "clip_l": clip_text(source.text, source.activation)}
+def full_size(keys: Keys, tmp_path_factory: pytest.TempPathFactory) -> dict[str, nn.Module]:
+    source = claimed(tmp_path_factory.mktemp("full"), keys("sd1.single_file"))
+    return {name: empty(source, name) for name in ("denoiser", "clip_l")}
 
 
 def adapter(nets: dict[str, nn.Module], *args: str) -> tuple[Models, dict[dialect.Site, dialect.Leaves]]:

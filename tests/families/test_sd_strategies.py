@@ -9,6 +9,7 @@ import tiny
 import torch
 from torch import Tensor
 
+from sfumato.families import loading
 from sfumato.families.base import Models
 from sfumato.families.sd.facts import Options
 from sfumato.families.sd.family import FAMILY
@@ -29,7 +30,7 @@ def states(models: Models, captions: list[str]) -> Tensor:
 
 @pytest.mark.parametrize("skip", [None, 1])
 def test_states_of_75_tokens_equal_the_pipelines(path: Path, skip: int | None) -> None:
-    models = FAMILY.load(str(path), Options(clip_skip=skip))
+    models = loading.load(FAMILY, str(path), Options(clip_skip=skip))
     with torch.no_grad():
         expected, _ = tiny.pipeline(v2=bool(models.options.v2)).encode_prompt(CAPTIONS, "cpu", 1, False)
     torch.testing.assert_close(states(models, CAPTIONS), expected, atol=1e-5, rtol=1e-5)
@@ -38,7 +39,7 @@ def test_states_of_75_tokens_equal_the_pipelines(path: Path, skip: int | None) -
 @pytest.mark.parametrize(("length", "skip"), [(75, 2), (150, 1), (225, 1), (225, 2)])
 def test_states_of_chunks_are_those_of_each_chunk(path: Path, length: int, skip: int) -> None:
     """Each run of 75 tokens is a caption of its own to the text model; only the inner states and the two ends are kept."""
-    models = FAMILY.load(str(path), Options(max_token_length=length, clip_skip=skip))  # type: ignore[arg-type]
+    models = loading.load(FAMILY, str(path), Options(max_token_length=length, clip_skip=skip))  # type: ignore[arg-type]
     v2 = bool(models.options.v2)
     text, tokenizer = tiny.parts(v2=v2).text, tiny.tokenizer(v2=v2)
     norm = dict(text.named_modules()).get("final_layer_norm") or text.text_model.final_layer_norm
@@ -102,8 +103,8 @@ def test_emphasis(caption: str, expected: list[tuple[str, float]]) -> None:
 
 
 def test_weights_multiply_the_states_of_their_tokens(path: Path) -> None:
-    plain = FAMILY.load(str(path), Options(max_token_length=150))
-    weighted = FAMILY.load(str(path), Options(max_token_length=150, weighted_captions=True))
+    plain = loading.load(FAMILY, str(path), Options(max_token_length=150))
+    weighted = loading.load(FAMILY, str(path), Options(max_token_length=150, weighted_captions=True))
     caption = "a (cat:1.5) on [a] mat"
     tokens = FAMILY.tokenize(weighted).tokenize([caption])
     expected = states(plain, ["a cat on a mat"])
@@ -115,7 +116,7 @@ def test_weights_multiply_the_states_of_their_tokens(path: Path) -> None:
 
 
 def test_settings_say_what_the_result_depends_on(path: Path) -> None:
-    a, b = (FAMILY.load(str(path), Options(max_token_length=n, clip_skip=s)) for n, s in ((75, 1), (150, 2)))  # type: ignore[arg-type]
+    a, b = (loading.load(FAMILY, str(path), Options(max_token_length=n, clip_skip=s)) for n, s in ((75, 1), (150, 2)))  # type: ignore[arg-type]
     assert FAMILY.tokenize(a).settings != FAMILY.tokenize(b).settings
     assert FAMILY.encode(a).settings != FAMILY.encode(b).settings
-    assert FAMILY.outputs.fields == ("hidden",)
+    assert FAMILY.outputs(a).fields == ("hidden",)

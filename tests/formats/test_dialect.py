@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from sfumato.errors import UserError
 from sfumato.formats import dialect
 from sfumato.formats.dialect import Dialect, Leaves, Site
-from sfumato.formats.names import SWAP_HALVES, KeyMap, rule
+from sfumato.formats.names import SWAP_HALVES, TRANSPOSE, Change, KeyMap, rule
 
 quick = settings(deadline=None, max_examples=25, derandomize=True)
 
@@ -19,6 +19,7 @@ TABLE = KeyMap(
     rule("blocks.{i}.attn.qkv", "layers.{i}.to_q", "layers.{i}.to_k", "layers.{i}.to_v"),
     rule("blocks.{i}.attn.proj", "layers.{i}.to_out"),
     rule("conv_in"),
+    rule("final.1", "norm_out", change=SWAP_HALVES),
 )
 KOHYA = Dialect(name="kohya", prefix={"denoiser": "lora_unet_", "clip_l": "lora_te_"}, separator="_")
 COMFY = Dialect(name="comfy", prefix={"denoiser": "diffusion_model.", "clip_l": "text_encoders.clip_l.transformer."})
@@ -32,7 +33,12 @@ PEFT = Dialect(
 SPLIT = Dialect(name="split", prefix={"denoiser": "lora_unet_"}, keys={"denoiser": TABLE}, separator="_")
 ALL = (KOHYA, COMFY, PEFT)
 SITES: list[Site] = [("denoiser", f"blocks.{i}.attn.{name}") for i in range(12) for name in ("qkv", "proj")]
-SITES += [("denoiser", "conv_in"), ("clip_l", "text_model.layers.0.mlp.fc1"), ("clip_l", "text_model.layers.0.mlp.fc10")]
+SITES += [
+    ("denoiser", "conv_in"),
+    ("denoiser", "final.1"),
+    ("clip_l", "text_model.layers.0.mlp.fc1"),
+    ("clip_l", "text_model.layers.0.mlp.fc10"),
+]
 
 
 def lora(site: Site, rank: int = 2, alpha: float = 1.0, seed: int = 0) -> Leaves:
@@ -111,6 +117,27 @@ def test_pieces_of_different_ranks_are_joined_exactly_and_missing_ones_change_no
     torch.testing.assert_close(change(joined), torch.cat([change(q), torch.zeros(4, 5), change(v)]))
 
 
+def test_rows_that_change_places_do_so_in_lora_up() -> None:
+    """The table moves a whole weight; the adapter's change of it goes the same way, and back."""
+    site, leaves = ("denoiser", "final.1"), lora(("denoiser", "final.1"), alpha=3.0)
+    written = dialect.write(SPLIT, {site: leaves})
+    there = {leaf: written[f"lora_unet_norm_out.{leaf}"] for leaf in leaves}
+    assert torch.equal(change(there), TABLE.to_foreign({"final.1.weight": change(leaves)})["norm_out.weight"])
+    assert not torch.equal(change(there), change(leaves))
+    (back,) = dialect.read([SPLIT], written, SITES).values()
+    assert torch.equal(change(back), change(leaves))
+
+
+def test_rows_of_a_fused_layer_change_places_before_it_is_cut() -> None:
+    table = KeyMap(rule("both", "a", "b", change=SWAP_HALVES))
+    spoken, site = Dialect(name="turned", prefix={"denoiser": ""}, keys={"denoiser": table}), ("denoiser", "both")
+    leaves = lora(site)
+    written = dialect.write(spoken, {site: leaves})
+    pieces = table.to_foreign({"both.weight": change(leaves)})
+    assert all(torch.equal(change({leaf: written[f"{n}.{leaf}"] for leaf in leaves}), pieces[f"{n}.weight"]) for n in ("a", "b"))
+    assert same(dialect.read([spoken], written, [site]), {site: leaves})
+
+
 def test_several_dialects_may_stand_in_one_file() -> None:
     adapters = {s: lora(s, seed=i) for i, s in enumerate(SITES[:2])}
     mixed = dialect.write(KOHYA, {SITES[0]: adapters[SITES[0]]}) | dialect.write(COMFY, {SITES[1]: adapters[SITES[1]]})
@@ -173,11 +200,15 @@ def test_two_layers_of_one_name_are_refused() -> None:
 def test_what_a_dialect_has_no_place_for() -> None:
     with pytest.raises(UserError, match="kohya names have no place for 't5'; they hold denoiser, clip_l"):
         dialect.write(KOHYA, {("t5", "x"): lora(SITES[1])})
-    turned = Dialect(name="turned", prefix={"denoiser": ""}, keys={"denoiser": KeyMap(rule("conv_in", "x", change=SWAP_HALVES))})
+
+
+@pytest.mark.parametrize(("turn", "leaves"), [(TRANSPOSE, lora(SITES[1])), (SWAP_HALVES, loha())], ids=["transposed", "not LoRA"])
+def test_an_adapter_without_an_exact_form_on_the_other_side_is_refused(turn: Change, leaves: Leaves) -> None:
+    turned = Dialect(name="turned", prefix={"denoiser": ""}, keys={"denoiser": KeyMap(rule("conv_in", "x", change=turn))})
     with pytest.raises(UserError, match="no exact form"):
-        dialect.write(turned, {("denoiser", "conv_in"): lora(SITES[1])})
+        dialect.write(turned, {("denoiser", "conv_in"): leaves})
     with pytest.raises(UserError, match="no exact form"):
-        dialect.read([turned], {"x.lora_up.weight": torch.ones(1)}, [("denoiser", "conv_in")])
+        dialect.read([turned], {f"x.{leaf}": t for leaf, t in leaves.items()}, [("denoiser", "conv_in")])
 
 
 def test_peft_reads_and_writes_the_same() -> None:

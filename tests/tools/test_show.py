@@ -42,9 +42,9 @@ def file_of(path: Path, shapes: Shapes, metadata: dict[str, str] | None = None) 
         ("adapter.sd1.lora", "adapter", "sd", "v1", "kohya"),
         ("adapter.sd1.locon", "adapter", "sd", "v1", "kohya"),
         ("clip_l.hf", "text_encoder", "sd", "v1", "hf"),
-        ("flux_dev.transformer", "unknown", None, None, None),
-        ("sdxl.single_file", "unknown", None, None, None),
-        ("adapter.flux.lora", "unknown", None, None, None),
+        ("lumina2.transformer", "unknown", None, None, None),
+        ("anima.transformer", "unknown", None, None, None),
+        ("adapter.anima.lora", "unknown", None, None, None),
     ],
 )
 def test_real_files(tmp_path: Path, keys: Callable[[str], Shapes], name: str, kind: str, family: str, variant: str, dialect: str) -> None:
@@ -69,9 +69,9 @@ def test_the_parts_of_a_checkpoint_and_the_ranks_of_an_adapter(tmp_path: Path, k
 
 
 def test_unknown_files_say_what_they_seem_to_be(tmp_path: Path, keys: Callable[[str], Shapes]) -> None:
-    facts = show.describe(file_of(tmp_path / "a.safetensors", keys("flux_dev.transformer")))
-    assert "FLUX" in facts["seems"]
-    assert "FLUX" in show.text(facts)
+    facts = show.describe(file_of(tmp_path / "a.safetensors", keys("lumina2.transformer")))
+    assert "Lumina" in facts["seems"]
+    assert "Lumina" in show.text(facts)
     other = show.describe(file_of(tmp_path / "b.safetensors", {"hello": (2, 2)}))
     assert "'hello'" in other["seems"]
 

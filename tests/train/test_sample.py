@@ -21,6 +21,7 @@ from torch import Tensor
 from sfumato import families
 from sfumato.config import Config, LossConfig, ModelConfig, NetworkConfig, NoiseConfig, OutputConfig, SampleConfig, TrainConfig
 from sfumato.errors import UserError
+from sfumato.families import loading
 from sfumato.families.base import Models
 from sfumato.tensors.noise import DDPM
 from sfumato.train.draw import main
@@ -36,7 +37,7 @@ START = torch.randn(1, 4, 4, 6, generator=torch.Generator().manual_seed(3))
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Models:
     path = tiny.tiny_sd1(tmp_path_factory.mktemp("sd1"))
-    return SD.load(str(path), families.facts("sd").Options())
+    return loading.load(SD, str(path), families.facts("sd").options())
 
 
 def read(path: Path) -> tuple[np.ndarray[Any, Any], str]:
@@ -93,7 +94,7 @@ def test_pixels_are_diffusers(models: Models) -> None:
 @pytest.mark.parametrize("sampler", ["ddim", "euler", "dpmsolver++"])
 def test_v_prediction_from_zero_signal(sampler: str, tmp_path: Path) -> None:
     folder = tiny.tiny_sd2_diffusers(tmp_path, prediction="v_prediction")
-    models = SD.load(str(folder), families.facts("sd").Options())
+    models = loading.load(SD, str(folder), families.facts("sd").options())
     process = SD.process(models, NoiseConfig(zero_terminal_snr=True), LossConfig())
     (ours,) = draw_latents(models, [PROMPT], process=process, sampler=sampler, noise=START)
     scheduler = getattr(diffusers, SAMPLERS[sampler][0])(
@@ -114,7 +115,7 @@ def test_v_prediction_from_zero_signal(sampler: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("sampler", ["ddim", "euler_a"])
 def test_a_batch_equals_single_runs(tmp_path: Path, sampler: str) -> None:
     """In fp64: nets this small, with two numbers in a group norm, blow the last digits of fp32 up."""
-    models = SD.load(str(tiny.tiny_sd1(tmp_path)), families.facts("sd").Options(), dtype=torch.float64)
+    models = loading.load(SD, str(tiny.tiny_sd1(tmp_path)), families.facts("sd").options(), dtype=torch.float64)
     prompts = [
         PROMPT,
         replace(PROMPT, prompt="a dog", seed=2, scale=3.0),
@@ -159,7 +160,7 @@ def test_every_part_gets_its_mode_back(models: Models, monkeypatch: pytest.Monke
     ("dtype", "mixed"), [(torch.float32, True), (torch.bfloat16, True), (torch.bfloat16, False), (torch.float16, False)]
 )
 def test_16_bits_draw_nearly_the_same(models: Models, tmp_path: Path, dtype: torch.dtype, mixed: bool) -> None:
-    half = SD.load(str(tiny.tiny_sd1(tmp_path)), families.facts("sd").Options(), dtype=dtype)
+    half = loading.load(SD, str(tiny.tiny_sd1(tmp_path)), families.facts("sd").options(), dtype=dtype)
     assert half.vae is not None
     half.vae.to(dtype)
     exact = draw_latents(models, [PROMPT], process=EPS, noise=START)[0]
@@ -261,7 +262,7 @@ def run(folder: Path, name: str, network: NetworkConfig, precision: Literal["no"
         sample=SampleConfig(sample_prompts=str(folder / "prompts.txt"), sample_sampler="k_euler"),
         train=TrainConfig(mixed_precision=precision),
         network=network,
-        family=families.facts("sd").Options(),
+        family=families.facts("sd").options(),
     )
     (path,) = main(config)
     assert path.parent == folder / name / "sample" and path.name.startswith(f"{name}_00_") and path.name.endswith("_1.png")

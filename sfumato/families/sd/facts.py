@@ -6,11 +6,10 @@ import re
 from dataclasses import dataclass
 from typing import Literal
 
+from sfumato.families.about import Facts
 from sfumato.families.detect import WHOLE, Detected, Kind, Shapes
 
 FAMILY = "sd"
-PIPELINES = ("StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline")
-"""Classes that a diffusers folder of this family names."""
 CONTEXT_XL = 2048
 """Width of the text states in Stable Diffusion XL, whose names are otherwise like these."""
 
@@ -160,3 +159,16 @@ def _variant(shapes: Shapes) -> str:
     pattern = re.compile(r".*[._]proj_in\.((lora_down|lora_A|lora\.down)\.(default\.)?)?weight")
     shape = next((shape for name, shape in shapes.items() if pattern.fullmatch(name)), None)
     return "" if shape is None else "v2" if len(shape) == 2 else "v1"
+
+
+FACTS = Facts(
+    options=Options,
+    detect=detect,
+    architecture=architecture,
+    base_model_version=base_model_version,
+    pipelines=("StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline"),
+    denoiser_folder="unet",
+    needed=("denoiser", "text_encoder"),
+    scripts={"train_network": "network", "fine_tune": "full", "train_db": "full"},
+    trains_text=("train_db",),
+)

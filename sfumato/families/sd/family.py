@@ -1,162 +1,115 @@
-"""The record of Stable Diffusion 1.x and 2.x: how they are loaded, run, adapted and saved."""
+"""The record of Stable Diffusion 1.x and 2.x: where its nets stand in files, and how they are run and adapted."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping
 from dataclasses import replace
-from pathlib import Path
+from functools import partial
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from sfumato.config import NoiseConfig
-from sfumato.data.batch import Batch, Cond
+from sfumato.config import LossConfig, NoiseConfig
+from sfumato.data.batch import Cond
 from sfumato.errors import UserError
-from sfumato.families.autoencoders import load_kl
-from sfumato.families.base import Family, Models
-from sfumato.families.detect import detect_file
-from sfumato.families.encoders import ClipText, clip_text
-from sfumato.families.fill import fill, shapes
-from sfumato.families.sd import checkpoint, folder
+from sfumato.families import sources
+from sfumato.families.base import Family, Models, Vocabulary
+from sfumato.families.borrowed import clip_part, vae_part
+from sfumato.families.encoders import ClipText
+from sfumato.families.parts import Part, Source, Spelling
 from sfumato.families.sd.facts import Options
-from sfumato.families.sd.names import unet_keys
-from sfumato.families.sd.net import UNet
-from sfumato.families.sd.source import Source, read_vae, unchanged
+from sfumato.families.sd.folder import check_unet, new_folder
+from sfumato.families.sd.names import CLIP_H, CLIP_L, KEPT, TARGETS, UNET, VAE, unet_keys
+from sfumato.families.sd.net import UNet, blocks
 from sfumato.families.sd.strategies import LATENTS, OUTPUTS, SdEncode, SdTokenize
-from sfumato.families.sources import local
-from sfumato.families.tokenizers import clip_tokenizer, is_stock
-from sfumato.formats import files
+from sfumato.families.tokenizers import clip_tokenizer
 from sfumato.formats.dialect import Dialect
 from sfumato.tensors.noise import DDPM, Process
 
-NAME = "pretrained_model_name_or_path"
+LAYERS_USED = 23
+"""Layers of OpenCLIP-H that 2.x uses; files hold one more."""
+_MIDDLE = "middle_block.1.proj_in.weight"
 
 
-def load(
-    path: str,
-    options: Options,
-    *,
-    vae: str | None = None,
-    tokenizer: str | None = None,
-    device: torch.device | str = "cpu",
-    dtype: torch.dtype | None = None,
-) -> Models:
-    """See `families.base.Load`. The VAE stays in the format of its file; it is None if neither the checkpoint nor `vae` has one."""
-    where = local(path, NAME)
-    detect_file(where, NAME)
-    source = folder.read(where) if where.is_dir() else checkpoint.read(where)
-    denoiser = fill(UNet.of(_trainable(shapes(source.unet), where)), source.unet, f"{where} (U-Net)")
-    if vae is not None:
-        tensors, scale = read_vae(vae)
-        source = replace(source, vae=tensors, vae_scale=scale)
-    options = complete(options, source)
-    encoder = clip_text(source.text, source.activation, f"{where} (text encoder)")
-    tokens = _tokenizer(tokenizer, where, v2=source.v2)
-    _check_vocabulary(tokens, encoder)
-    return Models(
-        family=FAMILY,
-        options=options,
-        denoiser=denoiser.to(device, dtype),
-        encoders={source.encoder: encoder.to(device, dtype)},
-        tokenizers={source.encoder: tokens},
-        vae=None if source.vae is None else load_kl(source.vae, source.vae_scale, vae or str(where)).to(device),
-        source=where,
-        layout="diffusers" if where.is_dir() else "single_file",
-        extras={"source": source},
-    )
+# --- files ---
 
 
-def complete(options: Options, source: Source) -> Options:
-    """The options with what the source says filled in. Errors: `UserError` if they name the other version."""
-    if options.v2 is not None and options.v2 != source.v2:
-        is_, not_ = ("2.x", "1.x") if source.v2 else ("1.x", "2.x")
-        raise UserError(f"v2: {source.path} is Stable Diffusion {is_}, not {not_}; leave v2 out")
-    return replace(options, v2=source.v2, v_parameterization=options.v_parameterization or source.prediction == "v")
-
-
-def _trainable(unet: dict[str, tuple[int, ...]], where: Path) -> dict[str, tuple[int, ...]]:
-    channels = unet["input_blocks.0.0.weight"][1]
+def _unet(shapes: Mapping[str, tuple[int, ...]], config: Mapping[str, Any]) -> UNet:
+    channels = shapes["input_blocks.0.0.weight"][1]
     if channels != LATENTS.channels:
-        raise UserError(
-            f"{NAME}: the U-Net of {where} takes {channels} channels (an inpainting, depth or editing model), which is not supported yet"
-        )
-    return unet
+        raise UserError(f"the U-Net takes {channels} channels (an inpainting, depth or editing model), which is not supported yet")
+    check_unet(config, shapes)
+    return UNet.of(shapes)
 
 
-def _tokenizer(given: str | None, where: Path, *, v2: bool) -> Any:
-    """The tokenizer given, else the one in the folder or beside the file, else CLIP's own."""
-    if given is not None:
-        path = local(given, "tokenizer")
-        return clip_tokenizer(path / "tokenizer" if (path / "tokenizer").is_dir() else path)
-    beside = (where if where.is_dir() else where.parent) / "tokenizer"
-    if beside.is_dir():
-        return clip_tokenizer(beside)
-    # 2.x was trained with captions padded by the token 0, which is "!".
-    return clip_tokenizer(pad="!") if v2 else clip_tokenizer()
+def diffusers(names: Collection[str]) -> Spelling:
+    """diffusers' names of a U-Net, given in either spelling."""
+    return Spelling("diffusers", unet_keys(names))
 
 
-def _check_vocabulary(tokenizer: Any, encoder: ClipText) -> None:
-    rows = encoder.config.vocab_size
-    if len(tokenizer) > rows:
-        raise UserError(f"tokenizer: it knows {len(tokenizer)} tokens, the text encoder only {rows}; give this model's own with tokenizer")
+def unet_spelling(names: Collection[str]) -> Spelling | None:
+    """How a file names a U-Net."""
+    return Spelling("ldm") if "input_blocks.0.0.weight" in names else diffusers(names) if "conv_in.weight" in names else None
 
 
-def save(
-    models: Models,
-    path: Path,
-    *,
-    layout: str,
-    dtype: torch.dtype | None,
-    metadata: Mapping[str, str],
-    state: Mapping[str, Mapping[str, Tensor]] | None = None,
-) -> None:
-    """See `families.base.Save`. A part that is as it was read is written in its first number format, not as it was run in."""
-    source: Source = models.extras["source"]
-    name, encoder = next(iter(models.encoders.items()))
-    nets = {"denoiser": (models.denoiser, source.unet), name: (encoder, source.text)}
-    if models.vae is not None and source.vae is not None:
-        nets["vae"] = (models.vae, source.vae)
-    parts = {part: _values(net, given, (state or {}).get(part, {}), dtype) for part, (net, given) in nets.items()}
-    for part, tensors in parts.items():
-        files.check_finite(tensors, f"{path.name} ({part})")
-    tokenizer, v = models.tokenizers[name], models.options.v_parameterization
-    if layout == "diffusers":
-        folder.write(
-            path,
-            unet=parts["denoiser"],
-            text=parts[name],
-            vae=parts.get("vae"),
-            encoder=cast(ClipText, encoder),
-            vae_net=models.vae,
-            tokenizer=tokenizer,
-            scheduler=DDPM(prediction="v" if v else "eps").scheduler_config(),
-            metadata=metadata,
-            sample_size=96 if models.options.v2 and v else 64,
-        )
-        return
-    if not unchanged(models.denoiser.state_dict(), source.unet):
+def _unused_layer(names: Collection[str]) -> Collection[str]:
+    """OpenCLIP's last layer, whose states 2.x does not use."""
+    layers = {int(name.split(".")[2]) for name in names if name.startswith("transformer.resblocks.")}
+    unused = f"transformer.resblocks.{max(layers)}." if layers and len(layers) != LAYERS_USED else "-"
+    return [name for name in names if name.startswith(unused)]
+
+
+PARTS = (
+    Part(
+        name="denoiser", title="the U-Net", prefixes=(UNET, ""), folder="unet", net=_unet, spelling=unet_spelling, diffusers=diffusers
+    ),
+    clip_part("clip_l", (CLIP_L,), "text_encoder", "quick_gelu"),
+    clip_part("clip_h", (CLIP_H,), "text_encoder", "gelu", openclip=True, idle=_unused_layer),
+    vae_part((VAE,)),
+)  # fmt: skip
+
+
+def complete(options: Options, source: Source) -> tuple[Options, Source]:
+    """Version and prediction as the files say. Errors: `UserError` if the options name the other version."""
+    v2 = len(source.held["denoiser"].shapes()[_MIDDLE]) == 2
+    if options.v2 is not None and options.v2 != v2:
+        is_, not_ = ("2.x", "1.x") if v2 else ("1.x", "2.x")
+        raise UserError(f"v2: {source.path} is Stable Diffusion {is_}, not {not_}; leave v2 out")
+    wanted, other = ("clip_h", "clip_l") if v2 else ("clip_l", "clip_h")
+    if wanted not in source.held:
+        raise UserError(f"{source.path} holds no text encoder of this version; a whole model is needed")
+    held = {name: each for name, each in source.held.items() if name != other}
+    v = options.v_parameterization or _prediction(source) == "v"
+    return replace(options, v2=v2, v_parameterization=v), replace(source, held=held)
+
+
+def _prediction(source: Source) -> str:
+    """What the U-Net says, "v" or else; empty: the files do not tell."""
+    scheduler = source.path / "scheduler" / "scheduler_config.json"
+    if scheduler.is_file():
+        return {"v_prediction": "v"}.get(str(sources.read_json(scheduler).get("prediction_type")), "")
+    said = source.metadata.get("modelspec.prediction_type", "")
+    marked = "v_pred" in source.kept or source.metadata.get("modelspec.architecture", "").endswith("-768-v")
+    return "v" if marked else said
+
+
+def respell(models: Models, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """What programs that read single files expect besides the nets, and without what they would misread."""
+    source = models.source
+    assert source is not None
+    if any(not torch.equal(tensors[UNET + n].cpu(), t.to(tensors[UNET + n].dtype)) for n, t in source.held["denoiser"].natives()):
         # An average of the old U-Net beside the new one would be taken for the new one's by programs that prefer it.
-        source = replace(source, kept={k: t for k, t in source.kept.items() if not k.startswith("model_ema.")})
-    _put_beside(tokenizer, path.parent / "tokenizer")
-    files.save(path, checkpoint.spell(source, parts["denoiser"], parts[name], parts.get("vae")), metadata)
+        tensors = {name: t for name, t in tensors.items() if not name.startswith("model_ema.")}
+    layers = {int(name.split(".")[4]) for name in tensors if name.startswith(f"{CLIP_H}transformer.resblocks.")}
+    if not layers or not source.path.is_dir():
+        return tensors
+    # A last layer of zeros, which passes its input on: readers expect one more than is used, and folders hold none.
+    prefix, added = (f"{CLIP_H}transformer.resblocks.{n}." for n in (max(layers), max(layers) + 1))
+    return tensors | {added + name.removeprefix(prefix): torch.zeros_like(t) for name, t in tensors.items() if name.startswith(prefix)}
 
 
-def _values(net: nn.Module, given: Mapping[str, Tensor], instead: Mapping[str, Tensor], dtype: torch.dtype | None) -> Mapping[str, Tensor]:
-    own = {**net.state_dict(), **instead}
-    if unchanged(own, given):
-        own = dict(given)
-    return own if dtype is None else {name: t.to(dtype) for name, t in own.items()}
-
-
-def _put_beside(tokenizer: Any, beside: Path) -> None:
-    """A vocabulary of its own goes with the file, or it could not be used; CLIP's comes with every program."""
-    if is_stock(tokenizer):
-        return
-    if not beside.exists():
-        tokenizer.save_pretrained(beside)
-    elif clip_tokenizer(beside).get_vocab() != tokenizer.get_vocab():
-        raise UserError(f"{beside}: another model's tokenizer stands where this model's must; choose another output_dir")
+# --- running ---
 
 
 def tokenize(models: Models) -> SdTokenize:
@@ -174,36 +127,15 @@ def encode(models: Models) -> SdEncode:
     return SdEncode(name, skip)
 
 
-def process(models: Models, noise: NoiseConfig, loss: Any) -> Process:
+def process(models: Models, noise: NoiseConfig, loss: LossConfig) -> Process:
     """DDPM with what the model predicts."""
     return DDPM.of("v" if models.options.v_parameterization else "eps", noise, loss)
 
 
-def predict(net: nn.Module, x: Tensor, t: Tensor, cond: Cond, batch: Batch | None) -> Tensor:
+def predict(net: nn.Module, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
     """What the U-Net says."""
     said: Tensor = net(x, t, cond["hidden"])
     return said
-
-
-def scale(vae: nn.Module, latents: Tensor) -> Tensor:
-    """Raw latents -> those of the U-Net."""
-    return latents * float(cast(Any, vae).config.scaling_factor)
-
-
-def unscale(vae: nn.Module, latents: Tensor) -> Tensor:
-    """The inverse of `scale`."""
-    return latents / float(cast(Any, vae).config.scaling_factor)
-
-
-def blocks(net: nn.Module) -> Sequence[nn.Module]:
-    """The U-Net's blocks; the first, a single convolution, is left out."""
-    unet = cast(UNet, net)
-    return [*list(unet.input_blocks)[1:], unet.middle_block, *unet.output_blocks]
-
-
-def encoder_blocks(net: nn.Module) -> Sequence[nn.Module]:
-    """The text encoder's layers."""
-    return list(cast(ClipText, net).layers)
 
 
 PEFT_LEAVES = {"lora_down.weight": "lora_A.weight", "lora_up.weight": "lora_B.weight"}
@@ -223,24 +155,28 @@ _CLIP_TARGETS = {"linear": ("*.self_attn.*_proj", "*.mlp.fc?")}
 
 FAMILY = Family(
     name="sd",
-    load=load,
-    save=save,
+    title="Stable Diffusion 1.x or 2.x",
+    parts=PARTS,
+    optional=frozenset({"clip_l", "clip_h", "vae"}),
+    kept=KEPT,
+    complete=complete,
+    vocabularies={
+        "clip_l": Vocabulary(folder="tokenizer", make=clip_tokenizer),
+        # 2.x was trained with captions padded by the token 0, which is "!".
+        "clip_h": Vocabulary(folder="tokenizer", make=partial(clip_tokenizer, pad="!")),
+    },
+    new_folder=new_folder,
+    respell=respell,
     tokenize=tokenize,
     encode=encode,
     latents=LATENTS,
-    outputs=OUTPUTS,
+    outputs=lambda models: OUTPUTS,
     process=process,
     predict=predict,
-    scale=scale,
-    unscale=unscale,
     blocks=blocks,
-    encoder_blocks=encoder_blocks,
     dialects=dialects,
     targets={
-        "denoiser": {
-            "linear": ("*.proj_in", "*.proj_out", "*.transformer_blocks.*"),
-            "conv": ("*.in_layers.2", "*.emb_layers.1", "*.out_layers.3", "*.skip_connection", "*.op", "*.conv"),
-        },
+        "denoiser": TARGETS,
         "clip_l": _CLIP_TARGETS,
         "clip_h": _CLIP_TARGETS,
     },

@@ -1,25 +1,20 @@
-"""diffusers folders of Stable Diffusion 1.x and 2.x."""
+"""diffusers folders of Stable Diffusion: what their configs must say, and the configs of new ones."""
 
 from __future__ import annotations
 
-import json
-import os
-import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from pathlib import Path
-from typing import Any
+from collections.abc import Collection, Mapping
+from typing import Any, cast
 
+import torch
 from torch import Tensor
 
 from sfumato.errors import UserError
-from sfumato.families import sources
-from sfumato.families.autoencoders import SD_SCALE
-from sfumato.families.encoders import CLIP_BARE, CLIP_HF, ClipText, heads
+from sfumato.families.base import Models, NewFolder
+from sfumato.families.encoders import ClipText
+from sfumato.families.parts import Config, Shapes
 from sfumato.families.sd.names import Layout, unet_keys
 from sfumato.families.sd.net import CONV_HEADS, LINEAR_HEAD_WIDTH
-from sfumato.families.sd.source import Source, read_vae
-from sfumato.formats import files
+from sfumato.tensors.noise import DDPM
 
 UNET_FACTS: dict[str, Any] = {
     "act_fn": "silu",
@@ -39,103 +34,28 @@ UNET_FACTS: dict[str, Any] = {
 }
 """What a config must say, where it says anything, for the net to be the one we have."""
 _MIDDLE = "mid_block.attentions.0.proj_in.weight"
-_CONV = "down_blocks.{}.resnets.0.conv1.weight"
 
 
-def read(path: Path) -> Source:
-    """The parts of a folder. Errors: `UserError` for missing parts, and for configs that ask for another net."""
-    unet = sources.weights(path / "unet")
-    if _MIDDLE not in unet:
-        raise UserError(f"{path / 'unet'}: lacks the tensor {_MIDDLE!r}; the file is incomplete or of another kind")
-    _check_unet(path / "unet" / "config.json", unet)
-    text = {name: t for name, t in sources.weights(path / "text_encoder").items() if not name.endswith("position_ids")}
-    prefixed = any(name.startswith("text_model.") for name in text)
-    vae, scale = read_vae(str(path / "vae")) if (path / "vae").is_dir() else (None, SD_SCALE)
-    scheduler = path / "scheduler" / "scheduler_config.json"
-    said = sources.read_json(scheduler).get("prediction_type") if scheduler.is_file() else None
-    return Source(
-        path=path,
-        unet=unet_keys(unet).to_native(unet),
-        text=(CLIP_HF if prefixed else CLIP_BARE).to_native(text),
-        vae=vae,
-        vae_scale=scale,
-        activation=_activation(path / "text_encoder" / "config.json"),
-        text_names="open_clip" if unet[_MIDDLE].ndim == 2 else "hf",
-        prediction={"v_prediction": "v", "epsilon": "eps"}.get(str(said)),  # type: ignore[arg-type]
-    )
-
-
-def _check_unet(path: Path, unet: Mapping[str, Tensor]) -> None:
-    config = sources.read_json(path)
-    wrong = [
-        f"{path}: {key} is {config[key]!r}; only {value!r} is supported"
-        for key, value in UNET_FACTS.items()
-        if config.get(key, value) != value
-    ]
-    widths = _widths(unet)
+def check_unet(config: Config, shapes: Shapes, facts: Mapping[str, Any] = UNET_FACTS) -> None:
+    """Errors: `UserError` for each thing in which a U-Net's config asks for another net than these native shapes make."""
+    if not config:
+        return
+    wrong = [f"unet/config.json: {k} is {config[k]!r}; only {v!r} is supported" for k, v in facts.items() if config.get(k, v) != v]
+    foreign = _foreign(shapes)
+    widths = _widths(foreign)
     said = config.get("num_attention_heads") or config.get("attention_head_dim", CONV_HEADS)
     # diffusers calls the number of heads attention_head_dim here.
     said = list(said) if isinstance(said, list | tuple) else [said] * len(widths)
-    expected = _heads(unet, widths)
+    expected = _heads(foreign, widths)
     if said != expected:
-        wrong.append(f"{path}: attention heads {said}; for these widths only {expected} is supported")
+        wrong.append(f"unet/config.json: attention heads {said}; for these widths only {expected} is supported")
     if wrong:
         raise UserError(*wrong)
 
 
-def _activation(path: Path) -> str:
-    config = sources.read_json(path)
-    expected = heads(int(config.get("hidden_size", 512)))  # transformers leaves its own defaults out of the file
-    if config.get("num_attention_heads", expected) != expected:
-        raise UserError(f"{path}: {config['num_attention_heads']} attention heads; for this width only {expected} is supported")
-    return str(config.get("hidden_act", "quick_gelu"))
-
-
-def _widths(unet: Mapping[str, Tensor]) -> list[int]:
-    """Channels of each level, from a U-Net in diffusers' names."""
-    return [unet[_CONV.format(level)].shape[0] for level in range(len(Layout.of(unet).attention))]
-
-
-def _heads(unet: Mapping[str, Tensor], widths: list[int]) -> list[int]:
-    linear = unet[_MIDDLE].ndim == 2
-    return [width // LINEAR_HEAD_WIDTH if linear else CONV_HEADS for width in widths]
-
-
-# --- saving ---
-
-
-def write(
-    path: Path,
-    *,
-    unet: Mapping[str, Tensor],
-    text: Mapping[str, Tensor],
-    vae: Mapping[str, Tensor] | None,
-    encoder: ClipText,
-    vae_net: Any,
-    tokenizer: Any,
-    scheduler: Mapping[str, Any],
-    metadata: Mapping[str, str],
-    sample_size: int,
-) -> None:
-    """A folder that `StableDiffusionPipeline.from_pretrained` reads; it appears whole or not at all.
-
-    `unet` in LDM names, `text` in those of `ClipText`, `vae` in those of AutoencoderKL. A source folder's
-    safety checker is not copied. `sample_size`: side of the latents that the model is used at by default.
-    """
-    foreign = unet_keys(unet).to_foreign(unet)
-    with _aside(path) as folder:
-        _component(folder / "unet", "diffusion_pytorch_model", foreign, unet_config(foreign, sample_size), metadata)
-        _component(folder / "text_encoder", "model", CLIP_HF.to_foreign(text), _text_config(encoder), metadata)
-        if vae is not None:
-            config = {"_class_name": "AutoencoderKL", **{k: v for k, v in vae_net.config.items() if not k.startswith("_")}}
-            _component(folder / "vae", "diffusion_pytorch_model", vae, config, metadata)
-        tokenizer.save_pretrained(folder / "tokenizer")
-        _json(folder / "scheduler" / "scheduler_config.json", {"_class_name": "DDIMScheduler", **scheduler})
-        _json(folder / "model_index.json", _index(with_vae=vae is not None))
-
-
-def unet_config(unet: Mapping[str, Tensor], sample_size: int) -> dict[str, Any]:
-    """The config of diffusers' UNet2DConditionModel for a net with these tensors, in diffusers' names."""
+def unet_config(shapes: Shapes, sample_size: int, facts: Mapping[str, Any] = UNET_FACTS) -> dict[str, Any]:
+    """The config of diffusers' UNet2DConditionModel for a net with these native tensors."""
+    unet = _foreign(shapes)
     widths, layout = _widths(unet), Layout.of(unet)
     linear = unet[_MIDDLE].ndim == 2
     down = ["CrossAttnDownBlock2D" if attends else "DownBlock2D" for attends in layout.attention]
@@ -153,53 +73,62 @@ def unet_config(unet: Mapping[str, Tensor], sample_size: int) -> dict[str, Any]:
         "attention_head_dim": _heads(unet, widths) if linear else CONV_HEADS,
         "use_linear_projection": linear,
         "sample_size": sample_size,
-        **UNET_FACTS,
+        **facts,
     }
 
 
-def _text_config(encoder: ClipText) -> dict[str, Any]:
-    return {**encoder.config.to_diff_dict(), "architectures": ["CLIPTextModel"], "model_type": "clip_text_model"}
+def _foreign(shapes: Shapes) -> dict[str, Tensor]:
+    """diffusers' names and shapes of a U-Net, without values."""
+    return unet_keys(shapes).to_foreign({name: torch.empty(shape, device="meta") for name, shape in shapes.items()})
 
 
-def _index(*, with_vae: bool) -> dict[str, Any]:
-    absent = [None, None]
-    return {
-        "_class_name": "StableDiffusionPipeline",
-        "feature_extractor": absent,
-        "image_encoder": absent,
-        "requires_safety_checker": False,
-        "safety_checker": absent,
-        "scheduler": ["diffusers", "DDIMScheduler"],
-        "text_encoder": ["transformers", "CLIPTextModel"],
-        "tokenizer": ["transformers", "CLIPTokenizer"],
-        "unet": ["diffusers", "UNet2DConditionModel"],
-        "vae": ["diffusers", "AutoencoderKL"] if with_vae else absent,
+def _widths(unet: Mapping[str, Tensor]) -> list[int]:
+    """Channels of each level, from a U-Net in diffusers' names."""
+    return [unet[f"down_blocks.{level}.resnets.0.conv1.weight"].shape[0] for level in range(len(Layout.of(unet).attention))]
+
+
+def _heads(unet: Mapping[str, Tensor], widths: list[int]) -> list[int]:
+    linear = unet[_MIDDLE].ndim == 2
+    return [width // LINEAR_HEAD_WIDTH if linear else CONV_HEADS for width in widths]
+
+
+def text_config(encoder: ClipText, kind: str = "CLIPTextModel") -> dict[str, Any]:
+    """config.json of a text encoder; `kind`: transformers' class."""
+    return {**encoder.config.to_diff_dict(), "architectures": [kind], "model_type": "clip_text_model"}
+
+
+def vae_config(vae: Any) -> dict[str, Any]:
+    """config.json of a VAE."""
+    return {"_class_name": "AutoencoderKL", **{k: v for k, v in vae.config.items() if not k.startswith("_")}}
+
+
+def index(pipeline: str, present: Mapping[str, tuple[str, str]], absent: Collection[str]) -> dict[str, Any]:
+    """model_index.json; `present`: folder -> (library, class)."""
+    return {"_class_name": pipeline, **{name: list(what) for name, what in present.items()}, **{name: [None, None] for name in absent}}
+
+
+def new_folder(models: Models) -> NewFolder:
+    """What `StableDiffusionPipeline.from_pretrained` reads besides weights. A source folder's safety checker is not copied."""
+    ((name, encoder),) = models.encoders.items()
+    v = models.options.v_parameterization
+    shapes = {n: tuple(t.shape) for n, t in models.denoiser.state_dict().items()}
+    present = {
+        "scheduler": ("diffusers", "DDIMScheduler"),
+        "text_encoder": ("transformers", "CLIPTextModel"),
+        "tokenizer": ("transformers", "CLIPTokenizer"),
+        "unet": ("diffusers", "UNet2DConditionModel"),
     }
-
-
-def _component(folder: Path, name: str, tensors: Mapping[str, Tensor], config: Mapping[str, Any], metadata: Mapping[str, str]) -> None:
-    _json(folder / "config.json", config)
-    # Readers of such folders ask for the mark "pt".
-    files.save(folder / f"{name}.safetensors", tensors, {**metadata, "format": "pt"})
-
-
-def _json(path: Path, content: Mapping[str, Any]) -> None:
-    files.write_text(path, json.dumps(content, indent=2, sort_keys=True) + "\n")
-
-
-@contextmanager
-def _aside(path: Path) -> Iterator[Path]:
-    """A temporary folder beside `path` that takes its place when the block ends well."""
-    temp, old = (path.with_name(f".{path.name}.{os.getpid()}.{end}") for end in ("part", "old"))
-    for left in (temp, old):
-        shutil.rmtree(left, ignore_errors=True)
-    try:
-        yield temp
-        if path.exists():
-            path.rename(old)
-        temp.rename(path)
-    finally:
-        if old.exists() and not path.exists():
-            old.rename(path)
-        for left in (temp, old):
-            shutil.rmtree(left, ignore_errors=True)
+    absent = {"feature_extractor", "image_encoder", "safety_checker"}
+    configs = {
+        "denoiser": unet_config(shapes, 96 if models.options.v2 and v else 64),
+        name: text_config(cast(ClipText, encoder)),
+    }
+    if models.vae is None:
+        absent.add("vae")
+    else:
+        present["vae"] = ("diffusers", "AutoencoderKL")
+        configs["vae"] = vae_config(models.vae)
+    scheduler = {"_class_name": "DDIMScheduler", **DDPM(prediction="v" if v else "eps").scheduler_config()}
+    return NewFolder(
+        index={**index("StableDiffusionPipeline", present, absent), "requires_safety_checker": False}, configs=configs, scheduler=scheduler
+    )

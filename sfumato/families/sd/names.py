@@ -15,16 +15,26 @@ CLIP_L = "cond_stage_model.transformer."
 CLIP_H = "cond_stage_model.model."
 """2.x: OpenCLIP-H in its own names."""
 
-KEPT = re.compile(
+NO_NETS = (
     r"model_ema\..*"  # the average that a training run kept of the U-Net
     r"|(alphas|betas|sqrt_|log_one|posterior_|lvlb_|logvar|scale_factor|global_step).*"  # the noise schedule, and counters
     r"|(v_pred|ztsnr)"  # empty tensors by which some programs mark v prediction and a zero terminal SNR
     r"|denoiser\.sigmas|embedding_manager\..*"
     r"|first_stage_model\.(loss|discriminator|model_ema)\..*"  # what trained the VAE
-    r"|cond_stage_model\.(transformer\.|model\.)?(text_model\.)?(embeddings\.position_ids|logit_scale|text_projection(\.weight)?|attn_mask)"
+)
+"""Pattern of tensors that no net holds, apart from the text encoders' own."""
+KEPT = re.compile(
+    NO_NETS + r"|cond_stage_model\.(transformer\.|model\.)?(text_model\.)?"
+    r"(embeddings\.position_ids|logit_scale|text_projection(\.weight)?|attn_mask)"
     r"|cond_stage_model\.transformer\.(vision_model|visual_projection)\..*"
 )
 """Full names of tensors that no net holds; they are copied from the source file on save."""
+
+TARGETS = {
+    "linear": ("*.proj_in", "*.proj_out", "*.transformer_blocks.*"),
+    "conv": ("*.in_layers.2", "*.emb_layers.1", "*.out_layers.3", "*.skip_connection", "*.op", "*.conv"),
+}
+"""Layer kind -> paths of the U-Net's layers that adapters go on."""
 
 
 @dataclass(frozen=True)

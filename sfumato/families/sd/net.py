@@ -1,4 +1,4 @@
-"""The U-Net of Stable Diffusion 1.x and 2.x, in the names of its checkpoints.
+"""The U-Net of Stable Diffusion 1.x and 2.x, in the names of its checkpoints; what is also XL's stands in `Body`.
 
 Every part reads its sizes off the shapes of its tensors, so a tiny model and the real one take the same
 path. Architecture: Rombach et al. 2022 (arXiv:2112.10752); the names are those of its first code (LDM).
@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import TypeVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -22,23 +23,25 @@ Shapes = Mapping[str, tuple[int, ...]]
 CONV_HEADS = 8
 """Heads of every attention where `proj_in` is a convolution (1.x)."""
 LINEAR_HEAD_WIDTH = 64
-"""Channels of a head where `proj_in` is a linear layer (2.x)."""
+"""Channels of a head where `proj_in` is a linear layer (2.x and XL)."""
+
+Net = TypeVar("Net", bound="Body")
 
 
-class UNet(nn.Module):
-    """x (b, 4, h, w), t (b,), context (b, n, d) -> (b, 4, h, w); any h and w."""
+class Body(nn.Module):
+    """The way down and up again; a family's U-Net says what the embedding is made of that every block gets."""
 
     def __init__(self, shapes: Shapes) -> None:
         super().__init__()
         self.channels = shapes["input_blocks.0.0.weight"][0]
-        self.time_embed = nn.Sequential(_linear(shapes, "time_embed.0"), nn.SiLU(), _linear(shapes, "time_embed.2"))
+        self.time_embed = embedder(shapes, "time_embed")
         self.input_blocks = nn.ModuleList(Block(part) for part in _numbered(shapes, "input_blocks"))
         self.middle_block = Block(_below(shapes, "middle_block"))
         self.output_blocks = nn.ModuleList(Block(part) for part in _numbered(shapes, "output_blocks"))
         self.out = nn.Sequential(_norm(shapes, "out.0"), nn.SiLU(), _conv(shapes, "out.2"))
 
     @classmethod
-    def of(cls, shapes: Shapes) -> UNet:
+    def of(cls: type[Net], shapes: Shapes) -> Net:
         """A net without values (on the meta device) for tensors of these shapes; `UserError` if one that sizes are read from is missing."""
         try:
             with torch.device("meta"):
@@ -46,9 +49,13 @@ class UNet(nn.Module):
         except KeyError as missing:
             raise UserError(f"the U-Net lacks the tensor {missing}: the file is incomplete or of another kind") from None
 
-    def forward(self, x: Tensor, t: Tensor, context: Tensor) -> Tensor:
-        """What the net says about x at time t: noise or velocity, shaped as x."""
-        emb = self.time_embed(timestep_embedding(t, self.channels).to(x.dtype))
+    def time(self, t: Tensor, dtype: torch.dtype) -> Tensor:
+        """t (b,) -> (b, e)"""
+        emb: Tensor = self.time_embed(timestep_embedding(t, self.channels).to(dtype))
+        return emb
+
+    def walk(self, x: Tensor, emb: Tensor, context: Tensor) -> Tensor:
+        """x (b, 4, h, w), emb (b, e), context (b, n, d) -> (b, 4, h, w)"""
         skips = []
         for block in self.input_blocks:
             x = block(x, emb, context)
@@ -60,6 +67,20 @@ class UNet(nn.Module):
             x = block(x, emb, context, skips[-1].shape[-2:] if skips else None)
         said: Tensor = self.out(x)
         return said
+
+
+class UNet(Body):
+    """x (b, 4, h, w), t (b,), context (b, n, d) -> (b, 4, h, w); any h and w."""
+
+    def forward(self, x: Tensor, t: Tensor, context: Tensor) -> Tensor:
+        """What the net says about x at time t: noise or velocity, shaped as x."""
+        return self.walk(x, self.time(t, x.dtype), context)
+
+
+def blocks(net: nn.Module) -> Sequence[nn.Module]:
+    """A U-Net's blocks; the first, a single convolution, is left out."""
+    body = cast(Body, net)
+    return [*list(body.input_blocks)[1:], body.middle_block, *body.output_blocks]
 
 
 class Block(nn.Module):
@@ -215,6 +236,11 @@ class Upsample(nn.Module):
         """(b, c, h, w) -> (b, c, *size)"""
         y: Tensor = self.conv(F.interpolate(x, size=size, mode="nearest"))
         return y
+
+
+def embedder(shapes: Shapes, name: str) -> nn.Sequential:
+    """A two-layer net, whose layers are called 0 and 2: (b, n) -> (b, e)."""
+    return nn.Sequential(_linear(shapes, f"{name}.0"), nn.SiLU(), _linear(shapes, f"{name}.2"))
 
 
 def timestep_embedding(t: Tensor, channels: int) -> Tensor:

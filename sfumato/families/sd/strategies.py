@@ -97,7 +97,7 @@ class SdEncode:
         net = encoders[self.encoder]
         device = next(net.parameters()).device
         ids = tokens["ids"].to(device)
-        states = net(ids.flatten(0, 1), self.clip_skip).unflatten(0, ids.shape[:2])  # (b, chunks, 77, d)
+        states = net(ids.flatten(0, 1), self.clip_skip).normed.unflatten(0, ids.shape[:2])  # (b, chunks, 77, d)
         if "weights" in tokens:
             # The mean is not restored afterwards, as in sd-scripts' training.
             states = states * tokens["weights"].to(device, states.dtype)[..., None]

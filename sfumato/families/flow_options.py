@@ -1,0 +1,49 @@
+"""Options of the families that are trained by rectified flow, and the settings that mean nothing to them; imports no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FlowOptions:
+    """What a run can be told about timesteps and loss of a rectified flow; a family's `Options` extend it."""
+
+    timestep_sampling: Literal["sigma", "uniform", "sigmoid", "shift", "flux_shift"] = "sigma"
+    """How noise levels are drawn. sigma: by weighting_scheme, then shifted; uniform: evenly; sigmoid: the sigmoid of a normal number;
+    shift: the same, then shifted; flux_shift: the same, shifted the more the larger the picture is."""
+    sigmoid_scale: float | None = None
+    """Spread of timestep_sampling sigmoid, shift and flux_shift; default 1. Below 1: more of the middle."""
+    discrete_flow_shift: float | None = None
+    """Shift of timestep_sampling sigma and shift, above 1 towards more noise; default: the model's own."""
+    weighting_scheme: Literal["sigma_sqrt", "logit_normal", "mode", "cosmap", "none", "uniform"] = "uniform"
+    """logit_normal and mode: the density of timestep_sampling sigma. sigma_sqrt and cosmap: weights of the loss. none, uniform: neither."""
+    logit_mean: float | None = None
+    """Mean of weighting_scheme logit_normal, above 0 towards more noise; default 0."""
+    logit_std: float | None = None
+    """Spread of weighting_scheme logit_normal; default 1."""
+    mode_scale: float | None = None
+    """Strength of weighting_scheme mode, -1 to 1.75: above 0 more of the middle; default 1.29."""
+    model_prediction_type: Literal["raw", "additive", "sigma_scaled"] = "raw"
+    """raw: the model says the velocity, which is what the loss compares. sigma_scaled: the loss compares the picture that follows from it.
+    additive: the model learns to say the velocity less its input, which no sampler expects."""
+
+
+_PLAIN = "a flow is sampled from plain noise, so it is trained on that"
+_WEIGHTS = "it weighs the timesteps of older models; for a flow see weighting_scheme"
+
+REFUSED: Mapping[str, str] = {
+    "noise_offset": _PLAIN,
+    "noise_offset_random_strength": _PLAIN,
+    "adaptive_noise_scale": _PLAIN,
+    "multires_noise_iterations": _PLAIN,
+    "multires_noise_discount": _PLAIN,
+    "zero_terminal_snr": "a flow always ends in pure noise",
+    "min_snr_gamma": _WEIGHTS,
+    "scale_v_pred_loss_like_noise_pred": _WEIGHTS,
+    "v_pred_like_loss": _WEIGHTS,
+    "debiased_estimation_loss": _WEIGHTS,
+}
+"""Settings of noise and loss that a flow has no use for, and why."""

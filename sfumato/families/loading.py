@@ -1,0 +1,194 @@
+"""Load and save a whole model of any family."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from sfumato.errors import UserError
+from sfumato.families import parts, sources
+from sfumato.families.base import Family, Models, Vocabulary
+from sfumato.families.detect import detect_file
+from sfumato.families.parts import Source
+from sfumato.families.tokenizers import is_stock
+from sfumato.formats import files
+
+NAME = "pretrained_model_name_or_path"
+Dtypes = torch.dtype | Mapping[str, torch.dtype | None] | None
+
+
+def load(
+    family: Family,
+    path: str,
+    options: Any,
+    *,
+    vae: str | None = None,
+    tokenizer: str | None = None,
+    device: torch.device | str = "cpu",
+    dtype: Dtypes = None,
+) -> Models:
+    """A checkpoint (file, folder or hub id), with the parts that the options name files for.
+
+    `dtype`: what denoiser and encoders are held in, one for all or by component; None: as in the file. The VAE stays in the
+    format of its file. Everything is checked from headers before a value is read, and no tensor is in memory twice.
+    Errors: `UserError` for what is missing, left over or contradicts the options.
+    """
+    where = sources.local(path, NAME)
+    detect_file(where, NAME)
+    given = {part.flag: vae if part.name == "vae" else getattr(options, part.flag, None) for part in family.parts if part.flag}
+    source = parts.open_model(where, family.parts, family.title, given=given, kept=family.kept)
+    if missing := parts.lacking(source, [p for p in family.parts if p.name not in family.optional]):
+        raise UserError(*missing)
+    options, source = family.complete(options, source)
+    tokenizers = {name: _tokenizer(family.vocabularies[name], source, tokenizer) for name in source.held if name in family.vocabularies}
+    dtypes: Mapping[str, torch.dtype | None] = dtype if isinstance(dtype, Mapping) else dict.fromkeys(source.held, dtype)
+    nets = {name: held.build(None if name == "vae" else dtypes.get(name)).to(device) for name, held in source.held.items()}
+    for name, tokens in tokenizers.items():
+        _check_vocabulary(name, tokens, nets[name])
+    return Models(
+        family=family,
+        options=options,
+        denoiser=nets.pop("denoiser"),
+        vae=nets.pop("vae", None),
+        encoders=nets,
+        tokenizers=tokenizers,
+        source=source,
+    )
+
+
+def _tokenizer(vocabulary: Vocabulary, source: Source, given: str | None) -> Any:
+    """The tokenizer given, else the one in the folder or beside the file, else the family's own."""
+    if given is not None:
+        path = sources.local(given, "tokenizer")
+        if (path / vocabulary.folder).is_dir():
+            return vocabulary.make(path / vocabulary.folder)
+        if vocabulary.alone:
+            return vocabulary.make(path)
+    beside = (source.path if source.path.is_dir() else source.path.parent) / vocabulary.folder
+    return vocabulary.make(beside if beside.is_dir() else None)
+
+
+def _check_vocabulary(name: str, tokenizer: Any, encoder: nn.Module) -> None:
+    rows = cast(Any, encoder).config.vocab_size
+    if len(tokenizer) > rows:
+        raise UserError(
+            f"tokenizer: it knows {len(tokenizer)} tokens, the text encoder {name} only {rows}; give this model's own with tokenizer"
+        )
+
+
+def _put_beside(vocabulary: Vocabulary, tokenizer: Any, beside: Path) -> None:
+    """A vocabulary of its own goes with the file, or it could not be used; CLIP's comes with every program."""
+    if not vocabulary.alone or is_stock(tokenizer):
+        return
+    if not beside.exists():
+        tokenizer.save_pretrained(beside)
+    elif vocabulary.make(beside).get_vocab() != tokenizer.get_vocab():
+        raise UserError(f"{beside}: another model's tokenizer stands where this model's must; choose another output_dir")
+
+
+def save(
+    models: Models,
+    path: Path,
+    *,
+    layout: str,
+    dtype: torch.dtype | None,
+    metadata: Mapping[str, str],
+    state: Mapping[str, Mapping[str, Tensor]] | None = None,
+    trained: Collection[str] = (),
+) -> None:
+    """Write a whole model, laid out as "single_file" or "diffusers".
+
+    `state`: {component: native tensors} to write in place of the nets' own (an average, say). A part that is as it was read is
+    written in its first number format, not as it was run in. `trained`: components that changed; such an encoder that has no place
+    in the single file is written beside it, as `NAME_ENCODER`.
+    """
+    source = models.source
+    assert source is not None
+    beside = {n for n in trained if layout == "single_file" and source.held[n].prefix is None}
+    wanted = {n for n, held in source.held.items() if layout == "diffusers" or held.prefix is not None or n in beside}
+    nets = {name: net for name, net in [*models.nets().items(), ("vae", models.vae)] if name in wanted and net is not None}
+    values = {name: parts.values(net, source.held[name], (state or {}).get(name, {}), dtype) for name, net in nets.items()}
+    for name, tensors in values.items():
+        files.check_finite(tensors, f"{path.name} ({name})")
+    if layout == "diffusers":
+        _write_folder(models, path, values, metadata)
+        return
+    for name, vocabulary in models.family.vocabularies.items():
+        if name in values:
+            _put_beside(vocabulary, models.tokenizers[name], path.parent / vocabulary.folder)
+    for name in beside:
+        held = source.held[name]
+        files.save(path.with_name(f"{path.stem}_{name}{path.suffix}"), held.spelling.write(values.pop(name)), metadata)
+    files.save(path, models.family.respell(models, parts.single_file(source, values)), metadata)
+
+
+# --- folders ---
+
+
+def check_folder(models: Models) -> None:
+    """Errors: `UserError` if the model cannot be saved as a diffusers folder."""
+    if models.family.new_folder is None and (models.source is None or models.source.layout != "diffusers"):
+        raise UserError(f"save_model_as: {models.family.title} is saved as a diffusers folder only if it came as one; choose safetensors")
+
+
+def _write_folder(models: Models, path: Path, values: Mapping[str, Mapping[str, Tensor]], metadata: Mapping[str, str]) -> None:
+    """A folder that diffusers' pipeline reads; it appears whole or not at all."""
+    check_folder(models)
+    source = models.source
+    assert source is not None
+    with _aside(path) as folder:
+        made = models.family.new_folder(models) if models.family.new_folder else None
+        if made is None:
+            _copy_facts(source.path, folder)
+        else:
+            _json(folder / "model_index.json", made.index)
+            _json(folder / "scheduler" / "scheduler_config.json", made.scheduler)
+            for encoder, tokenizer in models.tokenizers.items():
+                tokenizer.save_pretrained(folder / models.family.vocabularies[encoder].folder)
+        for name, tensors in values.items():
+            held = source.held[name]
+            if made is not None:
+                _json(folder / held.part.folder / "config.json", made.configs[name])
+            weights = held.part.diffusers(list(tensors)).write(tensors)
+            file = "model" if name in models.encoders else "diffusion_pytorch_model"
+            # Readers of such folders ask for the mark "pt".
+            files.save(folder / held.part.folder / f"{file}.safetensors", weights, {**metadata, "format": "pt"})
+
+
+def _copy_facts(source: Path, folder: Path) -> None:
+    """All of a folder but its weights: configs, tokenizers, the scheduler."""
+    for path in sorted(source.rglob("*")):
+        if path.suffix in (".json", ".txt", ".model", ".jinja") and not path.name.endswith(".index.json"):
+            target = folder / path.relative_to(source)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, target)
+
+
+def _json(path: Path, content: Mapping[str, Any]) -> None:
+    files.write_text(path, json.dumps(content, indent=2, sort_keys=True) + "\n")
+
+
+@contextmanager
+def _aside(path: Path) -> Iterator[Path]:
+    """A temporary folder beside `path` that takes its place when the block ends well."""
+    temp, old = (path.with_name(f".{path.name}.{os.getpid()}.{end}") for end in ("part", "old"))
+    for left in (temp, old):
+        shutil.rmtree(left, ignore_errors=True)
+    try:
+        yield temp
+        if path.exists():
+            path.rename(old)
+        temp.rename(path)
+    finally:
+        if old.exists() and not path.exists():
+            old.rename(path)
+        for left in (temp, old):
+            shutil.rmtree(left, ignore_errors=True)

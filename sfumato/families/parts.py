@@ -1,0 +1,276 @@
+"""The nets of a model in files: a record a net says where it stands, and everything is read and written by it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sfumato.errors import UserError
+from sfumato.families import sources
+from sfumato.families.fill import check
+from sfumato.formats import files
+from sfumato.formats.lazy import Lazy
+from sfumato.formats.names import KeyMap, add_prefix
+
+Shapes = Mapping[str, tuple[int, ...]]
+Config = Mapping[str, Any]
+"""A part's `config.json`; empty for single files, which have none."""
+SHOWN = 5
+
+
+@dataclass(frozen=True, slots=True)
+class Spelling:
+    """How a file names a net's tensors."""
+
+    name: str
+    """"native", "diffusers", "openclip" ..."""
+    keys: KeyMap | None = None
+    """None: as the net does."""
+    inverse: bool = False
+    """Whether the net's names are the table's foreign side."""
+
+    def read(self, tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+        """The file's tensors under the net's names, one after another."""
+        if self.keys is None:
+            return iter(tensors.items())
+        return self.keys.foreigns(tensors) if self.inverse else self.keys.natives(tensors)
+
+    def write(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The net's tensors under the file's names."""
+        if self.keys is None:
+            return dict(tensors)
+        return self.keys.to_native(tensors) if self.inverse else self.keys.to_foreign(tensors)
+
+    def shapes(self, shapes: Shapes) -> dict[str, tuple[int, ...]]:
+        """Shapes by the net's names, from those of the file."""
+        meta = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
+        return {name: tuple(t.shape) for name, t in self.read(meta)}
+
+
+NATIVE = Spelling("native")
+
+
+def natively(names: Collection[str]) -> Spelling:
+    """Any names, taken as the net's own."""
+    return NATIVE
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Part:
+    """A net of a model, and where files hold it."""
+
+    name: str
+    """The component's name: "denoiser", "clip_l", "vae"."""
+    title: str
+    """For messages: "the U-Net"."""
+    net: Callable[[Shapes, Config], nn.Module]
+    """A net without values (on the meta device) for native tensors of these shapes. Errors: `UserError`."""
+    spelling: Callable[[Collection[str]], Spelling | None]
+    """How tensors of these names (prefix off) are spelled; None: they are not this part's."""
+    prefixes: tuple[str, ...] = ("",)
+    """What stands before its names in files that hold several parts, the usual one first; "": it may stand bare."""
+    folder: str = ""
+    """Its folder in a diffusers folder."""
+    flag: str = ""
+    """The setting that names a file of its own; "": there is none."""
+    idle: Callable[[Collection[str]], Collection[str]] = lambda names: ()
+    """Of its names (prefix off) those that no net holds; in a single file they are kept as they are."""
+    single: Callable[[Collection[str]], Spelling] | None = natively
+    """How a new single file spells native tensors of these names; None: a new one does not hold this part."""
+    diffusers: Callable[[Collection[str]], Spelling] = natively
+    """How a diffusers folder spells them."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Held:
+    """A net as files hold it."""
+
+    part: Part
+    tensors: Lazy
+    """Under the file's names, prefix off."""
+    spelling: Spelling
+    prefix: str | None
+    """What stands before its names in a single file of the model; None: it has no place in one."""
+    where: Path
+    config: Config = field(default_factory=dict)
+    alone: bool = False
+    """Whether it comes from a file of its own, named by a setting."""
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shapes by native name."""
+        return self.spelling.shapes(self.tensors.shapes)
+
+    def natives(self, dtype: torch.dtype | None = None) -> Iterator[tuple[str, Tensor]]:
+        """(native name, tensor), one after another, floats cast to `dtype`."""
+        return self.spelling.read(self.tensors.cast(dtype, map=self.spelling.keys is None))
+
+    def build(self, dtype: torch.dtype | None = None) -> nn.Module:
+        """The net with its tensors, frozen and in eval mode. Names and shapes are checked before a value is read."""
+        what = f"{self.where} ({self.part.title})"
+        shapes = self.shapes()
+        try:
+            net = self.part.net(shapes, self.config)
+        except KeyError as missing:
+            raise UserError(f"{what} lacks the tensor {missing}: the file is incomplete or of another kind") from None
+        check(net, shapes, what)
+        net.load_state_dict(dict(self.natives(dtype)), strict=True, assign=True)
+        return net.eval().requires_grad_(False)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Source:
+    """What a model was read from; its tensors are read when they are used."""
+
+    path: Path
+    held: Mapping[str, Held]
+    """By component."""
+    kept: Mapping[str, Tensor] = field(default_factory=dict)
+    """Tensors of no net, under their full names in the single file; copied when one is saved."""
+    metadata: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def layout(self) -> str:
+        """ "single_file" or "diffusers"."""
+        return "diffusers" if self.path.is_dir() else "single_file"
+
+
+def matching(pattern: str) -> Callable[[Collection[str]], Collection[str]]:
+    """For `Part.idle`: the names that a pattern matches whole."""
+    compiled = re.compile(pattern)
+    return lambda names: [name for name in names if compiled.fullmatch(name)]
+
+
+def spelled(**ways: tuple[str, Callable[[Collection[str]], Spelling]]) -> Callable[[Collection[str]], Spelling | None]:
+    """For `Part.spelling`: name -> (a tensor by which it is known, the spelling)."""
+    return lambda names: next((make(names) for mark, make in ways.values() if mark in names), None)
+
+
+# --- reading ---
+
+
+def open_model(path: Path, parts: Sequence[Part], title: str, *, given: Mapping[str, str | None], kept: re.Pattern[str]) -> Source:
+    """The parts of a single file or a diffusers folder, those in files of their own (`given`: flag -> path) put over them.
+
+    `kept`: pattern of full names that belong to no net. Nothing but headers is read. Errors: `UserError` for tensors
+    of no part, for missing files and for files that do not hold the part that they are named for.
+    """
+    source = _folder(path, parts) if path.is_dir() else _single(path, parts, title, kept)
+    held = dict(source.held)
+    for part in parts:
+        if part.flag and (name := given.get(part.flag)):
+            old = held.get(part.name)
+            prefix = old.prefix if old else part.prefixes[0] if source.path.is_dir() and part.single else None
+            held[part.name] = replace(open_part(part, name), prefix=prefix)
+    return replace(source, held=held)
+
+
+def _single(path: Path, parts: Sequence[Part], title: str, kept: re.Pattern[str]) -> Source:
+    tensors = Lazy.of([path])
+    others = {name for name in tensors if kept.fullmatch(name)}
+    left, held = tensors.only(lambda name: name not in others), {}
+    for part, prefix in _by_prefix(parts):
+        if part.name in held or not (mine := left.below(prefix)):
+            continue
+        idle = set(part.idle(list(mine)))
+        used = mine.only(lambda name, idle=idle: name not in idle)  # type: ignore[misc]
+        if spelling := part.spelling(list(used)):
+            held[part.name] = Held(part=part, tensors=used, spelling=spelling, prefix=prefix, where=path)
+            others |= {prefix + name for name in idle}
+            left = left.only(lambda name, prefix=prefix: not name.startswith(prefix))  # type: ignore[misc]
+    if left:
+        strange = list(left)
+        more = f" and {len(strange) - SHOWN} more" if len(strange) > SHOWN else ""
+        raise UserError(f"{path}: tensors that belong to no part of {title}: {', '.join(strange[:SHOWN])}{more}")
+    return Source(path=path, held=held, kept=tensors.only(lambda n: n in others), metadata=files.read_header(path).metadata)
+
+
+def _by_prefix(parts: Sequence[Part]) -> Iterator[tuple[Part, str]]:
+    """Named places before bare ones, which take all that is left."""
+    yield from ((part, prefix) for part in parts for prefix in part.prefixes if prefix)
+    yield from ((part, "") for part in parts if "" in part.prefixes)
+
+
+def _folder(path: Path, parts: Sequence[Part]) -> Source:
+    held = {}
+    for part in parts:
+        if part.folder and (path / part.folder).is_dir():
+            prefix = part.prefixes[0] if part.single else None
+            held[part.name] = replace(_component(part, path / part.folder), prefix=prefix)
+    return Source(path=path, held=held)
+
+
+def _component(part: Part, folder: Path) -> Held:
+    """A part in a folder of its own, with its config."""
+    config = folder / "config.json"
+    read = sources.read_json(config) if config.is_file() else {}
+    return replace(_bare(part, Lazy.of(sources.weight_files(folder)), folder), config=read)
+
+
+def open_part(part: Part, name: str) -> Held:
+    """A part from a file of its own, from any file that holds it, from a folder or from the hub. Errors: `UserError` naming its flag."""
+    path = sources.local(name, part.flag)
+    if path.is_dir():
+        inner = path / part.folder
+        return replace(_component(part, inner if part.folder and inner.is_dir() else path), alone=True)
+    tensors = Lazy.of([path])
+    prefix = next((p for p in part.prefixes if p and any(n.startswith(p) for n in tensors)), "")
+    return replace(_bare(part, tensors.below(prefix), path), alone=True)
+
+
+def _bare(part: Part, tensors: Lazy, where: Path) -> Held:
+    idle = set(part.idle(list(tensors)))
+    used = tensors.only(lambda name: name not in idle)
+    spelling = part.spelling(list(used))
+    if spelling is None:
+        first = ", ".join(repr(name) for name in list(used)[:2])
+        asked = f"{part.flag}: " if part.flag else ""
+        raise UserError(f"{asked}{where} does not hold {part.title} (its tensors: {len(used)}, {first} ...)")
+    return Held(part=part, tensors=used, spelling=spelling, prefix=None, where=where)
+
+
+def lacking(source: Source, parts: Sequence[Part]) -> list[str]:
+    """A message for each part that is missing, with the setting that names it."""
+    return [
+        f"{source.path} holds no {part.title.removeprefix('the ')}; name its file with {part.flag}"
+        if part.flag
+        else f"{source.path} holds no {part.title.removeprefix('the ')}"
+        for part in parts
+        if part.name not in source.held
+    ]
+
+
+# --- writing ---
+
+
+def values(net: nn.Module, held: Held, instead: Mapping[str, Tensor], dtype: torch.dtype | None) -> dict[str, Tensor]:
+    """Native tensors of a net as they are saved: those of the file, in its number formats, where the net still has their values."""
+    own = {**net.state_dict(), **instead}
+    if unchanged(own, held):
+        own = dict(held.natives())
+    return own if dtype is None else {name: t.to(dtype) if t.is_floating_point() else t for name, t in own.items()}
+
+
+def unchanged(own: Mapping[str, Tensor], held: Held) -> bool:
+    """Whether tensors are those of the file, but for their number format."""
+    return all(torch.equal(own[name].cpu(), t.to(own[name].dtype)) for name, t in held.natives())
+
+
+def single_file(source: Source, parts: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """The tensors of a single file as the source spells them, or as new ones are spelled. `parts`: native tensors by component."""
+    out: dict[str, Tensor] = {}
+    for name, tensors in parts.items():
+        held = source.held[name]
+        if held.prefix is None:
+            continue
+        spelling = held.spelling
+        if held.alone or source.path.is_dir():
+            assert held.part.single is not None
+            spelling = held.part.single(list(tensors))
+        out |= add_prefix(spelling.write(tensors), held.prefix)
+    return {**out, **source.kept}

@@ -1,0 +1,132 @@
+"""The encoder of T5 v1.1 (T5-XXL): transformers' class under the names that files use."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterable, Mapping
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sfumato.errors import UserError
+from sfumato.families.encoders import built, count_layers
+from sfumato.formats.names import KeyMap, rule
+
+EMBEDDING, TWIN = "shared.weight", "encoder.embed_tokens.weight"
+"""One tensor under two names: transformers ties them, and files hold the first, both or, rarely, the second alone."""
+_FIRST = "encoder.block.0.layer."
+_SHARED = KeyMap(rule("shared"), rule("encoder"))
+_TWIN_ALONE = KeyMap(rule("shared", "encoder.embed_tokens"), rule("encoder"))
+
+_QUANTISED = re.compile(
+    r"(.*\.)?scaled_fp8"  # ComfyUI's mark on a file of scaled fp8 weights
+    r"|.*\.(scale_weight|scale_input|weight_scale(_\d+)?|input_scale|comfy_quant)"
+    r"|.*\.(absmax|nested_absmax|quant_map|nested_quant_map|quant_state(\..*)?|SCB)"  # bitsandbytes
+    r"|.*\.(qweight|qzeros|scales)"  # GPTQ, AWQ
+)
+
+
+class T5Encoder(nn.Module):
+    """Token ids (b, n) -> states (b, n, d)."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__()
+        from transformers import T5EncoderModel
+
+        model = T5EncoderModel(config)
+        self.config = config
+        self.shared: nn.Embedding = model.shared
+        self.encoder = model.encoder
+        del self.encoder.embed_tokens  # the same as `shared`, which is looked up here
+        for block in self.layers:
+            feed = cast(Any, block).layer[1].DenseReluDense
+            feed.wo = WideLinear(feed.wo.in_features, feed.wo.out_features, bias=False)
+
+    def forward(self, ids: Tensor, mask: Tensor | None = None) -> Tensor:
+        """`mask` (b, n): what is 0 or False is seen by no token; None: every token is seen."""
+        seen = None if mask is None else mask.bool()
+        states: Tensor = self.encoder(inputs_embeds=self.shared(ids), attention_mask=seen).last_hidden_state
+        return states
+
+    @property
+    def layers(self) -> nn.ModuleList:
+        """The transformer's blocks, in forward order."""
+        blocks: nn.ModuleList = self.encoder.block
+        return blocks
+
+
+class WideLinear(nn.Linear):
+    """A linear layer that is never computed in fp16: what T5's feed-forward says is larger than fp16 can hold.
+
+    Where the weight is in fp16, or autocast is to fp16, it gives fp32; the sums that pass from block to block are fp32 with it.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (..., in) -> (..., out)."""
+        device = x.device.type
+        mixed = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) == torch.float16
+        if not mixed and self.weight.dtype != torch.float16:
+            return super().forward(x)
+        with torch.autocast(device, enabled=False):
+            return F.linear(x.float(), self.weight.float())
+
+
+def t5_net(shapes: Mapping[str, tuple[int, ...]]) -> T5Encoder:
+    """An encoder without values (on the meta device) for tensors of these names and shapes. Errors: `KeyError` for a missing tensor."""
+    from transformers import T5Config
+
+    vocabulary, width = shapes[EMBEDDING]
+    # The biases of block 0 are used in all blocks; a column a head.
+    buckets, heads = shapes[f"{_FIRST}0.SelfAttention.relative_attention_bias.weight"]
+    config = T5Config(
+        vocab_size=vocabulary,
+        d_model=width,
+        d_kv=shapes[f"{_FIRST}0.SelfAttention.q.weight"][0] // heads,
+        d_ff=shapes[f"{_FIRST}1.DenseReluDense.wi_0.weight"][0],
+        num_layers=count_layers(shapes, r"encoder\.block\.(\d+)\."),
+        num_heads=heads,
+        relative_attention_num_buckets=buckets,
+        feed_forward_proj="gated-gelu",
+        dropout_rate=0.0,  # it would be drawn from the global generator
+        tie_word_embeddings=False,
+    )
+    with torch.device("meta"):
+        return T5Encoder(config)
+
+
+def t5_encoder(tensors: Mapping[str, Tensor], what: str = "the T5 text encoder") -> T5Encoder:
+    """`t5_net` with the tensors of a file as its own; weights in plain fp8 are held in bf16.
+
+    Errors: `UserError` for missing, further or quantised tensors.
+    """
+    refuse_quantised(what, tensors)
+    idle = t5_idle(tensors)
+    native = t5_keys(tensors).to_native({name: widened(t) for name, t in tensors.items() if name not in idle})
+    return built(t5_net, native, what)
+
+
+def t5_keys(names: Collection[str]) -> KeyMap:
+    """native: a `T5Encoder`. foreign: transformers' T5EncoderModel in a file with these names, but for those of `t5_idle`."""
+    return _SHARED if EMBEDDING in names else _TWIN_ALONE
+
+
+def t5_idle(names: Collection[str]) -> list[str]:
+    """Of the names in a file, the embedding's second copy."""
+    return [TWIN] if EMBEDDING in names and TWIN in names else []
+
+
+def widened(tensor: Tensor) -> Tensor:
+    """fp8, which is only for storage, as bf16, which holds its values exactly; anything else as it is."""
+    return tensor.to(torch.bfloat16) if tensor.is_floating_point() and tensor.dtype.itemsize == 1 else tensor
+
+
+def refuse_quantised(where: Path | str, names: Iterable[str] = ()) -> None:
+    """Errors: `UserError` if a file is quantised: GGUF, which is seen from its ending, or weights with scales beside them."""
+    again = "take the file in fp16 or bf16 (plain fp8 without scales is read as well)"
+    if str(where).endswith(".gguf"):
+        raise UserError(f"{where}: weights quantised to GGUF cannot be read; {again}")
+    if found := next((name for name in names if _QUANTISED.fullmatch(name)), None):
+        raise UserError(f"{where}: its weights are quantised (it has the tensor {found!r}), which cannot be read; {again}")

@@ -1,0 +1,100 @@
+"""Tensors that stay in their files until they are asked for, so that a checkpoint is never in memory twice."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sfumato.formats import files
+
+FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
+
+
+class _File:
+    """An open weight file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.header = path, files.read_header(path)
+        self._pickled = files.load(path) if path.suffix in files.PICKLES else None
+        self._handle: Any = None
+
+    def mapped(self, name: str) -> Tensor:
+        """The tensor, backed by the file itself."""
+        if self._pickled is not None:
+            return self._pickled[name]
+        if self._handle is None:
+            from safetensors import safe_open
+
+            self._handle = safe_open(self.path, framework="pt", device="cpu")
+        tensor: Tensor = self._handle.get_tensor(name)
+        return tensor
+
+    def read(self, name: str) -> Tensor:
+        """The tensor in memory of its own; no page of the file stays mapped."""
+        if self._pickled is not None:
+            return self._pickled[name].clone()
+        info = self.header.tensors[name]
+        dtype = files.torch_dtype(info.dtype)
+        values = torch.empty(info.end - info.start, dtype=torch.uint8)
+        with self.path.open("rb", buffering=0) as file:
+            file.seek(self.header.size + info.start)
+            view, at = values.numpy().data, 0
+            while at < len(view):
+                got = file.readinto(view[at:])
+                if not got:
+                    raise EOFError(f"{self.path} ends within {name!r}")
+                at += got
+        return values.view(dtype).view(info.shape)
+
+
+@dataclass(frozen=True, slots=True)
+class Lazy(Mapping[str, Tensor]):
+    """{name: tensor}, each read when it is asked for. Names and shapes are known from the headers."""
+
+    places: Mapping[str, tuple[_File, str]]
+    """name -> file, and the tensor's name there."""
+    dtype: torch.dtype | None = None
+    """What floating tensors are cast to as they are read; None: as in the file."""
+    map: bool = True
+    """Whether a tensor that is wanted as it stands may be backed by the file; False where it is copied anyway."""
+
+    @classmethod
+    def of(cls, paths: Iterable[Path]) -> Lazy:
+        """All tensors of some files: one, or the shards of one. Errors: `UserError` as `files.read_header`."""
+        opened = [_File(path) for path in paths]
+        return cls({name: (file, name) for file in opened for name in file.header.tensors})
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """{name: shape}"""
+        return {name: file.header.tensors[theirs].shape for name, (file, theirs) in self.places.items()}
+
+    def below(self, prefix: str) -> Lazy:
+        """Those whose names start with `prefix`, without it."""
+        return Lazy({n[len(prefix) :]: place for n, place in self.places.items() if n.startswith(prefix)}, self.dtype, self.map)
+
+    def only(self, wanted: Callable[[str], bool]) -> Lazy:
+        """Those whose names are wanted."""
+        return Lazy({n: place for n, place in self.places.items() if wanted(n)}, self.dtype, self.map)
+
+    def cast(self, dtype: torch.dtype | None, *, map: bool = True) -> Lazy:
+        """The same tensors, read in another number format."""
+        return Lazy(self.places, dtype, map)
+
+    def __getitem__(self, name: str) -> Tensor:
+        file, theirs = self.places[name]
+        kind = file.header.tensors[theirs].dtype
+        if self.dtype is None or kind not in FLOATS or files.torch_dtype(kind) == self.dtype:
+            return file.mapped(theirs) if self.map else file.read(theirs)
+        return file.read(theirs).to(self.dtype)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.places)
+
+    def __len__(self) -> int:
+        return len(self.places)

@@ -1,0 +1,184 @@
+"""Rectified flow: straight lines from data to noise, where on them a run trains, and the steps of a sampler back."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from sfumato.errors import UserError
+from sfumato.tensors.noise import Noised, perturbed, refuse_where, wide
+from sfumato.tensors.random import Draws
+
+SMALLEST = 1e-3
+"""No sigma is drawn below this, the least of diffusers' thousand; the weight sigma_sqrt has no bound at 0."""
+LARGEST = 1 - 2**-24
+"""Nor above this, the last fp32 number before 1, so that the clock stays below its end and noise over signal finite."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Flow:
+    """Rectified flow (arXiv:2209.03003, arXiv:2403.03206): x = (1 - s) * x0 + s * noise; fields are spelled as kohya's flags.
+
+    The net says the velocity, noise - x0. The clock t is s * steps, in fp32. s is continuous, where
+    sd-scripts takes one of a thousand for `sigma`, which differs by less than 1/1000 before the shift.
+    As in the paper and for SD3, all densities are of s itself; sd-scripts' FLUX counts those of
+    logit_normal and mode from the noisy end (u stands for 1 - u).
+    """
+
+    timestep_sampling: Literal["sigma", "uniform", "sigmoid", "shift", "flux_shift"] = "sigma"
+    sigmoid_scale: float | None = None
+    discrete_flow_shift: float | None = None
+    weighting_scheme: Literal["sigma_sqrt", "logit_normal", "mode", "cosmap", "none", "uniform"] = "uniform"
+    logit_mean: float | None = None
+    logit_std: float | None = None
+    mode_scale: float | None = None
+    model_prediction_type: Literal["raw", "additive", "sigma_scaled"] = "raw"
+    """How the net is read; said here as a target and a weight, for the loss compares what it says with a target.
+
+    raw: the velocity. sigma_scaled: the data that follow from it, x - s * v, are compared with the true ones.
+    For the squared loss that is the velocity's loss times s^2; the other losses get the same weight, though for
+    them the two are not equal. additive: the velocity less the input, noise - x0 - x, which is neither what
+    published models were trained to say nor what samplers expect.
+    """
+    min_timestep: int | None = None
+    max_timestep: int | None = None
+    """Whatever the density, s is mapped linearly from [0, 1] to [min, max] / steps, as sd-scripts does for SD3."""
+    ip_noise_gamma: float | None = None
+    ip_noise_gamma_random_strength: bool = False
+    shift: float = 1.0
+    """The family's own: samplers walk by it, and training goes by it where discrete_flow_shift is not set."""
+    steps: int = 1000
+
+    @classmethod
+    def of(cls, options: Any, noise: Any, loss: Any, *, refused: Mapping[str, str], shift: float = 1.0) -> Flow:
+        """Take the fields from config records that spell them alike: a family's `Options`, `NoiseConfig`, `LossConfig`.
+
+        `refused`: settings that a flow has no use for, and why (`families/flow_options.py: REFUSED`).
+        Errors: one `UserError` with all of those that were set, and with all that would do nothing or harm.
+        """
+        configs = (options, noise, loss)
+        told = {f.name: getattr(c, f.name) for c in configs for f in fields(cls) if hasattr(c, f.name)}
+        # What is 0 or false is switched off.
+        given = [f.name for c in configs for f in fields(c) if f.name in refused and getattr(c, f.name) not in (f.default, 0)]
+        wrong = [f"{name}: {refused[name]}; leave it out" for name in given]
+        try:
+            flow = cls(**(told | {"shift": shift}))
+        except UserError as error:
+            raise UserError(*wrong, *error.messages) from None
+        if wrong:
+            raise UserError(*wrong)
+        return flow
+
+    def __post_init__(self) -> None:
+        kind, scheme, (low, high) = self.timestep_sampling, self.weighting_scheme, self._range
+        normal = scheme == "logit_normal"
+        above_0 = {name: getattr(self, name) for name in ("sigmoid_scale", "discrete_flow_shift", "logit_std", "shift")}
+        wrong = {
+            f"sigmoid_scale: does nothing with timestep_sampling {kind}": self.sigmoid_scale is not None and kind in ("sigma", "uniform"),
+            f"discrete_flow_shift: does nothing with timestep_sampling {kind}": (
+                self.discrete_flow_shift is not None and kind not in ("sigma", "shift")
+            ),
+            f"weighting_scheme {scheme}: does nothing with timestep_sampling {kind}, only with sigma": (
+                scheme in ("logit_normal", "mode") and kind != "sigma"
+            ),
+            "logit_mean: does nothing without weighting_scheme logit_normal": self.logit_mean is not None and not normal,
+            "logit_std: does nothing without weighting_scheme logit_normal": self.logit_std is not None and not normal,
+            "mode_scale: does nothing without weighting_scheme mode": self.mode_scale is not None and scheme != "mode",
+            "ip_noise_gamma_random_strength: does nothing without ip_noise_gamma": (
+                self.ip_noise_gamma_random_strength and not self.ip_noise_gamma
+            ),
+            **{f"{name} {value}: must be above 0": value is not None and value <= 0 for name, value in above_0.items()},
+            # Outside of this the map folds back on itself (arXiv:2403.03206, 3.1).
+            f"mode_scale {self.mode_scale}: must be -1 to 1.75": not -1 <= (self.mode_scale or 0) <= 2 / (math.pi - 2),
+            f"min_timestep {low}: must be 0 to {self.steps - 1}": not 0 <= low < self.steps,
+            f"max_timestep {high}: must be {max(low, 1)} to {self.steps}": not max(low, 1) <= high <= self.steps,
+        }
+        refuse_where(wrong)
+
+    @property
+    def _range(self) -> tuple[int, int]:
+        low = 0 if self.min_timestep is None else self.min_timestep
+        return low, self.steps if self.max_timestep is None else self.max_timestep
+
+    def noise(self, latents: Tensor, draws: Draws) -> Noised:
+        """See `Process.noise`."""
+        x0 = latents.float()
+        noise = draws.normal("noise", x0.shape[1:]).to(x0.device)
+        sigma = self.sigmas(draws, *x0.shape[-2:])
+        s = wide(sigma, x0)
+        x = (1 - s) * x0 + s * perturbed(noise, draws, self.ip_noise_gamma, self.ip_noise_gamma_random_strength)
+        velocity = noise - x0
+        target = velocity - x if self.model_prediction_type == "additive" else velocity
+        t, weight, ratio = (n.to(x0.device) for n in (sigma * self.steps, self.weight(sigma), sigma / (1 - sigma)))
+        return Noised(x, t, target, weight, ratio)
+
+    def sigmas(self, draws: Draws, height: int, width: int) -> Tensor:
+        """(b,) how much of x is noise, in (0, 1), fp32 on the CPU; for latents of `height` x `width`."""
+        shift = 1.0
+        if self.timestep_sampling in ("sigma", "shift"):
+            shift = _or(self.discrete_flow_shift, self.shift)
+        elif self.timestep_sampling == "flux_shift":
+            shift = math.exp(flux_mu((height // 2) * (width // 2)))
+        low, high = (edge / self.steps for edge in self._range)
+        s = low + (high - low) * shifted(self._drawn(draws), shift)
+        return s.clamp(max(low, SMALLEST), min(high, LARGEST))
+
+    def _drawn(self, draws: Draws) -> Tensor:
+        """(b,) numbers in [0, 1], distributed as asked for but for shift and range."""
+        if self.timestep_sampling in ("sigmoid", "shift", "flux_shift"):
+            return torch.sigmoid(_or(self.sigmoid_scale, 1.0) * draws.normal("timestep", ()))
+        if self.weighting_scheme == "logit_normal":
+            return torch.sigmoid(_or(self.logit_mean, 0.0) + _or(self.logit_std, 1.0) * draws.normal("timestep", ()))
+        u = draws.uniform("timestep")
+        if self.weighting_scheme == "mode":
+            return 1 - u - _or(self.mode_scale, 1.29) * (torch.cos(math.pi / 2 * u).square() - 1 + u)
+        return u
+
+    def weight(self, s: Tensor) -> Tensor:
+        """(b,) sigmas in (0, 1) -> (b,) loss weights."""
+        weight = torch.ones_like(s)
+        if self.weighting_scheme == "sigma_sqrt":
+            weight = s.square().reciprocal()
+        elif self.weighting_scheme == "cosmap":
+            weight = 2 / (math.pi * (1 - 2 * s + 2 * s.square()))
+        return weight * s.square() if self.model_prediction_type == "sigma_scaled" else weight
+
+    def scheduler_config(self) -> dict[str, Any]:
+        """See `Process.scheduler_config`: for FlowMatchEulerDiscreteScheduler, with `prediction_type` for the metadata."""
+        return {"num_train_timesteps": self.steps, "shift": self.shift, "prediction_type": "flow"}
+
+
+def _or(value: float | None, default: float) -> float:
+    return default if value is None else value
+
+
+def shifted(u: Tensor, shift: float) -> Tensor:
+    """Numbers in [0, 1], moved towards 1 by a shift above 1: their odds u / (1 - u) times `shift` (arXiv:2403.03206)."""
+    return u * shift / (1 + (shift - 1) * u)
+
+
+def flux_mu(tokens: int) -> float:
+    """The logarithm of FLUX.1's shift for pictures of so many tokens, 2 x 2 latent pixels each (Black Forest Labs)."""
+    (few, low), (many, high) = (256, 0.5), (4096, 1.15)
+    return low + (tokens - few) * (high - low) / (many - few)
+
+
+def schedule(steps: int, *, shift: float | None = None, mu: float | None = None) -> Tensor:
+    """The sigmas that a sampler walks, from 1 to 0: (steps + 1,), fp32.
+
+    With neither: even down to 1 / steps, as FLUX.1 schnell. `mu`: the same, shifted by e^mu, as FLUX.1 dev and
+    Chroma with `flux_mu`; log(6) is Lumina's shift of 6. `shift`: as diffusers' scheduler is set up by a number of
+    steps alone, as for SD3: even down to the least of its thousand sigmas, which is itself shifted, then shifted.
+    """
+    if shift is not None and mu is not None:
+        raise ValueError("shift and mu exclude each other")
+    factor = math.exp(mu or 0.0) if shift is None else shift
+    least = torch.tensor(1 / steps if shift is None else 1 / 1000, dtype=torch.float64)
+    end = least if shift is None else shifted(least, shift)
+    even = torch.linspace(1, end.item(), steps, dtype=torch.float64)
+    return torch.cat([shifted(even, factor), torch.zeros(1)]).float()

@@ -1,0 +1,186 @@
+"""What every family must do, proven against diffusers' pipeline of the same weights."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tinies.cases import Case, Files, cases
+from torch import Tensor
+
+from sfumato import families
+from sfumato.config import LossConfig, NoiseConfig
+from sfumato.families.autoencoders import scale, unscale
+from sfumato.families.base import Models
+from sfumato.families.detect import detect_file
+from sfumato.families.loading import save
+from sfumato.formats.files import load
+from sfumato.train.sample import draw_latents
+
+CAPTIONS = ["a cat on a mat", "", "red " * 30 + "end", "one, two! " * 40]
+ALL = [pytest.param(case, id=case.name) for case in cases()]
+
+
+@pytest.fixture(scope="module", params=ALL)
+def case(request: pytest.FixtureRequest) -> Case:
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def files(case: Case, tmp_path_factory: pytest.TempPathFactory) -> Files:
+    return case.write(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def folder(case: Case, tmp_path_factory: pytest.TempPathFactory) -> Files:
+    path = tmp_path_factory.mktemp("folder") / "model"
+    case.pipeline().save_pretrained(path)
+    return Files(model=path)
+
+
+@pytest.fixture(scope="module")
+def models(case: Case, files: Files) -> Models:
+    return case.models(files)
+
+
+def states(models: Models) -> dict[str, Tensor]:
+    nets = {**models.nets(), "vae": models.the_vae()}
+    return {f"{name}.{k}": t for name, net in nets.items() for k, t in net.state_dict().items()}
+
+
+def assert_same(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
+    assert a.keys() == b.keys()
+    assert not [name for name, t in a.items() if t.dtype != b[name].dtype or not torch.equal(t, b[name])]
+
+
+def cond_of(models: Models, captions: list[str]) -> dict[str, Tensor]:
+    with torch.no_grad():
+        return dict(models.family.encode(models).encode(models.encoders, models.family.tokenize(models).tokenize(captions)))
+
+
+def test_every_family_has_cases() -> None:
+    assert {case.family for case in cases()} == set(families.names())
+
+
+def test_the_file_is_known_by_its_header(case: Case, files: Files, folder: Files) -> None:
+    for path in (files.model, folder.model):
+        found = detect_file(path)
+        assert (found.family, found.kind) == (case.family, "checkpoint")
+
+
+def test_files_and_folders_hold_the_same(case: Case, models: Models, folder: Files) -> None:
+    theirs = case.models(folder)
+    assert theirs.options.__class__ is models.options.__class__
+    assert_same(states(models), states(theirs))
+
+
+def test_a_file_comes_back_bit_for_bit(case: Case, files: Files, models: Models, tmp_path: Path) -> None:
+    path = tmp_path / f"again{files.model.suffix}"
+    save(models, path, layout="single_file", dtype=None, metadata={})
+    assert_same(load(files.model), load(path))
+
+
+def test_a_folder_comes_back_as_the_pipeline_reads_it(case: Case, folder: Files, tmp_path: Path) -> None:
+    save(case.models(folder), tmp_path / "again", layout="diffusers", dtype=None, metadata={})
+    ours, theirs = (type(case.pipeline()).from_pretrained(f) for f in (tmp_path / "again", folder.model))
+    for name, part in theirs.components.items():
+        if isinstance(part, torch.nn.Module):
+            assert_same(getattr(ours, name).state_dict(), part.state_dict())
+        elif hasattr(part, "get_vocab"):
+            assert getattr(ours, name).get_vocab() == part.get_vocab()
+
+
+def test_only_what_the_file_holds_is_read_and_cast(case: Case, files: Files) -> None:
+    models = case.models(files, dtype=torch.bfloat16)
+    assert {p.dtype for net in models.nets().values() for p in net.parameters() if p.is_floating_point()} == {torch.bfloat16}
+    assert next(models.the_vae().parameters()).dtype == torch.float32
+
+
+def test_text_is_encoded_as_by_the_pipeline(case: Case, models: Models) -> None:
+    with torch.no_grad():
+        wanted = case.encoded(case.pipeline(), CAPTIONS)
+    found, ragged = cond_of(models, CAPTIONS), models.family.outputs(models).ragged
+    assert set(wanted) <= set(found)
+    for name, value in wanted.items():
+        if name in ragged:
+            used = found[ragged[name]]
+            for row, (mine, theirs) in enumerate(zip(found[name], value, strict=True)):
+                n = int(used[row].sum())
+                torch.testing.assert_close(mine[:n], theirs[:n], atol=1e-5, rtol=1e-5)
+        else:
+            torch.testing.assert_close(found[name], value, atol=1e-5, rtol=1e-5)
+
+
+def test_a_batch_of_prompts_is_as_one_by_one(case: Case, models: Models) -> None:
+    """Through the text encoders and the denoiser, live and as they are kept."""
+    strategy = models.family.outputs(models)
+    x, t = latents_of(models, len(CAPTIONS)), torch.full((len(CAPTIONS),), 500.0)
+    together, apart = cond_of(models, CAPTIONS), [cond_of(models, [caption]) for caption in CAPTIONS]
+    kept = [strategy.keep(together, i) for i in range(len(CAPTIONS))]
+    said = predict(models, x, t, together)
+    torch.testing.assert_close(predict(models, x, t, strategy.join(kept)), said, atol=1e-5, rtol=1e-4)
+    for i, cond in enumerate(apart):
+        torch.testing.assert_close(predict(models, x[i : i + 1], t[:1], cond), said[i : i + 1], atol=1e-5, rtol=1e-4)
+        short = strategy.join([strategy.keep(cond, 0)])
+        torch.testing.assert_close(predict(models, x[i : i + 1], t[:1], short), said[i : i + 1], atol=1e-5, rtol=1e-4)
+
+
+def test_padding_never_changes_what_is_said(case: Case, models: Models) -> None:
+    strategy = models.family.outputs(models)
+    if not strategy.ragged:
+        pytest.skip("every row of this family's text is used")
+    x, t, cond = latents_of(models, 2), torch.full((2,), 300.0), cond_of(models, CAPTIONS[:2])
+    said = predict(models, x, t, cond)
+    for name, mask in strategy.ragged.items():
+        cond[name] = torch.where(cond[mask][..., None], cond[name], torch.full_like(cond[name], 7.0))
+    torch.testing.assert_close(predict(models, x, t, cond), said, atol=1e-6, rtol=1e-6)
+
+
+def latents_of(models: Models, n: int) -> Tensor:
+    facts = models.family.latents
+    return torch.randn(n, facts.channels, 4 * facts.patch, 6 * facts.patch, generator=torch.Generator().manual_seed(2))
+
+
+def predict(models: Models, x: Tensor, t: Tensor, cond: Any) -> Tensor:
+    from sfumato.families.base import Setting
+
+    side = models.family.latents.stride
+    sizes = torch.tensor([[x.shape[2] * side, x.shape[3] * side, 0, 0, x.shape[2] * side, x.shape[3] * side]] * len(x))
+    with torch.no_grad():
+        return models.family.predict(models.denoiser, x, t, models.family.condition(models, cond, Setting(sizes=sizes)))
+
+
+def test_a_fixed_latent_becomes_the_pipelines_latents(case: Case, models: Models) -> None:
+    facts, prompt = models.family.latents, case.prompt
+    shape = (1, facts.channels, prompt.height // facts.stride, prompt.width // facts.stride)
+    noise = torch.randn(shape, generator=torch.Generator().manual_seed(3))
+    process = models.family.process(models, NoiseConfig(), LossConfig())
+    (ours,) = draw_latents(models, [prompt], process=process, sampler=case.sampler, noise=noise)
+    with torch.no_grad():
+        wanted = case.drawn(case.pipeline(), prompt, noise.clone())
+    torch.testing.assert_close(ours, wanted, atol=1e-3, rtol=1e-3)
+    assert (ours - noise[0]).abs().mean() > 0.05
+
+
+def test_latents_are_scaled_as_by_the_pipeline(case: Case, models: Models) -> None:
+    pixels = torch.rand(1, 3, 32, 48, generator=torch.Generator().manual_seed(4)) * 2 - 1
+    vae = case.pipeline().vae
+    with torch.no_grad():
+        raw = models.family.latents.encode(models.the_vae(), pixels)
+        config, theirs = vae.config, vae.encode(pixels).latent_dist.mode()
+        shift = getattr(config, "shift_factor", None) or 0.0
+        torch.testing.assert_close(scale(models.the_vae(), raw), (theirs - shift) * config.scaling_factor, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(unscale(models.the_vae(), scale(models.the_vae(), raw)), raw, atol=1e-5, rtol=1e-5)
+        decoded, wanted = models.the_vae().decode(raw).sample, vae.decode(theirs).sample  # type: ignore[operator]
+    torch.testing.assert_close(decoded, wanted, atol=1e-4, rtol=1e-4)
+
+
+def test_blocks_hold_nearly_all_weights(case: Case, models: Models) -> None:
+    """Checkpointing and swapping act on them."""
+    held = {id(p) for block in models.family.blocks(models.denoiser) for p in block.parameters()}
+    rest = [name for name, p in models.denoiser.named_parameters() if id(p) not in held]
+    assert len(rest) < 0.35 * len(list(models.denoiser.parameters()))
+    assert not [name for name in rest if re.search(r"attn|transformer_blocks", name)]
