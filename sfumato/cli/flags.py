@@ -145,7 +145,12 @@ def _of_family(facts: Facts, settings: Mapping[str, Any], plain: Mapping[str, An
     for name, why in facts.refused.items():
         if name in given and settings[name] != plain[name]:
             report.error(f"{given[name]}: {why}")
-    for message in facts.check(_record(facts.options, settings)):
+    record = _record(facts.options, settings)
+    for rule in facts.idle:
+        for name in rule.keys:
+            if name in given and settings[name] != plain[name] and rule.when(record):
+                report.without_effect(given[name], rule.why)
+    for message in facts.check(_record(facts.options, {**settings, **{name: plain[name] for name in report.idle}})):
         name = message.partition(":")[0]
         report.error(f"{given[name]}:{message.partition(':')[2]}" if name in given else message)
 

@@ -236,6 +236,6 @@ def idle(values: Mapping[str, Any], defaults: Mapping[str, Any], given: Mapping[
     view, found = View(values, method), set()
     for rule in IDLE:
         for key in rule.keys:
-            if key in given and key not in found and values[key] != defaults[key] and rule.when(view):
+            if key in given and key in values and key not in found and values[key] != defaults[key] and rule.when(view):
                 report.without_effect(given[key], rule.why)
                 found.add(key)

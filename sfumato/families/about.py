@@ -10,6 +10,15 @@ if TYPE_CHECKING:
     from sfumato.families.detect import Detected, Shapes
 
 
+@dataclass(frozen=True, slots=True)
+class Idle:
+    """Options of a family that do nothing when `when` holds of its options."""
+
+    keys: tuple[str, ...]
+    when: Callable[[Any], Any]
+    why: str
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Facts:
     """The record `FACTS` of a family's `facts.py`."""
@@ -39,8 +48,10 @@ class Facts:
     """Options that name a file, a folder or a hub id."""
     refused: Mapping[str, str] = field(default_factory=dict)
     """Settings that would do nothing for this family, and why."""
+    idle: tuple[Idle, ...] = ()
+    """Options that do nothing beside others."""
     check: Callable[[Any], Sequence[str]] = lambda options: ()
-    """options -> a message, beginning with an option's name, for each one that is out of range or would do nothing."""
+    """options -> a message, beginning with an option's name, for each one that is out of range or contradicts another."""
     network_args: type | None = None
     """The dataclass of network_args that only this family has; its fields are int, float, bool or str, or None where not set."""
     metadata: tuple[str, ...] = ()

@@ -12,6 +12,10 @@ from sfumato.families.encoders import CLIP_BARE, OPEN_CLIP, clip_net, heads
 from sfumato.families.parts import NATIVE, Config, Part, Shapes, Spelling, matching
 from sfumato.families.t5 import EMBEDDING, TWIN, t5_idle, t5_keys, t5_net
 
+CLIP_TARGETS = {"linear": ("*.self_attn.*_proj", "*.mlp.fc?")}
+"""For `Family.targets`: the layers of a CLIP text encoder that adapters go on."""
+T5_TARGETS = {"linear": ("*.SelfAttention.?", "*.DenseReluDense.w*")}
+"""The same for T5."""
 _T5_IDLE = matching(r"(decoder|lm_head)\..*|logit_scale|spiece_model")
 _CLIP_IDLE = r"(text_model\.)?embeddings\.position_ids|logit_scale|(vision_model|visual_projection|visual)\..*|attn_mask"
 

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
+from sfumato.families.about import Idle
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FlowOptions:
@@ -47,3 +49,39 @@ REFUSED: Mapping[str, str] = {
     "debiased_estimation_loss": _WEIGHTS,
 }
 """Settings of noise and loss that a flow has no use for, and why."""
+
+IDLE = (
+    Idle(("sigmoid_scale",), lambda o: o.timestep_sampling in ("sigma", "uniform"), "timestep_sampling sigma and uniform have no spread"),
+    Idle(
+        ("discrete_flow_shift",),
+        lambda o: o.timestep_sampling not in ("sigma", "shift"),
+        "only timestep_sampling sigma and shift are shifted by it",
+    ),
+    Idle(
+        ("weighting_scheme",),
+        lambda o: o.weighting_scheme in ("logit_normal", "mode") and o.timestep_sampling != "sigma",
+        "as a density it acts with timestep_sampling sigma alone",
+    ),
+    Idle(("logit_mean", "logit_std"), lambda o: o.weighting_scheme != "logit_normal", "only weighting_scheme logit_normal has it"),
+    Idle(("mode_scale",), lambda o: o.weighting_scheme != "mode", "only weighting_scheme mode has it"),
+)
+"""For `Facts.idle`: options that do nothing beside others."""
+
+METADATA = (
+    *("timestep_sampling", "sigmoid_scale", "discrete_flow_shift", "weighting_scheme"),
+    *("logit_mean", "logit_std", "mode_scale", "model_prediction_type"),
+)
+"""For `Facts.metadata`."""
+
+
+def check(options: FlowOptions) -> list[str]:
+    """For `Facts.check`: values out of range."""
+    positive = [
+        name
+        for name in ("sigmoid_scale", "discrete_flow_shift", "logit_std")
+        if (value := getattr(options, name)) is not None and value <= 0
+    ]
+    wrong = [f"{name}: expected above 0, found {getattr(options, name):g}" for name in positive]
+    if options.mode_scale is not None and not -1 <= options.mode_scale <= 1.75:
+        wrong.append(f"mode_scale: expected -1 to 1.75, found {options.mode_scale:g}")
+    return wrong

@@ -17,6 +17,7 @@ from sfumato.errors import UserError
 from sfumato.families import parts, sources
 from sfumato.families.base import Family, Models, Vocabulary
 from sfumato.families.detect import detect_file
+from sfumato.families.fill import shapes
 from sfumato.families.parts import Source
 from sfumato.families.tokenizers import is_stock
 from sfumato.formats import files
@@ -157,7 +158,7 @@ def _write_folder(models: Models, path: Path, values: Mapping[str, Mapping[str, 
             held = source.held[name]
             if made is not None:
                 _json(folder / held.part.folder / "config.json", made.configs[name])
-            weights = held.part.diffusers(list(tensors)).write(tensors)
+            weights = held.part.diffusers(shapes(tensors)).write(tensors)
             file = "model" if name in models.encoders else "diffusion_pytorch_model"
             # Readers of such folders ask for the mark "pt".
             files.save(folder / held.part.folder / f"{file}.safetensors", weights, {**metadata, "format": "pt"})

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from sfumato.errors import UserError
 from sfumato.families import sources
-from sfumato.families.fill import check
+from sfumato.families.fill import check, shapes
 from sfumato.formats import files
 from sfumato.formats.lazy import Lazy
 from sfumato.formats.names import KeyMap, add_prefix
@@ -56,7 +56,7 @@ class Spelling:
 NATIVE = Spelling("native")
 
 
-def natively(names: Collection[str]) -> Spelling:
+def natively(shapes: Shapes) -> Spelling:
     """Any names, taken as the net's own."""
     return NATIVE
 
@@ -71,8 +71,8 @@ class Part:
     """For messages: "the U-Net"."""
     net: Callable[[Shapes, Config], nn.Module]
     """A net without values (on the meta device) for native tensors of these shapes. Errors: `UserError`."""
-    spelling: Callable[[Collection[str]], Spelling | None]
-    """How tensors of these names (prefix off) are spelled; None: they are not this part's."""
+    spelling: Callable[[Shapes], Spelling | None]
+    """How tensors of these names (prefix off) and shapes are spelled; None: they are not this part's."""
     prefixes: tuple[str, ...] = ("",)
     """What stands before its names in files that hold several parts, the usual one first; "": it may stand bare."""
     folder: str = ""
@@ -81,9 +81,9 @@ class Part:
     """The setting that names a file of its own; "": there is none."""
     idle: Callable[[Collection[str]], Collection[str]] = lambda names: ()
     """Of its names (prefix off) those that no net holds; in a single file they are kept as they are."""
-    single: Callable[[Collection[str]], Spelling] | None = natively
-    """How a new single file spells native tensors of these names; None: a new one does not hold this part."""
-    diffusers: Callable[[Collection[str]], Spelling] = natively
+    single: Callable[[Shapes], Spelling] | None = natively
+    """How a new single file spells native tensors of these shapes; None: a new one does not hold this part."""
+    diffusers: Callable[[Shapes], Spelling] = natively
     """How a diffusers folder spells them."""
 
 
@@ -113,12 +113,12 @@ class Held:
     def build(self, dtype: torch.dtype | None = None) -> nn.Module:
         """The net with its tensors, frozen and in eval mode. Names and shapes are checked before a value is read."""
         what = f"{self.where} ({self.part.title})"
-        shapes = self.shapes()
+        found = self.shapes()
         try:
-            net = self.part.net(shapes, self.config)
+            net = self.part.net(found, self.config)
         except KeyError as missing:
             raise UserError(f"{what} lacks the tensor {missing}: the file is incomplete or of another kind") from None
-        check(net, shapes, what)
+        check(net, found, what)
         net.load_state_dict(dict(self.natives(dtype)), strict=True, assign=True)
         return net.eval().requires_grad_(False)
 
@@ -144,11 +144,6 @@ def matching(pattern: str) -> Callable[[Collection[str]], Collection[str]]:
     """For `Part.idle`: the names that a pattern matches whole."""
     compiled = re.compile(pattern)
     return lambda names: [name for name in names if compiled.fullmatch(name)]
-
-
-def spelled(**ways: tuple[str, Callable[[Collection[str]], Spelling]]) -> Callable[[Collection[str]], Spelling | None]:
-    """For `Part.spelling`: name -> (a tensor by which it is known, the spelling)."""
-    return lambda names: next((make(names) for mark, make in ways.values() if mark in names), None)
 
 
 # --- reading ---
@@ -179,7 +174,7 @@ def _single(path: Path, parts: Sequence[Part], title: str, kept: re.Pattern[str]
             continue
         idle = set(part.idle(list(mine)))
         used = mine.only(lambda name, idle=idle: name not in idle)  # type: ignore[misc]
-        if spelling := part.spelling(list(used)):
+        if spelling := part.spelling(used.shapes):
             held[part.name] = Held(part=part, tensors=used, spelling=spelling, prefix=prefix, where=path)
             others |= {prefix + name for name in idle}
             left = left.only(lambda name, prefix=prefix: not name.startswith(prefix))  # type: ignore[misc]
@@ -226,7 +221,7 @@ def open_part(part: Part, name: str) -> Held:
 def _bare(part: Part, tensors: Lazy, where: Path) -> Held:
     idle = set(part.idle(list(tensors)))
     used = tensors.only(lambda name: name not in idle)
-    spelling = part.spelling(list(used))
+    spelling = part.spelling(used.shapes)
     if spelling is None:
         first = ", ".join(repr(name) for name in list(used)[:2])
         asked = f"{part.flag}: " if part.flag else ""
@@ -271,6 +266,6 @@ def single_file(source: Source, parts: Mapping[str, Mapping[str, Tensor]]) -> di
         spelling = held.spelling
         if held.alone or source.path.is_dir():
             assert held.part.single is not None
-            spelling = held.part.single(list(tensors))
+            spelling = held.part.single(shapes(tensors))
         out |= add_prefix(spelling.write(tensors), held.prefix)
     return {**out, **source.kept}

@@ -5,14 +5,17 @@ from __future__ import annotations
 import gzip
 import json
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import cache
 from hashlib import blake2b
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sfumato.errors import UserError
 from sfumato.families import sources
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 BOS, EOS = "<|startoftext|>", "<|endoftext|>"
 MERGES = Path(__file__).with_name("clip_bpe.txt.gz")
@@ -63,6 +66,14 @@ def fingerprint(tokenizer: Any) -> str:
 def is_stock(tokenizer: Any) -> bool:
     """Whether the tokenizer has CLIP's own vocabulary."""
     return bool(tokenizer.get_vocab() == stock_vocabulary()[0])
+
+
+def padded(tokenizer: Any, captions: Sequence[str], length: int) -> tuple[Tensor, Tensor]:
+    """Captions -> ids (b, length), cut or padded, and a mask (b, length), True where the tokens are."""
+    import torch
+
+    said = tokenizer(list(captions), padding="max_length", truncation=True, max_length=length, return_tensors="pt")
+    return said.input_ids, said.attention_mask.to(torch.bool)
 
 
 # --- T5 ---

@@ -21,6 +21,8 @@ Leaves = dict[str, Tensor]
 """What an adapter keeps for a layer, in kohya's and LyCORIS' names: "lora_down.weight", "alpha", "hada_w1_a" ..."""
 
 DOWN, UP, ALPHA = "lora_down.weight", "lora_up.weight", "alpha"
+PEFT_LEAVES = {DOWN: "lora_A.weight", UP: "lora_B.weight"}
+"""For `Dialect.leaves`: what PEFT, and with it diffusers and ComfyUI, calls the two factors of a LoRA."""
 _READ_AS = {
     "lora_A.weight": DOWN,
     "lora_B.weight": UP,

@@ -15,7 +15,7 @@ from sfumato.data.batch import Cond
 from sfumato.errors import UserError
 from sfumato.families import sources
 from sfumato.families.base import Family, Models, Vocabulary
-from sfumato.families.borrowed import clip_part, vae_part
+from sfumato.families.borrowed import CLIP_TARGETS, clip_part, vae_part
 from sfumato.families.encoders import ClipText
 from sfumato.families.parts import Part, Source, Spelling
 from sfumato.families.sd.facts import Options
@@ -24,7 +24,7 @@ from sfumato.families.sd.names import CLIP_H, CLIP_L, KEPT, TARGETS, UNET, VAE, 
 from sfumato.families.sd.net import UNet, blocks
 from sfumato.families.sd.strategies import LATENTS, OUTPUTS, SdEncode, SdTokenize
 from sfumato.families.tokenizers import clip_tokenizer
-from sfumato.formats.dialect import Dialect
+from sfumato.formats.dialect import PEFT_LEAVES, Dialect
 from sfumato.tensors.noise import DDPM, Process
 
 LAYERS_USED = 23
@@ -138,9 +138,6 @@ def predict(net: nn.Module, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
     return said
 
 
-PEFT_LEAVES = {"lora_down.weight": "lora_A.weight", "lora_up.weight": "lora_B.weight"}
-
-
 def dialects(models: Models) -> Mapping[str, Dialect]:
     """Adapter names: kohya's and PEFT's are built on diffusers' names, ComfyUI's on the single file's."""
     keys = {"denoiser": unet_keys(models.denoiser.state_dict())}
@@ -150,8 +147,6 @@ def dialects(models: Models) -> Mapping[str, Dialect]:
     peft = Dialect(name="peft", prefix={"denoiser": "unet.", text: "text_encoder."}, keys=keys, leaves=PEFT_LEAVES, fold_alpha=True)
     return {"kohya": kohya, "comfy": comfy, "peft": peft}
 
-
-_CLIP_TARGETS = {"linear": ("*.self_attn.*_proj", "*.mlp.fc?")}
 
 FAMILY = Family(
     name="sd",
@@ -177,8 +172,8 @@ FAMILY = Family(
     dialects=dialects,
     targets={
         "denoiser": TARGETS,
-        "clip_l": _CLIP_TARGETS,
-        "clip_h": _CLIP_TARGETS,
+        "clip_l": CLIP_TARGETS,
+        "clip_h": CLIP_TARGETS,
     },
     encoder_lr_order=("clip_l", "clip_h"),
 )
