@@ -134,21 +134,23 @@ def resolve_all(
     rules.clashes(settings, given, method, report)
     if data:
         rules.idle(settings, plain, given, method, report)
-    _of_family(facts, settings, plain, given, report)
+    _of_family(facts, settings, plain, given, method, report)
     report.finish()
     settings |= {name: known[name].default for name in report.idle}
     return Resolved(build(settings, family), datasets, tuple(report.notices))
 
 
-def _of_family(facts: Facts, settings: Mapping[str, Any], plain: Mapping[str, Any], given: Mapping[str, Given], report: Report) -> None:
+def _of_family(
+    facts: Facts, settings: Mapping[str, Any], plain: Mapping[str, Any], given: Mapping[str, Given], method: Method, report: Report
+) -> None:
     """Report what the family has no use for, and what is wrong with its own options."""
     for name, why in facts.refused.items():
         if name in given and settings[name] != plain[name]:
             report.error(f"{given[name]}: {why}")
-    record = _record(facts.options, settings)
+    view = rules.View(settings, method)
     for rule in facts.idle:
         for name in rule.keys:
-            if name in given and settings[name] != plain[name] and rule.when(record):
+            if name in given and settings[name] != plain[name] and rule.when(view):
                 report.without_effect(given[name], rule.why)
     for message in facts.check(_record(facts.options, {**settings, **{name: plain[name] for name in report.idle}})):
         name = message.partition(":")[0]

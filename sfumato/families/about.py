@@ -12,10 +12,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Idle:
-    """Options of a family that do nothing when `when` holds of its options."""
+    """Options of a family that do nothing when `when` holds."""
 
     keys: tuple[str, ...]
     when: Callable[[Any], Any]
+    """Of all settings of the run by name, the common ones too, and `method` ("network" or "full")."""
     why: str
 
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
@@ -35,12 +36,13 @@ def load(
     tokenizer: str | None = None,
     device: torch.device | str = "cpu",
     dtype: Dtypes = None,
+    progress: Callable[[int, int], None] | None = None,
 ) -> Models:
     """A checkpoint (file, folder or hub id), with the parts that the options name files for.
 
     `dtype`: what denoiser and encoders are held in, one for all or by component; None: as in the file. The VAE stays in the
     format of its file. Everything is checked from headers before a value is read, and no tensor is in memory twice.
-    Errors: `UserError` for what is missing, left over or contradicts the options.
+    `progress` is told (done, all) numbers. Errors: `UserError` for what is missing, left over or contradicts the options.
     """
     where = sources.local(path, NAME)
     detect_file(where, NAME)
@@ -51,7 +53,15 @@ def load(
     options, source = family.complete(options, source)
     tokenizers = {name: _tokenizer(family.vocabularies[name], source, tokenizer) for name in source.held if name in family.vocabularies}
     dtypes: Mapping[str, torch.dtype | None] = dtype if isinstance(dtype, Mapping) else dict.fromkeys(source.held, dtype)
-    nets = {name: held.build(None if name == "vae" else dtypes.get(name)).to(device) for name, held in source.held.items()}
+    done, total = 0, sum(math.prod(shape) for held in source.held.values() for shape in held.shapes().values())
+
+    def tell(more: int) -> None:
+        nonlocal done
+        done += more
+        if progress:
+            progress(done, total)
+
+    nets = {name: held.build(None if name == "vae" else dtypes.get(name), tell).to(device) for name, held in source.held.items()}
     for name, tokens in tokenizers.items():
         _check_vocabulary(name, tokens, nets[name])
     return Models(

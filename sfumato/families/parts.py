@@ -110,8 +110,11 @@ class Held:
         """(native name, tensor), one after another, floats cast to `dtype`."""
         return self.spelling.read(self.tensors.cast(dtype, map=self.spelling.keys is None))
 
-    def build(self, dtype: torch.dtype | None = None) -> nn.Module:
-        """The net with its tensors, frozen and in eval mode. Names and shapes are checked before a value is read."""
+    def build(self, dtype: torch.dtype | None = None, read: Callable[[int], None] = lambda numbers: None) -> nn.Module:
+        """The net with its tensors, frozen and in eval mode. Names and shapes are checked before a value is read.
+
+        `read` is told of each tensor how many numbers it has.
+        """
         what = f"{self.where} ({self.part.title})"
         found = self.shapes()
         try:
@@ -119,7 +122,11 @@ class Held:
         except KeyError as missing:
             raise UserError(f"{what} lacks the tensor {missing}: the file is incomplete or of another kind") from None
         check(net, found, what)
-        net.load_state_dict(dict(self.natives(dtype)), strict=True, assign=True)
+        tensors = {}
+        for name, tensor in self.natives(dtype):
+            tensors[name] = tensor
+            read(tensor.numel())
+        net.load_state_dict(tensors, strict=True, assign=True)
         return net.eval().requires_grad_(False)
 
 

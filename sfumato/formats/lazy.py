@@ -70,6 +70,11 @@ class Lazy(Mapping[str, Tensor]):
         return cls({name: (file, name) for file in opened for name in file.header.tensors})
 
     @property
+    def paths(self) -> list[Path]:
+        """The files that hold them."""
+        return sorted({file.path.resolve() for file, _ in self.places.values()})
+
+    @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """{name: shape}"""
         return {name: file.header.tensors[theirs].shape for name, (file, theirs) in self.places.items()}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from datetime import datetime
@@ -263,22 +263,24 @@ def legacy_hash(path: str | Path) -> str:
 
 
 def model_hash(path: str | Path, memo: Path | None = None) -> str:
-    """`ss_new_sd_model_hash`: the sha256 of a whole file.
-
-    `memo`: a JSON file that remembers hashes by path, size and time of change, so that a base model is read
-    once and not each run; default `~/.cache/sfumato/hashes.json`. When it cannot be written, nothing is remembered.
-    """
+    """`ss_new_sd_model_hash`: the sha256 of a whole file. `memo`: as in `remembered`."""
     path = Path(path).resolve()
+    return remembered(str(path), [path], lambda: file_digest(path), memo)
+
+
+def remembered(name: str, paths: Sequence[Path], make: Callable[[], str], memo: Path | None = None) -> str:
+    """What `make` says of some files, read once and not in each run: it is remembered by the files' sizes and times of change.
+
+    `memo`: the JSON file that remembers; default `~/.cache/sfumato/hashes.json`. When it cannot be written, nothing is remembered.
+    """
     memo = memo or Path("~/.cache/sfumato/hashes.json").expanduser()
-    stat = path.stat()
-    state = [stat.st_size, stat.st_mtime_ns]
-    known = _memory(memo)
-    found = known.get(str(path))
-    if isinstance(found, list) and found[:2] == state:
-        return str(found[2])
-    digest = file_digest(path)
+    state = [number for path in paths for number in (path.stat().st_size, path.stat().st_mtime_ns)]
+    found = _memory(memo).get(name)
+    if isinstance(found, list) and found[:-1] == state:
+        return str(found[-1])
+    digest = make()
     with suppress(UserError):  # a home that cannot be written is no reason to stop a run
-        write_text(memo, json.dumps({**_memory(memo), str(path): [*state, digest]}, indent=1))
+        write_text(memo, json.dumps({**_memory(memo), name: [*state, digest]}, indent=1))
     return digest
 
 

@@ -6,8 +6,8 @@ import dataclasses
 import resource
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -28,6 +28,8 @@ from sfumato.data.store import Index, Store, default_root
 from sfumato.families.base import Models
 from sfumato.families.loading import load
 from sfumato.formats import files
+from sfumato.formats.files import file_digest
+from sfumato.formats.metadata import remembered
 from sfumato.memory.plan import fit
 from sfumato.optim import build, schedules
 from sfumato.optim.ema import EMA
@@ -36,7 +38,7 @@ from sfumato.tensors.noise import Process
 from sfumato.train import dist, keep, log, loop, provenance, state
 from sfumato.train.progress import Tell, console, telling
 from sfumato.train.prompts import Prompt, default, read_prompts, sampler
-from sfumato.train.sample import sample
+from sfumato.train.sample import Known, encode_prompts, sample
 from sfumato.train.step import Step, autocast
 from sfumato.train.trainables import Adapters, Full, Trainable, caches_latents, caches_text, read_adapter, whole_nets
 
@@ -78,14 +80,11 @@ def load_models(config: Config, precision: dist.Precision, method: Method | None
     trained = whole_nets(family, config, [part.name for part in family.parts]) if method == "full" else ()
     dtype = dict.fromkeys([part.name for part in family.parts], dist.DTYPES[precision])
     dtype |= dict.fromkeys(trained, torch.bfloat16 if config.train.full_bf16 else torch.float32)
-    models = load(
-        family,
-        config.model.pretrained_model_name_or_path,
-        config.family,
-        vae=config.model.vae,
-        tokenizer=config.model.tokenizer,
-        dtype=dtype,
-    )
+    model = config.model
+    with telling("reading weights") as tell:
+        models = load(
+            family, model.pretrained_model_name_or_path, config.family, vae=model.vae, tokenizer=model.tokenizer, dtype=dtype, progress=tell
+        )
     if models.vae is not None:
         # fp16 overflows in these VAEs, so it is never what they run in.
         # By nn.Module's own `to`: diffusers' logs a warning about nothing.
@@ -101,18 +100,37 @@ class Caches:
     texts: Report | None = None
 
 
+def fingerprint(config: Config, models: Models, component: str) -> str:
+    """Changes when what a net says does: with its file, with what is merged into it and with the format that it runs in.
+
+    Files are read for it once; later runs remember.
+    """
+    source, net = models.source, models.vae if component == "vae" else models.encoders[component]
+    assert source is not None and net is not None
+    held = source.held[component]
+    paths = held.tensors.paths
+    digest = remembered(f"{component} of {' '.join(map(str, paths))}", paths, lambda: files.fingerprint(dict(held.natives())))
+    network = config.network
+    merged = [file_digest(path) for path in network.base_weights] if component != "vae" else []
+    return " ".join([digest, *merged, *(map(str, network.base_weights_multiplier) if merged else ()), f"in {next(net.parameters()).dtype}"])
+
+
 def fill_caches(config: Config, data: Data, models: Models, world: dist.World) -> Caches:
-    """Encode what is asked to be kept and is not there yet; the first process fills a disk, each its own memory."""
+    """Encode what is asked to be kept and is not there yet; the first process fills a disk, each its own memory.
+
+    The VAE and the text encoders take turns on the device, where the denoiser is not yet.
+    """
     latents = texts = None
     if caches_latents(config):
         models.the_vae().to(world.device)
         with telling("encoding pictures", quiet=not world.main) as tell:
             latents = _in_turn(world, partial(_cache_latents, config, data, models, world, tell))
+        models.the_vae().to("cpu")
     if caches_text(config):
         for net in models.encoders.values():
             net.to(world.device)
         with telling("encoding captions", quiet=not world.main) as tell:
-            texts = _in_turn(world, partial(_cache_texts, data, models, world, tell))
+            texts = _in_turn(world, partial(_cache_texts, config, data, models, world, tell))
     for name, report in (("latents", latents), ("text outputs", texts)):
         if report and world.main:
             console.print(f"{name}: {report}")
@@ -136,21 +154,21 @@ def _cache_latents(config: Config, data: Data, models: Models, world: dist.World
     def encode(pixels: Tensor) -> Tensor:
         return strategy.encode(vae, pixels.to(world.device, dtype)).float()
 
-    fingerprint = f"{files.fingerprint(vae.state_dict())} in {dtype}"
     return cache_latents(
-        data.plan, data.latents, data.index, encode, fingerprint, strategy, batch_size=config.memory.vae_batch_size, progress=tell
-    )
+        data.plan, data.latents, data.index, encode, fingerprint(config, models, "vae"), strategy,
+        batch_size=config.memory.vae_batch_size, progress=tell,
+    )  # fmt: skip
 
 
-def _cache_texts(data: Data, models: Models, world: dist.World, tell: Tell) -> Report:
+def _cache_texts(config: Config, data: Data, models: Models, world: dist.World, tell: Tell) -> Report:
     tokenize, encode = models.family.tokenize(models), models.family.encode(models)
 
     def run(tokens: Tokens) -> Cond:
         return encode.encode(models.encoders, {k: v.to(world.device) for k, v in tokens.items()})
 
-    fingerprint = files.fingerprint({f"{name}.{k}": v for name, net in models.encoders.items() for k, v in net.state_dict().items()})
+    prints = ", ".join(f"{name} {fingerprint(config, models, name)}" for name in models.encoders)
     return cache_texts(
-        data.plan, data.texts, data.index, tokenize.tokenize, run, fingerprint, models.family.outputs(models),
+        data.plan, data.texts, data.index, tokenize.tokenize, run, prints, models.family.outputs(models),
         settings={**tokenize.settings, **encode.settings}, progress=tell,
     )  # fmt: skip
 
@@ -201,6 +219,9 @@ def prepare(config: Config, method: Method, datasets: tuple[DatasetConfig, ...],
     merge_base_weights(config, models)
     caches = fill_caches(config, data, models, world)
     trainable: Trainable = Adapters(models, config, plan) if plan else Full(models, config)
+    # Frozen encoders whose outputs are kept leave the device for good; what they say of the prompts is kept as well.
+    with autocast(world.device, precision):
+        known = encode_prompts(models, prompts, world.device) if prompts and caches_text(config) else None
     place(config, models, trainable, world)
     process = models.family.process(models, config.noise, config.loss)
     optimizer = build.optimizer(config.optimizer, trainable.groups())
@@ -223,7 +244,7 @@ def prepare(config: Config, method: Method, datasets: tuple[DatasetConfig, ...],
         workers=config.train.max_data_loader_n_workers,
         persistent=config.train.persistent_data_loader_workers,
     )
-    tell = partial(_draw, config, models, process, prompts, world, precision)
+    tell = partial(_draw, config, models, process, prompts, known, world, precision)
     facts = provenance.Facts(config=config, models=models, plan=data.plan, pace=pace, adapter=plan)
     course = loop.Course(
         config=config, world=world, pace=pace, plan=data.plan, loader=loader, trainable=trainable, step=step, optimizer=optimizer,
@@ -276,25 +297,12 @@ def all_nets(models: Models) -> list[nn.Module]:
     return [*models.nets().values(), *([models.vae] if models.vae is not None else [])]
 
 
-@contextmanager
-def present(models: Models, device: torch.device) -> Iterator[None]:
-    """All nets on `device`; afterwards each is where it was."""
-    nets = all_nets(models)
-    places = [next(net.parameters()).device for net in nets]
-    for net in nets:
-        net.to(device)
-    try:
-        yield
-    finally:
-        for net, old in zip(nets, places, strict=True):
-            net.to(old)
-
-
 def _draw(
     config: Config,
     models: Models,
     process: Process,
     prompts: list[Prompt],
+    known: Known | None,
     world: dist.World,
     precision: dist.Precision,
     step: int,
@@ -303,11 +311,11 @@ def _draw(
     if not prompts:
         return
     ended = config.sample.sample_every_n_epochs is not None and config.sample.sample_every_n_steps is None
-    with present(models, world.device), autocast(world.device, precision), telling("drawing samples") as tell:
+    with autocast(world.device, precision), telling("drawing samples") as tell:
         sample(
             models, prompts, Path(config.output.output_dir) / "sample", process=process, name=config.output.output_name,
             sampler=config.sample.sample_sampler, epoch=epoch + 1 if ended else None, step=None if ended else step,
-            seed=config.train.seed, progress=tell,
+            seed=config.train.seed, progress=tell, known=known, device=world.device,
         )  # fmt: skip
 
 

@@ -28,6 +28,8 @@ from sfumato.train.prompts import sampler as own_name
 
 Progress = Callable[[int, int], None]
 """Told (done, all) steps of the denoiser."""
+Known = Mapping[str, Mapping[str, Tensor]]
+"""What the text encoders say of captions, a caption at a time, on the CPU."""
 log = logging.getLogger(__name__)
 
 
@@ -46,6 +48,8 @@ def sample(
     rank: int = 0,
     world: int = 1,
     progress: Progress | None = None,
+    known: Known | None = None,
+    device: torch.device | None = None,
 ) -> list[Path]:
     """Draw `prompts` into `folder` and return the files, in the prompts' order.
 
@@ -55,7 +59,7 @@ def sample(
     """
     places = range(rank, len(prompts), world)
     seeded = [replace(prompts[i], seed=seed_of(prompts[i], i, seed)) for i in places]
-    images = draw(models, seeded, process=process, sampler=sampler, batch_size=batch_size, progress=progress)
+    images = draw(models, seeded, process=process, sampler=sampler, batch_size=batch_size, progress=progress, known=known, device=device)
     paths = []
     for place, prompt, image in zip(places, seeded, images, strict=True):
         path = folder / picture.file_name(name, place, epoch=epoch, step=step, seed=prompts[place].seed)
@@ -78,10 +82,34 @@ def draw(
     noise: Tensor | None = None,
     batch_size: int = 1,
     progress: Progress | None = None,
+    known: Known | None = None,
+    device: torch.device | None = None,
 ) -> list[Image.Image]:
-    """One picture a prompt. See `draw_latents`, which does all but the decoding."""
-    latents = draw_latents(models, prompts, process=process, sampler=sampler, noise=noise, batch_size=batch_size, progress=progress)
-    return [decode(models, one, prompt) for one, prompt in zip(latents, prompts, strict=True)]
+    """One picture a prompt. See `draw_latents`, which does all but the decoding.
+
+    `known`: of `encode_prompts`; None: the prompts are encoded now. `device`: where the nets are brought while they are used, the text
+    encoders, the denoiser and the VAE in turn; None: they are used where they are.
+    """
+    known = known or encode_prompts(models, prompts, device)
+    with present([models.denoiser], device):
+        latents = draw_latents(
+            models, prompts, process=process, sampler=sampler, noise=noise, batch_size=batch_size, progress=progress, known=known
+        )
+    with present([models.vae] if models.vae is not None else [], device):
+        return [decode(models, one, prompt) for one, prompt in zip(latents, prompts, strict=True)]
+
+
+@contextmanager
+def present(nets: Sequence[nn.Module], device: torch.device | None) -> Iterator[None]:
+    """Nets on `device`; afterwards each is where it was."""
+    places = [_place(net)[0] for net in nets]
+    for net in nets:
+        net.to(device)
+    try:
+        yield
+    finally:
+        for net, old in zip(nets, places, strict=True):
+            net.to(old)
 
 
 def draw_latents(
@@ -93,6 +121,7 @@ def draw_latents(
     noise: Tensor | None = None,
     batch_size: int = 1,
     progress: Progress | None = None,
+    known: Known | None = None,
 ) -> list[Tensor]:
     """One latent (c, h, w) a prompt, scaled as the denoiser takes it, fp32 on the denoiser's device.
 
@@ -111,11 +140,12 @@ def draw_latents(
     schedulers = [_prepared(models, process, prompts[group[0]], sampler) for group in groups]
     count = _Count(progress)
     count.total = sum(len(scheduler.timesteps) for scheduler in schedulers)
+    known = known or encode_prompts(models, prompts)
     drawn: list[Tensor] = []
-    with torch.no_grad(), _evaluating([models.denoiser, *models.encoders.values()]):
+    with torch.no_grad(), _evaluating([models.denoiser]):
         for group, scheduler in zip(groups, schedulers, strict=True):
             start = None if noise is None else noise[group]
-            drawn += _walk(models, [prompts[i] for i in group], scheduler, start, count)
+            drawn += _walk(models, [prompts[i] for i in group], scheduler, start, known, count)
     return drawn
 
 
@@ -187,6 +217,14 @@ def scheduler_for(process: Process, sampler: str) -> Any:
         raise UserError(f"sample_sampler {sampler}: needs scipy; run `pip install scipy`, or take another") from error
 
 
+def encode_prompts(models: Models, prompts: Sequence[Prompt], device: torch.device | None = None) -> Known:
+    """What the text encoders say of the prompts, those that pictures are guided away from too; `device`: as in `draw`."""
+    said = dict.fromkeys(text for p in prompts for text in ([p.negative_prompt] if p.scale > 1 else []) + [p.prompt])
+    strategy, nets = models.family.outputs(models), list(models.encoders.values())
+    with present(nets, device), torch.no_grad(), _evaluating(nets):
+        return {text: {name: t.cpu() for name, t in strategy.keep(encode(models, [text]), 0).items()} for text in said}
+
+
 def encode(models: Models, captions: Sequence[str]) -> Cond:
     """What the text encoders say of captions."""
     device = next((_place(net)[0] for net in models.encoders.values()), torch.device("cpu"))
@@ -204,7 +242,7 @@ def _setting(models: Models, prompts: Sequence[Prompt]) -> Setting:
     )
 
 
-def _walk(models: Models, prompts: Sequence[Prompt], scheduler: Any, noise: Tensor | None, count: _Count) -> list[Tensor]:
+def _walk(models: Models, prompts: Sequence[Prompt], scheduler: Any, noise: Tensor | None, known: Known, count: _Count) -> list[Tensor]:
     """From noise to latents, along the scheduler's timesteps."""
     device = _place(models.denoiser)[0]
     generators = [torch.Generator().manual_seed(p.seed or 0) for p in prompts]
@@ -212,9 +250,10 @@ def _walk(models: Models, prompts: Sequence[Prompt], scheduler: Any, noise: Tens
         noise = torch.cat([torch.randn((1, *_latent_shape(models, p)), generator=g) for p, g in zip(prompts, generators, strict=True)])
     x = noise.to(device, torch.float32) * scheduler.init_noise_sigma
     guided = prompts[0].scale > 1
-    cond = encode(models, ([p.negative_prompt for p in prompts] if guided else []) + [p.prompt for p in prompts])
-    cond = models.family.condition(models, cond, _setting(models, [*prompts, *prompts] if guided else prompts))
-    cond = {name: _as_in(t, models.denoiser) for name, t in cond.items()}
+    captions = ([p.negative_prompt for p in prompts] if guided else []) + [p.prompt for p in prompts]
+    text = {name: t.to(device) for name, t in models.family.outputs(models).join([known[caption] for caption in captions]).items()}
+    told = models.family.condition(models, text, _setting(models, [*prompts, *prompts] if guided else prompts))
+    cond = {name: _as_in(t, models.denoiser) for name, t in told.items()}
     scale = torch.tensor([p.scale for p in prompts], device=device).view(-1, 1, 1, 1)
     # Samplers that add noise on the way draw it from each picture's own generator as well.
     extra = {"generator": generators} if "generator" in inspect.signature(scheduler.step).parameters else {}
