@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from sfumato.families.autoencoders import vae_keys
-from sfumato.families.encoders import CLIP_BARE, CLIP_HF, OPEN_CLIP
+from sfumato.families.encoders import CLIP_BARE, OPEN_CLIP
 from sfumato.families.sd.names import CLIP_H, CLIP_L, UNET, VAE, unet_keys
 from sfumato.families.tokenizers import BOS, EOS, byte_letters, stock_vocabulary
 from sfumato.formats.files import save
@@ -139,7 +139,7 @@ def pipeline(*, v2: bool, prediction: str = "epsilon") -> StableDiffusionPipelin
 def text_states(text: Any) -> dict[str, Tensor]:
     """The text model's tensors with `text_model.`, whatever this release of transformers calls them."""
     tensors = text.state_dict()
-    return (CLIP_HF if any(name.startswith("text_model.") for name in tensors) else CLIP_BARE).to_native(tensors)
+    return dict(tensors) if any(name.startswith("text_model.") for name in tensors) else CLIP_BARE.to_native(tensors)
 
 
 def single_file(*, v2: bool, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:

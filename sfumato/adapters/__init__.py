@@ -111,6 +111,10 @@ def parse(network: NetworkConfig, family: type | None = None) -> AdapterPlan:
     rank = 4 if network.network_dim is None else network.network_dim
     alpha = 1.0 if network.network_alpha is None else network.network_alpha
     errors += _sense(chosen, rank, args)
+    if network.dim_from_weights and network.network_weights:
+        shaping = {name for name, kind_of in theirs.items() if kind_of != "bool" or name == "split_qkv"}
+        given = [name for name in args if name.startswith("conv_") or name in shaping]
+        errors += [f"network_args {name}: does nothing, as dim_from_weights takes layers and ranks from network_weights" for name in given]
     if errors:
         raise UserError(*errors)
     return AdapterPlan(

@@ -37,7 +37,8 @@ def choose(
 
     `targets`: patterns (fnmatch on module paths) by layer kind. Layers under "linear" always get one; layers
     under "conv" only if the plan has a rank for convolutions. The rank goes by the layer: `rank` for linear
-    layers and 1x1 convolutions, `conv_rank` for larger ones; `layer` has the last word on each, and may leave it out.
+    layers and 1x1 convolutions, `conv_rank` (if there is one) for larger ones; `layer` has the last word on each, and may
+    leave it out.
     Errors: `UserError` if there is nothing to train.
     """
     patterns = targets.get("linear", ()) + (targets.get("conv", ()) if plan.conv_rank else ())
@@ -46,10 +47,10 @@ def choose(
         if not isinstance(module, nn.Linear | nn.Conv2d) or not any(fnmatchcase(path, p) for p in patterns):
             continue
         large = isinstance(module, nn.Conv2d) and module.kernel_size != (1, 1)
-        if (not large or plan.conv_rank) and (place := layer(Place(path, module, plan.options(conv=large)))):
+        if place := layer(Place(path, module, plan.options(conv=large and plan.conv_rank is not None))):
             places.append(place)
     if not places:
-        raise UserError(f"{component}: no layer has a path like {', '.join(patterns) or 'any'}; nothing there to put an adapter on")
+        raise UserError(f"{component}: no layer is left to put an adapter on, of those with paths like {', '.join(patterns) or 'any'}")
     return places
 
 

@@ -36,6 +36,7 @@ def scripts() -> Mapping[str, Script]:
     return found
 
 
+CACHED = ("cache_text_encoder_outputs", "cache_text_encoder_outputs_to_disk")
 DEFAULTS: Mapping[str, object] = {"learning_rate": 2e-6, "caption_extension": ".caption"}
 """Where kohya's defaults differ from ours and change the result."""
 
@@ -79,6 +80,9 @@ def _adapt(script: Script, given: dict[str, Given], report: Report) -> None:
         given["train_text_encoder"] = Given("train_text_encoder", trains, "train_db", False, True)
         if not trains:
             del given["stop_text_encoder_training"]
+    cached = next((given[name] for name in CACHED if name in given and given[name].value is not False), None)
+    if cached and script.method == "network" and "network_train_unet_only" not in given:
+        report.note(f"{cached}: no text encoder is trained while what they say is kept")
     if "logging_dir" in given and "log_with" not in given:
         _log_folder(given, report)
     for name, value in DEFAULTS.items():

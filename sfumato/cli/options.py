@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 import sys
 from collections.abc import Mapping
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import MISSING, dataclass, fields, replace
 from functools import cache
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -58,7 +58,19 @@ def owners() -> dict[str, tuple[str, ...]]:
 
 def known() -> Mapping[str, Option]:
     """All settings, those of all families included."""
-    return {**common(), **{name: of_family(having[0])[name] for name, having in owners().items() if name not in common()}}
+    return {**common(), **{name: _shared(name, having) for name, having in owners().items() if name not in common()}}
+
+
+def _shared(name: str, having: tuple[str, ...]) -> Option:
+    """An option of several families: its help says what each of them says."""
+    options = {family: of_family(family)[name] for family in having}
+    first, said = options[having[0]], dict.fromkeys(option.help for option in options.values())
+    if len(said) > 1:
+        told = {text: ", ".join(family for family, option in options.items() if option.help == text) for text in said}
+        said = dict.fromkeys(f"{families}: {text}" for text, families in told.items())
+    default = first.default if all(option.default == first.default for option in options.values()) else None
+    kind = first.kind if all(option.kind == first.kind for option in options.values()) else str | None
+    return replace(first, kind=kind, default=default, help=" ".join(said))
 
 
 def of(record: type, section: str) -> dict[str, Option]:

@@ -35,7 +35,8 @@ def _shaped(inner: tuple[Any, ...], value: object, *, text: bool) -> object:
     if PAIR in inner:
         return _pair(value)
     if any(get_origin(i) is tuple for i in inner):
-        return tuple(value) if isinstance(value, (list, tuple)) else (value,)
+        found = tuple(value) if isinstance(value, (list, tuple)) else (value,)
+        return found if tuple[float, ...] not in inner else _numbers(found)
     if {int, float, str} <= set(inner):
         return _amount(value)
     if text and isinstance(value, str):
@@ -48,6 +49,11 @@ def _pair(value: object) -> tuple[object, ...]:
     found = value if isinstance(value, (list, tuple)) else (value,)
     numbers = [int(p) if isinstance(p, str) else p for v in found for p in (v.split(",") if isinstance(v, str) else [v])]
     return tuple(numbers * 2 if len(numbers) == 1 else numbers)
+
+
+def _numbers(values: tuple[object, ...]) -> tuple[object, ...]:
+    """`("1e-4,2e-4", 0)` -> the numbers; kohya's lists of many are one text."""
+    return tuple(n for v in values for n in (map(float, v.split(",")) if isinstance(v, str) and "," in v else [v]))
 
 
 def _amount(value: object) -> object:

@@ -64,6 +64,13 @@ class Plan:
             found[item.dataset, item.placement.bucket].append(i)
         return dict(sorted(found.items()))
 
+    def largest(self) -> list[tuple[str, int, int, str]]:
+        """Each dataset's bucket of the longest side: whose it is, width, height, what makes it smaller."""
+        longest: dict[int, Size] = {}
+        for dataset, bucket in self.buckets():
+            longest[dataset] = max(bucket, longest.get(dataset, bucket), key=max)
+        return [(f"dataset {d + 1}", *size, "lower its resolution or max_bucket_reso") for d, size in longest.items()]
+
     def batches(self, epoch: int, seed: int) -> list[tuple[SampleRef, ...]]:
         """The batches of an epoch (counted from 0), over all processes; each bucket's last batch may be smaller."""
         cut: list[tuple[SampleRef, ...]] = []

@@ -1,17 +1,14 @@
-"""VAEs: diffusers' classes filled from files in any spelling."""
+"""VAEs: diffusers' classes, sized by the tensors of a file, and how files name these."""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from sfumato.errors import UserError
-from sfumato.families import sources
-from sfumato.families.encoders import built, count_layers
-from sfumato.formats import files
+from sfumato.families.encoders import count_layers
 from sfumato.formats.names import CONV_TO_LINEAR, KeyMap, Rule, rule
 
 SD_SCALE = 0.18215
@@ -19,18 +16,6 @@ SD_SCALE = 0.18215
 LDM_MARK, DIFFUSERS_MARK = "encoder.down.0.block.0.conv1.weight", "encoder.down_blocks.0.resnets.0.conv1.weight"
 """A tensor by which the spelling of a KL autoencoder is known."""
 EARLY_MARK = "encoder.mid_block.attentions.0.query.weight"
-PARTS = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.")
-"""What its names start with."""
-PREFIXES = ("first_stage_model.", "vae.")
-"""What stands before its names in files that hold more than a VAE."""
-
-
-def load_kl(tensors: Mapping[str, Tensor], scale: float = SD_SCALE, shift: float | None = None, what: str = "the VAE") -> Any:
-    """diffusers' AutoencoderKL with these tensors, in LDM's or in diffusers' names without prefix.
-
-    Errors: `UserError` for missing, further or mis-shaped tensors.
-    """
-    return built(lambda shapes: kl_net(shapes, scale, shift), vae_names(tensors, what), what)
 
 
 def kl_net(shapes: Mapping[str, tuple[int, ...]], scale: float, shift: float | None = None) -> Any:
@@ -73,45 +58,6 @@ def unscale(vae: nn.Module, latents: Tensor) -> Tensor:
 def _scaling(vae: nn.Module) -> tuple[float, float]:
     config = cast(Any, vae).config
     return float(config.scaling_factor), float(config.shift_factor or 0.0)
-
-
-class KlFile(NamedTuple):
-    """A KL autoencoder as it was found."""
-
-    tensors: dict[str, Tensor]
-    """In the names of diffusers' AutoencoderKL."""
-    scale: float
-    shift: float | None
-
-
-def read_vae(name: str, *, scale: float = SD_SCALE, shift: float | None = None, flag: str = "vae") -> KlFile:
-    """A VAE and how its latents are scaled; `scale` and `shift` stand where the source does not say.
-
-    `name`: a file (its names with or without the prefix of single files, or a whole single file), the folder of
-    a VAE or of a pipeline, or a hub id. Errors: `UserError` when there is no KL autoencoder in it.
-    """
-    path = sources.local(name, flag)
-    if path.is_dir():
-        folder = path / "vae" if (path / "vae").is_dir() else path
-        config = sources.read_json(folder / "config.json")
-        tensors = vae_names(sources.weights(folder), str(folder))
-        return KlFile(tensors, config.get("scaling_factor", scale), config.get("shift_factor", shift))
-    given = files.load(path)
-    prefix = next((p for p in PREFIXES if any(name.startswith(p) for name in given)), "")
-    # A VAE's own checkpoint also holds the loss it was trained with and an average of the weights.
-    parts = tuple(prefix + part for part in PARTS)
-    return KlFile(vae_names({n.removeprefix(prefix): t for n, t in given.items() if n.startswith(parts)}, str(path)), scale, shift)
-
-
-def vae_names(tensors: Mapping[str, Tensor], what: str = "the VAE") -> dict[str, Tensor]:
-    """The tensors under the names of diffusers' present classes."""
-    if LDM_MARK in tensors:
-        return vae_keys(tensors).to_native(tensors)
-    if DIFFUSERS_MARK not in tensors:
-        raise UserError(f"{what}: neither {LDM_MARK!r} nor {DIFFUSERS_MARK!r} is in it, so it is no KL autoencoder")
-    if EARLY_MARK in tensors:
-        return EARLY.to_native(tensors)
-    return dict(tensors)
 
 
 def vae_keys(names: Collection[str]) -> KeyMap:

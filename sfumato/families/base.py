@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -66,6 +66,20 @@ class Setting:
     """(b,) the guidance that a distilled model is told; None: the family's own for training."""
     draws: Draws | None = None
     """Where what is left out by chance while training comes from; None when pictures are drawn."""
+
+
+def check_sizes(models: Models, sizes: Iterable[tuple[str, int, int, str]]) -> None:
+    """`sizes`: whose it is, width and height in pixels, what to do. Errors: `UserError` for each that the denoiser is too small for."""
+    if models.family.largest is None:
+        return
+    most = models.family.largest(models)
+    wrong = [
+        f"{whose}: {width} x {height} pixels are too large for this model, which knows at most {most} x {most}; {cure}"
+        for whose, width, height, cure in sizes
+        if max(width, height) > most
+    ]
+    if wrong:
+        raise UserError(*dict.fromkeys(wrong))
 
 
 def as_encoded(models: Models, cond: Cond, setting: Setting) -> Cond:
@@ -136,6 +150,8 @@ class Family:
     """(denoiser, x (b, c, h, w), t (b,), cond) -> what the denoiser says, shaped as x."""
     sigmas: Callable[[Models, int, int], Tensor] | None = None
     """(models, steps, latent pixels of the picture) -> (steps + 1,) noise levels from 1 to 0 that a picture is drawn along; None: DDPM."""
+    largest: Callable[[Models], int] | None = None
+    """models -> the longest side, in pixels, of a picture that the denoiser can be told of; None: any."""
     blocks: Callable[[nn.Module], Sequence[nn.Module]]
     """The denoiser's repeated blocks, in forward order: what checkpointing, swapping and compiling act on."""
     encoder_blocks: Callable[[nn.Module], Sequence[nn.Module]] = lambda net: list(cast(Any, net).layers)

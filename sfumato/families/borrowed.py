@@ -81,6 +81,7 @@ def t5_part(prefixes: tuple[str, ...], folder: str) -> Part:
         spelling=lambda names: Spelling("hf", t5_keys(names)) if EMBEDDING in names or TWIN in names else None,
         single=None,
         idle=lambda names: {*t5_idle(names), *_T5_IDLE(names)},
+        copies={TWIN: EMBEDDING},
     )
 
 

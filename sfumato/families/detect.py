@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -32,6 +32,8 @@ class Detected:
     """What the denoiser says; None: the file does not say."""
     parts: tuple[str, ...] = ()
     """Of a checkpoint, what of `WHOLE` it holds."""
+    refused: str = ""
+    """Of a checkpoint that cannot be trained, what it is, as the end of a sentence."""
 
 
 CALLED: Mapping[Kind, str] = {
@@ -49,6 +51,17 @@ OTHERS = {
 }
 """Names by which models are known that sfumato does not train yet."""
 
+SEEMS = {
+    "an adapter (such as a LoRA) for a model that its names do not tell, not a base model": (
+        r".*\.((lora_(down|up|A|B)|lora\.(down|up))(\.default)?(\.weight)?|hada_w1_a|lokr_w[12](_a)?|oft_blocks)"
+    ),
+    "a VAE of a model that is not supported yet": r"(encoder|decoder)\.conv_in\.weight",
+    "a language model, such as some models read captions with, not a base model": (
+        r"(model\.|language_model\.)*layers\.\d+\.self_attn\.q_proj\.weight"
+    ),
+}
+"""What a file is, if not of which model: a pattern of names that tell it."""
+
 
 def identify(shapes: Shapes) -> Detected | None:
     """What a file with these tensors is, as the first family that knows it says; None: no family does."""
@@ -64,12 +77,14 @@ def detect_file(name: str | Path, flag: str = "pretrained_model_name_or_path") -
     path = sources.local(str(name), flag)
     if path.is_dir():
         return _folder(path, flag)
-    shapes = {key: info.shape for key, info in files.read_header(path).tensors.items()}
+    shapes = _shapes([path], flag)
     found = identify(shapes)
     if found is None:
         raise UserError(f"{flag}: {path} is {unknown(shapes)}")
     if found.kind != "checkpoint":
         raise UserError(f"{flag}: {path} is {CALLED[found.kind]}")
+    if found.refused:
+        raise UserError(f"{flag}: {path} is {found.refused}")
     if lacking := set(families.facts(found.family).needed) - set(found.parts):
         raise UserError(
             f"{flag}: {path} holds no {' and no '.join(sorted(lacking))}; a whole model is needed, as a single file or a diffusers folder"
@@ -82,8 +97,22 @@ def unknown(shapes: Shapes) -> str:
     for pattern, model in OTHERS.items():
         if any(re.fullmatch(pattern, key) for key in shapes):
             return f"of {model}, which is not supported yet"
+    for what, pattern in SEEMS.items():
+        if any(re.fullmatch(pattern, key) for key in shapes):
+            return what
     first = ", ".join(repr(key) for key in list(shapes)[:2])
     return f"no model that sfumato knows (its tensors: {len(shapes)}, {first} ...)"
+
+
+def _shapes(paths: Sequence[Path], flag: str) -> Shapes:
+    """Names and shapes of some files, if their weights can be read."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for path in paths:
+        sources.refuse_quantised(f"{flag}: {path}")
+        found = {name: info.shape for name, info in files.read_header(path).tensors.items()}
+        sources.refuse_quantised(f"{flag}: {path}", found)
+        shapes |= found
+    return shapes
 
 
 def _folder(path: Path, flag: str) -> Detected:
@@ -94,8 +123,10 @@ def _folder(path: Path, flag: str) -> Detected:
     for name in families.names():
         if pipeline in families.facts(name).pipelines:
             denoiser = path / families.facts(name).denoiser_folder
-            shapes = {key: info.shape for file in sources.weight_files(denoiser) for key, info in files.read_header(file).tensors.items()}
+            shapes = _shapes(sources.weight_files(denoiser), flag)
             found = families.facts(name).detect(shapes)
+            if found and found.refused:
+                raise UserError(f"{flag}: {path} is {found.refused}")
             if found and found.kind == "checkpoint":
                 return replace(found, parts=WHOLE)
             raise UserError(f"{flag}: {denoiser} is {unknown(shapes)}")

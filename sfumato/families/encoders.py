@@ -7,14 +7,12 @@ the file (`text_model.encoder.layers.0.mlp.fc1`), and adapters are named by it.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple, TypeVar
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from sfumato.errors import UserError
-from sfumato.families import fill
 from sfumato.formats.names import TRANSPOSE, KeyMap, rule
 
 HEAD_WIDTH = 64
@@ -23,12 +21,9 @@ VOCABULARY = 49408
 """CLIP's tokens; the last marks the end of a caption. Embeddings that users train may follow it."""
 
 _PARTS = ("embeddings", "encoder", "final_layer_norm")
-_PROJECTION = rule("text_projection")
 
-CLIP_HF = KeyMap(rule("text_model"), _PROJECTION)
-"""native: a `ClipText`. foreign: transformers' names with `text_model.`, as in single files and most folders."""
-CLIP_BARE = KeyMap(*(rule(f"text_model.{part}", part) for part in _PARTS), _PROJECTION)
-"""native: a `ClipText`. foreign: the same without `text_model.`, as in early single files."""
+CLIP_BARE = KeyMap(*(rule(f"text_model.{part}", part) for part in _PARTS), rule("text_projection"))
+"""native: a `ClipText`, named as in single files and most folders. foreign: the same without `text_model.`, as in early single files."""
 
 _LAYER, _BLOCK = "text_model.encoder.layers.{i}", "transformer.resblocks.{i}"
 _QKV = ("q_proj", "k_proj", "v_proj")
@@ -113,23 +108,6 @@ def clip_net(shapes: Mapping[str, tuple[int, ...]], activation: str) -> ClipText
     )
     with torch.device("meta"):
         return ClipText(config, projected=projection is not None)
-
-
-def clip_text(tensors: Mapping[str, Tensor], activation: str, what: str = "the text encoder") -> ClipText:
-    """`clip_net` with these tensors as its own. Errors: `UserError` for missing or further tensors."""
-    return built(lambda shapes: clip_net(shapes, activation), tensors, what)
-
-
-Net = TypeVar("Net", bound=nn.Module)
-
-
-def built(net: Callable[[Mapping[str, tuple[int, ...]]], Net], tensors: Mapping[str, Tensor], what: str) -> Net:
-    """The net for tensors of these shapes, with these very tensors as its own. Errors: `UserError` naming those that do not fit."""
-    try:
-        empty = net(fill.shapes(tensors))
-    except KeyError as missing:
-        raise UserError(f"{what} lacks the tensor {missing}: the file is incomplete or of another kind") from None
-    return fill.fill(empty, tensors, what)
 
 
 def heads(width: int) -> int:

@@ -177,7 +177,7 @@ def _write_folder(models: Models, path: Path, values: Mapping[str, Mapping[str, 
 def _copy_facts(source: Path, folder: Path) -> None:
     """All of a folder but its weights: configs, tokenizers, the scheduler."""
     for path in sorted(source.rglob("*")):
-        if path.suffix in (".json", ".txt", ".model", ".jinja") and not path.name.endswith(".index.json"):
+        if path.suffix in (".json", ".txt", ".model", ".jinja") and ".index." not in path.name:
             target = folder / path.relative_to(source)
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(path, target)

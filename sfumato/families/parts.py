@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from sfumato.errors import UserError
 from sfumato.families import sources
-from sfumato.families.fill import check, shapes
+from sfumato.families.fill import check, fill, shapes
 from sfumato.formats import files
 from sfumato.formats.lazy import Lazy
 from sfumato.formats.names import KeyMap, add_prefix
@@ -81,6 +81,8 @@ class Part:
     """The setting that names a file of its own; "": there is none."""
     idle: Callable[[Collection[str]], Collection[str]] = lambda names: ()
     """Of its names (prefix off) those that no net holds; in a single file they are kept as they are."""
+    copies: Mapping[str, str] = field(default_factory=dict)
+    """Those of `idle` that repeat the values of another name: copy -> original."""
     single: Callable[[Shapes], Spelling] | None = natively
     """How a new single file spells native tensors of these shapes; None: a new one does not hold this part."""
     diffusers: Callable[[Shapes], Spelling] = natively
@@ -103,8 +105,16 @@ class Held:
     """Whether it comes from a file of its own, named by a setting."""
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Shapes by native name."""
-        return self.spelling.shapes(self.tensors.shapes)
+        """Shapes by native name. Errors: `UserError` for names that the spelling does not know."""
+        try:
+            return self.spelling.shapes(self.tensors.shapes)
+        except UserError as error:
+            raise UserError(*(f"{self._what}: {message}" for message in error.messages)) from None
+
+    @property
+    def _what(self) -> str:
+        """For messages."""
+        return f"{self.where} ({self.part.title})"
 
     def natives(self, dtype: torch.dtype | None = None) -> Iterator[tuple[str, Tensor]]:
         """(native name, tensor), one after another, floats cast to `dtype`."""
@@ -115,8 +125,7 @@ class Held:
 
         `read` is told of each tensor how many numbers it has.
         """
-        what = f"{self.where} ({self.part.title})"
-        found = self.shapes()
+        what, found = self._what, self.shapes()
         try:
             net = self.part.net(found, self.config)
         except KeyError as missing:
@@ -126,8 +135,7 @@ class Held:
         for name, tensor in self.natives(dtype):
             tensors[name] = tensor
             read(tensor.numel())
-        net.load_state_dict(tensors, strict=True, assign=True)
-        return net.eval().requires_grad_(False)
+        return fill(net, tensors, what)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -173,7 +181,8 @@ def open_model(path: Path, parts: Sequence[Part], title: str, *, given: Mapping[
 
 
 def _single(path: Path, parts: Sequence[Part], title: str, kept: re.Pattern[str]) -> Source:
-    tensors = Lazy.of([path])
+    tensors = _file(path)
+    sources.refuse_quantised(path, tensors)
     others = {name for name in tensors if kept.fullmatch(name)}
     left, held = tensors.only(lambda name: name not in others), {}
     for part, prefix in _by_prefix(parts):
@@ -220,19 +229,30 @@ def open_part(part: Part, name: str) -> Held:
     if path.is_dir():
         inner = path / part.folder
         return replace(_component(part, inner if part.folder and inner.is_dir() else path), alone=True)
-    tensors = Lazy.of([path])
+    tensors = _file(path, part)
     prefix = next((p for p in part.prefixes if p and any(n.startswith(p) for n in tensors)), "")
     return replace(_bare(part, tensors.below(prefix), path), alone=True)
 
 
+def _file(path: Path, part: Part | None = None) -> Lazy:
+    """The tensors of a file; `part`: what it is opened for. GGUF is told as such, not as a damaged file."""
+    sources.refuse_quantised(_asked(part, path))
+    return Lazy.of([path])
+
+
+def _asked(part: Part | None, where: Path) -> str:
+    """For messages: a file or folder, after the setting that named it."""
+    return f"{part.flag}: {where}" if part and part.flag else str(where)
+
+
 def _bare(part: Part, tensors: Lazy, where: Path) -> Held:
+    sources.refuse_quantised(_asked(part, where), tensors)
     idle = set(part.idle(list(tensors)))
     used = tensors.only(lambda name: name not in idle)
     spelling = part.spelling(used.shapes)
     if spelling is None:
-        first = ", ".join(repr(name) for name in list(used)[:2])
-        asked = f"{part.flag}: " if part.flag else ""
-        raise UserError(f"{asked}{where} does not hold {part.title} (its tensors: {len(used)}, {first} ...)")
+        first = ", ".join(repr(name) for name in list(tensors)[:2])
+        raise UserError(f"{_asked(part, where)} does not hold {part.title} (its tensors: {len(tensors)}, {first} ...)")
     return Held(part=part, tensors=used, spelling=spelling, prefix=None, where=where)
 
 
@@ -251,7 +271,7 @@ def lacking(source: Source, parts: Sequence[Part]) -> list[str]:
 
 
 def values(net: nn.Module, held: Held, instead: Mapping[str, Tensor], dtype: torch.dtype | None) -> dict[str, Tensor]:
-    """Native tensors of a net as they are saved: those of the file, in its number formats, where the net still has their values."""
+    """Native tensors of a net as they are saved: those of the file, in its number formats (fp8 as bf16), where the net has their values."""
     own = {**net.state_dict(), **instead}
     if unchanged(own, held):
         own = dict(held.natives())
@@ -260,19 +280,23 @@ def values(net: nn.Module, held: Held, instead: Mapping[str, Tensor], dtype: tor
 
 def unchanged(own: Mapping[str, Tensor], held: Held) -> bool:
     """Whether tensors are those of the file, but for their number format."""
-    return all(torch.equal(own[name].cpu(), t.to(own[name].dtype)) for name, t in held.natives())
+    # Read anew: a net that was trained in the file's own format may share its memory with what was mapped before.
+    read = held.spelling.read(held.tensors.cast(None, map=False))
+    return all(torch.equal(own[name].cpu(), t.to(own[name].dtype)) for name, t in read)
 
 
 def single_file(source: Source, parts: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
     """The tensors of a single file as the source spells them, or as new ones are spelled. `parts`: native tensors by component."""
     out: dict[str, Tensor] = {}
+    copies: dict[str, Tensor] = {}
     for name, tensors in parts.items():
         held = source.held[name]
         if held.prefix is None:
             continue
         spelling = held.spelling
-        if held.alone or source.path.is_dir():
-            assert held.part.single is not None
+        if (held.alone or source.path.is_dir()) and held.part.single is not None:
             spelling = held.part.single(shapes(tensors))
         out |= add_prefix(spelling.write(tensors), held.prefix)
-    return {**out, **source.kept}
+        pairs = [(held.prefix + copy, held.prefix + original) for copy, original in held.part.copies.items()]
+        copies |= {copy: out[original] for copy, original in pairs if copy in source.kept and original in out}
+    return {**out, **source.kept, **copies}

@@ -1,23 +1,21 @@
-"""Where a model is: a file, a folder or a hub id."""
+"""Where a model is (a file, a folder or a hub id), and which of its files can be read."""
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from sfumato.errors import UserError
-from sfumato.formats import files
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 WEIGHTS = ("diffusion_pytorch_model", "model", "pytorch_model")
 """File names, without ending, of a component's weights in a diffusers folder."""
 ENDINGS = (".safetensors", ".fp16.safetensors", ".bin", ".fp16.bin")
 """Endings of those files, the best first."""
+INDEXES = ("*.safetensors.index.json", "*.safetensors.index.fp16.json", "*.bin.index.json", "*.bin.index.fp16.json")
+"""Files that list the shards of one, the best first."""
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 PIPELINE_FILES = ("*.json", "*.txt", "*/*.json", "*/*.txt", "*/*.safetensors")
 """What is downloaded of a model on the hub."""
@@ -48,14 +46,31 @@ def weight_files(folder: Path) -> list[Path]:
         for name in WEIGHTS:
             if (path := folder / f"{name}{ending}").is_file():
                 return [path]
-    for index in sorted(folder.glob("*.index.json")):
-        return sorted({folder / shard for shard in read_json(index)["weight_map"].values()})
+    for index in (path for pattern in INDEXES for path in sorted(folder.glob(pattern))):
+        shards = read_json(index).get("weight_map")
+        if not isinstance(shards, dict):
+            raise UserError(f"{index}: no list of shards (weight_map) is in it; download or copy it again")
+        return sorted({folder / shard for shard in shards.values()})
     raise UserError(f"{folder}: no weights in it; expected {' or '.join(name + '.safetensors' for name in WEIGHTS[:2])}")
 
 
-def weights(folder: Path) -> dict[str, Tensor]:
-    """{name: tensor} of a component's folder, from all its shards."""
-    return {name: t for path in weight_files(folder) for name, t in files.load(path).items()}
+QUANTISED = re.compile(
+    r"(.*\.)?scaled_fp8"  # ComfyUI's mark on a file of scaled fp8 weights
+    r"|.*\.(scale_weight|scale_input|weight_scale(_\d+)?|input_scale|output_scale|comfy_quant)"
+    r"|.*\.(absmax|nested_absmax|quant_map|nested_quant_map|quant_state(\..*)?|SCB)"  # bitsandbytes
+    r"|.*\.(qweight|qzeros|scales)"  # GPTQ, AWQ
+    r"|.*\.weight\._(data|scale|shift)"  # quanto
+)
+"""Tensors that stand beside weights in fewer bits."""
+
+
+def refuse_quantised(where: Path | str, names: Iterable[str] = ()) -> None:
+    """Errors: `UserError` if a file is quantised: GGUF, which is seen from its ending, or weights with scales beside them."""
+    again = "take the file in fp16 or bf16 (plain fp8 without scales is read as well)"
+    if str(where).lower().endswith(".gguf"):
+        raise UserError(f"{where}: weights quantised to GGUF cannot be read; {again}")
+    if found := next((name for name in names if QUANTISED.fullmatch(name)), None):
+        raise UserError(f"{where}: its weights are quantised (it has the tensor {found!r}), which cannot be read; {again}")
 
 
 def read_json(path: Path) -> dict[str, Any]:

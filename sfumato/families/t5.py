@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Collection, Iterable, Mapping
-from pathlib import Path
+from collections.abc import Collection, Mapping
 from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sfumato.errors import UserError
-from sfumato.families.encoders import built, count_layers
+from sfumato.families.encoders import count_layers
 from sfumato.formats.names import KeyMap, rule
 
 EMBEDDING, TWIN = "shared.weight", "encoder.embed_tokens.weight"
@@ -20,13 +17,6 @@ EMBEDDING, TWIN = "shared.weight", "encoder.embed_tokens.weight"
 _FIRST = "encoder.block.0.layer."
 _SHARED = KeyMap(rule("shared"), rule("encoder"))
 _TWIN_ALONE = KeyMap(rule("shared", "encoder.embed_tokens"), rule("encoder"))
-
-_QUANTISED = re.compile(
-    r"(.*\.)?scaled_fp8"  # ComfyUI's mark on a file of scaled fp8 weights
-    r"|.*\.(scale_weight|scale_input|weight_scale(_\d+)?|input_scale|comfy_quant)"
-    r"|.*\.(absmax|nested_absmax|quant_map|nested_quant_map|quant_state(\..*)?|SCB)"  # bitsandbytes
-    r"|.*\.(qweight|qzeros|scales)"  # GPTQ, AWQ
-)
 
 
 class T5Encoder(nn.Module):
@@ -97,17 +87,6 @@ def t5_net(shapes: Mapping[str, tuple[int, ...]]) -> T5Encoder:
         return T5Encoder(config)
 
 
-def t5_encoder(tensors: Mapping[str, Tensor], what: str = "the T5 text encoder") -> T5Encoder:
-    """`t5_net` with the tensors of a file as its own; weights in plain fp8 are held in bf16.
-
-    Errors: `UserError` for missing, further or quantised tensors.
-    """
-    refuse_quantised(what, tensors)
-    idle = t5_idle(tensors)
-    native = t5_keys(tensors).to_native({name: widened(t) for name, t in tensors.items() if name not in idle})
-    return built(t5_net, native, what)
-
-
 def t5_keys(names: Collection[str]) -> KeyMap:
     """native: a `T5Encoder`. foreign: transformers' T5EncoderModel in a file with these names, but for those of `t5_idle`."""
     return _SHARED if EMBEDDING in names else _TWIN_ALONE
@@ -116,17 +95,3 @@ def t5_keys(names: Collection[str]) -> KeyMap:
 def t5_idle(names: Collection[str]) -> list[str]:
     """Of the names in a file, the embedding's second copy."""
     return [TWIN] if EMBEDDING in names and TWIN in names else []
-
-
-def widened(tensor: Tensor) -> Tensor:
-    """fp8, which is only for storage, as bf16, which holds its values exactly; anything else as it is."""
-    return tensor.to(torch.bfloat16) if tensor.is_floating_point() and tensor.dtype.itemsize == 1 else tensor
-
-
-def refuse_quantised(where: Path | str, names: Iterable[str] = ()) -> None:
-    """Errors: `UserError` if a file is quantised: GGUF, which is seen from its ending, or weights with scales beside them."""
-    again = "take the file in fp16 or bf16 (plain fp8 without scales is read as well)"
-    if str(where).endswith(".gguf"):
-        raise UserError(f"{where}: weights quantised to GGUF cannot be read; {again}")
-    if found := next((name for name in names if _QUANTISED.fullmatch(name)), None):
-        raise UserError(f"{where}: its weights are quantised (it has the tensor {found!r}), which cannot be read; {again}")

@@ -29,7 +29,10 @@ def clip_tokenizer(folder: Path | None = None, *, pad: str = EOS) -> Any:
 
     if folder is None:
         vocabulary, merges = stock_vocabulary()
-        return CLIPTokenizer(vocab=dict(vocabulary), merges=list(merges), pad_token=pad, model_max_length=77)
+        made = CLIPTokenizer(vocab=dict(vocabulary), merges=list(merges), pad_token=EOS, model_max_length=77)
+        # Only now: made with it, transformers would take each "!" of a caption for the mark, and not for the token at a word's end.
+        made.pad_token = pad
+        return made
     if not any((folder / name).is_file() for name in ("tokenizer.json", "vocab.json")):
         raise UserError(
             f"tokenizer folder {folder}: neither tokenizer.json nor vocab.json is in it; give a CLIP tokenizer's folder, or leave it out"

@@ -25,7 +25,7 @@ from sfumato.data.cache import Report, cache_latents, cache_texts
 from sfumato.data.loader import Loader
 from sfumato.data.plan import Plan, make_plan
 from sfumato.data.store import Index, Store, default_root
-from sfumato.families.base import Models
+from sfumato.families.base import Models, check_sizes
 from sfumato.families.loading import load
 from sfumato.formats import files
 from sfumato.formats.files import file_digest
@@ -38,7 +38,7 @@ from sfumato.tensors.noise import Process
 from sfumato.train import dist, keep, log, loop, provenance, state
 from sfumato.train.progress import Tell, console, telling
 from sfumato.train.prompts import Prompt, default, read_prompts, sampler
-from sfumato.train.sample import Known, encode_prompts, sample
+from sfumato.train.sample import Known, check_prompts, encode_prompts, sample
 from sfumato.train.step import Step, autocast
 from sfumato.train.trainables import Adapters, Full, Trainable, caches_latents, caches_text, read_adapter, whole_nets
 
@@ -120,6 +120,7 @@ def fill_caches(config: Config, data: Data, models: Models, world: dist.World) -
 
     The VAE and the text encoders take turns on the device, where the denoiser is not yet.
     """
+    check_sizes(models, data.plan.largest())
     latents = texts = None
     if caches_latents(config):
         models.the_vae().to(world.device)
@@ -216,6 +217,7 @@ def prepare(config: Config, method: Method, datasets: tuple[DatasetConfig, ...],
     sampler(config.sample.sample_sampler)
     plan = adapters.parse(config.network, families.facts_of(config.family).network_args) if method == "network" else None
     models = load_models(config, precision, method)
+    check_prompts(models, prompts, config.sample.sample_sampler)
     merge_base_weights(config, models)
     caches = fill_caches(config, data, models, world)
     trainable: Trainable = Adapters(models, config, plan) if plan else Full(models, config)
@@ -227,10 +229,7 @@ def prepare(config: Config, method: Method, datasets: tuple[DatasetConfig, ...],
     optimizer = build.optimizer(config.optimizer, trainable.groups())
     if config.train.full_bf16:
         optimizer = build.in_low_bits(optimizer, config.train.seed)
-    step: nn.Module = Step(models, trainable, process, config.loss, precision)
-    if world.size > 1:
-        # A clip_skip, or a text encoder frozen on the way, leaves weights without a gradient.
-        step = DistributedDataParallel(step, find_unused_parameters=trainable.trained != ("denoiser",))
+    step = _shared(Step(models, trainable, process, config.loss, precision), trainable, world)
     loader = Loader(
         plan=data.plan,
         seed=config.train.seed,
@@ -265,6 +264,14 @@ def prepare(config: Config, method: Method, datasets: tuple[DatasetConfig, ...],
         Path(config.output.output_dir).mkdir(parents=True, exist_ok=True)
         course.log = log.Log(config, course.done, asdict(dataclasses.replace(config, family=None)))
     return course
+
+
+def _shared(step: Step, trainable: Trainable, world: dist.World) -> nn.Module:
+    """The step, of which several processes exchange the gradients."""
+    if world.size == 1:
+        return step
+    # A clip_skip, or a text encoder frozen on the way, leaves weights without a gradient.
+    return DistributedDataParallel(step, find_unused_parameters=trainable.trained != ("denoiser",))
 
 
 def merge_base_weights(config: Config, models: Models) -> None:

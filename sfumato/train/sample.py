@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from sfumato.data.batch import Cond
 from sfumato.errors import UserError
 from sfumato.families.autoencoders import unscale
-from sfumato.families.base import Models, Setting
+from sfumato.families.base import Models, Setting, check_sizes
 from sfumato.tensors.noise import Process
 from sfumato.tensors.random import key
 from sfumato.train import picture
@@ -132,6 +132,7 @@ def draw_latents(
     Works under autocast and with nets in 16 bits; nets are in eval mode for the while and get their modes back.
     """
     _tell_of_no_effect(prompts, models)
+    check_prompts(models, prompts, sampler)
     groups = [
         chunk
         for _, alike in groupby(range(len(prompts)), lambda i: _shape(prompts[i], models, sampler))
@@ -187,13 +188,11 @@ class Euler:
 
 def _prepared(models: Models, process: Process, prompt: Prompt, sampler: str) -> Any:
     """The scheduler that a prompt is drawn along, its steps laid out."""
-    name, device = own_name(prompt.sample_sampler or sampler), _place(models.denoiser)[0]
+    name, device = _sampler(models, prompt, sampler), _place(models.denoiser)[0]
     if models.family.sigmas is None:
         scheduler = scheduler_for(process, name)
         scheduler.set_timesteps(prompt.sample_steps, device=device)
         return scheduler
-    if name != "euler":
-        raise UserError(f"sample_sampler {name}: {models.family.title} is drawn with euler")
     _, height, width = _latent_shape(models, prompt)
     return Euler(models.family.sigmas(models, prompt.sample_steps, height * width).to(device))
 
@@ -279,6 +278,21 @@ class _Count:
         self.done += 1
         if self.progress:
             self.progress(self.done, self.total)
+
+
+def check_prompts(models: Models, prompts: Sequence[Prompt], sampler: str) -> None:
+    """Errors: `UserError` for pictures that are too large for the model, and for samplers that it is not drawn with."""
+    check_sizes(models, ((f"the prompt {p.prompt!r}", p.width, p.height, "lower its width and height") for p in prompts))
+    for p in prompts:
+        _sampler(models, p, sampler)
+
+
+def _sampler(models: Models, prompt: Prompt, sampler: str) -> str:
+    """The name of the prompt's sampler, or of the run's."""
+    name = own_name(prompt.sample_sampler or sampler)
+    if models.family.sigmas is not None and name != "euler":
+        raise UserError(f"sample_sampler {name}: {models.family.title} is drawn with euler")
+    return name
 
 
 def _tell_of_no_effect(prompts: Sequence[Prompt], models: Models) -> None:

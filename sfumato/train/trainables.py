@@ -93,6 +93,8 @@ class Full:
                     p.requires_grad_(True)
                     self._weights[f"{name}.{path}"] = p
                     self._rates[name].setdefault(self._common(name) if own is None else own, []).append(p)
+        if not self._weights:
+            raise UserError("nothing is left to train: every learning rate of a part or block is 0")
         if self._layout()[0] == "diffusers":
             check_folder(models)
 
@@ -157,6 +159,7 @@ class Adapters:
             raise UserError(
                 "nothing is left to train: network_train_unet_only, network_train_text_encoder_only and the rates exclude everything"
             )
+        _check(models, config, plan, self.trained)
         given = read_adapter(models, Path(network.network_weights)) if network.network_weights else {}
         if network.dim_from_weights:
             self.inserted = from_state(
@@ -170,6 +173,8 @@ class Adapters:
                 self.inserted.load(given)
         if config.train.full_bf16:
             self.inserted.to(torch.bfloat16)
+        # What these names cannot hold is told now, not after the training.
+        dialect.write(models.family.dialects(models)[config.output.dialect], self.inserted.state())
         sites = self.inserted.sites().items()
         self._weights = {"|".join((*site, name)): p for site, a in sites for name, p in a.named_parameters() if p.requires_grad}
 
@@ -230,6 +235,25 @@ def read_adapter(models: Models, path: Path) -> dict[dialect.Site, dialect.Leave
         (name, p) for name, net in models.nets().items() for p, layer in net.named_modules() if isinstance(layer, nn.Linear | nn.Conv2d)
     ]
     return dialect.read(models.family.dialects(models).values(), files.load(path), sites)
+
+
+def _check(models: Models, config: Config, plan: AdapterPlan, trained: tuple[str, ...]) -> None:
+    """Errors: `UserError` for a dialect that has no names for what is trained, and for what is said of encoders that are not trained."""
+    dialect, rates = config.output.dialect, config.optimizer.text_encoder_lr
+    nameless = [name for name in trained if name not in models.family.dialects(models)[dialect].prefix]
+    wrong = [f"dialect {dialect}: it has no names for {name}, which is trained; choose kohya or comfy" for name in nameless]
+    encoders = [n for n in models.family.encoder_lr_order if n in models.encoders]
+    if len(rates) > len(encoders):
+        wrong.append(f"text_encoder_lr: {len(rates)} rates for {len(encoders)} text encoders ({', '.join(encoders)}); give one for each")
+    elif any(rates) and not set(encoders) & set(trained):
+        wrong.append("text_encoder_lr: no text encoder is trained in this run; leave it out")
+    wrong += [
+        f"network_args train_{name}: does nothing beside network_train_unet_only, cache_text_encoder_outputs or a text_encoder_lr of 0"
+        for name in encoders
+        if getattr(plan.family, f"train_{name}", False) and name not in trained
+    ]
+    if wrong:
+        raise UserError(*wrong)
 
 
 def _wanted(name: str, models: Models, config: Config, plan: AdapterPlan) -> bool:

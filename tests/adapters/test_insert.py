@@ -31,7 +31,7 @@ def test_no_convolutions_without_a_rank_for_them(net):
 
 
 def test_nothing_to_train_is_an_error(net):
-    with pytest.raises(UserError, match=r"denoiser: no layer has a path like nothing\.\*"):
+    with pytest.raises(UserError, match=r"denoiser: no layer is left to put an adapter on, of those with paths like nothing\.\*"):
         choose(net, "denoiser", {"linear": ("nothing.*",)}, LORA)
 
 

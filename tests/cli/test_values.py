@@ -15,6 +15,8 @@ GOOD = [
     ("text_encoder_lr", ["1e-5", "2e-5"], True, (1e-5, 2e-5)),
     ("text_encoder_lr", 1e-5, False, (1e-5,)),
     ("text_encoder_lr", [], False, ()),
+    ("block_lr", ["1e-5,2e-5, 0"], True, (1e-5, 2e-5, 0.0)),
+    ("block_lr", "1e-5,2e-5", False, (1e-5, 2e-5)),
     ("optimizer_args", ["weight_decay=0.01", "betas=0.9,0.99"], True, ("weight_decay=0.01", "betas=0.9,0.99")),
     ("network_args", "conv_dim=4", False, ("conv_dim=4",)),
     ("lr_warmup_steps", "10%", True, "10%"),
@@ -48,6 +50,7 @@ BAD = [
     ("cache_latents", 1, False, "true or false"),
     ("cache_latents", "maybe", True, "true or false"),
     ("optimizer_args", [1], False, "a list, each text"),
+    ("block_lr", "1e-5,x", True, "a list, each a number, found the text '1e-5,x'"),
     ("class_tokens", 7, False, "text, found the number 7"),
 ]
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import nets
 import pytest
 import tiny
 import torch
@@ -15,13 +17,20 @@ from tinies import encoders
 from torch import Tensor
 
 from sfumato.errors import UserError
-from sfumato.families.autoencoders import kl_net, load_kl, read_vae, scale, unscale, vae_keys
+from sfumato.families.autoencoders import kl_net, scale, unscale, vae_keys
+from sfumato.families.borrowed import vae_part
 from sfumato.families.fill import shapes
+from sfumato.families.parts import open_part
 from sfumato.formats.files import save
 from sfumato.formats.names import add_prefix
 
 Keys = Callable[[str], dict[str, tuple[int, ...]]]
 FLUX, SD3 = (0.3611, 0.1159), (1.5305, 0.0609)
+SIXTEEN = vae_part(("first_stage_model.", "vae."), *SD3, channels=16)
+
+
+def scaling(vae: Any) -> tuple[float, float]:
+    return vae.config.scaling_factor, vae.config.shift_factor
 
 
 def ldm16() -> dict[str, Tensor]:
@@ -31,7 +40,7 @@ def ldm16() -> dict[str, Tensor]:
 
 def test_a_vae_of_16_channels_says_what_diffusers_does() -> None:
     theirs = encoders.vae16()
-    ours = load_kl(ldm16(), *FLUX)
+    ours = nets.vae(ldm16(), *FLUX, channels=16)
     assert "quant_conv.weight" not in ours.state_dict()
     x, z = torch.rand(1, 3, 32, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1, torch.ones(1, 16, 4, 2)
     with torch.no_grad():
@@ -53,7 +62,7 @@ def test_every_tensor_of_a_real_vae_has_its_place(keys: Keys, name: str) -> None
 
 @pytest.mark.parametrize(("pipeline", "factors"), [(FluxImg2ImgPipeline, FLUX), (StableDiffusion3Img2ImgPipeline, SD3)])
 def test_latents_are_scaled_as_pipelines_do(pipeline: Any, factors: tuple[float, float], monkeypatch: pytest.MonkeyPatch) -> None:
-    vae = load_kl(encoders.vae16().state_dict(), *factors)
+    vae = nets.vae(encoders.vae16().state_dict(), *factors, channels=16)
     x = torch.rand(1, 3, 32, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
     draw: Callable[[], torch.Generator] = lambda: torch.Generator().manual_seed(1)  # noqa: E731
     with torch.no_grad():
@@ -69,7 +78,7 @@ def test_latents_are_scaled_as_pipelines_do(pipeline: Any, factors: tuple[float,
 
 
 def test_a_vae_without_a_shift() -> None:
-    vae, x = load_kl(tiny.parts(v2=False).vae.state_dict()), torch.ones(1, 4, 2, 2)
+    vae, x = nets.vae(tiny.parts(v2=False).vae.state_dict()), torch.ones(1, 4, 2, 2)
     assert vae.config.shift_factor is None
     assert scale(vae, x).unique().item() == pytest.approx(0.18215)
     assert unscale(vae, x).unique().item() == pytest.approx(1 / 0.18215)
@@ -84,34 +93,39 @@ def test_a_vae_is_read_from_any_file_that_holds_one(tmp_path: Path, prefix: str)
         else {"loss.logvar": torch.zeros(1)}
     )
     save(tmp_path / "file.safetensors", {**held, **others, f"{prefix}model_ema.decay": torch.zeros(1)}, {})
-    found = read_vae(str(tmp_path / "file.safetensors"), scale=SD3[0], shift=SD3[1])
+    found = open_part(SIXTEEN, str(tmp_path / "file.safetensors")).build()
     theirs = encoders.vae16().state_dict()
-    assert found.tensors.keys() == theirs.keys()
-    assert all(torch.equal(found.tensors[name], t) for name, t in theirs.items())
-    assert (found.scale, found.shift) == SD3
+    assert found.state_dict().keys() == theirs.keys()
+    assert all(torch.equal(found.get_parameter(name), t) for name, t in theirs.items())
+    assert scaling(found) == SD3
 
 
 def test_a_folder_says_how_its_latents_are_scaled(tmp_path: Path) -> None:
     encoders.vae16().save_pretrained(tmp_path / "pipeline" / "vae")
     for folder in (tmp_path / "pipeline", tmp_path / "pipeline" / "vae"):
-        found = read_vae(str(folder), scale=SD3[0], shift=SD3[1])
-        assert (found.scale, found.shift) == FLUX
-        assert shapes(found.tensors) == shapes(encoders.vae16().state_dict())
+        found = open_part(SIXTEEN, str(folder)).build()
+        assert scaling(found) == FLUX
+        assert shapes(found.state_dict()) == shapes(encoders.vae16().state_dict())
 
 
 def test_a_file_without_a_vae_is_refused_by_name(tmp_path: Path) -> None:
     save(tmp_path / "other.safetensors", {"a.weight": torch.zeros(1)}, {})
-    with pytest.raises(UserError, match=r"other\.safetensors.*no KL autoencoder"):
-        read_vae(str(tmp_path / "other.safetensors"))
+    with pytest.raises(UserError, match=r"vae: .*other\.safetensors does not hold the VAE \(its tensors: 1, 'a\.weight'"):
+        open_part(SIXTEEN, str(tmp_path / "other.safetensors"))
     with pytest.raises(UserError, match="ae: no such file"):
-        read_vae(str(tmp_path / "nothing.safetensors"), flag="ae")
+        open_part(replace(SIXTEEN, flag="ae"), str(tmp_path / "nothing.safetensors"))
+
+
+def test_a_vae_of_another_model_is_refused() -> None:
+    with pytest.raises(UserError, match="16 channels, those of this model 4"):
+        nets.vae(ldm16())
 
 
 def test_a_vae_in_ldm_names_says_what_diffusers_does() -> None:
     theirs = tiny.parts(v2=False).vae
     ldm = vae_keys(theirs.state_dict()).to_foreign(theirs.state_dict())
     assert ldm["encoder.mid.attn_1.q.weight"].ndim == 4
-    ours = load_kl(ldm)
+    ours = nets.vae(ldm)
     x, z = torch.rand(1, 3, 32, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1, torch.ones(1, 4, 4, 2)
     with torch.no_grad():
         torch.testing.assert_close(ours.encode(x).latent_dist.mode(), theirs.encode(x).latent_dist.mode(), atol=1e-5, rtol=1e-5)
@@ -130,14 +144,14 @@ def test_early_diffusers_names() -> None:
             name = name.replace(f"attentions.0.{new}.", f"attentions.0.{old}.")
         renamed[name] = t
     assert renamed.keys() != tensors.keys()
-    ours = load_kl(renamed).state_dict()
+    ours = nets.vae(renamed).state_dict()
     assert all(torch.equal(ours[name], t) for name, t in tensors.items())
 
 
 def test_what_is_no_vae_is_refused() -> None:
-    with pytest.raises(UserError, match="no KL autoencoder"):
-        load_kl({"a": torch.zeros(1)})
+    with pytest.raises(UserError, match="does not hold the VAE"):
+        nets.vae({"a": torch.zeros(1)})
     tensors = dict(tiny.parts(v2=False).vae.state_dict())
     del tensors["decoder.conv_in.weight"]
     with pytest.raises(UserError, match=r"decoder\.conv_in\.weight"):
-        load_kl(tensors)
+        nets.vae(tensors)

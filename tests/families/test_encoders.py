@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import nets
 import pytest
 import tiny
 import torch
@@ -13,9 +14,9 @@ from tinies import encoders
 from torch import Tensor, nn
 
 from sfumato.errors import UserError
-from sfumato.families.encoders import CLIP_BARE, CLIP_HF, OPEN_CLIP, clip_net, clip_text
+from sfumato.families.encoders import CLIP_BARE, OPEN_CLIP, clip_net
 from sfumato.families.fill import fill, shapes
-from sfumato.families.tokenizers import clip_tokenizer, is_stock
+from sfumato.families.tokenizers import EOS, clip_tokenizer, is_stock
 
 Keys = Callable[[str], dict[str, tuple[int, ...]]]
 CAPTIONS = ["a cat on a mat", "", "red " * 80]
@@ -40,7 +41,7 @@ def tokens(kind: str) -> Tensor:
 def test_states_and_what_is_pooled_equal_transformers(kind: str, skip: int) -> None:
     make, activation = KINDS[kind]
     theirs: Any = make()
-    ours, ids = clip_text(tiny.text_states(theirs), activation), tokens(kind)
+    ours, ids = nets.clip(tiny.text_states(theirs), activation, projected=kind != "clip_l"), tokens(kind)
     with torch.no_grad():
         said, got = theirs(ids, output_hidden_states=True), ours(ids, skip)
         pooled = said.pooler_output if kind == "clip_l" else theirs.text_model(ids).pooler_output
@@ -54,7 +55,7 @@ def test_states_and_what_is_pooled_equal_transformers(kind: str, skip: int) -> N
 def test_what_is_pooled_stands_at_the_first_end_mark(kind: str) -> None:
     """The mask is causal: nothing that follows the first end mark changes what is pooled, and the word before it does."""
     make, activation = KINDS[kind]
-    net, ids = clip_text(tiny.text_states(make()), activation), tokens(kind)[:1]
+    net, ids = nets.clip(tiny.text_states(make()), activation, projected=kind != "clip_l"), tokens(kind)[:1]
     end = ids[0].tolist().index(net.config.eos_token_id)
     after, before = ids.clone(), ids.clone()
     after[0, end + 1 :] = 7
@@ -76,8 +77,7 @@ def test_embeddings_added_to_the_vocabulary_do_not_move_the_end_mark(keys: Keys)
 @pytest.mark.parametrize(("name", "layers", "heads", "projected"), [("clip_l.hf", 12, 12, False), ("clip_g.hf", 32, 20, True)])
 def test_every_tensor_of_a_real_file_has_its_place(keys: Keys, name: str, layers: int, heads: int, projected: bool) -> None:
     table = keys(name)
-    native = shapes(CLIP_HF.to_native({k: torch.empty(shape, device="meta") for k, shape in table.items()}))
-    net = clip_net(native, "gelu")
+    net = clip_net(table, "gelu")
     assert shapes(net.state_dict()) == table
     assert (len(net.layers), net.config.num_attention_heads) == (layers, heads)
     assert isinstance(net.text_projection, nn.Linear) is projected
@@ -93,7 +93,7 @@ def test_bigg_of_a_single_file_is_the_one_in_transformers_names(keys: Keys) -> N
 
 
 def test_the_projection_of_open_clip_is_multiplied_from_the_right() -> None:
-    net, ids = clip_text(tiny.text_states(encoders.clip_g()), "gelu"), tokens("clip_g")
+    net, ids = nets.clip(tiny.text_states(encoders.clip_g()), "gelu", projected=True), tokens("clip_g")
     native = OPEN_CLIP.to_native(net.state_dict())
     with torch.no_grad():
         got = net(ids)
@@ -105,10 +105,10 @@ def test_the_projection_of_open_clip_is_multiplied_from_the_right() -> None:
 
 def test_a_projection_to_another_width() -> None:
     tensors = {**tiny.text_states(encoders.clip_l()), "text_projection.weight": torch.ones(5, encoders.L_WIDTH)}
-    net = clip_text(tensors, "quick_gelu")
+    net = nets.clip(tensors, projected=True)
     with torch.no_grad():
         assert net(tokens("clip_l")).projected.shape == (3, 5)
-    assert (net.config.projection_dim, clip_text(tiny.text_states(encoders.clip_l()), "quick_gelu").config.projection_dim) == (5, 64)
+    assert (net.config.projection_dim, nets.clip(tiny.text_states(encoders.clip_l())).config.projection_dim) == (5, 64)
 
 
 def test_a_net_is_built_without_values_and_filled_later() -> None:
@@ -129,7 +129,7 @@ def test_a_net_is_built_without_values_and_filled_later() -> None:
 @pytest.mark.parametrize("skip", [1, 2, 3])
 def test_states_equal_transformers(v2: bool, activation: str, skip: int) -> None:
     theirs = tiny.parts(v2=v2).text
-    ours = clip_text(tiny.text_states(theirs), activation)
+    ours = nets.clip(tiny.text_states(theirs), activation)
     ids = torch.randint(0, 700, (2, 77), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         said = theirs(ids, output_hidden_states=True)
@@ -140,14 +140,14 @@ def test_states_equal_transformers(v2: bool, activation: str, skip: int) -> None
 
 
 def test_paths_are_the_names_in_files() -> None:
-    net = clip_text(tiny.text_states(tiny.parts(v2=False).text), "quick_gelu")
+    net = nets.clip(tiny.text_states(tiny.parts(v2=False).text))
     assert isinstance(net.get_submodule("text_model.encoder.layers.0.mlp.fc1"), nn.Linear)
     assert list(net.state_dict()) == list(tiny.text_states(tiny.parts(v2=False).text))
 
 
 def test_open_clip_layout_equals_torch_multihead_attention() -> None:
     """The fused projection is torch's own, which OpenCLIP is built of."""
-    net = clip_text(tiny.text_states(tiny.parts(v2=True).text), "gelu")
+    net = nets.clip(tiny.text_states(tiny.parts(v2=True).text), "gelu")
     layer = net.layers[1].self_attn
     names = OPEN_CLIP.to_native(net.state_dict())
     prefix = "transformer.resblocks.1.attn."
@@ -165,14 +165,23 @@ def test_early_files_without_text_model() -> None:
     tensors = tiny.text_states(tiny.parts(v2=False).text)
     bare = {name.removeprefix("text_model."): t for name, t in tensors.items()}
     assert CLIP_BARE.to_native(bare).keys() == tensors.keys()
+    found = nets.clip(bare).state_dict()
+    assert all(torch.equal(found[name], t) for name, t in tensors.items())
+
+
+@pytest.mark.parametrize("projected", [False, True])
+def test_a_projection_that_is_not_used_is_left_in_the_file(projected: bool) -> None:
+    tensors = tiny.text_states(encoders.clip_l_projected())
+    used = set(tensors) if projected else set(tensors) - {"text_projection.weight"}
+    assert set(nets.clip(tensors, projected=projected).state_dict()) == used
 
 
 def test_missing_tensors_are_named() -> None:
     tensors = tiny.text_states(tiny.parts(v2=False).text)
     with pytest.raises(UserError, match=r"layers\.1\.mlp\.fc2\.bias"):
-        clip_text({name: t for name, t in tensors.items() if name != "text_model.encoder.layers.1.mlp.fc2.bias"}, "gelu")
+        nets.clip({name: t for name, t in tensors.items() if name != "text_model.encoder.layers.1.mlp.fc2.bias"})
     with pytest.raises(UserError, match="position_embedding"):
-        clip_text({name: t for name, t in tensors.items() if "position_embedding" not in name}, "gelu")
+        nets.clip({name: t for name, t in tensors.items() if "position_embedding" not in name})
 
 
 @pytest.mark.parametrize(
@@ -184,9 +193,12 @@ def test_missing_tensors_are_named() -> None:
         ("", []),
     ],
 )
-def test_the_vocabulary_in_the_box_is_clips(text: str, ids: list[int]) -> None:
-    tokenizer = clip_tokenizer()
+@pytest.mark.parametrize("pad", ["!", EOS])
+def test_the_vocabulary_in_the_box_is_clips(text: str, ids: list[int], pad: str) -> None:
+    """A "!" in a caption stays a token of its own where captions are padded with token 0, which is spelled so as well."""
+    tokenizer = clip_tokenizer(pad=pad)
     assert tokenizer(text).input_ids == [49406, *ids, 49407]
+    assert tokenizer("a", padding="max_length", max_length=4).input_ids[3] == (0 if pad == "!" else 49407)
     assert len(tokenizer) == 49408
     assert is_stock(tokenizer)
 

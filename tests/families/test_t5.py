@@ -6,6 +6,7 @@ import struct
 from collections.abc import Callable
 from pathlib import Path
 
+import nets
 import pytest
 import torch
 from tinies import encoders
@@ -16,7 +17,7 @@ from transformers.utils import sentencepiece_model_pb2_new as sentencepiece
 from sfumato.errors import UserError
 from sfumato.families import sources
 from sfumato.families.fill import shapes
-from sfumato.families.t5 import EMBEDDING, TWIN, T5Encoder, refuse_quantised, t5_encoder, t5_idle, t5_keys, t5_net
+from sfumato.families.t5 import EMBEDDING, TWIN, T5Encoder, t5_idle, t5_keys, t5_net
 from sfumato.families.tokenizers import T5_FILES, T5_HUB, fingerprint, t5_source, t5_tokenizer
 from sfumato.memory.checkpoint import checkpoint_blocks
 
@@ -35,7 +36,7 @@ def tensors() -> dict[str, Tensor]:
 
 @pytest.fixture(scope="module")
 def net() -> T5Encoder:
-    return t5_encoder(tensors())
+    return nets.t5(tensors())
 
 
 def off(got: Tensor, wanted: Tensor) -> float:
@@ -84,7 +85,6 @@ def test_sizes_are_read_off_the_shapes_and_nothing_is_needed_that_is_in_no_file(
 
 def test_every_tensor_of_the_real_file_has_its_place(keys: Keys) -> None:
     table = keys("t5xxl.hf")
-    refuse_quantised("t5xxl.safetensors", table)
     assert t5_idle(table) == [TWIN]
     native = t5_keys(table).to_native({k: torch.empty(shape, device="meta") for k, shape in table.items() if k != TWIN})
     net = t5_net(shapes(native))
@@ -96,7 +96,7 @@ def test_every_tensor_of_the_real_file_has_its_place(keys: Keys) -> None:
 @pytest.mark.parametrize("held", [(EMBEDDING,), (TWIN,), (EMBEDDING, TWIN)])
 def test_the_embedding_stands_under_either_name_or_both(net: T5Encoder, held: tuple[str, ...]) -> None:
     given = {name: t for name, t in tensors().items() if name not in (EMBEDDING, TWIN) or name in held}
-    found = t5_encoder(given).state_dict()
+    found = nets.t5(given).state_dict()
     assert found.keys() == net.state_dict().keys()
     assert torch.equal(found[EMBEDDING], tensors()[EMBEDDING])
 
@@ -105,11 +105,19 @@ def test_missing_and_strange_tensors_are_named() -> None:
     given = tensors()
     first = "encoder.block.0.layer.1.DenseReluDense.wi_0.weight"
     with pytest.raises(UserError, match=r"wi_0\.weight"):
-        t5_encoder({name: t for name, t in given.items() if name != first})
+        nets.t5({name: t for name, t in given.items() if name != first})
     with pytest.raises(UserError, match=r"block\.2\.layer\.0\.SelfAttention\.o\.weight"):
-        t5_encoder({name: t for name, t in given.items() if name != "encoder.block.2.layer.0.SelfAttention.o.weight"})
-    with pytest.raises(UserError, match=r"decoder\.final"):
-        t5_encoder({**given, "decoder.final_layer_norm.weight": torch.zeros(1)})
+        nets.t5({name: t for name, t in given.items() if name != "encoder.block.2.layer.0.SelfAttention.o.weight"})
+    with pytest.raises(UserError, match=r"encoder\.block\.2\.layer\.2\.strange"):
+        nets.t5({**given, "encoder.block.2.layer.2.strange.weight": torch.zeros(1)})
+    with pytest.raises(UserError, match=r"model\.safetensors \(the text encoder t5xxl\): no rule names the tensor 'mystery\.weight'"):
+        nets.t5({**given, "mystery.weight": torch.zeros(1)})
+
+
+def test_the_rest_of_a_whole_t5_is_left_in_the_file(net: T5Encoder) -> None:
+    rest = ("decoder.final_layer_norm.weight", "lm_head.weight", "logit_scale", "spiece_model")
+    found = nets.t5({**tensors(), **{name: torch.zeros(1) for name in rest}}).state_dict()
+    assert found.keys() == net.state_dict().keys()
 
 
 def test_gradients_are_the_same_with_checkpointing(net: T5Encoder) -> None:
@@ -134,7 +142,7 @@ def test_gradients_are_the_same_with_checkpointing(net: T5Encoder) -> None:
 
 def test_bf16(net: T5Encoder) -> None:
     ids, mask = tokens(CAPTIONS)
-    half = t5_encoder({name: t.bfloat16() for name, t in tensors().items()})
+    half = nets.t5({name: t.bfloat16() for name, t in tensors().items()})
     with torch.no_grad():
         got, wanted = half(ids, mask), net(ids, mask)
         with torch.autocast("cpu", torch.bfloat16):
@@ -150,7 +158,7 @@ def test_fp16_holds_what_its_feed_forward_says() -> None:
     large = {name: t * 1e5 if name.endswith(".wo.weight") else t for name, t in tensors().items()}
     theirs = T5EncoderModel(encoders.t5().config).eval()
     theirs.load_state_dict(large)
-    ours = t5_encoder(large)
+    ours = nets.t5(large)
     with torch.no_grad():
         wanted = theirs(ids, attention_mask=mask).last_hidden_state
         assert theirs.encoder(ids, output_hidden_states=True).hidden_states[1].abs().max() > torch.finfo(torch.float16).max
@@ -165,35 +173,13 @@ def test_fp16_holds_what_its_feed_forward_says() -> None:
 
 def test_plain_fp8_is_held_in_bf16() -> None:
     given = {name: t.to(torch.float8_e4m3fn) for name, t in tensors().items()}
-    net = t5_encoder(given)
+    net = nets.t5(given)
     assert {t.dtype for t in net.state_dict().values()} == {torch.bfloat16}
     name = "encoder.block.1.layer.0.SelfAttention.q.weight"
     assert torch.equal(net.get_parameter(name).float(), given[name].float())
     ids, mask = tokens(CAPTIONS)
     with torch.no_grad():
         assert off(net(ids, mask), encoders.t5()(ids, attention_mask=mask).last_hidden_state) < 0.2
-
-
-QUANTISED = [
-    "scaled_fp8",
-    "encoder.block.0.layer.0.SelfAttention.q.scale_weight",
-    "encoder.block.0.layer.0.SelfAttention.q.weight_scale",
-    "encoder.block.0.layer.0.SelfAttention.q.weight.absmax",
-    "encoder.block.0.layer.0.SelfAttention.q.weight.quant_state.bitsandbytes__nf4",
-]
-
-
-@pytest.mark.parametrize("name", QUANTISED)
-def test_quantised_weights_are_refused_with_file_and_tensor(name: str) -> None:
-    with pytest.raises(UserError) as error:
-        t5_encoder({**tensors(), name: torch.zeros(1)}, "models/t5xxl_small.safetensors")
-    (line,) = error.value.messages
-    assert "models/t5xxl_small.safetensors" in line and repr(name) in line and "quantised" in line
-
-
-def test_gguf_is_refused_by_its_ending() -> None:
-    with pytest.raises(UserError, match=r"t5\.gguf: .*GGUF"):
-        refuse_quantised(Path("t5.gguf"))
 
 
 # --- the tokenizer ---

@@ -94,7 +94,7 @@ def test_a_whole_model_without_its_text_encoders(case: Case, files: Files, pictu
 
 
 def test_a_whole_model_with_its_text_encoders(case: Case, files: Files, pictures: Path, tmp_path: Path) -> None:
-    options = families.facts(case.family).options(**files.options)
+    options = families.facts(case.family).options(**{**files.options, **case.options})
     may = families.family(case.family).trainable(options, None)
     encoders = set(case.models(files).encoders) & (may if may is not None else set(case.models(files).encoders))
     whole(case, files, pictures, tmp_path, {"denoiser", *encoders}, train_text_encoder=True)

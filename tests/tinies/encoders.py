@@ -22,19 +22,19 @@ L_WIDTH, G_WIDTH, T5_WIDTH = 64, 128, 96
 @cache
 def clip_l() -> Any:
     """CLIP-L as SDXL and FLUX have it."""
-    return _random(1, lambda: CLIPTextModel(_clip(L_WIDTH, 3, "quick_gelu")))
+    return randomised(1, lambda: CLIPTextModel(clip_config(L_WIDTH, 3, "quick_gelu")))
 
 
 @cache
 def clip_l_projected() -> Any:
     """CLIP-L as SD3 has it."""
-    return _random(2, lambda: CLIPTextModelWithProjection(_clip(L_WIDTH, 3, "quick_gelu")))
+    return randomised(2, lambda: CLIPTextModelWithProjection(clip_config(L_WIDTH, 3, "quick_gelu")))
 
 
 @cache
 def clip_g() -> Any:
     """OpenCLIP-bigG as SDXL and SD3 have it."""
-    return _random(3, lambda: CLIPTextModelWithProjection(_clip(G_WIDTH, 4, "gelu")))
+    return randomised(3, lambda: CLIPTextModelWithProjection(clip_config(G_WIDTH, 4, "gelu")))
 
 
 @cache
@@ -50,13 +50,13 @@ def t5() -> Any:
         relative_attention_num_buckets=16,
         feed_forward_proj="gated-gelu",
     )
-    return _random(4, lambda: T5EncoderModel(config))
+    return randomised(4, lambda: T5EncoderModel(config))
 
 
 @cache
 def vae16() -> Any:
     """The VAE of SD3 and FLUX, with FLUX's scaling."""
-    return _random(
+    return randomised(
         5,
         lambda: AutoencoderKL(
             block_out_channels=(32, 32, 64, 64),
@@ -87,7 +87,8 @@ def t5_tokenizer() -> Any:
     return T5Tokenizer(vocab=vocabulary, extra_ids=0)
 
 
-def _clip(width: int, layers: int, activation: str) -> CLIPTextConfig:
+def clip_config(width: int, layers: int, activation: str) -> CLIPTextConfig:
+    """A CLIP text encoder for the small vocabulary."""
     size = len(tiny.vocabulary())
     return CLIPTextConfig(
         vocab_size=size,
@@ -102,7 +103,8 @@ def _clip(width: int, layers: int, activation: str) -> CLIPTextConfig:
     )
 
 
-def _random(seed: int, make: Callable[[], Any]) -> Any:
+def randomised(seed: int, make: Callable[[], Any]) -> Any:
+    """A net made with random weights that are the same each time, in eval mode."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = make()

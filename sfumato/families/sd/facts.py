@@ -61,8 +61,8 @@ _UNETS = {
 
 def _checkpoint(shapes: Shapes) -> Detected | None:
     for dialect, (prefix, first, keys) in _UNETS.items():
-        context = _context(shapes, re.escape(prefix) + keys)
-        if prefix + first in shapes and context not in (None, CONTEXT_XL) and not _is_controlnet(shapes):
+        width = text_width(shapes, re.escape(prefix) + keys)
+        if prefix + first in shapes and width not in (None, CONTEXT_XL) and not is_controlnet(shapes) and not is_larger(shapes):
             prefixes = (prefix, "cond_stage_model.", "first_stage_model.")
             parts = tuple(
                 part for part, p in zip(WHOLE, prefixes, strict=True) if part == "denoiser" or any(n.startswith(p) for n in shapes)
@@ -77,17 +77,24 @@ _ADAPTERS = {
     "comfy": r"diffusion_model\.(input_blocks|middle_block|output_blocks)\..*|text_encoders\.clip_[lh]\..*",
     "peft": r"(unet\.)?(down_blocks|mid_block|up_blocks)\..*|text_encoder\.(text_model\.)?encoder\.layers\..*",
 }
-_LEAF = re.compile(r".*\.((lora|hada|lokr)_\w+(\.\w+)*|lora\.(up|down)\.weight|oft_blocks|oft_diag|diff|diff_b|dora_scale|alpha)")
+LEAF = re.compile(r".*\.((lora|hada|lokr)_\w+(\.\w+)*|lora\.(up|down)\.weight|oft_blocks|oft_diag|diff|diff_b|dora_scale|alpha)")
+"""Names of an adapter's tensors."""
 _LARGER = re.compile(
-    r"lora_te[12]_.*|text_encoder_2\..*|.*transformer_blocks[._][1-9]\d*[._].*|.*(double|joint|single_transformer)_blocks.*"
+    r"lora_te[12]_.*|text_encoder_2\..*|text_encoders\.clip_g\..*|.*transformer_blocks[._][1-9]\d*[._].*"
+    r"|.*(double|joint|single_transformer)_blocks.*"
 )
 """What Stable Diffusion XL and the transformers have, whose names begin alike."""
 
 
+def is_larger(shapes: Shapes) -> bool:
+    """Whether there are names that no net of this family and no adapter for one has."""
+    return any(_LARGER.fullmatch(name) for name in shapes)
+
+
 def _adapter(shapes: Shapes) -> Detected | None:
-    if not shapes or not any(_LEAF.fullmatch(name) for name in shapes) or any(_LARGER.fullmatch(name) for name in shapes):
+    if not any(LEAF.fullmatch(name) for name in shapes) or is_larger(shapes):
         return None
-    if _context(shapes, r".*attn2[._]to_k\.(lora_down|lora_A|lora\.down)\.(default\.)?weight") == CONTEXT_XL:
+    if text_width(shapes, r".*attn2[._]to_k\.(lora_down|lora_A|lora\.down)\.(default\.)?weight") == CONTEXT_XL:
         return None
     for dialect, pattern in _ADAPTERS.items():
         if any(re.fullmatch(pattern, name) for name in shapes):
@@ -95,13 +102,14 @@ def _adapter(shapes: Shapes) -> Detected | None:
     return None
 
 
-def _is_controlnet(shapes: Shapes) -> bool:
+def is_controlnet(shapes: Shapes) -> bool:
+    """Whether these are a ControlNet's tensors, which otherwise are half a U-Net's."""
     marks = ("zero_convs.0.0.weight", "control_model.zero_convs.0.0.weight", "controlnet_cond_embedding.conv_in.weight")
     return any(mark in shapes for mark in marks)
 
 
 def _controlnet(shapes: Shapes) -> Detected | None:
-    if not _is_controlnet(shapes) or _context(shapes, r".*attn2\.to_k\.weight") == CONTEXT_XL:
+    if not is_controlnet(shapes) or text_width(shapes, r".*attn2\.to_k\.weight") == CONTEXT_XL:
         return None
     dialect = "diffusers" if "controlnet_cond_embedding.conv_in.weight" in shapes else "ldm"
     return _said("controlnet", dialect, _variant(shapes))
@@ -149,7 +157,7 @@ def _said(
     return Detected(family=FAMILY, kind=kind, dialect=dialect, variant=variant, prediction=prediction, parts=parts)
 
 
-def _context(shapes: Shapes, pattern: str) -> int | None:
+def text_width(shapes: Shapes, pattern: str) -> int | None:
     """Width of the text states, from the keys of an attention to the text."""
     return next((shape[1] for name, shape in shapes.items() if len(shape) == 2 and re.fullmatch(pattern, name)), None)
 

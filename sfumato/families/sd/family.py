@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from dataclasses import replace
 from functools import partial
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +17,7 @@ from sfumato.families import sources
 from sfumato.families.base import Family, Models, Vocabulary
 from sfumato.families.borrowed import CLIP_TARGETS, clip_part, vae_part
 from sfumato.families.encoders import ClipText
-from sfumato.families.parts import Part, Source, Spelling
+from sfumato.families.parts import Config, Part, Shapes, Source, Spelling, unchanged
 from sfumato.families.sd.facts import Options
 from sfumato.families.sd.folder import check_unet, new_folder
 from sfumato.families.sd.names import CLIP_H, CLIP_L, KEPT, TARGETS, UNET, VAE, unet_keys
@@ -35,12 +35,17 @@ _MIDDLE = "middle_block.1.proj_in.weight"
 # --- files ---
 
 
-def _unet(shapes: Mapping[str, tuple[int, ...]], config: Mapping[str, Any]) -> UNet:
+def _unet(shapes: Shapes, config: Config) -> UNet:
+    check_channels(shapes)
+    check_unet(config, shapes)
+    return UNet.of(shapes)
+
+
+def check_channels(shapes: Shapes) -> None:
+    """Errors: `UserError` for a U-Net that is told more than latents."""
     channels = shapes["input_blocks.0.0.weight"][1]
     if channels != LATENTS.channels:
         raise UserError(f"the U-Net takes {channels} channels (an inpainting, depth or editing model), which is not supported yet")
-    check_unet(config, shapes)
-    return UNet.of(shapes)
 
 
 def diffusers(names: Collection[str]) -> Spelling:
@@ -80,11 +85,11 @@ def complete(options: Options, source: Source) -> tuple[Options, Source]:
     if wanted not in source.held:
         raise UserError(f"{source.path} holds no text encoder of this version; a whole model is needed")
     held = {name: each for name, each in source.held.items() if name != other}
-    v = options.v_parameterization or _prediction(source) == "v"
+    v = options.v_parameterization or prediction(source) == "v"
     return replace(options, v2=v2, v_parameterization=v), replace(source, held=held)
 
 
-def _prediction(source: Source) -> str:
+def prediction(source: Source) -> str:
     """What the U-Net says, "v" or else; empty: the files do not tell."""
     scheduler = source.path / "scheduler" / "scheduler_config.json"
     if scheduler.is_file():
@@ -94,13 +99,22 @@ def _prediction(source: Source) -> str:
     return "v" if marked else said
 
 
+def without_old_average(models: Models, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """An average of the old U-Net beside a new one would be taken for the new one's by programs that prefer it."""
+    assert models.source is not None
+    held = models.source.held["denoiser"]
+    others = {name: t for name, t in tensors.items() if not name.startswith("model_ema.")}
+    if len(others) == len(tensors):
+        return tensors
+    own = dict(held.spelling.read({name: tensors[f"{held.prefix}{name}"] for name in held.tensors}))
+    return tensors if unchanged(own, held) else others
+
+
 def respell(models: Models, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """What programs that read single files expect besides the nets, and without what they would misread."""
     source = models.source
     assert source is not None
-    if any(not torch.equal(tensors[UNET + n].cpu(), t.to(tensors[UNET + n].dtype)) for n, t in source.held["denoiser"].natives()):
-        # An average of the old U-Net beside the new one would be taken for the new one's by programs that prefer it.
-        tensors = {name: t for name, t in tensors.items() if not name.startswith("model_ema.")}
+    tensors = without_old_average(models, tensors)
     layers = {int(name.split(".")[4]) for name in tensors if name.startswith(f"{CLIP_H}transformer.resblocks.")}
     if not layers or not source.path.is_dir():
         return tensors

@@ -1,0 +1,178 @@
+"""Peak host memory of loading a single file, for files and nets of several number formats.
+
+Writes a Stable Diffusion 1.x file of full size with random values (2.1 GB in 16 bits) into a temporary folder, loads it in a
+process of its own for each target format, and compares how far that process's memory grew with the size of the file's numbers in
+the target format. Needs 5 GB of disk and of memory for a while, and about three minutes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gzip
+import json
+import math
+import os
+import platform
+import resource
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+KEYS = ROOT / "tests" / "fixtures" / "keys" / "sd1.single_file.json.gz"
+RESULTS = Path(__file__).with_name("results") / "load_memory.json"
+FORMATS = {"fp16": ("F16", "float16"), "bf16": ("BF16", "bfloat16"), "fp32": ("F32", "float32"), "fp8": ("F8_E4M3", "float8_e4m3fn")}
+"""What people call a format: what safetensors and torch call it."""
+CASES = [(stored, target) for stored in ("fp16", "bf16", "fp32") for target in ("fp16", "bf16", "fp32")] + [("fp8", None)]
+"""Format of the file, format asked for; None: none is, so fp8 is held in bf16."""
+ALLOWED = 1.10
+"""Growth of memory as a part of the target's size."""
+GB = 1e9
+
+
+def write(path: Path, stored: str) -> None:
+    """The file, a tensor at a time: normal numbers, small enough for fp8."""
+    import torch
+
+    spelling, name = FORMATS[stored]
+    dtype, generator = getattr(torch, name), torch.Generator().manual_seed(0)
+    table: dict[str, list[int]] = json.loads(gzip.decompress(KEYS.read_bytes()))
+    entries: dict[str, Any] = {}
+    at = 0
+    for key, shape in table.items():
+        size = math.prod(shape) * dtype.itemsize
+        entries[key] = {"dtype": spelling, "shape": shape, "data_offsets": [at, at + size]}
+        at += size
+    header = json.dumps(entries).encode()
+    header += b" " * (-len(header) % 8)
+    with path.open("wb") as file:
+        file.write(len(header).to_bytes(8, "little") + header)
+        for shape in table.values():
+            values = torch.randn(math.prod(shape), generator=generator).mul_(0.05).to(dtype)
+            file.write(values.view(torch.uint8).numpy().data)
+
+
+def peak() -> int:
+    """The most memory that this process had so far, in bytes."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def resident() -> Mapping[str, int]:
+    """Memory of this process now, in bytes: its own, and pages of files that are mapped."""
+    lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    own, mapped = (int(lines[name].split()[0]) * 1024 for name in ("RssAnon", "RssFile"))
+    return {"own": own, "mapped": mapped}
+
+
+def measure(path: str, target: str | None) -> Mapping[str, float]:
+    """Load the file in this process. All that loading imports is imported before."""
+    import torch
+    from diffusers import AutoencoderKL
+    from transformers import CLIPTextModel, CLIPTokenizer
+
+    from sfumato import families
+    from sfumato.families.detect import detect_file
+    from sfumato.families.loading import load
+
+    assert AutoencoderKL and CLIPTextModel and CLIPTokenizer
+    torch.set_num_threads(1)
+    name = detect_file(path).family
+    family, options = families.family(name), families.facts(name).options()
+    before = resident()
+    start = sum(before.values())
+    dtype = getattr(torch, FORMATS[target][1]) if target else None
+    models = load(family, path, options, dtype=dtype)
+    loaded, after = peak(), resident()
+    tensors = [t for net in [*models.nets().values(), models.the_vae()] for t in net.state_dict().values()]
+    for t in tensors:  # every page once, without a copy
+        t.reshape(-1).view(torch.uint8)[::1024].sum()
+    numbers = sum(t.numel() for t in tensors)
+    return {
+        "numbers": numbers,
+        "held_gb": sum(t.nbytes for t in tensors) / GB,
+        "target_gb": numbers * (dtype or torch.bfloat16).itemsize / GB,
+        "baseline_gb": start / GB,
+        "growth_gb": (loaded - start) / GB,
+        "own_gb": (after["own"] - before["own"]) / GB,
+        "mapped_gb": (after["mapped"] - before["mapped"]) / GB,
+        "used_growth_gb": (peak() - start) / GB,
+    }
+
+
+def run(path: Path, target: str | None) -> dict[str, Any]:
+    """`measure` in a fresh process."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, __file__, "--measure", str(path), target or "none"]
+    said = subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout
+    found: dict[str, Any] = json.loads(said.splitlines()[-1])
+    return found
+
+
+def rows() -> list[dict[str, Any]]:
+    """All cases, a file at a time."""
+    made = []
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "model.safetensors"
+        written = ""
+        for stored, target in CASES:
+            if written != stored:
+                write(path, stored)
+                written = stored
+            found = {"file": stored, "file_gb": path.stat().st_size / GB, "target": target or "bf16", **run(path, target)}
+            found["ratio"] = found["growth_gb"] / found["target_gb"]
+            found["used_ratio"] = found["used_growth_gb"] / found["target_gb"]
+            made.append({name: round(value, 3) if isinstance(value, float) else value for name, value in found.items()})
+            print(table(made[-1:]), flush=True)
+    return made
+
+
+COLUMNS = (
+    *("file", "file_gb", "target", "target_gb", "held_gb", "growth_gb", "ratio"),
+    *("own_gb", "mapped_gb", "used_growth_gb", "used_ratio"),
+)
+
+
+def table(made: list[dict[str, Any]]) -> str:
+    """Rows for a reader."""
+    return "\n".join("".join(f"{row[name]:>{max(len(name), 6) + 2}}" for name in COLUMNS) for row in made)
+
+
+def machine() -> dict[str, Any]:
+    """Where it was measured."""
+    import safetensors
+    import torch
+
+    return {
+        "cores": os.cpu_count(),
+        "kind": "CPU container" if not torch.cuda.is_available() else torch.cuda.get_device_name(),
+        "memory_gb": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / GB, 1),
+        "system": platform.platform(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "safetensors": safetensors.__version__,
+    }
+
+
+def main() -> None:
+    """Measure, print the table, write the results; ends with 1 where more memory was needed than is allowed."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=RESULTS, help="JSON file of the results (default: %(default)s)")
+    parser.add_argument("--measure", nargs=2, metavar=("FILE", "FORMAT"), help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    if given.measure:
+        path, target = given.measure
+        print(json.dumps(measure(path, None if target == "none" else target)))
+        return
+    print("".join(f"{name:>{max(len(name), 6) + 2}}" for name in COLUMNS))
+    made = rows()
+    given.out.parent.mkdir(parents=True, exist_ok=True)
+    given.out.write_text(json.dumps({"machine": machine(), "allowed": ALLOWED, "rows": made}, indent=1) + "\n")
+    if over := [row for row in made if max(row["ratio"], row["used_ratio"]) > ALLOWED]:
+        raise SystemExit(f"more than {ALLOWED} times the target's size:\n{table(over)}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,40 @@
+"""Nets for tests, built as users' files are: written to a file of their own, opened as a part, and filled."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sfumato.families.borrowed import clip_part, t5_part, vae_part
+from sfumato.families.parts import Part, open_part
+from sfumato.formats.files import save
+
+T5 = t5_part(("text_encoders.t5xxl.transformer.",), "text_encoder_3")
+
+
+def built(part: Part, tensors: Mapping[str, Tensor], dtype: torch.dtype | None = None) -> Any:
+    """The part's net with the tensors of a file that holds nothing else."""
+    with tempfile.TemporaryDirectory() as folder:
+        save(Path(folder) / "model.safetensors", tensors)
+        # What is backed by the file stays so when its name is gone.
+        return open_part(part, f"{folder}/model.safetensors").build(dtype)
+
+
+def clip(tensors: Mapping[str, Tensor], activation: str = "quick_gelu", *, projected: bool = False) -> Any:
+    """A CLIP text encoder, in any spelling."""
+    return built(clip_part("clip", (), "text_encoder", activation, projected=projected), tensors)
+
+
+def t5(tensors: Mapping[str, Tensor], dtype: torch.dtype | None = None) -> Any:
+    """T5's encoder."""
+    return built(T5, tensors, dtype)
+
+
+def vae(tensors: Mapping[str, Tensor], *scaling: float, channels: int = 4) -> Any:
+    """A KL autoencoder, in any spelling. `scaling`: the factor, and the shift if there is one."""
+    return built(vae_part(("first_stage_model.", "vae."), *scaling, channels=channels), tensors)
