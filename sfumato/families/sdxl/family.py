@@ -1,0 +1,183 @@
+"""The record of Stable Diffusion XL: where its nets stand in files, and how they are run and adapted."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sfumato.adapters import AdapterPlan
+from sfumato.data.batch import Cond
+from sfumato.errors import UserError
+from sfumato.families.base import Family, Models, Setting, Vocabulary
+from sfumato.families.borrowed import CLIP_TARGETS, clip_part, vae_part
+from sfumato.families.parts import NATIVE, Config, Part, Shapes, Source, Spelling
+from sfumato.families.sd.family import check_channels, prediction, process, without_old_average
+from sfumato.families.sd.net import timestep_embedding
+from sfumato.families.sd.strategies import SdTokenize
+from sfumato.families.sdxl.facts import SIZE_WIDTH, SIZES, Options
+from sfumato.families.sdxl.folder import check_unet, new_folder, scheduler
+from sfumato.families.sdxl.names import CLIP_G, CLIP_L, KEPT, TARGETS, UNET, VAE, unet_keys
+from sfumato.families.sdxl.net import UNet, blocks
+from sfumato.families.sdxl.strategies import LATENTS, OUTPUTS, SdxlEncode, SdxlTokenize
+from sfumato.families.tokenizers import clip_tokenizer
+from sfumato.formats.dialect import PEFT_LEAVES, Dialect
+
+SCALE = 0.13025
+"""Factor from raw latents to those of the denoiser."""
+PAD = "!"
+"""What bigG was trained with after the end of a caption: the token 0."""
+UNUSED = ("text_model.encoder.layers.11.", "text_model.final_layer_norm.")
+"""What stands behind the states of CLIP-L that are used, so that it has no gradient."""
+
+
+# --- files ---
+
+
+def _unet(shapes: Shapes, config: Config) -> UNet:
+    check_channels(shapes)
+    check_unet(config, shapes)
+    return UNet.of(shapes)
+
+
+def diffusers(names: Collection[str]) -> Spelling:
+    """diffusers' names of a U-Net, given in either spelling."""
+    return Spelling("diffusers", unet_keys(names))
+
+
+def unet_spelling(names: Collection[str]) -> Spelling | None:
+    """How a file names a U-Net."""
+    return NATIVE if "input_blocks.0.0.weight" in names else diffusers(names) if "conv_in.weight" in names else None
+
+
+PARTS = (
+    Part(
+        name="denoiser", title="the U-Net", prefixes=(UNET, ""), folder="unet", net=_unet, spelling=unet_spelling, diffusers=diffusers
+    ),
+    clip_part("clip_l", (CLIP_L,), "text_encoder", "quick_gelu"),
+    clip_part("clip_g", (CLIP_G,), "text_encoder_2", "gelu", openclip=True, projected=True),
+    vae_part((VAE,), SCALE),
+)  # fmt: skip
+
+
+def complete(options: Options, source: Source) -> tuple[Options, Source]:
+    """The prediction as the files say. Errors: `UserError` for what is of another model."""
+    text, unet = source.held["clip_g"].shapes(), source.held["denoiser"].shapes()
+    if "text_projection.weight" not in text:
+        raise UserError(
+            f"{source.held['clip_g'].where}: the text encoder clip_g lacks its text_projection, which the U-Net is told through"
+        )
+    pooled, label = text["text_projection.weight"][0], unet["label_emb.0.0.weight"][1]
+    if label != pooled + SIZES * SIZE_WIDTH:
+        raise UserError(
+            f"{source.path}: the U-Net is told {label} numbers beside the text, where {pooled} of the pooled text and "
+            f"{SIZES} x {SIZE_WIDTH} of the picture's sizes were expected: it is no base model of Stable Diffusion XL"
+        )
+    scheduler(source)
+    v = options.v_parameterization or prediction(source) == "v"
+    return replace(options, v_parameterization=v), source
+
+
+def _clip_g_tokenizer(folder: Path | None) -> Any:
+    """bigG's tokenizer; in a folder of CLIP-L's only the padding differs from it."""
+    tokenizer = clip_tokenizer(folder, pad=PAD)
+    if tokenizer.pad_token != PAD:
+        tokenizer.pad_token = PAD
+    return tokenizer
+
+
+# --- running ---
+
+
+def tokenize(models: Models) -> SdxlTokenize:
+    """Captions -> tokens, as the options say."""
+    length, weighted = models.options.max_token_length, models.options.weighted_captions
+    return SdxlTokenize({name: SdTokenize(models.tokenizers[name], length, weighted) for name in ("clip_l", "clip_g")})
+
+
+def condition(models: Models, cond: Cond, setting: Setting) -> Cond:
+    """{"hidden", "y": (b, p + 6 * 256) the pooled text, then the sizes' sines and cosines in fp32}; see `Setting.sizes`."""
+    sizes = timestep_embedding(setting.sizes.flatten(), SIZE_WIDTH).reshape(len(setting.sizes), -1)
+    return {"hidden": cond["hidden"], "y": torch.cat([cond["pooled"].float(), sizes.to(cond["pooled"].device)], 1)}
+
+
+def predict(net: nn.Module, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
+    """What the U-Net says."""
+    said: Tensor = net(x, t, cond["hidden"], cond["y"])
+    return said
+
+
+# --- training ---
+
+
+def trainable(options: Options, plan: AdapterPlan | None) -> frozenset[str] | None:
+    """A text encoder whose rate is 0 is left as it is."""
+    rates = {"clip_l": options.learning_rate_te1, "clip_g": options.learning_rate_te2}
+    return None if plan is not None else frozenset(name for name, rate in rates.items() if rate != 0)
+
+
+def rate(options: Options, component: str, path: str) -> float | None:
+    """The rate of a weight when a whole model is trained."""
+    if component == "denoiser":
+        return options.block_lr[block(path)] if options.block_lr else None
+    if component == "clip_g":
+        return options.learning_rate_te2
+    return 0.0 if path.startswith(UNUSED) else options.learning_rate_te1
+
+
+def block(path: str) -> int:
+    """Which of the 23 values of block_lr is for a weight of the U-Net."""
+    part, number = path.split(".")[:2]
+    starts = {"time_embed": 0, "label_emb": 0, "out": 22}
+    return starts[part] if part in starts else {"input_blocks": 1, "middle_block": 10, "output_blocks": 13}[part] + int(number)
+
+
+def dialects(models: Models) -> Mapping[str, Dialect]:
+    """Adapter names: kohya's and ComfyUI's are built on the single file's, PEFT's on diffusers'; kohya's are read on diffusers' too."""
+    keys = {"denoiser": unet_keys(models.denoiser.state_dict())}
+    kohya = {"denoiser": "lora_unet_", "clip_l": "lora_te1_", "clip_g": "lora_te2_"}
+    comfy = {"denoiser": "diffusion_model.", **{name: f"text_encoders.{name}.transformer." for name in ("clip_l", "clip_g")}}
+    peft = {"denoiser": "unet.", "clip_l": "text_encoder.", "clip_g": "text_encoder_2."}
+    return {
+        "kohya": Dialect(name="kohya", prefix=kohya, separator="_"),
+        "comfy": Dialect(name="comfy", prefix=comfy, leaves=PEFT_LEAVES),
+        "peft": Dialect(name="peft", prefix=peft, keys=keys, leaves=PEFT_LEAVES, fold_alpha=True),
+        "kohya_diffusers": Dialect(name="kohya_diffusers", prefix=kohya, keys=keys, separator="_"),
+    }
+
+
+FAMILY = Family(
+    name="sdxl",
+    title="Stable Diffusion XL",
+    parts=PARTS,
+    optional=frozenset({"vae"}),
+    kept=KEPT,
+    complete=complete,
+    vocabularies={
+        "clip_l": Vocabulary(folder="tokenizer", make=clip_tokenizer),
+        "clip_g": Vocabulary(folder="tokenizer_2", make=_clip_g_tokenizer),
+    },
+    new_folder=new_folder,
+    respell=without_old_average,
+    tokenize=tokenize,
+    encode=lambda models: SdxlEncode(),
+    latents=LATENTS,
+    outputs=lambda models: OUTPUTS,
+    process=process,
+    condition=condition,
+    predict=predict,
+    blocks=blocks,
+    dialects=dialects,
+    targets={
+        "denoiser": TARGETS,
+        "clip_l": CLIP_TARGETS,
+        "clip_g": CLIP_TARGETS,
+    },
+    trainable=trainable,
+    rate=rate,
+    encoder_lr_order=("clip_l", "clip_g"),
+)
