@@ -1,0 +1,245 @@
+"""The record of FLUX.1: where its nets stand in files, and how they are run and adapted."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sfumato.adapters import AdapterPlan
+from sfumato.config import LossConfig, NoiseConfig
+from sfumato.data.batch import Cond
+from sfumato.data.strategies import TextEncoderOutputsCachingStrategy
+from sfumato.errors import UserError
+from sfumato.families.base import Family, Models, Setting, Vocabulary
+from sfumato.families.borrowed import CLIP_TARGETS, T5_TARGETS, clip_part, t5_part, vae_part
+from sfumato.families.flow_options import REFUSED
+from sfumato.families.flux.facts import CLIP_L, DRAWN_GUIDANCE, GUIDANCE, PATCH_CHANNELS, PREFIX, T5XXL, VAE, Completed, Options
+from sfumato.families.flux.names import TARGETS, flux_keys
+from sfumato.families.flux.net import PATCH, Flux, blocks, numbered
+from sfumato.families.flux.network_args import INPUT_TARGETS, layer
+from sfumato.families.flux.strategies import LATENTS, FluxEncode, FluxTokenize, outputs
+from sfumato.families.parts import NATIVE, Config, Part, Shapes, Source, Spelling
+from sfumato.families.t5 import EMBEDDING
+from sfumato.families.tokenizers import clip_tokenizer, t5_source, t5_tokenizer
+from sfumato.formats.dialect import PEFT_LEAVES, Dialect
+from sfumato.formats.names import KeyMap
+from sfumato.tensors.flow import Flow, flux_mu, schedule
+from sfumato.tensors.noise import Process
+
+SHIFT = 3.1582
+"""Shift towards noise while training: e^1.15, which samplers use for pictures of 1024 x 1024."""
+SCALE, VAE_SHIFT = 0.3611, 0.1159
+"""From raw latents to those of the transformer: (x - shift) * scale."""
+LENGTHS = {True: 512, False: 256}
+"""T5's tokens of a caption, for a model that is told a guidance (dev) and for one that is not (schnell)."""
+KEPT = re.compile(r"text_encoders\.(clip_l|t5xxl)\.(logit_scale|text_projection(\.weight)?)")
+"""What bundles hold besides the nets."""
+log = logging.getLogger(__name__)
+
+
+# --- files ---
+
+
+def transformer(shapes: Shapes, config: Config) -> Flux:
+    """A net without values for tensors of these shapes. Errors: `UserError` if it is told more, or its config asks for another."""
+    check_patches(shapes["img_in.weight"][1])
+    net = Flux.of(shapes)
+    check_config(config, {"axes_dims_rope": list(net.axes), "guidance_embeds": net.guidance_in is not None})
+    return net
+
+
+def check_patches(channels: int) -> None:
+    """Errors: `UserError` if a patch of latents has other channels than those of a picture alone."""
+    if channels != PATCH_CHANNELS:
+        raise UserError(f"the transformer takes {channels} channels a patch, not {PATCH_CHANNELS} (for filling, editing or control)")
+
+
+def check_config(config: Config, facts: Mapping[str, Any]) -> None:
+    """Errors: `UserError` for each thing in which a transformer's config asks for another net than its tensors make."""
+    expected = {"patch_size": 1, **facts}
+    if wrong := [
+        f"transformer/config.json: {k} is {config[k]!r}; {v!r} was expected" for k, v in expected.items() if config.get(k, v) != v
+    ]:
+        raise UserError(*wrong)
+
+
+def diffusers(shapes: Shapes) -> Spelling:
+    """diffusers' names of a transformer, given in either spelling."""
+    return Spelling("diffusers", flux_keys(shapes))
+
+
+def spelling(shapes: Shapes) -> Spelling | None:
+    """How a file names a transformer."""
+    return NATIVE if "img_in.weight" in shapes else diffusers(shapes) if "x_embedder.weight" in shapes else None
+
+
+PARTS = (
+    Part(
+        name="denoiser",
+        title="the transformer",
+        prefixes=("", PREFIX),
+        folder="transformer",
+        net=transformer,
+        spelling=spelling,
+        diffusers=diffusers,
+    ),
+    clip_part("clip_l", (CLIP_L,), "text_encoder", "quick_gelu", flag="clip_l", bundled=False),
+    t5_part((T5XXL,), "text_encoder_2"),
+    vae_part((VAE,), SCALE, VAE_SHIFT, channels=LATENTS.channels, bundled=False),
+)
+
+
+def complete(options: Options, source: Source) -> tuple[Completed, Source]:
+    """What goes by the version, as the file says.
+
+    Errors: `UserError` for a guidance that the model cannot be told, and for encoders of other widths.
+    """
+    shapes = source.held["denoiser"].shapes()
+    guided = any(name.startswith("guidance_in.") for name in shapes)
+    wrong = misfits(source, {"clip_l": shapes["vector_in.in_layer.weight"][1], "t5xxl": shapes["txt_in.weight"][1]})
+    if not guided and options.guidance_scale is not None:
+        wrong.append(f"guidance_scale: {source.path} is FLUX.1 schnell, which is told no guidance; leave it out")
+    if wrong:
+        raise UserError(*wrong)
+    guidance = GUIDANCE if options.guidance_scale is None else options.guidance_scale
+    told: dict[str, Any] = {
+        **asdict(options),
+        **counts(shapes),
+        "guidance_scale": guidance if guided else None,
+        "t5xxl_max_token_length": options.t5xxl_max_token_length or LENGTHS[guided],
+        "model_type": "flux",
+    }
+    return Completed(**told, guided=guided), source
+
+
+def misfits(source: Source, widths: Mapping[str, int]) -> list[str]:
+    """A message for each text encoder whose states have another width than the transformer takes; `widths`: by encoder."""
+    tokens = {"clip_l": "text_model.embeddings.token_embedding.weight", "t5xxl": EMBEDDING}
+    found = {name: source.held[name].shapes()[tokens[name]][1] for name in widths}
+    return [
+        f"{name}: its states are {found[name]} wide, the transformer takes {width}: it is another model's text encoder"
+        for name, width in widths.items()
+        if found[name] != width
+    ]
+
+
+def counts(shapes: Shapes) -> dict[str, int]:
+    """How many blocks of each kind there are, by the options' names."""
+    return {name: len(numbered(shapes, name)) for name in ("double_blocks", "single_blocks")}
+
+
+def t5_vocabulary(folder: Path | None) -> Any:
+    """T5's tokenizer from a folder; None: the hub's."""
+    return t5_tokenizer(folder or t5_source(None))
+
+
+# --- running ---
+
+
+def tokenize(models: Models) -> FluxTokenize:
+    """Captions -> tokens, as the options say."""
+    o, tokenizers = models.options, models.tokenizers
+    return FluxTokenize(tokenizers["clip_l"], tokenizers["t5xxl"], o.t5xxl_max_token_length, masked=o.apply_t5_attn_mask)
+
+
+def kept(models: Models) -> TextEncoderOutputsCachingStrategy:
+    """What is kept of captions, as the options say."""
+    return outputs(masked=models.options.apply_t5_attn_mask)
+
+
+def process(models: Models, noise: NoiseConfig, loss: LossConfig) -> Process:
+    """Rectified flow."""
+    return Flow.of(models.options, noise, loss, refused=REFUSED, shift=SHIFT)
+
+
+def condition(models: Models, cond: Cond, setting: Setting) -> Cond:
+    """What the text encoders say, and the guidance where the model is told one."""
+    options, pooled = models.options, cond["pooled"]
+    if options.guided:
+        common = torch.full((len(pooled),), options.guidance_scale, device=pooled.device)
+        return {**cond, "guidance": common if setting.guidance is None else setting.guidance}
+    if setting.guidance is not None and bool((setting.guidance != DRAWN_GUIDANCE).any()):
+        log.warning("guidance_scale (--g) has no effect: FLUX.1 schnell is told no guidance")
+    return cond
+
+
+def predict(net: nn.Module, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
+    """The velocity that the transformer says."""
+    said: Tensor = net(x, t / 1000, cond["t5"], cond["pooled"], cond.get("guidance"), cond.get("t5_mask"))
+    return said
+
+
+def sigmas(models: Models, steps: int, latent_pixels: int) -> Tensor:
+    """The larger the picture, the longer dev stays with noise; schnell's steps are even."""
+    return schedule(steps, mu=flux_mu(latent_pixels // PATCH**2) if models.options.guided else None)
+
+
+# --- training ---
+
+
+def dialects(models: Models) -> Mapping[str, Dialect]:
+    """Adapter names of a model with this transformer."""
+    return spoken(flux_keys({name: tuple(t.shape) for name, t in models.denoiser.state_dict().items()}))
+
+
+def spoken(keys: KeyMap) -> dict[str, Dialect]:
+    """Adapter names: kohya's and ComfyUI's are built on the names of the file, PEFT's on diffusers', which loads none for T5."""
+    kohya = {"denoiser": "lora_unet_", "clip_l": "lora_te1_", "t5xxl": "lora_te3_"}
+    comfy = {"denoiser": "diffusion_model.", "clip_l": CLIP_L, "t5xxl": T5XXL}
+    peft = {"denoiser": "transformer.", "clip_l": "text_encoder."}
+    return {
+        "kohya": Dialect(name="kohya", prefix=kohya, separator="_"),
+        "comfy": Dialect(name="comfy", prefix=comfy, leaves=PEFT_LEAVES),
+        "peft": Dialect(name="peft", prefix=peft, keys={"denoiser": keys}, leaves=PEFT_LEAVES, fold_alpha=True),
+    }
+
+
+def trainable(options: Any, plan: AdapterPlan | None) -> frozenset[str]:
+    """T5 is trained only where it is asked for."""
+    t5 = options.train_t5xxl or (plan is not None and plan.family is not None and plan.family.train_t5xxl)
+    return frozenset({"clip_l", "t5xxl"} if t5 else {"clip_l"})
+
+
+def rate(options: Any, component: str, path: str) -> float | None:
+    """The rates of kohya's numbered text encoders."""
+    return {"clip_l": options.learning_rate_te1, "t5xxl": options.learning_rate_te3}.get(component)
+
+
+FAMILY = Family(
+    name="flux",
+    title="FLUX.1",
+    parts=PARTS,
+    kept=KEPT,
+    complete=complete,
+    vocabularies={
+        # CLIP's vocabulary comes with sfumato, so that a folder given for no more than a tokenizer is T5's.
+        "clip_l": Vocabulary(folder="tokenizer", make=clip_tokenizer, alone=False),
+        "t5xxl": Vocabulary(folder="tokenizer_2", make=t5_vocabulary),
+    },
+    tokenize=tokenize,
+    encode=lambda models: FluxEncode(),
+    latents=LATENTS,
+    outputs=kept,
+    process=process,
+    condition=condition,
+    predict=predict,
+    sigmas=sigmas,
+    blocks=blocks,
+    dialects=dialects,
+    targets={
+        "denoiser": {"linear": (*TARGETS["linear"], *INPUT_TARGETS)},
+        "clip_l": CLIP_TARGETS,
+        "t5xxl": T5_TARGETS,
+    },
+    layer=layer,
+    trainable=trainable,
+    rate=rate,
+    encoder_lr_order=("clip_l", "t5xxl"),
+)

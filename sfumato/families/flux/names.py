@@ -1,0 +1,70 @@
+"""The names of FLUX.1's transformer: the table to diffusers, the layers that adapters go on."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from sfumato.families.flux.facts import PREFIX as PREFIX
+from sfumato.formats.names import SWAP_HALVES, KeyMap, Rule, rule
+
+Shapes = Mapping[str, tuple[int, ...]]
+
+TARGETS: Mapping[str, tuple[str, ...]] = {"linear": ("double_blocks.*", "single_blocks.*")}
+"""Layer kind -> path patterns of the layers that adapters go on: every linear layer of every block."""
+
+DOUBLE, SINGLE = "double_blocks.{i}", "single_blocks.{i}"
+FOREIGN_DOUBLE, FOREIGN_SINGLE = "transformer_blocks.{i}", "single_transformer_blocks.{i}"
+
+
+def flux_keys(shapes: Shapes) -> KeyMap:
+    """native: Black Forest Labs. foreign: diffusers' FluxTransformer2DModel. For a net with tensors of these shapes, in either spelling."""
+    embedders = {"time_in": "timestep_embedder", "vector_in": "text_embedder", "guidance_in": "guidance_embedder"}
+    return KeyMap(
+        *trunk_rules(shapes),
+        *(rule(f"{n}.in_layer", f"time_text_embed.{f}.linear_1") for n, f in embedders.items()),
+        *(rule(f"{n}.out_layer", f"time_text_embed.{f}.linear_2") for n, f in embedders.items()),
+        rule(f"{DOUBLE}.img_mod.lin", f"{FOREIGN_DOUBLE}.norm1.linear"),
+        rule(f"{DOUBLE}.txt_mod.lin", f"{FOREIGN_DOUBLE}.norm1_context.linear"),
+        rule(f"{SINGLE}.modulation.lin", f"{FOREIGN_SINGLE}.norm.linear"),
+        rule("final_layer.adaLN_modulation.1", "norm_out.linear", change=SWAP_HALVES),
+    )
+
+
+def trunk_rules(shapes: Shapes) -> list[Rule]:
+    """The rules for what FLUX and Chroma share."""
+    qkv = (f"{FOREIGN_SINGLE}.attn.to_q", f"{FOREIGN_SINGLE}.attn.to_k", f"{FOREIGN_SINGLE}.attn.to_v")
+    return [
+        rule("img_in", "x_embedder"),
+        rule("txt_in", "context_embedder"),
+        *_stream("img", ("to_q", "to_k", "to_v"), "to_out.0", "norm", "ff"),
+        *_stream("txt", ("add_q_proj", "add_k_proj", "add_v_proj"), "to_add_out", "norm_added", "ff_context"),
+        rule(f"{SINGLE}.linear1", *qkv, f"{FOREIGN_SINGLE}.proj_mlp", rows=_rows(shapes)),
+        rule(f"{SINGLE}.linear2", f"{FOREIGN_SINGLE}.proj_out"),
+        rule(f"{SINGLE}.norm.query_norm.scale", f"{FOREIGN_SINGLE}.attn.norm_q.weight"),
+        rule(f"{SINGLE}.norm.key_norm.scale", f"{FOREIGN_SINGLE}.attn.norm_k.weight"),
+        rule("final_layer.linear", "proj_out"),
+    ]
+
+
+def _stream(side: str, qkv: tuple[str, str, str], out: str, norm: str, ff: str) -> list[Rule]:
+    """One stream of the double blocks."""
+    native, foreign = f"{DOUBLE}.{side}", FOREIGN_DOUBLE
+    return [
+        rule(f"{native}_attn.qkv", *(f"{foreign}.attn.{name}" for name in qkv)),
+        rule(f"{native}_attn.norm.query_norm.scale", f"{foreign}.attn.{norm}_q.weight"),
+        rule(f"{native}_attn.norm.key_norm.scale", f"{foreign}.attn.{norm}_k.weight"),
+        rule(f"{native}_attn.proj", f"{foreign}.attn.{out}"),
+        rule(f"{native}_mlp.0", f"{foreign}.{ff}.net.0.proj"),
+        rule(f"{native}_mlp.2", f"{foreign}.{ff}.net.2"),
+    ]
+
+
+def _rows(shapes: Shapes) -> tuple[int, int, int, int] | None:
+    """Rows of q, k, v and the two-layer net in `linear1`; None for a model without single blocks, which has no such layer."""
+    if "single_blocks.0.linear1.weight" in shapes:
+        rows, width = shapes["single_blocks.0.linear1.weight"]
+        return width, width, width, rows - 3 * width
+    if "single_transformer_blocks.0.proj_mlp.weight" in shapes:
+        rows, width = shapes["single_transformer_blocks.0.proj_mlp.weight"]
+        return width, width, width, rows
+    return None

@@ -1,0 +1,147 @@
+"""network_args of kohya's lora_flux: which layers get an adapter, and of which rank; imports no torch."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
+from typing import TYPE_CHECKING, Any, cast
+
+from sfumato.errors import UserError
+from sfumato.families.choices import indices, ranks
+
+if TYPE_CHECKING:
+    from sfumato.adapters import AdapterPlan
+    from sfumato.adapters.insert import Place
+
+DIMS: Mapping[str, str] = {
+    "img_attn_dim": "double_blocks.*.img_attn.*",
+    "txt_attn_dim": "double_blocks.*.txt_attn.*",
+    "img_mlp_dim": "double_blocks.*.img_mlp.*",
+    "txt_mlp_dim": "double_blocks.*.txt_mlp.*",
+    "img_mod_dim": "double_blocks.*.img_mod.*",
+    "txt_mod_dim": "double_blocks.*.txt_mod.*",
+    "single_dim": "single_blocks.*.linear?",
+    "single_mod_dim": "single_blocks.*.modulation.*",
+}
+"""Argument -> path pattern of the layers whose rank it is."""
+INPUTS = ("img_in", "time_in", "vector_in", "guidance_in", "txt_in")
+"""What stands before the blocks, in the order of in_dims; adapted by in_dims alone."""
+INPUT_TARGETS = tuple(f"{name}*" for name in INPUTS)
+"""For `Family.targets`."""
+BLOCKS = ("double", "single")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NetworkArgs:
+    """For `Facts.network_args`. A rank of 0 leaves the layers out; None: they have network_dim."""
+
+    img_attn_dim: int | None = None
+    txt_attn_dim: int | None = None
+    img_mlp_dim: int | None = None
+    txt_mlp_dim: int | None = None
+    img_mod_dim: int | None = None
+    txt_mod_dim: int | None = None
+    single_dim: int | None = None
+    single_mod_dim: int | None = None
+    in_dims: str | None = None
+    """Five ranks, of `INPUTS`: "[4,0,0,0,4]"."""
+    train_double_block_indices: str | None = None
+    """Numbers of the blocks of two streams that get adapters: "all", "none" or "0-5,8"."""
+    train_single_block_indices: str | None = None
+    """The same for the blocks of one stream."""
+    train_blocks: str | None = None
+    """all, double or single."""
+    split_qkv: bool = False
+    """q, k and v (and the two-layer net in a block of one stream) have adapters of their own, saved as one."""
+    train_t5xxl: bool = False
+    """Adapters on T5 as well."""
+
+    def __post_init__(self) -> None:
+        if wrong := mistakes(self):
+            raise UserError(*(f"network_args {message}" for message in wrong))
+
+
+def mistakes(args: NetworkArgs) -> list[str]:
+    """A message for each value that is out of range, cannot be read or would do nothing."""
+    given = {name: getattr(args, name) for name in DIMS}
+    wrong = [f"{name}={value}: expected 0 (none) or more" for name, value in given.items() if value is not None and value < 0]
+    if args.in_dims is not None and len(ranks(args.in_dims) or ()) != len(INPUTS):
+        wrong.append(f"in_dims={args.in_dims}: expected {len(INPUTS)} ranks, those of {', '.join(INPUTS)}, such as [4,0,0,0,4]")
+    if args.train_blocks not in (None, "all", *BLOCKS):
+        wrong.append(f"train_blocks={args.train_blocks}: expected all, {' or '.join(BLOCKS)}")
+    for kind in BLOCKS:
+        name = f"train_{kind}_block_indices"
+        text = getattr(args, name)
+        if text is not None and text.strip() != "all" and indices(text) is None:
+            wrong.append(f"{name}={text}: expected all, none or numbers such as 0-5,8")
+        elif text is not None and args.train_blocks in BLOCKS and args.train_blocks != kind:
+            wrong.append(f"{name}: does nothing with train_blocks={args.train_blocks}; leave one of the two out")
+    return wrong
+
+
+def layer(options: Any, plan: AdapterPlan, place: Place) -> Place | None:
+    """For `Family.layer`. `options`: say how many blocks there are, as double_blocks and single_blocks, and whether it is `guided`.
+
+    Errors: `UserError` for numbers of blocks and for inputs that the model does not have.
+    """
+    args: NetworkArgs | None = plan.family
+    name = place.path.partition(".")[0]
+    rank: int | None
+    if name in INPUTS:
+        rank = _input_rank(options, args, name)
+    elif found := re.match(r"(double|single)_blocks\.(\d+)\.", place.path):
+        if args is None:
+            return place
+        kind, i = found[1], int(found[2])
+        rank = _rank(args, place.path) if _trained(args, kind, i, getattr(options, f"{kind}_blocks")) else 0
+    else:
+        return place  # a text encoder's
+    if rank == 0:
+        return None
+    told = place.options if rank is None else replace(place.options, rank=rank)
+    if args is not None and args.split_qkv and (pieces := _pieces(plan, place)):
+        told = replace(told, pieces=pieces)
+    return place._replace(options=told)
+
+
+def _input_rank(options: Any, args: NetworkArgs | None, name: str) -> int:
+    told = None if args is None or args.in_dims is None else ranks(args.in_dims)
+    if args is None or told is None:
+        return 0
+    rank = dict(zip(INPUTS, told, strict=True))
+    if rank["guidance_in"] and not getattr(options, "guided", True):
+        raise UserError(f"network_args in_dims={args.in_dims}: the model is told no guidance, so the fourth rank must be 0")
+    return rank[name]
+
+
+def _rank(args: NetworkArgs, path: str) -> int | None:
+    """The rank that `DIMS` give a layer; None: the common one."""
+    return next((getattr(args, name) for name, pattern in DIMS.items() if fnmatchcase(path, pattern)), None)
+
+
+def _trained(args: NetworkArgs, kind: str, i: int, blocks: int) -> bool:
+    """Whether block `i` of `blocks` gets adapters."""
+    if args.train_blocks not in (None, "all", kind):
+        return False
+    text = getattr(args, f"train_{kind}_block_indices")
+    if text is None or text.strip() == "all":
+        return True
+    chosen = indices(text) or frozenset()
+    if beyond := sorted(n for n in chosen if n >= blocks):
+        there = f"the model has {blocks} {kind} blocks, numbered from 0, and none numbered {beyond[0]}"
+        raise UserError(f"network_args train_{kind}_block_indices={text}: {there}")
+    return i in chosen
+
+
+def _pieces(plan: AdapterPlan, place: Place) -> tuple[int, ...]:
+    """Output rows of what is fused in a layer; nothing for any other. Errors: `UserError` if this kind of adapter cannot be cut."""
+    from sfumato.adapters.lora import LoRA
+
+    if not issubclass(plan.kind, LoRA):
+        raise UserError(f"network_args split_qkv: is for LoRA, not for {plan.kind.__name__}; leave it out")
+    wide, out = (int(n) for n in (cast(Any, place.layer).in_features, cast(Any, place.layer).out_features))
+    if place.path.endswith(".qkv"):
+        return (wide,) * 3
+    return (wide, wide, wide, out - 3 * wide) if place.path.endswith(".linear1") else ()

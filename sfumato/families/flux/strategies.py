@@ -1,0 +1,100 @@
+"""The four strategies of FLUX.1: captions through CLIP-L, of which the pooled state is used, and through T5."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sfumato.data.batch import Cond, Tokens
+from sfumato.data.strategies import LatentsCachingStrategy, TextEncoderOutputsCachingStrategy
+from sfumato.families.flux.net import PATCH
+from sfumato.families.tokenizers import fingerprint, padded
+
+CLIP_LENGTH = 77
+"""Tokens of a caption for CLIP, marks included."""
+
+LATENTS = LatentsCachingStrategy(channels=16, patch=PATCH, suffix="_flux.npz", stored="final")
+
+
+def outputs(*, masked: bool, fields: Sequence[str] = ("pooled", "t5")) -> TextEncoderOutputsCachingStrategy:
+    """What is kept of captions. `masked`: T5's padding is seen by nobody, and is not kept; else it is part of what the net is told.
+
+    In bf16, which T5 itself is published in: its states pass fp16's range.
+    """
+    return TextEncoderOutputsCachingStrategy(
+        fields=(*fields, "t5_mask") if masked else tuple(fields),
+        ragged={"t5": "t5_mask"} if masked else {},
+        dtype=torch.bfloat16,
+        suffix="_flux_te.npz",
+    )
+
+
+@dataclass(frozen=True)
+class FluxTokenize:
+    """Captions -> {"clip_l": (b, 77), "t5": (b, n)}, and {"t5_mask": (b, n)} where padding is hidden; captions are cut or padded."""
+
+    clip_l: Any
+    t5: Any
+    length: int
+    """n, T5's tokens of a caption, its end mark included."""
+    masked: bool = False
+
+    @property
+    def settings(self) -> Mapping[str, object]:
+        """What the tokens depend on besides the caption."""
+        return {
+            "clip_l": fingerprint(self.clip_l),
+            "clip_l pad": self.clip_l.pad_token_id,
+            **t5_settings(self.t5, self.length, masked=self.masked),
+        }
+
+    def tokenize(self, captions: Sequence[str]) -> Tokens:
+        """See the class."""
+        ids, _ = padded(self.clip_l, captions, CLIP_LENGTH)
+        return {"clip_l": ids, **t5_tokens(self.t5, captions, self.length, masked=self.masked)}
+
+
+@dataclass(frozen=True)
+class FluxEncode:
+    """Tokens -> {"pooled": (b, 768), "t5": (b, n, 4096)}, and {"t5_mask": (b, n)} if the tokens have it.
+
+    Without the mask T5 attends to the padding as well, and what it says there is part of what the net is told: so the published
+    models were trained.
+    """
+
+    @property
+    def settings(self) -> Mapping[str, object]:
+        """Nothing but tokens and encoders makes the states."""
+        return {}
+
+    def encode(self, encoders: Mapping[str, nn.Module], tokens: Tokens) -> Cond:
+        """See the class."""
+        clip_l = encoders["clip_l"]
+        pooled: Tensor = clip_l(tokens["clip_l"].to(next(clip_l.parameters()).device)).pooled
+        return {"pooled": pooled, **t5_states(encoders["t5xxl"], tokens)}
+
+
+def t5_settings(tokenizer: Any, length: int, *, masked: bool) -> dict[str, object]:
+    """What T5's tokens depend on besides the caption."""
+    return {"t5": fingerprint(tokenizer), "t5xxl_max_token_length": length, "apply_t5_attn_mask": masked}
+
+
+def t5_tokens(tokenizer: Any, captions: Sequence[str], length: int, *, masked: bool) -> dict[str, Tensor]:
+    """Captions -> {"t5": (b, length)}, and {"t5_mask": (b, length)} if `masked`."""
+    ids, used = padded(tokenizer, captions, length)
+    return {"t5": ids, "t5_mask": used} if masked else {"t5": ids}
+
+
+def t5_states(net: nn.Module, tokens: Tokens) -> dict[str, Tensor]:
+    """Tokens of `t5_tokens` -> {"t5": (b, n, d)}; with a mask, hidden rows are zero and the mask is handed on."""
+    device = next(net.parameters()).device
+    ids = tokens["t5"].to(device)
+    if "t5_mask" not in tokens:
+        return {"t5": net(ids)}
+    mask = tokens["t5_mask"].to(device)
+    states: Tensor = net(ids, mask)
+    return {"t5": states.masked_fill(~mask[..., None], 0), "t5_mask": mask}

@@ -1,0 +1,65 @@
+"""kohya's command lines for FLUX.1 train under plain python."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from tinies import flux
+
+from sfumato.families.flux.facts import detect
+from sfumato.formats.files import read_header
+
+ROOT = Path(__file__).parents[2]
+SHARED = """
+    --output_name out --save_model_as safetensors --sdpa --persistent_data_loader_workers --max_data_loader_n_workers 1 --seed 42
+    --gradient_checkpointing --mixed_precision bf16 --save_precision bf16 --highvram --max_train_steps 2 --optimizer_type adafactor
+    --optimizer_args relative_step=False scale_parameter=False warmup_init=False --lr_scheduler constant_with_warmup --max_grad_norm 0.0
+    --lr_warmup_steps 1 --cache_latents_to_disk --cache_text_encoder_outputs --cache_text_encoder_outputs_to_disk
+    --timestep_sampling shift --discrete_flow_shift 3.1582 --model_prediction_type raw --loss_type l2
+    --sample_prompts PROMPTS --sample_every_n_steps 2
+"""
+NETWORK = """
+    --network_module networks.lora_flux --network_dim 2 --network_train_unet_only --learning_rate 1e-3 --guidance_scale 1.0
+    --network_args train_double_block_indices=0 single_mod_dim=0 in_dims=[2,0,0,0,2] split_qkv=True --apply_t5_attn_mask --model_type flux
+"""
+FULL = "--learning_rate 5e-5 --full_bf16 --t5xxl_max_token_length 256"
+
+
+@pytest.mark.parametrize(
+    ("script", "flags", "guidance"), [("flux_train_network", NETWORK, True), ("flux_train", FULL, False)], ids=["network", "full"]
+)
+def test_a_usual_command_line(pictures: Path, tmp_path: Path, script: str, flags: str, guidance: bool) -> None:
+    files, dataset, prompts = flux.write(guidance, tmp_path / "model"), tmp_path / "data.toml", tmp_path / "prompts.txt"
+    dataset.write_text(
+        f'[general]\ncaption_extension = ".txt"\n[[datasets]]\nresolution = 64\nbatch_size = 2\n[[datasets.subsets]]\nimage_dir = "{pictures}"\n'
+    )
+    prompts.write_text("a cat --w 32 --h 32 --s 2 --d 1 --l 1.0\n")
+    named = {"pretrained_model_name_or_path": files.model, "dataset_config": dataset, "output_dir": tmp_path / "out", **files.options}
+    named |= {"ae": files.vae} if files.vae else {}
+    words = [word for name, value in named.items() for word in (f"--{name}", str(value))]
+    command = [sys.executable, str(ROOT / "scripts" / f"{script}.py"), *words, *(SHARED + flags).replace("PROMPTS", str(prompts)).split()]
+    env = {
+        **os.environ,
+        "PYTHONPATH": str(ROOT),
+        "OMP_NUM_THREADS": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+        "XDG_CACHE_HOME": str(tmp_path / "cache"),
+    }
+    ran = subprocess.run(command, capture_output=True, text=True, env=env, cwd=tmp_path)
+    assert ran.returncode == 0, ran.stderr[-3000:]
+    result = tmp_path / "out" / "out.safetensors"
+    header = read_header(result)
+    found = detect({name: info.shape for name, info in header.tensors.items()})
+    assert found is not None and found.kind == ("adapter" if script == "flux_train_network" else "checkpoint")
+    assert header.metadata["ss_base_model_version"] == "flux1"
+    architecture = {"flux_train_network": "flux-1-dev/lora", "flux_train": "flux-1-schnell"}[script]
+    assert header.metadata["modelspec.architecture"] == architecture
+    assert header.metadata["ss_timestep_sampling"] == "shift" and header.metadata["ss_discrete_flow_shift"] == "3.1582"
+    assert len(list((tmp_path / "out" / "sample").glob("*.png"))) == 1
+    losses = [json.loads(line)["loss"] for line in (tmp_path / "out" / "out.jsonl").read_text().splitlines()]
+    assert len(losses) == 2 and all(0 < loss < 20 for loss in losses)
