@@ -1,0 +1,136 @@
+"""The record of Chroma: where its nets stand in files, and how they are run and adapted."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict
+
+from torch import Tensor, nn
+
+from sfumato.adapters import AdapterPlan
+from sfumato.data.batch import Cond
+from sfumato.errors import UserError
+from sfumato.families.base import Family, Models, Setting, Vocabulary
+from sfumato.families.borrowed import T5_TARGETS, t5_part, vae_part
+from sfumato.families.chroma.facts import MARK, Completed, Options
+from sfumato.families.chroma.names import PREFIX, TARGETS, chroma_keys
+from sfumato.families.chroma.net import Chroma
+from sfumato.families.chroma.strategies import OUTPUTS, ChromaEncode, ChromaTokenize
+from sfumato.families.flux.facts import T5XXL, VAE
+from sfumato.families.flux.family import KEPT, SCALE, VAE_SHIFT, check_config, check_patches, counts, process, spoken, t5_vocabulary
+from sfumato.families.flux.net import PATCH, blocks
+from sfumato.families.flux.network_args import INPUT_TARGETS, layer
+from sfumato.families.flux.strategies import LATENTS
+from sfumato.families.parts import NATIVE, Config, Part, Shapes, Source, Spelling
+from sfumato.formats.dialect import Dialect
+from sfumato.tensors.flow import flux_mu, schedule
+
+# --- files ---
+
+
+def transformer(shapes: Shapes, config: Config) -> Chroma:
+    """A net without values for tensors of these shapes. Errors: `UserError` for models that are not of latents alone."""
+    if "img_in_patch.weight" in shapes:
+        raise UserError("the transformer takes pixels, not latents (Chroma1 Radiance), which is not supported yet")
+    check_patches(shapes["img_in.weight"][1])
+    net = Chroma.of(shapes)
+    check_config(config, {"axes_dims_rope": list(net.axes)})
+    return net
+
+
+def diffusers(shapes: Shapes) -> Spelling:
+    """diffusers' names of a transformer, given in either spelling."""
+    return Spelling("diffusers", chroma_keys(shapes))
+
+
+def spelling(shapes: Shapes) -> Spelling | None:
+    """How a file names a transformer."""
+    return diffusers(shapes) if "x_embedder.weight" in shapes else NATIVE if f"{MARK}.in_proj.weight" in shapes else None
+
+
+PARTS = (
+    Part(
+        name="denoiser",
+        title="the transformer",
+        prefixes=("", PREFIX),
+        folder="transformer",
+        net=transformer,
+        spelling=spelling,
+        diffusers=diffusers,
+    ),
+    t5_part((T5XXL,), "text_encoder"),
+    vae_part((VAE,), SCALE, VAE_SHIFT, channels=LATENTS.channels, bundled=False),
+)
+
+
+def complete(options: Options, source: Source) -> tuple[Completed, Source]:
+    """How many blocks there are, as the file says."""
+    told = {**asdict(options), "model_type": "chroma", **counts(source.held["denoiser"].shapes())}
+    return Completed(**told), source
+
+
+# --- running ---
+
+
+def tokenize(models: Models) -> ChromaTokenize:
+    """Captions -> tokens, as the options say."""
+    return ChromaTokenize(models.tokenizers["t5xxl"], models.options.t5xxl_max_token_length)
+
+
+def condition(models: Models, cond: Cond, setting: Setting) -> Cond:
+    """What T5 says, with its mask only where that hides something: attention is faster without."""
+    return {"t5": cond["t5"]} if cond["t5_mask"].all() else cond
+
+
+def predict(net: nn.Module, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
+    """The velocity that the transformer says."""
+    said: Tensor = net(x, t / 1000, cond["t5"], cond.get("t5_mask"))
+    return said
+
+
+def sigmas(models: Models, steps: int, latent_pixels: int) -> Tensor:
+    """As FLUX.1 dev, the larger the picture, the longer with noise."""
+    return schedule(steps, mu=flux_mu(latent_pixels // PATCH**2))
+
+
+# --- training ---
+
+
+def dialects(models: Models) -> Mapping[str, Dialect]:
+    """Adapter names of a model with this transformer: T5 is the third text encoder, as for FLUX.1."""
+    return spoken(chroma_keys({name: tuple(t.shape) for name, t in models.denoiser.state_dict().items()}))
+
+
+def trainable(options: Options, plan: AdapterPlan | None) -> frozenset[str]:
+    """T5 gets adapters only where that is asked for; of a whole model it is trained where text encoders are."""
+    return frozenset({"t5xxl"} if plan is None or plan.family.train_t5xxl else ())
+
+
+def rate(options: Options, component: str, path: str) -> float | None:
+    """The net that makes the modulations stays as it is, as in the training of the published models."""
+    return 0 if component == "denoiser" and path.startswith(f"{MARK}.") else None
+
+
+FAMILY = Family(
+    name="chroma",
+    title="Chroma",
+    parts=PARTS,
+    kept=KEPT,
+    complete=complete,
+    vocabularies={"t5xxl": Vocabulary(folder="tokenizer", make=t5_vocabulary)},
+    tokenize=tokenize,
+    encode=lambda models: ChromaEncode(),
+    latents=LATENTS,
+    outputs=lambda models: OUTPUTS,
+    process=process,
+    condition=condition,
+    predict=predict,
+    sigmas=sigmas,
+    blocks=blocks,
+    dialects=dialects,
+    targets={"denoiser": {"linear": (*TARGETS["linear"], *INPUT_TARGETS)}, "t5xxl": T5_TARGETS},
+    layer=layer,
+    trainable=trainable,
+    rate=rate,
+    encoder_lr_order=("t5xxl",),
+)
