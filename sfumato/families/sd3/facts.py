@@ -1,0 +1,230 @@
+"""Stable Diffusion 3 and 3.5: options and how files are recognised; imports no torch."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from sfumato.families import flow_options
+from sfumato.families.about import Facts, Idle
+from sfumato.families.detect import WHOLE, Detected, Kind, Shapes
+from sfumato.families.flow_options import FlowOptions
+from sfumato.families.sd3.network_args import NetworkArgs
+
+FAMILY = "sd3"
+Version = Literal["medium", "3.5-medium", "3.5-large"]
+LONGEST = 512
+"""Tokens that diffusers' pipeline lets T5 have at most."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Options(FlowOptions):
+    """What a run can be told about Stable Diffusion 3 and 3.5."""
+
+    # None stands for what goes with timestep_sampling; `Completed` has it filled in.
+    weighting_scheme: Literal["sigma_sqrt", "logit_normal", "mode", "cosmap", "none", "uniform"] | None = None  # type: ignore[assignment]
+    """logit_normal and mode: the density of timestep_sampling sigma. sigma_sqrt and cosmap: weights of the loss. none, uniform: neither.
+    Default: logit_normal with timestep_sampling sigma, else uniform."""
+    discrete_flow_shift: float | None = None
+    """Shift of timestep_sampling sigma and shift, above 1 towards more noise; default 3."""
+    training_shift: float | None = None
+    """The same by the name that sd-scripts has for it here."""
+    clip_l: str | None = None
+    """CLIP-L, where the base model's file does not hold it: file, folder or hub id."""
+    clip_g: str | None = None
+    """CLIP-G, where the base model's file does not hold it: file, folder or hub id."""
+    t5xxl: str | None = None
+    """T5-XXL, where the base model's file does not hold it: file, folder or hub id. Without it the model is told zeros in its place."""
+    t5xxl_max_token_length: int = 256
+    """T5's tokens of a caption; longer ones are cut."""
+    apply_lg_attn_mask: bool = False
+    """Make zero what CLIP-L and CLIP-G say of padding, which is else told to the model, as pipelines do."""
+    apply_t5_attn_mask: bool = False
+    """Hide padding from T5 and make zero what it says of it, which is else told to the model, as pipelines do."""
+    clip_l_dropout_rate: float = 0.0
+    """Chance that a sample is trained without what CLIP-L says."""
+    clip_g_dropout_rate: float = 0.0
+    """Chance that a sample is trained without what CLIP-G says."""
+    t5_dropout_rate: float = 0.0
+    """Chance that a sample is trained without what T5 says."""
+    pos_emb_random_crop_rate: float = 0.0
+    """Chance that a sample is trained elsewhere than in the middle of the table of positions (as 3.5 medium was)."""
+    train_t5xxl: bool = False
+    """Train T5 as well where text encoders are trained."""
+    learning_rate_te1: float | None = None
+    """Learning rate of CLIP-L when whole models are trained; default: learning_rate_te; 0 freezes."""
+    learning_rate_te2: float | None = None
+    """The same of CLIP-G."""
+    learning_rate_te3: float | None = None
+    """The same of T5."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Completed(Options):
+    """The options with what the files say; weighting_scheme is set, and training_shift stands in discrete_flow_shift."""
+
+    version: Version
+    blocks: int
+    has_t5: bool
+
+
+def scheme(options: Any) -> str:
+    """The weighting_scheme, its default filled in: that of the paper (arXiv:2403.03206) where it can act."""
+    return options.weighting_scheme or ("logit_normal" if options.timestep_sampling == "sigma" else "uniform")
+
+
+def architecture(options: Options) -> str:
+    """The model's name in modelspec metadata, without the ending for adapters."""
+    version = options.version if isinstance(options, Completed) else "medium"
+    return f"stable-diffusion-{version}" if version.startswith("3.5") else f"stable-diffusion-3-{version}"
+
+
+def base_model_version(options: Options) -> str:
+    """The model's name in kohya's metadata, `ss_base_model_version`."""
+    version = options.version if isinstance(options, Completed) else "medium"
+    return {"medium": "sd3_m", "3.5-medium": "sd3.5_m", "3.5-large": "sd3.5_l"}[version]
+
+
+RATES = ("clip_l_dropout_rate", "clip_g_dropout_rate", "t5_dropout_rate", "pos_emb_random_crop_rate")
+TE_RATES = ("learning_rate_te1", "learning_rate_te2", "learning_rate_te3")
+
+
+def check(options: Options) -> list[str]:
+    """For `Facts.check`."""
+    wrong = flow_options.check(options)
+    shift, length = options.training_shift, options.t5xxl_max_token_length
+    if shift is not None and options.discrete_flow_shift is not None:
+        wrong.append("training_shift: is the same as discrete_flow_shift, which is set as well; leave one of the two out")
+    elif shift is not None and shift <= 0:
+        wrong.append(f"training_shift: expected above 0, found {shift:g}")
+    if not 1 <= length <= LONGEST:
+        wrong.append(f"t5xxl_max_token_length: expected 1 to {LONGEST}, found {length}")
+    wrong += [f"{name}: expected 0 to 1, found {value:g}" for name in RATES if not 0 <= (value := getattr(options, name)) <= 1]
+    given = {name: getattr(options, name) for name in TE_RATES}
+    return wrong + [f"{name}: expected 0 or more, found {value:g}" for name, value in given.items() if value is not None and value < 0]
+
+
+_LOGIT = ("logit_mean", "logit_std")
+IDLE = (
+    *(rule for rule in flow_options.IDLE if rule.keys != _LOGIT),
+    Idle(_LOGIT, lambda v: scheme(v) != "logit_normal", "only weighting_scheme logit_normal has it"),
+    Idle(
+        ("training_shift",),
+        lambda v: v.timestep_sampling not in ("sigma", "shift"),
+        "only timestep_sampling sigma and shift are shifted by it",
+    ),
+    Idle(TE_RATES, lambda v: v.method != "full", "an adapter's text encoders go by text_encoder_lr and network_train_unet_only"),
+    Idle((*TE_RATES, "train_t5xxl"), lambda v: v.method == "full" and not v.train_text_encoder, "it needs train_text_encoder"),
+    Idle(
+        ("learning_rate_te3",), lambda v: v.method == "full" and v.train_text_encoder and not v.train_t5xxl, "it needs train_t5xxl as well"
+    ),
+    Idle(
+        ("learning_rate_te",),
+        lambda v: (
+            v.learning_rate_te1 is not None and v.learning_rate_te2 is not None and (v.learning_rate_te3 is not None or not v.train_t5xxl)
+        ),
+        "every text encoder that is trained has a rate of its own",
+    ),
+    Idle(
+        ("train_t5xxl",),
+        lambda v: (
+            v.method != "full" and (v.network_train_unet_only or v.cache_text_encoder_outputs or v.cache_text_encoder_outputs_to_disk)
+        ),
+        "network_train_unet_only and cache_text_encoder_outputs leave the text encoders alone",
+    ),
+)
+
+
+# --- files ---
+
+
+def detect(shapes: Shapes) -> Detected | None:
+    """What a file with these tensors is, if it is of this family."""
+    return _transformer(shapes) or _adapter(shapes)
+
+
+PREFIX = "model.diffusion_model."
+_NATIVE = ("x_embedder.proj.weight", "y_embedder.mlp.0.weight", "joint_blocks.0.x_block.attn.qkv.weight")
+_DIFFUSERS = ("pos_embed.proj.weight", "time_text_embed.text_embedder.linear_1.weight", "transformer_blocks.0.attn.add_k_proj.weight")
+_CONTROL = re.compile(r"(.*\.)?(controlnet_blocks|pos_embed_input)\..*")
+
+
+def _transformer(shapes: Shapes) -> Detected | None:
+    """A model, or a ControlNet, which is made of the same layers."""
+    for dialect, prefix, marks in (("native", PREFIX, _NATIVE), ("native", "", _NATIVE), ("diffusers", "", _DIFFUSERS)):
+        # A ControlNet may lack the text's and the class's embedders.
+        control = any(_CONTROL.fullmatch(name) for name in shapes)
+        if not (all(prefix + mark in shapes for mark in marks) or (control and prefix + marks[-1] in shapes)):
+            continue
+        if control:
+            return _said("controlnet", dialect, version(shapes))
+        prefixes = (prefix, "text_encoders.", "first_stage_model.")
+        parts = tuple(
+            part for part, p in zip(WHOLE, prefixes, strict=True) if part == "denoiser" or any(name.startswith(p) for name in shapes)
+        )
+        return _said("checkpoint", dialect, version(shapes), parts)
+    return None
+
+
+def version(shapes: Shapes) -> Version:
+    """3.5 normalises queries and keys; 3.5 medium attends twice in some blocks."""
+    if any(re.search(r"(^|\.)attn2\.", name) for name in shapes):
+        return "3.5-medium"
+    return "3.5-large" if any(re.search(r"\.attn\.(ln_q|norm_q)\.", name) for name in shapes) else "medium"
+
+
+_LAYER = r"joint_blocks{0}\d+{0}(context|x)_block{0}(attn2?{0}(qkv|proj)|mlp{0}fc[12]|adaLN_modulation{0}1)"
+_ADAPTERS = {
+    "kohya": rf"(lora_unet|lycoris|oft_unet)_{_LAYER.format('_')}\..*",
+    "comfy": rf"(diffusion_model\.)?{_LAYER.format('.')}\..*",
+}
+_LEAF = re.compile(r".*\.((lora|hada|lokr)_\w+(\.\w+)*|lora\.(up|down)\.weight|oft_blocks|oft_diag|diff|diff_b|dora_scale|alpha)")
+_PEFT = re.compile(r"(transformer\.)?transformer_blocks\.\d+\.attn2?\.(to_[qkv]|add_[qkv]_proj)\.(lora_A|lora\.down)\.(default\.)?weight")
+_WIDTHS: dict[int, Version] = {1536: "medium", 2432: "3.5-large"}
+"""Channels of the transformer, by which its adapters are told from other models' in diffusers' names, which are alike."""
+
+
+def _adapter(shapes: Shapes) -> Detected | None:
+    if not any(_LEAF.fullmatch(name) for name in shapes):
+        return None
+    twice = any(re.search(r"[._]attn2[._]", name) for name in shapes)
+    for dialect, pattern in _ADAPTERS.items():
+        if any(re.fullmatch(pattern, name) for name in shapes):
+            return _said("adapter", dialect, _adapted(shapes, twice))
+    width = next((shape[-1] for name, shape in shapes.items() if _PEFT.fullmatch(name)), None)
+    if width in _WIDTHS and not any("single_transformer_blocks" in name for name in shapes):
+        return _said("adapter", "peft", "3.5-medium" if twice else "" if width == 1536 else _WIDTHS[width])
+    return None
+
+
+def _adapted(shapes: Shapes, twice: bool) -> str:
+    """The version that an adapter is for; 3 medium's and 3.5 medium's are alike but for the second attention, which may be left out."""
+    widths = {shape[-1] for name, shape in shapes.items() if re.search(r"qkv\.(lora_down|lora_A)\.(default\.)?weight$", name)}
+    return "3.5-medium" if twice else "3.5-large" if 2432 in widths else ""
+
+
+def _said(kind: Kind, dialect: str, variant: str = "", parts: tuple[str, ...] = ()) -> Detected:
+    return Detected(family=FAMILY, kind=kind, dialect=dialect, variant=variant, parts=parts)
+
+
+FACTS = Facts(
+    options=Options,
+    detect=detect,
+    architecture=architecture,
+    base_model_version=base_model_version,
+    pipelines=("StableDiffusion3Pipeline", "StableDiffusion3Img2ImgPipeline", "StableDiffusion3InpaintPipeline"),
+    scripts={"sd3_train_network": "network", "sd3_train": "full"},
+    defaults={"sample_sampler": "euler"},
+    prompt={"width": 1024, "height": 1024, "sample_steps": 28, "scale": 5.0},
+    paths=("clip_l", "clip_g", "t5xxl"),
+    refused=flow_options.REFUSED,
+    idle=IDLE,
+    check=check,
+    network_args=NetworkArgs,
+    metadata=(
+        *flow_options.METADATA,
+        *("apply_lg_attn_mask", "apply_t5_attn_mask", "t5xxl_max_token_length"),
+        *RATES,
+    ),
+)

@@ -1,0 +1,299 @@
+"""The record of Stable Diffusion 3 and 3.5: where its nets stand in files, and how they are run and adapted."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sfumato.adapters import AdapterPlan
+from sfumato.config import LossConfig, NoiseConfig
+from sfumato.data.batch import Cond
+from sfumato.data.strategies import TextEncoderOutputsCachingStrategy
+from sfumato.errors import UserError
+from sfumato.families.base import Family, Models, Setting, Vocabulary
+from sfumato.families.borrowed import CLIP_TARGETS, T5_TARGETS, clip_part, t5_part, vae_part
+from sfumato.families.flow_options import REFUSED
+from sfumato.families.parts import NATIVE, Config, Part, Shapes, Source, Spelling
+from sfumato.families.sd3 import facts, names
+from sfumato.families.sd3.facts import Completed, Options
+from sfumato.families.sd3.net import HEAD_WIDTH, MMDiT, blocks
+from sfumato.families.sd3.network_args import EMBEDDER_TARGETS, layer
+from sfumato.families.sd3.strategies import CLIPS, LATENTS, Sd3Encode, Sd3Tokenize, outputs
+from sfumato.families.t5 import EMBEDDING, TWIN
+from sfumato.families.tokenizers import clip_tokenizer, t5_source, t5_tokenizer
+from sfumato.formats.dialect import Dialect
+from sfumato.tensors.flow import Flow, schedule
+from sfumato.tensors.noise import Process
+from sfumato.tensors.random import Draws
+
+SHIFT = 3.0
+"""Towards noise, of training and of samplers (arXiv:2403.03206, 5.3.2)."""
+SCALE, VAE_SHIFT = 1.5305, 0.0609
+"""From raw latents to those of the transformer: (x - shift) * scale."""
+KEPT = re.compile(r"text_encoders\.(clip_l|clip_g|t5xxl)\.logit_scale")
+"""What ComfyUI writes into bundles besides the nets."""
+PROJECTION = "text_projection.weight"
+log = logging.getLogger(__name__)
+
+
+# --- files ---
+
+
+def transformer(shapes: Shapes, config: Config) -> MMDiT:
+    """A net without values for tensors of these shapes. Errors: `UserError` for models that take more than a picture and a text."""
+    channels = shapes["x_embedder.proj.weight"][1]
+    if channels != LATENTS.channels:
+        raise UserError(
+            f"the transformer takes {channels} channels, not {LATENTS.channels} (a model for filling or editing): not supported yet"
+        )
+    if config.get("attention_head_dim", HEAD_WIDTH) != HEAD_WIDTH:
+        raise UserError(f"transformer/config.json: attention_head_dim is {config['attention_head_dim']}; only {HEAD_WIDTH} is supported")
+    return MMDiT.of(shapes)
+
+
+def diffusers(shapes: Shapes) -> Spelling:
+    """diffusers' names of a transformer, given in either spelling."""
+    return Spelling("diffusers", names.transformer_keys(shapes))
+
+
+def spelling(shapes: Shapes) -> Spelling | None:
+    """How a file names a transformer."""
+    return NATIVE if "x_embedder.proj.weight" in shapes else diffusers(shapes) if "pos_embed.proj.weight" in shapes else None
+
+
+PARTS = (
+    Part(
+        name="denoiser",
+        title="the transformer",
+        prefixes=(names.TRANSFORMER, ""),
+        folder="transformer",
+        net=transformer,
+        spelling=spelling,
+        diffusers=diffusers,
+    ),
+    clip_part("clip_l", (names.CLIP_L,), "text_encoder", "quick_gelu", flag="clip_l", projected=True, bundled=False),
+    clip_part("clip_g", (names.CLIP_G,), "text_encoder_2", "gelu", flag="clip_g", projected=True, bundled=False),
+    t5_part((names.T5,), "text_encoder_3"),
+    vae_part((names.VAE,), SCALE, VAE_SHIFT, channels=LATENTS.channels),
+)
+
+
+def complete(options: Options, source: Source) -> tuple[Completed, Source]:
+    """The options with what the files say and the recipe's own values.
+
+    Errors: `UserError` for options out of range, for those of a T5 that is not there, and for encoders of other widths.
+    """
+    wrong, has_t5 = facts.check(options), "t5xxl" in source.held
+    asked = [name for name in ("apply_t5_attn_mask", "t5_dropout_rate", "train_t5xxl", "learning_rate_te3") if getattr(options, name)]
+    if asked and not has_t5:
+        wrong.append(f"{asked[0]}: {source.path} holds no T5; name its file with t5xxl, or leave {asked[0]} out")
+    shapes = source.held["denoiser"].shapes()
+    if wrong or (wrong := _misfits(shapes, source)):
+        raise UserError(*wrong)
+    shift = options.discrete_flow_shift if options.training_shift is None else options.training_shift
+    told: dict[str, Any] = {
+        **asdict(options),
+        "weighting_scheme": facts.scheme(options),
+        "discrete_flow_shift": shift,
+        "training_shift": None,
+    }
+    count = len({name.split(".")[1] for name in shapes if name.startswith("joint_blocks.")})
+    return Completed(**told, version=facts.version(shapes), blocks=count, has_t5=has_t5), _without_clips_own(source)
+
+
+def _misfits(shapes: Shapes, source: Source) -> list[str]:
+    """A message for text encoders whose widths are not those that the transformer takes."""
+    clips = [source.held[name].shapes() for name in CLIPS]
+    tokens = "text_model.embeddings.token_embedding.weight"
+    widths = [clip[tokens][1] for clip in clips]
+    pooled = [clip.get(PROJECTION, (width,))[0] for clip, width in zip(clips, widths, strict=True)]
+    # What the transformer's file lacks is told when it is filled.
+    told, expected = (shapes.get(name, (0, 0))[1] for name in ("y_embedder.mlp.0.weight", "context_embedder.weight"))
+    wrong = []
+    if told and sum(pooled) != told:
+        wrong.append(
+            f"clip_l, clip_g: they say {pooled[0]} and {pooled[1]} numbers, the transformer takes {told} of both: one is another CLIP"
+        )
+    elif widths[0] > widths[1]:
+        wrong.append("clip_l, clip_g: the files are exchanged, as clip_l is the wider one")
+    if t5 := source.held.get("t5xxl"):
+        width = t5.shapes()[EMBEDDING][1]
+        if expected and width != expected:
+            wrong.append(f"t5xxl: its states are {width} wide, {expected} was expected: it is another T5")
+    return wrong
+
+
+def _without_clips_own(source: Source) -> Source:
+    """CLIP-L's file without the projection that compares texts with pictures, which files for other uses hold.
+
+    Stable Diffusion 3 is told what CLIP-L pools as it is: the projection in its own files is the identity, or near it where it was trained.
+    """
+    held = source.held["clip_l"]
+    projection = next((t for name, t in held.natives() if name == PROJECTION), None) if held.alone else None
+    if projection is None or projection.diagonal().float().mean() > 0.5:
+        return source
+    log.warning("clip_l: %s has CLIP's own projection, which Stable Diffusion 3 does not use; it is left out", held.where)
+    left = held.tensors.only(lambda name: name not in (PROJECTION, "text_projection"))
+    return replace(source, held={**source.held, "clip_l": replace(held, tensors=left)})
+
+
+def respell(models: Models, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """T5's embedding stands in some bundles twice, and both must be the trained one."""
+    shared, twin = names.T5 + EMBEDDING, names.T5 + TWIN
+    return tensors | {twin: tensors[shared].clone()} if twin in tensors and shared in tensors else tensors
+
+
+def t5_vocabulary(folder: Path | None) -> Any:
+    """T5's tokenizer from a folder; None: the hub's."""
+    return t5_tokenizer(folder or t5_source(None))
+
+
+# --- running ---
+
+
+def tokenize(models: Models) -> Sd3Tokenize:
+    """Captions -> tokens, as the options say."""
+    o, tokenizers = models.options, models.tokenizers
+    clips = {name: tokenizers[name] for name in CLIPS}
+    return Sd3Tokenize(clips, tokenizers.get("t5xxl"), o.t5xxl_max_token_length, o.apply_lg_attn_mask, o.apply_t5_attn_mask)
+
+
+def kept(models: Models) -> TextEncoderOutputsCachingStrategy:
+    """What is kept of captions, as the options say."""
+    o = models.options
+    return outputs(t5=o.has_t5, length=o.t5xxl_max_token_length, masked=o.apply_t5_attn_mask)
+
+
+def process(models: Models, noise: NoiseConfig, loss: LossConfig) -> Process:
+    """Rectified flow."""
+    return Flow.of(models.options, noise, loss, refused=REFUSED, shift=SHIFT)
+
+
+def condition(models: Models, cond: Cond, setting: Setting) -> Cond:
+    """{"context": (b, 77 + n, 4096), "y": (b, 2048)}: both CLIPs side by side and T5 below them, as StableDiffusion3Pipeline has it.
+
+    While training also what chance takes away, and {"crop": (b, 2)} where pictures may lie elsewhere in the table of positions.
+    """
+    net, o = cast(MMDiT, models.denoiser), models.options
+    if setting.draws is not None:
+        rates = {"clip_l": o.clip_l_dropout_rate, "clip_g": o.clip_g_dropout_rate, "t5": o.t5_dropout_rate}
+        cond = _dropped(cond, rates, setting.draws)
+    width = net.context_embedder.in_features
+    clips = torch.cat([cond[name] for name in CLIPS], -1)
+    if "t5" not in cond:  # as diffusers' pipeline has it
+        t5 = clips.new_zeros(len(clips), o.t5xxl_max_token_length, width)
+    elif "t5_mask" in cond:
+        t5 = cond["t5"].masked_fill(~cond["t5_mask"][..., None], 0)
+    else:
+        t5 = cond["t5"]
+    context = torch.cat([F.pad(clips, (0, width - clips.shape[-1])), t5], 1)
+    told = {"context": context, "y": torch.cat([cond[f"{name}_pooled"] for name in CLIPS], -1)}
+    if setting.draws is not None and o.pos_emb_random_crop_rate:
+        told["crop"] = _crops(net, setting.sizes, o.pos_emb_random_crop_rate, setting.draws).to(context.device)
+    return told
+
+
+def _dropped(cond: Cond, rates: Mapping[str, float], draws: Draws) -> Cond:
+    """What the encoders say, each for some samples zero, by its own chance."""
+    told = dict(cond)
+    for name, rate in rates.items():
+        if rate:
+            gone = draws.uniform(f"{name} dropout") < rate
+            for part in told.keys() & {name, f"{name}_pooled"}:
+                told[part] = told[part].masked_fill(gone.to(told[part].device).view(-1, *[1] * (told[part].ndim - 1)), 0)
+    return told
+
+
+def _crops(net: MMDiT, sizes: Tensor, rate: float, draws: Draws) -> Tensor:
+    """(b, 2) row and column in the table of each picture's first patch: anywhere, by the given chance, else that of the middle."""
+    patches = sizes[:, 4:].cpu() // LATENTS.multiple  # (b, 2) rows and columns
+    room = net.side - patches
+    anywhere = (draws.uniform("position", (2,)) * (room + 1)).long()
+    return torch.where((draws.uniform("position crop") < rate)[:, None], anywhere, room // 2)
+
+
+def predict(net: nn.Module, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
+    """The velocity that the transformer says."""
+    said: Tensor = net(x, t, cond["context"], cond["y"], cond.get("crop"))
+    return said
+
+
+def sigmas(models: Models, steps: int, latent_pixels: int) -> Tensor:
+    """The same for pictures of all sizes."""
+    return schedule(steps, shift=SHIFT)
+
+
+def largest(models: Models) -> int:
+    """The longest side of a picture that there are positions for, in pixels."""
+    return cast(MMDiT, models.denoiser).largest * LATENTS.stride
+
+
+# --- training ---
+
+
+def dialects(models: Models) -> Mapping[str, Dialect]:
+    """Adapter names of a model with this transformer."""
+    return names.dialects(models.denoiser.state_dict())
+
+
+def trainable(options: Any, plan: AdapterPlan | None) -> frozenset[str]:
+    """T5 is trained only where it is asked for. Errors: `UserError` where there is none."""
+    t5 = options.train_t5xxl or (plan is not None and plan.family is not None and plan.family.train_t5xxl)
+    if t5 and isinstance(options, Completed) and not options.has_t5:
+        raise UserError("train_t5xxl: the model holds no T5; name its file with t5xxl, or leave train_t5xxl out")
+    return frozenset({*CLIPS, "t5xxl"} if t5 else CLIPS)
+
+
+def rate(options: Any, component: str, path: str) -> float | None:
+    """The rates of kohya's numbered text encoders; nothing for what has no say: how the text, which ends there, looks in the last block."""
+    if path == f"joint_blocks.{options.blocks - 1}.context_block.attn.ln_q.weight":
+        return 0.0
+    return {"clip_l": options.learning_rate_te1, "clip_g": options.learning_rate_te2, "t5xxl": options.learning_rate_te3}.get(component)
+
+
+FAMILY = Family(
+    name="sd3",
+    title="Stable Diffusion 3 or 3.5",
+    parts=PARTS,
+    optional=frozenset({"t5xxl"}),
+    kept=KEPT,
+    complete=complete,
+    vocabularies={
+        # CLIP's vocabulary comes with sfumato, so that a folder given for no more than a tokenizer is T5's.
+        "clip_l": Vocabulary(folder="tokenizer", make=clip_tokenizer, alone=False),
+        # CLIP-G was trained with captions padded by the token 0, which is "!".
+        "clip_g": Vocabulary(folder="tokenizer_2", make=partial(clip_tokenizer, pad="!"), alone=False),
+        "t5xxl": Vocabulary(folder="tokenizer_3", make=t5_vocabulary),
+    },
+    respell=respell,
+    tokenize=tokenize,
+    encode=lambda models: Sd3Encode(),
+    latents=LATENTS,
+    outputs=kept,
+    process=process,
+    condition=condition,
+    predict=predict,
+    sigmas=sigmas,
+    largest=largest,
+    blocks=blocks,
+    dialects=dialects,
+    targets={
+        "denoiser": {"linear": (*names.TARGETS["linear"], *EMBEDDER_TARGETS)},
+        "clip_l": CLIP_TARGETS,
+        "clip_g": CLIP_TARGETS,
+        "t5xxl": T5_TARGETS,
+    },
+    layer=layer,
+    trainable=trainable,
+    rate=rate,
+    encoder_lr_order=("clip_l", "clip_g", "t5xxl"),
+)

@@ -1,0 +1,267 @@
+"""The transformer of Stable Diffusion 3 and 3.5 (MMDiT), in the names of its checkpoints.
+
+Sizes, the number of blocks, and which blocks normalise queries and keys or attend twice are read off the names
+and shapes of the tensors, so a tiny model and the real ones take the same path. Architecture: Esser et al. 2024
+(arXiv:2403.03206), section 4.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sfumato.errors import UserError
+from sfumato.tensors.attention import attention
+
+Shapes = Mapping[str, tuple[int, ...]]
+Crop = Tensor | tuple[int, int]
+"""Where in the table of positions a picture lies: the row and column of its first patch; (b, 2), or one for all samples."""
+
+HEAD_WIDTH = 64
+"""Channels of an attention head in every published model."""
+EPS = 1e-6
+"""Of every norm."""
+
+
+class MMDiT(nn.Module):
+    """x (b, 16, h, w), t (b,) in [0, 1000], context (b, n, 4096), y (b, 2048) -> (b, 16, h, w)."""
+
+    pos_embed: Tensor
+    """(1, side * side, c) sines and cosines of rows and columns; not trained."""
+
+    def __init__(self, shapes: Shapes) -> None:
+        super().__init__()
+        self.patch = shapes["x_embedder.proj.weight"][-1]
+        self.side = _side(shapes)
+        self.register_buffer("pos_embed", torch.empty(shapes["pos_embed"]))
+        self.x_embedder = nn.Sequential(OrderedDict(proj=_patches(shapes, "x_embedder.proj")))
+        self.t_embedder, self.y_embedder = Embedder(shapes, "t_embedder"), Embedder(shapes, "y_embedder")
+        self.context_embedder = _linear(shapes, "context_embedder")
+        depth = len({m[1] for name in shapes if (m := re.match(r"joint_blocks\.(\d+)\.", name))})
+        self.joint_blocks = nn.ModuleList(JointBlock(shapes, f"joint_blocks.{i}", last=i == depth - 1) for i in range(depth))
+        self.final_layer = FinalLayer(shapes, "final_layer")
+
+    @classmethod
+    def of(cls, shapes: Shapes) -> MMDiT:
+        """A net without values (on the meta device) for tensors of these shapes; `UserError` if one that sizes are read from is missing."""
+        try:
+            with torch.device("meta"):
+                return cls(shapes)
+        except KeyError as missing:
+            raise UserError(f"the transformer lacks the tensor {missing}: the file is incomplete or of another kind") from None
+
+    @property
+    def largest(self) -> int:
+        """The largest height and width of latents that there are positions for."""
+        return self.side * self.patch
+
+    def forward(self, x: Tensor, t: Tensor, context: Tensor, y: Tensor, crop: Crop | None = None) -> Tensor:
+        """The velocity from picture to noise at x, shaped as x.
+
+        context: states of the text's tokens; y: the pooled text; crop: None puts the picture in the middle of the
+        table of positions. Errors: `UserError` for sizes that are no whole number of patches, or larger than the table.
+        """
+        h, w = self._patches(*x.shape[-2:])
+        z = self.x_embedder(x).flatten(2).transpose(1, 2)  # (b, h * w, c)
+        # In rows again, or every norm would have to copy; and the table may be of more bits than the rest.
+        z = (z + self.positions(h, w, crop)).to(z.dtype).contiguous()
+        c = self.t_embedder(timestep_embedding(t, self.t_embedder.width).to(x.dtype)) + self.y_embedder(y)
+        context = self.context_embedder(context)
+        for block in self.joint_blocks:
+            context, z = block(context, z, c)
+        out = self.final_layer(z, c).unflatten(1, (h, w)).unflatten(-1, (self.patch, self.patch, -1))  # (b, h, w, p, p, 16)
+        said: Tensor = out.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)
+        return said
+
+    def positions(self, h: int, w: int, crop: Crop | None) -> Tensor:
+        """The part of the table for h x w patches: (1, h * w, c), or (b, h * w, c) with one place a sample."""
+        table = self.pos_embed.reshape(self.side, self.side, -1)
+        if isinstance(crop, Tensor):
+            rows, columns = (crop[:, i, None] + torch.arange(n, device=crop.device) for i, n in enumerate((h, w)))
+            return table[rows[:, :, None], columns[:, None, :]].flatten(1, 2)
+        top, left = ((self.side - h) // 2, (self.side - w) // 2) if crop is None else crop
+        return table[None, top : top + h, left : left + w].flatten(1, 2)
+
+    def _patches(self, h: int, w: int) -> tuple[int, int]:
+        """Patches of h x w latents."""
+        if h % self.patch or w % self.patch:
+            raise UserError(f"latents of {h} x {w} cannot be cut into patches of {self.patch} x {self.patch}")
+        if max(h, w) > self.largest:
+            most = f"{self.largest} x {self.largest}"
+            raise UserError(f"latents of {h} x {w} are too large for this model, which knows the positions of at most {most}")
+        return h // self.patch, w // self.patch
+
+
+def blocks(net: nn.Module) -> Sequence[nn.Module]:
+    """The repeated blocks, in forward order."""
+    return list(cast(MMDiT, net).joint_blocks)
+
+
+class JointBlock(nn.Module):
+    """Text and picture attend to both together; all else each does by itself."""
+
+    def __init__(self, shapes: Shapes, path: str, *, last: bool) -> None:
+        super().__init__()
+        self.last = last
+        self.context_block = Stream(shapes, f"{path}.context_block", seen=not last)
+        self.x_block = Stream(shapes, f"{path}.x_block")
+
+    def forward(self, context: Tensor, x: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
+        """context (b, n, c), x (b, patches, c), c (b, c) -> (context, x); the last block leaves the context as it is."""
+        n = context.shape[1]
+        by_context, by_x = self.context_block.modulation(c), self.x_block.modulation(c)
+        both = zip(self.context_block.look(context, by_context), self.x_block.look(x, by_x), strict=True)
+        q, k, v = (torch.cat(pair, 2) for pair in both)
+        found = attention(q, k, v).transpose(1, 2).flatten(2)
+        x = self.x_block.take(x, found[:, n:], by_x)
+        return context if self.last else self.context_block.take(context, found[:, :n], by_context), x
+
+
+class Stream(nn.Module):
+    """What a block does to the text, or to the picture.
+
+    Its modulation is made of the clock and the pooled text: shift, scale and gate of the attention, those of the
+    two-layer net, and those of a second attention within the stream where it has one (3.5 medium), each (b, 1, c).
+    Of a text that nothing sees any more only the first two are left, and neither projection nor two-layer net.
+    """
+
+    def __init__(self, shapes: Shapes, path: str, *, seen: bool = True) -> None:
+        super().__init__()
+        self.attn = Attention(shapes, f"{path}.attn", out=seen)
+        self.attn2 = Attention(shapes, f"{path}.attn2") if f"{path}.attn2.qkv.weight" in shapes else None
+        self.mlp = Mlp(shapes, f"{path}.mlp") if seen else nn.Identity()
+        self.parts = (9 if self.attn2 is not None else 6) if seen else 2
+        width = shapes[f"{path}.adaLN_modulation.1.weight"][1]
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, self.parts * width))
+
+    def modulation(self, c: Tensor) -> tuple[Tensor, ...]:
+        """c (b, c) -> `parts` tensors (b, 1, c)."""
+        out: Tensor = self.adaLN_modulation(c)[:, None]
+        return out.chunk(self.parts, -1)
+
+    def look(self, x: Tensor, by: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """x (b, n, c) -> its queries, keys and values (b, heads, n, 64)."""
+        return self.attn.heads(modulate(x, by[0], by[1]))
+
+    def take(self, x: Tensor, found: Tensor, by: Sequence[Tensor]) -> Tensor:
+        """x (b, n, c) and what the common attention found for it (b, n, c) -> (b, n, c)."""
+        y: Tensor = x + by[2] * self.attn.proj(found)
+        if self.attn2 is not None:
+            y = y + by[8] * self.attn2(modulate(x, by[6], by[7]))
+        y = y + by[5] * self.mlp(modulate(y, by[3], by[4]))
+        return y
+
+
+class Attention(nn.Module):
+    """Queries, keys and values from one projection; `proj` follows the attention. 3.5 normalises queries and keys."""
+
+    def __init__(self, shapes: Shapes, path: str, *, out: bool = True) -> None:
+        super().__init__()
+        self.qkv = _linear(shapes, f"{path}.qkv")
+        if self.qkv.out_features % (3 * HEAD_WIDTH):
+            raise UserError(f"{path}: {self.qkv.out_features // 3} channels cannot be cut into heads of {HEAD_WIDTH}")
+        self.ln_q, self.ln_k = (RMSNorm() if f"{path}.{n}.weight" in shapes else nn.Identity() for n in ("ln_q", "ln_k"))
+        self.proj = _linear(shapes, f"{path}.proj") if out else nn.Identity()
+
+    def heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """x (b, n, c) -> q, k, v (b, heads, n, 64)"""
+        q, k, v = self.qkv(x).unflatten(-1, (3, -1, HEAD_WIDTH)).permute(2, 0, 3, 1, 4).unbind()
+        return self.ln_q(q), self.ln_k(k), v
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Attention within x: (b, n, c) -> (b, n, c)"""
+        y: Tensor = self.proj(attention(*self.heads(x)).transpose(1, 2).flatten(2))
+        return y
+
+
+class RMSNorm(nn.Module):
+    """Root mean square norm of a head's channels (arXiv:1910.07467), in fp32 whatever comes in."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(HEAD_WIDTH))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., 64) -> (..., 64)"""
+        return F.rms_norm(x.float(), self.weight.shape, self.weight.float(), EPS).to(x.dtype)
+
+
+class Mlp(nn.Module):
+    """Two linear layers with a GELU (its tanh approximation) between them."""
+
+    def __init__(self, shapes: Shapes, path: str) -> None:
+        super().__init__()
+        self.fc1, self.fc2 = _linear(shapes, f"{path}.fc1"), _linear(shapes, f"{path}.fc2")
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(b, n, c) -> (b, n, c)"""
+        y: Tensor = self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
+        return y
+
+
+class Embedder(nn.Module):
+    """Two linear layers with a SiLU between them."""
+
+    def __init__(self, shapes: Shapes, path: str) -> None:
+        super().__init__()
+        self.mlp = nn.Sequential(_linear(shapes, f"{path}.mlp.0"), nn.SiLU(), _linear(shapes, f"{path}.mlp.2"))
+        self.width = shapes[f"{path}.mlp.0.weight"][1]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(b, width) -> (b, c)"""
+        y: Tensor = self.mlp(x)
+        return y
+
+
+class FinalLayer(nn.Module):
+    """A modulated norm, and the projection to the latents of a patch."""
+
+    def __init__(self, shapes: Shapes, path: str) -> None:
+        super().__init__()
+        self.linear = _linear(shapes, f"{path}.linear")
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), _linear(shapes, f"{path}.adaLN_modulation.1"))
+
+    def forward(self, x: Tensor, c: Tensor) -> Tensor:
+        """x (b, n, c), c (b, c) -> (b, n, patch * patch * 16)"""
+        shift, scale = self.adaLN_modulation(c)[:, None].chunk(2, -1)
+        y: Tensor = self.linear(modulate(x, shift, scale))
+        return y
+
+
+def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """x (b, n, c) normalised, then scaled and shifted by (b, 1, c)."""
+    return F.layer_norm(x, x.shape[-1:], eps=EPS) * (1 + scale) + shift
+
+
+def timestep_embedding(t: Tensor, channels: int) -> Tensor:
+    """t (b,) -> (b, channels), fp32: cosines, then sines, of wave lengths from 2 pi to 10,000 * 2 pi."""
+    half = channels // 2
+    rates = torch.exp(-math.log(10_000) / half * torch.arange(half, dtype=torch.float32, device=t.device))
+    angles = t[:, None].float() * rates
+    return torch.cat([angles.cos(), angles.sin()], -1)
+
+
+def _side(shapes: Shapes) -> int:
+    """Patches along a side of the table of positions."""
+    count = shapes["pos_embed"][1]
+    side = math.isqrt(count)
+    if side * side != count:
+        raise UserError(f"pos_embed: {count} positions are no square")
+    return side
+
+
+def _linear(shapes: Shapes, name: str) -> nn.Linear:
+    out, into = shapes[f"{name}.weight"]
+    return nn.Linear(into, out, bias=f"{name}.bias" in shapes)
+
+
+def _patches(shapes: Shapes, name: str) -> nn.Conv2d:
+    out, into, patch, _ = shapes[f"{name}.weight"]
+    return nn.Conv2d(into, out, patch, stride=patch)

@@ -1,0 +1,108 @@
+"""network_args of kohya's lora_sd3: which layers get an adapter, and of which rank; imports no torch."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
+from typing import TYPE_CHECKING, Any, cast
+
+from sfumato.errors import UserError
+from sfumato.families.choices import indices, ranks
+
+if TYPE_CHECKING:
+    from sfumato.adapters import AdapterPlan
+    from sfumato.adapters.insert import Place
+
+DIMS: Mapping[str, str] = {
+    "context_attn_dim": "joint_blocks.*.context_block.attn.*",
+    "context_mlp_dim": "joint_blocks.*.context_block.mlp.*",
+    "context_mod_dim": "joint_blocks.*.context_block.adaLN_modulation.*",
+    "x_attn_dim": "joint_blocks.*.x_block.attn*",  # attn2 as well
+    "x_mlp_dim": "joint_blocks.*.x_block.mlp.*",
+    "x_mod_dim": "joint_blocks.*.x_block.adaLN_modulation.*",
+}
+"""Argument -> path pattern of the layers whose rank it is."""
+EMBEDDERS = ("context_embedder", "t_embedder", "x_embedder", "y_embedder", "final_layer.adaLN_modulation", "final_layer.linear")
+"""What stands before and after the blocks, in the order of emb_dims; adapted by emb_dims alone."""
+EMBEDDER_TARGETS = tuple(f"{name}*" for name in EMBEDDERS)
+"""For `Family.targets`."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NetworkArgs:
+    """For `Facts.network_args`. A rank of 0 leaves the layers out; None: they have network_dim."""
+
+    context_attn_dim: int | None = None
+    context_mlp_dim: int | None = None
+    context_mod_dim: int | None = None
+    x_attn_dim: int | None = None
+    x_mlp_dim: int | None = None
+    x_mod_dim: int | None = None
+    emb_dims: str | None = None
+    """Six ranks, of `EMBEDDERS`: "[4,0,0,0,0,4]"."""
+    train_block_indices: str | None = None
+    """Numbers of the blocks that get adapters: "all", "none" or "0-5,8"."""
+    split_qkv: bool = False
+    """q, k and v have adapters of their own, saved as one."""
+    train_t5xxl: bool = False
+    """Adapters on T5 as well."""
+
+    def __post_init__(self) -> None:
+        given = {name: getattr(self, name) for name in DIMS}
+        wrong = [f"{name}={value}: expected 0 (none) or more" for name, value in given.items() if value is not None and value < 0]
+        if self.emb_dims is not None and len(ranks(self.emb_dims) or ()) != len(EMBEDDERS):
+            wrong.append(f"emb_dims={self.emb_dims}: expected six ranks, those of {', '.join(EMBEDDERS)}, such as [4,0,0,0,0,4]")
+        text = self.train_block_indices
+        if text is not None and text.strip() != "all" and indices(text) is None:
+            wrong.append(f"train_block_indices={text}: expected all, none or numbers such as 0-5,8")
+        if wrong:
+            raise UserError(*(f"network_args {message}" for message in wrong))
+
+
+def layer(options: Any, plan: AdapterPlan, place: Place) -> Place | None:
+    """For `Family.layer`. `options`: say how many blocks there are, as `blocks`.
+
+    Errors: `UserError` for numbers of blocks that the model does not have, and for what would do nothing.
+    """
+    if plan.conv_rank is not None:
+        raise UserError("network_args conv_dim: does nothing, as this model has no blocks of convolutions; leave it out (see emb_dims)")
+    args: NetworkArgs = plan.family or NetworkArgs()
+    if found := re.match(r"joint_blocks\.(\d+)\.", place.path):
+        rank = _rank(args, place.path) if _trained(args, int(found[1]), options.blocks) else 0
+    elif name := next((name for name in EMBEDDERS if f"{place.path}.".startswith(f"{name}.")), None):
+        rank = 0 if args.emb_dims is None else dict(zip(EMBEDDERS, ranks(args.emb_dims) or (), strict=True))[name]
+    else:
+        return place  # a text encoder's
+    if rank == 0:
+        return None
+    told = place.options if rank is None else replace(place.options, rank=rank)
+    return place._replace(options=replace(told, pieces=_pieces(plan, place)) if args.split_qkv else told)
+
+
+def _rank(args: NetworkArgs, path: str) -> int | None:
+    """The rank that `DIMS` give a layer; None: the common one."""
+    return next((getattr(args, name) for name, pattern in DIMS.items() if fnmatchcase(path, pattern)), None)
+
+
+def _trained(args: NetworkArgs, i: int, blocks: int) -> bool:
+    """Whether block `i` of `blocks` gets adapters."""
+    text = args.train_block_indices
+    if text is None or text.strip() == "all":
+        return True
+    chosen = indices(text) or frozenset()
+    if beyond := sorted(n for n in chosen if n >= blocks):
+        raise UserError(
+            f"network_args train_block_indices={text}: the model has {blocks} blocks, numbered from 0, and none numbered {beyond[0]}"
+        )
+    return i in chosen
+
+
+def _pieces(plan: AdapterPlan, place: Place) -> tuple[int, ...]:
+    """Output rows of q, k and v in a layer that fuses them. Errors: `UserError` if this kind of adapter cannot be cut."""
+    from sfumato.adapters.lora import LoRA
+
+    if not issubclass(plan.kind, LoRA):
+        raise UserError(f"network_args split_qkv: is for LoRA, not for {plan.kind.__name__}; leave it out")
+    return (int(cast(Any, place.layer).out_features) // 3,) * 3 if place.path.endswith(".qkv") else ()

@@ -1,0 +1,106 @@
+"""Captions of Stable Diffusion 3 on their way through both CLIPs and T5; what each says is kept by itself."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sfumato.data.batch import Cond, Tokens
+from sfumato.data.strategies import LatentsCachingStrategy, TextEncoderOutputsCachingStrategy
+from sfumato.families.tokenizers import fingerprint, padded
+
+CLIPS = ("clip_l", "clip_g")
+CLIP_LENGTH = 77
+"""Tokens of a caption for both CLIPs, marks included."""
+PENULTIMATE = 2
+"""The layer from the end whose states are used."""
+
+LATENTS = LatentsCachingStrategy(channels=16, patch=2, suffix="_sd3.npz", stored="raw")
+
+
+def outputs(*, t5: bool, length: int, masked: bool) -> TextEncoderOutputsCachingStrategy:
+    """What is kept of captions. `t5`: whether there is one; `masked`: its padding is not kept, and comes back as zeros up to `length`.
+
+    In bf16, which has the range of what T5 was published in.
+    """
+    clips = tuple(name for clip in CLIPS for name in (clip, f"{clip}_pooled"))
+    return TextEncoderOutputsCachingStrategy(
+        fields=(*clips, *(("t5",) if t5 else ()), *(("t5_mask",) if t5 and masked else ())),
+        ragged={"t5": "t5_mask"} if t5 and masked else {},
+        length=length,
+        dtype=torch.bfloat16,
+        suffix="_sd3_te.npz",
+    )
+
+
+@dataclass(frozen=True)
+class Sd3Tokenize:
+    """Captions -> {"clip_l": (b, 77), "clip_g": (b, 77), "t5": (b, n)}, cut or padded, and masks "..._mask" where padding is hidden."""
+
+    clips: Mapping[str, Any]
+    """The tokenizers of both CLIPs, by name; their vocabularies are the same, what they pad with is not."""
+    t5: Any | None
+    length: int
+    """n, T5's tokens of a caption, its end mark included."""
+    masked_clips: bool = False
+    masked_t5: bool = False
+
+    @property
+    def settings(self) -> Mapping[str, object]:
+        """What the tokens depend on besides the caption."""
+        clips = {name: [fingerprint(each), each.pad_token_id] for name, each in self.clips.items()}
+        t5 = {"t5": fingerprint(self.t5), "t5xxl_max_token_length": self.length} if self.t5 else {}
+        return {**clips, **t5, "apply_lg_attn_mask": self.masked_clips, "apply_t5_attn_mask": self.masked_t5}
+
+    def tokenize(self, captions: Sequence[str]) -> Tokens:
+        """See the class."""
+        tokens: dict[str, Tensor] = {}
+        read = [(name, each, CLIP_LENGTH, self.masked_clips) for name, each in self.clips.items()]
+        for name, tokenizer, length, masked in [*read, ("t5", self.t5, self.length, self.masked_t5)]:
+            if tokenizer is not None:
+                tokens[name], used = padded(tokenizer, captions, length)
+                tokens |= {f"{name}_mask": used} if masked else {}
+        return tokens
+
+
+@dataclass(frozen=True)
+class Sd3Encode:
+    """Tokens -> {"clip_l": (b, 77, 768), "clip_l_pooled": (b, 768), "clip_g": (b, 77, 1280), "clip_g_pooled": (b, 1280),
+    "t5": (b, n, 4096)}, and {"t5_mask": (b, n)} if the tokens have it.
+
+    States are zero where a mask says so. Without one, padding is content like any other: so pipelines run these models.
+    """
+
+    @property
+    def settings(self) -> Mapping[str, object]:
+        """Nothing but tokens and encoders makes the states."""
+        return {}
+
+    def encode(self, encoders: Mapping[str, nn.Module], tokens: Tokens) -> Cond:
+        """See the class."""
+        cond: dict[str, Tensor] = {}
+        for name in CLIPS:
+            net = encoders[name]
+            ids, mask = _on(net, tokens, name)
+            said = net(ids, PENULTIMATE)
+            cond |= {name: _visible(said.states, mask), f"{name}_pooled": said.projected}
+        if "t5" in tokens:
+            ids, mask = _on(encoders["t5xxl"], tokens, "t5")
+            cond["t5"] = _visible(encoders["t5xxl"](ids, mask), mask)
+            cond |= {} if mask is None else {"t5_mask": mask}
+        return cond
+
+
+def _on(net: nn.Module, tokens: Tokens, name: str) -> tuple[Tensor, Tensor | None]:
+    """Ids and mask, if there is one, on the net's device."""
+    device, mask = next(net.parameters()).device, tokens.get(f"{name}_mask")
+    return tokens[name].to(device), None if mask is None else mask.to(device)
+
+
+def _visible(states: Tensor, mask: Tensor | None) -> Tensor:
+    """(b, n, d), zero where the mask (b, n) is False."""
+    return states if mask is None else states.masked_fill(~mask[..., None], 0)

@@ -1,0 +1,181 @@
+"""Runs of Stable Diffusion 3: what is told early, rates of single encoders, and what chance does while training."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from runs.test_families import changed, prepared, states, trained
+from tinies import sd3
+from tinies.cases import Files
+from training import config
+
+from sfumato.config import Config, DatasetConfig, SubsetConfig
+from sfumato.errors import UserError
+from sfumato.families import loading
+from sfumato.families.sd3 import family
+from sfumato.families.sd3.facts import Options
+from sfumato.families.sd3.family import FAMILY
+from sfumato.train import dist, loop, run
+
+CASE = next(case for case in sd3.CASES if case.variant == "medium")
+Prepare = Callable[..., loop.Course]
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> Files:
+    return CASE.write(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture
+def prepare(files: Files, pictures: Path, tmp_path: Path) -> Prepare:
+    def go(method: run.Method = "network", **told: Any) -> loop.Course:
+        return prepared(CASE, files, pictures, tmp_path / "out", method, **told)
+
+    return go
+
+
+# --- told before the first step ---
+
+
+def test_pictures_larger_than_the_table_are_told_before_anything_is_encoded(
+    files: Files, pictures: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def encoded(*_: Any, **__: Any) -> Any:
+        raise AssertionError("a picture was encoded")
+
+    monkeypatch.setattr(run, "cache_latents", encoded)
+    made: Config = config(pretrained_model_name_or_path=str(files.model), cache_latents=True, family=Options())
+    large = DatasetConfig(subsets=(SubsetConfig(image_dir=str(pictures)),), resolution=(192, 208))
+    with pytest.raises(UserError) as told:
+        run.prepare(made, "network", (large,), dist.world(), 0.0)
+    assert told.value.messages == (
+        "dataset 1: 192 x 208 pixels are too large for this model, which knows at most 192 x 192; lower its resolution or max_bucket_reso",
+    )
+
+
+def test_prompts_larger_than_the_table_are_told_before_the_first_step(prepare: Prepare, tmp_path: Path) -> None:
+    (tmp_path / "prompts.txt").write_text("a cat --w 64 --h 64\na dog --w 208 --h 64\n")
+    with pytest.raises(UserError, match="the prompt 'a dog': 208 x 64 pixels are too large for this model, which knows at most 192 x 192"):
+        prepare(sample_prompts=str(tmp_path / "prompts.txt"), sample_every_n_steps=1)
+
+
+def test_the_largest_sizes_of_the_real_models() -> None:
+    class Net:
+        largest = 2 * 192
+
+    class Held:
+        denoiser = Net()
+
+    assert FAMILY.largest is not None and FAMILY.largest(Held()) == 3072  # type: ignore[arg-type]
+
+
+def test_a_sampler_of_older_models_is_told_before_the_first_step(prepare: Prepare, tmp_path: Path) -> None:
+    (tmp_path / "prompts.txt").write_text("a cat --w 64 --h 64 --ss ddim\n")
+    with pytest.raises(UserError, match=r"sample_sampler ddim: Stable Diffusion 3 or 3\.5 is drawn with euler"):
+        prepare(sample_prompts=str(tmp_path / "prompts.txt"), sample_every_n_steps=1)
+
+
+def test_an_adapter_on_t5_in_diffusers_names_is_told_before_the_first_step(prepare: Prepare) -> None:
+    with pytest.raises(UserError, match=r"peft.* no names for t5xxl"):
+        prepare(network_args=("train_t5xxl=True",), dialect="peft")
+
+
+# --- what is trained ---
+
+
+@pytest.mark.parametrize(
+    ("told", "moving"),
+    [
+        ({"learning_rate_te2": 0.0}, {"clip_l"}),
+        ({"learning_rate_te1": 0.0}, {"clip_g"}),
+        ({"learning_rate_te1": 0.0, "train_t5xxl": True}, {"clip_g", "t5xxl"}),
+    ],
+)
+def test_a_rate_of_0_freezes_an_encoder(prepare: Prepare, told: Mapping[str, Any], moving: set[str]) -> None:
+    course = prepare("full", train_text_encoder=True, options=told)
+    before = states(course.trainable.models)  # type: ignore[attr-defined]
+    moved = {name.partition(".")[0] for name in changed(before, states(trained(course)))}
+    assert moved == {"denoiser", *moving}
+
+
+def rates(course: loop.Course) -> dict[str, float]:
+    """Of a run that is not begun."""
+    with course.log or nullcontext():
+        return {group.name: group.lr for group in course.trainable.groups()}
+
+
+def test_encoders_have_rates_of_their_own(prepare: Prepare) -> None:
+    course = prepare("full", train_text_encoder=True, options={"learning_rate_te1": 1e-5}, learning_rate_te=2e-5)
+    assert rates(course) == {"denoiser": 1e-3, "clip_l": 1e-5, "clip_g": 2e-5}
+
+
+def test_adapters_have_the_rates_of_kohyas_order(prepare: Prepare) -> None:
+    course = prepare(text_encoder_lr=(1e-5, 2e-5, 3e-5), network_args=("train_t5xxl=True",))
+    assert rates(course) == {"denoiser": 1e-3, "clip_l": 1e-5, "clip_g": 2e-5, "t5xxl": 3e-5}
+
+
+def losses(folder: Path) -> list[float]:
+    return [json.loads(line)["loss"] for line in (folder / "out.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"pos_emb_random_crop_rate": 1.0},
+        {"clip_l_dropout_rate": 1.0},
+        {"clip_g_dropout_rate": 1.0},
+        {"t5_dropout_rate": 1.0},
+        {"apply_lg_attn_mask": True},
+        {"apply_t5_attn_mask": True},
+        {"t5xxl_max_token_length": 77},
+        {"training_shift": 1.0},
+        {"weighting_scheme": "uniform"},
+        {"timestep_sampling": "sigmoid"},
+        {"model_prediction_type": "sigma_scaled"},
+    ],
+    ids=lambda options: next(iter(options)),
+)
+def test_what_a_user_sets_acts(files: Files, pictures: Path, tmp_path: Path, options: dict[str, Any]) -> None:
+    """Live and cached alike: the same loss, up to what 16 bits keep, and another than without the option."""
+    found = {}
+    for name, more in (("plain", {}), ("live", options), ("cached", options)):
+        kept = {"cache_text_encoder_outputs": name == "cached", "network_train_unet_only": True}
+        trained(prepared(CASE, files, pictures, tmp_path / name, "network", max_train_steps=2, options=more, **kept))
+        found[name] = losses(tmp_path / name)
+    assert found["live"] == pytest.approx(found["cached"], rel=2e-3)
+    assert found["live"] != pytest.approx(found["plain"], rel=1e-5), "two live runs without it would be equal to the last bit"
+
+
+def test_cached_runs_equal_live_ones_in_every_weight_where_nothing_is_rounded(
+    files: Files, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Dropouts, masks and crops go by the sample: with outputs kept in fp32 the very same weights come out."""
+    exact = replace(FAMILY, outputs=lambda models: replace(family.kept(models), dtype=torch.float32))
+    monkeypatch.setattr(family, "FAMILY", exact)
+    options = {"clip_l_dropout_rate": 0.5, "t5_dropout_rate": 0.5, "apply_t5_attn_mask": True, "pos_emb_random_crop_rate": 0.5}
+    results = []
+    for cached in (False, True):
+        told = {"cache_text_encoder_outputs": cached, "network_train_unet_only": True, "options": options}
+        course = prepared(CASE, files, pictures, tmp_path / str(cached), "network", **told)
+        trained(course)
+        results.append({name: p.detach().clone() for name, p in course.trainable.weights().items()})
+    assert results[0].keys() == results[1].keys()
+    for name, p in results[0].items():
+        torch.testing.assert_close(results[1][name], p, atol=1e-6, rtol=1e-5)
+
+
+def test_a_bundle_trained_whole_keeps_its_encoders(prepare: Prepare, files: Files, tmp_path: Path) -> None:
+    """What is saved of a bundle is a bundle, and says the same when it is read again."""
+    course = prepare("full", train_text_encoder=True)
+    models = trained(course)
+    course.save_result(tmp_path / "out.safetensors", 3, 0)
+    again = loading.load(FAMILY, str(tmp_path / "out.safetensors"), Options(), tokenizer=str(files.model.parent))
+    assert set(again.encoders) == {"clip_l", "clip_g", "t5xxl"}
+    assert not changed(states(models), states(again))
