@@ -95,10 +95,15 @@ def measure(name: str, args: argparse.Namespace, device: torch.device) -> dict[s
     net = random_net(family, shapes, device)
     options = config.family
     if name == "flux":
-        from sfumato.families.flux.facts import Completed
+        from sfumato.families.flux import facts as flux
         from sfumato.families.flux.family import counts
 
-        options = Completed(guided=True, guidance_scale=1.0, **counts(shapes))
+        options = flux.Completed(guided=True, guidance_scale=1.0, **counts(shapes))
+    elif name == "sd3":
+        from sfumato.families.sd3 import facts as sd3
+
+        blocks = len({n.split(".")[1] for n in shapes if n.startswith("joint_blocks.")})
+        options = sd3.Completed(version="3.5-medium", blocks=blocks, has_t5=True, weighting_scheme="logit_normal")
     vae = nn.Module()
     vae.config = SimpleNamespace(scaling_factor=1.0, shift_factor=None)  # type: ignore[assignment]
     models = Models(family=family, options=options, denoiser=net, encoders={}, tokenizers={}, vae=vae)

@@ -136,7 +136,7 @@ def resolve_all(
         rules.idle(settings, plain, given, method, report)
     _of_family(facts, settings, plain, given, method, report)
     report.finish()
-    settings |= {name: known[name].default for name in report.idle}
+    settings |= {name: plain[name] for name in report.idle}
     return Resolved(build(settings, family), datasets, tuple(report.notices))
 
 

@@ -9,7 +9,8 @@ from torch import nn
 from sfumato.errors import UserError
 from sfumato.families.autoencoders import DIFFUSERS_MARK, EARLY, EARLY_MARK, LDM_MARK, SD_SCALE, kl_net, vae_keys
 from sfumato.families.encoders import CLIP_BARE, OPEN_CLIP, clip_net, heads
-from sfumato.families.parts import NATIVE, Config, Part, Shapes, Spelling, matching
+from sfumato.families.layers import Shapes
+from sfumato.families.parts import NATIVE, Config, Part, Spelling, matching
 from sfumato.families.t5 import EMBEDDING, TWIN, t5_idle, t5_keys, t5_net
 
 CLIP_TARGETS = {"linear": ("*.self_attn.*_proj", "*.mlp.fc?")}

@@ -16,6 +16,8 @@ from sfumato.formats import files
 Shapes = Mapping[str, tuple[int, ...]]
 Kind = Literal["checkpoint", "adapter", "vae", "text_encoder", "embedding", "controlnet"]
 WHOLE = ("denoiser", "text_encoder", "vae")
+LEAF = re.compile(r".*\.((lora|hada|lokr)_\w+(\.\w+)*|lora\.(up|down)\.weight|oft_blocks|oft_diag|diff|diff_b|dora_scale|alpha)")
+"""Names of an adapter's tensors."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

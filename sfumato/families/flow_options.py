@@ -63,6 +63,7 @@ IDLE = (
         "as a density it acts with timestep_sampling sigma alone",
     ),
     Idle(("logit_mean", "logit_std"), lambda o: o.weighting_scheme != "logit_normal", "only weighting_scheme logit_normal has it"),
+    Idle(("sample_sampler",), lambda v: v.sample_sampler != "euler", "this model is drawn with euler"),
     Idle(("mode_scale",), lambda o: o.weighting_scheme != "mode", "only weighting_scheme mode has it"),
 )
 """For `Facts.idle`: options that do nothing beside others."""

@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from sfumato.errors import UserError
 from sfumato.families import sources
 from sfumato.families.fill import check, fill, shapes
+from sfumato.families.layers import Shapes
 from sfumato.formats import files
 from sfumato.formats.lazy import Lazy
 from sfumato.formats.names import KeyMap, add_prefix
 
-Shapes = Mapping[str, tuple[int, ...]]
 Config = Mapping[str, Any]
 """A part's `config.json`; empty for single files, which have none."""
 SHOWN = 5

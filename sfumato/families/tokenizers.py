@@ -112,6 +112,11 @@ def t5_tokenizer(folder: Path) -> Any:
         raise UserError(f"tokenizer folder {folder} cannot be read as T5's: {type(error).__name__}: {error}") from error
 
 
+def t5_vocabulary(folder: Path | None) -> Any:
+    """T5's tokenizer from a folder; None: the hub's. For `Vocabulary.make`."""
+    return t5_tokenizer(folder or t5_source(None))
+
+
 def _holds_t5(folder: Path) -> bool:
     return any((folder / name).is_file() for name in ("tokenizer.json", "spiece.model"))
 

@@ -60,6 +60,18 @@ class Dialect:
         return tuple(self.prefix[component] + p.replace(".", self.separator) for p in paths), match.rule if match else None
 
 
+def usual(kohya: Mapping[str, str], comfy: Mapping[str, str], peft: Mapping[str, str], keys: Mapping[str, KeyMap]) -> dict[str, Dialect]:
+    """The dialects of a family, by name: the prefixes of each, and the tables to diffusers' names, on which PEFT's are built.
+
+    kohya's and ComfyUI's are built on native names.
+    """
+    return {
+        "kohya": Dialect(name="kohya", prefix=kohya, separator="_"),
+        "comfy": Dialect(name="comfy", prefix=comfy, leaves=PEFT_LEAVES),
+        "peft": Dialect(name="peft", prefix=peft, keys=keys, leaves=PEFT_LEAVES, fold_alpha=True),
+    }
+
+
 def write(dialect: Dialect, adapters: Mapping[Site, Leaves]) -> dict[str, Tensor]:
     """Adapters in a dialect's names. Errors: `UserError` for what the dialect cannot hold; two layers of one name."""
     out: dict[str, Tensor] = {}

@@ -229,7 +229,7 @@ def test_fused_layers_are_cut_and_joined(full_size: Models) -> None:
 
 
 def test_blocks_that_are_not_there_are_refused(full_size: Models) -> None:
-    with pytest.raises(UserError, match=r"train_single_block_indices=0,38: the model has 38 single blocks"):
+    with pytest.raises(UserError, match=r"train_single_block_indices=0,38: the model has 38 such blocks"):
         places(full_size, "train_single_block_indices=0,38")
 
 

@@ -182,7 +182,7 @@ def test_all_mistakes_are_told_at_once() -> None:
 @pytest.mark.parametrize(("kind", "number", "blocks"), [("double", 2, 2), ("single", 40, 3)])
 def test_numbers_beyond_the_models_blocks_are_an_error(models: Models, kind: str, number: int, blocks: int) -> None:
     with pytest.raises(
-        UserError, match=f"train_{kind}_block_indices=0,{number}: the model has {blocks} {kind} blocks.* none numbered {number}"
+        UserError, match=f"train_{kind}_block_indices=0,{number}: the model has {blocks} such blocks.* none numbered {number}"
     ):
         ranks(models, f"train_{kind}_block_indices=0,{number}")
 

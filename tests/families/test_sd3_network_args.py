@@ -179,7 +179,7 @@ def test_all_mistakes_are_told_at_once() -> None:
 @pytest.mark.parametrize(
     ("args", "said"),
     [
-        (("train_block_indices=0,3",), "train_block_indices=0,3: the model has 3 blocks, numbered from 0, and none numbered 3"),
+        (("train_block_indices=0,3",), "train_block_indices=0,3: the model has 3 such blocks, numbered from 0, and none numbered 3"),
         (("train_block_indices=none",), "no layer is left to put an adapter on"),
         (("conv_dim=4",), "conv_dim: does nothing"),
     ],

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from sfumato.errors import UserError
 from sfumato.families.fill import fill, shapes
-from sfumato.families.sd.net import timestep_embedding
+from sfumato.families.layers import timestep_embedding
 from sfumato.families.sdxl.names import unet_keys
 from sfumato.families.sdxl.net import UNet, blocks
 

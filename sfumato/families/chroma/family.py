@@ -17,11 +17,13 @@ from sfumato.families.chroma.names import PREFIX, TARGETS, chroma_keys
 from sfumato.families.chroma.net import Chroma
 from sfumato.families.chroma.strategies import OUTPUTS, ChromaEncode, ChromaTokenize
 from sfumato.families.flux.facts import T5XXL, VAE
-from sfumato.families.flux.family import KEPT, SCALE, VAE_SHIFT, check_config, check_patches, counts, process, spoken, t5_vocabulary
+from sfumato.families.flux.family import KEPT, SCALE, VAE_SHIFT, check_config, check_patches, counts, process, spoken
 from sfumato.families.flux.net import PATCH, blocks
 from sfumato.families.flux.network_args import INPUT_TARGETS, layer
 from sfumato.families.flux.strategies import LATENTS
-from sfumato.families.parts import NATIVE, Config, Part, Shapes, Source, Spelling
+from sfumato.families.layers import Shapes
+from sfumato.families.parts import NATIVE, Config, Part, Source, Spelling
+from sfumato.families.tokenizers import t5_vocabulary
 from sfumato.formats.dialect import Dialect
 from sfumato.tensors.flow import flux_mu, schedule
 

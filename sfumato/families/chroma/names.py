@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from sfumato.families.flux.names import PREFIX, TARGETS, Shapes, trunk_rules
+from sfumato.families.flux.names import PREFIX, TARGETS, trunk_rules
+from sfumato.families.layers import Shapes
 from sfumato.formats.names import KeyMap, rule
 
 __all__ = ["PREFIX", "TARGETS", "chroma_keys"]

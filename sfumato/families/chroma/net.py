@@ -9,7 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from sfumato.families.flux.net import Embedder, RMSNorm, Shapes, Trunk, linear, numbered, on_meta, time_embedding
+from sfumato.families.flux.net import Embedder, RMSNorm, Trunk, numbered, on_meta
+from sfumato.families.layers import Shapes, linear, timestep_embedding
 
 DOUBLE, SINGLE, LAST = 6, 3, 2
 """Modulation vectors of a stream in a double block, of a single block, and of the last layer."""
@@ -59,8 +60,8 @@ class Approximator(nn.Module):
     def told(self, t: Tensor, count: int) -> Tensor:
         """(b, count, channels), fp32: a quarter says the time, a quarter the guidance, always 0, and a half the vector's number."""
         quarter = self.in_proj.in_features // 4
-        when = torch.cat([time_embedding(t, quarter), time_embedding(torch.zeros_like(t), quarter)], -1)
-        which = time_embedding(torch.arange(count, device=t.device), 2 * quarter)
+        when = torch.cat([timestep_embedding(1000 * t.float(), quarter), timestep_embedding(torch.zeros_like(t), quarter)], -1)
+        which = timestep_embedding(1000 * torch.arange(count, device=t.device), 2 * quarter)
         return torch.cat([when[:, None].expand(-1, count, -1), which.expand(len(t), -1, -1)], -1)
 
 

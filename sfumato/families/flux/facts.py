@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from sfumato.families import flow_options
 from sfumato.families.about import Facts, Idle
-from sfumato.families.detect import WHOLE, Detected, Kind, Shapes
+from sfumato.families.detect import LEAF, WHOLE, Detected, Kind, Shapes
 from sfumato.families.flow_options import FlowOptions
 from sfumato.families.flux.network_args import NetworkArgs
 
@@ -164,11 +164,10 @@ _ADAPTERS = {
 }
 _OTHERS = re.compile(r"lora_te2_.*|.*(joint_blocks|(img|txt)_mlp[._]fc[12]|byt5_in|distilled_guidance_layer).*")
 """What HunyuanImage, SD3 and Chroma have, whose names are otherwise alike."""
-_LEAF = re.compile(r".*\.((lora|hada|lokr)_\w+(\.\w+)*|lora\.(up|down)\.weight|oft_blocks|oft_diag|diff|diff_b|dora_scale|alpha)")
 
 
 def _adapter(shapes: Shapes) -> Detected | None:
-    if not any(_LEAF.fullmatch(name) for name in shapes) or any(_OTHERS.fullmatch(name) for name in shapes):
+    if not any(LEAF.fullmatch(name) for name in shapes) or any(_OTHERS.fullmatch(name) for name in shapes):
         return None
     for dialect, pattern in _ADAPTERS.items():
         if any(re.fullmatch(pattern, name) for name in shapes):

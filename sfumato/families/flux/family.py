@@ -6,7 +6,6 @@ import logging
 import re
 from collections.abc import Mapping
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,10 +24,11 @@ from sfumato.families.flux.names import TARGETS, flux_keys
 from sfumato.families.flux.net import PATCH, Flux, blocks, numbered
 from sfumato.families.flux.network_args import INPUT_TARGETS, layer
 from sfumato.families.flux.strategies import LATENTS, FluxEncode, FluxTokenize, outputs
-from sfumato.families.parts import NATIVE, Config, Part, Shapes, Source, Spelling
+from sfumato.families.layers import Shapes
+from sfumato.families.parts import NATIVE, Config, Part, Source, Spelling
 from sfumato.families.t5 import EMBEDDING
-from sfumato.families.tokenizers import clip_tokenizer, t5_source, t5_tokenizer
-from sfumato.formats.dialect import PEFT_LEAVES, Dialect
+from sfumato.families.tokenizers import clip_tokenizer, t5_vocabulary
+from sfumato.formats.dialect import Dialect, usual
 from sfumato.formats.names import KeyMap
 from sfumato.tensors.flow import Flow, flux_mu, schedule
 from sfumato.tensors.noise import Process
@@ -135,11 +135,6 @@ def counts(shapes: Shapes) -> dict[str, int]:
     return {name: len(numbered(shapes, name)) for name in ("double_blocks", "single_blocks")}
 
 
-def t5_vocabulary(folder: Path | None) -> Any:
-    """T5's tokenizer from a folder; None: the hub's."""
-    return t5_tokenizer(folder or t5_source(None))
-
-
 # --- running ---
 
 
@@ -194,11 +189,7 @@ def spoken(keys: KeyMap) -> dict[str, Dialect]:
     kohya = {"denoiser": "lora_unet_", "clip_l": "lora_te1_", "t5xxl": "lora_te3_"}
     comfy = {"denoiser": "diffusion_model.", "clip_l": CLIP_L, "t5xxl": T5XXL}
     peft = {"denoiser": "transformer.", "clip_l": "text_encoder."}
-    return {
-        "kohya": Dialect(name="kohya", prefix=kohya, separator="_"),
-        "comfy": Dialect(name="comfy", prefix=comfy, leaves=PEFT_LEAVES),
-        "peft": Dialect(name="peft", prefix=peft, keys={"denoiser": keys}, leaves=PEFT_LEAVES, fold_alpha=True),
-    }
+    return usual(kohya, comfy, peft, {"denoiser": keys})
 
 
 def trainable(options: Any, plan: AdapterPlan | None) -> frozenset[str]:

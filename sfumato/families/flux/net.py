@@ -7,9 +7,8 @@ tokens in every attention, in the blocks of two streams after Esser et al. 2024 
 
 from __future__ import annotations
 
-import math
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TypeVar, cast
 
 import torch
@@ -17,10 +16,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sfumato.errors import UserError
+from sfumato.families.layers import Shapes, linear, timestep_embedding
 from sfumato.tensors.attention import attention
 from sfumato.tensors.rope import rope, rotate
 
-Shapes = Mapping[str, tuple[int, ...]]
 Net = TypeVar("Net", bound=nn.Module)
 Modulate = Callable[[Shapes, str], nn.Module]
 """(shapes, name of a layer) -> what makes (b, n, width), n shifts, scales and gates, of what a block is told."""
@@ -95,9 +94,9 @@ class Flux(Trunk):
         """
         if (guidance is None) != (self.guidance_in is None):
             raise ValueError(f"guidance is {guidance}, but the net {'has no' if self.guidance_in is None else 'has a'} guidance_in")
-        vec = self.time_in(time_embedding(t, self.time_in.channels).to(x.dtype)) + self.vector_in(y)
+        vec = self.time_in(timestep_embedding(1000 * t.float(), self.time_in.channels).to(x.dtype)) + self.vector_in(y)
         if self.guidance_in is not None and guidance is not None:
-            vec = vec + self.guidance_in(time_embedding(guidance, self.guidance_in.channels).to(x.dtype))
+            vec = vec + self.guidance_in(timestep_embedding(1000 * guidance.float(), self.guidance_in.channels).to(x.dtype))
         return self.run(x, context, [(vec, vec)] * len(self.double_blocks), [vec] * len(self.single_blocks), vec, mask)
 
 
@@ -273,26 +272,9 @@ def unpack(x: Tensor, h: int, w: int) -> Tensor:
     return F.pixel_shuffle(torch.unflatten(x.transpose(1, 2), 2, (h // PATCH, w // PATCH)), PATCH)
 
 
-def time_embedding(t: Tensor, channels: int) -> Tensor:
-    """t (b,) -> (b, channels), fp32: cosines, then sines, of 1000 t at rates from 1 down to 1 / 10,000.
-
-    In the reference's order of operations: for large t another rounding of the rates would be seen in the cosines.
-    """
-    half = channels // 2
-    rates = torch.exp(-math.log(10_000) * torch.arange(half, dtype=torch.float32, device=t.device) / half)
-    angles = (1000 * t.float())[:, None] * rates
-    return torch.cat([angles.cos(), angles.sin()], -1)
-
-
 def mlp(shapes: Shapes, name: str) -> nn.Sequential:
     """(b, n, c) -> (b, n, c) by two layers."""
     return nn.Sequential(linear(shapes, f"{name}.0"), nn.GELU(approximate="tanh"), linear(shapes, f"{name}.2"))
-
-
-def linear(shapes: Shapes, name: str) -> nn.Linear:
-    """The layer of this name."""
-    out, into = shapes[f"{name}.weight"]
-    return nn.Linear(into, out, bias=f"{name}.bias" in shapes)
 
 
 def numbered(shapes: Shapes, name: str) -> list[str]:

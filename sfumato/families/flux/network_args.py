@@ -5,11 +5,10 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any, cast
 
 from sfumato.errors import UserError
-from sfumato.families.choices import indices, ranks
+from sfumato.families.choices import check_split, indices, is_chosen, rank_of, ranks
 
 if TYPE_CHECKING:
     from sfumato.adapters import AdapterPlan
@@ -95,7 +94,10 @@ def layer(options: Any, plan: AdapterPlan, place: Place) -> Place | None:
         if args is None:
             return place
         kind, i = found[1], int(found[2])
-        rank = _rank(args, place.path) if _trained(args, kind, i, getattr(options, f"{kind}_blocks")) else 0
+        chosen = args.train_blocks in (None, "all", kind) and is_chosen(
+            args, f"train_{kind}_block_indices", i, getattr(options, f"{kind}_blocks")
+        )
+        rank = rank_of(args, DIMS, place.path) if chosen else 0
     else:
         return place  # a text encoder's
     if rank == 0:
@@ -116,31 +118,9 @@ def _input_rank(options: Any, args: NetworkArgs | None, name: str) -> int:
     return rank[name]
 
 
-def _rank(args: NetworkArgs, path: str) -> int | None:
-    """The rank that `DIMS` give a layer; None: the common one."""
-    return next((getattr(args, name) for name, pattern in DIMS.items() if fnmatchcase(path, pattern)), None)
-
-
-def _trained(args: NetworkArgs, kind: str, i: int, blocks: int) -> bool:
-    """Whether block `i` of `blocks` gets adapters."""
-    if args.train_blocks not in (None, "all", kind):
-        return False
-    text = getattr(args, f"train_{kind}_block_indices")
-    if text is None or text.strip() == "all":
-        return True
-    chosen = indices(text) or frozenset()
-    if beyond := sorted(n for n in chosen if n >= blocks):
-        there = f"the model has {blocks} {kind} blocks, numbered from 0, and none numbered {beyond[0]}"
-        raise UserError(f"network_args train_{kind}_block_indices={text}: {there}")
-    return i in chosen
-
-
 def _pieces(plan: AdapterPlan, place: Place) -> tuple[int, ...]:
-    """Output rows of what is fused in a layer; nothing for any other. Errors: `UserError` if this kind of adapter cannot be cut."""
-    from sfumato.adapters.lora import LoRA
-
-    if not issubclass(plan.kind, LoRA):
-        raise UserError(f"network_args split_qkv: is for LoRA, not for {plan.kind.__name__}; leave it out")
+    """Output rows of what is fused in a layer; nothing for any other. Errors: as `check_split`."""
+    check_split(plan)
     wide, out = (int(n) for n in (cast(Any, place.layer).in_features, cast(Any, place.layer).out_features))
     if place.path.endswith(".qkv"):
         return (wide,) * 3

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from sfumato.families.about import Facts
-from sfumato.families.detect import WHOLE, Detected, Kind, Shapes
+from sfumato.families.detect import LEAF, WHOLE, Detected, Kind, Shapes
 
 FAMILY = "sd"
 CONTEXT_XL = 2048
@@ -77,8 +77,6 @@ _ADAPTERS = {
     "comfy": r"diffusion_model\.(input_blocks|middle_block|output_blocks)\..*|text_encoders\.clip_[lh]\..*",
     "peft": r"(unet\.)?(down_blocks|mid_block|up_blocks)\..*|text_encoder\.(text_model\.)?encoder\.layers\..*",
 }
-LEAF = re.compile(r".*\.((lora|hada|lokr)_\w+(\.\w+)*|lora\.(up|down)\.weight|oft_blocks|oft_diag|diff|diff_b|dora_scale|alpha)")
-"""Names of an adapter's tensors."""
 _LARGER = re.compile(
     r"lora_te[12]_.*|text_encoder_2\..*|text_encoders\.clip_g\..*|.*transformer_blocks[._][1-9]\d*[._].*"
     r"|.*(double|joint|single_transformer)_blocks.*"

@@ -17,14 +17,15 @@ from sfumato.families import sources
 from sfumato.families.base import Family, Models, Vocabulary
 from sfumato.families.borrowed import CLIP_TARGETS, clip_part, vae_part
 from sfumato.families.encoders import ClipText
-from sfumato.families.parts import Config, Part, Shapes, Source, Spelling, unchanged
+from sfumato.families.layers import Shapes
+from sfumato.families.parts import Config, Part, Source, Spelling, unchanged
 from sfumato.families.sd.facts import Options
 from sfumato.families.sd.folder import check_unet, new_folder
 from sfumato.families.sd.names import CLIP_H, CLIP_L, KEPT, TARGETS, UNET, VAE, unet_keys
 from sfumato.families.sd.net import UNet, blocks
 from sfumato.families.sd.strategies import LATENTS, OUTPUTS, SdEncode, SdTokenize
 from sfumato.families.tokenizers import clip_tokenizer
-from sfumato.formats.dialect import PEFT_LEAVES, Dialect
+from sfumato.formats.dialect import Dialect, usual
 from sfumato.tensors.noise import DDPM, Process
 
 LAYERS_USED = 23
@@ -156,10 +157,10 @@ def dialects(models: Models) -> Mapping[str, Dialect]:
     """Adapter names: kohya's and PEFT's are built on diffusers' names, ComfyUI's on the single file's."""
     keys = {"denoiser": unet_keys(models.denoiser.state_dict())}
     text = next(iter(models.encoders))
-    kohya = Dialect(name="kohya", prefix={"denoiser": "lora_unet_", text: "lora_te_"}, keys=keys, separator="_")
-    comfy = Dialect(name="comfy", prefix={"denoiser": "diffusion_model.", text: f"text_encoders.{text}.transformer."}, leaves=PEFT_LEAVES)
-    peft = Dialect(name="peft", prefix={"denoiser": "unet.", text: "text_encoder."}, keys=keys, leaves=PEFT_LEAVES, fold_alpha=True)
-    return {"kohya": kohya, "comfy": comfy, "peft": peft}
+    kohya = {"denoiser": "lora_unet_", text: "lora_te_"}
+    comfy = {"denoiser": "diffusion_model.", text: f"text_encoders.{text}.transformer."}
+    peft = {"denoiser": "unet.", text: "text_encoder."}
+    return usual(kohya, comfy, peft, keys) | {"kohya": Dialect(name="kohya", prefix=kohya, keys=keys, separator="_")}
 
 
 FAMILY = Family(

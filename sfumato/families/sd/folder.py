@@ -11,7 +11,8 @@ from torch import Tensor
 from sfumato.errors import UserError
 from sfumato.families.base import Models, NewFolder
 from sfumato.families.encoders import ClipText
-from sfumato.families.parts import Config, Shapes
+from sfumato.families.layers import Shapes
+from sfumato.families.parts import Config
 from sfumato.families.sd.names import Layout, unet_keys
 from sfumato.families.sd.net import CONV_HEADS, LINEAR_HEAD_WIDTH
 from sfumato.tensors.noise import DDPM

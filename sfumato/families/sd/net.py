@@ -6,9 +6,8 @@ path. Architecture: Rombach et al. 2022 (arXiv:2112.10752); the names are those 
 
 from __future__ import annotations
 
-import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import TypeVar, cast
 
 import torch
@@ -16,9 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sfumato.errors import UserError
+from sfumato.families.layers import Shapes, linear, timestep_embedding
 from sfumato.tensors.attention import attention
-
-Shapes = Mapping[str, tuple[int, ...]]
 
 CONV_HEADS = 8
 """Heads of every attention where `proj_in` is a convolution (1.x)."""
@@ -111,7 +109,7 @@ class ResBlock(nn.Module):
     def __init__(self, shapes: Shapes) -> None:
         super().__init__()
         self.in_layers = nn.Sequential(_norm(shapes, "in_layers.0"), nn.SiLU(), _conv(shapes, "in_layers.2"))
-        self.emb_layers = nn.Sequential(nn.SiLU(), _linear(shapes, "emb_layers.1"))
+        self.emb_layers = nn.Sequential(nn.SiLU(), linear(shapes, "emb_layers.1"))
         # The third place was a dropout of 0.
         self.out_layers = nn.Sequential(_norm(shapes, "out_layers.0"), nn.SiLU(), nn.Identity(), _conv(shapes, "out_layers.3"))
         self.skip_connection = _conv(shapes, "skip_connection") if "skip_connection.weight" in shapes else nn.Identity()
@@ -130,7 +128,7 @@ class Transformer(nn.Module):
         super().__init__()
         self.norm = _norm(shapes, "norm", eps=1e-6)
         self.linear = len(shapes["proj_in.weight"]) == 2
-        project = _linear if self.linear else _conv
+        project = linear if self.linear else _conv
         self.proj_in, self.proj_out = project(shapes, "proj_in"), project(shapes, "proj_out")
         width = shapes["proj_in.weight"][0]
         heads = width // LINEAR_HEAD_WIDTH if self.linear else CONV_HEADS
@@ -174,8 +172,8 @@ class Attention(nn.Module):
     def __init__(self, shapes: Shapes, heads: int) -> None:
         super().__init__()
         self.heads = heads
-        self.to_q, self.to_k, self.to_v = (_linear(shapes, name) for name in ("to_q", "to_k", "to_v"))
-        self.to_out = nn.Sequential(_linear(shapes, "to_out.0"))
+        self.to_q, self.to_k, self.to_v = (linear(shapes, name) for name in ("to_q", "to_k", "to_v"))
+        self.to_out = nn.Sequential(linear(shapes, "to_out.0"))
 
     def forward(self, x: Tensor, context: Tensor) -> Tensor:
         """x (b, n, c), context (b, m, d) -> (b, n, c)"""
@@ -190,7 +188,7 @@ class FeedForward(nn.Module):
     def __init__(self, shapes: Shapes) -> None:
         super().__init__()
         # The second place was a dropout of 0.
-        self.net = nn.Sequential(GatedGelu(_below(shapes, "net.0")), nn.Identity(), _linear(shapes, "net.2"))
+        self.net = nn.Sequential(GatedGelu(_below(shapes, "net.0")), nn.Identity(), linear(shapes, "net.2"))
 
     def forward(self, x: Tensor) -> Tensor:
         """(b, n, c) -> (b, n, c)"""
@@ -203,7 +201,7 @@ class GatedGelu(nn.Module):
 
     def __init__(self, shapes: Shapes) -> None:
         super().__init__()
-        self.proj = _linear(shapes, "proj")
+        self.proj = linear(shapes, "proj")
 
     def forward(self, x: Tensor) -> Tensor:
         """(b, n, c) -> (b, n, 4c)"""
@@ -240,15 +238,7 @@ class Upsample(nn.Module):
 
 def embedder(shapes: Shapes, name: str) -> nn.Sequential:
     """A two-layer net, whose layers are called 0 and 2: (b, n) -> (b, e)."""
-    return nn.Sequential(_linear(shapes, f"{name}.0"), nn.SiLU(), _linear(shapes, f"{name}.2"))
-
-
-def timestep_embedding(t: Tensor, channels: int) -> Tensor:
-    """t (b,) -> (b, channels), fp32: cosines, then sines, of wave lengths from 2 pi to 10,000 * 2 pi."""
-    half = channels // 2
-    rates = torch.exp(-math.log(10_000) / half * torch.arange(half, dtype=torch.float32, device=t.device))
-    angles = t[:, None].float() * rates
-    return torch.cat([angles.cos(), angles.sin()], -1)
+    return nn.Sequential(linear(shapes, f"{name}.0"), nn.SiLU(), linear(shapes, f"{name}.2"))
 
 
 def _part(shapes: Shapes) -> nn.Module:
@@ -288,11 +278,6 @@ def _pixels(x: Tensor) -> Tensor:
 def _picture(x: Tensor, like: Tensor) -> Tensor:
     """(b, h * w, c) -> (b, c, h, w)"""
     return x.transpose(1, 2).reshape(*x.shape[:1], -1, *like.shape[-2:])
-
-
-def _linear(shapes: Shapes, name: str) -> nn.Linear:
-    out, into = shapes[f"{name}.weight"]
-    return nn.Linear(into, out, bias=f"{name}.bias" in shapes)
 
 
 def _conv(shapes: Shapes, name: str, stride: int = 1) -> nn.Conv2d:

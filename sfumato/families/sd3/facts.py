@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from sfumato.families import flow_options
 from sfumato.families.about import Facts, Idle
-from sfumato.families.detect import WHOLE, Detected, Kind, Shapes
+from sfumato.families.detect import LEAF, WHOLE, Detected, Kind, Shapes
 from sfumato.families.flow_options import FlowOptions
 from sfumato.families.sd3.network_args import NetworkArgs
 
@@ -179,14 +179,13 @@ _ADAPTERS = {
     "kohya": rf"(lora_unet|lycoris|oft_unet)_{_LAYER.format('_')}\..*",
     "comfy": rf"(diffusion_model\.)?{_LAYER.format('.')}\..*",
 }
-_LEAF = re.compile(r".*\.((lora|hada|lokr)_\w+(\.\w+)*|lora\.(up|down)\.weight|oft_blocks|oft_diag|diff|diff_b|dora_scale|alpha)")
 _PEFT = re.compile(r"(transformer\.)?transformer_blocks\.\d+\.attn2?\.(to_[qkv]|add_[qkv]_proj)\.(lora_A|lora\.down)\.(default\.)?weight")
 _WIDTHS: dict[int, Version] = {1536: "medium", 2432: "3.5-large"}
 """Channels of the transformer, by which its adapters are told from other models' in diffusers' names, which are alike."""
 
 
 def _adapter(shapes: Shapes) -> Detected | None:
-    if not any(_LEAF.fullmatch(name) for name in shapes):
+    if not any(LEAF.fullmatch(name) for name in shapes):
         return None
     twice = any(re.search(r"[._]attn2[._]", name) for name in shapes)
     for dialect, pattern in _ADAPTERS.items():

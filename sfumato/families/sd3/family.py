@@ -7,7 +7,6 @@ import re
 from collections.abc import Mapping
 from dataclasses import asdict, replace
 from functools import partial
-from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -22,14 +21,15 @@ from sfumato.errors import UserError
 from sfumato.families.base import Family, Models, Setting, Vocabulary
 from sfumato.families.borrowed import CLIP_TARGETS, T5_TARGETS, clip_part, t5_part, vae_part
 from sfumato.families.flow_options import REFUSED
-from sfumato.families.parts import NATIVE, Config, Part, Shapes, Source, Spelling
+from sfumato.families.layers import Shapes
+from sfumato.families.parts import NATIVE, Config, Part, Source, Spelling
 from sfumato.families.sd3 import facts, names
 from sfumato.families.sd3.facts import Completed, Options
 from sfumato.families.sd3.net import HEAD_WIDTH, MMDiT, blocks
 from sfumato.families.sd3.network_args import EMBEDDER_TARGETS, layer
 from sfumato.families.sd3.strategies import CLIPS, LATENTS, Sd3Encode, Sd3Tokenize, outputs
 from sfumato.families.t5 import EMBEDDING, TWIN
-from sfumato.families.tokenizers import clip_tokenizer, t5_source, t5_tokenizer
+from sfumato.families.tokenizers import clip_tokenizer, t5_vocabulary
 from sfumato.formats.dialect import Dialect
 from sfumato.tensors.flow import Flow, schedule
 from sfumato.tensors.noise import Process
@@ -150,11 +150,6 @@ def respell(models: Models, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """T5's embedding stands in some bundles twice, and both must be the trained one."""
     shared, twin = names.T5 + EMBEDDING, names.T5 + TWIN
     return tensors | {twin: tensors[shared].clone()} if twin in tensors and shared in tensors else tensors
-
-
-def t5_vocabulary(folder: Path | None) -> Any:
-    """T5's tokenizer from a folder; None: the hub's."""
-    return t5_tokenizer(folder or t5_source(None))
 
 
 # --- running ---

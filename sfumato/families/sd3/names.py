@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Mapping
 
-from sfumato.formats.dialect import PEFT_LEAVES, Dialect
+from sfumato.formats.dialect import Dialect, usual
 from sfumato.formats.names import SWAP_HALVES, KeyMap, rule
 
 TRANSFORMER = "model.diffusion_model."
@@ -71,8 +71,4 @@ def dialects(names: Collection[str]) -> Mapping[str, Dialect]:
     comfy = {"denoiser": "diffusion_model.", "clip_l": CLIP_L, "clip_g": CLIP_G, "t5xxl": T5}
     peft = {"denoiser": "transformer.", "clip_l": "text_encoder.", "clip_g": "text_encoder_2."}
     keys = {"denoiser": transformer_keys(names)}
-    return {
-        "kohya": Dialect(name="kohya", prefix=kohya, separator="_"),
-        "comfy": Dialect(name="comfy", prefix=comfy, leaves=PEFT_LEAVES),
-        "peft": Dialect(name="peft", prefix=peft, keys=keys, leaves=PEFT_LEAVES, fold_alpha=True),
-    }
+    return usual(kohya, comfy, peft, keys)

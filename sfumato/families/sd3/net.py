@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import re
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import cast
 
 import torch
@@ -18,9 +18,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sfumato.errors import UserError
+from sfumato.families.layers import Shapes, linear, timestep_embedding
 from sfumato.tensors.attention import attention
 
-Shapes = Mapping[str, tuple[int, ...]]
 Crop = Tensor | tuple[int, int]
 """Where in the table of positions a picture lies: the row and column of its first patch; (b, 2), or one for all samples."""
 
@@ -43,7 +43,7 @@ class MMDiT(nn.Module):
         self.register_buffer("pos_embed", torch.empty(shapes["pos_embed"]))
         self.x_embedder = nn.Sequential(OrderedDict(proj=_patches(shapes, "x_embedder.proj")))
         self.t_embedder, self.y_embedder = Embedder(shapes, "t_embedder"), Embedder(shapes, "y_embedder")
-        self.context_embedder = _linear(shapes, "context_embedder")
+        self.context_embedder = linear(shapes, "context_embedder")
         depth = len({m[1] for name in shapes if (m := re.match(r"joint_blocks\.(\d+)\.", name))})
         self.joint_blocks = nn.ModuleList(JointBlock(shapes, f"joint_blocks.{i}", last=i == depth - 1) for i in range(depth))
         self.final_layer = FinalLayer(shapes, "final_layer")
@@ -164,11 +164,11 @@ class Attention(nn.Module):
 
     def __init__(self, shapes: Shapes, path: str, *, out: bool = True) -> None:
         super().__init__()
-        self.qkv = _linear(shapes, f"{path}.qkv")
+        self.qkv = linear(shapes, f"{path}.qkv")
         if self.qkv.out_features % (3 * HEAD_WIDTH):
             raise UserError(f"{path}: {self.qkv.out_features // 3} channels cannot be cut into heads of {HEAD_WIDTH}")
         self.ln_q, self.ln_k = (RMSNorm() if f"{path}.{n}.weight" in shapes else nn.Identity() for n in ("ln_q", "ln_k"))
-        self.proj = _linear(shapes, f"{path}.proj") if out else nn.Identity()
+        self.proj = linear(shapes, f"{path}.proj") if out else nn.Identity()
 
     def heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """x (b, n, c) -> q, k, v (b, heads, n, 64)"""
@@ -198,7 +198,7 @@ class Mlp(nn.Module):
 
     def __init__(self, shapes: Shapes, path: str) -> None:
         super().__init__()
-        self.fc1, self.fc2 = _linear(shapes, f"{path}.fc1"), _linear(shapes, f"{path}.fc2")
+        self.fc1, self.fc2 = linear(shapes, f"{path}.fc1"), linear(shapes, f"{path}.fc2")
 
     def forward(self, x: Tensor) -> Tensor:
         """(b, n, c) -> (b, n, c)"""
@@ -211,7 +211,7 @@ class Embedder(nn.Module):
 
     def __init__(self, shapes: Shapes, path: str) -> None:
         super().__init__()
-        self.mlp = nn.Sequential(_linear(shapes, f"{path}.mlp.0"), nn.SiLU(), _linear(shapes, f"{path}.mlp.2"))
+        self.mlp = nn.Sequential(linear(shapes, f"{path}.mlp.0"), nn.SiLU(), linear(shapes, f"{path}.mlp.2"))
         self.width = shapes[f"{path}.mlp.0.weight"][1]
 
     def forward(self, x: Tensor) -> Tensor:
@@ -225,8 +225,8 @@ class FinalLayer(nn.Module):
 
     def __init__(self, shapes: Shapes, path: str) -> None:
         super().__init__()
-        self.linear = _linear(shapes, f"{path}.linear")
-        self.adaLN_modulation = nn.Sequential(nn.SiLU(), _linear(shapes, f"{path}.adaLN_modulation.1"))
+        self.linear = linear(shapes, f"{path}.linear")
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), linear(shapes, f"{path}.adaLN_modulation.1"))
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
         """x (b, n, c), c (b, c) -> (b, n, patch * patch * 16)"""
@@ -240,14 +240,6 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     return F.layer_norm(x, x.shape[-1:], eps=EPS) * (1 + scale) + shift
 
 
-def timestep_embedding(t: Tensor, channels: int) -> Tensor:
-    """t (b,) -> (b, channels), fp32: cosines, then sines, of wave lengths from 2 pi to 10,000 * 2 pi."""
-    half = channels // 2
-    rates = torch.exp(-math.log(10_000) / half * torch.arange(half, dtype=torch.float32, device=t.device))
-    angles = t[:, None].float() * rates
-    return torch.cat([angles.cos(), angles.sin()], -1)
-
-
 def _side(shapes: Shapes) -> int:
     """Patches along a side of the table of positions."""
     count = shapes["pos_embed"][1]
@@ -255,11 +247,6 @@ def _side(shapes: Shapes) -> int:
     if side * side != count:
         raise UserError(f"pos_embed: {count} positions are no square")
     return side
-
-
-def _linear(shapes: Shapes, name: str) -> nn.Linear:
-    out, into = shapes[f"{name}.weight"]
-    return nn.Linear(into, out, bias=f"{name}.bias" in shapes)
 
 
 def _patches(shapes: Shapes, name: str) -> nn.Conv2d:

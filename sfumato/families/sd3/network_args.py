@@ -5,11 +5,10 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any, cast
 
 from sfumato.errors import UserError
-from sfumato.families.choices import indices, ranks
+from sfumato.families.choices import check_split, indices, is_chosen, rank_of, ranks
 
 if TYPE_CHECKING:
     from sfumato.adapters import AdapterPlan
@@ -70,7 +69,8 @@ def layer(options: Any, plan: AdapterPlan, place: Place) -> Place | None:
         raise UserError("network_args conv_dim: does nothing, as this model has no blocks of convolutions; leave it out (see emb_dims)")
     args: NetworkArgs = plan.family or NetworkArgs()
     if found := re.match(r"joint_blocks\.(\d+)\.", place.path):
-        rank = _rank(args, place.path) if _trained(args, int(found[1]), options.blocks) else 0
+        chosen = is_chosen(args, "train_block_indices", int(found[1]), options.blocks)
+        rank = rank_of(args, DIMS, place.path) if chosen else 0
     elif name := next((name for name in EMBEDDERS if f"{place.path}.".startswith(f"{name}.")), None):
         rank = 0 if args.emb_dims is None else dict(zip(EMBEDDERS, ranks(args.emb_dims) or (), strict=True))[name]
     else:
@@ -81,28 +81,7 @@ def layer(options: Any, plan: AdapterPlan, place: Place) -> Place | None:
     return place._replace(options=replace(told, pieces=_pieces(plan, place)) if args.split_qkv else told)
 
 
-def _rank(args: NetworkArgs, path: str) -> int | None:
-    """The rank that `DIMS` give a layer; None: the common one."""
-    return next((getattr(args, name) for name, pattern in DIMS.items() if fnmatchcase(path, pattern)), None)
-
-
-def _trained(args: NetworkArgs, i: int, blocks: int) -> bool:
-    """Whether block `i` of `blocks` gets adapters."""
-    text = args.train_block_indices
-    if text is None or text.strip() == "all":
-        return True
-    chosen = indices(text) or frozenset()
-    if beyond := sorted(n for n in chosen if n >= blocks):
-        raise UserError(
-            f"network_args train_block_indices={text}: the model has {blocks} blocks, numbered from 0, and none numbered {beyond[0]}"
-        )
-    return i in chosen
-
-
 def _pieces(plan: AdapterPlan, place: Place) -> tuple[int, ...]:
-    """Output rows of q, k and v in a layer that fuses them. Errors: `UserError` if this kind of adapter cannot be cut."""
-    from sfumato.adapters.lora import LoRA
-
-    if not issubclass(plan.kind, LoRA):
-        raise UserError(f"network_args split_qkv: is for LoRA, not for {plan.kind.__name__}; leave it out")
+    """Output rows of q, k and v in a layer that fuses them. Errors: as `check_split`."""
+    check_split(plan)
     return (int(cast(Any, place.layer).out_features) // 3,) * 3 if place.path.endswith(".qkv") else ()

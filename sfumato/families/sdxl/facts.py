@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from sfumato.families.about import Facts, Idle
-from sfumato.families.detect import Detected, Kind, Shapes
-from sfumato.families.sd.facts import CONTEXT_XL, LEAF, UNET_PREFIX, is_controlnet, text_width
+from sfumato.families.detect import LEAF, Detected, Kind, Shapes
+from sfumato.families.sd.facts import CONTEXT_XL, UNET_PREFIX, is_controlnet, text_width
 
 FAMILY = "sdxl"
 BLOCKS = 23

@@ -15,9 +15,9 @@ from sfumato.data.batch import Cond
 from sfumato.errors import UserError
 from sfumato.families.base import Family, Models, Setting, Vocabulary
 from sfumato.families.borrowed import CLIP_TARGETS, clip_part, vae_part
-from sfumato.families.parts import NATIVE, Config, Part, Shapes, Source, Spelling
+from sfumato.families.layers import Shapes, timestep_embedding
+from sfumato.families.parts import NATIVE, Config, Part, Source, Spelling
 from sfumato.families.sd.family import check_channels, prediction, process, without_old_average
-from sfumato.families.sd.net import timestep_embedding
 from sfumato.families.sd.strategies import SdTokenize
 from sfumato.families.sdxl.facts import SIZE_WIDTH, SIZES, Options
 from sfumato.families.sdxl.folder import check_unet, new_folder, scheduler
@@ -25,7 +25,7 @@ from sfumato.families.sdxl.names import CLIP_G, CLIP_L, KEPT, TARGETS, UNET, VAE
 from sfumato.families.sdxl.net import UNet, blocks
 from sfumato.families.sdxl.strategies import LATENTS, OUTPUTS, SdxlEncode, SdxlTokenize
 from sfumato.families.tokenizers import clip_tokenizer
-from sfumato.formats.dialect import PEFT_LEAVES, Dialect
+from sfumato.formats.dialect import Dialect, usual
 
 SCALE = 0.13025
 """Factor from raw latents to those of the denoiser."""
@@ -142,10 +142,7 @@ def dialects(models: Models) -> Mapping[str, Dialect]:
     kohya = {"denoiser": "lora_unet_", "clip_l": "lora_te1_", "clip_g": "lora_te2_"}
     comfy = {"denoiser": "diffusion_model.", **{name: f"text_encoders.{name}.transformer." for name in ("clip_l", "clip_g")}}
     peft = {"denoiser": "unet.", "clip_l": "text_encoder.", "clip_g": "text_encoder_2."}
-    return {
-        "kohya": Dialect(name="kohya", prefix=kohya, separator="_"),
-        "comfy": Dialect(name="comfy", prefix=comfy, leaves=PEFT_LEAVES),
-        "peft": Dialect(name="peft", prefix=peft, keys=keys, leaves=PEFT_LEAVES, fold_alpha=True),
+    return usual(kohya, comfy, peft, keys) | {
         "kohya_diffusers": Dialect(name="kohya_diffusers", prefix=kohya, keys=keys, separator="_"),
     }
 

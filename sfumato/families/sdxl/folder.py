@@ -10,7 +10,8 @@ from sfumato.errors import UserError
 from sfumato.families import sources
 from sfumato.families.base import Models, NewFolder
 from sfumato.families.encoders import ClipText
-from sfumato.families.parts import Config, Shapes, Source
+from sfumato.families.layers import Shapes
+from sfumato.families.parts import Config, Source
 from sfumato.families.sd import folder as sd
 from sfumato.families.sd.names import Layout
 from sfumato.families.sdxl.facts import SIZE_WIDTH

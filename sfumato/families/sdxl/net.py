@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from sfumato.families.sd.net import Body, Shapes, blocks, embedder
+from sfumato.families.layers import Shapes
+from sfumato.families.sd.net import Body, blocks, embedder
 
 __all__ = ["UNet", "blocks"]
 
