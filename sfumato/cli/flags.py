@@ -150,7 +150,7 @@ def _of_family(
     view = rules.View(settings, method)
     for rule in facts.idle:
         for name in rule.keys:
-            if name in given and settings[name] != plain[name] and rule.when(view):
+            if name in given and name not in report.idle and settings[name] != plain[name] and rule.when(view):
                 report.without_effect(given[name], rule.why)
     for message in facts.check(_record(facts.options, {**settings, **{name: plain[name] for name in report.idle}})):
         name = message.partition(":")[0]

@@ -27,6 +27,20 @@ NAME = "pretrained_model_name_or_path"
 Dtypes = torch.dtype | Mapping[str, torch.dtype | None] | None
 
 
+def examine(family: Family, path: str, options: Any, *, vae: str | None = None) -> tuple[Any, Source]:
+    """The options with what the files say, and where the parts of a checkpoint are; headers are read and nothing else.
+
+    Errors: `UserError` for what is missing, of no part, or contradicts the options.
+    """
+    where = sources.local(path, NAME)
+    detect_file(where, NAME)
+    given = {part.flag: vae if part.name == "vae" else getattr(options, part.flag, None) for part in family.parts if part.flag}
+    source = parts.open_model(where, family.parts, family.title, given=given, kept=family.kept)
+    if missing := parts.lacking(source, [p for p in family.parts if p.name not in family.optional]):
+        raise UserError(*missing)
+    return family.complete(options, source)
+
+
 def load(
     family: Family,
     path: str,
@@ -42,15 +56,9 @@ def load(
 
     `dtype`: what denoiser and encoders are held in, one for all or by component; None: as in the file. The VAE stays in the
     format of its file. Everything is checked from headers before a value is read, and no tensor is in memory twice.
-    `progress` is told (done, all) numbers. Errors: `UserError` for what is missing, left over or contradicts the options.
+    `progress` is told (done, all) numbers. Errors: as `examine`, and for tensors that do not fit their net.
     """
-    where = sources.local(path, NAME)
-    detect_file(where, NAME)
-    given = {part.flag: vae if part.name == "vae" else getattr(options, part.flag, None) for part in family.parts if part.flag}
-    source = parts.open_model(where, family.parts, family.title, given=given, kept=family.kept)
-    if missing := parts.lacking(source, [p for p in family.parts if p.name not in family.optional]):
-        raise UserError(*missing)
-    options, source = family.complete(options, source)
+    options, source = examine(family, path, options, vae=vae)
     tokenizers = {name: _tokenizer(family.vocabularies[name], source, tokenizer) for name in source.held if name in family.vocabularies}
     dtypes: Mapping[str, torch.dtype | None] = dtype if isinstance(dtype, Mapping) else dict.fromkeys(source.held, dtype)
     done, total = 0, sum(math.prod(shape) for held in source.held.values() for shape in held.shapes().values())

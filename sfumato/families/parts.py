@@ -259,7 +259,7 @@ def _bare(part: Part, tensors: Lazy, where: Path) -> Held:
 def lacking(source: Source, parts: Sequence[Part]) -> list[str]:
     """A message for each part that is missing, with the setting that names it."""
     return [
-        f"{source.path} holds no {part.title.removeprefix('the ')}; name its file with {part.flag}"
+        f"{source.path} holds no {part.title.removeprefix('the ')}; name its file with --{part.flag}"
         if part.flag
         else f"{source.path} holds no {part.title.removeprefix('the ')}"
         for part in parts

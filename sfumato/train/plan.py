@@ -9,7 +9,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from sfumato import adapters, families
+from sfumato import families
 from sfumato.config import Config, DatasetConfig
 from sfumato.data.plan import Plan, make_plan
 from sfumato.data.store import Index
@@ -17,8 +17,7 @@ from sfumato.families.detect import detect_file
 from sfumato.train import keep
 from sfumato.train.loop import Pace
 from sfumato.train.progress import telling
-from sfumato.train.prompts import default, read_prompts, sampler
-from sfumato.train.run import Method
+from sfumato.train.run import Method, check
 from sfumato.train.trainables import caches_latents, caches_text
 
 FOLDERS = ("dataset", "folder", "kind", "pictures", "repeats", "samples an epoch", "left out")
@@ -29,10 +28,7 @@ def show(config: Config, method: Method, datasets: tuple[DatasetConfig, ...]) ->
     """`sfumato plan`: print what a training would do. Errors: `UserError`, as the training itself would give before its first step."""
     console = Console(highlight=False)
     found = detect_file(config.model.pretrained_model_name_or_path)
-    if method == "network":
-        adapters.parse(config.network, families.facts_of(config.family).network_args)
-    prompts = read_prompts(config.sample.sample_prompts, default(config.family)) if config.sample.sample_prompts else []
-    sampler(config.sample.sample_sampler)
+    prompts, _ = check(config, method)
     latents = families.of(config.family).latents
     with telling("reading pictures") as tell:
         plan = make_plan(

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from sfumato import adapters, families
+from sfumato.adapters import AdapterPlan
 from sfumato.adapters.insert import from_state
 from sfumato.config import Config, DatasetConfig
 from sfumato.data.batch import Cond, Tokens
@@ -26,7 +27,7 @@ from sfumato.data.loader import Loader
 from sfumato.data.plan import Plan, make_plan
 from sfumato.data.store import Index, Store, default_root
 from sfumato.families.base import Models, check_sizes
-from sfumato.families.loading import load
+from sfumato.families.loading import examine, load
 from sfumato.formats import files
 from sfumato.formats.files import file_digest
 from sfumato.formats.metadata import remembered
@@ -204,18 +205,25 @@ def train(config: Config, method: Method, datasets: tuple[DatasetConfig, ...], r
         world.close()
 
 
+def check(config: Config, method: Method) -> tuple[list[Prompt], AdapterPlan | None]:
+    """What can be told before a picture or a weight is read: the prompts, and the plan of adapters. Errors: `UserError`."""
+    prompts = read_prompts(config.sample.sample_prompts, default(config.family)) if config.sample.sample_prompts else []
+    sampler(config.sample.sample_sampler)
+    plan = adapters.parse(config.network, families.facts_of(config.family).network_args) if method == "network" else None
+    examine(families.of(config.family), config.model.pretrained_model_name_or_path, config.family, vae=config.model.vae)
+    return prompts, plan
+
+
 def prepare(config: Config, method: Method, datasets: tuple[DatasetConfig, ...], world: dist.World, began: float) -> loop.Course:
-    """Everything up to the first step, in this order: pictures, model, caches, trainable, memory, optimizer, old state."""
+    """Everything up to the first step, in this order: what headers tell, pictures, model, caches, trainable, memory, optimizer, state."""
     precision = dist.precision(config.train.mixed_precision)
     attention.choose("xformers" if config.memory.xformers else "sdpa")
+    prompts, plan = check(config, method)
     data = open_data(config, datasets, world)
     pace = loop.Pace.of(config, data.plan.batches_per_epoch, world.size)
     if world.main:
         console.print(data.plan.steps_line(config.train.gradient_accumulation_steps, world.size))
         console.print(f"{pace.steps} steps in {pace.epochs} epochs")
-    prompts = read_prompts(config.sample.sample_prompts, default(config.family)) if config.sample.sample_prompts else []
-    sampler(config.sample.sample_sampler)
-    plan = adapters.parse(config.network, families.facts_of(config.family).network_args) if method == "network" else None
     models = load_models(config, precision, method)
     check_prompts(models, prompts, config.sample.sample_sampler)
     merge_base_weights(config, models)

@@ -220,7 +220,7 @@ def test_what_is_not_there_is_asked_for_by_its_flag(tmp_path: Path) -> None:
     made = write(tmp_path)
     with pytest.raises(UserError) as error:
         opened(made.model)
-    assert [message.rpartition("; ")[2] for message in error.value.messages] == ["name its file with t5xxl", "name its file with vae"]
+    assert [message.rpartition("; ")[2] for message in error.value.messages] == ["name its file with --t5xxl", "name its file with --vae"]
     with pytest.raises(UserError, match=r"t5xxl: .*ae\.safetensors does not hold the text encoder t5xxl"):
         opened(made.model, t5xxl=str(made.vae), vae=str(made.vae))
 

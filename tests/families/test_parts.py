@@ -271,8 +271,8 @@ def test_missing_parts_are_named_with_their_flags(tmp_path: Path) -> None:
     source = opened(path)
     assert lacking(source, PARTS) == [
         f"{path} holds no transformer",
-        f"{path} holds no text encoder t5xxl; name its file with t5xxl",
-        f"{path} holds no VAE; name its file with vae",
+        f"{path} holds no text encoder t5xxl; name its file with --t5xxl",
+        f"{path} holds no VAE; name its file with --vae",
     ]
     assert lacking(source, [CLIP_L]) == []
 

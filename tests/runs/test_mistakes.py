@@ -12,6 +12,7 @@ from training import Train
 
 from sfumato.errors import UserError
 from sfumato.formats import files
+from sfumato.train import run
 
 
 def test_a_full_disk_while_saving(train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -59,3 +60,15 @@ def test_what_was_not_trained_cannot_be_resumed(train: Train) -> None:
         train("b", resume=str(first / "out-state"), network_dim=3, max_train_steps=8)
     with pytest.raises(UserError, match="raise --max_train_steps"):
         train("c", resume=str(first / "out-state"), network_dim=2)
+
+
+def test_a_model_without_its_parts_is_told_before_pictures_are_read(
+    train: Train, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tensors = files.load(model)
+    files.save(tmp_path / "part.safetensors", {n: t for n, t in tensors.items() if not n.startswith("cond_stage_model.")}, {})
+    monkeypatch.setattr(run, "open_data", lambda *_: pytest.fail("pictures were read"))
+    with pytest.raises(UserError, match="no text_encoder"):
+        train("a", pretrained_model_name_or_path=str(tmp_path / "part.safetensors"))
+    with pytest.raises(UserError, match="network_args 'colour'"):
+        train("a", network_args=("colour=2",))
