@@ -73,7 +73,8 @@ class TextEncoderOutputsCachingStrategy:
     fields: tuple[str, ...]
     """Names in cond that are kept."""
     ragged: Mapping[str, str] = field(default_factory=dict)
-    """Field (n, d) -> the field (n,), true for its used rows, which come first: such a field is kept without the others."""
+    """Field (n, d) -> the field (n,), true for its used rows, which come first: such a field is kept without the others. In a cond
+    of any `length` the second field may be missing, which means that all rows are used: attention is faster without a mask."""
     length: int | None = None
     """Rows that ragged fields are padded to with zeros when they are read; None: to the longest of a batch."""
     dtype: torch.dtype = torch.float16
@@ -83,7 +84,7 @@ class TextEncoderOutputsCachingStrategy:
 
     def keep(self, cond: Cond, i: int) -> dict[str, Tensor]:
         """What is kept of the i-th caption of a cond."""
-        used = {name: int(cond[mask][i].sum()) for name, mask in self.ragged.items()}
+        used = {name: int(cond[mask][i].sum()) for name, mask in self.ragged.items() if mask in cond}
         kept = [name for name in self.fields if name not in self.ragged.values()]
         return {name: cond[name][i][: used.get(name)] for name in kept}
 
@@ -98,5 +99,6 @@ class TextEncoderOutputsCachingStrategy:
             lengths = torch.tensor([len(value) for value in values])
             rows = self.length or int(lengths.max())
             joined[name] = torch.stack([functional.pad(value, (0, 0, 0, rows - len(value))) for value in values])
-            joined[self.ragged[name]] = torch.arange(rows) < lengths[:, None]
+            if self.length or int(lengths.min()) < rows:
+                joined[self.ragged[name]] = torch.arange(rows) < lengths[:, None]
         return joined

@@ -113,12 +113,13 @@ def encoded(length: int, pipe: Any, captions: Sequence[str]) -> Mapping[str, Ten
 
 
 def encoded_alone(length: int, pipe: Any, captions: Sequence[str]) -> Mapping[str, Tensor]:
-    """Each caption at its own length, so that there is no padding to hide; then zeros."""
+    """Each caption at its own length, so that there is no padding to hide; then zeros to that of the longest."""
     tokens = pipe.tokenizer_2(list(captions), padding="max_length", truncation=True, max_length=length, return_tensors="pt")
     used = tokens.attention_mask.sum(1).tolist()
     rows = [pipe.encode_prompt(caption, None, device="cpu", max_sequence_length=n)[:2] for caption, n in zip(captions, used, strict=True)]
-    t5 = [torch.nn.functional.pad(states[0], (0, 0, 0, length - n)) for (states, _), n in zip(rows, used, strict=True)]
-    return {"pooled": torch.cat([pooled for _, pooled in rows]), "t5": torch.stack(t5), "t5_mask": tokens.attention_mask.bool()}
+    t5 = [torch.nn.functional.pad(states[0], (0, 0, 0, max(used) - n)) for (states, _), n in zip(rows, used, strict=True)]
+    mask = tokens.attention_mask[:, : max(used)].bool()
+    return {"pooled": torch.cat([pooled for _, pooled in rows]), "t5": torch.stack(t5), "t5_mask": mask}
 
 
 def drawn(encode: Callable[[Any, Sequence[str]], Mapping[str, Tensor]], pipe: Any, prompt: Prompt, noise: Tensor) -> Tensor:

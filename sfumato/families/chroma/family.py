@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from sfumato.adapters import AdapterPlan
 from sfumato.data.batch import Cond
 from sfumato.errors import UserError
-from sfumato.families.base import Family, Models, Setting, Vocabulary
+from sfumato.families.base import Family, Models, Vocabulary
 from sfumato.families.borrowed import T5_TARGETS, t5_part, vae_part
 from sfumato.families.chroma.facts import MARK, Completed, Options
 from sfumato.families.chroma.names import PREFIX, TARGETS, chroma_keys
@@ -79,11 +79,6 @@ def tokenize(models: Models) -> ChromaTokenize:
     return ChromaTokenize(models.tokenizers["t5xxl"], models.options.t5xxl_max_token_length)
 
 
-def condition(models: Models, cond: Cond, setting: Setting) -> Cond:
-    """What T5 says, with its mask only where that hides something: attention is faster without."""
-    return {"t5": cond["t5"]} if cond["t5_mask"].all() else cond
-
-
 def predict(net: nn.Module, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
     """The velocity that the transformer says."""
     said: Tensor = net(x, t / 1000, cond["t5"], cond.get("t5_mask"))
@@ -125,7 +120,6 @@ FAMILY = Family(
     latents=LATENTS,
     outputs=lambda models: OUTPUTS,
     process=process,
-    condition=condition,
     predict=predict,
     sigmas=sigmas,
     blocks=blocks,

@@ -35,7 +35,7 @@ def outputs(*, masked: bool, fields: Sequence[str] = ("pooled", "t5")) -> TextEn
 
 @dataclass(frozen=True)
 class FluxTokenize:
-    """Captions -> {"clip_l": (b, 77), "t5": (b, n)}, and {"t5_mask": (b, n)} where padding is hidden; captions are cut or padded."""
+    """Captions -> {"clip_l": (b, 77), "t5": (b, n)}, cut or padded, and what `t5_tokens` adds where padding is hidden."""
 
     clip_l: Any
     t5: Any
@@ -60,7 +60,7 @@ class FluxTokenize:
 
 @dataclass(frozen=True)
 class FluxEncode:
-    """Tokens -> {"pooled": (b, 768), "t5": (b, n, 4096)}, and {"t5_mask": (b, n)} if the tokens have it.
+    """Tokens -> {"pooled": (b, 768), "t5": (b, n, 4096)}, and {"t5_mask": (b, n)} where padding is hidden and there is some.
 
     Without the mask T5 attends to the padding as well, and what it says there is part of what the net is told: so the published
     models were trained.
@@ -83,18 +83,24 @@ def t5_settings(tokenizer: Any, length: int, *, masked: bool) -> dict[str, objec
     return {"t5": fingerprint(tokenizer), "t5xxl_max_token_length": length, "apply_t5_attn_mask": masked}
 
 
-def t5_tokens(tokenizer: Any, captions: Sequence[str], length: int, *, masked: bool) -> dict[str, Tensor]:
-    """Captions -> {"t5": (b, length)}, and {"t5_mask": (b, length)} if `masked`."""
+def t5_tokens(tokenizer: Any, captions: Sequence[str], length: int, *, masked: bool, padding: int = 0) -> dict[str, Tensor]:
+    """Captions -> {"t5": (b, length)}. With `masked` {"t5": (b, n), "t5_mask": (b, n)}, the mask true for tokens, where n is what the
+    longest caption needs, and {"t5_seen": (b, n)} if the transformer is to see less than all of it.
+
+    `padding`: how many tokens of the padding the transformer sees. Decided here, on the CPU, so that no step waits for the device.
+    """
     ids, used = padded(tokenizer, captions, length)
-    return {"t5": ids, "t5_mask": used} if masked else {"t5": ids}
+    if not masked:
+        return {"t5": ids}
+    counts = (used.sum(1, keepdim=True) + padding).clamp(max=length)
+    n = int(counts.max())
+    tokens = {"t5": ids[:, :n], "t5_mask": used[:, :n]}
+    return tokens if int(counts.min()) == n else tokens | {"t5_seen": torch.arange(n) < counts}
 
 
 def t5_states(net: nn.Module, tokens: Tokens) -> dict[str, Tensor]:
-    """Tokens of `t5_tokens` -> {"t5": (b, n, d)}; with a mask, hidden rows are zero and the mask is handed on."""
+    """Tokens of `t5_tokens` -> {"t5": (b, n, d)}, and {"t5_mask": (b, n)} where it hides something; hidden rows are zero."""
     device = next(net.parameters()).device
-    ids = tokens["t5"].to(device)
-    if "t5_mask" not in tokens:
-        return {"t5": net(ids)}
-    mask = tokens["t5_mask"].to(device)
+    ids, mask, seen = (tokens[name].to(device) if name in tokens else None for name in ("t5", "t5_mask", "t5_seen"))
     states: Tensor = net(ids, mask)
-    return {"t5": states.masked_fill(~mask[..., None], 0), "t5_mask": mask}
+    return {"t5": states} if seen is None else {"t5": states.masked_fill(~seen[..., None], 0), "t5_mask": seen}

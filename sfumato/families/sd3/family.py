@@ -210,10 +210,9 @@ def _dropped(cond: Cond, rates: Mapping[str, float], draws: Draws) -> Cond:
 
 def _crops(net: MMDiT, sizes: Tensor, rate: float, draws: Draws) -> Tensor:
     """(b, 2) row and column in the table of each picture's first patch: anywhere, by the given chance, else that of the middle."""
-    patches = sizes[:, 4:].cpu() // LATENTS.multiple  # (b, 2) rows and columns
-    room = net.side - patches
-    anywhere = (draws.uniform("position", (2,)) * (room + 1)).long()
-    return torch.where((draws.uniform("position crop") < rate)[:, None], anywhere, room // 2)
+    room = net.side - sizes[:, 4:] // LATENTS.multiple  # (b, 2) rows and columns
+    anywhere = (draws.uniform("position", (2,)).to(room.device) * (room + 1)).long()
+    return torch.where((draws.uniform("position crop") < rate)[:, None].to(room.device), anywhere, room // 2)
 
 
 def predict(net: nn.Module, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
