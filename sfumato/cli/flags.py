@@ -265,7 +265,11 @@ def find_family(given: Mapping[str, Given], report: Report) -> str:
         return stand_in
     for name, each in given.items():
         if name in options.owners() and family not in options.owners()[name]:
-            report.error(f"{each}: is a setting of {', '.join(options.owners()[name])}, but the base model is of the family {family}")
+            whose = f"is a setting of {', '.join(options.owners()[name])}, but the base model is of the family {family}"
+            if each.lenient:  # graphical front ends of kohya's scripts write every family's settings
+                report.note(f"{each}: accepted, no effect: it {whose}")
+            else:
+                report.error(f"{each}: {whose}")
     return family
 
 

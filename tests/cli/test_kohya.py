@@ -16,7 +16,7 @@ FLAGS = Path(__file__).with_name("kohya_flags.txt").read_text().split()
 BASE = ["--pretrained_model_name_or_path=base.safetensors", "--dataset_config=data.toml"]
 
 
-def test_every_flag_of_kohyas_three_scripts_is_known() -> None:
+def test_every_flag_of_kohyas_scripts_is_known() -> None:
     tables = (options.known(), flags.CONFIGS, foreign.RENAMED, foreign.INERT, foreign.REFUSED)
     assert [flag for flag in FLAGS if sum(flag in table for table in tables) != 1] == []
 
@@ -151,3 +151,12 @@ def test_a_command_trains_with_the_resolved_config(home: Path, monkeypatch: pyte
     assert "learning_rate = 1e-05\n" in called["resolved"] and '# image_dir = "pictures"' in called["resolved"]
     Path("resolved.toml").write_text(called["resolved"])
     assert flags.resolve_all(["--config", "resolved.toml"], "full").config.optimizer.learning_rate == 1e-5
+
+
+def test_another_familys_settings_are_stated_not_refused(home: Path) -> None:
+    """Graphical front ends write `clip_skip` and the like for every family."""
+    found = kohya.resolve("train_network", [*BASE, "--t5xxl_max_token_length", "256"])
+    (said,) = [notice for notice in found.notices if notice.startswith("--t5xxl_max_token_length")]
+    assert "accepted, no effect: it is a setting of chroma, flux, sd3" in said
+    with pytest.raises(UserError, match="--t5xxl_max_token_length: is a setting of"):
+        flags.resolve_all([*BASE, "--t5xxl_max_token_length", "256"], "network")
