@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
 
 from sfumato.adapters import AdapterPlan
@@ -41,8 +42,8 @@ class Models:
     vae: nn.Module | None
     source: Source | None = None
     """What it was read from; what was not trained is copied from there."""
-    extras: dict[str, Any] = field(default_factory=dict)
-    """What a family works out once and uses in every step."""
+    dtypes: Mapping[str, torch.dtype | None] = field(default_factory=dict)
+    """What each component is held in; None: as in its file."""
 
     def the_vae(self) -> nn.Module:
         """The VAE. Errors: `UserError` when the checkpoint came without one and none was given."""

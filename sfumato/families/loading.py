@@ -50,18 +50,21 @@ def load(
     tokenizer: str | None = None,
     device: torch.device | str = "cpu",
     dtype: Dtypes = None,
+    later: Collection[str] = (),
     progress: Callable[[int, int], None] | None = None,
 ) -> Models:
     """A checkpoint (file, folder or hub id), with the parts that the options name files for.
 
     `dtype`: what denoiser and encoders are held in, one for all or by component; None: as in the file. The VAE stays in the
     format of its file. Everything is checked from headers before a value is read, and no tensor is in memory twice.
+    `later`: text encoders that get their values by `fetch`, if they are needed at all.
     `progress` is told (done, all) numbers. Errors: as `examine`, and for tensors that do not fit their net.
     """
     options, source = examine(family, path, options, vae=vae)
     tokenizers = {name: _tokenizer(family.vocabularies[name], source, tokenizer) for name in source.held if name in family.vocabularies}
-    dtypes: Mapping[str, torch.dtype | None] = dtype if isinstance(dtype, Mapping) else dict.fromkeys(source.held, dtype)
-    done, total = 0, sum(math.prod(shape) for held in source.held.values() for shape in held.shapes().values())
+    dtypes = {**(dtype if isinstance(dtype, Mapping) else dict.fromkeys(source.held, dtype)), "vae": None}
+    now = {name: held for name, held in source.held.items() if name not in later}
+    done, total = 0, sum(math.prod(shape) for held in now.values() for shape in held.shapes().values())
 
     def tell(more: int) -> None:
         nonlocal done
@@ -69,7 +72,7 @@ def load(
         if progress:
             progress(done, total)
 
-    nets = {name: held.build(None if name == "vae" else dtypes.get(name), tell).to(device) for name, held in source.held.items()}
+    nets = {name: held.build(dtypes.get(name), tell).to(device) if name in now else held.empty() for name, held in source.held.items()}
     for name, tokens in tokenizers.items():
         _check_vocabulary(name, tokens, nets[name])
     return Models(
@@ -80,7 +83,23 @@ def load(
         encoders=nets,
         tokenizers=tokenizers,
         source=source,
+        dtypes=dtypes,
     )
+
+
+def fetch(models: Models, device: torch.device | str = "cpu") -> None:
+    """All text encoders on the device; those that were left for later get their values."""
+    for name, net in models.encoders.items():
+        if next(net.parameters()).is_meta:
+            assert models.source is not None
+            models.source.held[name].put_into(net, models.dtypes.get(name))
+        net.to(device)
+
+
+def forget(models: Models) -> None:
+    """Give up the memory of the text encoders; `fetch` brings back what their files say."""
+    for net in models.encoders.values():
+        net.to("meta")
 
 
 def _tokenizer(vocabulary: Vocabulary, source: Source, given: str | None) -> Any:

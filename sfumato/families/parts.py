@@ -120,22 +120,30 @@ class Held:
         """(native name, tensor), one after another, floats cast to `dtype`."""
         return self.spelling.read(self.tensors.cast(dtype, map=self.spelling.keys is None))
 
-    def build(self, dtype: torch.dtype | None = None, read: Callable[[int], None] = lambda numbers: None) -> nn.Module:
-        """The net with its tensors, frozen and in eval mode. Names and shapes are checked before a value is read.
-
-        `read` is told of each tensor how many numbers it has.
-        """
+    def empty(self) -> nn.Module:
+        """The net without values (on the meta device). Errors: `UserError` for tensors whose names or shapes do not fit it."""
         what, found = self._what, self.shapes()
         try:
             net = self.part.net(found, self.config)
         except KeyError as missing:
             raise UserError(f"{what} lacks the tensor {missing}: the file is incomplete or of another kind") from None
         check(net, found, what)
+        return net.eval().requires_grad_(False)
+
+    def build(self, dtype: torch.dtype | None = None, read: Callable[[int], None] = lambda numbers: None) -> nn.Module:
+        """The net with its tensors, frozen and in eval mode. Names and shapes are checked before a value is read.
+
+        `read` is told of each tensor how many numbers it has.
+        """
+        return self.put_into(self.empty(), dtype, read)
+
+    def put_into(self, net: nn.Module, dtype: torch.dtype | None = None, read: Callable[[int], None] = lambda numbers: None) -> nn.Module:
+        """The tensors as those of a net that `empty` made."""
         tensors = {}
         for name, tensor in self.natives(dtype):
             tensors[name] = tensor
             read(tensor.numel())
-        return fill(net, tensors, what)
+        return fill(net, tensors, self._what)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -271,9 +279,10 @@ def lacking(source: Source, parts: Sequence[Part]) -> list[str]:
 
 
 def values(net: nn.Module, held: Held, instead: Mapping[str, Tensor], dtype: torch.dtype | None) -> dict[str, Tensor]:
-    """Native tensors of a net as they are saved: those of the file, in its number formats (fp8 as bf16), where the net has their values."""
+    """Native tensors of a net as they are saved: those of the file, in its number formats (fp8 as bf16), where the net has their values
+    or was never given any."""
     own = {**net.state_dict(), **instead}
-    if unchanged(own, held):
+    if any(t.is_meta for t in own.values()) or unchanged(own, held):
         own = dict(held.natives())
     return own if dtype is None else {name: t.to(dtype) if t.is_floating_point() else t for name, t in own.items()}
 

@@ -27,7 +27,7 @@ from sfumato.data.loader import Loader
 from sfumato.data.plan import Plan, make_plan
 from sfumato.data.store import Index, Store, default_root
 from sfumato.families.base import Models, check_sizes
-from sfumato.families.loading import examine, load
+from sfumato.families.loading import examine, fetch, forget, load
 from sfumato.formats import files
 from sfumato.formats.files import file_digest
 from sfumato.formats.metadata import remembered
@@ -82,9 +82,17 @@ def load_models(config: Config, precision: dist.Precision, method: Method | None
     dtype = dict.fromkeys([part.name for part in family.parts], dist.DTYPES[precision])
     dtype |= dict.fromkeys(trained, torch.bfloat16 if config.train.full_bf16 else torch.float32)
     model = config.model
+    later = [part.name for part in family.parts if part.name not in ("denoiser", "vae")] if forgets_text(config) else ()
     with telling("reading weights") as tell:
         models = load(
-            family, model.pretrained_model_name_or_path, config.family, vae=model.vae, tokenizer=model.tokenizer, dtype=dtype, progress=tell
+            family,
+            model.pretrained_model_name_or_path,
+            config.family,
+            vae=model.vae,
+            tokenizer=model.tokenizer,
+            dtype=dtype,
+            later=later,
+            progress=tell,
         )
     if models.vae is not None:
         # fp16 overflows in these VAEs, so it is never what they run in.
@@ -110,10 +118,11 @@ def fingerprint(config: Config, models: Models, component: str) -> str:
     assert source is not None and net is not None
     held = source.held[component]
     paths = held.tensors.paths
+    dtype = models.dtypes[component] if component != "vae" else next(net.parameters()).dtype
     digest = remembered(f"{component} of {' '.join(map(str, paths))}", paths, lambda: files.fingerprint(dict(held.natives())))
     network = config.network
     merged = [file_digest(path) for path in network.base_weights] if component != "vae" else []
-    return " ".join([digest, *merged, *(map(str, network.base_weights_multiplier) if merged else ()), f"in {next(net.parameters()).dtype}"])
+    return " ".join([digest, *merged, *(map(str, network.base_weights_multiplier) if merged else ()), f"in {dtype}"])
 
 
 def fill_caches(config: Config, data: Data, models: Models, world: dist.World) -> Caches:
@@ -129,8 +138,6 @@ def fill_caches(config: Config, data: Data, models: Models, world: dist.World) -
             latents = _in_turn(world, partial(_cache_latents, config, data, models, world, tell))
         models.the_vae().to("cpu")
     if caches_text(config):
-        for net in models.encoders.values():
-            net.to(world.device)
         with telling("encoding captions", quiet=not world.main) as tell:
             texts = _in_turn(world, partial(_cache_texts, config, data, models, world, tell))
     for name, report in (("latents", latents), ("text outputs", texts)):
@@ -166,6 +173,7 @@ def _cache_texts(config: Config, data: Data, models: Models, world: dist.World, 
     tokenize, encode = models.family.tokenize(models), models.family.encode(models)
 
     def run(tokens: Tokens) -> Cond:
+        fetch(models, world.device)
         return encode.encode(models.encoders, {k: v.to(world.device) for k, v in tokens.items()})
 
     prints = ", ".join(f"{name} {fingerprint(config, models, name)}" for name in models.encoders)
@@ -229,9 +237,7 @@ def prepare(config: Config, method: Method, datasets: tuple[DatasetConfig, ...],
     merge_base_weights(config, models)
     caches = fill_caches(config, data, models, world)
     trainable: Trainable = Adapters(models, config, plan) if plan else Full(models, config)
-    # Frozen encoders whose outputs are kept leave the device for good; what they say of the prompts is kept as well.
-    with autocast(world.device, precision):
-        known = encode_prompts(models, prompts, world.device) if prompts and caches_text(config) else None
+    known = known_prompts(config, models, prompts, world, precision)
     place(config, models, trainable, world)
     process = models.family.process(models, config.noise, config.loss)
     optimizer = build.optimizer(config.optimizer, trainable.groups())
@@ -292,12 +298,30 @@ def merge_base_weights(config: Config, models: Models) -> None:
         inserted.remove()
 
 
+def known_prompts(config: Config, models: Models, prompts: list[Prompt], world: dist.World, precision: dist.Precision) -> Known | None:
+    """What the text encoders say of the prompts, where their outputs are kept, so that they are not needed again."""
+    if not prompts or not caches_text(config):
+        return None
+    fetch(models, world.device)
+    with autocast(world.device, precision):
+        return encode_prompts(models, prompts)
+
+
+def forgets_text(config: Config) -> bool:
+    """Whether text encoders are read only if something is missing in the cache, and leave the memory after that."""
+    # What is merged into them is in no file.
+    return caches_text(config) and not config.network.base_weights
+
+
 def place(config: Config, models: Models, trainable: Trainable, world: dist.World) -> None:
     """Nets to the device they are used on; checkpointing around what gradients pass through."""
     family = models.family
     models.denoiser.to(world.device)
-    for name, net in models.encoders.items():
-        net.to("cpu" if caches_text(config) and name not in trainable.trained else world.device)
+    if forgets_text(config):
+        forget(models)
+    else:
+        for net in models.encoders.values():
+            net.to("cpu" if caches_text(config) else world.device)
     if models.vae is not None:
         models.vae.to("cpu" if caches_latents(config) else world.device)
     trainable.modules().to(world.device)

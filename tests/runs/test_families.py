@@ -19,6 +19,7 @@ from sfumato import adapters, families
 from sfumato.adapters.insert import from_state
 from sfumato.config import Config, DatasetConfig, SubsetConfig
 from sfumato.families.base import Models, Setting
+from sfumato.families.loading import fetch
 from sfumato.formats.files import read_header
 from sfumato.train import dist, loop, run
 from sfumato.train.sample import encode
@@ -73,12 +74,14 @@ def says(models: Models) -> Tensor:
     facts, n = models.family.latents, 2
     x = torch.randn(n, facts.channels, 8, 8, generator=torch.Generator().manual_seed(1))
     sizes = torch.tensor([[64, 64, 0, 0, 64, 64]] * n)
+    fetch(models)  # where text outputs are kept, the encoders were not even read
     with torch.no_grad():
         cond = models.family.condition(models, encode(models, ["picture 1, red", "blue"]), Setting(sizes=sizes))
         return models.family.predict(models.denoiser, x, torch.tensor([100.0, 700.0]), cond)
 
 
 def states(models: Models) -> dict[str, Tensor]:
+    fetch(models)
     nets = {**models.nets(), "vae": models.the_vae()}
     return {f"{name}.{k}": t.clone() for name, net in nets.items() for k, t in net.state_dict().items()}
 

@@ -12,6 +12,7 @@ import torch
 from safetensors import safe_open
 from training import Train
 
+from sfumato.families.parts import Held
 from sfumato.formats.files import load
 from sfumato.train import keep
 
@@ -152,3 +153,26 @@ def test_sampling_does_not_change_training(train: Train, tmp_path: Path) -> None
     plain = load(train("a", network_dropout=0.2) / "out.safetensors")
     drawn = load(train("b", network_dropout=0.2, sample_prompts=str(tmp_path / "prompts.txt"), sample_every_n_steps=1) / "out.safetensors")
     assert not changed(plain, drawn)
+
+
+def test_a_second_start_does_not_read_the_text_encoder(train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What it says is in the cache; the result is the same, and a whole model still has it, from its file."""
+    told: dict[str, Any] = {
+        "cache_text_encoder_outputs_to_disk": True,
+        "cache_latents_to_disk": True,
+        "cache_dir": str(tmp_path / "cache"),
+    }
+    first = load(train("a", "full", **told) / "out.safetensors")
+    read, old = [], Held.put_into
+
+    def watched(held: Held, *args: Any) -> Any:
+        read.append(held.part.name)
+        return old(held, *args)
+
+    monkeypatch.setattr(Held, "put_into", watched)
+    second = load(train("b", "full", **told) / "out.safetensors")
+    assert read == ["denoiser", "vae"]
+    assert changed(first, second) == set()
+    (tmp_path / "prompts.txt").write_text("a cat --w 64 --h 64 --s 1\n")
+    train("c", "full", **told, sample_prompts=str(tmp_path / "prompts.txt"), sample_at_first=True, sample_sampler="euler")
+    assert read[2:] == ["denoiser", "vae", "clip_l"]
