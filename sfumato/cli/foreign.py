@@ -78,7 +78,6 @@ REFUSED: Mapping[str, str] = {
     "blocks_to_swap": _MEMORY,
     "blockwise_fused_optimizers": _MEMORY,
     "double_blocks_to_swap": _MEMORY,
-    "enable_scaled_pos_embed": "is not supported: pictures are drawn with one table of positions, so models are trained with that",
     "fused_optimizer_groups": _MEMORY,
     "single_blocks_to_swap": _MEMORY,
     "num_last_block_to_freeze": f"{_LATER}: network_args train_block_indices chooses blocks for an adapter",

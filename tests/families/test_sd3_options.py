@@ -74,7 +74,6 @@ def test_a_usual_command_line_of_kohya(base: list[str]) -> None:
         ("--t5xxl_max_token_length 1024", "t5xxl_max_token_length.*expected 1 to 512, found 1024"),
         ("--t5_dropout_rate 1.1", "t5_dropout_rate.*expected 0 to 1, found 1.1"),
         ("--pos_emb_random_crop_rate -0.1", "pos_emb_random_crop_rate.*expected 0 to 1"),
-        ("--enable_scaled_pos_embed", "enable_scaled_pos_embed: is not supported: .* one table of positions"),
         ("--noise_offset 0.05", "noise_offset: .*plain noise"),
         ("--min_snr_gamma 5", "min_snr_gamma.*weighting_scheme"),
         ("--weighting_scheme logit", "weighting_scheme.*logit_normal"),

@@ -129,6 +129,7 @@ def losses(folder: Path) -> list[float]:
     "options",
     [
         {"pos_emb_random_crop_rate": 1.0},
+        {"enable_scaled_pos_embed": True},
         {"clip_l_dropout_rate": 1.0},
         {"clip_g_dropout_rate": 1.0},
         {"t5_dropout_rate": 1.0},

@@ -27,6 +27,7 @@ from sfumato.families.sd3 import facts, names
 from sfumato.families.sd3.facts import Completed, Options
 from sfumato.families.sd3.net import HEAD_WIDTH, MMDiT, blocks
 from sfumato.families.sd3.network_args import EMBEDDER_TARGETS, layer
+from sfumato.families.sd3.positions import embedded, places, scaled
 from sfumato.families.sd3.strategies import CLIPS, LATENTS, Sd3Encode, Sd3Tokenize, outputs
 from sfumato.families.t5 import EMBEDDING, TWIN
 from sfumato.families.tokenizers import clip_tokenizer, t5_vocabulary
@@ -176,7 +177,8 @@ def process(models: Models, noise: NoiseConfig, loss: LossConfig) -> Process:
 def condition(models: Models, cond: Cond, setting: Setting) -> Cond:
     """{"context": (b, 77 + n, 4096), "y": (b, 2048)}: both CLIPs side by side and T5 below them, as StableDiffusion3Pipeline has it.
 
-    While training also what chance takes away, and {"crop": (b, 2)} where pictures may lie elsewhere in the table of positions.
+    While training also what chance takes away, and where pictures lie, if that may differ: {"crop": (b, 2)} in the table of positions,
+    or {"scaled": (b, 3)} in one that fits their size.
     """
     net, o = cast(MMDiT, models.denoiser), models.options
     if setting.draws is not None:
@@ -192,8 +194,13 @@ def condition(models: Models, cond: Cond, setting: Setting) -> Cond:
         t5 = cond["t5"]
     context = torch.cat([F.pad(clips, (0, width - clips.shape[-1])), t5], 1)
     told = {"context": context, "y": torch.cat([cond[f"{name}_pooled"] for name in CLIPS], -1)}
-    if setting.draws is not None and o.pos_emb_random_crop_rate:
-        told["crop"] = _crops(net, setting.sizes, o.pos_emb_random_crop_rate, setting.draws).to(context.device)
+    if setting.draws is not None and (o.enable_scaled_pos_embed or o.pos_emb_random_crop_rate):
+        patches, rate = setting.sizes[:, 4:] // LATENTS.multiple, o.pos_emb_random_crop_rate  # (b, 2) rows and columns
+        told |= (
+            {"scaled": scaled(patches, rate, setting.draws)}
+            if o.enable_scaled_pos_embed
+            else {"crop": places(patches, net.side, rate, setting.draws)}
+        )
     return told
 
 
@@ -208,16 +215,13 @@ def _dropped(cond: Cond, rates: Mapping[str, float], draws: Draws) -> Cond:
     return told
 
 
-def _crops(net: MMDiT, sizes: Tensor, rate: float, draws: Draws) -> Tensor:
-    """(b, 2) row and column in the table of each picture's first patch: anywhere, by the given chance, else that of the middle."""
-    room = net.side - sizes[:, 4:] // LATENTS.multiple  # (b, 2) rows and columns
-    anywhere = (draws.uniform("position", (2,)).to(room.device) * (room + 1)).long()
-    return torch.where((draws.uniform("position crop") < rate)[:, None].to(room.device), anywhere, room // 2)
-
-
 def predict(net: nn.Module, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
     """The velocity that the transformer says."""
-    said: Tensor = net(x, t, cond["context"], cond["y"], cond.get("crop"))
+    positions = None
+    if "scaled" in cond:
+        h, w = (n // LATENTS.patch for n in x.shape[-2:])
+        positions = embedded(cond["scaled"], h, w, cast(MMDiT, net).pos_embed.shape[-1])
+    said: Tensor = net(x, t, cond["context"], cond["y"], cond.get("crop"), positions)
     return said
 
 

@@ -62,16 +62,19 @@ class MMDiT(nn.Module):
         """The largest height and width of latents that there are positions for."""
         return self.side * self.patch
 
-    def forward(self, x: Tensor, t: Tensor, context: Tensor, y: Tensor, crop: Crop | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, t: Tensor, context: Tensor, y: Tensor, crop: Crop | None = None, positions: Tensor | None = None
+    ) -> Tensor:
         """The velocity from picture to noise at x, shaped as x.
 
         context: states of the text's tokens; y: the pooled text; crop: None puts the picture in the middle of the
-        table of positions. Errors: `UserError` for sizes that are no whole number of patches, or larger than the table.
+        table of positions; positions (1 or b, h * w, c): those of the patches, in place of the table's.
+        Errors: `UserError` for sizes that are no whole number of patches, or larger than the table.
         """
         h, w = self._patches(*x.shape[-2:])
         z = self.x_embedder(x).flatten(2).transpose(1, 2)  # (b, h * w, c)
         # In rows again, or every norm would have to copy; and the table may be of more bits than the rest.
-        z = (z + self.positions(h, w, crop)).to(z.dtype).contiguous()
+        z = (z + (self.positions(h, w, crop) if positions is None else positions)).to(z.dtype).contiguous()
         c = self.t_embedder(timestep_embedding(t, self.t_embedder.width).to(x.dtype)) + self.y_embedder(y)
         context = self.context_embedder(context)
         for block in self.joint_blocks:
