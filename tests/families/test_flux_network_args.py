@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from copy import deepcopy
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from adapted import inserted, places, ranks
+from adapted import plan_of as any_plan_of
 from diffusers import FluxPipeline
 from diffusers.loaders.lora_conversion_utils import _convert_kohya_flux_lora_to_diffusers
 from flux_checks import meta
@@ -16,16 +19,14 @@ from test_flux_net import inputs
 from tinies import flux
 from torch import Tensor, nn
 
-from sfumato.adapters import AdapterPlan, parse
 from sfumato.adapters.insert import Inserted, Place, choose, from_state
-from sfumato.config import NetworkConfig
 from sfumato.errors import UserError
 from sfumato.families.base import Models
 from sfumato.families.fill import shapes
 from sfumato.families.flux.facts import Completed, Options
 from sfumato.families.flux.family import FAMILY, dialects
 from sfumato.families.flux.net import Flux
-from sfumato.families.flux.network_args import NetworkArgs, layer
+from sfumato.families.flux.network_args import layer
 from sfumato.families.loading import load
 from sfumato.formats import dialect
 from sfumato.formats.files import save
@@ -34,34 +35,13 @@ from sfumato.train.trainables import read_adapter
 Keys = Callable[[str], dict[str, tuple[int, ...]]]
 ATTENTION = ("img_attn.qkv", "img_attn.proj", "txt_attn.qkv", "txt_attn.proj")
 
+plan_of = partial(any_plan_of, "flux")
+
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Models:
     files = flux.write(True, tmp_path_factory.mktemp("model"))
     return load(FAMILY, str(files.model), Options(**files.options), vae=files.vae)
-
-
-def plan_of(*args: str, rank: int = 4, **more: Any) -> AdapterPlan:
-    return parse(NetworkConfig(network_dim=rank, network_args=args, **more), NetworkArgs)
-
-
-def places(models: Models, plan: AdapterPlan, component: str = "denoiser") -> list[Place]:
-    net = models.nets()[component]
-    return choose(net, component, FAMILY.targets[component], plan, lambda place: FAMILY.layer(models.options, plan, place))
-
-
-def ranks(models: Models, *args: str) -> dict[str, int]:
-    return {place.path: place.options.rank for place in places(models, plan_of(*args))}
-
-
-def inserted(models: Models, plan: AdapterPlan, *components: str) -> Inserted:
-    """Adapters with values, at work."""
-    held = Inserted({name: places(models, plan, name) for name in components or ("denoiser",)}, plan.kind, seed=0).eval()
-    g = torch.Generator().manual_seed(0)
-    for name, p in held.named_parameters():
-        if "lora_up" in name:
-            p.data = 0.5 * torch.randn(p.shape, generator=g)
-    return held
 
 
 def predicted(models: Models) -> Tensor:

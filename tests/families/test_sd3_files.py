@@ -215,7 +215,7 @@ def test_missing_parts_are_named_with_their_settings(apart: Files, tmp_path: Pat
     save(tmp_path / "alone.safetensors", sd3.parts("3.5_medium")["transformer"], {})
     with pytest.raises(UserError) as told:
         loading.load(FAMILY, str(tmp_path / "alone.safetensors"), Options())
-    assert [message.rpartition(" with ")[2] for message in told.value.messages] == ["clip_l", "clip_g", "vae"]
+    assert [message.rpartition(" with ")[2] for message in told.value.messages] == ["--clip_l", "--clip_g", "--vae"]
 
 
 @pytest.mark.parametrize("name", ["context_embedder.weight", "pos_embed", "joint_blocks.1.x_block.mlp.fc1.weight"])

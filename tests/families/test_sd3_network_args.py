@@ -5,27 +5,27 @@ from __future__ import annotations
 from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from adapted import inserted, places, ranks
+from adapted import plan_of as any_plan_of
 from diffusers import StableDiffusion3Pipeline
 from test_sd3_net import inputs
 from tinies import sd3
 from torch import Tensor, nn
 
-from sfumato.adapters import AdapterPlan, parse
 from sfumato.adapters.base import Adapter
-from sfumato.adapters.insert import Inserted, Place, choose, from_state
-from sfumato.config import NetworkConfig
+from sfumato.adapters.insert import Inserted, choose, from_state
 from sfumato.errors import UserError
 from sfumato.families.base import Models
 from sfumato.families.loading import load
 from sfumato.families.sd3.facts import Completed, Options
 from sfumato.families.sd3.family import FAMILY, dialects
 from sfumato.families.sd3.net import MMDiT
-from sfumato.families.sd3.network_args import NetworkArgs
 from sfumato.formats import dialect
 from sfumato.formats.files import save
 from sfumato.train.trainables import read_adapter
@@ -42,34 +42,13 @@ EMBEDDERS = {
     "final_layer.linear": 7,
 }
 
+plan_of = partial(any_plan_of, "sd3")
+
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Models:
     files = sd3.write("3.5_medium", tmp_path_factory.mktemp("model"))
     return load(FAMILY, str(files.model), Options(**files.options), tokenizer=str(files.model.parent))
-
-
-def plan_of(*args: str, rank: int = 4, **more: Any) -> AdapterPlan:
-    return parse(NetworkConfig(network_dim=rank, network_args=args, **more), NetworkArgs)
-
-
-def places(models: Models, plan: AdapterPlan, component: str = "denoiser") -> list[Place]:
-    net = models.nets()[component]
-    return choose(net, component, FAMILY.targets[component], plan, lambda place: FAMILY.layer(models.options, plan, place))
-
-
-def ranks(models: Models, *args: str) -> dict[str, int]:
-    return {place.path: place.options.rank for place in places(models, plan_of(*args))}
-
-
-def inserted(models: Models, plan: AdapterPlan, *components: str) -> Inserted:
-    """Adapters with values, at work."""
-    held = Inserted({name: places(models, plan, name) for name in components or ("denoiser",)}, plan.kind, seed=0).eval()
-    g = torch.Generator().manual_seed(0)
-    for name, p in held.named_parameters():
-        if "lora_up" in name:
-            p.data = 0.5 * torch.randn(p.shape, generator=g)
-    return held
 
 
 def predicted(models: Models) -> Tensor:

@@ -29,7 +29,7 @@ from sfumato.families.sd3.net import HEAD_WIDTH, MMDiT, blocks
 from sfumato.families.sd3.network_args import EMBEDDER_TARGETS, layer
 from sfumato.families.sd3.positions import embedded, places, scaled
 from sfumato.families.sd3.strategies import CLIPS, LATENTS, Sd3Encode, Sd3Tokenize, outputs
-from sfumato.families.t5 import EMBEDDING, TWIN
+from sfumato.families.t5 import EMBEDDING
 from sfumato.families.tokenizers import clip_tokenizer, t5_vocabulary
 from sfumato.formats.dialect import Dialect
 from sfumato.tensors.flow import Flow, schedule
@@ -145,12 +145,6 @@ def _without_clips_own(source: Source) -> Source:
     log.warning("clip_l: %s has CLIP's own projection, which Stable Diffusion 3 does not use; it is left out", held.where)
     left = held.tensors.only(lambda name: name not in (PROJECTION, "text_projection"))
     return replace(source, held={**source.held, "clip_l": replace(held, tensors=left)})
-
-
-def respell(models: Models, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """T5's embedding stands in some bundles twice, and both must be the trained one."""
-    shared, twin = names.T5 + EMBEDDING, names.T5 + TWIN
-    return tensors | {twin: tensors[shared].clone()} if twin in tensors and shared in tensors else tensors
 
 
 # --- running ---
@@ -272,7 +266,6 @@ FAMILY = Family(
         "clip_g": Vocabulary(folder="tokenizer_2", make=partial(clip_tokenizer, pad="!"), alone=False),
         "t5xxl": Vocabulary(folder="tokenizer_3", make=t5_vocabulary),
     },
-    respell=respell,
     tokenize=tokenize,
     encode=lambda models: Sd3Encode(),
     latents=LATENTS,
