@@ -90,7 +90,7 @@ def test_a_file_given_beside_a_bundle_takes_the_place_of_its_part(tmp_path: Path
 def test_what_is_missing_is_told_at_once_with_its_flag(files: Any) -> None:
     with pytest.raises(UserError) as error:
         loading.load(FAMILY, str(files.model), Options())
-    assert [message.rpartition(" ")[2] for message in error.value.messages] == ["clip_l", "t5xxl", "vae"]
+    assert [message.rpartition(" ")[2] for message in error.value.messages] == ["--clip_l", "--t5xxl", "--vae"]
 
 
 def test_plain_fp8_is_read(files: Any) -> None:
