@@ -234,12 +234,12 @@ def prepare(config: Config, method: Method, datasets: tuple[DatasetConfig, ...],
         console.print(f"{pace.steps} steps in {pace.epochs} epochs")
     models = load_models(config, precision, method)
     check_prompts(models, prompts, config.sample.sample_sampler)
+    process = models.family.process(models, config.noise, config.loss)
     merge_base_weights(config, models)
     caches = fill_caches(config, data, models, world)
     trainable: Trainable = Adapters(models, config, plan) if plan else Full(models, config)
     known = known_prompts(config, models, prompts, world, precision)
     place(config, models, trainable, world)
-    process = models.family.process(models, config.noise, config.loss)
     optimizer = build.optimizer(config.optimizer, trainable.groups())
     if config.train.full_bf16:
         optimizer = build.in_low_bits(optimizer, config.train.seed)
@@ -314,9 +314,8 @@ def forgets_text(config: Config) -> bool:
 
 
 def place(config: Config, models: Models, trainable: Trainable, world: dist.World) -> None:
-    """Nets to the device they are used on; checkpointing around what gradients pass through."""
+    """Nets to the device they are used on, those that leave it first; checkpointing around what gradients pass through."""
     family = models.family
-    models.denoiser.to(world.device)
     if forgets_text(config):
         forget(models)
     else:
@@ -324,6 +323,7 @@ def place(config: Config, models: Models, trainable: Trainable, world: dist.Worl
             net.to("cpu" if caches_text(config) else world.device)
     if models.vae is not None:
         models.vae.to("cpu" if caches_latents(config) else world.device)
+    models.denoiser.to(world.device)
     trainable.modules().to(world.device)
     fit(family.blocks(models.denoiser), config.memory)
     for name, net in models.encoders.items():
