@@ -174,7 +174,8 @@ def _cache_texts(config: Config, data: Data, models: Models, world: dist.World, 
 
     def run(tokens: Tokens) -> Cond:
         fetch(models, world.device)
-        return encode.encode(models.encoders, {k: v.to(world.device) for k, v in tokens.items()})
+        with autocast(world.device, dist.precision(config.train.mixed_precision)):  # as in the step
+            return encode.encode(models.encoders, {k: v.to(world.device) for k, v in tokens.items()})
 
     prints = ", ".join(f"{name} {fingerprint(config, models, name)}" for name in models.encoders)
     return cache_texts(
