@@ -187,11 +187,13 @@ def _cache_texts(config: Config, data: Data, models: Models, world: dist.World, 
 def cache(config: Config, datasets: tuple[DatasetConfig, ...]) -> Caches:
     """`sfumato cache`: fill the caches on disk and stop."""
     world = dist.world()
-    data = open_data(config, datasets, world)
-    models = load_models(config, dist.precision(config.train.mixed_precision), None)
-    caches = fill_caches(config, data, models, world)
-    world.close()
-    return caches
+    try:
+        _examine(config)
+        data = open_data(config, datasets, world)
+        models = load_models(config, dist.precision(config.train.mixed_precision), None)
+        return fill_caches(config, data, models, world)
+    finally:
+        world.close()
 
 
 def train(config: Config, method: Method, datasets: tuple[DatasetConfig, ...], resolved: str = "") -> None:
@@ -219,8 +221,13 @@ def check(config: Config, method: Method) -> tuple[list[Prompt], AdapterPlan | N
     prompts = read_prompts(config.sample.sample_prompts, default(config.family)) if config.sample.sample_prompts else []
     sampler(config.sample.sample_sampler)
     plan = adapters.parse(config.network, families.facts_of(config.family).network_args) if method == "network" else None
-    examine(families.of(config.family), config.model.pretrained_model_name_or_path, config.family, vae=config.model.vae)
+    _examine(config)
     return prompts, plan
+
+
+def _examine(config: Config) -> None:
+    """The model's files by their headers. Errors: `UserError` for what is missing, or of another family."""
+    examine(families.of(config.family), config.model.pretrained_model_name_or_path, config.family, vae=config.model.vae)
 
 
 def prepare(config: Config, method: Method, datasets: tuple[DatasetConfig, ...], world: dist.World, began: float) -> loop.Course:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from training import Train
+from training import Train, config
 
 from sfumato.errors import UserError
 from sfumato.formats import files
@@ -70,5 +70,7 @@ def test_a_model_without_its_parts_is_told_before_pictures_are_read(
     monkeypatch.setattr(run, "open_data", lambda *_: pytest.fail("pictures were read"))
     with pytest.raises(UserError, match="no text_encoder"):
         train("a", pretrained_model_name_or_path=str(tmp_path / "part.safetensors"))
+    with pytest.raises(UserError, match="no text_encoder"):
+        run.cache(config(pretrained_model_name_or_path=str(tmp_path / "part.safetensors")), ())
     with pytest.raises(UserError, match="network_args 'colour'"):
         train("a", network_args=("colour=2",))
