@@ -31,7 +31,7 @@ from sfumato.data.batch import Batch
 from sfumato.families.base import Models
 from sfumato.memory.plan import fit
 from sfumato.optim import build
-from sfumato.train.run import peak_memory
+from sfumato.train.devices import peak_memory
 from sfumato.train.step import Step
 from sfumato.train.trainables import Adapters
 

@@ -8,16 +8,15 @@ import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any, Literal, NoReturn
+from typing import Any, NoReturn
 
 from sfumato import families
 from sfumato.cli import foreign, options, paths, rules, toml, values
 from sfumato.cli.report import Given, Report
-from sfumato.config import Config, DatasetConfig
+from sfumato.config import Config, DatasetConfig, Method
 from sfumato.errors import UserError, nearest
 from sfumato.families.about import Facts
 
-Method = Literal["network", "full"]
 Say = Callable[[str], None]
 
 CONFIGS = {

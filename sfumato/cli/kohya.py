@@ -11,6 +11,7 @@ from importlib.util import find_spec
 from sfumato import families
 from sfumato.cli import flags, main
 from sfumato.cli.report import Given, Report
+from sfumato.config import Method
 from sfumato.errors import UserError
 
 
@@ -18,7 +19,7 @@ from sfumato.errors import UserError
 class Script:
     """What one of kohya's scripts does."""
 
-    method: flags.Method
+    method: Method
     families: tuple[str, ...]
     trains_text: bool = False
     """It trains the text encoder unless told otherwise."""

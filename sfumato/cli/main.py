@@ -14,7 +14,8 @@ from sfumato import __version__
 from sfumato.errors import UserError, nearest
 
 if TYPE_CHECKING:
-    from sfumato.cli.flags import Method, Resolved
+    from sfumato.cli.flags import Resolved
+    from sfumato.config import Method
 
 METHODS: tuple[Method, ...] = ("network", "full")
 SAMPLE = """

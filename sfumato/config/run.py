@@ -7,6 +7,9 @@ from typing import Literal
 
 from sfumato.config.data import DataConfig
 
+Method = Literal["network", "full"]
+"""What is trained: an adapter, or the whole model."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelConfig:

@@ -16,7 +16,8 @@ from sfumato.errors import UserError
 from sfumato.families.base import Models
 from sfumato.tensors import attention
 from sfumato.tensors.noise import Process
-from sfumato.train import dist, prompts, run, sample
+from sfumato.train import dist, prompts, sample
+from sfumato.train.devices import all_nets, load_models, merge_base_weights
 from sfumato.train.progress import telling
 from sfumato.train.step import autocast
 from sfumato.train.trainables import read_adapter
@@ -37,9 +38,9 @@ class Drawer:
         precision = dist.precision(config.train.mixed_precision)
         attention.choose("xformers" if config.memory.xformers else "sdpa")
         device = dist.device_of() if device is None else device
-        models = run.load_models(config, precision, None)
-        run.merge_base_weights(config, models)
-        for net in run.all_nets(models):
+        models = load_models(config, precision, None)
+        merge_base_weights(config, models)
+        for net in all_nets(models):
             net.to(device)
         return cls(models, models.family.process(models, config.noise, config.loss), precision, device)
 

@@ -10,14 +10,14 @@ from rich.console import Console
 from rich.table import Table
 
 from sfumato import families
-from sfumato.config import Config, DatasetConfig
+from sfumato.config import Config, DatasetConfig, Method
 from sfumato.data.plan import Plan, make_plan
 from sfumato.data.store import Index
 from sfumato.families.detect import detect_file
 from sfumato.train import keep
+from sfumato.train.check import check
 from sfumato.train.loop import Pace
 from sfumato.train.progress import telling
-from sfumato.train.run import Method, check
 from sfumato.train.trainables import caches_latents, caches_text
 
 FOLDERS = ("dataset", "folder", "kind", "pictures", "repeats", "samples an epoch", "left out")

@@ -1,0 +1,137 @@
+"""What is kept between steps: the pictures of a run, and the caches of their latents and of what text encoders say of captions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from torch import Tensor
+
+from sfumato import families
+from sfumato.config import Config, DatasetConfig
+from sfumato.data.batch import Cond, Tokens
+from sfumato.data.cache import Report, cache_latents, cache_texts
+from sfumato.data.plan import Plan, make_plan
+from sfumato.data.store import Index, Store, default_root
+from sfumato.families.base import Models, check_sizes
+from sfumato.families.loading import fetch
+from sfumato.formats import files
+from sfumato.formats.files import file_digest
+from sfumato.formats.metadata import remembered
+from sfumato.train import dist
+from sfumato.train.progress import Tell, console, telling
+from sfumato.train.step import autocast
+from sfumato.train.trainables import caches_latents, caches_text
+
+
+@dataclass(frozen=True, slots=True)
+class Data:
+    """The pictures of a run and where what is made of them is kept."""
+
+    plan: Plan
+    latents: Store
+    texts: Store
+    index: Index
+
+
+def open_data(config: Config, datasets: tuple[DatasetConfig, ...], world: dist.World) -> Data:
+    """Scan the datasets; memory alone is used unless a cache on disk is asked for."""
+    d = config.data
+    on_disk = d.cache_latents_to_disk or d.cache_text_encoder_outputs_to_disk or d.cache_dir
+    root = (Path(d.cache_dir) if d.cache_dir else default_root()) if on_disk else None
+    index, latents = Index(root), families.of(config.family).latents
+    with telling("reading pictures", quiet=not world.main) as tell:
+        plan = make_plan(
+            datasets, index, skip_unreadable=d.skip_unreadable, stride=latents.stride, multiple=latents.multiple, progress=tell
+        )
+    if world.main:
+        for line in [*plan.notes, *(f"left out: {skip.path}: {skip.reason}" for skip in plan.skipped)]:
+            console.print(line)
+    return Data(
+        plan, Store(root if d.cache_latents_to_disk else None), Store(root if d.cache_text_encoder_outputs_to_disk else None), index
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Caches:
+    """What is kept of pictures and captions; None where they are encoded in each step."""
+
+    latents: Report | None = None
+    texts: Report | None = None
+
+
+def fingerprint(config: Config, models: Models, component: str) -> str:
+    """Changes when what a net says does: with its file, with what is merged into it and with the format that it runs in.
+
+    Files are read for it once; later runs remember.
+    """
+    source, net = models.source, models.vae if component == "vae" else models.encoders[component]
+    assert source is not None and net is not None
+    held = source.held[component]
+    paths = held.tensors.paths
+    dtype = models.dtypes[component] if component != "vae" else next(net.parameters()).dtype
+    digest = remembered(f"{component} of {' '.join(map(str, paths))}", paths, lambda: files.fingerprint(dict(held.natives())))
+    network = config.network
+    merged = [file_digest(path) for path in network.base_weights] if component != "vae" else []
+    return " ".join([digest, *merged, *(map(str, network.base_weights_multiplier) if merged else ()), f"in {dtype}"])
+
+
+def fill_caches(config: Config, data: Data, models: Models, world: dist.World) -> Caches:
+    """Encode what is asked to be kept and is not there yet; the first process fills a disk, each its own memory.
+
+    The VAE and the text encoders take turns on the device, where the denoiser is not yet.
+    """
+    check_sizes(models, data.plan.largest())
+    latents = texts = None
+    if caches_latents(config):
+        models.the_vae().to(world.device)
+        with telling("encoding pictures", quiet=not world.main) as tell:
+            latents = _in_turn(world, partial(_cache_latents, config, data, models, world, tell))
+        models.the_vae().to("cpu")
+    if caches_text(config):
+        with telling("encoding captions", quiet=not world.main) as tell:
+            texts = _in_turn(world, partial(_cache_texts, config, data, models, world, tell))
+    for name, report in (("latents", latents), ("text outputs", texts)):
+        if report and world.main:
+            console.print(f"{name}: {report}")
+    return Caches(latents, texts)
+
+
+def _in_turn(world: dist.World, job: Callable[[], Report]) -> Report:
+    """The first process does the job before the others, which then find on the disk what it made."""
+    if not world.main:
+        world.wait()
+    report = job()
+    if world.main:
+        world.wait()
+    return report
+
+
+def _cache_latents(config: Config, data: Data, models: Models, world: dist.World, tell: Tell) -> Report:
+    vae, strategy = models.the_vae(), models.family.latents
+    dtype = next(vae.parameters()).dtype
+
+    def encode(pixels: Tensor) -> Tensor:
+        return strategy.encode(vae, pixels.to(world.device, dtype)).float()
+
+    return cache_latents(
+        data.plan, data.latents, data.index, encode, fingerprint(config, models, "vae"), strategy,
+        batch_size=config.memory.vae_batch_size, progress=tell,
+    )  # fmt: skip
+
+
+def _cache_texts(config: Config, data: Data, models: Models, world: dist.World, tell: Tell) -> Report:
+    tokenize, encode = models.family.tokenize(models), models.family.encode(models)
+
+    def run(tokens: Tokens) -> Cond:
+        fetch(models, world.device)
+        with autocast(world.device, dist.precision(config.train.mixed_precision)):  # as in the step
+            return encode.encode(models.encoders, {k: v.to(world.device) for k, v in tokens.items()})
+
+    prints = ", ".join(f"{name} {fingerprint(config, models, name)}" for name in models.encoders)
+    return cache_texts(
+        data.plan, data.texts, data.index, tokenize.tokenize, run, prints, models.family.outputs(models),
+        settings={**tokenize.settings, **encode.settings}, progress=tell,
+    )  # fmt: skip

@@ -1,0 +1,94 @@
+"""Models on devices: loaded in the number formats in which they are used, placed where they work, and away when they do not."""
+
+from __future__ import annotations
+
+import resource
+import sys
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from sfumato import families
+from sfumato.adapters.insert import from_state
+from sfumato.config import Config, Method
+from sfumato.families.base import Models
+from sfumato.families.loading import forget, load
+from sfumato.memory.plan import fit
+from sfumato.train import dist
+from sfumato.train.progress import telling
+from sfumato.train.trainables import Trainable, caches_latents, caches_text, read_adapter, whole_nets
+
+
+def load_models(config: Config, precision: dist.Precision, method: Method | None) -> Models:
+    """The base model, each net read straight into the format that it is used in: frozen ones in that of the computation, trained ones
+    as they are trained, the VAE in fp32 where that is safer. `method`: None when nothing is trained."""
+    family = families.of(config.family)
+    trained = whole_nets(family, config, [part.name for part in family.parts]) if method == "full" else ()
+    dtype = dict.fromkeys([part.name for part in family.parts], dist.DTYPES[precision])
+    dtype |= dict.fromkeys(trained, torch.bfloat16 if config.train.full_bf16 else torch.float32)
+    model = config.model
+    later = [part.name for part in family.parts if part.name not in ("denoiser", "vae")] if forgets_text(config) else ()
+    with telling("reading weights") as tell:
+        models = load(
+            family,
+            model.pretrained_model_name_or_path,
+            config.family,
+            vae=model.vae,
+            tokenizer=model.tokenizer,
+            dtype=dtype,
+            later=later,
+            progress=tell,
+        )
+    if models.vae is not None:
+        # fp16 overflows in these VAEs, so it is never what they run in.
+        # By nn.Module's own `to`: diffusers' logs a warning about nothing.
+        nn.Module.to(models.vae, torch.bfloat16 if precision == "bf16" and not config.memory.no_half_vae else torch.float32)
+    return models
+
+
+def merge_base_weights(config: Config, models: Models) -> None:
+    """Merge `base_weights` into the nets, each at its strength."""
+    strengths = config.network.base_weights_multiplier
+    for i, path in enumerate(config.network.base_weights):
+        inserted = from_state(models.nets(), read_adapter(models, Path(path)))
+        inserted.multiplier = strengths[i] if i < len(strengths) else 1.0
+        inserted.merge()
+        inserted.remove()
+
+
+def forgets_text(config: Config) -> bool:
+    """Whether text encoders are read only if something is missing in the cache, and leave the memory after that."""
+    # What is merged into them is in no file.
+    return caches_text(config) and not config.network.base_weights
+
+
+def place(config: Config, models: Models, trainable: Trainable, world: dist.World) -> None:
+    """Nets to the device they are used on, those that leave it first; checkpointing around what gradients pass through."""
+    family = models.family
+    if forgets_text(config):
+        forget(models)
+    else:
+        for net in models.encoders.values():
+            net.to("cpu" if caches_text(config) else world.device)
+    if models.vae is not None:
+        models.vae.to("cpu" if caches_latents(config) else world.device)
+    models.denoiser.to(world.device)
+    trainable.modules().to(world.device)
+    fit(family.blocks(models.denoiser), config.memory)
+    for name, net in models.encoders.items():
+        if name in trainable.trained:
+            fit(family.encoder_blocks(net), config.memory)
+
+
+def all_nets(models: Models) -> list[nn.Module]:
+    """Denoiser, encoders and VAE."""
+    return [*models.nets().values(), *([models.vae] if models.vae is not None else [])]
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes: of the accelerator where there is one, else of this process."""
+    if device.type != "cpu":
+        return int(torch.accelerator.max_memory_allocated(device))
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
