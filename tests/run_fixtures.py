@@ -11,7 +11,7 @@ import tiny
 from PIL import Image
 from training import Train, config
 
-from sfumato.config import DatasetConfig, SubsetConfig
+from sfumato.config import DatasetConfig, Method, SubsetConfig
 from sfumato.train import run
 
 
@@ -42,7 +42,7 @@ def make_pictures(where: Path) -> Path:
 def train(model: Path, pictures: Path, tmp_path: Path) -> Train:
     """Train with these flat options; returns the output folder."""
 
-    def go(name: str, method: run.Method = "network", *, subset: dict[str, Any] | None = None, **options: Any) -> Path:
+    def go(name: str, method: Method = "network", *, subset: dict[str, Any] | None = None, **options: Any) -> Path:
         told = {
             "pretrained_model_name_or_path": str(model),
             "output_dir": str(tmp_path / name),

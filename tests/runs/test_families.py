@@ -17,7 +17,7 @@ from training import config
 
 from sfumato import adapters, families
 from sfumato.adapters.insert import from_state
-from sfumato.config import Config, DatasetConfig, SubsetConfig
+from sfumato.config import Config, DatasetConfig, Method, SubsetConfig
 from sfumato.families.base import Models, Setting
 from sfumato.families.loading import fetch
 from sfumato.formats.files import read_header
@@ -40,7 +40,7 @@ def files(case: Case, tmp_path_factory: pytest.TempPathFactory) -> Files:
     return case.write(tmp_path_factory.mktemp("model"))
 
 
-def prepared(case: Case, files: Files, pictures: Path, out: Path, method: run.Method, **told: Any) -> loop.Course:
+def prepared(case: Case, files: Files, pictures: Path, out: Path, method: Method, **told: Any) -> loop.Course:
     """A run of three steps, ready to go."""
     facts = families.facts(case.family)
     options = {**files.options, **case.options, **told.pop("options", {})}

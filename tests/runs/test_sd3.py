@@ -16,13 +16,13 @@ from tinies import sd3
 from tinies.cases import Files
 from training import config
 
-from sfumato.config import Config, DatasetConfig, SubsetConfig
+from sfumato.config import Config, DatasetConfig, Method, SubsetConfig
 from sfumato.errors import UserError
 from sfumato.families import loading
 from sfumato.families.sd3 import family
 from sfumato.families.sd3.facts import Options
 from sfumato.families.sd3.family import FAMILY
-from sfumato.train import dist, loop, run
+from sfumato.train import caching, dist, loop, run
 
 CASE = next(case for case in sd3.CASES if case.variant == "medium")
 Prepare = Callable[..., loop.Course]
@@ -35,7 +35,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Files:
 
 @pytest.fixture
 def prepare(files: Files, pictures: Path, tmp_path: Path) -> Prepare:
-    def go(method: run.Method = "network", **told: Any) -> loop.Course:
+    def go(method: Method = "network", **told: Any) -> loop.Course:
         return prepared(CASE, files, pictures, tmp_path / "out", method, **told)
 
     return go
@@ -50,7 +50,7 @@ def test_pictures_larger_than_the_table_are_told_before_anything_is_encoded(
     def encoded(*_: Any, **__: Any) -> Any:
         raise AssertionError("a picture was encoded")
 
-    monkeypatch.setattr(run, "cache_latents", encoded)
+    monkeypatch.setattr(caching, "cache_latents", encoded)
     made: Config = config(pretrained_model_name_or_path=str(files.model), cache_latents=True, family=Options())
     large = DatasetConfig(subsets=(SubsetConfig(image_dir=str(pictures)),), resolution=(192, 208))
     with pytest.raises(UserError) as told:
