@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from difflib import get_close_matches
+from types import TracebackType
 
 
 class UserError(Exception):
@@ -15,6 +16,29 @@ class UserError(Exception):
     def __init__(self, *messages: str) -> None:
         super().__init__("\n".join(messages))
         self.messages = messages
+
+
+class Mistakes:
+    """Gathers what several checks find, so that a user is told all of it at once.
+
+    `with mistakes: ...` runs a check; the `UserError` that it raises is kept, and the next check goes on.
+    """
+
+    def __init__(self) -> None:
+        self.messages: list[str] = []
+
+    def __enter__(self) -> Mistakes:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> bool:
+        if isinstance(error, UserError):
+            self.messages += error.messages
+        return isinstance(error, UserError)
+
+    def tell(self) -> None:
+        """Errors: one `UserError` with all that was found."""
+        if self.messages:
+            raise UserError(*dict.fromkeys(self.messages))
 
 
 def nearest(name: str, known: Iterable[str], count: int = 1) -> str:

@@ -64,7 +64,9 @@ class Adapter(nn.Module):
         self.options = options
         self.site = ""
         self.moment = Moment()
-        self.register_buffer("alpha", torch.tensor(options.alpha or options.rank, dtype=torch.float32, device=device_of(base)))
+        # Of a layer without values, alpha has one all the same: names and scales of files follow from it.
+        place = "cpu" if is_meta(base) else device_of(base)
+        self.register_buffer("alpha", torch.tensor(options.alpha or options.rank, dtype=torch.float32, device=place))
 
     @classmethod
     def read(cls, leaves: Mapping[str, Tensor]) -> LayerOptions | None:
@@ -147,6 +149,16 @@ def over_samples(values: Tensor, like: Tensor) -> Tensor:
 def as_input(x: Tensor, weight: Tensor) -> Tensor:
     """x in the dtype of an adapter's weight; under autocast as it is, for autocast casts both."""
     return x if torch.is_autocast_enabled(x.device.type) else x.to(weight.dtype)
+
+
+def is_meta(base: nn.Module) -> bool:
+    """Whether a layer has no values: its adapter is there to be counted and checked, and start values need no memory."""
+    return device_of(base).type == "meta"
+
+
+def drawn_on(base: nn.Module) -> torch.device:
+    """Where start values are drawn: on the CPU, so that they are the same on every device."""
+    return torch.device("meta" if is_meta(base) else "cpu")
 
 
 def device_of(base: nn.Module) -> torch.device:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from sfumato.adapters.base import Adapter, LayerOptions, as_input, device_of
+from sfumato.adapters.base import Adapter, LayerOptions, as_input, device_of, drawn_on
 from sfumato.errors import UserError
 from sfumato.formats.dialect import ALPHA, DOWN, UP, Leaves
 
@@ -29,7 +29,9 @@ class LoRA(Adapter):
         self.lora_down: nn.Linear | nn.Conv2d
         self.lora_up: nn.Linear | nn.Conv2d | Diagonal
         self.lora_down, self.lora_up = _pair(base, options.rank * max(1, len(options.pieces)))
-        start = nn.init.kaiming_uniform_(torch.empty(self.lora_down.weight.shape), a=math.sqrt(5), generator=generator)
+        start = nn.init.kaiming_uniform_(
+            torch.empty(self.lora_down.weight.shape, device=drawn_on(base)), a=math.sqrt(5), generator=generator
+        )
         self.lora_down.weight = nn.Parameter(start.to(device_of(base)))
         if options.pieces:
             self.lora_up = Diagonal(options.pieces, options.rank, device_of(base))

@@ -98,10 +98,15 @@ def train(method: Method, resolved: Resolved) -> None:
 
 def _plan(words: list[str]) -> int:
     method = _method(words, "plan", "network")
+    as_json = "--json" in words
+    words = [word for word in words if word != "--json"]
     resolved = _resolved(words, method, f"sfumato plan {method}")
     from sfumato.train import plan
 
-    plan.show(resolved.config, method, resolved.datasets)
+    if as_json:
+        print(json.dumps(plan.facts(resolved.config, method, resolved.datasets), indent=2, ensure_ascii=False))
+    else:
+        plan.show(resolved.config, method, resolved.datasets)
     return 0
 
 

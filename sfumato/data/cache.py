@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from sfumato.config import DatasetConfig
 from sfumato.data import augment, captions
 from sfumato.data.batch import Cond, Tokens
 from sfumato.data.plan import Item, Plan
@@ -93,7 +94,7 @@ def cache_latents(
     Raises UserError for options that cached latents cannot follow, for a picture that cannot be read any more,
     and for latents that are not finite.
     """
-    _check_fixed(plan)
+    check_fixed(plan.datasets, latents=True)
     parts = [latent_parts(plan, item, vae_fingerprint, strategy.dtype) for item in plan.items]
     keys = [key(p) for p in parts]
     owners = [_owner(item) for item in plan.items]
@@ -109,15 +110,16 @@ def cache_latents(
     return _report(store, index, "latents", dict(enumerate(keys)), dict(zip(owners, parts, strict=True)), jobs)
 
 
-def _check_fixed(plan: Plan) -> None:
-    wrong = []
-    for dataset in plan.datasets:
-        for subset in dataset.subsets:
-            moving = [name for name in ("random_crop", "color_aug") if getattr(subset, name)]
-            wrong += [
-                f"{subset.image_dir}: {name} changes the picture each time, so its latents cannot be cached: turn one off"
-                for name in moving
-            ]
+def check_fixed(datasets: Iterable[DatasetConfig], *, latents: bool = False, texts: bool = False) -> None:
+    """Errors: `UserError` for options that change what is to be kept each time."""
+    wrong: list[str] = []
+    for subset in (subset for dataset in datasets for subset in dataset.subsets):
+        moving = [name for name in ("random_crop", "color_aug") if latents and getattr(subset, name)]
+        wrong += [
+            f"{subset.image_dir}: {name} changes the picture each time, so its latents cannot be cached: turn one off" for name in moving
+        ]
+        if texts and (names := captions.endless(subset)):
+            wrong.append(f"{subset.image_dir}: {', '.join(names)} changes the caption each time, so text outputs cannot be cached")
     if wrong:
         raise UserError(*wrong)
 
@@ -209,7 +211,7 @@ def cache_texts(
     `fingerprint`: of the encoders' weights. `settings`: all that tokens and outputs depend on besides (JSON values). Raises
     UserError when an option makes captions too many to encode beforehand, and for outputs that are not finite.
     """
-    owners = _captions(plan)
+    owners = every_caption(plan)
     common = {"version": VERSION, "text encoder": fingerprint, "dtype": str(strategy.dtype).removeprefix("torch.")}
     common |= {f"setting {name}": value for name, value in {**strategy.settings, **settings}.items()}
     parts: dict[str, Parts] = {owner: {"caption": caption, **common} for owner, caption in owners.items()}
@@ -227,15 +229,9 @@ def cache_texts(
     return _report(store, index, "texts", keys, parts, jobs)
 
 
-def _captions(plan: Plan) -> dict[str, str]:
-    """Owner (a picture, and the number of its caption) -> caption, for all captions that the plan can give."""
-    wrong = []
-    for dataset in plan.datasets:
-        for subset in dataset.subsets:
-            if names := captions.endless(subset):
-                wrong.append(f"{subset.image_dir}: {', '.join(names)} changes the caption each time, so text outputs cannot be cached")
-    if wrong:
-        raise UserError(*wrong)
+def every_caption(plan: Plan) -> dict[str, str]:
+    """Owner (a picture, and the number of its caption) -> caption, for all captions that the plan can give. Errors: `UserError`."""
+    check_fixed(plan.datasets, texts=True)
     owners: dict[str, str] = {}
     for item in plan.items:
         found = captions.every(item.picture.captions, plan.subset(item))

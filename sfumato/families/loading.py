@@ -41,6 +41,27 @@ def examine(family: Family, path: str, options: Any, *, vae: str | None = None) 
     return family.complete(options, source)
 
 
+def outline(family: Family, path: str, options: Any, *, vae: str | None = None, tokenizer: str | None = None) -> Models:
+    """The model without values: its nets on the meta device, for all that can be told from headers. `read_values` fills it.
+
+    Errors: as `examine`, and for tensors that do not fit their net.
+    """
+    options, source = examine(family, path, options, vae=vae)
+    nets = {name: held.empty() for name, held in source.held.items()}
+    tokenizers = {name: _tokenizer(family.vocabularies[name], source, tokenizer) for name in source.held if name in family.vocabularies}
+    for name, tokens in tokenizers.items():
+        _check_vocabulary(name, tokens, nets[name])
+    return Models(
+        family=family,
+        options=options,
+        denoiser=nets.pop("denoiser"),
+        vae=nets.pop("vae", None),
+        encoders=nets,
+        tokenizers=tokenizers,
+        source=source,
+    )
+
+
 def load(
     family: Family,
     path: str,
@@ -53,16 +74,32 @@ def load(
     later: Collection[str] = (),
     progress: Callable[[int, int], None] | None = None,
 ) -> Models:
-    """A checkpoint (file, folder or hub id), with the parts that the options name files for.
+    """A checkpoint (file, folder or hub id), with the parts that the options name files for: `outline`, then `read_values`.
+
+    Everything is checked from headers before a value is read.
+    """
+    models = outline(family, path, options, vae=vae, tokenizer=tokenizer)
+    read_values(models, device=device, dtype=dtype, later=later, progress=progress)
+    return models
+
+
+def read_values(
+    models: Models,
+    *,
+    device: torch.device | str = "cpu",
+    dtype: Dtypes = None,
+    later: Collection[str] = (),
+    progress: Callable[[int, int], None] | None = None,
+) -> None:
+    """Give the nets of an `outline` their values; no tensor is in memory twice.
 
     `dtype`: what denoiser and encoders are held in, one for all or by component; None: as in the file. The VAE stays in the
-    format of its file. Everything is checked from headers before a value is read, and no tensor is in memory twice.
-    `later`: text encoders that get their values by `fetch`, if they are needed at all.
-    `progress` is told (done, all) numbers. Errors: as `examine`, and for tensors that do not fit their net.
+    format of its file. `later`: text encoders that get their values by `fetch`, if they are needed at all.
+    `progress` is told (done, all) numbers.
     """
-    options, source = examine(family, path, options, vae=vae)
-    tokenizers = {name: _tokenizer(family.vocabularies[name], source, tokenizer) for name in source.held if name in family.vocabularies}
-    dtypes = {**(dtype if isinstance(dtype, Mapping) else dict.fromkeys(source.held, dtype)), "vae": None}
+    source = models.source
+    assert source is not None
+    models.dtypes = dtypes = {**(dtype if isinstance(dtype, Mapping) else dict.fromkeys(source.held, dtype)), "vae": None}
     now = {name: held for name, held in source.held.items() if name not in later}
     done, total = 0, sum(math.prod(shape) for held in now.values() for shape in held.shapes().values())
 
@@ -72,19 +109,9 @@ def load(
         if progress:
             progress(done, total)
 
-    nets = {name: held.build(dtypes.get(name), tell).to(device) if name in now else held.empty() for name, held in source.held.items()}
-    for name, tokens in tokenizers.items():
-        _check_vocabulary(name, tokens, nets[name])
-    return Models(
-        family=family,
-        options=options,
-        denoiser=nets.pop("denoiser"),
-        vae=nets.pop("vae", None),
-        encoders=nets,
-        tokenizers=tokenizers,
-        source=source,
-        dtypes=dtypes,
-    )
+    for name, net in [*models.nets().items(), ("vae", models.vae)]:
+        if net is not None and name in now:
+            now[name].put_into(net, dtypes.get(name), tell).to(device)
 
 
 def fetch(models: Models, device: torch.device | str = "cpu") -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 from sfumato import families
 from sfumato.config import Config, DatasetConfig
 from sfumato.data.batch import Cond, Tokens
-from sfumato.data.cache import Report, cache_latents, cache_texts
+from sfumato.data.cache import Report, cache_latents, cache_texts, check_fixed, every_caption
 from sfumato.data.plan import Plan, make_plan
 from sfumato.data.store import Index, Store, default_root
 from sfumato.families.base import Models, check_sizes
@@ -36,9 +36,16 @@ class Data:
     index: Index
 
 
-def open_data(config: Config, datasets: tuple[DatasetConfig, ...], world: dist.World) -> Data:
-    """Scan the datasets; memory alone is used unless a cache on disk is asked for."""
+def open_data(
+    config: Config, datasets: tuple[DatasetConfig, ...], world: dist.World, models: Models, say: Callable[[str], None] = console.print
+) -> Data:
+    """Scan the datasets; memory alone is used unless a cache on disk is asked for.
+
+    `models`: what the pictures must fit; needs no values. `say`: is told what the user should know. Errors: `UserError` for pictures that
+    cannot be used, and for options that cannot act with this model or beside what is kept.
+    """
     d = config.data
+    check_fixed(datasets, latents=caches_latents(config), texts=caches_text(config))
     on_disk = d.cache_latents_to_disk or d.cache_text_encoder_outputs_to_disk or d.cache_dir
     root = (Path(d.cache_dir) if d.cache_dir else default_root()) if on_disk else None
     index, latents = Index(root), families.of(config.family).latents
@@ -48,7 +55,10 @@ def open_data(config: Config, datasets: tuple[DatasetConfig, ...], world: dist.W
         )
     if world.main:
         for line in [*plan.notes, *(f"left out: {skip.path}: {skip.reason}" for skip in plan.skipped)]:
-            console.print(line)
+            say(line)
+    check_sizes(models, plan.largest())
+    if caches_text(config):
+        every_caption(plan)
     return Data(
         plan, Store(root if d.cache_latents_to_disk else None), Store(root if d.cache_text_encoder_outputs_to_disk else None), index
     )
@@ -83,7 +93,6 @@ def fill_caches(config: Config, data: Data, models: Models, world: dist.World) -
 
     The VAE and the text encoders take turns on the device, where the denoiser is not yet.
     """
-    check_sizes(models, data.plan.largest())
     latents = texts = None
     if caches_latents(config):
         models.the_vae().to(world.device)

@@ -1,23 +1,127 @@
-"""What can be told of a run before a picture or a weight is read; `plan` and `train` ask the same function."""
+"""Everything that can be told of a run before a picture or a weight is read; `plan` and `train` ask the same function."""
 
 from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 
 from sfumato import adapters, families
 from sfumato.adapters import AdapterPlan
 from sfumato.config import Config, Method
-from sfumato.families.loading import examine
+from sfumato.errors import Mistakes
+from sfumato.families.base import Models
+from sfumato.tensors import attention
+from sfumato.train import dist, log
+from sfumato.train.devices import check_base_weights, outline_models
 from sfumato.train.prompts import Prompt, default, read_prompts, sampler
+from sfumato.train.sample import check_prompts, check_samplers
+from sfumato.train.trainables import Adapters, Full, Trainable
 
 
-def check(config: Config, method: Method) -> tuple[list[Prompt], AdapterPlan | None]:
-    """What can be told before a picture or a weight is read: the prompts, and the plan of adapters. Errors: `UserError`."""
-    prompts = read_prompts(config.sample.sample_prompts, default(config.family)) if config.sample.sample_prompts else []
-    sampler(config.sample.sample_sampler)
-    plan = adapters.parse(config.network, families.facts_of(config.family).network_args) if method == "network" else None
-    examine_model(config)
-    return prompts, plan
+@dataclass(frozen=True, slots=True)
+class Trained:
+    """A component that is trained, as far as shapes tell."""
+
+    component: str
+    layers: int
+    """Layers with an adapter; of a whole net, its tensors."""
+    numbers: int
+    """Numbers that the optimizer changes."""
+    rates: tuple[float, ...]
+    """Their learning rates."""
 
 
-def examine_model(config: Config) -> None:
-    """The model's files by their headers. Errors: `UserError` for what is missing, or of another family."""
-    examine(families.of(config.family), config.model.pretrained_model_name_or_path, config.family, vae=config.model.vae)
+@dataclass(frozen=True, slots=True)
+class Checked:
+    """What a run will be, as far as its settings and the headers of its files tell."""
+
+    prompts: list[Prompt]
+    plan: AdapterPlan | None
+    """None: a whole model is trained."""
+    models: Models
+    """Nets without values (on the meta device); `load_models` fills them."""
+    trained: tuple[Trained, ...]
+    suffix: str
+    """Ending of the result's file name; empty for a folder."""
+
+
+def check(config: Config, method: Method) -> Checked:
+    """All that is known before a picture or a weight is read. Errors: one `UserError` with all that was found.
+
+    Every check that needs only settings, headers or shapes has its place here, in one of three steps: what needs the settings alone,
+    what needs the model's shapes, and what needs the weights that are trained (without values).
+    """
+    wrong, prompts, plan, models = Mistakes(), list[Prompt](), None, None
+    with wrong:
+        dist.precision(config.train.mixed_precision)
+    with wrong:
+        attention.choose("xformers" if config.memory.xformers else "sdpa")
+    with wrong:
+        log.check(config.log)
+    with wrong:
+        prompts = _prompts(config)
+    with wrong:
+        plan = adapters.parse(config.network, families.facts_of(config.family).network_args) if method == "network" else None
+    with wrong:
+        models = outline_models(config)
+        check_model(config, models)
+        check_prompts(models, prompts, config.sample.sample_sampler)
+        process = models.family.process(models, config.noise, config.loss)
+        check_samplers(models, process, prompts, config.sample.sample_sampler)
+    wrong.tell()
+    assert models is not None
+    with outlined(models, config, plan) as trainable:
+        return Checked(prompts, plan, models, tuple(_trained(trainable)), trainable.suffix())
+
+
+def check_model(config: Config, models: Models) -> None:
+    """The model's own options against its shapes, and adapters that are merged into it. Errors: `UserError`."""
+    wrong = Mistakes()
+    for strategy in (models.family.tokenize, models.family.encode, models.family.outputs):
+        with wrong:
+            strategy(models)
+    with wrong:
+        check_base_weights(config, models)
+    wrong.tell()
+
+
+@contextmanager
+def outlined(models: Models, config: Config, plan: AdapterPlan | None) -> Iterator[Trainable]:
+    """What will be trained, without values; the nets are as before when the context ends. Errors: as the trainable itself."""
+    if plan is None:
+        yield Full(models, config)
+        return
+    adapted = Adapters(models, config, plan)
+    try:
+        yield adapted
+    finally:
+        adapted.inserted.remove()
+
+
+def _prompts(config: Config) -> list[Prompt]:
+    """The sample prompts, if there are some, and the sampler's name."""
+    wrong, prompts = Mistakes(), list[Prompt]()
+    with wrong:
+        sampler(config.sample.sample_sampler)
+    with wrong:
+        if config.sample.sample_prompts:
+            prompts = read_prompts(config.sample.sample_prompts, default(config.family))
+    wrong.tell()
+    return prompts
+
+
+def _trained(trainable: Trainable) -> Iterator[Trained]:
+    """A row a component."""
+    sites = trainable.inserted.sites() if isinstance(trainable, Adapters) else None
+    rates: dict[str, list[float]] = {}
+    numbers: dict[str, int] = {}
+    tensors: dict[str, int] = {}
+    for group in trainable.groups():
+        component = group.name.partition(" ")[0]
+        rates.setdefault(component, []).append(group.lr)
+        numbers[component] = numbers.get(component, 0) + sum(p.numel() for p in group.parameters)
+        tensors[component] = tensors.get(component, 0) + len(group.parameters)
+    for component in trainable.trained:
+        layers = tensors.get(component, 0) if sites is None else sum(site[0] == component for site in sites)
+        yield Trained(component, layers, numbers.get(component, 0), tuple(rates.get(component, ())))

@@ -12,39 +12,47 @@ from torch import nn
 from sfumato import families
 from sfumato.adapters.insert import from_state
 from sfumato.config import Config, Method
+from sfumato.errors import Mistakes
 from sfumato.families.base import Models
-from sfumato.families.loading import forget, load
+from sfumato.families.loading import forget, outline, read_values
 from sfumato.memory.plan import fit
 from sfumato.train import dist
 from sfumato.train.progress import telling
 from sfumato.train.trainables import Trainable, caches_latents, caches_text, read_adapter, whole_nets
 
 
-def load_models(config: Config, precision: dist.Precision, method: Method | None) -> Models:
+def outline_models(config: Config) -> Models:
+    """The base model without values, from the headers of its files. Errors: `UserError` for what is missing, or does not fit."""
+    model = config.model
+    return outline(families.of(config.family), model.pretrained_model_name_or_path, config.family, vae=model.vae, tokenizer=model.tokenizer)
+
+
+def load_models(config: Config, precision: dist.Precision, method: Method | None, models: Models | None = None) -> Models:
     """The base model, each net read straight into the format that it is used in: frozen ones in that of the computation, trained ones
-    as they are trained, the VAE in fp32 where that is safer. `method`: None when nothing is trained."""
-    family = families.of(config.family)
+    as they are trained, the VAE in fp32 where that is safer. `method`: None when nothing is trained. `models`: its outline, if there
+    is one."""
+    models = models or outline_models(config)
+    family = models.family
     trained = whole_nets(family, config, [part.name for part in family.parts]) if method == "full" else ()
     dtype = dict.fromkeys([part.name for part in family.parts], dist.DTYPES[precision])
     dtype |= dict.fromkeys(trained, torch.bfloat16 if config.train.full_bf16 else torch.float32)
-    model = config.model
     later = [part.name for part in family.parts if part.name not in ("denoiser", "vae")] if forgets_text(config) else ()
     with telling("reading weights") as tell:
-        models = load(
-            family,
-            model.pretrained_model_name_or_path,
-            config.family,
-            vae=model.vae,
-            tokenizer=model.tokenizer,
-            dtype=dtype,
-            later=later,
-            progress=tell,
-        )
+        read_values(models, dtype=dtype, later=later, progress=tell)
     if models.vae is not None:
         # fp16 overflows in these VAEs, so it is never what they run in.
         # By nn.Module's own `to`: diffusers' logs a warning about nothing.
         nn.Module.to(models.vae, torch.bfloat16 if precision == "bf16" and not config.memory.no_half_vae else torch.float32)
     return models
+
+
+def check_base_weights(config: Config, models: Models) -> None:
+    """That `base_weights` fit nets that need no values. Errors: `UserError`, of each file."""
+    wrong = Mistakes()
+    for path in config.network.base_weights:
+        with wrong:
+            from_state(models.nets(), read_adapter(models, Path(path))).remove()
+    wrong.tell()
 
 
 def merge_base_weights(config: Config, models: Models) -> None:

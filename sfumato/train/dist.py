@@ -50,10 +50,15 @@ class World:
             torch.distributed.destroy_process_group()
 
 
+def outside() -> World:
+    """This process's place among those that a launcher started, by the environment alone: nothing is joined and no device is taken."""
+    return World(int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1")), torch.device("cpu"))
+
+
 def world() -> World:
     """Join the other processes that a launcher started, if any."""
-    size, rank, local = (int(os.environ.get(name, default)) for name, default in (("WORLD_SIZE", "1"), ("RANK", "0"), ("LOCAL_RANK", "0")))
-    device = device_of(local)
+    rank, size = outside().rank, outside().size
+    device = device_of(int(os.environ.get("LOCAL_RANK", "0")))
     if size > 1:
         backend = "nccl" if device.type == "cuda" else "gloo"
         torch.distributed.init_process_group(backend, timeout=timedelta(minutes=60))

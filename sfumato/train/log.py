@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from contextlib import suppress
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
 
-from sfumato.config import Config
+from sfumato.config import Config, LogConfig
 from sfumato.errors import UserError
 from sfumato.formats import files
 
@@ -71,6 +72,13 @@ class Wandb:
 
     def close(self) -> None:
         self.run.finish()
+
+
+def check(config: LogConfig) -> None:
+    """Errors: `UserError` for a tracker that is not installed."""
+    missing = [name for name in ("tensorboard", "wandb") if config.log_with in (name, "all") and not find_spec(name)]
+    if missing:
+        raise UserError(*(f"--log_with {config.log_with}: {name} is not installed; run `pip install {name}`" for name in missing))
 
 
 class Log:

@@ -1,79 +1,103 @@
-"""A dry run: every check that needs no weights, and what the training would do, as tables."""
+"""A dry run: every check that a training makes before its first step, and what it would do, as tables or as JSON."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
-from sfumato import families
 from sfumato.config import Config, DatasetConfig, Method
-from sfumato.data.plan import Plan, make_plan
-from sfumato.data.store import Index
 from sfumato.families.detect import detect_file
-from sfumato.train import keep
-from sfumato.train.check import check
+from sfumato.train import dist, keep
+from sfumato.train.caching import Data, open_data
+from sfumato.train.check import Checked, Trained, check
 from sfumato.train.loop import Pace
-from sfumato.train.progress import telling
 from sfumato.train.trainables import caches_latents, caches_text
 
+TRAINED = ("trained", "layers", "numbers", "MiB in fp32", "learning rate")
 FOLDERS = ("dataset", "folder", "kind", "pictures", "repeats", "samples an epoch", "left out")
 BUCKETS = ("dataset", "bucket", "pictures", "samples", "batches", "last batch", "cut away", "enlarged")
+RESULTS = ("after", "files")
 
 
 def show(config: Config, method: Method, datasets: tuple[DatasetConfig, ...]) -> None:
     """`sfumato plan`: print what a training would do. Errors: `UserError`, as the training itself would give before its first step."""
     console = Console(highlight=False)
-    found = detect_file(config.model.pretrained_model_name_or_path)
-    prompts, _ = check(config, method)
-    latents = families.of(config.family).latents
-    with telling("reading pictures") as tell:
-        plan = make_plan(
-            datasets, Index(), skip_unreadable=config.data.skip_unreadable, bodies=False,
-            stride=latents.stride, multiple=latents.multiple, progress=tell,
-        )  # fmt: skip
-    # Asked of the launcher's environment alone: a dry run starts no processes and no device.
-    processes = int(os.environ.get("WORLD_SIZE", "1"))
-    pace = Pace.of(config, plan.batches_per_epoch, processes)
-    console.print(f"{config.model.pretrained_model_name_or_path}: {found.family} {found.variant} {found.kind}, {found.dialect} names")
-    _table(console, FOLDERS, plan.folder_rows())
-    _table(console, BUCKETS, plan.bucket_rows())
-    _tell_left_out(console, plan)
-    console.print(plan.steps_line(config.train.gradient_accumulation_steps, processes))
+    checked = check(config, method)
+    data = open_data(config, datasets, dist.outside(), checked.models, lambda line: console.print(line, markup=False))
+    pace = _pace(config, data)
+    console.print(_model(config), markup=False)
+    _table(console, TRAINED, [_trained_row(each) for each in checked.trained])
+    _table(console, FOLDERS, data.plan.folder_rows())
+    _table(console, BUCKETS, data.plan.bucket_rows())
+    console.print(data.plan.steps_line(config.train.gradient_accumulation_steps, dist.outside().size), markup=False)
     console.print(f"{pace.steps} steps in all, {pace.epochs} epochs")
-    kept = [name for name, cached in (("latents", caches_latents(config)), ("text outputs", caches_text(config))) if cached]
-    console.print(f"kept between steps: {' and '.join(kept) or 'nothing: pictures and captions are encoded in every step'}")
-    _table(console, ("after", "files"), _results(config, pace, len(prompts)))
+    console.print(f"kept between steps: {' and '.join(_kept(config)) or 'nothing: pictures and captions are encoded in every step'}")
+    _table(console, RESULTS, _results(config, pace, checked))
+
+
+def facts(config: Config, method: Method, datasets: tuple[DatasetConfig, ...]) -> dict[str, Any]:
+    """`sfumato plan --json`: the same, for scripts. Errors: as `show`."""
+    checked, notes = check(config, method), list[str]()
+    data = open_data(config, datasets, dist.outside(), checked.models, notes.append)
+    pace = _pace(config, data)
+    return {
+        "model": asdict(detect_file(config.model.pretrained_model_name_or_path)),
+        "trained": [asdict(each) for each in checked.trained],
+        "folders": [dict(zip(FOLDERS, row, strict=True)) for row in data.plan.folder_rows()],
+        "buckets": [dict(zip(BUCKETS, row, strict=True)) for row in data.plan.bucket_rows()],
+        "notes": notes,
+        "batches_per_epoch": pace.batches,
+        "steps_per_epoch": pace.steps_per_epoch,
+        "steps": pace.steps,
+        "epochs": pace.epochs,
+        "kept": _kept(config),
+        "results": [dict(zip(RESULTS, row, strict=True)) for row in _results(config, pace, checked)],
+    }
+
+
+def _pace(config: Config, data: Data) -> Pace:
+    # Asked of the launcher's environment alone: a dry run starts no processes and no device.
+    return Pace.of(config, data.plan.batches_per_epoch, dist.outside().size)
+
+
+def _model(config: Config) -> str:
+    found = detect_file(config.model.pretrained_model_name_or_path)
+    return f"{config.model.pretrained_model_name_or_path}: {found.family} {found.variant} {found.kind}, {found.dialect} names"
+
+
+def _trained_row(each: Trained) -> tuple[str, ...]:
+    rates = " to ".join(f"{rate:g}" for rate in sorted({min(each.rates), max(each.rates)})) if each.rates else ""
+    return each.component, f"{each.layers:,}", f"{each.numbers:,}", f"{each.numbers * 4 / 2**20:,.1f}", rates
+
+
+def _kept(config: Config) -> list[str]:
+    return [name for name, cached in (("latents", caches_latents(config)), ("text outputs", caches_text(config))) if cached]
 
 
 def _table(console: Console, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     table = Table(*columns)
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*map(escape, row))
     console.print(table)
 
 
-def _tell_left_out(console: Console, plan: Plan) -> None:
-    for note in plan.notes:
-        console.print(note)
-    for skip in plan.skipped:
-        console.print(f"left out: {skip.path}: {skip.reason}")
-
-
-def _results(config: Config, pace: Pace, prompts: int) -> list[tuple[str, str]]:
+def _results(config: Config, pace: Pace, checked: Checked) -> list[tuple[str, str]]:
     """When which files are written."""
-    output, sample = config.output, config.sample
+    output, sample, end = config.output, config.sample, checked.suffix
     folder, rows = Path(output.output_dir), []
     state = f" and {keep.state_name('...')}" if output.save_state else ""
     if every := output.save_every_n_steps:
-        rows.append((f"every {every} steps", f"{folder / keep.step_name(output.output_name, every)}{state}"))
+        rows.append((f"every {every} steps", f"{folder / keep.step_name(output.output_name, every)}{end}{state}"))
     if every := keep.every_n_epochs(output, pace.epochs):
-        rows.append((f"every {every} epochs", f"{folder / keep.epoch_name(output.output_name, every)}{state}"))
+        rows.append((f"every {every} epochs", f"{folder / keep.epoch_name(output.output_name, every)}{end}{state}"))
     for every, unit in ((sample.sample_every_n_steps, "steps"), (sample.sample_every_n_epochs, "epochs")):
         if every:
-            rows.append((f"every {every} {unit}", f"{prompts} pictures in {folder / 'sample'}"))
-    rows.append((f"step {pace.steps}", f"{folder / output.output_name}"))
+            rows.append((f"every {every} {unit}", f"{len(checked.prompts)} pictures in {folder / 'sample'}"))
+    rows.append((f"step {pace.steps}", f"{folder / output.output_name}{end}"))
     return rows

@@ -20,15 +20,14 @@ from sfumato.families.loading import fetch
 from sfumato.formats import files
 from sfumato.optim import build, schedules
 from sfumato.optim.ema import EMA
-from sfumato.tensors import attention
 from sfumato.tensors.noise import Process
 from sfumato.train import dist, keep, log, loop, provenance, state
 from sfumato.train.caching import Caches, fill_caches, open_data
-from sfumato.train.check import check, examine_model
-from sfumato.train.devices import load_models, merge_base_weights, peak_memory, place
+from sfumato.train.check import check, check_model
+from sfumato.train.devices import load_models, merge_base_weights, outline_models, peak_memory, place
 from sfumato.train.progress import console, telling
 from sfumato.train.prompts import Prompt
-from sfumato.train.sample import Known, check_prompts, encode_prompts, sample
+from sfumato.train.sample import Known, encode_prompts, sample
 from sfumato.train.step import Step, autocast
 from sfumato.train.trainables import Adapters, Full, Trainable, caches_text
 
@@ -37,9 +36,11 @@ def cache(config: Config, datasets: tuple[DatasetConfig, ...]) -> Caches:
     """`sfumato cache`: fill the caches on disk and stop."""
     world = dist.world()
     try:
-        examine_model(config)
-        data = open_data(config, datasets, world)
-        models = load_models(config, dist.precision(config.train.mixed_precision), None)
+        models = outline_models(config)
+        check_model(config, models)
+        data = open_data(config, datasets, world, models)
+        load_models(config, dist.precision(config.train.mixed_precision), None, models)
+        merge_base_weights(config, models)
         return fill_caches(config, data, models, world)
     finally:
         world.close()
@@ -68,15 +69,14 @@ def train(config: Config, method: Method, datasets: tuple[DatasetConfig, ...], r
 def prepare(config: Config, method: Method, datasets: tuple[DatasetConfig, ...], world: dist.World, began: float) -> loop.Course:
     """Everything up to the first step, in this order: what headers tell, pictures, model, caches, trainable, memory, optimizer, state."""
     precision = dist.precision(config.train.mixed_precision)
-    attention.choose("xformers" if config.memory.xformers else "sdpa")
-    prompts, plan = check(config, method)
-    data = open_data(config, datasets, world)
+    checked = check(config, method)
+    prompts, plan, models = checked.prompts, checked.plan, checked.models
+    data = open_data(config, datasets, world, models)
     pace = loop.Pace.of(config, data.plan.batches_per_epoch, world.size)
     if world.main:
         console.print(data.plan.steps_line(config.train.gradient_accumulation_steps, world.size))
         console.print(f"{pace.steps} steps in {pace.epochs} epochs")
-    models = load_models(config, precision, method)
-    check_prompts(models, prompts, config.sample.sample_sampler)
+    load_models(config, precision, method, models)
     process = models.family.process(models, config.noise, config.loss)
     merge_base_weights(config, models)
     caches = fill_caches(config, data, models, world)

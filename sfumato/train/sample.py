@@ -287,6 +287,13 @@ def check_prompts(models: Models, prompts: Sequence[Prompt], sampler: str) -> No
         _sampler(models, p, sampler)
 
 
+def check_samplers(models: Models, process: Process, prompts: Sequence[Prompt], sampler: str) -> None:
+    """Errors: `UserError` for samplers that cannot walk the process, or need a library that is not installed."""
+    if models.family.sigmas is None:
+        for name in dict.fromkeys(_sampler(models, p, sampler) for p in prompts):
+            scheduler_for(process, name)
+
+
 def _sampler(models: Models, prompt: Prompt, sampler: str) -> str:
     """The name of the prompt's sampler, or of the run's."""
     name = own_name(prompt.sample_sampler or sampler)
