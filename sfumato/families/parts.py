@@ -16,7 +16,7 @@ from sfumato.families import sources
 from sfumato.families.fill import check, fill, shapes
 from sfumato.families.layers import Shapes
 from sfumato.formats import files
-from sfumato.formats.lazy import Lazy
+from sfumato.formats.lazy import FLOATS, Lazy
 from sfumato.formats.names import KeyMap, add_prefix
 
 Config = Mapping[str, Any]
@@ -128,7 +128,19 @@ class Held:
         except KeyError as missing:
             raise UserError(f"{what} lacks the tensor {missing}: the file is incomplete or of another kind") from None
         check(net, found, what)
+        self._check_formats(what)
         return net.eval().requires_grad_(False)
+
+    def _check_formats(self, what: str) -> None:
+        """That every tensor is in a format that a net's weights can be in."""
+        kinds = {name: file.header.tensors[theirs].dtype for name, (file, theirs) in self.tensors.places.items()}
+        wrong = [
+            f"{what}: tensor {name!r} is in the format {kind}; weights are expected in {', '.join(FLOATS)}"
+            for name, kind in kinds.items()
+            if kind not in FLOATS
+        ]
+        if wrong:
+            raise UserError(*wrong[:SHOWN], *([f"... and {len(wrong) - SHOWN} more such tensors"] if len(wrong) > SHOWN else []))
 
     def build(self, dtype: torch.dtype | None = None, read: Callable[[int], None] = lambda numbers: None) -> nn.Module:
         """The net with its tensors, frozen and in eval mode. Names and shapes are checked before a value is read.

@@ -6,19 +6,20 @@ import errno
 import hashlib
 import itertools
 import json
-import math
 import os
 import re
 import shutil
+import stat
 import time
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sfumato.errors import UserError
+from sfumato.formats import header
+from sfumato.formats.header import DTYPES, LARGEST, Header, TensorInfo
 
 if TYPE_CHECKING:
     import torch
@@ -26,53 +27,9 @@ if TYPE_CHECKING:
 
 PICKLES = (".ckpt", ".pt", ".pth", ".bin")
 """Endings of pickled weight files; everything else is taken for safetensors."""
-_LARGEST_HEADER = 100_000_000  # the safetensors library's own limit, in bytes
 _STALE = 600  # seconds after which an unfinished file is taken for a dead run's
-_DTYPES = {  # safetensors' spelling: torch's; in the order in which the safetensors library lays tensors out, backwards
-    "BOOL": "bool",
-    "U8": "uint8",
-    "I8": "int8",
-    "F8_E5M2": "float8_e5m2",
-    "F8_E4M3": "float8_e4m3fn",
-    "F8_E8M0": "float8_e8m0fnu",
-    "I16": "int16",
-    "U16": "uint16",
-    "F16": "float16",
-    "BF16": "bfloat16",
-    "I32": "int32",
-    "U32": "uint32",
-    "F32": "float32",
-    "C64": "complex64",
-    "F64": "float64",
-    "I64": "int64",
-    "U64": "uint64",
-}
-_SPELLING = {f"torch.{theirs}": name for name, theirs in _DTYPES.items()}
-_BYTES = dict.fromkeys(("BOOL", "U8", "I8", "F8_E5M2", "F8_E4M3", "F8_E8M0"), 1) | dict.fromkeys(("I16", "U16", "F16", "BF16"), 2)
-_BYTES |= dict.fromkeys(("I32", "U32", "F32"), 4) | dict.fromkeys(("C64", "F64", "I64", "U64"), 8)
+_SPELLING = {f"torch.{theirs}": name for name, theirs in DTYPES.items()}
 _counter = itertools.count()
-
-
-@dataclass(frozen=True, slots=True)
-class TensorInfo:
-    """One tensor of a file, without its values."""
-
-    dtype: str
-    """As safetensors spells it: F32, BF16 ..."""
-    shape: tuple[int, ...]
-    start: int
-    """First byte, counted from the end of the header (in a pickle: as if the tensors stood one after another)."""
-    end: int
-
-
-@dataclass(frozen=True, slots=True)
-class Header:
-    """What a file holds, in the order of its bytes."""
-
-    tensors: dict[str, TensorInfo]
-    metadata: dict[str, str] = field(default_factory=dict)
-    size: int = 0
-    """Bytes before the first tensor."""
 
 
 # --- reading ---
@@ -87,21 +44,16 @@ def read_header(path: str | Path) -> Header:
     path = _existing(path)
     if path.suffix in PICKLES:
         return _pickle_header(path)
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        if length > min(_LARGEST_HEADER, size - 8):
-            raise UserError(_not_safetensors(path, size, length))
-        text = file.read(length)
     try:
-        entries = json.loads(text)
-        metadata = {key: str(value) for key, value in entries.pop("__metadata__", {}).items()}
-        tensors = {name: TensorInfo(e["dtype"], tuple(e["shape"]), *e["data_offsets"]) for name, e in entries.items()}
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise UserError(f"{path}: not a safetensors file (its header is no table of tensors)") from None
-    tensors = dict(sorted(tensors.items(), key=lambda item: (item[1].start, item[0])))
-    _check_layout(path, tensors, size - 8 - length)
-    return Header(tensors, metadata, 8 + length)
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            text = file.read(length) if length <= min(LARGEST, size - 8) else None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
+    if text is None:
+        raise UserError(_not_safetensors(path, size, length))
+    return header.parse(text, size, str(path))
 
 
 def load(
@@ -120,31 +72,52 @@ def load(
     if path.suffix in PICKLES:
         tensors = {name: t.to(device) for name, t in _unpickle(path).items() if names is None or names(name)}
     else:
-        from safetensors import safe_open
-
-        read_header(path)
-        with safe_open(path, framework="pt", device=str(device)) as file:
+        check_known(path, read_header(path))
+        with mapped(path, str(device)) as file:
             tensors = {name: file.get_tensor(name) for name in file.keys() if names is None or names(name)}  # noqa: SIM118
     if dtype is None:
         return tensors
     return {name: t.to(dtype) if t.is_floating_point() else t for name, t in tensors.items()}
 
 
+def check_known(path: Path, found: Header) -> None:
+    """Errors: `UserError` for tensors in formats that cannot be read."""
+    if odd := [f"{name!r} ({info.dtype})" for name, info in found.tensors.items() if info.dtype not in DTYPES]:
+        more = f" and {len(odd) - 3} more" if len(odd) > 3 else ""
+        raise UserError(f"{path}: holds tensors in formats that cannot be read: {', '.join(odd[:3])}{more}; known are {', '.join(DTYPES)}")
+
+
+def mapped(path: Path, device: str = "cpu") -> Any:
+    """The safetensors library's view of a file. Errors: `UserError` for what the library refuses."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        return safe_open(path, framework="pt", device=device)
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path}: cannot be read: {error}") from error
+
+
 def torch_dtype(spelling: str) -> torch.dtype:
     """torch's dtype for safetensors' spelling of it ("BF16")."""
     import torch
 
-    dtype: torch.dtype = getattr(torch, _DTYPES[spelling])
+    dtype: torch.dtype = getattr(torch, DTYPES[spelling])
     return dtype
 
 
 def _existing(path: str | Path) -> Path:
     path = Path(path)
-    if not path.exists():
-        raise UserError(f"{path}: no such file")
-    if path.is_dir():
+    try:
+        status = path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        raise UserError(f"{path}: no such file") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
+    if stat.S_ISDIR(status.st_mode):
         raise UserError(f"{path}: is a folder, expected a weight file")
-    if path.stat().st_size == 0:
+    if not stat.S_ISREG(status.st_mode):
+        raise UserError(f"{path}: is not a file of bytes (a pipe or a device), expected a weight file")
+    if status.st_size == 0:
         raise UserError(f"{path}: the file is empty; was the download or the save interrupted?")
     return path
 
@@ -158,23 +131,9 @@ def _not_safetensors(path: Path, size: int, length: int) -> str:
         return f"{path}: a web page, not a weight file; the download did not succeed"
     if start.startswith((b"PK\x03\x04", b"\x80\x02")):
         return f"{path}: a pickled file; rename it to {path.with_suffix('.ckpt').name}"
-    if length <= _LARGEST_HEADER and start[8:9] == b"{":
+    if length <= LARGEST and start[8:9] == b"{":
         return f"{path}: truncated: the header alone has {length:,} bytes, the file has {size:,}; download or copy it again"
     return f"{path}: not a safetensors file"
-
-
-def _check_layout(path: Path, tensors: Mapping[str, TensorInfo], size: int) -> None:
-    """Every tensor has the bytes that its shape asks for, and together they are the rest of the file."""
-    at = 0
-    for name, info in tensors.items():
-        fits = info.dtype not in _BYTES or info.end - info.start == math.prod(info.shape) * _BYTES[info.dtype]
-        if info.start != at or not fits:
-            raise UserError(f"{path}: damaged: the header's place for {name!r} does not fit its shape {list(info.shape)} of {info.dtype}")
-        at = info.end
-    if size < at:
-        raise UserError(f"{path}: truncated: {at:,} bytes of tensors expected, {size:,} found; download or copy it again")
-    if size > at:
-        raise UserError(f"{path}: damaged: {size - at:,} bytes follow the last tensor; download or copy it again")
 
 
 # --- pickles ---
@@ -208,7 +167,12 @@ def _unpickle(path: Path) -> dict[str, Tensor]:
         raise UserError(f"{path}: truncated, or not a file that torch saved ({why})") from None
     if isinstance(content, Mapping) and isinstance(content.get("state_dict"), Mapping):
         content = content["state_dict"]
-    tensors = dict(_flat(content))
+    try:
+        tensors = dict(_flat(content))
+    except RecursionError:
+        raise UserError(f"{path}: its tables are nested too deeply for a weight file") from None
+    if odd := next((name for name, t in tensors.items() if t.layout != torch.strided or t.is_meta or t.is_quantized), None):
+        raise UserError(f"{path}: tensor {odd!r} is sparse, quantised or without values, which cannot be read; save it as plain numbers")
     if not tensors:
         raise UserError(f"{path}: holds no tensors")
     return tensors
@@ -287,7 +251,7 @@ def serialise(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None 
     The library itself needs all tensors in memory at once, writes metadata in random order, and makes files
     that only their owner can read.
     """
-    order = list(_DTYPES)
+    order = list(DTYPES)
     rank = {name: order.index(_spelling(name, t)) for name, t in tensors.items()}
     names = sorted(tensors, key=lambda name: (-rank[name], name.encode()))
     entries: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}

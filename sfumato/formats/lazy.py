@@ -27,6 +27,7 @@ class _File:
 
     def __init__(self, path: Path) -> None:
         self.path, self.header = path, files.read_header(path)
+        files.check_known(path, self.header)
         self._pickled = files.load(path) if path.suffix in files.PICKLES else None
         self._handle: Any = None
 
@@ -35,9 +36,7 @@ class _File:
         if self._pickled is not None:
             return self._pickled[name]
         if self._handle is None:
-            from safetensors import safe_open
-
-            self._handle = safe_open(self.path, framework="pt", device="cpu")
+            self._handle = files.mapped(self.path)
         tensor: Tensor = self._handle.get_tensor(name)
         return tensor
 

@@ -62,8 +62,13 @@ def load_run(folder: str | Path) -> tuple[dict[str, dict[str, Tensor]], dict[str
     _clean(folder.parent)
     if damage := damages(folder):
         raise UserError(f"{folder}: cannot resume from this state: {'; '.join(damage)}")
-    parts = {p.stem: load(p) for p in sorted(folder.glob("*.safetensors"))}
-    return parts, json.loads((folder / "facts.json").read_text(encoding="utf-8"))
+    try:
+        facts = json.loads((folder / "facts.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{folder}: cannot resume from this state: facts.json cannot be read ({error})") from None
+    if not isinstance(facts, dict):
+        raise UserError(f"{folder}: cannot resume from this state: facts.json is damaged")
+    return {p.stem: load(p) for p in sorted(folder.glob("*.safetensors"))}, facts
 
 
 def damages(folder: Path) -> list[str]:
@@ -71,22 +76,35 @@ def damages(folder: Path) -> list[str]:
     if not folder.is_dir():
         return ["no such folder"]
     try:
-        files = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))["files"]
+        files = _listed(folder / "manifest.json")
+        said = [message for name, fact in files.items() if (message := _damage(folder / name, *fact))]
     except FileNotFoundError:
         return ["it has no manifest.json, so sfumato did not write it or did not finish"]
-    except (ValueError, KeyError, TypeError):
+    except OSError as error:
+        return [f"{Path(error.filename or folder).name} cannot be read: {error.strerror}"]
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return ["manifest.json is damaged"]
-    said = []
-    for name, fact in files.items():
-        path = folder / name
-        if not path.is_file():
-            said.append(f"{name} is missing")
-        elif path.stat().st_size != fact["size"]:
-            said.append(f"{name} has {path.stat().st_size:,} bytes, {fact['size']:,} were written")
-        elif file_digest(path) != fact["sha256"]:
-            said.append(f"{name} was changed since it was written")
+    if "facts.json" not in files:
+        said.append("facts.json is not in the manifest")
     foreign = {p.name for p in folder.glob("*.safetensors")} - files.keys()
     return said + [f"{name} is not in the manifest" for name in sorted(foreign)]
+
+
+def _listed(manifest: Path) -> dict[str, tuple[int, str]]:
+    """A manifest's files: name -> size and sha256. Errors: `OSError`, or whatever comes of another shape."""
+    files = json.loads(manifest.read_text(encoding="utf-8"))["files"]
+    if not all(re.fullmatch(r"\w[\w.-]*", name) for name in files):
+        raise ValueError("a state's files stand in its own folder")
+    return {name: (int(fact["size"]), str(fact["sha256"])) for name, fact in files.items()}
+
+
+def _damage(path: Path, size: int, digest: str) -> str:
+    """What is wrong with a file of a state, or nothing."""
+    if not path.is_file():
+        return f"{path.name} is missing"
+    if path.stat().st_size != size:
+        return f"{path.name} has {path.stat().st_size:,} bytes, {size:,} were written"
+    return f"{path.name} was changed since it was written" if file_digest(path) != digest else ""
 
 
 def newest(parent: str | Path, named: str) -> Path | None:
@@ -142,9 +160,16 @@ def pack(value: Any) -> tuple[Any, dict[str, Tensor]]:
 
 
 def unpack(packed: Any, tensors: Mapping[str, Tensor]) -> Any:
-    """The inverse of `pack`."""
+    """The inverse of `pack`. Errors: `UserError` for what `pack` does not write."""
+    try:
+        return _unpack(packed, tensors)
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
+        raise UserError(f"the state's values are damaged ({type(error).__name__}: {error})") from error
+
+
+def _unpack(packed: Any, tensors: Mapping[str, Tensor]) -> Any:
     if isinstance(packed, list):
-        return [unpack(v, tensors) for v in packed]
+        return [_unpack(v, tensors) for v in packed]
     if not isinstance(packed, dict):
         return packed
     if len(packed) == 1:
@@ -153,12 +178,12 @@ def unpack(packed: Any, tensors: Mapping[str, Tensor]) -> Any:
             case "$tensor":
                 return tensors[held]
             case "$tuple":
-                return tuple(unpack(v, tensors) for v in held)
+                return tuple(_unpack(v, tensors) for v in held)
             case "$dict":
-                return {unpack(k, tensors): unpack(v, tensors) for k, v in held}
+                return {_unpack(k, tensors): _unpack(v, tensors) for k, v in held}
             case "$float":
                 return float(held)
-    return {k: unpack(v, tensors) for k, v in packed.items()}
+    return {k: _unpack(v, tensors) for k, v in packed.items()}
 
 
 def _pack(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
