@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -67,8 +68,14 @@ SEEMS = {
 
 def identify(shapes: Shapes) -> Detected | None:
     """What a file with these tensors is, as the first family that knows it says; None: no family does."""
-    answers = (families.facts(name).detect(shapes) for name in families.names())
-    return next((a for a in answers if a), None)
+    return next((found for name in families.names() if (found := _recognised(name, shapes))), None)
+
+
+def _recognised(family: str, shapes: Shapes) -> Detected | None:
+    """What the family says of the tensors; nothing, if those that it knows by name have shapes that it cannot read."""
+    with suppress(KeyError, ValueError, IndexError, TypeError):
+        return families.facts(family).detect(shapes)
+    return None
 
 
 def detect_file(name: str | Path, flag: str = "pretrained_model_name_or_path") -> Detected:
@@ -126,7 +133,7 @@ def _folder(path: Path, flag: str) -> Detected:
         if pipeline in families.facts(name).pipelines:
             denoiser = path / families.facts(name).denoiser_folder
             shapes = _shapes(sources.weight_files(denoiser), flag)
-            found = families.facts(name).detect(shapes)
+            found = _recognised(name, shapes)
             if found and found.refused:
                 raise UserError(f"{flag}: {path} is {found.refused}")
             if found and found.kind == "checkpoint":

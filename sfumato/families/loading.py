@@ -38,7 +38,8 @@ def examine(family: Family, path: str, options: Any, *, vae: str | None = None) 
     source = parts.open_model(where, family.parts, family.title, given=given, kept=family.kept)
     if missing := parts.lacking(source, [p for p in family.parts if p.name not in family.optional]):
         raise UserError(*missing)
-    return family.complete(options, source)
+    with sources.understood(str(where)):
+        return family.complete(options, source)
 
 
 def outline(family: Family, path: str, options: Any, *, vae: str | None = None, tokenizer: str | None = None) -> Models:

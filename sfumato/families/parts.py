@@ -107,7 +107,8 @@ class Held:
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Shapes by native name. Errors: `UserError` for names that the spelling does not know."""
         try:
-            return self.spelling.shapes(self.tensors.shapes)
+            with sources.understood(self._what):
+                return self.spelling.shapes(self.tensors.shapes)
         except UserError as error:
             raise UserError(*(f"{self._what}: {message}" for message in error.messages)) from None
 
@@ -123,10 +124,8 @@ class Held:
     def empty(self) -> nn.Module:
         """The net without values (on the meta device). Errors: `UserError` for tensors whose names or shapes do not fit it."""
         what, found = self._what, self.shapes()
-        try:
+        with sources.understood(what):
             net = self.part.net(found, self.config)
-        except KeyError as missing:
-            raise UserError(f"{what} lacks the tensor {missing}: the file is incomplete or of another kind") from None
         check(net, found, what)
         self._check_formats(what)
         return net.eval().requires_grad_(False)
@@ -190,7 +189,8 @@ def open_model(path: Path, parts: Sequence[Part], title: str, *, given: Mapping[
     `kept`: pattern of full names that belong to no net. Nothing but headers is read. Errors: `UserError` for tensors
     of no part, for missing files and for files that do not hold the part that they are named for.
     """
-    source = _folder(path, parts) if path.is_dir() else _single(path, parts, title, kept)
+    with sources.understood(str(path)):
+        source = _folder(path, parts) if path.is_dir() else _single(path, parts, title, kept)
     held = dict(source.held)
     for part in parts:
         if part.flag and (name := given.get(part.flag)):
@@ -246,6 +246,11 @@ def _component(part: Part, folder: Path) -> Held:
 def open_part(part: Part, name: str) -> Held:
     """A part from a file of its own, from any file that holds it, from a folder or from the hub. Errors: `UserError` naming its flag."""
     path = sources.local(name, part.flag)
+    with sources.understood(_asked(part, path)):
+        return _opened(part, path)
+
+
+def _opened(part: Part, path: Path) -> Held:
     if path.is_dir():
         inner = path / part.folder
         return replace(_component(part, inner if part.folder and inner.is_dir() else path), alone=True)

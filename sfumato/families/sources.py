@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +24,15 @@ PIPELINE_FILES = ("*.json", "*.txt", "*/*.json", "*/*.txt", "*/*.safetensors")
 
 def local(name: str, flag: str, patterns: Sequence[str] = PIPELINE_FILES) -> Path:
     """The file or folder `name`, or the hub's model of that name, downloaded. Errors: `UserError` naming `flag`."""
-    path = Path(name).expanduser()
-    if path.exists():
+    try:
+        path = Path(name).expanduser()
+        there = path.exists()
+    except (OSError, ValueError, RuntimeError) as error:  # a name of thousands of characters, a home that is unknown
+        raise UserError(f"{flag}: {name[:200]!r} cannot be looked for: {getattr(error, 'strerror', None) or error}") from None
+    if there:
         return path
     if not HUB_ID.fullmatch(name):
-        raise UserError(f"{flag}: no such file or folder: {name!r}")
+        raise UserError(f"{flag}: no such file or folder: {name[:200]!r}")
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
@@ -50,6 +55,8 @@ def weight_files(folder: Path) -> list[Path]:
         shards = read_json(index).get("weight_map")
         if not isinstance(shards, dict):
             raise UserError(f"{index}: no list of shards (weight_map) is in it; download or copy it again")
+        if odd := next((shard for shard in shards.values() if not isinstance(shard, str) or Path(shard).name != shard), None):
+            raise UserError(f"{index}: its list of shards (weight_map) names {odd!r}, expected the name of a file beside it")
         return sorted({folder / shard for shard in shards.values()})
     raise UserError(f"{folder}: no weights in it; expected {' or '.join(name + '.safetensors' for name in WEIGHTS[:2])}")
 
@@ -73,13 +80,27 @@ def refuse_quantised(where: Path | str, names: Iterable[str] = ()) -> None:
         raise UserError(f"{where}: its weights are quantised (it has the tensor {found!r}), which cannot be read; {again}")
 
 
+@contextmanager
+def understood(what: str) -> Iterator[None]:
+    """Around code that reads sizes off a file's tensors and configs, which may be of any shape.
+
+    What it raises where they are not as such a model has them becomes a `UserError`; `what` begins its message.
+    """
+    try:
+        yield
+    except KeyError as missing:
+        raise UserError(f"{what} lacks the tensor {missing}: the file is incomplete or of another kind") from missing
+    except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RuntimeError) as error:
+        raise UserError(f"{what}: its tensors or its config are not those of a model of this kind ({error})") from error
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON file. Errors: `UserError` when it is missing or none."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: not a JSON file ({error})") from error
     if not isinstance(content, dict):
         raise UserError(f"{path}: a JSON object was expected")
