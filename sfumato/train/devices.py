@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import resource
 import sys
 from pathlib import Path
 
@@ -98,5 +97,12 @@ def peak_memory(device: torch.device) -> int:
     """Bytes: of the accelerator where there is one, else of this process."""
     if device.type != "cpu":
         return int(torch.accelerator.max_memory_allocated(device))
+    try:
+        import resource
+    except ImportError:  # Windows
+        import psutil
+
+        memory = psutil.Process().memory_info()
+        return int(getattr(memory, "peak_wset", memory.rss))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024

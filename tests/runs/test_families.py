@@ -119,7 +119,9 @@ def whole(case: Case, files: Files, pictures: Path, out: Path, components: set[s
     course.save_result(result, 3, 0)
     beside = {name: str(out / f"out_{name}.safetensors") for name in components if (out / f"out_{name}.safetensors").exists()}
     again = case.models(Files(model=result, options={**files.options, **beside}, vae=files.vae), tokenizer=str(files.model.parent))
-    torch.testing.assert_close(says(again), says(models), atol=0, rtol=0)
+    assert not changed(states(again), states(models))
+    # torch multiplies by another kernel where a weight takes gradients, so equal weights may say what differs in the last bits.
+    torch.testing.assert_close(says(again), says(models), atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("kind", adapters.kinds())

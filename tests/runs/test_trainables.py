@@ -58,8 +58,8 @@ def test_adapters_are_put_where_they_are_asked_for(train: Train, options: dict[s
     tensors = load(train("lora", **options) / "out.safetensors")
     assert {"_".join(name.split("_")[:2]) for name in tensors} == prefixes
     still = {name for name, t in tensors.items() if name.endswith("lora_up.weight") and not t.any()}
-    # The middle of this net sees one pixel, and a softmax over one number has no gradient.
-    assert still == {n for n in tensors if "mid_block" in n and n.endswith(("attn1_to_q.lora_up.weight", "attn1_to_k.lora_up.weight"))}
+    # The middle of this net sees one pixel, and a softmax over one number has no gradient, or what a processor rounds that to.
+    assert still <= {n for n in tensors if "mid_block" in n and n.endswith(("attn1_to_q.lora_up.weight", "attn1_to_k.lora_up.weight"))}
     assert any(t.ndim == 4 and "resnets" in name for name, t in tensors.items()) == ("network_args" in options)
 
 
