@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import fields, is_dataclass
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from sfumato.errors import UserError
+from sfumato.formats.text import parse_json, parse_toml, read_text
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -23,39 +23,17 @@ Path_ = tuple[str | int, ...]
 
 def read(path: str | Path) -> tuple[dict[str, Any], dict[Path_, int]]:
     """The content of a TOML or JSON file, and the line of each key (none for JSON). Raises UserError."""
-    try:
-        text = Path(path).read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as e:
-        raise UserError(f"{path}: is not a text file in UTF-8 ({e.reason} at byte {e.start}); save it as UTF-8") from None
-    except OSError as e:
-        raise UserError(f"{path}: cannot be read: {e.strerror}") from None
+    text = read_text(path)
     if str(path).lower().endswith(".json"):
-        return _json(path, text), {}
-    try:
-        return tomllib.loads(text), lines(text)
-    except tomllib.TOMLDecodeError as e:
-        raise UserError(_broken(path, text, str(e))) from None
+        content = parse_json(path, text)
+        if not isinstance(content, dict):
+            raise UserError(f"{path}: expected an object with datasets, found {type(content).__name__}")
+        return content, {}
+    return parse_toml(path, text), lines(text)
 
 
-def _json(path: str | Path, text: str) -> dict[str, Any]:
-    try:
-        content = json.loads(text)
-    except json.JSONDecodeError as e:
-        raise UserError(f"{path}:{e.lineno}: is not JSON: {e.msg}") from None
-    if not isinstance(content, dict):
-        raise UserError(f"{path}: expected an object with datasets, found {type(content).__name__}")
-    return content
-
-
-def _broken(path: str | Path, text: str, said: str) -> str:
-    """What the parser said, with the line in front and the usual cause."""
-    found = re.search(r" \(at line (\d+), column \d+\)", said)
-    if not found:  # at the end of the document
-        return f"{path}: is not TOML: {said}"
-    number = int(found.group(1))
-    line = text.splitlines()[number - 1] if number <= len(text.splitlines()) else ""
-    hint = "; in double quotes a backslash starts an escape: write the path with / or in single quotes" if "\\" in line else ""
-    return f"{path}:{number}: is not TOML: {said.replace(found.group(0), '')}: {line.strip()}{hint}"
+_ENDS = ("]", "}", '"""', "'''")
+"""What the last line of a value over several lines holds; without it a long list would be parsed anew with each of its lines."""
 
 
 def lines(text: str) -> dict[Path_, int]:
@@ -68,7 +46,10 @@ def lines(text: str) -> dict[Path_, int]:
         line = line.rstrip("\r")
         if not chunk and not line.split("#")[0].strip():
             continue
-        start, chunk = (start, f"{chunk}\n{line}") if chunk else (number, line)
+        begun = bool(chunk)
+        start, chunk = (start, f"{chunk}\n{line}") if begun else (number, line)
+        if begun and not any(mark in line for mark in _ENDS):
+            continue
         try:
             content = tomllib.loads(chunk)  # a value over several lines parses with its last one
         except tomllib.TOMLDecodeError:

@@ -26,9 +26,9 @@ class Lines:
 
     def __init__(self, path: Path, start: int) -> None:
         self.path = path
-        kept = [line for line in path.read_text().splitlines() if _step_of(line) <= start] if start and path.exists() else []
+        kept = [line for line in _lines(path) if _step_of(line) <= start] if start and path.exists() else []
         files.write_text(path, "".join(line + "\n" for line in kept))
-        self.file = path.open("a", buffering=1)
+        self.file = path.open("a", buffering=1, encoding="utf-8")
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         self.file.write(json.dumps({"step": step, **values}) + "\n")
@@ -37,10 +37,23 @@ class Lines:
         self.file.close()
 
 
+def _lines(path: Path) -> list[str]:
+    """A log's lines; a byte that is no text, as a crash may leave it, costs its own line alone."""
+    return path.read_text(encoding="utf-8", errors="replace").split("\n")
+
+
+def _entry(line: str) -> dict[str, Any]:
+    """What a line says, or nothing if it says no numbers of a step."""
+    with suppress(ValueError, RecursionError):
+        said = json.loads(line)
+        if isinstance(said, dict) and isinstance(said.get("step"), (int, float)):
+            return {name: value for name, value in said.items() if isinstance(value, (int, float))}
+    return {}
+
+
 def _step_of(line: str) -> float:
-    with suppress(ValueError, KeyError, TypeError):
-        return float(json.loads(line)["step"])
-    return float("inf")
+    step: float = _entry(line).get("step", float("inf"))
+    return step
 
 
 class Tensorboard:
@@ -109,8 +122,7 @@ class Log:
 def read(path: Path) -> dict[str, list[tuple[int, float]]]:
     """A log's numbers by name: {"loss": [(step, value), ...]}."""
     out: dict[str, list[tuple[int, float]]] = {}
-    for line in path.read_text().splitlines():
-        entry = json.loads(line)
+    for entry in map(_entry, _lines(path)):
         for name, value in entry.items():
             if name != "step":
                 out.setdefault(name, []).append((entry["step"], value))

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import re
-import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -12,11 +10,7 @@ from typing import Any
 
 from sfumato import families
 from sfumato.errors import UserError, nearest
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
+from sfumato.formats.text import parse_json, parse_toml, read_text
 
 SAMPLERS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "ddim": ("DDIMScheduler", {}),
@@ -107,20 +101,13 @@ def read_prompts(path: Path | str, default: Prompt | None = None) -> list[Prompt
     reader = readers.get(path.suffix.lower())
     if reader is None:
         raise UserError(f"{path}: a prompt file ends in .txt, .toml or .json")
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read: {error}") from error
     prompts: list[Prompt] = []
     mistakes: list[str] = []
-    try:
-        for place, entry in reader(path, text):
-            try:
-                prompts.append(parse_line(entry, place, default) if isinstance(entry, str) else _checked(entry, place, default))
-            except UserError as error:
-                mistakes += error.messages
-    except ValueError as error:  # of tomllib and json; their messages say the line
-        raise UserError(f"{path}: not valid {path.suffix[1:].upper()}: {error}") from error
+    for place, entry in reader(path, read_text(path)):
+        try:
+            prompts.append(parse_line(entry, place, default) if isinstance(entry, str) else _checked(entry, place, default))
+        except UserError as error:
+            mistakes += error.messages
     if mistakes:
         raise UserError(*mistakes)
     if not prompts:
@@ -159,7 +146,7 @@ def _lines(path: Path, text: str) -> Iterable[tuple[str, Any]]:
 
 
 def _toml(path: Path, text: str) -> Iterable[tuple[str, Any]]:
-    data = tomllib.loads(text)
+    data = parse_toml(path, text)
     shared = data.pop("prompt", None)
     if data or not isinstance(shared, dict):
         raise UserError(f"{path}: [prompt] with [[prompt.subset]] below it was expected, and nothing else")
@@ -171,7 +158,7 @@ def _toml(path: Path, text: str) -> Iterable[tuple[str, Any]]:
 
 
 def _json(path: Path, text: str) -> Iterable[tuple[str, Any]]:
-    data = json.loads(text)
+    data = parse_json(path, text)
     if not isinstance(data, list) or not all(isinstance(entry, str | dict) for entry in data):
         raise UserError(f'{path}: a list of prompts was expected, each a table such as {{"prompt": "a cat"}} or a prompt line')
     for number, entry in enumerate(data, 1):

@@ -111,14 +111,14 @@ def test_json_takes_tables_and_lines(tmp_path: Path) -> None:
         ("p.toml", "[prompt]\nprompt = 'a'\nseed = true", "not True"),
         ("p.toml", "[prompt]\nprompt = 1", "text was expected"),
         ("p.toml", "[prompt]\nprompt = 'a'\nscale = nan", "scale"),
-        ("p.toml", "[prompt\n", "not valid TOML"),
+        ("p.toml", "[prompt\n", "is not TOML"),
         ("p.toml", "[prompts]\n", "[prompt] with [[prompt.subset]]"),
         ("p.toml", "[prompt]\nsubset = 1", "two brackets"),
         ("p.json", '[{"width": 64}]', "`prompt` is missing"),
         ("p.json", '[{"prompt": "a", "flow_shift": 3}]', "not supported yet"),
         ("p.json", '{"prompt": "a"}', "a list"),
         ("p.json", "[1]", "a list"),
-        ("p.json", "[", "not valid JSON"),
+        ("p.json", "[", "is not JSON"),
         ("p.txt", "# nothing", "holds no prompt"),
         ("p.yaml", "a", ".txt, .toml or .json"),
     ],
@@ -134,5 +134,5 @@ def test_a_file_that_cannot_be_read_is_told(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="cannot be read"):
         read_prompts(tmp_path / "none.txt")
     (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
-    with pytest.raises(UserError, match="cannot be read"):
+    with pytest.raises(UserError, match="latin.txt: is not a text file in UTF-8"):
         read_prompts(tmp_path / "latin.txt")
