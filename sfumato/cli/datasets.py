@@ -264,8 +264,8 @@ def _check_subset(subset: SubsetConfig, settings: Mapping[str, Any], report: Rep
         report.error(
             f"{subset.image_dir}: {', '.join(found)} cannot be used with cache_text_encoder_outputs: captions are encoded only once"
         )
-    if not on(_CUTS) and (found := on(("keep_tokens", "keep_tokens_separator", "secondary_separator"))):
-        report.note(f"{subset.image_dir}: {', '.join(found)}: no effect without {', '.join(_CUTS[:2])} or {_CUTS[2]}")
+    if not on(_CUTS) and subset.keep_tokens:
+        report.note(f"{subset.image_dir}: keep_tokens: no effect without {', '.join(_CUTS[:2])} or {_CUTS[2]}")
     if subset.conditioning_data_dir and not settings["masked_loss"]:
         report.error(f"{subset.image_dir}: conditioning_data_dir needs masked_loss: set it, or leave conditioning_data_dir out")
     if subset.face_crop_aug_range and not re.fullmatch(r"[\d.]+,[\d.]+", subset.face_crop_aug_range):

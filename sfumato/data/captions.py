@@ -51,25 +51,40 @@ def _varied_tags(caption: str, options: CaptionOptions, rng: random.Random, step
             rng.shuffle(tags)
         if options.caption_tag_dropout_rate > 0:
             tags = [tag for tag in tags if rng.random() >= options.caption_tag_dropout_rate]
-        caption = ", ".join(front + tags + end)
+        caption = _joint(options.caption_separator).join(front + tags + end)
     if options.secondary_separator:
         caption = caption.replace(options.secondary_separator, options.caption_separator)
     return caption
 
 
+def _joint(separator: str) -> str:
+    """What stands between tags that were parted: the separator and a space; a separator of blanks alone stays as it is."""
+    return f"{separator.rstrip()} " if separator.strip() else separator
+
+
 def _parts(caption: str, options: CaptionOptions) -> tuple[list[str], list[str], list[str]]:
     """(tags kept in front, tags that may move, tags kept at the end)."""
-
-    def split(text: str) -> list[str]:
-        return [tag.strip() for tag in text.split(options.caption_separator) if tag.strip()]
-
     mark = options.keep_tokens_separator
     if mark and mark in caption:
         front, _, rest = caption.partition(mark)
         middle, _, end = rest.partition(mark)
-        return split(front), split(middle), split(end)
-    tags = split(caption)
+        return _split(front, options), _split(middle, options), _split(end, options)
+    tags = _split(caption, options)
     return tags[: options.keep_tokens], tags[options.keep_tokens :], []
+
+
+def _split(text: str, options: CaptionOptions) -> list[str]:
+    return [tag.strip() for tag in text.split(options.caption_separator) if tag.strip()]
+
+
+def tags(lines: Sequence[str], options: CaptionOptions) -> list[str]:
+    """The tags of a picture for counts, in lower case as sd-scripts counts them: of the lines that can be drawn, parted by all separators."""
+    found: list[str] = []
+    for line in lines if options.enable_wildcard else lines[:1]:
+        for mark in (options.keep_tokens_separator, options.secondary_separator):
+            line = line.replace(mark, options.caption_separator) if mark else line
+        found += [tag.lower() for tag in _split(line, options)]
+    return found
 
 
 def _warm(step: int, count: int, options: CaptionOptions) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from hashlib import blake2b
@@ -147,15 +147,6 @@ class Plan:
         rows = [[i.dataset, i.picture.subset, i.picture.name, i.repeats, i.placement.bucket] for i in self.items]
         sizes = [dataset.batch_size for dataset in self.datasets]
         return blake2b(json.dumps([rows, sizes]).encode(), digest_size=16).hexdigest()
-
-    def tag_frequency(self) -> dict[str, dict[str, int]]:
-        """Folder name -> tag -> pictures that have it: sd-scripts' `ss_tag_frequency`."""
-        found: dict[str, Counter[str]] = defaultdict(Counter)
-        for item in self.items:
-            subset = self.subset(item)
-            tags = (tag.strip() for tag in item.picture.captions[0].split(subset.caption_separator))
-            found[Path(subset.image_dir).name].update(tag for tag in tags if tag)
-        return {folder: dict(counts) for folder, counts in found.items()}
 
 
 def _within(skip: Skipped, subset: SubsetConfig) -> bool:

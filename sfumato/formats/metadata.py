@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from datetime import datetime
@@ -98,8 +98,8 @@ class DatasetFacts:
     config: DatasetConfig
     images: Sequence[int]
     """Pictures in each subset, without repeats."""
-    captions: Sequence[Sequence[str]] = ()
-    """Captions of each subset, one a picture."""
+    tags: Sequence[Mapping[str, int]] = ()
+    """Of each subset, how often each tag stands in its captions."""
     buckets: Mapping[tuple[int, int], int] = field(default_factory=dict)
     """(width, height) -> pictures, repeats counted."""
     mean_ar_error: float = 0.0
@@ -223,15 +223,9 @@ def _bucket_info(facts: DatasetFacts) -> dict[str, object]:
 def _tags(facts: DatasetFacts) -> dict[str, Counter[str]]:
     """folder -> how often each tag stands in its captions."""
     out: dict[str, Counter[str]] = {}
-    for subset, captions in zip(facts.config.subsets, facts.captions, strict=False):
-        counted = out.setdefault(Path(subset.image_dir).name, Counter())
-        counted.update(tag for caption in captions for tag in split_tags(caption, subset.caption_separator))
+    for subset, counted in zip(facts.config.subsets, facts.tags, strict=False):
+        out.setdefault(Path(subset.image_dir).name, Counter()).update(counted)
     return out
-
-
-def split_tags(caption: str, separator: str = ",") -> Iterable[str]:
-    """The tags of a caption, in lower case, as sd-scripts counts them."""
-    return (tag for part in caption.split(separator) if (tag := part.strip().lower()))
 
 
 # --- hashes ---

@@ -11,6 +11,7 @@ from datetime import datetime
 from sfumato import __version__, families
 from sfumato.adapters import AdapterPlan
 from sfumato.config import Config
+from sfumato.data import captions
 from sfumato.data.plan import Plan
 from sfumato.families.about import Facts as FamilyFacts
 from sfumato.families.base import Models
@@ -116,7 +117,7 @@ def datasets(plan: Plan) -> list[metadata.DatasetFacts]:
             metadata.DatasetFacts(
                 config=dataset,
                 images=[len(mine) for mine in by_subset],
-                captions=[[item.picture.captions[0] if item.picture.captions else "" for item in mine] for mine in by_subset],
+                tags=[Counter(tag for i in mine for tag in captions.tags(i.picture.captions, plan.subset(i))) for mine in by_subset],
                 buckets=buckets,
                 mean_ar_error=sum(errors) / max(len(errors), 1),
             )

@@ -155,3 +155,10 @@ def test_a_flag_that_the_file_overrules_everywhere_is_told(home: Path) -> None:
 def test_dataset_repeats_is_the_fallback_of_num_repeats(home: Path) -> None:
     first, second = read(FULL, "--dataset_repeats", "7")
     assert [s.num_repeats for s in (*first.subsets, *second.subsets)] == [5, 7, 7]
+
+
+def test_only_keep_tokens_is_told_to_need_shuffling(home: Path) -> None:
+    text = "[general]\nkeep_tokens = 1\nkeep_tokens_separator = '|||'\nsecondary_separator = ';;;'\n" + Path("data.toml").read_text()
+    Path("data.toml").write_text(text)
+    notices = [n for n in flags.resolve_all(BASE, "network").notices if "no effect without" in n]
+    assert len(notices) == 1 and "pictures: keep_tokens: " in notices[0]

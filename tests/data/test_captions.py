@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from sfumato.config.data import CaptionOptions
-from sfumato.data.captions import endless, every, vary, with_whole_warmup
+from sfumato.data.captions import endless, every, tags, vary, with_whole_warmup
 
 
 def say(line: str | tuple[str, ...], seed: int = 0, epoch: int = 1, step: int = 0, **options: Any) -> str:
@@ -73,8 +73,26 @@ def test_tag_dropout_spares_kept_tags() -> None:
     assert {len(c.split(", ")) for c in many("k, a, b, c", caption_tag_dropout_rate=0.5, keep_tokens=1)} == {1, 2, 3, 4}
 
 
-def test_tags_are_joined_by_comma_and_space_whatever_parted_them() -> None:
-    assert many("a;b", caption_separator=";", shuffle_caption=True) == {"a, b", "b, a"}
+def test_the_separator_is_kept_when_tags_are_shuffled_or_dropped() -> None:
+    assert many("red hair, long; blue sky", caption_separator=";", shuffle_caption=True) == {
+        "red hair, long; blue sky",
+        "blue sky; red hair, long",
+    }
+    assert many("red hair, long; sky", caption_separator=";", caption_tag_dropout_rate=0.5) == {"red hair, long; sky", "red hair, long", "sky", ""}
+    assert many("a b", caption_separator=" ", shuffle_caption=True) == {"a b", "b a"}
+    assert many("a,b", caption_separator=", ", shuffle_caption=True) == {"a,b"}
+    assert many("k|||a;b", caption_separator=";", keep_tokens_separator="|||") == {"k; a; b"}
+
+
+def test_the_marks_of_tags_act_without_shuffling() -> None:
+    assert say("k1, k2 ||| a, b", keep_tokens_separator="|||") == "k1, k2, a, b"
+    assert say("a;;;b, c", secondary_separator=";;;") == "a,b, c"
+
+
+def test_counted_tags_follow_the_separators() -> None:
+    marks = CaptionOptions(caption_separator=";", keep_tokens_separator="|||", secondary_separator="+")
+    assert tags(("A Cat, sitting ||| Red+blue; ; green ||| end", "second"), marks) == ["a cat, sitting", "red", "blue", "green", "end"]
+    assert tags(("one, Two", "three"), CaptionOptions(enable_wildcard=True)) == ["one", "two", "three"]
 
 
 def test_the_secondary_separator_keeps_tags_together_while_shuffling() -> None:

@@ -142,8 +142,3 @@ def test_the_digest_changes_when_the_batches_do(tmp_path: Path) -> None:
     assert plan(dataset(subset(root))).digest() == same
     for other in (dataset(subset(root), batch_size=3), dataset(subset(root, num_repeats=2)), dataset(subset(root), resolution=(80, 80))):
         assert plan(other).digest() != same
-
-
-def test_tags_are_counted_by_folder(tmp_path: Path) -> None:
-    made = plan(dataset(subset(folder(tmp_path / "10_thing", [(64, 64)] * 2), num_repeats=10)))
-    assert made.tag_frequency() == {"10_thing": {"thing 0": 1, "thing 1": 1, "red": 2, "green": 2, "blue": 2}}

@@ -141,7 +141,7 @@ def facts() -> metadata.DatasetFacts:
     return metadata.DatasetFacts(
         config=DatasetConfig(subsets=subsets, resolution=(512, 448), batch_size=2, enable_bucket=True),
         images=(3, 5),
-        captions=(("a Cat, sitting", "a cat", " , "), ("x; y", "x")),
+        tags=({"a cat": 2, "sitting": 1}, {"x": 2, "y": 1}),
         buckets={(512, 448): 20, (448, 512): 15},
         mean_ar_error=0.25,
     )
