@@ -13,9 +13,6 @@ from PIL import ExifTags, Image, UnidentifiedImageError
 
 from sfumato.data.batch import Size
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif", ".jxl")
-"""Endings of pictures; in capitals too."""
-
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import errno
 import os
-from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -14,9 +14,11 @@ from pathlib import Path
 from PIL import Image
 
 from sfumato.config import DatasetConfig, SubsetConfig
-from sfumato.data.pictures import SUFFIXES, Unreadable, oriented_size, read
+from sfumato.data.folders import SUFFIXES, Listing, listing
+from sfumato.data.pictures import Unreadable, oriented_size, read
 from sfumato.data.store import Index
 from sfumato.errors import UserError
+from sfumato.formats.paths import kind, trouble
 
 Progress = Callable[[int, int], None]
 """Told (done, total) as work goes on."""
@@ -84,14 +86,14 @@ def scan(dataset: DatasetConfig, index: Index, *, bodies: bool = True, progress:
     if wrong := [f for f in found if isinstance(f, str)]:
         raise UserError(*wrong)
     listings = [f for f in found if not isinstance(f, str)]
-    masks = [_masks(subset, paths) for subset, (paths, _) in zip(dataset.subsets, listings, strict=True)]
-    wanted = [p for paths, _ in listings for p in paths] + [m for of in masks for m in of.values()]
+    masks = [_masks(subset, found.images) for subset, found in zip(dataset.subsets, listings, strict=True)]
+    wanted = [p for found in listings for p in found.images] + [m for of in masks for m in of.values()]
     facts = examine(wanted, index, bodies=bodies, progress=progress)
     result = Scan()
     for i, subset in enumerate(dataset.subsets):
-        paths, others = listings[i]
-        result.notes += others
-        _add_subset(result, i, subset, paths, masks[i], facts)
+        result.notes += _left_alone(subset, listings[i])
+        result.skipped += [Skipped(path, reason) for path, reason in listings[i].troubles]
+        _add_subset(result, i, subset, listings[i].images, masks[i], facts)
     return result
 
 
@@ -125,8 +127,11 @@ def _row(facts: Facts, stamp: list[int]) -> dict[str, object]:
 
 
 def _stamp(path: Path) -> list[int]:
-    """Changes whenever the file does; ctime too, as a copied file may keep the old one's mtime."""
-    status = path.stat()
+    """Changes whenever the file does; ctime too, as a copied file may keep the old one's mtime. Empty when the file is gone."""
+    try:
+        status = path.stat()
+    except OSError:
+        return []  # reading it says why
     return [status.st_size, status.st_mtime_ns, status.st_ctime_ns]
 
 
@@ -141,24 +146,25 @@ def _examine(path: Path, bodies: bool) -> Facts:
         return Facts(problem=str(error))
 
 
-def _listing(subset: SubsetConfig) -> tuple[list[Path], list[str]] | str:
-    """(pictures in the order of their names, notes about other files), or what is wrong."""
+def _listing(subset: SubsetConfig) -> Listing | str:
+    """What lies in a subset's folder, or what is wrong with it."""
+    if said := trouble(subset.image_dir, "folder"):
+        return f"image_dir {subset.image_dir!r}: {said}"
     folder = Path(subset.image_dir)
-    if not subset.image_dir or not folder.is_dir():
-        return f"image_dir {subset.image_dir!r}: there is no such folder"
-    inside = folder.rglob("*") if subset.recursive else folder.iterdir()
-    # Names that begin with a dot are other systems' droppings (`._a.png`), not pictures.
-    names = sorted((p for p in inside if not p.name.startswith(".") and p.is_file()), key=lambda p: p.relative_to(folder).as_posix())
-    pictures = [p for p in names if p.suffix.lower() in SUFFIXES]
-    others = Counter(p.suffix.lower() or "(no ending)" for p in names if p.suffix.lower() not in SUFFIXES)
-    said = ", ".join(f"{n} {suffix}" for suffix, n in others.most_common())
-    if not pictures:
-        only = f"; only {said}" if said else ""
-        hint = "" if subset.recursive else "; `recursive = true` looks into sub-folders"
-        return f"image_dir {subset.image_dir}: no pictures in this folder ({', '.join(SUFFIXES)}){only}{hint}"
-    unknown = {s: n for s, n in others.items() if s not in _EXPECTED and s != _suffix(subset)}
-    note = f"{folder}: not pictures, left alone: " + ", ".join(f"{n} {s}" for s, n in unknown.items())
-    return pictures, [note] if unknown else []
+    found = listing(folder, recursive=subset.recursive)
+    if found.images or any(path != folder for path, _ in found.troubles):
+        return found
+    if found.troubles:
+        return f"image_dir {subset.image_dir}: {found.troubles[0][1]}"
+    said = ", ".join(f"{n} {suffix}" for suffix, n in found.others.most_common())
+    only = f"; only {said}" if said else ""
+    hint = "" if subset.recursive else "; `recursive = true` looks into sub-folders"
+    return f"image_dir {subset.image_dir}: no images in this folder ({', '.join(SUFFIXES)}){only}{hint}"
+
+
+def _left_alone(subset: SubsetConfig, found: Listing) -> list[str]:
+    unknown = [f"{n} {suffix}" for suffix, n in found.others.most_common() if suffix not in (*_EXPECTED, _suffix(subset))]
+    return [f"{subset.image_dir}: not images, left alone: {', '.join(unknown)}"] if unknown else []
 
 
 _EXPECTED = (".txt", ".caption", ".json", ".jsonl", ".npz", ".safetensors", ".toml", ".md")
@@ -174,10 +180,9 @@ def _masks(subset: SubsetConfig, paths: Sequence[Path]) -> dict[Path, Path]:
     if not subset.conditioning_data_dir:
         return {}
     folder, root = Path(subset.conditioning_data_dir), Path(subset.image_dir)
-    if not folder.is_dir():
-        raise UserError(f"conditioning_data_dir {subset.conditioning_data_dir!r}: there is no such folder")
-    inside = sorted(p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES)
-    by_stem = {p.relative_to(folder).with_suffix("").as_posix(): p for p in inside}
+    if said := trouble(folder, "folder"):
+        raise UserError(f"conditioning_data_dir {subset.conditioning_data_dir!r}: {said}")
+    by_stem = {p.relative_to(folder).with_suffix("").as_posix(): p for p in listing(folder, recursive=True).images}
     stems = {p: p.relative_to(root).with_suffix("").as_posix() for p in paths}
     return {p: by_stem[stem] for p, stem in stems.items() if stem in by_stem}
 
@@ -185,7 +190,7 @@ def _masks(subset: SubsetConfig, paths: Sequence[Path]) -> dict[Path, Path]:
 def _add_subset(
     result: Scan, number: int, subset: SubsetConfig, paths: Sequence[Path], masks: dict[Path, Path], facts: dict[Path, Facts]
 ) -> None:
-    bare, long = [], []
+    bare, blank, long = [], [], []
     for path in paths:
         mask = masks.get(path)
         captions = _captions(path, subset)
@@ -198,6 +203,7 @@ def _add_subset(
         assert not isinstance(captions, str)
         lines = captions if captions is not None else (subset.class_tokens or "",)
         bare += [path] if captions is None and not subset.class_tokens else []
+        blank += [path] if captions == ("",) else []
         long += [path] if len(lines) > 1 and not subset.enable_wildcard else []
         result.pictures.append(
             Picture(
@@ -214,7 +220,7 @@ def _add_subset(
                 mask_digest=facts[mask].digest if mask else "",
             )
         )
-    result.notes += _caption_notes(subset, bare, long)
+    result.notes += _caption_notes(subset, bare, blank, long)
 
 
 def _problem(
@@ -241,11 +247,32 @@ def _problem(
 
 def _captions(path: Path, subset: SubsetConfig) -> tuple[str, ...] | str | None:
     """The lines of a picture's caption file, None when there is no file, or a string that says what is wrong with it."""
-    file = path.with_suffix(_suffix(subset))
+    for file in _caption_files(path, subset):
+        try:
+            status = file.stat()
+        except OSError as error:
+            if error.errno in (errno.ENOENT, errno.ENAMETOOLONG):
+                continue
+            return f"its caption {file}: {error.strerror}"
+        return _lines(file, status)
+    return None
+
+
+def _caption_files(path: Path, subset: SubsetConfig) -> list[Path]:
+    """Where a picture's caption may stand: `name.txt` serves `name_a_b_c_d.png` too, whose numbers say where a face is."""
+    names = path.stem.split("_")
+    stems = [path.stem, "_".join(names[:-4])] if len(names) >= 5 else [path.stem]
+    return [path.with_name(f"{stem}{_suffix(subset)}") for stem in stems]
+
+
+def _lines(file: Path, status: os.stat_result) -> tuple[str, ...] | str:
+    """A caption file's lines that are not blank, an empty one if there is none; or a string that says what is wrong with it."""
+    if (found := kind(status.st_mode)) != "file":
+        return f"its caption {file} is a {found}, not a file"
+    if status.st_size > LONGEST_CAPTION:
+        return f"its caption {file} is {status.st_size:,} bytes long: more than any text encoder reads"
     try:
         text = file.read_text(encoding="utf-8-sig")
-    except FileNotFoundError:
-        return None
     except UnicodeDecodeError:
         return f"its caption {file} is not UTF-8 text: save it as UTF-8"
     except OSError as error:
@@ -253,15 +280,21 @@ def _captions(path: Path, subset: SubsetConfig) -> tuple[str, ...] | str | None:
     return tuple(line.strip() for line in text.splitlines() if line.strip()) or ("",)
 
 
-def _caption_notes(subset: SubsetConfig, bare: Sequence[Path], long: Sequence[Path]) -> list[str]:
+LONGEST_CAPTION = 2**20
+"""Bytes of a caption file; more is something else under its name."""
+
+
+def _caption_notes(subset: SubsetConfig, bare: Sequence[Path], blank: Sequence[Path], long: Sequence[Path]) -> list[str]:
     notes = []
     if bare:
-        other = next((s for s in (".txt", ".caption") if s != _suffix(subset) and bare[0].with_suffix(s).exists()), None)
+        other = next((s for s in (".txt", ".caption") if s != _suffix(subset) and os.path.exists(bare[0].with_suffix(s))), None)
         hint = f"; there are {other} files: set caption_extension" if other else ""
         notes.append(
             f"{subset.image_dir}: {len(bare)} pictures have neither a {_suffix(subset)} caption nor class_tokens and train with an empty "
             f"caption ({_some(bare)}){hint}"
         )
+    if blank:
+        notes.append(f"{subset.image_dir}: {len(blank)} caption files have no text, and their images train with an empty caption ({_some(blank)})")
     if long:
         many = f"{subset.image_dir}: {len(long)} captions have several lines"
         notes.append(f"{many} and only the first is used ({_some(long)}); enable_wildcard draws one")

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from sfumato.errors import UserError
 from sfumato.formats import files
+from sfumato.formats.paths import printable
 
 Parts = Mapping[str, object]
 """What an entry depends on, by name; JSON values."""
@@ -117,11 +118,12 @@ class Index:
     def read(self, kind: str, names: Iterable[str]) -> dict[str, Any]:
         """What was written of these names; names that are not known are left out."""
         if self.root is None:
-            return {n: json.loads(self._memory[kind, n]) for n in names if (kind, n) in self._memory}
+            known = {n: self._memory.get((kind, printable(n))) for n in names}
+            return {n: json.loads(text) for n, text in known.items() if text is not None}
         found: dict[str, Any] = {}
         with self._connection() as connection:
             for name in names:
-                row = connection.execute("SELECT value FROM known WHERE kind = ? AND name = ?", (kind, name)).fetchone()
+                row = connection.execute("SELECT value FROM known WHERE kind = ? AND name = ?", (kind, printable(name))).fetchone()
                 if row:
                     found[name] = json.loads(row[0])
         return found
@@ -130,7 +132,7 @@ class Index:
         """Keep JSON values by name, replacing earlier ones."""
         if not values:
             return
-        rows = [(kind, name, json.dumps(value, sort_keys=True)) for name, value in values.items()]
+        rows = [(kind, printable(name), json.dumps(value, sort_keys=True)) for name, value in values.items()]
         if self.root is None:
             self._memory.update({(k, n): v for k, n, v in rows})
             return

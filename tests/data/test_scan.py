@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
-from folders import dataset, folder, noise, plan, subset
+from folders import dataset, folder, latents, noise, plan, subset
 from PIL import Image
 
 from sfumato.data import scan as module
 from sfumato.data.scan import Scan, scan
-from sfumato.data.store import Index
+from sfumato.data.store import Index, Store
 from sfumato.errors import UserError
 
 
@@ -49,8 +53,8 @@ def test_caption_files_of_any_make(tmp_path: Path) -> None:
     (tmp_path / "2.txt").write_text("")
     found = look(tmp_path)
     assert [p.captions for p in found.pictures[:3]] == [("café, b",), ("one", "two"), ("",)]
-    assert "several lines" in found.notes[0]
-    assert look(tmp_path, enable_wildcard=True).notes == []
+    assert "several lines" in found.notes[-1]
+    assert len(look(tmp_path, enable_wildcard=True).notes) == len(found.notes) - 1
 
 
 def test_subfolders_only_when_asked_and_other_files_are_named(tmp_path: Path) -> None:
@@ -60,7 +64,7 @@ def test_subfolders_only_when_asked_and_other_files_are_named(tmp_path: Path) ->
     (tmp_path / "big.psd").write_bytes(b"8BPS")
     found = look(tmp_path)
     assert len(found.pictures) == 5
-    assert found.notes == [f"{tmp_path}: not pictures, left alone: 1 .psd"]
+    assert found.notes == [f"{tmp_path}: not images, left alone: 1 .psd"]
     assert [p.name for p in look(tmp_path, recursive=True).pictures][-1] == "more/0.png"
 
 
@@ -70,8 +74,8 @@ def test_all_missing_and_empty_folders_at_once(tmp_path: Path) -> None:
     with pytest.raises(UserError) as caught:
         scan(dataset(subset(tmp_path / "none"), subset(tmp_path / "empty"), subset(tmp_path / "deep")), Index())
     assert len(caught.value.messages) == 3
-    assert "no such folder" in caught.value.messages[0]
-    assert "no pictures" in caught.value.messages[1]
+    assert "does not exist" in caught.value.messages[0]
+    assert "no images" in caught.value.messages[1]
     assert "recursive" in caught.value.messages[2]
 
 
@@ -157,3 +161,111 @@ def test_pictures_of_no_repeats_are_listed(tmp_path: Path) -> None:
     made = plan(dataset(subset(tmp_path / "a", num_repeats=0), subset(tmp_path / "b")))
     assert len(made.items) == 1
     assert {s.reason for s in made.skipped} == {"num_repeats is 0"}
+
+
+def test_pipes_are_told_and_never_opened(tmp_path: Path) -> None:
+    if not hasattr(os, "mkfifo"):
+        pytest.skip("this system has no named pipes")
+    folder(tmp_path / "p")
+    (tmp_path / "p" / "1.txt").unlink()
+    os.mkfifo(tmp_path / "p" / "1.txt")
+    os.mkfifo(tmp_path / "p" / "9.png")
+    found = look(tmp_path / "p")  # opening a pipe would wait for ever
+    assert {s.path.name: s.reason for s in found.skipped} == {
+        "9.png": "is a pipe, not a file",
+        "1.png": f"its caption {tmp_path / 'p' / '1.txt'} is a pipe, not a file",
+    }
+    masks = folder(tmp_path / "m")
+    (masks / "0.png").unlink()
+    os.mkfifo(masks / "0.png")
+    assert "no mask picture" in look(tmp_path / "p", conditioning_data_dir=str(masks)).skipped[1].reason
+
+
+def test_links_to_nothing_and_captions_that_are_folders_are_told(tmp_path: Path) -> None:
+    folder(tmp_path)
+    (tmp_path / "0.txt").unlink()
+    (tmp_path / "0.txt").mkdir()
+    try:
+        (tmp_path / "7.png").symlink_to(tmp_path / "gone.png")
+    except OSError:
+        pytest.skip("this user may not make links")
+    reasons = {s.path.name: s.reason for s in look(tmp_path).skipped}
+    assert reasons["7.png"] == "is a link to nothing" and "is a folder, not a file" in reasons["0.png"]
+
+
+def test_what_may_not_be_read_is_told_by_file_and_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder(tmp_path / "a")
+    locked = folder(tmp_path / "a" / "locked")
+
+    def refuse(error: PermissionError, of: str) -> Callable[..., Any]:
+        real = getattr(os, of)
+        return lambda path=".", *rest, **more: (_ for _ in ()).throw(error) if str(path) == error.filename else real(path, *rest, **more)
+
+    denied = "Permission denied"
+    monkeypatch.setattr(os, "scandir", refuse(PermissionError(errno.EACCES, denied, str(locked)), "scandir"))
+    found = look(tmp_path / "a", recursive=True)
+    assert [(s.path, s.reason) for s in found.skipped] == [(locked, "cannot be read: Permission denied")]
+    with pytest.raises(UserError, match="locked: cannot be read: Permission denied"):
+        look(locked)
+    monkeypatch.undo()
+    monkeypatch.setattr(os, "stat", refuse(PermissionError(errno.EACCES, denied, str(tmp_path / "a" / "2.png")), "stat"))
+    [skipped] = look(tmp_path / "a").skipped
+    assert (skipped.path.name, skipped.reason) == ("2.png", "cannot be read: Permission denied")
+
+
+def test_an_image_that_goes_away_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder(tmp_path)
+    gone = tmp_path / "2.png"
+    real = module.listing
+    monkeypatch.setattr(module, "listing", lambda *args, **options: (real(*args, **options), gone.unlink())[0])
+    assert [s.path for s in look(tmp_path).skipped] == [gone]
+
+
+@pytest.mark.skipif(sys.platform in ("win32", "darwin"), reason="names are text here")
+def test_names_that_are_not_text_are_read_planned_and_remembered(tmp_path: Path) -> None:
+    root = tmp_path / os.fsdecode(b"caf\xe9")
+    folder(root)
+    os.rename(root / "0.png", os.fsencode(root) + b"/x\xff.png")
+    index = Index(tmp_path / "cache")
+    made = plan(dataset(subset(root)), index=index)
+    assert [i.picture.digest for i in plan(dataset(subset(root)), index=Index(tmp_path / "cache")).items] == [
+        i.picture.digest for i in made.items
+    ]
+    assert len({item.key(0, 0, 0) for item in made.items}) == 5 and len(made.digest()) == 32
+    assert "1 pictures have neither" in made.notes[0]
+    assert latents(made, Store(tmp_path / "cache"), index).encoded == 5
+
+
+def test_a_folder_of_5000_characters_does_not_exist(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="image_dir"):
+        look(tmp_path / ("x" * 5000))
+    with pytest.raises(UserError, match="image_dir"):
+        look(tmp_path / "a\0b")
+
+
+def test_captions_without_text_are_listed_as_missing_ones_are(tmp_path: Path) -> None:
+    folder(tmp_path)
+    (tmp_path / "0.txt").write_bytes(b"")
+    (tmp_path / "1.txt").write_bytes("\ufeff \n\t\n".encode())
+    found = look(tmp_path)
+    assert [p.captions for p in found.pictures[:2]] == [("",), ("",)]
+    assert found.notes == [f"{tmp_path}: 2 caption files have no text, and their images train with an empty caption (0.png, 1.png)"]
+
+
+def test_a_caption_serves_images_whose_names_say_where_the_face_is(tmp_path: Path) -> None:
+    for name in ("a_1_2_3_4", "b_c_1_2_3_4", "d_1_2_3", "e_1_2_3_4"):
+        noise((64, 64), 1).save(tmp_path / f"{name}.png")
+    for name in ("a", "b_c", "d", "e", "e_1_2_3_4"):
+        (tmp_path / f"{name}.txt").write_text(name)
+    assert [p.captions[0] for p in look(tmp_path).pictures] == ["a", "b_c", "", "e_1_2_3_4"]
+
+
+def test_a_name_too_long_for_a_caption_has_none(tmp_path: Path) -> None:
+    noise((64, 64), 1).save(tmp_path / f"{'x' * 245}.png")
+    assert look(tmp_path, caption_extension=".a_long_ending").pictures[0].captions == ("",)
+
+
+def test_a_caption_of_megabytes_is_told(tmp_path: Path) -> None:
+    folder(tmp_path)
+    (tmp_path / "0.txt").write_bytes(b"word, " * 200_000)
+    assert "bytes long" in look(tmp_path).skipped[0].reason

@@ -1,0 +1,52 @@
+"""What lies in a folder of images, by names and kinds of files; nothing is opened, and torch is not imported."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from sfumato.formats.paths import trouble
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif", ".jxl")
+"""Endings of images; in capitals too."""
+
+
+@dataclass(slots=True)
+class Listing:
+    """The files of a folder."""
+
+    images: list[Path] = field(default_factory=list)
+    """Files with an image's ending, in the order of their names."""
+    others: Counter[str] = field(default_factory=Counter)
+    """Ending, in small letters -> how many other files have it."""
+    troubles: list[tuple[Path, str]] = field(default_factory=list)
+    """What has an image's ending and is no file, and sub-folders that cannot be read; with the reason."""
+
+
+def listing(folder: Path, *, recursive: bool = False) -> Listing:
+    """What lies in a folder. Names that begin with a dot are other systems' leavings (`._a.png`), not images."""
+    found = Listing()
+    for root, _, names in os.walk(folder, onerror=lambda error: found.troubles.append(_unread(error))):
+        for name in names:
+            if not name.startswith("."):
+                _add(found, Path(root, name))
+        if not recursive:
+            break
+    found.images.sort(key=lambda path: path.relative_to(folder).as_posix())
+    return found
+
+
+def _unread(error: OSError) -> tuple[Path, str]:
+    return Path(error.filename), f"cannot be read: {error.strerror}"
+
+
+def _add(found: Listing, path: Path) -> None:
+    suffix = path.suffix.lower()
+    if suffix not in SUFFIXES:
+        found.others[suffix or "(no ending)"] += 1
+    elif reason := trouble(path):
+        found.troubles.append((path, reason))
+    else:
+        found.images.append(path)
