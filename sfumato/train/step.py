@@ -45,7 +45,10 @@ class Step(nn.Module):
         family = models.family
         draws = Draws(batch.keys)
         trainable.on_batch(batch.multiplier, draws)
-        latents = scale(models.the_vae(), batch.latents if batch.latents is not None else self.latents(batch.pixels))
+        raw = batch.latents if batch.latents is not None else self.latents(batch.pixels)
+        # A VAE gives latents in whatever order its last layer left them in memory, and nets take over the order. With channels last,
+        # torch's GroupNorm crashes the process in the backward pass on the CPU where its input needs no gradient.
+        latents = scale(models.the_vae(), raw).contiguous()
         with autocast(latents.device, self.precision):
             noised = self.process.noise(latents.float(), draws)
             cond = family.condition(models, self.cond(batch), Setting(sizes=batch.sizes, draws=draws))

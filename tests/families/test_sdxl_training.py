@@ -15,7 +15,7 @@ from PIL import Image
 from safetensors import safe_open
 from sparse import sparse
 from tinies import sdxl
-from torch import Tensor
+from torch import Tensor, nn
 from training import Train, config
 
 from sfumato.adapters.insert import from_state
@@ -82,6 +82,21 @@ def test_rates_by_block(single: Path, go: Callable[..., Path]) -> None:
     models = loading.load(FAMILY, str(single), Options(block_lr=tuple(rates)))
     groups = Full(models, config(family=models.options)).groups()
     assert sorted(group.lr for group in groups) == [1e-3, 2e-3, 3e-3]
+
+
+@pytest.mark.parametrize("cached", [True, False], ids=["cached", "encoded in the step"])
+def test_late_blocks_alone_train_on_latents_that_are_contiguous(
+    go: Callable[..., Path], cached: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torch ends with a segmentation fault in the backward pass of a GroupNorm whose input has its channels last and needs no gradient."""
+    norm = nn.GroupNorm.forward
+
+    def checked(self: nn.GroupNorm, x: Tensor) -> Tensor:
+        assert x.is_contiguous() or not torch.is_grad_enabled(), x.stride()
+        return norm(self, x)
+
+    monkeypatch.setattr(nn.GroupNorm, "forward", checked)
+    go("a", "full", options={"block_lr": (0.0,) * 3 + (1e-3,) * (BLOCKS - 3)}, cache_latents=cached)
 
 
 def test_rates_of_0_everywhere_leave_nothing_to_train(go: Callable[..., Path]) -> None:
