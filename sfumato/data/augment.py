@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import random
 from collections.abc import Mapping
+from functools import cache
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,16 +19,19 @@ from sfumato.data.buckets import Crop, Placement
 from sfumato.data.pictures import flat
 from sfumato.data.scan import Picture, open_picture
 
-_RESAMPLING: Mapping[Interpolation, Image.Resampling] = {
+_PILLOW: Mapping[Interpolation, Image.Resampling] = {
     "lanczos": Image.Resampling.LANCZOS,
     "nearest": Image.Resampling.NEAREST,
-    "bilinear": Image.Resampling.BILINEAR,
-    "linear": Image.Resampling.BILINEAR,
-    "bicubic": Image.Resampling.BICUBIC,
-    "cubic": Image.Resampling.BICUBIC,
-    "area": Image.Resampling.BOX,
     "box": Image.Resampling.BOX,
 }
+_OPENCV: Mapping[Interpolation, str] = {
+    "area": "INTER_AREA",
+    "bilinear": "INTER_LINEAR",
+    "linear": "INTER_LINEAR",
+    "bicubic": "INTER_CUBIC",
+    "cubic": "INTER_CUBIC",
+}
+"""Which library resizes how: as in sd-scripts. Pillow has no average of areas that is exact when a side shrinks by a fraction."""
 
 
 def resize(image: Image.Image, size: Size, interpolation: Interpolation | None = None) -> Image.Image:
@@ -34,7 +39,20 @@ def resize(image: Image.Image, size: Size, interpolation: Interpolation | None =
     if image.size == size:
         return image
     shrinks = size[0] <= image.width and size[1] <= image.height
-    return image.resize(size, _RESAMPLING[interpolation or ("area" if shrinks else "lanczos")])
+    kind = interpolation or ("area" if shrinks else "lanczos")
+    if kind in _PILLOW:
+        return image.resize(size, _PILLOW[kind])
+    cv2 = _opencv()
+    return Image.fromarray(cv2.resize(np.asarray(image), size, interpolation=getattr(cv2, _OPENCV[kind])))
+
+
+@cache
+def _opencv() -> Any:
+    """OpenCV without threads of its own: images are read in parallel already, and its threads do not survive a fork."""
+    import cv2
+
+    cv2.setNumThreads(0)
+    return cv2
 
 
 def cut(image: Image.Image, placement: Placement, crop: Crop, *, flip: bool, interpolation: Interpolation | None = None) -> Image.Image:
@@ -97,5 +115,5 @@ def load(
     seen = cut(flat(image), placement, crop, flip=flip, interpolation=options.resize_interpolation)
     read = {"pixels": pixels(vary_colours(seen, colours) if colours else seen)}
     if covering is not None:
-        read["mask"] = mask(cut(covering, placement, crop, flip=flip), stride)
+        read["mask"] = mask(cut(covering, placement, crop, flip=flip, interpolation=options.resize_interpolation), stride)
     return read

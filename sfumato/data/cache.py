@@ -19,7 +19,7 @@ from sfumato.data.store import Index, Parts, Store, key, why, writing
 from sfumato.data.strategies import LatentsCachingStrategy, TextEncoderOutputsCachingStrategy
 from sfumato.errors import UserError
 
-VERSION = 1
+VERSION = 2
 """Raised whenever the same picture or caption would give other numbers than before."""
 
 
