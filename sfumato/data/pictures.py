@@ -9,9 +9,15 @@ from pathlib import Path
 from typing import IO
 
 import numpy as np
-from PIL import ExifTags, Image, UnidentifiedImageError
+from PIL import AvifImagePlugin, ExifTags, Image, TiffImagePlugin, UnidentifiedImageError, WebPImagePlugin
 
 from sfumato.data.batch import Size
+
+_FORMATS: tuple[str, ...] = (
+    *("PNG", "JPEG", "BMP", "DIB", "GIF"),
+    *(plugin.format for plugin in (TiffImagePlugin.TiffImageFile, WebPImagePlugin.WebPImageFile, AvifImagePlugin.AvifImageFile)),
+)
+"""What Pillow may open, whatever the ending says: it would start other programs for some other formats (Ghostscript for EPS)."""
 
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -61,13 +67,15 @@ def flat(image: Image.Image, colour: str = "white") -> Image.Image:
 
 
 def _open(source: Path | IO[bytes], suffix: str) -> Image.Image:
+    formats: tuple[str, ...] = _FORMATS
     if suffix.lower() == ".jxl":
         try:
             import_module("pillow_jxl")  # registers itself with Pillow
         except ImportError as error:
             raise Unreadable("JPEG XL needs a plug-in: pip install pillow-jxl-plugin") from error
+        formats = (*_FORMATS, "JXL")
     try:
-        return Image.open(source)
+        return Image.open(source, formats=formats)
     except UnidentifiedImageError as error:
         raise Unreadable(_unidentified(source, suffix)) from error
     except Image.DecompressionBombError as error:
@@ -77,10 +85,37 @@ def _open(source: Path | IO[bytes], suffix: str) -> Image.Image:
 
 
 def _unidentified(source: Path | IO[bytes], suffix: str) -> str:
-    size = source.stat().st_size if isinstance(source, Path) else source.seek(0, 2)
-    if size == 0:
+    start = _start(source)
+    if not start:
         return "the file is empty"
+    if kind := _seems(start):
+        return f"{kind}, whatever its name says: save it as PNG or JPEG"
     return f"not a picture that this Pillow reads (is it really {suffix.lower()}, and whole?)"
+
+
+def _start(source: Path | IO[bytes]) -> bytes:
+    if isinstance(source, Path):
+        with source.open("rb") as file:
+            return file.read(32)
+    source.seek(0)
+    return source.read(32)
+
+
+def _seems(start: bytes) -> str:
+    """What the first bytes of a file that is not read say it is, or nothing."""
+    if start.startswith((b"%!PS", b"\xc5\xd0\xd3\xc6")):
+        return "a PostScript file (EPS)"
+    if start.startswith(b"%PDF"):
+        return "a PDF file"
+    if start.startswith(b"8BPS"):
+        return "a Photoshop file"
+    if start[4:8] == b"ftyp" and start[8:12] in (b"heic", b"heix", b"mif1", b"msf1", b"hevc"):
+        return "a HEIC image"
+    if start.startswith((b"\xff\x0a", b"\x00\x00\x00\x0cJXL ")):
+        return "a JPEG XL image"
+    if start.lstrip().lower().startswith((b"<svg", b"<?xml", b"<!doctype", b"<html")):
+        return "text in SVG, XML or HTML"
+    return ""
 
 
 def _orientation(image: Image.Image) -> int:

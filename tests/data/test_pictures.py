@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import subprocess
 from io import BytesIO
 from pathlib import Path
 
 import numpy as np
 import pytest
 from folders import noise
-from PIL import Image, ImageOps, PngImagePlugin
+from PIL import Image, ImageOps, PngImagePlugin, features
 
-from sfumato.data.pictures import flat, oriented_size, read
+from sfumato.data.pictures import Unreadable, flat, oriented_size, read
 from sfumato.data.scan import open_picture
 from sfumato.errors import UserError
 
@@ -110,6 +111,38 @@ def test_what_is_no_picture_is_told(tmp_path: Path, data: bytes, reason: str) ->
     (tmp_path / "a.png").write_bytes(data)
     with pytest.raises(UserError, match=rf"a\.png: .*({reason})"):
         open_picture(tmp_path / "a.png")
+
+
+@pytest.mark.parametrize("name", ["a.png", "a.jpg", "a.tif"])
+@pytest.mark.parametrize(
+    ("data", "seems"),
+    [
+        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 20 10\n%%EndComments\nshowpage\n%%EOF\n", "PostScript"),
+        (b"8BPS" + bytes(60), "Photoshop"),
+        (b"\x00\x00\x00\x18ftypheic" + bytes(60), "HEIC"),
+        (b"P6\n2 2\n255\n" + bytes(12), "not a picture"),  # Pillow could read it
+    ],
+)
+def test_only_the_formats_that_are_meant_are_opened(
+    tmp_path: Path, name: str, data: bytes, seems: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def started(*_: object, **__: object) -> None:
+        raise AssertionError("another program is started")
+
+    monkeypatch.setattr(subprocess, "Popen", started)
+    (tmp_path / name).write_bytes(data)
+    for attempt in (open_picture, oriented_size):
+        with pytest.raises((UserError, Unreadable), match=seems):
+            attempt(tmp_path / name)
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "BMP", "DIB", "GIF", "TIFF", "AVIF", "MPO"])
+def test_every_format_that_is_meant_is_opened_whatever_its_ending(tmp_path: Path, kind: str) -> None:
+    if kind == "AVIF" and not features.check("avif"):
+        pytest.skip("this Pillow has no AVIF")
+    more = {"save_all": True, "append_images": [noise((24, 16), 7)]} if kind == "MPO" else {}
+    noise((24, 16), 6).save(tmp_path / "a.png", format=kind, **more)
+    assert open_picture(tmp_path / "a.png").size == oriented_size(tmp_path / "a.png") == (24, 16)
 
 
 @pytest.mark.parametrize("name", ["a.png", "a.jpg", "a.webp", "a.bmp", "a.tif", "a.gif"])
