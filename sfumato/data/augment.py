@@ -104,14 +104,14 @@ def load(
 
     `colours`: vary them by these draws. Raises UserError naming the file.
     """
-    image = open_picture(picture.path)
+    image = open_picture(picture.path, picture.digest)
     covering = None
     if options.alpha_mask:
         # Alpha is a weight here, not transparency: what lies under it is the picture.
         covering = image.getchannel("A") if image.mode == "RGBA" else Image.new("L", image.size, 255)
         image = image.convert("RGB")
     elif picture.mask_path:
-        covering = flat(open_picture(picture.mask_path), "black").getchannel("R")
+        covering = flat(open_picture(picture.mask_path, picture.mask_digest), "black").getchannel("R")
     seen = cut(flat(image), placement, crop, flip=flip, interpolation=options.resize_interpolation)
     read = {"pixels": pixels(vary_colours(seen, colours) if colours else seen)}
     if covering is not None:

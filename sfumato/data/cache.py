@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -14,8 +14,7 @@ from sfumato.config import DatasetConfig
 from sfumato.data import augment, captions
 from sfumato.data.batch import Cond, Tokens
 from sfumato.data.plan import Item, Plan
-from sfumato.data.scan import Progress
-from sfumato.data.store import Index, Parts, Store, key, why, writing
+from sfumato.data.store import Index, Parts, Progress, Store, key, trust, unusable, why, writing
 from sfumato.data.strategies import LatentsCachingStrategy, TextEncoderOutputsCachingStrategy
 from sfumato.errors import UserError
 
@@ -30,6 +29,8 @@ class Report:
     store: Store
     keys: Mapping[Hashable, str]
     """Key in the store; for latents by place in `plan.items`, for text outputs by caption."""
+    channels: int = 0
+    """Of latents."""
     found: int = 0
     """Entries that were there."""
     encoded: int = 0
@@ -98,7 +99,13 @@ def cache_latents(
     parts = [latent_parts(plan, item, vae_fingerprint, strategy.dtype) for item in plan.items]
     keys = [key(p) for p in parts]
     owners = [_owner(item) for item in plan.items]
-    jobs = _missing(store, index, "latents", [_Job(keys[i], owners[i], parts[i], "", i) for i in range(len(keys))])
+    places = {name: i for i, name in enumerate(keys)}
+
+    def misfit(name: str, entry: Mapping[str, Tensor]) -> str:
+        return latents_misfit(entry, plan, plan.items[places[name]], strategy.channels)
+
+    wanted = [_Job(keys[i], owners[i], parts[i], "", i) for i in range(len(keys))]
+    jobs = _missing(store, index, "latents", wanted, misfit, progress)
     done = 0
     with writing(store) as put:
         for portion, tensors in _read_ahead(plan, _portions(plan, jobs, batch_size)):
@@ -107,7 +114,25 @@ def cache_latents(
             done += len(portion)
             if progress:
                 progress(done, len(jobs))
-    return _report(store, index, "latents", dict(enumerate(keys)), dict(zip(owners, parts, strict=True)), jobs)
+    owned = dict(zip(owners, parts, strict=True))
+    return replace(_report(store, index, "latents", dict(enumerate(keys)), owned, jobs), channels=strategy.channels)
+
+
+def latents_shape(plan: Plan, item: Item, channels: int) -> tuple[int, int, int]:
+    """(c, h, w) of a picture's latents."""
+    width, height = item.placement.bucket
+    return channels, height // plan.stride, width // plan.stride
+
+
+def latents_misfit(entry: Mapping[str, Tensor], plan: Plan, item: Item, channels: int) -> str:
+    """How an entry differs from what is kept of such a picture, or nothing."""
+    shape, subset = latents_shape(plan, item, channels), plan.subset(item)
+    expected = {"latents": shape}
+    if subset.flip_aug:
+        expected["latents_flipped"] = shape
+    if subset.alpha_mask or item.picture.mask_path:
+        expected["mask"] = (1, *shape[1:])
+    return "" if {name: tuple(t.shape) for name, t in entry.items()} == expected else "its entry is of another shape"
 
 
 def check_fixed(datasets: Iterable[DatasetConfig], *, latents: bool = False, texts: bool = False) -> None:
@@ -124,11 +149,19 @@ def check_fixed(datasets: Iterable[DatasetConfig], *, latents: bool = False, tex
         raise UserError(*wrong)
 
 
-def _missing(store: Store, index: Index, kind: str, jobs: Sequence[_Job]) -> list[_Job]:
+def _missing(
+    store: Store,
+    index: Index,
+    kind: str,
+    jobs: Sequence[_Job],
+    misfit: Callable[[str, Mapping[str, Tensor]], str],
+    progress: Progress | None,
+) -> list[_Job]:
     """The entries that must be made, each key once, with the reason."""
-    lacking = list({job.key: job for job in reversed(jobs) if job.key not in store}.values())[::-1]
+    wrong = unusable(store, index, [job.key for job in jobs], misfit, progress)
+    lacking = list({job.key: job for job in reversed(jobs) if job.key in wrong}.values())[::-1]
     last = index.read(kind, [job.owner for job in lacking])
-    return [_Job(job.key, job.owner, job.parts, why(last.get(job.owner), job.parts), job.item) for job in lacking]
+    return [replace(job, reason=wrong[job.key] or why(last.get(job.owner), job.parts)) for job in lacking]
 
 
 def _portions(plan: Plan, jobs: Sequence[_Job], batch_size: int) -> Iterator[list[_Job]]:
@@ -216,7 +249,13 @@ def cache_texts(
     common |= {f"setting {name}": value for name, value in {**strategy.settings, **settings}.items()}
     parts: dict[str, Parts] = {owner: {"caption": caption, **common} for owner, caption in owners.items()}
     keys: dict[Hashable, str] = {caption: key(parts[owner]) for owner, caption in owners.items()}
-    jobs = _missing(store, index, "texts", [_Job(keys[caption], owner, parts[owner], "") for owner, caption in owners.items()])
+    kept = set(strategy.fields) - set(strategy.ragged.values())
+
+    def misfit(_: str, entry: Mapping[str, Tensor]) -> str:
+        return "" if entry.keys() == kept else "its entry holds other fields"
+
+    wanted = [_Job(keys[caption], owner, parts[owner], "") for owner, caption in owners.items()]
+    jobs = _missing(store, index, "texts", wanted, misfit, progress)
     with writing(store) as put:
         for start in range(0, len(jobs), batch_size):
             portion = jobs[start : start + batch_size]
@@ -257,6 +296,7 @@ def _report(
     store: Store, index: Index, kind: str, keys: Mapping[Hashable, str], parts: Mapping[str, Parts], jobs: Sequence[_Job]
 ) -> Report:
     """Remember what every owner now depends on, those found by another's entry too."""
+    trust(store, index, [job.key for job in jobs])
     last = index.read(kind, parts)
     index.write(kind, {owner: p for owner, p in parts.items() if last.get(owner) != p})
     changed = tuple((job.owner.partition(":")[2], job.reason) for job in jobs)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import sys
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -15,7 +16,8 @@ from sfumato.config import SubsetConfig
 from sfumato.data import augment, captions
 from sfumato.data.batch import Batch, Cond, Tokens
 from sfumato.data.buckets import Crop
-from sfumato.data.cache import Report
+from sfumato.data.cache import Report, latents_misfit, latents_shape
+from sfumato.data.entries import Damaged
 from sfumato.data.plan import Item, Plan
 from sfumato.data.strategies import TextEncoderOutputsCachingStrategy
 from sfumato.errors import UserError
@@ -41,23 +43,40 @@ class _Job:
     """Whether the batch only keeps this process busy while others have one left; it weighs nothing."""
 
 
-Read = dict[str, list[Tensor]]
+@dataclass(frozen=True, slots=True)
+class _Read:
+    """What was read of one batch."""
+
+    tensors: dict[str, list[Tensor]]
+    lost: dict[int, str]
+    """Place in the batch -> why there is nothing to train on: zeros stand there."""
+
+
+_GONE = 16
+"""So many pictures that cannot be read, one after another, mean that it is not the pictures' fault."""
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr)
 
 
 @dataclass(slots=True)
-class _Pictures(Dataset["Read | UserError"]):
+class _Pictures(Dataset[_Read]):
     """Reads pictures or their latents: the part of the work that may run in other processes."""
 
     plan: Plan
     latents: Report | None
 
-    def __getitem__(self, job: _Job) -> Read | UserError:
-        try:
-            samples = [self._sample(draw) for draw in job.draws]
-        except UserError as error:
-            return error  # raised again by the loader; torch would wrap it in a worker's traceback
+    def __getitem__(self, job: _Job) -> _Read:
+        samples, lost = [], {}
+        for place, draw in enumerate(job.draws):
+            try:
+                samples.append(self._sample(draw))
+            except UserError as error:
+                lost[place] = str(error)
+                samples.append(self._zeros(draw))
         names = {name for sample in samples for name in sample}
-        return {name: [self._or_ones(sample, name) for sample in samples] for name in sorted(names)}
+        return _Read({name: [self._or_ones(sample, name) for sample in samples] for name in sorted(names)}, lost)
 
     def _sample(self, draw: _Draw) -> dict[str, Tensor]:
         item = self.plan.items[draw.item]
@@ -65,9 +84,18 @@ class _Pictures(Dataset["Read | UserError"]):
         crop, flip = _fate(item, options, draw.key)
         sizes = {"sizes": torch.tensor(_sizes(item, crop, flip))}
         if self.latents is not None:
-            return sizes | _stored(self.latents, draw.item, item, flip)
+            return sizes | _stored(self.latents, self.plan, draw.item, flip)
         colours = python_random(draw.key, "colours") if options.color_aug else None
         return sizes | augment.load(item.picture, options, item.placement, crop, stride=self.plan.stride, flip=flip, colours=colours)
+
+    def _zeros(self, draw: _Draw) -> dict[str, Tensor]:
+        """In place of a sample that cannot be read, so that its batch keeps its shape."""
+        item = self.plan.items[draw.item]
+        sizes = {"sizes": torch.tensor(_sizes(item, item.placement.centre, False))}
+        if self.latents is not None:
+            return sizes | {"latents": torch.zeros(latents_shape(self.plan, item, self.latents.channels))}
+        width, height = item.placement.bucket
+        return sizes | {"pixels": torch.zeros(3, height, width)}
 
     def _or_ones(self, sample: Mapping[str, Tensor], name: str) -> Tensor:
         """A picture without a mask among others that have one counts everywhere."""
@@ -89,14 +117,27 @@ def _sizes(item: Item, crop: Crop, flip: bool) -> list[int]:
     return [item.picture.height, item.picture.width, top, left, item.placement.bucket[1], item.placement.bucket[0]]
 
 
-def _stored(latents: Report, place: int, item: Item, flip: bool) -> dict[str, Tensor]:
-    entry = latents.store.get(latents.keys[place])
-    if entry is None:
-        raise UserError(f"the cached latents of {item.picture.path} are gone or damaged: start again, and they are made anew")
+def _stored(latents: Report, plan: Plan, place: int, flip: bool) -> dict[str, Tensor]:
+    item = plan.items[place]
+    what = f"the cached latents of {item.picture.path}"
+    entry = _entry(latents, place, what)
+    if wrong := latents_misfit(entry, plan, item, latents.channels):
+        raise UserError(f"{what} cannot be used ({wrong}), and are made anew at the next start")
     found = {"latents": entry["latents_flipped" if flip else "latents"].float()}
     if "mask" in entry:
         found["mask"] = entry["mask"].flip(2) if flip else entry["mask"]
     return found
+
+
+def _entry(kept: Report, name: Hashable, what: str) -> dict[str, Tensor]:
+    """An entry of a cache. Raises UserError when it is not there any more, or is not what was kept."""
+    try:
+        entry = kept.store.get(kept.keys[name])
+    except Damaged as error:
+        raise UserError(f"{what} cannot be used ({error}), and are made anew at the next start") from error
+    if entry is None:
+        raise UserError(f"{what} are gone, and are made anew at the next start")
+    return entry
 
 
 class _Jobs(Sampler[_Job]):
@@ -138,8 +179,13 @@ class Loader:
     workers: int = 0
     persistent: bool = False
     """Keep the workers between epochs."""
+    notice: Callable[[str], object] = _say
+    """Told, once a picture, which ones cannot be read any more."""
+    _lost: set[int] = field(init=False, default_factory=set)
+    _row: set[int] = field(init=False, default_factory=set)
+    """Pictures that could not be read, since one could."""
     _queue: _Jobs = field(init=False, default_factory=_Jobs)
-    _reader: DataLoader[Read | UserError] = field(init=False)
+    _reader: DataLoader[_Read] = field(init=False)
     _subsets: list[list[SubsetConfig]] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -176,8 +222,7 @@ class Loader:
         """
         self._queue.jobs = jobs = self._jobs(epoch, rank, world)[start_batch:]
         for job, read in zip(jobs, self._reader, strict=True):
-            if isinstance(read, UserError):
-                raise read
+            self._account(job, read)
             yield self._batch(job, read)
 
     def _jobs(self, epoch: int, rank: int, world: int) -> list[_Job]:
@@ -191,11 +236,27 @@ class Loader:
             jobs.append(_Job(draws, epoch, first + turn // self.accumulation, spare=number >= len(batches)))
         return jobs
 
-    def _batch(self, job: _Job, read: Read) -> Batch:
+    def _account(self, job: _Job, read: _Read) -> None:
+        """Tell what was lost. Raises UserError when nothing can be read any more."""
+        for place, draw in enumerate(job.draws):
+            if place not in read.lost:
+                self._row.clear()
+                continue
+            if draw.item not in self._lost:
+                self._lost.add(draw.item)
+                self.notice(f"{read.lost[place]}; training goes on without it")
+            self._row.add(draw.item)
+            if len(self._row) >= min(_GONE, len(self.plan.items)):
+                raise UserError(
+                    f"{read.lost[place]}; nor could the {len(self._row) - 1} pictures before it be read: are their folders still there?"
+                )
+
+    def _batch(self, job: _Job, read: _Read) -> Batch:
         items = [self.plan.items[draw.item] for draw in job.draws]
         said = [self._caption(item, draw.key, job) for item, draw in zip(items, job.draws, strict=True)]
-        weights = [0.0 if job.spare else self.prior_loss_weight if item.picture.is_reg else 1.0 for item in items]
-        stacked = {name: torch.stack(values) for name, values in read.items()}
+        weights = [self.prior_loss_weight if item.picture.is_reg else 1.0 for item in items]
+        weights = [0.0 if job.spare or place in read.lost else weight for place, weight in enumerate(weights)]
+        stacked = {name: torch.stack(values) for name, values in read.tensors.items()}
         return Batch(
             captions=said,
             keys=[draw.key for draw in job.draws],
@@ -215,11 +276,7 @@ class Loader:
 
 
 def _cond(texts: Report, outputs: TextEncoderOutputsCachingStrategy, said: Sequence[str]) -> Cond:
-    entries = [texts.store.get(texts.keys[caption]) for caption in said]
-    whole = [entry for entry in entries if entry is not None]
-    if len(whole) < len(entries):
-        raise UserError(f"cached text outputs of {said[entries.index(None)]!r} are gone or damaged: start again, and they are made anew")
-    return outputs.join(whole)
+    return outputs.join([_entry(texts, caption, f"the cached text outputs of {caption!r}") for caption in said])
 
 
 def _as_it_is(read: Any) -> Any:

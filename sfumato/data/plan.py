@@ -12,8 +12,8 @@ from pathlib import Path
 from sfumato.config import DatasetConfig, SubsetConfig
 from sfumato.data.batch import Size
 from sfumato.data.buckets import Placement, check, place, resolutions
-from sfumato.data.scan import Picture, Progress, Scan, Skipped, scan
-from sfumato.data.store import Index
+from sfumato.data.scan import Picture, Scan, Skipped, scan
+from sfumato.data.store import Index, Progress
 from sfumato.errors import UserError
 from sfumato.tensors.random import key, python_random
 

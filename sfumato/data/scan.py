@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from hashlib import blake2b
@@ -16,12 +16,10 @@ from PIL import Image
 from sfumato.config import DatasetConfig, SubsetConfig
 from sfumato.data.folders import SUFFIXES, Listing, listing
 from sfumato.data.pictures import Unreadable, oriented_size, read
-from sfumato.data.store import Index
+from sfumato.data.store import Index, Progress
 from sfumato.errors import UserError
+from sfumato.formats.files import stamp
 from sfumato.formats.paths import kind, trouble
-
-Progress = Callable[[int, int], None]
-"""Told (done, total) as work goes on."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -104,14 +102,14 @@ def examine(paths: Sequence[Path], index: Index, *, bodies: bool, progress: Prog
     facts: dict[Path, Facts] = {}
     for path in paths:
         row = known.get(str(path.absolute()))
-        if row and row["stamp"] == _stamp(path) and (row["digest"] or not bodies):
+        if row and row["stamp"] == stamp(path) and (row["digest"] or not bodies):
             facts[path] = Facts(row["width"], row["height"], row["digest"])
     todo = [p for p in paths if p not in facts]
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         # In portions, so that a run that is killed here has kept most of what it learnt.
         for start in range(0, len(todo), 256):
             portion = todo[start : start + 256]
-            stamps = {p: _stamp(p) for p in portion}
+            stamps = {p: stamp(p) for p in portion}
             fresh = dict(zip(portion, pool.map(lambda p: _examine(p, bodies), portion), strict=True))
             facts |= fresh
             # A problem is not remembered: it may be mended without touching the file (a plug-in that was missing).
@@ -122,17 +120,8 @@ def examine(paths: Sequence[Path], index: Index, *, bodies: bool, progress: Prog
     return facts
 
 
-def _row(facts: Facts, stamp: list[int]) -> dict[str, object]:
-    return {"stamp": stamp, "width": facts.width, "height": facts.height, "digest": facts.digest}
-
-
-def _stamp(path: Path) -> list[int]:
-    """Changes whenever the file does; ctime too, as a copied file may keep the old one's mtime. Empty when the file is gone."""
-    try:
-        status = path.stat()
-    except OSError:
-        return []  # reading it says why
-    return [status.st_size, status.st_mtime_ns, status.st_ctime_ns]
+def _row(facts: Facts, of: list[int]) -> dict[str, object]:
+    return {"stamp": of, "width": facts.width, "height": facts.height, "digest": facts.digest}
 
 
 def _examine(path: Path, bodies: bool) -> Facts:
@@ -141,9 +130,13 @@ def _examine(path: Path, bodies: bool) -> Facts:
             return Facts(*oriented_size(path))
         data = path.read_bytes()
         image = read(BytesIO(data), path.suffix)
-        return Facts(image.width, image.height, blake2b(data, digest_size=20).hexdigest())
+        return Facts(image.width, image.height, _digest(data))
     except (Unreadable, OSError) as error:
         return Facts(problem=str(error))
+
+
+def _digest(data: bytes) -> str:
+    return blake2b(data, digest_size=20).hexdigest()
 
 
 def _listing(subset: SubsetConfig) -> Listing | str:
@@ -294,7 +287,9 @@ def _caption_notes(subset: SubsetConfig, bare: Sequence[Path], blank: Sequence[P
             f"caption ({_some(bare)}){hint}"
         )
     if blank:
-        notes.append(f"{subset.image_dir}: {len(blank)} caption files have no text, and their images train with an empty caption ({_some(blank)})")
+        notes.append(
+            f"{subset.image_dir}: {len(blank)} caption files have no text, and their images train with an empty caption ({_some(blank)})"
+        )
     if long:
         many = f"{subset.image_dir}: {len(long)} captions have several lines"
         notes.append(f"{many} and only the first is used ({_some(long)}); enable_wildcard draws one")
@@ -305,9 +300,19 @@ def _some(paths: Sequence[Path]) -> str:
     return ", ".join(p.name for p in paths[:5]) + (" ..." if len(paths) > 5 else "")
 
 
-def open_picture(path: Path) -> Image.Image:
-    """A picture in RGB, or RGBA where it has transparency, upright. Raises UserError naming the file."""
+def open_picture(path: Path, digest: str = "") -> Image.Image:
+    """A picture in RGB, or RGBA where it has transparency, upright. Raises UserError naming the file.
+
+    `digest`: of the bytes that are expected, as in `Picture`; other ones are refused.
+    """
+    if said := trouble(path):
+        raise UserError(f"{path}: {said}")
     try:
-        return read(path, path.suffix)
-    except (Unreadable, OSError) as error:
+        data = path.read_bytes()
+        if digest and _digest(data) != digest:
+            raise Unreadable("the file has changed since this run first read it")
+        return read(BytesIO(data), path.suffix)
+    except Unreadable as error:
         raise UserError(f"{path}: {error}") from error
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror or error}") from error

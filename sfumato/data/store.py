@@ -3,25 +3,28 @@
 from __future__ import annotations
 
 import json
+import os
 import sqlite3
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
 from torch import Tensor
 
+from sfumato.data.entries import Damaged, facts, unpack
 from sfumato.errors import UserError
 from sfumato.formats import files
 from sfumato.formats.paths import printable
 
 Parts = Mapping[str, object]
 """What an entry depends on, by name; JSON values."""
+Progress = Callable[[int, int], None]
+"""Told (done, total) as work goes on."""
 
 
 def default_root() -> Path:
@@ -56,17 +59,23 @@ class Store:
         return name in self._memory if self.root is None else self.path(name).is_file()
 
     def get(self, name: str) -> dict[str, Tensor] | None:
-        """The tensors of an entry, or None when there is none of this name; a damaged one is removed."""
+        """The tensors of an entry, or None when there is none of this name.
+
+        Raises Damaged, and removes the entry, when it is not what was kept.
+        """
         if self.root is None:
             return self._memory.get(name)
         try:
             # Bytes, not a memory map: a map would break if another run replaced the file meanwhile.
-            return _tensors(self.path(name).read_bytes())
+            return unpack(name, self.path(name).read_bytes())
         except FileNotFoundError:
             return None
-        except SafetensorError:
-            self.path(name).unlink(missing_ok=True)  # so that the next start sees that it is missing
-            return None
+        except OSError as error:
+            raise Damaged(f"its entry cannot be read ({error.strerror})") from error
+        except Damaged:
+            with suppress(OSError):
+                self.path(name).unlink(missing_ok=True)  # so that the next start sees that it is missing
+            raise
 
     def put(self, name: str, tensors: Mapping[str, Tensor]) -> None:
         """Keep an entry. Raises UserError when the disk is full."""
@@ -76,13 +85,7 @@ class Store:
             return
         path = self.path(name)
         path.parent.mkdir(parents=True, exist_ok=True)
-        files.save(path, kept, {})
-
-
-def _tensors(data: bytes) -> dict[str, Tensor]:
-    from safetensors.torch import load
-
-    return load(data)
+        files.save(path, kept, facts(name, kept))
 
 
 @contextmanager
@@ -153,6 +156,51 @@ class Index:
             raise UserError(
                 f"{file}: the cache's index cannot be used: {error}; delete it if it is damaged, or choose another cache_dir"
             ) from error
+
+
+def unusable(
+    store: Store, index: Index, names: Iterable[str], misfit: Callable[[str, Mapping[str, Tensor]], str], progress: Progress | None = None
+) -> dict[str, str]:
+    """Entry -> why it cannot be used ("" for one that is not there), for those of `names` that cannot.
+
+    An entry on the disk is read and verified once; then `index` knows its file's stamp, and it is read again only when that changes.
+    `misfit`: name and tensors -> how they differ from what their key stands for, or nothing.
+    """
+    names = list(dict.fromkeys(names))
+    if store.root is None:
+        return {name: "" for name in names if name not in store}
+    stamps = _stamps(store, names)
+    known = index.read("entry", stamps)
+    todo = [name for name in stamps if known.get(name) != stamps[name]]
+    found = {name: "" for name in names if name not in stamps}
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        for start in range(0, len(todo), 256):  # in portions, so that a run that is killed here has kept most of what it learnt
+            portion = todo[start : start + 256]
+            wrong = dict(zip(portion, pool.map(lambda name: _wrong(store, name, misfit), portion), strict=True))
+            found |= {name: reason for name, reason in wrong.items() if reason is not None}
+            index.write("entry", {name: stamps[name] for name, reason in wrong.items() if reason is None})
+            if progress:
+                progress(start + len(portion), len(todo))
+    return found
+
+
+def _wrong(store: Store, name: str, misfit: Callable[[str, Mapping[str, Tensor]], str]) -> str | None:
+    try:
+        entry = store.get(name)
+    except Damaged as error:
+        return str(error)
+    return "" if entry is None else misfit(name, entry) or None
+
+
+def trust(store: Store, index: Index, names: Iterable[str]) -> None:
+    """Remember entries that were made just now as verified."""
+    if store.root is not None:
+        index.write("entry", _stamps(store, names))
+
+
+def _stamps(store: Store, names: Iterable[str]) -> dict[str, list[int]]:
+    """Those of the entries that are there."""
+    return {name: found for name in names if (found := files.stamp(store.path(name)))}
 
 
 def why(old: Parts | None, new: Parts) -> str:

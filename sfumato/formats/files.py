@@ -354,6 +354,18 @@ def fingerprint(tensors: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
+def stamp(path: Path) -> list[int]:
+    """Changes whenever a file does: what is known of its content may be remembered by this.
+
+    Size and time of writing alone would not do: a copy may keep another file's. Empty when the file is gone.
+    """
+    try:
+        status = path.stat()
+    except OSError:
+        return []  # reading it says why
+    return [status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino]
+
+
 def file_digest(path: str | Path) -> str:
     """sha256 of a file's bytes, in hex."""
     digest = hashlib.sha256()

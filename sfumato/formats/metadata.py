@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from sfumato.config import Config, DatasetConfig, OutputConfig
 from sfumato.errors import UserError
-from sfumato.formats.files import file_digest, serialise, write_text
+from sfumato.formats.files import file_digest, serialise, stamp, write_text
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -263,12 +263,12 @@ def model_hash(path: str | Path, memo: Path | None = None) -> str:
 
 
 def remembered(name: str, paths: Sequence[Path], make: Callable[[], str], memo: Path | None = None) -> str:
-    """What `make` says of some files, read once and not in each run: it is remembered by the files' sizes and times of change.
+    """What `make` says of some files, read once and not in each run: it is remembered by the files' stamps.
 
     `memo`: the JSON file that remembers; default `~/.cache/sfumato/hashes.json`. When it cannot be written, nothing is remembered.
     """
     memo = memo or Path("~/.cache/sfumato/hashes.json").expanduser()
-    state = [number for path in paths for number in (path.stat().st_size, path.stat().st_mtime_ns)]
+    state = [number for path in paths for number in stamp(path)]
     found = _memory(memo).get(name)
     if isinstance(found, list) and found[:-1] == state:
         return str(found[-1])

@@ -96,11 +96,11 @@ def fill_caches(config: Config, data: Data, models: Models, world: dist.World) -
     latents = texts = None
     if caches_latents(config):
         models.the_vae().to(world.device)
-        with telling("encoding pictures", quiet=not world.main) as tell:
+        with telling("caching latents", quiet=not world.main) as tell:
             latents = _in_turn(world, partial(_cache_latents, config, data, models, world, tell))
         models.the_vae().to("cpu")
     if caches_text(config):
-        with telling("encoding captions", quiet=not world.main) as tell:
+        with telling("caching text outputs", quiet=not world.main) as tell:
             texts = _in_turn(world, partial(_cache_texts, config, data, models, world, tell))
     for name, report in (("latents", latents), ("text outputs", texts)):
         if report and world.main:

@@ -63,12 +63,14 @@ def telling(title: str, *, quiet: bool = False) -> Iterator[Tell]:
     bar: list[Bar] = []
 
     def tell(done: int, total: int) -> None:
-        if not bar:
+        if not bar or bar[-1].total != total:  # the next part of the job
+            for old in bar[-1:]:
+                old.close()
             bar.append(Bar(title, total, quiet=quiet))
-        bar[0].to(done)
+        bar[-1].to(done)
 
     try:
         yield tell
     finally:
-        for b in bar:
-            b.close()
+        for last in bar[-1:]:
+            last.close()

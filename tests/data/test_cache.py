@@ -116,6 +116,36 @@ def test_a_lost_entry_is_made_again(pictures: Path, cache: Path) -> None:
     assert counts(run(pictures, cache)) == (4, 1, {"its entry is gone": 1})
 
 
+@pytest.mark.parametrize("kind", [run, run_texts])
+def test_bad_entries_are_made_anew_and_told(pictures: Path, cache: Path, kind: Callable[..., Report]) -> None:
+    first = kind(pictures, cache)
+    names = list(first.keys.values())
+    sound = {name: first.store.get(name) for name in names}
+    paths = [first.store.path(name) for name in names]
+    flipped = bytearray(paths[0].read_bytes())
+    flipped[-3] ^= 16
+    paths[0].write_bytes(flipped)
+    paths[1].write_bytes(paths[2].read_bytes())
+    first.store.put(names[3], {name: t * float("nan") for name, t in (sound[names[3]] or {}).items()})
+    first.store.put(names[4], {"latents": torch.zeros(3, 1, 1)})
+    again = kind(pictures, cache)
+    misfit = "its entry is of another shape" if kind is run else "its entry holds other fields"
+    reasons = {"its entry is damaged": 1, "its entry is that of another": 1, "its entry is not finite": 1, misfit: 1}
+    assert counts(again) == (1, 4, reasons)
+    assert all(reason in str(again) for reason in reasons)
+    for name, entry in sound.items():
+        now = again.store.get(name) or {}
+        assert entry is not None and now.keys() == entry.keys() and all(torch.equal(now[k], entry[k]) for k in entry)
+    assert counts(kind(pictures, cache)) == (5, 0, {})
+
+
+def test_a_picture_replaced_before_it_is_encoded_is_not_kept_as_the_old_one(pictures: Path) -> None:
+    of = plan(dataset(subset(pictures)))
+    replace_picture(pictures)
+    with pytest.raises(UserError, match=r"4\.png.*changed"):
+        latents(of, Store(), Index())
+
+
 def test_pictures_of_the_same_bytes_share_an_entry(pictures: Path, cache: Path) -> None:
     (pictures / "copy.png").write_bytes((pictures / "0.png").read_bytes())
     report = run(pictures, cache)

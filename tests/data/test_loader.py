@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import random
+import shutil
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -203,21 +205,86 @@ def test_a_share_of_an_unknown_run_is_refused(pictures: Path) -> None:
         loader(plan(dataset(subset(pictures, token_warmup_step=0.5))))
 
 
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:100])
+
+
+def replace(path: Path) -> None:
+    noise((64, 100), 77).save(path)
+
+
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_picture_that_vanishes_is_told_plainly(tmp_path: Path, workers: int) -> None:
-    of = plan(dataset(subset(folder(tmp_path))))
-    (tmp_path / "3.png").unlink()
-    with pytest.raises(UserError, match=r"3\.png") as caught:
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [(Path.unlink, "does not exist"), (replace, "changed"), (truncate, "changed")],
+    ids=["deleted", "replaced", "truncated"],
+)
+def test_a_picture_lost_while_training_is_told_once_and_weighs_nothing(
+    tmp_path: Path, change: Callable[[Path], None], said: str, workers: int
+) -> None:
+    of = plan(dataset(subset(folder(tmp_path), num_repeats=2)))
+    before = samples(list(loader(of).epoch(0)) + list(loader(of).epoch(1)))
+    change(tmp_path / "3.png")
+    told: list[str] = []
+    training = loader(of, workers=workers, notice=told.append)
+    batches = list(training.epoch(0)) + list(training.epoch(1))
+    [line] = told
+    assert "3.png" in line and said in line and "goes on without it" in line
+    left = samples(batches)
+    assert set(left) < set(before)  # all others are what they were, bit for bit
+    assert len(before) - len(left) == 4
+    assert {caption for (_, caption, *_) in set(before) - set(left)} == {"thing 3, red, green, blue"}
+    assert all(bool(b.pixels.isfinite().all()) for b in batches if b.pixels is not None)
+
+
+def test_a_mask_replaced_while_training_costs_its_picture(tmp_path: Path) -> None:
+    folder(tmp_path / "p", [(64, 64)] * 3)
+    (tmp_path / "m").mkdir()
+    for i in range(3):
+        Image.new("L", (64, 64), 100).save(tmp_path / "m" / f"{i}.png")
+    of = plan(dataset(subset(tmp_path / "p", conditioning_data_dir=str(tmp_path / "m")), batch_size=3))
+    Image.new("L", (64, 64), 200).save(tmp_path / "m" / "1.png")
+    told: list[str] = []
+    [batch] = loader(of, notice=told.append).epoch(0)
+    assert len(told) == 1 and str(tmp_path / "m" / "1.png") in told[0]
+    assert sorted(batch.weight.tolist()) == [0.0, 1.0, 1.0]
+    assert batch.mask is not None and batch.mask.shape == (3, 1, 8, 8)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_pictures_that_are_all_gone_end_the_run_plainly(tmp_path: Path, workers: int) -> None:
+    of = plan(dataset(subset(folder(tmp_path, [(64, 64)] * 20))))
+    shutil.rmtree(tmp_path)
+    with pytest.raises(UserError, match=r"png.*does not exist.*15 pictures before it.*folders still there") as caught:
         list(loader(of, workers=workers).epoch(0))
     assert "Traceback" not in str(caught.value)
 
 
-def test_an_entry_that_vanishes_is_told_plainly(pictures: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("how", ["gone", "damaged", "another shape"])
+def test_an_entry_lost_while_training_is_told_and_weighs_nothing(pictures: Path, tmp_path: Path, how: str) -> None:
+    of, index = plan(dataset(subset(pictures))), Index()
+    kept = latents(of, Store(tmp_path), index)
+    path = kept.store.path(kept.keys[0])
+    if how == "gone":
+        path.unlink()
+    elif how == "damaged":
+        path.write_bytes(path.read_bytes()[:-1] + b"x")
+    else:
+        kept.store.put(kept.keys[0], {"latents": torch.ones(3, 4, 4)})
+    told: list[str] = []
+    batches = list(loader(of, latents=kept, notice=told.append).epoch(0))
+    [line] = told
+    assert "0.png" in line and how in line and "made anew at the next start" in line
+    assert sorted(w for b in batches for w in b.weight.tolist()) == [0.0] + [1.0] * 7
+    assert latents(of, Store(tmp_path), index).encoded == 1
+
+
+def test_text_outputs_lost_while_training_end_it_plainly(pictures: Path, tmp_path: Path) -> None:
     of = plan(dataset(subset(pictures)))
-    kept = latents(of, Store(tmp_path), Index())
-    kept.store.path(kept.keys[0]).unlink()
-    with pytest.raises(UserError, match=r"0\.png.*start again"):
-        list(loader(of, latents=kept).epoch(0))
+    kept = texts(of, Store(tmp_path), Index())
+    kept.store.path(kept.keys["thing 3, red, green, blue"]).write_bytes(b"")
+    with pytest.raises(UserError, match=r"thing 3.*damaged.*made anew at the next start"):
+        list(loader(of, texts=kept).epoch(0))
 
 
 def test_several_datasets_in_one_run(pictures: Path) -> None:

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import sqlite3
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
 
-from sfumato.data.store import Index, Store, key, why, writing
+from sfumato.data.entries import Damaged, facts, unpack
+from sfumato.data.store import Index, Store, key, trust, unusable, why, writing
 from sfumato.errors import UserError
+from sfumato.formats.files import serialise
 
 
 @pytest.fixture(params=["memory", "disk"])
@@ -34,13 +40,106 @@ def test_keys_depend_on_every_part_and_not_on_their_order() -> None:
     assert len({key(p) for p in ({"a": 1}, {"a": "1"}, {"b": 1}, {"a": 1, "b": None}, {"a": [1]})}) == 5
 
 
-def test_a_damaged_entry_is_removed_so_that_it_is_made_again(tmp_path: Path) -> None:
+def damage(store: Store, name: str, how: str) -> None:
+    """Change the file of an entry, or put another in its place."""
+    path = store.path(name)
+    data = bytearray(path.read_bytes())
+    if how == "truncated":
+        del data[-7:]
+    elif how == "empty":
+        data.clear()
+    elif how == "zeros":
+        data[-20:] = bytes(20)
+    elif how == "all zeros":
+        data[:] = bytes(len(data))
+    elif how == "one bit":
+        data[-9] ^= 4
+    elif how == "another dtype":
+        data = bytearray(bytes(data).replace(b'"F16"', b'"I16"'))
+    elif how == "another shape":
+        data = bytearray(bytes(data).replace(b"[4,3,2]", b"[2,3,4]"))
+    elif how == "another's":
+        other = key({"another": 1})
+        store.put(other, {"latents": torch.ones(4, 3, 2).half()})
+        data = bytearray(store.path(other).read_bytes())
+    elif how == "made by another program":
+        data = bytearray(b"".join(serialise({"latents": torch.full((4, 3, 2), float("nan")).half()})))
+    elif how == "deep":
+        data = bytearray((10**5).to_bytes(8, "little") + b"[" * 10**5)
+    path.write_bytes(bytes(data))
+
+
+DAMAGES = [
+    "truncated",
+    "empty",
+    "zeros",
+    "all zeros",
+    "one bit",
+    "another dtype",
+    "another shape",
+    "another's",
+    "made by another program",
+    "deep",
+]
+
+
+@pytest.mark.parametrize("how", DAMAGES)
+def test_a_damaged_entry_is_found_when_read_and_removed_so_that_it_is_made_again(tmp_path: Path, how: str) -> None:
     store, name = Store(tmp_path), key({})
-    store.put(name, {"x": torch.zeros(9)})
-    data = store.path(name).read_bytes()
-    store.path(name).write_bytes(data[:-7])
-    assert store.get(name) is None
+    store.put(name, {"latents": torch.randn(4, 3, 2).half()})
+    damage(store, name, how)
+    with pytest.raises(Damaged, match="that of another" if how == "another's" else "damaged"):
+        store.get(name)
     assert name not in store
+
+
+def test_an_entry_that_is_not_finite_is_found(tmp_path: Path) -> None:
+    store, name = Store(tmp_path), key({})
+    for bad in (float("nan"), float("inf")):
+        store.put(name, {"latents": torch.tensor([1.0, bad, 2.0])})
+        with pytest.raises(Damaged, match="not finite"):
+            store.get(name)
+
+
+@given(st.data())
+@settings(max_examples=300, deadline=None, derandomize=True, database=None)
+def test_no_flipped_bits_go_unnoticed(data: st.DataObject) -> None:
+    kept = {"latents": torch.arange(24.0).view(4, 3, 2).half(), "ids": torch.arange(3)}
+    whole = b"".join(serialise(kept, facts("name", kept)))
+    flipped = bytearray(whole)
+    for place in data.draw(st.lists(st.integers(0, len(whole) - 1), min_size=1, max_size=4)):
+        flipped[place] ^= data.draw(st.integers(1, 255))
+    try:
+        read = unpack("name", bytes(flipped))
+    except Damaged:
+        return
+    # What is left is a change that says nothing, such as a blank of the header.
+    assert read.keys() == kept.keys()
+    assert all(torch.equal(read[k], kept[k]) and read[k].dtype == kept[k].dtype for k in kept)
+
+
+def test_entries_are_verified_once_and_again_when_their_file_changes(tmp_path: Path) -> None:
+    store, index, read = Store(tmp_path), Index(tmp_path), []
+    names = [key({"i": i}) for i in range(4)]
+    for name in names[:3]:
+        store.put(name, {"x": torch.zeros(3)})
+
+    def misfit(name: str, entry: Mapping[str, Tensor]) -> str:
+        read.append(name)
+        return "" if entry["x"].shape == (3,) else "its entry is of another shape"
+
+    def found() -> tuple[dict[str, str], set[str]]:
+        read.clear()
+        return unusable(store, index, names, misfit), set(read)
+
+    assert found() == ({names[3]: ""}, set(names[:3]))
+    assert found() == ({names[3]: ""}, set())
+    store.put(names[0], {"x": torch.zeros(4)})
+    store.path(names[1]).write_bytes(b"")
+    assert found() == ({names[3]: "", names[0]: "its entry is of another shape", names[1]: "its entry is damaged"}, {names[0]})
+    store.put(names[0], {"x": torch.zeros(3)})
+    trust(store, index, names)
+    assert found() == ({names[3]: "", names[1]: ""}, set())
 
 
 def test_nothing_but_entries_is_left_on_the_disk(tmp_path: Path) -> None:

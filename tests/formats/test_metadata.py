@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import os
 from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
@@ -76,6 +77,18 @@ def test_a_base_model_is_read_once_until_it_changes(tmp_path: Path, monkeypatch:
     assert metadata.model_hash(path, memo) == hashlib.sha256(b"other").hexdigest()
     memo_in_a_file = path / "hashes.json"
     assert metadata.model_hash(path, memo_in_a_file) == hashlib.sha256(b"other").hexdigest()
+
+
+def test_a_file_of_the_same_size_and_time_put_in_its_place_is_another(tmp_path: Path) -> None:
+    """A VAE replaced so would else be taken for the old one, and the latents that the old one made for its own."""
+    path, memo = tmp_path / "vae.safetensors", tmp_path / "hashes.json"
+    path.write_bytes(b"old")
+    os.utime(path, (1, 1))
+    assert metadata.remembered("vae", [path], path.read_text, memo) == "old"
+    (tmp_path / "new").write_bytes(b"new")
+    os.utime(tmp_path / "new", (1, 1))
+    os.replace(tmp_path / "new", path)
+    assert metadata.remembered("vae", [path], path.read_text, memo) == "new"
 
 
 def test_modelspec() -> None:

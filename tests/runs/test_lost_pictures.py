@@ -1,0 +1,35 @@
+"""Pictures that are deleted or replaced while a run goes on do not end it."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+from training import Train
+
+from sfumato.train import loop
+
+
+def test_a_picture_deleted_and_one_replaced_while_training_are_told_and_the_run_goes_on(
+    train: Train, pictures: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    step = loop._optimizer_step
+
+    def losing(course: loop.Course, *args: Any) -> Any:
+        if course.done == 1:
+            (pictures / "1.png").unlink(missing_ok=True)
+            Image.new("RGB", (64, 64)).save(pictures / "3.png")
+        return step(course, *args)
+
+    monkeypatch.setattr(loop, "_optimizer_step", losing)
+    folder = train("a", max_train_epochs=3)
+    said = " ".join(capsys.readouterr().err.split())
+    for name, why in (("1.png", "does not exist"), ("3.png", "has changed")):
+        assert said.count(f"{name}: ") == 1 and why in said
+    losses = [json.loads(line)["loss"] for line in (folder / "out.jsonl").read_text().splitlines()]
+    assert len(losses) == 9 and all(math.isfinite(loss) for loss in losses)
+    assert (folder / "out.safetensors").exists()
