@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
-
-from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 
 from sfumato.config import Config, DatasetConfig, Method
 from sfumato.families.detect import detect_file
@@ -17,6 +12,7 @@ from sfumato.train import dist, keep
 from sfumato.train.caching import Data, open_data
 from sfumato.train.check import Checked, Trained, check
 from sfumato.train.loop import Pace
+from sfumato.train.progress import answers, print_table
 from sfumato.train.trainables import caches_latents, caches_text
 
 TRAINED = ("trained", "layers", "numbers", "MiB in fp32", "learning rate")
@@ -27,18 +23,17 @@ RESULTS = ("after", "files")
 
 def show(config: Config, method: Method, datasets: tuple[DatasetConfig, ...]) -> None:
     """`sfumato plan`: print what a training would do. Errors: `UserError`, as the training itself would give before its first step."""
-    console = Console(highlight=False)
     checked = check(config, method)
-    data = open_data(config, datasets, dist.outside(), checked.models, lambda line: console.print(line, markup=False))
+    data = open_data(config, datasets, dist.outside(), checked.models, answers.print)
     pace = _pace(config, data)
-    console.print(_model(config), markup=False)
-    _table(console, TRAINED, [_trained_row(each) for each in checked.trained])
-    _table(console, FOLDERS, data.plan.folder_rows())
-    _table(console, BUCKETS, data.plan.bucket_rows())
-    console.print(data.plan.steps_line(config.train.gradient_accumulation_steps, dist.outside().size), markup=False)
-    console.print(f"{pace.steps} steps in all, {pace.epochs} epochs")
-    console.print(f"kept between steps: {' and '.join(_kept(config)) or 'nothing: pictures and captions are encoded in every step'}")
-    _table(console, RESULTS, _results(config, pace, checked))
+    answers.print(_model(config))
+    print_table(TRAINED, [_trained_row(each) for each in checked.trained])
+    print_table(FOLDERS, data.plan.folder_rows())
+    print_table(BUCKETS, data.plan.bucket_rows())
+    answers.print(data.plan.steps_line(config.train.gradient_accumulation_steps, dist.outside().size))
+    answers.print(f"{pace.steps} steps in all, {pace.epochs} epochs")
+    answers.print(f"kept between steps: {' and '.join(_kept(config)) or 'nothing: pictures and captions are encoded in every step'}")
+    print_table(RESULTS, _results(config, pace, checked))
 
 
 def facts(config: Config, method: Method, datasets: tuple[DatasetConfig, ...]) -> dict[str, Any]:
@@ -78,13 +73,6 @@ def _trained_row(each: Trained) -> tuple[str, ...]:
 
 def _kept(config: Config) -> list[str]:
     return [name for name, cached in (("latents", caches_latents(config)), ("text outputs", caches_text(config))) if cached]
-
-
-def _table(console: Console, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    table = Table(*columns)
-    for row in rows:
-        table.add_row(*map(escape, row))
-    console.print(table)
 
 
 def _results(config: Config, pace: Pace, checked: Checked) -> list[tuple[str, str]]:

@@ -1,18 +1,39 @@
-"""Progress with speed and ETA: a live bar on a terminal, a plain line now and then elsewhere."""
+"""What a run says on the terminal: lines and tables as they are, progress with speed and ETA (plain lines now and then in a file)."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
 
-console = Console(stderr=True, highlight=False, soft_wrap=True)
+
+def _literal(*, stderr: bool) -> Console:
+    """A console that prints text as it is: `[v2]` or `:cat:` in the name of a file is no markup. All printing goes through one of these."""
+    return Console(stderr=stderr, markup=False, emoji=False, highlight=False, soft_wrap=True)
+
+
+console = _literal(stderr=True)
+"""What is said along the way."""
+answers = _literal(stderr=False)
+"""What was asked for, such as the answer of `sfumato plan`."""
 
 Tell = Callable[[int, int], None]
 """(done, total)."""
+
+
+def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Print a table on stdout; no cell is cut, long ones are broken into lines."""
+    table = Table()
+    for column in columns:
+        table.add_column(Text(column), overflow="fold")
+    for row in rows:
+        table.add_row(*map(Text, row))
+    answers.print(table, soft_wrap=False)
 
 
 class Bar:
@@ -26,8 +47,8 @@ class Bar:
         self.quiet = quiet
         if console.is_terminal and not quiet:
             self.bar = Progress(
-                TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TaskProgressColumn(),
-                TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(), TextColumn("{task.fields[note]}"), console=console,
+                _words("{task.description}"), BarColumn(), MofNCompleteColumn(), TaskProgressColumn(),
+                TimeElapsedColumn(), _words("left"), TimeRemainingColumn(), _words("{task.fields[note]}"), console=console,
             )  # fmt: skip
             self.bar.start()
             self.task = self.bar.add_task(title, total=total, completed=start, note="")
@@ -49,6 +70,10 @@ class Bar:
     def close(self) -> None:
         if self.bar:
             self.bar.stop()
+
+
+def _words(template: str) -> TextColumn:
+    return TextColumn(template, markup=False)
 
 
 def _clock(seconds: float) -> str:
