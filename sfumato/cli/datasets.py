@@ -24,12 +24,14 @@ _DATASET = ({f.name for f in fields(DatasetConfig)} - {"subsets"}) | _SHARED
 _FLAGS = {"batch_size": "train_batch_size", "num_repeats": "dataset_repeats"}
 """Setting of a dataset file -> the flag that it falls back to, where the names differ."""
 
-INERT = {"cache_info": "sizes and captions are read from the files' headers, quickly, and remembered"}
+INERT = {
+    "cache_info": "sizes and captions are read from the files' headers, quickly, and remembered",
+    "validation_seed": "only matters with validation_split",
+}
 REFUSED = {
     "metadata_file": "is not supported yet: put captions into files beside the pictures (caption_extension)",
     "custom_attributes": "is not supported yet",
     "validation_split": "is not supported yet",
-    "validation_seed": "is not supported yet",
 }
 
 
@@ -69,7 +71,10 @@ def from_file(path: Path, report: Report) -> Tables:
     def table(at: toml.Path_, content: Any, known: set[str]) -> Found:
         return _table(path, at, content, lines, known, report)
 
-    for name in set(content) - {"general", "datasets"}:
+    if "datasets" not in content and (setting := _of_a_training(content)):
+        report.error(f"{path}: is a config file (it sets {setting}), not a dataset file with [[datasets]]: name it with --config")
+        return []
+    for name in sorted(set(content) - {"general", "datasets"}):
         line = lines.get((name,)) or lines.get((name, 0))
         near = nearest(name, ("general", "datasets"))
         report.error(f"{path}{f':{line}' if line else ''}: {name}: unknown table; expected [general] and [[datasets]]{near}")
@@ -81,6 +86,12 @@ def from_file(path: Path, report: Report) -> Tables:
         subsets = _tables(path, "datasets.subsets", dataset.get("subsets"), report)
         found.append((general | own, [table((*at, "subsets", s), subset, _SUBSET) for s, subset in enumerate(subsets)]))
     return found
+
+
+def _of_a_training(content: Mapping[str, Any]) -> str:
+    """The first setting of a training that is none of pictures, or nothing."""
+    tables = [content, *(table for table in content.values() if isinstance(table, dict))]
+    return next((name for table in tables for name in table if name in options.known() and name not in _SUBSET | _DATASET), "")
 
 
 def _tables(path: Path, name: str, content: Any, report: Report) -> list[dict[str, Any]]:
@@ -242,13 +253,14 @@ def _check_buckets(dataset: DatasetConfig, report: Report) -> None:
     idle = [name for name in _BUCKETS if not dataset.enable_bucket and getattr(dataset, name) != getattr(plain, name)]
     if idle:
         report.note(f"{', '.join(idle)}: no effect without enable_bucket")
-    if not dataset.enable_bucket:
+    if not dataset.enable_bucket or dataset.bucket_no_upscale:  # which follows from the pictures alone
         return
-    if dataset.min_bucket_reso > dataset.max_bucket_reso:
+    low, high = dataset.bucket_limits
+    if low > high:
         report.error(f"min_bucket_reso {dataset.min_bucket_reso} is above max_bucket_reso {dataset.max_bucket_reso}")
-    if max(dataset.resolution) > dataset.max_bucket_reso:
+    if max(dataset.resolution) > high:
         report.error(f"resolution {max(dataset.resolution)} is above max_bucket_reso {dataset.max_bucket_reso}: raise max_bucket_reso")
-    if min(dataset.resolution) < dataset.min_bucket_reso:
+    if min(dataset.resolution) < min(low, dataset.min_bucket_reso):
         report.error(f"resolution {min(dataset.resolution)} is below min_bucket_reso {dataset.min_bucket_reso}: lower min_bucket_reso")
 
 

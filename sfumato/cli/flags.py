@@ -5,13 +5,13 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
 from sfumato import families
-from sfumato.cli import foreign, options, paths, rules, toml, values
+from sfumato.cli import foreign, habits, options, paths, rules, toml, values
 from sfumato.cli.report import Given, Report
 from sfumato.config import Config, DatasetConfig, Method
 from sfumato.errors import UserError, nearest
@@ -26,6 +26,7 @@ CONFIGS = {
 _ZERO_IS_OFF = """
     save_every_n_epochs save_every_n_steps save_n_epoch_ratio save_last_n_epochs save_last_n_steps save_last_n_epochs_state
     save_last_n_steps_state sample_every_n_steps sample_every_n_epochs multires_noise_iterations max_train_epochs
+    min_snr_gamma
 """
 """Kohya's files write 0 where nothing is meant."""
 
@@ -110,17 +111,18 @@ def resolve_all(
     only: Iterable[str] | None = None,
     prog: str = "sfumato",
     kohya: bool = False,
+    short: Collection[str] = (),
     defaults: Mapping[str, object] | None = None,
     adapt: Callable[[dict[str, Given], Report], None] | None = None,
 ) -> Resolved:
     """As `resolve`, with the notices returned.
 
     `data`: whether pictures are needed. `only`: the flags there are; files may say more, for other commands.
-    `kohya`: state what has no effect instead of refusing it. `defaults`: other defaults than ours.
+    `kohya`: state what has no effect instead of refusing it. `short`: flags that may be shortened. `defaults`: other defaults than ours.
     `adapt`: changes what was given before it is checked.
     """
     report = Report()
-    given = gather(argv, report, prog=prog, lenient=kohya, only=only)
+    given = gather(argv, report, prog=prog, lenient=kohya, only=only, short=short)
     if adapt:
         adapt(given, report)
     given = {key: paths.settle(each, report) for key, each in given.items()}
@@ -166,26 +168,34 @@ def _datasets(settings: Mapping[str, Any], given: Mapping[str, Given], report: R
 
 
 def gather(
-    argv: Sequence[str], report: Report, *, prog: str = "sfumato", lenient: bool = False, only: Iterable[str] | None = None
+    argv: Sequence[str],
+    report: Report,
+    *,
+    prog: str = "sfumato",
+    lenient: bool = False,
+    only: Iterable[str] | None = None,
+    short: Collection[str] = (),
 ) -> dict[str, Given]:
     """What the command line and the files that it names say, by setting; flags win."""
-    parsed, strange = parser(prog, names=only).parse_known_args(list(argv))
+    parsed, strange = parser(prog, names=only).parse_known_args([habits.full_name(word, short, report) for word in argv])
     said, flag_names = vars(parsed), every_name() if only is None else [*only, *CONFIGS]
     for word in strange:
         if word.startswith("--"):
             name = word[2:].partition("=")[0]
-            report.error(f"--{name}: {_strange(name, flag_names, prog)}")
+            report.error(f"--{name}: {_strange(name, flag_names, prog, short)}")
         elif not any(w.startswith("--") for w in strange):
             report.error(f"{word!r}: a flag was expected, such as --config FILE")
     found: dict[str, Given] = {}
     for key in CONFIGS:
         if key in said:
-            found |= from_file(said.pop(key), report, lenient=lenient or key == "config_file")
+            found |= from_file(said.pop(key), report, key=key, lenient=lenient or key == "config_file")
     flags = [Given(name, _flag_value(value), "", True, lenient) for name, value in said.items()]
-    return found | {g.key: g for g in _own_words(flags, report)}
+    return habits.without_silent(found | {g.key: g for g in _own_words(flags, report)}, report)
 
 
-def _strange(name: str, known: Sequence[str], prog: str) -> str:
+def _strange(name: str, known: Sequence[str], prog: str, short: Collection[str]) -> str:
+    if several := habits.beginning(name, short):
+        return f"could be {', '.join(f'--{n}' for n in several)}: write it out"
     return f"is no flag of `{prog}`" if name in every_name() else f"unknown flag{nearest(name, known)}"
 
 
@@ -203,28 +213,40 @@ def _own_words(settings: Iterable[Given], report: Report) -> list[Given]:
     return [g for g in told if g is not None]
 
 
-def from_file(name: str, report: Report, *, lenient: bool) -> dict[str, Given]:
-    """The settings of a config file: sections are free, keys are not."""
+def from_file(name: str, report: Report, *, key: str, lenient: bool) -> dict[str, Given]:
+    """The settings of a config file, which `key` names: sections are free, keys are not. Errors: `UserError` if it cannot be read at all."""
     path = Path(name).expanduser()
     if not path.is_file() and Path(f"{path}.toml").is_file():
         path = Path(f"{path}.toml")
     if not path.is_file():
         report.error(f"config file {path} does not exist{paths.near(path) or f' (relative paths start at {Path.cwd()})'}")
-        return {}
+        report.finish()
     try:
         content, lines = toml.read(path)
     except UserError as e:
         report.errors += e.messages
-        return {}
+        report.finish()  # what the file would have said is not known, so nothing can be missed in it
+    if said := _dataset_file(content, key):
+        report.error(f"{path}: {said}")
+        report.finish()
     found: dict[str, Given] = {}
     for place, value in _flat(content):
         where = f"{path}:{lines[place]}" if place in lines else str(path)
         each = Given(str(place[-1]), value, where, False, lenient, path)
         if said := _not_a_setting(each, found):
             report.error(f"{each}: {said}")
-        else:
+        elif not (lenient and value == ""):  # front ends write "" where nothing is set
             found[each.key] = each
-    return {g.key: g for g in _own_words(found.values(), report)}
+    return {g.key: g for g in _own_words(habits.gathered(found, report).values(), report)}
+
+
+def _dataset_file(content: Mapping[str, Any], key: str) -> str:
+    """What is wrong if this is a dataset file in place of a config file."""
+    if not isinstance(content.get("datasets"), list):
+        return ""
+    if set(content) <= {"general", "datasets"}:
+        return f"is a dataset file, with [[datasets]], not a config file: name it with --dataset_config, not --{key}"
+    return "[[datasets]] stand in a file of their own, with [general]: move them there, and name that file with dataset_config"
 
 
 def _flat(content: Mapping[str, Any], at: tuple[str | int, ...] = ()) -> Iterable[tuple[tuple[str | int, ...], Any]]:
@@ -238,9 +260,7 @@ def _flat(content: Mapping[str, Any], at: tuple[str | int, ...] = ()) -> Iterabl
 def _not_a_setting(given: Given, found: Mapping[str, Given]) -> str:
     if given.key in found:
         return f"was set before, at {found[given.key].where}"
-    if given.key == "datasets" and isinstance(given.value, list):
-        return "datasets stand in a file of their own; name it with dataset_config"
-    if given.key in options.known() or given.key in foreign.names():
+    if given.key in options.known() or given.key in foreign.names() or (given.lenient and given.key in habits.network_args()):
         return ""
     return f"unknown setting{nearest(given.key, every_name())}"
 
@@ -279,7 +299,7 @@ def checked(known: Mapping[str, options.Option], given: Mapping[str, Given], rep
         if name not in known:
             continue  # another family's, reported before
         try:
-            value = values.convert(known[name].kind, each.value, text=each.flag)
+            value = values.convert(known[name].kind, each.value, text=each.flag, lax=each.lenient)
         except ValueError as e:
             report.error(f"{each}: {e}")
             continue

@@ -42,6 +42,7 @@ INERT: Mapping[str, str] = {
     "huggingface_repo_type": _UPLOAD,
     "huggingface_repo_visibility": _UPLOAD,
     "log_config": "the resolved config is always written beside the result",
+    "lowvram": _GUI,
     "lowram": "weights are mapped from the file and read once",
     "max_validation_steps": _VALIDATION,
     "mem_eff_save": "results are written tensor by tensor anyway",
@@ -118,6 +119,11 @@ _OFF: tuple[object, ...] = (False, None, "", "no", "none", 0, "0", "0.0", "false
 def names() -> frozenset[str]:
     """All of kohya's settings that are no field of ours."""
     return frozenset({*RENAMED, *INERT, *REFUSED})
+
+
+def flags() -> frozenset[str]:
+    """Those of `names` that sd-scripts has on its command lines."""
+    return names() - {name for name, why in INERT.items() if why == _GUI}
 
 
 def translate(given: Given, report: Report) -> Given | None:

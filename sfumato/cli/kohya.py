@@ -9,7 +9,7 @@ from functools import cache
 from importlib.util import find_spec
 
 from sfumato import families
-from sfumato.cli import flags, main
+from sfumato.cli import flags, foreign, main, options
 from sfumato.cli.report import Given, Report
 from sfumato.config import Method
 from sfumato.errors import UserError
@@ -41,6 +41,9 @@ CACHED = ("cache_text_encoder_outputs", "cache_text_encoder_outputs_to_disk")
 DEFAULTS: Mapping[str, object] = {"learning_rate": 2e-6, "caption_extension": ".caption"}
 """Where kohya's defaults differ from ours and change the result."""
 
+OURS = frozenset({"cache_dir", "class_tokens", "dialect", "ema_decay", "num_repeats", "skip_unreadable", "tokenizer"})
+"""Settings of all families that kohya's command lines do not have."""
+
 
 def run(script: str, argv: Sequence[str]) -> int:
     """Run a command line of kohya's script of this name (without `.py`); the exit code."""
@@ -63,7 +66,7 @@ def resolve(script: str, argv: Sequence[str]) -> flags.Resolved:
     def adapt(given: dict[str, Given], report: Report) -> None:
         _adapt(what, given, report)
 
-    found = flags.resolve_all(argv, what.method, prog=f"{script}.py", kohya=True, defaults=DEFAULTS, adapt=adapt)
+    found = flags.resolve_all(argv, what.method, prog=f"{script}.py", kohya=True, short=flags_of(what), defaults=DEFAULTS, adapt=adapt)
     family = type(found.config.family).__module__.split(".")[-2]
     if family not in what.families:
         raise UserError(
@@ -71,6 +74,12 @@ def resolve(script: str, argv: Sequence[str]) -> flags.Resolved:
             f"use `sfumato train {what.method}`"
         )
     return found
+
+
+def flags_of(script: Script) -> frozenset[str]:
+    """The flags of a script, as far as its families have them; each may be shortened to what no other one begins with."""
+    theirs = {name for family in script.families for name in options.of_family(family)}
+    return frozenset({"config_file", *foreign.flags(), *theirs, *options.common()} - OURS)
 
 
 def _adapt(script: Script, given: dict[str, Given], report: Report) -> None:

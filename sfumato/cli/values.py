@@ -13,10 +13,11 @@ PAIR = tuple[int, int]
 PERCENT = re.compile(r"\d+(\.\d+)?%")
 
 
-def convert(kind: Any, value: object, *, text: bool) -> object:
+def convert(kind: Any, value: object, *, text: bool, lax: bool = False) -> object:
     """A value of type `kind`.
 
     `text`: the value comes from the command line, as a string or a list of strings; otherwise from TOML or JSON, whose types count.
+    `lax`: types do not count, as front ends of kohya's scripts write 1 for true, 2.0 for 2 and numbers as texts.
     Raises ValueError with what was expected and what was found.
     """
     inner = parts(kind)
@@ -25,7 +26,8 @@ def convert(kind: Any, value: object, *, text: bool) -> object:
     if value == "" and text and str not in inner:
         raise ValueError(f"expected {expected(kind)}, found nothing")
     try:
-        return _check(kind, _shaped(inner, value, text=text), strict=not text)
+        loose = text or (lax and not isinstance(value, bool))
+        return _check(kind, _shaped(inner, value, text=loose), strict=not loose)
     except ValueError:  # pydantic's ValidationError is one
         raise ValueError(f"expected {expected(kind)}, found {_shown(value)}{_near(inner, value)}") from None
 

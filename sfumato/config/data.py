@@ -98,6 +98,12 @@ class BucketOptions:
     bucket_no_upscale: bool = False
     """Never enlarge a picture."""
 
+    @property
+    def bucket_limits(self) -> tuple[int, int]:
+        """(shortest side, longest side) of buckets; sides that are no multiples of the step are widened to the next, as in sd-scripts."""
+        step = self.bucket_reso_steps
+        return max(step, self.min_bucket_reso // step * step), -(-self.max_bucket_reso // step) * step
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DatasetConfig(BucketOptions):

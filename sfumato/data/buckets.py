@@ -46,7 +46,7 @@ def resolutions(options: BucketOptions) -> tuple[Size, ...]:
     """
     if not options.enable_bucket or options.bucket_no_upscale:
         return (options.resolution,)
-    low, high, step = bounds(options)
+    (low, high), step = options.bucket_limits, options.bucket_reso_steps
     area = options.resolution[0] * options.resolution[1]
     square = int(sqrt(area) // step) * step
     found = {(square, square)}
@@ -55,12 +55,6 @@ def resolutions(options: BucketOptions) -> tuple[Size, ...]:
         if height >= low:
             found |= {(width, height), (height, width)}
     return tuple(sorted(found))
-
-
-def bounds(options: BucketOptions) -> tuple[int, int, int]:
-    """(shortest side, longest side, step) of buckets; sides that are no multiples of the step are widened to the next."""
-    step = options.bucket_reso_steps
-    return max(step, options.min_bucket_reso // step * step), -(-options.max_bucket_reso // step) * step, step
 
 
 def place(size: Size, options: BucketOptions, buckets: Sequence[Size] | None = None) -> Placement:
@@ -124,8 +118,9 @@ def check(options: BucketOptions, multiple: int) -> list[str]:
         wrong.append(f"resolution {width},{height} is below bucket_reso_steps {step}: lower bucket_reso_steps")
     if options.bucket_no_upscale:
         return wrong
-    if min(width, height) < options.min_bucket_reso:
+    low, high = options.bucket_limits
+    if min(width, height) < min(low, options.min_bucket_reso):
         wrong.append(f"resolution {width},{height} is below min_bucket_reso {options.min_bucket_reso}: lower min_bucket_reso")
-    if max(width, height) > options.max_bucket_reso:
+    if max(width, height) > high:
         wrong.append(f"resolution {width},{height} is above max_bucket_reso {options.max_bucket_reso}: raise max_bucket_reso")
     return wrong

@@ -7,6 +7,7 @@ import pytest
 
 from sfumato.cli import datasets, flags
 from sfumato.config import DatasetConfig
+from sfumato.data.buckets import check
 from sfumato.errors import UserError
 
 MODEL = ["--pretrained_model_name_or_path", "base.safetensors"]
@@ -162,3 +163,34 @@ def test_only_keep_tokens_is_told_to_need_shuffling(home: Path) -> None:
     Path("data.toml").write_text(text)
     notices = [n for n in flags.resolve_all(BASE, "network").notices if "no effect without" in n]
     assert len(notices) == 1 and "pictures: keep_tokens: " in notices[0]
+
+
+def bucketed(limits: str) -> str:
+    return f'[[datasets]]\nenable_bucket = true\n{limits}\n[[datasets.subsets]]\nimage_dir = "pictures"\n'
+
+
+@pytest.mark.parametrize(
+    "limits",
+    [
+        "resolution = 1024\nmax_bucket_reso = 1000",
+        "resolution = 256\nmin_bucket_reso = 300\nmax_bucket_reso = 300",
+        "resolution = 320\nmin_bucket_reso = 330\nmax_bucket_reso = 300",
+        "resolution = 2048\nbucket_no_upscale = true",
+    ],
+)
+def test_bucket_limits_are_rounded_before_they_are_checked(limits: str, home: Path) -> None:
+    [dataset] = read(bucketed(limits))
+    assert check(dataset, 8) == []
+
+
+@pytest.mark.parametrize(
+    ("limits", "message"),
+    [
+        ("resolution = 1088\nmax_bucket_reso = 1000", "above max_bucket_reso 1000"),
+        ("resolution = 192\nmin_bucket_reso = 300", "below min_bucket_reso 300"),
+        ("min_bucket_reso = 640\nmax_bucket_reso = 512", "min_bucket_reso 640 is above max_bucket_reso 512"),
+    ],
+)
+def test_bucket_limits_that_do_not_fit_when_rounded_are_refused(limits: str, message: str, home: Path) -> None:
+    with pytest.raises(UserError, match=message):
+        read(bucketed(limits))

@@ -137,8 +137,8 @@ def test_old_names_are_read(home: Path) -> None:
 def test_the_launchers_run_from_any_folder_without_installation(script: str, home: Path) -> None:
     path = Path(__file__).parents[2] / "scripts" / f"{script}.py"
     env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
-    done = subprocess.run([sys.executable, str(path), "--learning_rat", "1"], capture_output=True, text=True, env=env)
-    assert done.returncode == 2 and "error: --learning_rat: unknown flag; did you mean 'learning_rate'?" in done.stderr
+    done = subprocess.run([sys.executable, str(path), "--lerning_rate", "1"], capture_output=True, text=True, env=env)
+    assert done.returncode == 2 and "error: --lerning_rate: unknown flag; did you mean 'learning_rate'?" in done.stderr
 
 
 def test_a_command_trains_with_the_resolved_config(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:

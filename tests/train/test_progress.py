@@ -46,4 +46,6 @@ def test_all_consoles_are_made_in_one_place() -> None:
     made: Callable[[str], list[str]] = lambda text: re.findall(r"\b(?:Console|TextColumn|Table)\(|rich\.print|from rich import", text)  # noqa: E731
     others = {p.name: found for p in PACKAGE.rglob("*.py") if p.name != "progress.py" and (found := made(p.read_text(encoding="utf-8")))}
     assert others == {}
-    assert "TextColumn(" not in (PACKAGE / "train" / "progress.py").read_text(encoding="utf-8").replace("TextColumn(template, markup=False)", "")
+    assert "TextColumn(" not in (PACKAGE / "train" / "progress.py").read_text(encoding="utf-8").replace(
+        "TextColumn(template, markup=False)", ""
+    )

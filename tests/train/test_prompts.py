@@ -134,5 +134,5 @@ def test_a_file_that_cannot_be_read_is_told(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="cannot be read"):
         read_prompts(tmp_path / "none.txt")
     (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
-    with pytest.raises(UserError, match="latin.txt: is not a text file in UTF-8"):
+    with pytest.raises(UserError, match=r"latin\.txt: is not a text file in UTF-8"):
         read_prompts(tmp_path / "latin.txt")

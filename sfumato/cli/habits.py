@@ -1,0 +1,77 @@
+"""What kohya's lines and front ends write otherwise: shortened flags, network_args at the top of a file, "" for nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import fields, replace
+from functools import cache
+
+from sfumato import families
+from sfumato.cli import foreign, options
+from sfumato.cli.report import Given, Report
+
+_LORA_ARGS = """
+    loraplus_lr_ratio loraplus_unet_lr_ratio loraplus_text_encoder_lr_ratio conv_dim conv_alpha rank_dropout module_dropout
+    block_dims block_alphas conv_block_dims conv_block_alphas down_lr_weight mid_lr_weight up_lr_weight block_lr_zero_threshold
+"""
+
+_SILENT = {"verbose": "`sfumato plan` says what is trained"}
+"""Arguments of kohya's adapters that only change what is printed, and where it is said here."""
+
+
+def full_name(word: str, names: Collection[str], report: Report) -> str:
+    """A word of a command line, with a flag that is the beginning of one name alone written out, as argparse reads it."""
+    short, equals, value = word.removeprefix("--").partition("=")
+    if not word.startswith("--") or not short or short in names:
+        return word
+    if len(meant := beginning(short, names)) != 1:
+        return word  # unknown, or said by `ambiguous`
+    report.note(f"--{short}: read as --{meant[0]}")
+    return f"--{meant[0]}{equals}{value}"
+
+
+def beginning(short: str, names: Collection[str]) -> list[str]:
+    """The names that begin so."""
+    return sorted(name for name in names if name.startswith(short))
+
+
+@cache
+def network_args() -> frozenset[str]:
+    """Arguments of adapters that front ends write as settings of their own."""
+    theirs = [record for name in families.names() if (record := families.facts(name).network_args)]
+    return frozenset({*_LORA_ARGS.split(), *(f.name for record in theirs for f in fields(record))} - set(options.known()))
+
+
+def gathered(found: Mapping[str, Given], report: Report) -> dict[str, Given]:
+    """The settings of a file with those that belong there put into network_args; sd-scripts does not read them, which users do not know."""
+    out = {key: each for key, each in found.items() if key not in network_args()}
+    for key, each in found.items():
+        if key in network_args() and not foreign.off(each):
+            _put(out, each, report)
+    return out
+
+
+def without_silent(given: Mapping[str, Given], report: Report) -> dict[str, Given]:
+    """Kohya's settings without the network_args that change nothing, which are stated; in our own they are unknown."""
+    args = given.get("network_args")
+    if args is None or not args.lenient or not isinstance(args.value, list):
+        return dict(given)
+    kept = []
+    for text in args.value:
+        if why := _SILENT.get(str(text).partition("=")[0]):
+            report.note(f"{args} {text}: accepted, no effect: {why}")
+        else:
+            kept.append(text)
+    return {**given, "network_args": replace(args, value=kept)}
+
+
+def _put(out: dict[str, Given], each: Given, report: Report) -> None:
+    values = each.value if isinstance(each.value, list) else [each.value]
+    text = f"{each.key}={','.join(map(str, values))}"
+    old = out.get("network_args", replace(each, key="network_args", value=[]))
+    texts = list(old.value) if isinstance(old.value, list) else [old.value]
+    if any(str(t).partition("=")[0] == each.key for t in texts if t != text):
+        report.error(f"{each}: network_args says something else; leave one of them out")
+    elif text not in texts:
+        report.note(f"{each}: taken as network_args {text}")
+        out["network_args"] = replace(old, value=[*texts, text])
