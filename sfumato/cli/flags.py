@@ -214,7 +214,7 @@ def _own_words(settings: Iterable[Given], report: Report) -> list[Given]:
 
 
 def from_file(name: str, report: Report, *, key: str, lenient: bool) -> dict[str, Given]:
-    """The settings of a config file, which `key` names: sections are free, keys are not. Errors: `UserError` if it cannot be read at all."""
+    """The settings of a config file, which `key` names: sections are free, keys are not. Errors: `UserError` if it cannot be read."""
     path = Path(name).expanduser()
     if not path.is_file() and Path(f"{path}.toml").is_file():
         path = Path(f"{path}.toml")

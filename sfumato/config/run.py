@@ -42,13 +42,14 @@ class OutputConfig:
     save_n_epoch_ratio: int | None = None
     """Save about n results in all, evenly over the epochs."""
     save_last_n_epochs: int | None = None
-    """Of the results saved by epoch, keep those of the last n epochs."""
+    """Of the results saved by epoch, keep the last n: a number of results, as in sd-scripts."""
     save_last_n_steps: int | None = None
-    """Of the results saved by step, keep those of the last n steps."""
+    """Of the results saved by step, keep those that are at most n optimizer steps old: a span, not a number of results, as in sd-scripts
+    (save_every_n_steps 10 and 30 here keep four)."""
     save_last_n_epochs_state: int | None = None
-    """Of the run states saved by epoch, keep those of the last n epochs; default: as save_last_n_epochs."""
+    """Of the run states saved by epoch, keep the last n; default: as save_last_n_epochs."""
     save_last_n_steps_state: int | None = None
-    """Of the run states saved by step, keep those of the last n steps; default: as save_last_n_steps."""
+    """Of the run states saved by step, keep those that are at most n optimizer steps old; default: as save_last_n_steps."""
     save_state: bool = False
     """Save the whole state of the run beside each result, to resume from."""
     save_state_on_train_end: bool = False

@@ -24,6 +24,23 @@ LEGACY_START, LEGACY_LENGTH = 0x100000, 0x10000
 NEEDED = ("ss_v2", "ss_base_model_version", "ss_network_module", "ss_network_dim", "ss_network_alpha", "ss_network_args")
 """What `no_metadata` leaves, because loaders read it."""
 
+_FIXED: Mapping[str, object] = {
+    "sd_scripts_commit_hash": "",
+    "full_fp16": False,
+    "fp8_base": False,
+    "fp8_base_unet": False,
+    "lowram": False,
+    "num_validation_images": 0,
+    "validation_seed": None,
+    "validation_split": 0.0,
+    "max_validation_steps": None,
+    "validate_every_n_epochs": None,
+    "validate_every_n_steps": None,
+}
+"""Fields of sd-scripts for what sfumato does not do; programs that show a file's metadata look for them."""
+_OF_ADAPTERS = ("network_module", "network_dim", "network_alpha", "network_args", "network_dropout", "scale_weight_norms")
+"""Fields that a whole model does not have."""
+
 _OPTIONS = {  # section of the config -> its fields that are written, as ss_<field>
     "optimizer": (
         "learning_rate text_encoder_lr unet_lr lr_warmup_steps lr_scheduler lr_scheduler_args max_grad_norm ema_decay learning_rate_te"
@@ -117,12 +134,14 @@ class RunFacts:
     """sd_v1, sd_v2, sd_v2_v ..."""
     v2: bool
     optimizer: str
-    """Class and arguments: `torch.optim.adamw.AdamW(weight_decay=0.1)`."""
+    """Class and arguments: `torch.optim.adamw.AdamW(weight_decay=0.1)`; see `called`."""
     mixed_precision: str
     num_train_images: int
     """Repeats counted."""
     num_reg_images: int
     num_batches_per_epoch: int
+    total_batch_size: int | None = None
+    """Pictures an optimizer step, over all processes."""
     num_epochs: int
     max_train_steps: int
     steps: int
@@ -130,7 +149,7 @@ class RunFacts:
     clip_skip: int | None = None
     max_token_length: int | None = None
     network_module: str | None = None
-    """None when a whole model is trained."""
+    """As kohya's scripts call it, `networks.lora`; None when a whole model is trained."""
     network_dim: int | None = None
     network_alpha: float | None = None
     network_args: Mapping[str, object] | None = None
@@ -146,16 +165,24 @@ def training(config: Config, run: RunFacts, datasets: Sequence[DatasetFacts] = (
     values["debiased_estimation"] = config.loss.debiased_estimation_loss
     values |= asdict(run)
     del values["family"]
-    values |= run.family
+    values |= {**run.family, **_FIXED}
     if run.network_args:
         values["network_args"] = json.dumps(dict(run.network_args))
     else:
         del values["network_args"]
+    if run.network_module is None:
+        values = {name: value for name, value in values.items() if name not in _OF_ADAPTERS}
     for name in ("text_encoder_lr", "lr_scheduler_args"):
         values[name] = list(values[name]) or None  # type: ignore[call-overload]
     if config.output.no_metadata:
         return {name: text for name, text in _texts(values).items() if name in NEEDED}
     return _texts(values | _dataset_fields(datasets))
+
+
+def called(kind: type, args: Mapping[str, object]) -> str:
+    """`ss_optimizer`: a class by its path, and what it was called with: `torch.optim.adamw.AdamW(weight_decay=0.1)`."""
+    said = ",".join(f"{name}={value}" for name, value in args.items())
+    return f"{kind.__module__}.{kind.__qualname__}" + (f"({said})" if said else "")
 
 
 def base_model(name: str, kind: str = "sd_model", memo: Path | None = None) -> dict[str, str]:
@@ -192,7 +219,19 @@ def _dataset_fields(datasets: Sequence[DatasetFacts]) -> dict[str, object]:
         "resolution": f"({width}, {height})",
         "enable_bucket": datasets[0].config.enable_bucket,
         "batch_size_per_device": datasets[0].config.batch_size,
+        **(_flat(datasets[0].config) if len(datasets) == 1 else {}),
     }
+
+
+def _flat(dataset: DatasetConfig) -> dict[str, object]:
+    """Of a single dataset: its limits of buckets, and what all its folders have in common, as old programs read them."""
+    low, high = dataset.bucket_limits
+    buckets = {"bucket_no_upscale": dataset.bucket_no_upscale, "min_bucket_reso": low, "max_bucket_reso": high}
+    folders = {
+        name: {getattr(s, name) for s in dataset.subsets}
+        for name in ("color_aug", "flip_aug", "random_crop", "shuffle_caption", "keep_tokens")
+    }
+    return buckets | {name: values.pop() for name, values in folders.items() if len(values) == 1}
 
 
 def _dataset(facts: DatasetFacts) -> dict[str, object]:

@@ -8,13 +8,13 @@ from dataclasses import dataclass
 
 from sfumato import adapters, families
 from sfumato.adapters import AdapterPlan
-from sfumato.config import Config, Method
+from sfumato.config import Config, DatasetConfig, Method
 from sfumato.errors import Mistakes
 from sfumato.families.base import Models
 from sfumato.tensors import attention
 from sfumato.train import dist, log
 from sfumato.train.devices import check_base_weights, outline_models
-from sfumato.train.prompts import Prompt, default, read_prompts, sampler
+from sfumato.train.prompts import Prompt, of_run, sampler
 from sfumato.train.sample import check_prompts, check_samplers
 from sfumato.train.trainables import Adapters, Full, Trainable
 
@@ -46,7 +46,7 @@ class Checked:
     """Ending of the result's file name; empty for a folder."""
 
 
-def check(config: Config, method: Method) -> Checked:
+def check(config: Config, method: Method, datasets: tuple[DatasetConfig, ...]) -> Checked:
     """All that is known before a picture or a weight is read. Errors: one `UserError` with all that was found.
 
     Every check that needs only settings, headers or shapes has its place here, in one of three steps: what needs the settings alone,
@@ -60,7 +60,7 @@ def check(config: Config, method: Method) -> Checked:
     with wrong:
         log.check(config.log)
     with wrong:
-        prompts = _prompts(config)
+        prompts = _prompts(config, datasets)
     with wrong:
         plan = adapters.parse(config.network, families.facts_of(config.family).network_args) if method == "network" else None
     with wrong:
@@ -99,14 +99,13 @@ def outlined(models: Models, config: Config, plan: AdapterPlan | None) -> Iterat
         adapted.inserted.remove()
 
 
-def _prompts(config: Config) -> list[Prompt]:
+def _prompts(config: Config, datasets: tuple[DatasetConfig, ...]) -> list[Prompt]:
     """The sample prompts, if there are some, and the sampler's name."""
     wrong, prompts = Mistakes(), list[Prompt]()
     with wrong:
         sampler(config.sample.sample_sampler)
     with wrong:
-        if config.sample.sample_prompts:
-            prompts = read_prompts(config.sample.sample_prompts, default(config.family))
+        prompts = of_run(config, datasets)
     wrong.tell()
     return prompts
 

@@ -73,12 +73,13 @@ def main(config: Config) -> list[Path]:
     """
     if not config.sample.sample_prompts:
         raise UserError("sample_prompts is missing: name a file of prompts (.txt, .toml or .json)")
-    wanted = prompts.read_prompts(config.sample.sample_prompts, prompts.default(config.family))
+    adapters = [Path(config.network.network_weights)] if config.network.network_weights else []
+    plain = prompts.sized(prompts.default(config.family), *adapters, config.model.pretrained_model_name_or_path)
+    wanted = prompts.read_prompts(config.sample.sample_prompts, plain)
     sampler = prompts.sampler(config.sample.sample_sampler)
     world = dist.world()
     try:
         drawer = Drawer.of(config, world.device)
-        adapters = [Path(config.network.network_weights)] if config.network.network_weights else []
         with drawer.adapted(*adapters), autocast(world.device, drawer.precision), telling("drawing samples") as tell:
             return sample.sample(
                 drawer.models, wanted, Path(config.output.output_dir) / "sample", process=drawer.process, name=config.output.output_name,

@@ -23,7 +23,7 @@ RESULTS = ("after", "files")
 
 def show(config: Config, method: Method, datasets: tuple[DatasetConfig, ...]) -> None:
     """`sfumato plan`: print what a training would do. Errors: `UserError`, as the training itself would give before its first step."""
-    checked = check(config, method)
+    checked = check(config, method, datasets)
     data = open_data(config, datasets, dist.outside(), checked.models, answers.print)
     pace = _pace(config, data)
     answers.print(_model(config))
@@ -38,7 +38,7 @@ def show(config: Config, method: Method, datasets: tuple[DatasetConfig, ...]) ->
 
 def facts(config: Config, method: Method, datasets: tuple[DatasetConfig, ...]) -> dict[str, Any]:
     """`sfumato plan --json`: the same, for scripts. Errors: as `show`."""
-    checked, notes = check(config, method), list[str]()
+    checked, notes = check(config, method, datasets), list[str]()
     data = open_data(config, datasets, dist.outside(), checked.models, notes.append)
     pace = _pace(config, data)
     return {

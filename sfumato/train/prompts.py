@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import logging
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 from sfumato import families
+from sfumato.config import Config, DatasetConfig
 from sfumato.errors import UserError, nearest
+from sfumato.formats.files import read_header
 from sfumato.formats.text import parse_json, parse_toml, read_text
+
+log = logging.getLogger(__name__)
 
 SAMPLERS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "ddim": ("DDIMScheduler", {}),
@@ -67,6 +72,8 @@ LATER = {
     "fs": "flow_shift",
 }
 """Options and keys of sd-scripts that no family here takes yet."""
+_LONG_DASH = re.compile(r"(?:^|\s)(-*[\u2010-\u2015\u2212\ufe58\uff0d]+-*)([A-Za-z]+)(?=\s)")
+"""What word processors and web pages make of two hyphens."""
 KINDS: Mapping[str, type] = {
     "prompt": str,
     "negative_prompt": str,
@@ -89,6 +96,26 @@ LIMITS: Mapping[str, tuple[int, int]] = {
 def default(options: object) -> Prompt:
     """What a prompt does not say, for the family whose options these are; None: for any."""
     return Prompt() if options is None else Prompt(**families.facts_of(options).prompt)
+
+
+def of_run(config: Config, datasets: Sequence[DatasetConfig]) -> list[Prompt]:
+    """The prompts that are drawn while training; one without a size is drawn at the resolution of the run."""
+    if not config.sample.sample_prompts:
+        return []
+    width, height = datasets[0].resolution if datasets else config.data.resolution
+    return read_prompts(config.sample.sample_prompts, replace(default(config.family), width=width, height=height))
+
+
+def sized(default: Prompt, *paths: Path | str) -> Prompt:
+    """`default` at the size that the first of these weight files that says one (modelspec.resolution) was trained at."""
+    for path in map(Path, paths):
+        if path.suffix.lower() == ".safetensors" and path.is_file():
+            said = re.fullmatch(r"([0-9]{1,5})x([0-9]{1,5})", read_header(path).metadata.get("modelspec.resolution", ""))
+            width, height = map(int, said.groups()) if said else (0, 0)
+            low, high = LIMITS["width"]
+            if low <= min(width, height) and max(width, height) <= high:
+                return replace(default, width=width, height=height)
+    return default
 
 
 def read_prompts(path: Path | str, default: Prompt | None = None) -> list[Prompt]:
@@ -121,6 +148,9 @@ def parse_line(line: str, place: str = "prompt", default: Prompt | None = None) 
     An option is `--` and letters after a space or at the start; any other `--` is text. `place` begins the messages of `UserError`.
     """
     text, *parts = re.split(r"(?:^|\s+)--(?=[A-Za-z])", line.strip())
+    for dash, name in _LONG_DASH.findall(line):
+        if name.lower() in OPTIONS or name.lower() in LATER:
+            log.warning("%s: %s%s is read as text: an option begins with two hyphens, --%s", place, dash, name, name)
     said: dict[str, str] = {"prompt": text.strip()}
     mistakes = []
     for part in parts:

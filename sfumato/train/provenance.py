@@ -16,6 +16,7 @@ from sfumato.data.plan import Plan
 from sfumato.families.about import Facts as FamilyFacts
 from sfumato.families.base import Models
 from sfumato.formats import metadata
+from sfumato.optim.arguments import literals
 from sfumato.tensors.random import key
 from sfumato.train import dist
 from sfumato.train.loop import Pace
@@ -36,6 +37,8 @@ class Facts:
     pace: Pace
     adapter: AdapterPlan | None
     """None when a whole model is trained."""
+    optimizer: type
+    """The class of the optimizer."""
     started: float = field(default_factory=now)
     _base: dict[str, str] = field(default_factory=dict)
 
@@ -77,30 +80,36 @@ class Facts:
         return out | (metadata.base_model(model.vae, "vae") if model.vae else {})
 
     def _run(self, done: int, epoch: int) -> metadata.RunFacts:
-        options, optimizer, network = self.models.options, self.config.optimizer, self.config.network
+        options, network = self.models.options, self.config.network
         return metadata.RunFacts(
             session_id=key(self.config.output.output_name, int(self.started * 1000)),
             training_started_at=self.started,
             training_finished_at=now(),
             base_model_version=self._family().base_model_version(options),
             v2=bool(getattr(options, "v2", False)),
-            optimizer=f"{optimizer.optimizer_type}({','.join(optimizer.optimizer_args)})",
+            optimizer=metadata.called(self.optimizer, literals("optimizer_args", self.config.optimizer.optimizer_args)),
             mixed_precision=dist.precision(self.config.train.mixed_precision),
             num_train_images=self.plan.train_samples,
             num_reg_images=self.plan.reg_samples,
             num_batches_per_epoch=self.pace.batches,
+            total_batch_size=self.plan.datasets[0].batch_size * self.pace.group,
             num_epochs=self.pace.epochs,
             max_train_steps=self.pace.steps,
             steps=done,
             epoch=epoch,
             clip_skip=getattr(options, "clip_skip", None),
             max_token_length=getattr(options, "max_token_length", None),
-            network_module=f"networks.{self.adapter.kind.__name__.lower()}" if self.adapter else None,
+            network_module=_as_kohya_calls(network.network_module) if self.adapter else None,
             network_dim=self.adapter.rank if self.adapter else None,
             network_alpha=self.adapter.alpha if self.adapter else None,
             family={name: getattr(options, name) for name in self._family().metadata},
             network_args=dict(text.split("=", 1) for text in network.network_args) if self.adapter else None,
         )
+
+
+def _as_kohya_calls(module: str) -> str:
+    """network_module as given: programs know a file by the names of kohya's modules, to which our short ones belong."""
+    return module if "." in module else f"networks.{module}"
 
 
 def datasets(plan: Plan) -> list[metadata.DatasetFacts]:

@@ -69,7 +69,7 @@ def train(config: Config, method: Method, datasets: tuple[DatasetConfig, ...], r
 def prepare(config: Config, method: Method, datasets: tuple[DatasetConfig, ...], world: dist.World, began: float) -> loop.Course:
     """Everything up to the first step, in this order: what headers tell, pictures, model, caches, trainable, memory, optimizer, state."""
     precision = dist.precision(config.train.mixed_precision)
-    checked = check(config, method)
+    checked = check(config, method, datasets)
     prompts, plan, models = checked.prompts, checked.plan, checked.models
     data = open_data(config, datasets, world, models)
     pace = loop.Pace.of(config, data.plan.batches_per_epoch, world.size)
@@ -102,7 +102,7 @@ def prepare(config: Config, method: Method, datasets: tuple[DatasetConfig, ...],
         notice=partial(console.print, markup=False),
     )
     tell = partial(_draw, config, models, process, prompts, known, world, precision)
-    facts = provenance.Facts(config=config, models=models, plan=data.plan, pace=pace, adapter=plan)
+    facts = provenance.Facts(config=config, models=models, plan=data.plan, pace=pace, adapter=plan, optimizer=type(optimizer))
     course = loop.Course(
         config=config, world=world, pace=pace, plan=data.plan, loader=loader, trainable=trainable, step=step, optimizer=optimizer,
         schedule=schedules.schedule(config.optimizer, optimizer, pace.steps),
@@ -155,10 +155,11 @@ def _draw(
     if not prompts:
         return
     ended = config.sample.sample_every_n_epochs is not None and config.sample.sample_every_n_steps is None
+    by_epoch = 0 if step == 0 else epoch + 1 if ended else None  # before the first step it is epoch 0, as in sd-scripts
     with autocast(world.device, precision), telling("drawing samples") as tell:
         sample(
             models, prompts, Path(config.output.output_dir) / "sample", process=process, name=config.output.output_name,
-            sampler=config.sample.sample_sampler, epoch=epoch + 1 if ended else None, step=None if ended else step,
+            sampler=config.sample.sample_sampler, epoch=by_epoch, step=step if by_epoch is None else None,
             seed=config.train.seed, progress=tell, known=known, device=world.device,
         )  # fmt: skip
 

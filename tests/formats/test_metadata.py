@@ -146,6 +146,29 @@ def test_no_metadata_leaves_what_loaders_need() -> None:
     ) - {"ss_network_args"}
 
 
+def test_fields_of_what_is_not_done_are_as_sd_scripts_writes_them_without_it() -> None:
+    fields = metadata.training(Config(), RUN)
+    off = {"ss_lowram", "ss_full_fp16", "ss_fp8_base", "ss_fp8_base_unet"}
+    assert {fields[name] for name in off} == {"False"} and fields["ss_sd_scripts_commit_hash"] == ""
+    assert fields["ss_validation_split"] == "0.0" and fields["ss_num_validation_images"] == "0"
+    others = ("validation_seed", "max_validation_steps", "validate_every_n_epochs", "validate_every_n_steps")
+    assert {fields[f"ss_{name}"] for name in others} == {"None"}
+
+
+def test_a_whole_model_has_no_fields_of_adapters() -> None:
+    run = replace(RUN, network_module=None, network_dim=None, network_alpha=None, network_args=None)
+    fields = metadata.training(Config(), run, [facts()])
+    assert not [name for name in fields if "network" in name and name != "ss_datasets"] and "ss_scale_weight_norms" not in fields
+    assert set(metadata.training(Config(output=OutputConfig(no_metadata=True)), run)) == {"ss_v2", "ss_base_model_version"}
+
+
+def test_an_optimizer_is_called_by_its_class() -> None:
+    assert metadata.called(torch.optim.AdamW, {"weight_decay": 0.1, "betas": (0.9, 0.99)}) == (
+        "torch.optim.adamw.AdamW(weight_decay=0.1,betas=(0.9, 0.99))"
+    )
+    assert metadata.called(torch.optim.SGD, {}) == "torch.optim.sgd.SGD"
+
+
 def facts() -> metadata.DatasetFacts:
     subsets = (
         SubsetConfig(image_dir="/home/me/10_cat", num_repeats=10),
@@ -178,6 +201,8 @@ def test_dataset_fields() -> None:
     assert json.loads(fields["ss_dataset_dirs"]) == {"10_cat": {"n_repeats": 10, "img_count": 3}}
     assert json.loads(fields["ss_reg_dataset_dirs"]) == {"1_animal": {"n_repeats": 1, "img_count": 5}}
     assert fields["ss_resolution"] == "(512, 448)"
+    flat = {"min_bucket_reso": "256", "max_bucket_reso": "1024", "bucket_no_upscale": "False", "flip_aug": "False", "keep_tokens": "0"}
+    assert {f"ss_{name}": value for name, value in flat.items()}.items() <= fields.items()
     assert "/home/me" not in json.dumps(fields)
 
 

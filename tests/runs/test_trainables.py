@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import tiny
 import torch
+from PIL import Image
 from safetensors import safe_open
-from training import Train
+from training import Train, config
 
 from sfumato.families.parts import Held
 from sfumato.formats.files import load
-from sfumato.train import keep
+from sfumato.train import draw, keep
 
+KOHYAS = set((Path(__file__).parents[1] / "fixtures" / "kohya_metadata.txt").read_text().split())
+"""Fields that sd-scripts writes into an adapter trained on a single file."""
 UNET, TEXT, VAE = "model.diffusion_model.", "cond_stage_model.", "first_stage_model."
 
 
@@ -123,14 +127,23 @@ def test_the_arithmetic_of_kept_files() -> None:
 
 
 def test_metadata_says_how_it_was_made(train: Train) -> None:
-    path = train("a", training_comment="hello") / "out.safetensors"
+    told = {"network_module": "networks.lora_flux", "optimizer_args": ("weight_decay=0.5", "betas=0.8,0.9")}
+    path = train("a", training_comment="hello", **told) / "out.safetensors"
     with safe_open(path, "pt") as file:
         said = file.metadata()
-    assert said["ss_network_module"] == "networks.lora" and said["ss_network_dim"] == "2" and said["ss_steps"] == "4"
+    assert said["ss_network_module"] == "networks.lora_flux" and said["ss_network_dim"] == "2" and said["ss_steps"] == "4"
+    assert said["ss_optimizer"] == "torch.optim.adamw.AdamW(weight_decay=0.5,betas=(0.8, 0.9))"
+    assert KOHYAS - said.keys() == set()
     assert said["ss_training_comment"] == "hello" and said["ss_base_model_version"] == "sd_v1"
     assert said["modelspec.architecture"] == "stable-diffusion-v1/lora"
     assert len(said["sshs_model_hash"]) == 64
     assert json.loads(said["ss_tag_frequency"])["pictures"]["red"] == 5
+
+
+def test_a_whole_models_metadata_says_nothing_of_adapters(train: Train) -> None:
+    with safe_open(train("a", "full", max_train_steps=1) / "out.safetensors", "pt") as file:
+        said = file.metadata()
+    assert said["ss_steps"] == "1" and not [name for name in said if name.startswith("ss_network_") or name == "ss_scale_weight_norms"]
 
 
 def test_sd2_with_v_prediction_trains(train: Train, tmp_path: Path) -> None:
@@ -142,10 +155,26 @@ def test_sd2_with_v_prediction_trains(train: Train, tmp_path: Path) -> None:
         assert file.metadata()["modelspec.prediction_type"] == "v"
 
 
-def test_samples_are_drawn(train: Train, tmp_path: Path) -> None:
-    (tmp_path / "prompts.txt").write_text("a cat --w 64 --h 64 --s 2 --d 1\na dog --w 64 --h 64 --s 2\n")
+def test_samples_are_drawn_at_the_runs_own_size_and_named_as_sd_scripts_names_them(train: Train, tmp_path: Path) -> None:
+    (tmp_path / "prompts.txt").write_text("a cat --s 2 --d 1\na dog --w 32 --h 48 --s 2\n")
     folder = train("a", sample_prompts=str(tmp_path / "prompts.txt"), sample_every_n_steps=2, sample_at_first=True, sample_sampler="euler")
-    assert len(list((folder / "sample").glob("*.png"))) == 6
+    sizes = {}
+    for path in (folder / "sample").glob("*.png"):
+        name = re.sub(r"_\d{14}", "", path.stem)
+        with Image.open(path) as image:
+            sizes[name] = image.size
+    assert sizes == {
+        f"out_{when}_{n}": size for when in ("e000000", "000002", "000004") for n, size in (("00_1", (64, 64)), ("01", (32, 48)))
+    }
+
+
+def test_sample_draws_at_the_size_that_the_file_was_trained_at(train: Train, model: Path, tmp_path: Path) -> None:
+    (tmp_path / "prompts.txt").write_text("a cat --s 1 --d 1\n")
+    lora = train("a", max_train_steps=1) / "out.safetensors"
+    told = {"sample_prompts": str(tmp_path / "prompts.txt"), "sample_sampler": "euler", "output_dir": str(tmp_path / "drawn")}
+    [path] = draw.main(config(pretrained_model_name_or_path=str(model), network_weights=str(lora), **told))
+    with Image.open(path) as image:
+        assert image.size == (64, 64)
 
 
 def test_sampling_does_not_change_training(train: Train, tmp_path: Path) -> None:

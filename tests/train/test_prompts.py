@@ -6,11 +6,15 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from sfumato.config import Config, DatasetConfig, SampleConfig
 from sfumato.errors import UserError
-from sfumato.train.prompts import Prompt, parse_line, read_prompts
+from sfumato.families.sd.facts import Options
+from sfumato.formats import files
+from sfumato.train.prompts import Prompt, of_run, parse_line, read_prompts, sized
 
 
 def written(folder: Path, name: str, text: str) -> Path:
@@ -136,3 +140,37 @@ def test_a_file_that_cannot_be_read_is_told(tmp_path: Path) -> None:
     (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
     with pytest.raises(UserError, match=r"latin\.txt: is not a text file in UTF-8"):
         read_prompts(tmp_path / "latin.txt")
+
+
+@pytest.mark.parametrize("line", ["a cat –w 64", "a cat —W 64", "a cat −ss euler", "–d 1", "a cat –-w 64", "a cat –w 64 –h 64"])
+def test_an_option_with_a_long_dash_is_warned_of(line: str, caplog: pytest.LogCaptureFixture) -> None:
+    assert parse_line(line, "p.txt:3").prompt == line
+    assert len(caplog.messages) == line.count(" –") + line.count(" —") + line.count(" −") + line.startswith("–")
+    assert all(m.startswith("p.txt:3: ") and "is read as text: an option begins with two hyphens, --" in m for m in caplog.messages)
+
+
+@pytest.mark.parametrize("line", ["a cat – a dog", "a well–known cat", "a – b", "a cat –which sits on w 64", "1990–s 3"])
+def test_a_long_dash_in_text_is_text(line: str, caplog: pytest.LogCaptureFixture) -> None:
+    parse_line(line)
+    assert not caplog.messages
+
+
+def test_a_prompt_without_a_size_has_the_size_of_the_run(tmp_path: Path) -> None:
+    sample = SampleConfig(sample_prompts=str(written(tmp_path, "p.txt", "a cat\na dog --w 640\n")))
+    config = Config(sample=sample, family=Options())
+    assert [(p.width, p.height) for p in of_run(config, [DatasetConfig(resolution=(96, 64))])] == [(96, 64), (640, 64)]
+    assert of_run(Config(family=Options()), []) == []
+
+
+@pytest.mark.parametrize(
+    ("said", "size"), [("64x96", (64, 96)), ("0x0", None), ("64", None), ("99999x64", None), ("64x4", None), ("x64", None), (None, None)]
+)
+def test_a_prompt_without_a_size_has_the_size_that_the_file_was_trained_at(
+    said: str | None, size: tuple[int, int] | None, tmp_path: Path
+) -> None:
+    first, second = tmp_path / "a.safetensors", tmp_path / "b.safetensors"
+    files.save(first, {"x": torch.zeros(1)}, {"modelspec.resolution": said} if said else {})
+    files.save(second, {"x": torch.zeros(1)}, {"modelspec.resolution": "32x48"})
+    for paths, wanted in (((first,), size or (512, 512)), ((tmp_path, "owner/name", first, second), size or (32, 48))):
+        found = sized(Prompt(), *paths)
+        assert (found.width, found.height) == wanted
