@@ -29,8 +29,8 @@ class Report:
     store: Store
     keys: Mapping[Hashable, str]
     """Key in the store; for latents by place in `plan.items`, for text outputs by caption."""
-    channels: int = 0
-    """Of latents."""
+    strategy: LatentsCachingStrategy | None = None
+    """How latents are kept."""
     found: int = 0
     """Entries that were there."""
     encoded: int = 0
@@ -102,7 +102,7 @@ def cache_latents(
     places = {name: i for i, name in enumerate(keys)}
 
     def misfit(name: str, entry: Mapping[str, Tensor]) -> str:
-        return latents_misfit(entry, plan, plan.items[places[name]], strategy.channels)
+        return latents_misfit(entry, plan, plan.items[places[name]], strategy)
 
     wanted = [_Job(keys[i], owners[i], parts[i], "", i) for i in range(len(keys))]
     jobs = _missing(store, index, "latents", wanted, misfit, progress)
@@ -115,24 +115,26 @@ def cache_latents(
             if progress:
                 progress(done, len(jobs))
     owned = dict(zip(owners, parts, strict=True))
-    return replace(_report(store, index, "latents", dict(enumerate(keys)), owned, jobs), channels=strategy.channels)
+    return replace(_report(store, index, "latents", dict(enumerate(keys)), owned, jobs), strategy=strategy)
 
 
-def latents_shape(plan: Plan, item: Item, channels: int) -> tuple[int, int, int]:
+def latents_shape(plan: Plan, item: Item, strategy: LatentsCachingStrategy) -> tuple[int, int, int]:
     """(c, h, w) of a picture's latents."""
     width, height = item.placement.bucket
-    return channels, height // plan.stride, width // plan.stride
+    return strategy.channels, height // plan.stride, width // plan.stride
 
 
-def latents_misfit(entry: Mapping[str, Tensor], plan: Plan, item: Item, channels: int) -> str:
+def latents_misfit(entry: Mapping[str, Tensor], plan: Plan, item: Item, strategy: LatentsCachingStrategy) -> str:
     """How an entry differs from what is kept of such a picture, or nothing."""
-    shape, subset = latents_shape(plan, item, channels), plan.subset(item)
+    shape, subset = latents_shape(plan, item, strategy), plan.subset(item)
     expected = {"latents": shape}
     if subset.flip_aug:
         expected["latents_flipped"] = shape
     if subset.alpha_mask or item.picture.mask_path:
         expected["mask"] = (1, *shape[1:])
-    return "" if {name: tuple(t.shape) for name, t in entry.items()} == expected else "its entry is of another shape"
+    if {name: tuple(t.shape) for name, t in entry.items()} != expected:
+        return "its entry is of another shape"
+    return "" if entry["latents"].dtype == strategy.dtype else "its entry is of another dtype"
 
 
 def check_fixed(datasets: Iterable[DatasetConfig], *, latents: bool = False, texts: bool = False) -> None:
@@ -252,7 +254,9 @@ def cache_texts(
     kept = set(strategy.fields) - set(strategy.ragged.values())
 
     def misfit(_: str, entry: Mapping[str, Tensor]) -> str:
-        return "" if entry.keys() == kept else "its entry holds other fields"
+        if entry.keys() != kept:
+            return "its entry holds other fields"
+        return "" if all(t.dtype == strategy.dtype for t in entry.values() if t.is_floating_point()) else "its entry is of another dtype"
 
     wanted = [_Job(keys[caption], owner, parts[owner], "") for owner, caption in owners.items()]
     jobs = _missing(store, index, "texts", wanted, misfit, progress)

@@ -19,7 +19,7 @@ from sfumato.data.buckets import Crop
 from sfumato.data.cache import Report, latents_misfit, latents_shape
 from sfumato.data.entries import Damaged
 from sfumato.data.plan import Item, Plan
-from sfumato.data.strategies import TextEncoderOutputsCachingStrategy
+from sfumato.data.strategies import LatentsCachingStrategy, TextEncoderOutputsCachingStrategy
 from sfumato.errors import UserError
 from sfumato.tensors.random import python_random
 
@@ -93,7 +93,7 @@ class _Pictures(Dataset[_Read]):
         item = self.plan.items[draw.item]
         sizes = {"sizes": torch.tensor(_sizes(item, item.placement.centre, False))}
         if self.latents is not None:
-            return sizes | {"latents": torch.zeros(latents_shape(self.plan, item, self.latents.channels))}
+            return sizes | {"latents": torch.zeros(latents_shape(self.plan, item, _strategy(self.latents)))}
         width, height = item.placement.bucket
         return sizes | {"pixels": torch.zeros(3, height, width)}
 
@@ -121,12 +121,17 @@ def _stored(latents: Report, plan: Plan, place: int, flip: bool) -> dict[str, Te
     item = plan.items[place]
     what = f"the cached latents of {item.picture.path}"
     entry = _entry(latents, place, what)
-    if wrong := latents_misfit(entry, plan, item, latents.channels):
+    if wrong := latents_misfit(entry, plan, item, _strategy(latents)):
         raise UserError(f"{what} cannot be used ({wrong}), and are made anew at the next start")
     found = {"latents": entry["latents_flipped" if flip else "latents"].float()}
     if "mask" in entry:
         found["mask"] = entry["mask"].flip(2) if flip else entry["mask"]
     return found
+
+
+def _strategy(latents: Report) -> LatentsCachingStrategy:
+    assert latents.strategy is not None  # `cache_latents` gives it
+    return latents.strategy
 
 
 def _entry(kept: Report, name: Hashable, what: str) -> dict[str, Tensor]:

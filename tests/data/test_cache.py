@@ -139,6 +139,14 @@ def test_bad_entries_are_made_anew_and_told(pictures: Path, cache: Path, kind: C
     assert counts(kind(pictures, cache)) == (5, 0, {})
 
 
+@pytest.mark.parametrize("kind", [run, run_texts])
+def test_an_entry_of_another_dtype_is_made_anew(pictures: Path, cache: Path, kind: Callable[..., Report]) -> None:
+    first = kind(pictures, cache)
+    name = next(iter(first.keys.values()))
+    first.store.put(name, {field: t.float() for field, t in (first.store.get(name) or {}).items()})
+    assert counts(kind(pictures, cache)) == (4, 1, {"its entry is of another dtype": 1})
+
+
 def test_a_picture_replaced_before_it_is_encoded_is_not_kept_as_the_old_one(pictures: Path) -> None:
     of = plan(dataset(subset(pictures)))
     replace_picture(pictures)
