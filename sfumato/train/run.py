@@ -99,7 +99,7 @@ def prepare(config: Config, method: Method, datasets: tuple[DatasetConfig, ...],
         steps=pace.steps,
         workers=config.train.max_data_loader_n_workers,
         persistent=config.train.persistent_data_loader_workers,
-        notice=partial(console.print, markup=False),
+        notice=console.print,
     )
     tell = partial(_draw, config, models, process, prompts, known, world, precision)
     facts = provenance.Facts(config=config, models=models, plan=data.plan, pace=pace, adapter=plan, optimizer=type(optimizer))
