@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import re
+import textwrap
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import fields, replace
 from pathlib import Path
@@ -11,8 +13,10 @@ from typing import Any
 from sfumato.cli import options, paths, rules, toml, values
 from sfumato.cli.report import Given, Report
 from sfumato.config import DatasetConfig, SubsetConfig
-from sfumato.config.data import CaptionOptions, PictureOptions
+from sfumato.config.data import ONLY_REGULARISATION, CaptionOptions, PictureOptions
+from sfumato.data import folders
 from sfumato.errors import UserError, nearest
+from sfumato.formats.paths import trouble
 
 FOLDER = re.compile(r"(\d+)_(.*)")
 Found = dict[str, Given]
@@ -40,12 +44,20 @@ def read(settings: Mapping[str, Any], given: Mapping[str, Given], report: Report
 
     `settings`: all settings by name, which the files fall back to; `given`: those that a user set.
     """
+    source = given.get("dataset_config") or given.get("train_data_dir")
+    lenient = source is not None and source.lenient
     if settings["dataset_config"]:
-        tables = from_file(Path(settings["dataset_config"]).expanduser(), report)
+        tables = from_file(paths.expanded(settings["dataset_config"]), report, lenient=lenient)
     else:
         tables = from_folders(settings, given, report)
     used: dict[str, set[Any]] = {}
-    made = tuple(_dataset(table, subsets, settings, used, report) for table, subsets in tables)
+    found = [_dataset(table, subsets, settings, used, report) for table, subsets in tables]
+    left_out: list[str] = []
+    made = tuple(d for d in (replace(d, subsets=_acting(d.subsets, lenient, left_out)) for d in found) if d.subsets)
+    for said in left_out:
+        report.note(said)
+    if lenient and found and not made and not report.errors:
+        report.error(f"{source}: no folder of images is left to train on:" + "".join(f"\n  {said}" for said in left_out))
     if made:
         _unused_flags(settings, given, used, report)
         check(made, settings, given, report)
@@ -58,9 +70,9 @@ Tables = list[tuple[Found, list[Found]]]
 """Of each dataset its own settings, [general]'s below them, and those of each of its subsets."""
 
 
-def from_file(path: Path, report: Report) -> Tables:
-    """The settings of a dataset file, each with its line and of the right type."""
-    if not path.is_file():
+def from_file(path: Path, report: Report, *, lenient: bool = False) -> Tables:
+    """The settings of a dataset file, each with its line and of the right type. `lenient`: it was made for kohya's scripts."""
+    if not os.path.isfile(path):
         return []  # reported with the other paths
     try:
         content, lines = toml.read(path)
@@ -69,7 +81,7 @@ def from_file(path: Path, report: Report) -> Tables:
         return []
 
     def table(at: toml.Path_, content: Any, known: set[str]) -> Found:
-        return _table(path, at, content, lines, known, report)
+        return _table(path, at, content, lines, known, report, lenient)
 
     if "datasets" not in content and (setting := _of_a_training(content)):
         report.error(f"{path}: is a config file (it sets {setting}), not a dataset file with [[datasets]]: name it with --config")
@@ -97,19 +109,26 @@ def _of_a_training(content: Mapping[str, Any]) -> str:
 def _tables(path: Path, name: str, content: Any, report: Report) -> list[dict[str, Any]]:
     if isinstance(content, list) and content and all(isinstance(c, dict) for c in content):
         return content
-    report.error(f"{path}: expected at least one [[{name}]]" + (f", found {name} = {content!r}" if content else ""))
+    report.error(f"{path}: expected at least one [[{name}]]" + (f", found {name} = {_some(content)}" if content else ""))
     return []
 
 
-def _table(path: Path, at: toml.Path_, content: Any, lines: Mapping[toml.Path_, int], known: set[str], report: Report) -> Found:
+def _some(content: object) -> str:
+    """What was found, for a message."""
+    return textwrap.shorten(repr(content), 80, placeholder=" ...")
+
+
+def _table(
+    path: Path, at: toml.Path_, content: Any, lines: Mapping[toml.Path_, int], known: set[str], report: Report, lenient: bool
+) -> Found:
     if not isinstance(content, dict):
-        report.error(f"{path}: {'.'.join(map(str, at))}: expected a table, found {content!r}")
+        report.error(f"{path}: {'.'.join(map(str, at))}: expected a table, found {_some(content)}")
         return {}
     found: Found = {}
     for name, value in content.items():
         place = (*at, name)
         where = f"{path}:{lines[place]}" if place in lines else f"{path}: {'.'.join(map(str, at))}"
-        if checked := _setting(Given(name, value, where, False, source=path), known, report):
+        if checked := _setting(Given(name, value, where, False, lenient, path), known, report):
             found[name] = checked
     return found
 
@@ -136,10 +155,14 @@ def _setting(given: Given, known: set[str], report: Report) -> Given | None:
     except ValueError as e:
         report.error(f"{given}: {e}")
         return None
+    given = replace(given, value=value)
+    # Folders that kohya's scripts pass over are told in `_acting`, when all of their settings are known.
+    if given.lenient and given.key == "num_repeats" and isinstance(value, int) and value < 1:
+        return given
     if said := rules.in_range(given.key, value):
         report.error(f"{given}: {said}")
         return None
-    return paths.settle(replace(given, value=value), report)
+    return paths.settle(given, Report() if given.lenient and given.key == "image_dir" else report)
 
 
 def _kinds() -> dict[str, Any]:
@@ -156,28 +179,64 @@ def from_folders(settings: Mapping[str, Any], given: Mapping[str, Given], report
 
 
 def _folders(key: str, root: Path, given: Mapping[str, Given], report: Report) -> list[Found]:
-    root = root.expanduser()
-    if not root.is_dir():
-        return []  # reported with the other paths
+    try:
+        inside = sorted(p for p in paths.expanded(str(root)).iterdir() if os.path.isdir(p) and not p.name.startswith("."))
+    except OSError as error:
+        if os.path.isdir(root):  # else it is reported with the other paths
+            report.error(f"{given.get(key, f'--{key}')}: {root} cannot be read: {error.strerror}")
+        return []
     found: list[Found] = []
-    for folder in sorted(p for p in root.iterdir() if p.is_dir() and not p.name.startswith(".")):
+    for folder in inside:
         match = FOLDER.fullmatch(folder.name)
         if not match or not int(match.group(1)):
             report.note(f"{folder}: left out: its name is not `<repeats>_<class tokens>`")
             continue
-        said = {
+        said = rules.in_range("class_tokens", match.group(2)) or rules.in_range("num_repeats", int(match.group(1)))
+        if said:
+            report.error(f"{paths.short(folder)}: its name says `<repeats>_<class tokens>`: {said}; rename it")
+            continue
+        told = {
             "image_dir": str(folder),
             "num_repeats": int(match.group(1)),
             "class_tokens": match.group(2),
             "is_reg": key == "reg_data_dir",
         }
-        found.append({name: Given(name, value, str(folder), False) for name, value in said.items()})
+        found.append({name: Given(name, value, str(folder), False) for name, value in told.items()})
     if not found:
         report.error(
             f"{given.get(key, f'--{key}')}: {root} has no folder `<repeats>_<class tokens>`, such as {root / '10_my cat'}; "
             "for a folder that holds the pictures itself write a dataset file (dataset_config) with image_dir"
         )
     return found
+
+
+# --- folders that act ---
+
+
+def _acting(subsets: Iterable[SubsetConfig], lenient: bool, left_out: list[str]) -> tuple[SubsetConfig, ...]:
+    """Each folder once; without those that kohya's scripts pass over where its file or command is read (`lenient`).
+
+    What is left out is added to `left_out`, with the reason.
+    """
+    kept: dict[str, SubsetConfig] = {}
+    for subset in subsets:
+        place = subset.image_dir if trouble(subset.image_dir, "folder") else os.path.realpath(subset.image_dir)
+        if place in kept:
+            left_out.append(f"{subset.image_dir}: stands twice in one dataset, and is taken once, with the settings that stand first")
+        elif lenient and (why := _passed_over(subset)):
+            left_out.append(f"{subset.image_dir}: left out, as in kohya's scripts: {why}")
+        else:
+            kept[place] = subset
+    return tuple(kept.values())
+
+
+def _passed_over(subset: SubsetConfig) -> str:
+    if subset.num_repeats < 1:
+        return f"num_repeats is {subset.num_repeats}"
+    if said := trouble(subset.image_dir, "folder"):
+        return said
+    found = folders.listing(Path(subset.image_dir), recursive=subset.recursive)
+    return "" if found.images or found.troubles else "no images are in it"
 
 
 # --- falling back ---------------------------------------------------------------------------------
@@ -235,13 +294,13 @@ _NOT_FINITE = ("shuffle_caption", "caption_tag_dropout_rate", "token_warmup_step
 def check(datasets: Iterable[DatasetConfig], settings: Mapping[str, Any], given: Mapping[str, Given], report: Report) -> None:
     """Report what does not go together in the datasets."""
     datasets = tuple(datasets)
-    for dataset in datasets:
+    for number, dataset in enumerate(datasets, 1):
+        if all(s.is_reg for s in dataset.subsets):
+            report.error(f"dataset {number}: {ONLY_REGULARISATION}")
         _check_buckets(dataset, report)
         for subset in dataset.subsets:
             _check_subset(subset, settings, report)
     subsets = [s for d in datasets for s in d.subsets]
-    if not any(not s.is_reg for s in subsets):
-        report.error("all folders are regularisation pictures (is_reg): one must hold what is to be learnt")
     if settings["masked_loss"] and not any(s.alpha_mask or s.conditioning_data_dir for s in subsets):
         report.error(f"{given.get('masked_loss', 'masked_loss')}: no folder has masks: set alpha_mask or conditioning_data_dir")
     if "prior_loss_weight" in given and settings["prior_loss_weight"] != 1.0 and not any(s.is_reg for s in subsets):

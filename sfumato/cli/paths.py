@@ -11,9 +11,12 @@ from pathlib import Path
 from sfumato import families
 from sfumato.cli.report import Given, Report
 from sfumato.errors import nearest
+from sfumato.formats.paths import printable, trouble
 
 FOLDERS = frozenset({"train_data_dir", "reg_data_dir", "image_dir", "conditioning_data_dir", "tokenizer"})
 FILES = frozenset({"dataset_config", "sample_prompts", "network_weights", "base_weights"})
+MADE = frozenset({"output_dir", "logging_dir", "cache_dir"})
+"""Folders that are made where they are missing."""
 EITHER = frozenset({"pretrained_model_name_or_path", "vae"})
 """A file, a folder or a hub id; families have more such options."""
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
@@ -25,10 +28,21 @@ def _either() -> frozenset[str]:
     return EITHER.union(*(families.facts(name).paths for name in families.names()))
 
 
+def names() -> frozenset[str]:
+    """All settings that hold paths."""
+    return FOLDERS | FILES | MADE | _either() | {"resume"}
+
+
 def is_hub_id(name: str) -> bool:
     """`owner/name`, where nothing on this machine has that name or could have been meant."""
     path = Path(name)
-    return bool(_HUB_ID.fullmatch(name)) and not path.exists() and not path.parent.exists() and path.suffix.lower() not in _WEIGHTS
+    here = os.path.exists(path) or os.path.exists(path.parent)
+    return bool(_HUB_ID.fullmatch(name)) and not here and path.suffix.lower() not in _WEIGHTS
+
+
+def expanded(name: str) -> Path:
+    """A path with the user's home for `~`; the home of nobody stays as it is written."""
+    return Path(os.path.expanduser(name))
 
 
 def settle(given: Given, report: Report) -> Given:
@@ -44,8 +58,8 @@ def settle(given: Given, report: Report) -> Given:
 def _settled(given: Given, value: object, beside: Path | None, report: Report) -> object:
     if not isinstance(value, str) or not value or (given.key == "resume" and value == "auto"):
         return value  # of the wrong type, or not set
-    path = Path(value).expanduser()
-    if beside is not None and not path.is_absolute() and not path.exists() and (beside / path).exists():
+    path = expanded(value)
+    if beside is not None and not path.is_absolute() and not os.path.exists(path) and os.path.exists(beside / path):
         value, path = str(beside / path), beside / path
     if said := _wrong(given.key, value, path, beside):
         report.error(f"{given}: {said}")
@@ -53,27 +67,35 @@ def _settled(given: Given, value: object, beside: Path | None, report: Report) -
 
 
 def _wrong(key: str, value: str, path: Path, beside: Path | None) -> str:
-    if key in _either():
-        return "" if path.exists() or is_hub_id(value) else _missing("file or folder", path, beside)
-    if key in FILES:
-        return "" if path.is_file() else _missing("file", path, beside)
-    return "" if path.is_dir() else _missing("folder", path, beside)
+    what = "file or folder" if key in _either() else "file" if key in FILES else "folder"
+    if not trouble(path, what) or (key in _either() and is_hub_id(value)):
+        return ""
+    return _missing(what, path, beside)
 
 
 def _missing(what: str, path: Path, beside: Path | None) -> str:
-    if path.exists():
-        return f"expected a {what}, but {path} is a {'folder' if path.is_dir() else 'file'}"
+    said, name = trouble(path, what), short(path)
+    if said.startswith("is a "):
+        return f"expected a {what}, but {name} {said.partition(',')[0]}"
+    if said != "does not exist":
+        return f"{what} {name} {said}"
     start = "" if path.is_absolute() else f" (looked for in {Path.cwd()}{f' and {beside}' if beside and str(beside) != '.' else ''})"
-    return f"{what} {path} does not exist{near(path) or start}"
+    return f"{what} {name} does not exist{near(path) or start}"
+
+
+def short(path: Path) -> str:
+    """A path for a message; of a very long one both ends."""
+    text = printable(path)
+    return text if len(text) <= 400 else f"{text[:60]} ... {text[-60:]} ({len(text)} characters)"
 
 
 def near(path: Path) -> str:
     """What lies where the first missing part of a path should, under the nearest name."""
     missing = path
-    while missing.parent != missing and not missing.parent.exists():
+    while missing.parent != missing and not os.path.exists(missing.parent):
         missing = missing.parent
     try:
         close = nearest(missing.name, [entry.name for entry in os.scandir(missing.parent)])
-    except OSError:
+    except (OSError, ValueError):
         return ""
     return close if missing == path or not close else f" (there is no {missing}){close}"

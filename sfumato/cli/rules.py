@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any
 
+from sfumato.cli import paths
 from sfumato.cli.report import Given, Report
 from sfumato.config import NetworkConfig
+from sfumato.formats.paths import is_text
 
 
 class View:
@@ -190,8 +193,9 @@ CLASHES: tuple[Clash, ...] = (
 _COUNTS = """
     train_batch_size batch_size num_repeats dataset_repeats gradient_accumulation_steps max_train_steps max_train_epochs save_every_n_epochs
     save_every_n_steps save_n_epoch_ratio save_last_n_epochs save_last_n_steps vae_batch_size sample_every_n_steps sample_every_n_epochs
-    network_dim clip_skip multires_noise_iterations lr_scheduler_num_cycles min_bucket_reso max_bucket_reso resolution
+    network_dim clip_skip multires_noise_iterations lr_scheduler_num_cycles
 """
+_SIDES = "resolution min_bucket_reso max_bucket_reso"
 _SHARES = "caption_dropout_rate caption_tag_dropout_rate network_dropout ema_decay multires_noise_discount lr_scheduler_min_lr_ratio"
 _AMOUNTS = """
     learning_rate unet_lr text_encoder_lr learning_rate_te max_grad_norm max_data_loader_n_workers keep_tokens seed network_alpha
@@ -202,24 +206,46 @@ RANGES: Mapping[str, tuple[float, float | None]] = {
     **dict.fromkeys(_COUNTS.split(), (1, None)),
     **dict.fromkeys(_SHARES.split(), (0, 1)),
     **dict.fromkeys(_AMOUNTS.split(), (0, None)),
+    **dict.fromkeys(_SIDES.split(), (1, 16384)),
     "min_timestep": (0, 999),
     "max_timestep": (1, 1000),
-    "bucket_reso_steps": (8, None),
+    "bucket_reso_steps": (8, 16384),
     "huber_c": (1e-9, None),
     "min_snr_gamma": (1e-9, None),
 }
 """Setting -> lowest and highest value."""
+TEXTS: Mapping[str, tuple[str, str]] = {
+    "caption_extension": (r"\.?[^./\\\0][^/\\\0]*", "the ending of caption files, such as .txt"),
+    "caption_separator": (r".+", "at least one character, such as a comma"),
+}
+"""Setting -> what its text must look like, as a pattern and in words."""
+WHOLE = 2**63 - 1
+"""No whole number is larger: further on, nothing can count."""
 
 
 def in_range(key: str, value: object) -> str:
     """What is wrong with a value of the right type, or nothing."""
+    if said := _badly_written(key, value):
+        return said
     low, high = RANGES.get(key, (None, None))
     numbers = [v for v in (value if isinstance(value, tuple) else (value,)) if isinstance(v, (int, float)) and not isinstance(v, bool)]
+    if any(abs(v) > WHOLE for v in numbers if isinstance(v, int)):
+        return f"expected a number of at most {high or WHOLE}"
     wrong = [v for v in numbers if (low is not None and v < low) or (high is not None and v > high)]
     if not wrong:
         return ""
     span = f"between {low:g} and {high:g}" if high is not None else "above 0" if low == 1e-9 else f"{low:g} or more"
     return f"expected {span}, found {wrong[0]}"
+
+
+def _badly_written(key: str, value: object) -> str:
+    """What is wrong with a text, or nothing. Paths may hold bytes that are no text; what gets into captions and files may not."""
+    texts = [v for v in (value if isinstance(value, tuple) else (value,)) if isinstance(v, str)]
+    if key not in paths.names() and not all(map(is_text, texts)):
+        return "expected text in UTF-8"
+    pattern, words = TEXTS.get(key, ("", ""))
+    wrong = [text for text in texts if pattern and not re.fullmatch(pattern, text, re.DOTALL)]
+    return f"expected {words}, found {wrong[0]!r}" if wrong else ""
 
 
 def clashes(values: Mapping[str, Any], given: Mapping[str, Given], method: str, report: Report) -> None:

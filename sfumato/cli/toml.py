@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from sfumato.errors import UserError
+from sfumato.formats.paths import printable
 from sfumato.formats.text import parse_json, parse_toml, read_text
 
 if sys.version_info >= (3, 11):
@@ -120,5 +121,5 @@ def _literal(value: object) -> str:
     if isinstance(value, (list, tuple)):
         return f"[{', '.join(_literal(v) for v in value)}]"
     if isinstance(value, str):
-        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")  # JSON's escapes are TOML's, but for DEL
+        return json.dumps(printable(value), ensure_ascii=False).replace("\x7f", "\\u007f")  # JSON's escapes are TOML's, but for DEL
     return repr(value)

@@ -8,6 +8,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+ONLY_REGULARISATION = (
+    "all of its folders hold regularisation images (is_reg), which are seen only beside training images of the same dataset: "
+    "put them into the [[datasets]] of the folder that they go with, or leave is_reg out"
+)
 Interpolation = Literal["lanczos", "nearest", "bilinear", "linear", "bicubic", "cubic", "area", "box"]
 
 

@@ -78,7 +78,7 @@ def _split(text: str, options: CaptionOptions) -> list[str]:
 
 
 def tags(lines: Sequence[str], options: CaptionOptions) -> list[str]:
-    """The tags of a picture for counts, in lower case as sd-scripts counts them: of the lines that can be drawn, parted by all separators."""
+    """The tags of an image for counts, in lower case as sd-scripts counts them: of lines that can be drawn, parted by all separators."""
     found: list[str] = []
     for line in lines if options.enable_wildcard else lines[:1]:
         for mark in (options.keep_tokens_separator, options.secondary_separator):

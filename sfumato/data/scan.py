@@ -287,9 +287,8 @@ def _caption_notes(subset: SubsetConfig, bare: Sequence[Path], blank: Sequence[P
             f"caption ({_some(bare)}){hint}"
         )
     if blank:
-        notes.append(
-            f"{subset.image_dir}: {len(blank)} caption files have no text, and their images train with an empty caption ({_some(blank)})"
-        )
+        empty = f"{subset.image_dir}: {len(blank)} caption files have no text"
+        notes.append(f"{empty}, and their images train with an empty caption ({_some(blank)})")
     if long:
         many = f"{subset.image_dir}: {len(long)} captions have several lines"
         notes.append(f"{many} and only the first is used ({_some(long)}); enable_wildcard draws one")

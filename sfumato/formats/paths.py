@@ -30,7 +30,10 @@ def kind(mode: int) -> str:
 
 
 def trouble(path: str | os.PathLike[str], expected: str = "file") -> str:
-    """Why there is no `expected` ("file" or "folder") at a path; empty when there is one. A pipe, which would be waited for, is not opened."""
+    """Why there is no `expected` ("file", "folder" or "file or folder") at a path; empty when there is one.
+
+    Nothing is opened: a pipe would be waited for.
+    """
     try:
         found = kind(os.stat(path).st_mode)
     except FileNotFoundError:
@@ -39,4 +42,4 @@ def trouble(path: str | os.PathLike[str], expected: str = "file") -> str:
         return f"cannot be read: {error.strerror or error}"
     except ValueError:  # a zero byte, or a character that this system has no byte for
         return "is not a possible path here"
-    return "" if found == expected else f"is a {found}, not a {expected}"
+    return "" if found in expected.split(" or ") else f"is a {found}, not a {expected}"

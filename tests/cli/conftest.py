@@ -11,9 +11,10 @@ from PIL import Image
 
 @pytest.fixture
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The current folder: `base.safetensors`, `pictures/` with one picture, `data.toml`."""
+    """The current folder: `base.safetensors`, `pictures/` with one picture, `more/` with none, `data.toml`."""
     safetensors(tmp_path / "base.safetensors", SHAPES)
     (tmp_path / "pictures").mkdir()
+    (tmp_path / "more").mkdir()
     Image.new("RGB", (64, 64)).save(tmp_path / "pictures" / "a.png")
     (tmp_path / "pictures" / "a.txt").write_text("a")
     (tmp_path / "data.toml").write_text('[[datasets]]\nresolution = 64\n[[datasets.subsets]]\nimage_dir = "pictures"\n')

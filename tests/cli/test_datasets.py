@@ -1,12 +1,18 @@
 from __future__ import annotations
 
 import json
+import os
+import sys
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
-from sfumato.cli import datasets, flags
-from sfumato.config import DatasetConfig
+from sfumato.cli import datasets, flags, options, toml
+from sfumato.cli.report import Given, Report
+from sfumato.config import DatasetConfig, SubsetConfig
 from sfumato.data.buckets import check
 from sfumato.errors import UserError
 
@@ -33,7 +39,7 @@ keep_tokens = 1
   keep_tokens = 0
 
   [[datasets.subsets]]
-  image_dir = "pictures"
+  image_dir = "more"
   is_reg = true
 
 [[datasets]]
@@ -76,7 +82,7 @@ def test_what_is_written_reads_back_to_the_same(home: Path) -> None:
 
 
 def test_every_mistake_is_told_with_its_line(home: Path) -> None:
-    text = FULL.replace('image_dir = "pictures"\n  is_reg', 'image_dir = "picture"\n  is_reg').replace("batch_size = 3", 'batch_size = "3"')
+    text = FULL.replace('image_dir = "more"\n  is_reg', 'image_dir = "picture"\n  is_reg').replace("batch_size = 3", 'batch_size = "3"')
     text = (
         text.replace("num_repeats = 5", "num_repeat = 5")
         .replace("keep_tokens = 1\n", "keep_tokens = 1\nis_reg = true\n")
@@ -109,7 +115,7 @@ def test_every_mistake_is_told_with_its_line(home: Path) -> None:
             '[[datasets]]\n[[datasets.subsets]]\nmetadata_file = "x.json"\nimage_dir = "pictures"\n',
             "data.toml:3: metadata_file: is not supported yet",
         ),
-        ('[[datasets]]\n[[datasets.subsets]]\nimage_dir = "pictures"\nis_reg = true\n', "all folders are regularisation pictures"),
+        ('[[datasets]]\n[[datasets.subsets]]\nimage_dir = "pictures"\nis_reg = true\n', "dataset 1: all of its folders hold regu"),
         ('[[datasets]]\nenable_bucket = true\nresolution = 2048\n[[datasets.subsets]]\nimage_dir = "pictures"\n', "above max_bucket_reso"),
         ('[[datasets]]\n[[datasets.subsets]]\nimage_dir = "pictures"\nconditioning_data_dir = "pictures"\n', "needs masked_loss"),
         ("[[datasets]]\n[[datasets.subsets]]\nimage_dir = 'C:\\x'\nface_crop_aug_range = 'a'\n", "data.toml:3: image_dir"),
@@ -194,3 +200,168 @@ def test_bucket_limits_are_rounded_before_they_are_checked(limits: str, home: Pa
 def test_bucket_limits_that_do_not_fit_when_rounded_are_refused(limits: str, message: str, home: Path) -> None:
     with pytest.raises(UserError, match=message):
         read(bucketed(limits))
+
+
+def files(*names: str) -> None:
+    for name in names:
+        Path(name).parent.mkdir(parents=True, exist_ok=True)
+        Path(name).write_bytes(b"")
+
+
+SUBSET = '[[datasets.subsets]]\nimage_dir = "{}"\n'
+FOUR = "[[datasets]]\n" + "".join(map(SUBSET.format, ("pictures", "none", "empty", "zero"))) + "num_repeats = 0\n"
+
+
+def test_folders_that_kohyas_scripts_pass_over_are_left_out_of_kohyas_files(home: Path) -> None:
+    files("empty/notes.md", "zero/a.png")
+    Path("data.toml").write_text(FOUR)
+    Path("kohya.toml").write_text('dataset_config = "data.toml"\n')
+    found = flags.resolve_all([*MODEL, "--config_file", "kohya.toml"], "network")
+    assert [s.image_dir for s in found.datasets[0].subsets] == ["pictures"]
+    left = [n for n in found.notices if "left out, as in kohya's scripts" in n]
+    assert [n.rpartition(": ")[2] for n in left] == ["does not exist", "no images are in it", "num_repeats is 0"]
+
+
+def test_folders_that_cannot_act_are_refused_in_our_own_files(home: Path) -> None:
+    files("empty/notes.md", "zero/a.png")
+    with pytest.raises(UserError) as e:
+        read(FOUR)
+    assert [m.partition(": ")[2] for m in e.value.messages if "none" in m or "num_repeats" in m] == [
+        f"image_dir: folder none does not exist (looked for in {home})",
+        "num_repeats: expected 1 or more, found 0",
+    ]
+
+
+def test_a_kohya_file_of_which_no_folder_is_left_is_refused(home: Path) -> None:
+    Path("data.toml").write_text("[[datasets]]\n" + SUBSET.format("none"))
+    Path("kohya.toml").write_text('dataset_config = "data.toml"\n')
+    with pytest.raises(
+        UserError, match=r"kohya\.toml:1: dataset_config: no folder of images is left to train on:\n  none: left out.*does not exist"
+    ):
+        flags.resolve_all([*MODEL, "--config_file", "kohya.toml"], "network")
+
+
+def test_the_same_folder_is_taken_once_in_a_dataset(home: Path) -> None:
+    twice = "[[datasets]]\nresolution = 64\n" + SUBSET.format("pictures") + "num_repeats = 3\n" + SUBSET.format("./pictures/")
+    Path("data.toml").write_text(twice + twice.replace("64", "96"))
+    found = flags.resolve_all(BASE, "network")
+    assert [[s.num_repeats for s in d.subsets] for d in found.datasets] == [[3], [3]]
+    assert [n for n in found.notices if "stands twice in one dataset, and is taken once" in n]
+
+
+def test_regularisation_alone_is_refused_with_the_cure(home: Path) -> None:
+    files("reg/a.png")
+    text = "[[datasets]]\n" + SUBSET.format("pictures") + "[[datasets]]\n" + SUBSET.format("reg") + "is_reg = true\n"
+    with pytest.raises(UserError, match=r"dataset 2: all of its folders hold regularisation.*put them into the \[\[datasets\]\] of"):
+        read(text)
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ('caption_extension = ""', "caption_extension: expected the ending of caption files, such as .txt, found ''"),
+        ('caption_extension = "a/b"', "caption_extension: expected the ending of caption files"),
+        ('caption_extension = "."', "caption_extension: expected the ending of caption files"),
+        ('caption_separator = ""', "caption_separator: expected at least one character"),
+        ("num_repeats = 1000000000000000000000", "num_repeats: expected a number of at most 9223372036854775807"),
+        ("batch_size = 9223372036854775808", "batch_size: expected a number of at most"),
+        ("resolution = 1000000", "resolution: expected between 1 and 16384, found 1000000"),
+        ("max_bucket_reso = 1000000000000", "max_bucket_reso: expected between 1 and 16384"),
+        ("bucket_reso_steps = 100000", "bucket_reso_steps: expected between 8 and 16384"),
+    ],
+)
+def test_settings_that_no_dataset_can_have_are_refused_with_their_line(setting: str, message: str, home: Path) -> None:
+    with pytest.raises(UserError) as e:
+        read("[[datasets]]\n" + setting + "\n" + SUBSET.format("pictures"))
+    assert f"data.toml:2: {message}" in str(e.value)
+
+
+@pytest.mark.parametrize("extension", ["", ".", "/txt"])
+def test_a_caption_extension_that_is_none_is_refused_on_the_command_line(extension: str, home: Path) -> None:
+    with pytest.raises(UserError, match="--caption_extension: expected the ending of caption files"):
+        flags.resolve([*BASE, "--caption_extension", extension], "network")
+
+
+@pytest.mark.parametrize("name", ["x" * 5000, "x/" * 2500, "a\0b", "~nobody-of-this-name/x"])
+def test_a_path_that_cannot_be_is_told_with_its_line(name: str, home: Path) -> None:
+    with pytest.raises(UserError) as e:
+        read(json.dumps({"datasets": [{"subsets": [{"image_dir": name}]}]}), name="data.json")
+    [message] = e.value.messages
+    assert message.startswith("data.json: datasets.0.subsets.0: image_dir: folder ") and len(message) < 700
+
+
+def test_text_that_is_no_unicode_is_refused_where_it_would_be_read(home: Path) -> None:
+    with pytest.raises(UserError, match="class_tokens: expected text in UTF-8"):
+        read('{"datasets": [{"subsets": [{"image_dir": "pictures", "class_tokens": "\\ud800"}]}]}', name="data.json")
+    with pytest.raises(UserError, match="--caption_prefix: expected text in UTF-8"):
+        flags.resolve([*BASE, "--caption_prefix", "\udcff"], "network")
+
+
+@pytest.mark.skipif(sys.platform in ("win32", "darwin"), reason="names are text here")
+def test_a_folder_whose_class_tokens_are_no_text_is_told(home: Path) -> None:
+    os.makedirs(b"train/3_caf\xe9")
+    with pytest.raises(UserError, match=r"3_caf\\xe9: its name says .*expected text in UTF-8; rename it"):
+        flags.resolve([*MODEL, "--train_data_dir", "train"], "network")
+
+
+def test_what_is_written_of_a_name_that_is_no_text_can_be_saved_and_read(home: Path) -> None:
+    made = DatasetConfig(subsets=(SubsetConfig(image_dir="caf\udce9", caption_suffix="\x7f"),))
+    Path("out.toml").write_text(datasets.write([made]), encoding="utf-8")
+    assert toml.read("out.toml")[0]["datasets"][0]["subsets"][0]["image_dir"] == "caf\\xe9"
+
+
+ODD = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats()
+    | st.text(max_size=4)
+    | st.sampled_from(["pictures", "", "none", 10**30, -1, 0]),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["subsets", "image_dir", "resolution", "x"]), inner, max_size=3)
+    ),
+    max_leaves=6,
+)
+KEYS = st.sampled_from(
+    sorted({f.name for record in (DatasetConfig, SubsetConfig) for f in fields(record)} | {"metadata_file", "odd", "\n"})
+)
+
+
+@given(
+    content=st.fixed_dictionaries(
+        {
+            "datasets": ODD
+            | st.lists(st.fixed_dictionaries({"subsets": st.lists(st.dictionaries(KEYS, ODD, max_size=3), max_size=2)}), max_size=2)
+        },
+        optional={"general": st.dictionaries(KEYS, ODD, max_size=4) | ODD},
+    )
+)
+@settings(max_examples=150, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_a_dataset_file_of_any_shape_is_read_or_told(content: dict[str, object], home: Path) -> None:
+    Path("odd.json").write_text(json.dumps(content))
+    report = Report()
+    plain = {name: option.default for name, option in options.common().items()} | {"dataset_config": "odd.json"}
+    for lenient in (False, True):
+        datasets.read(plain, {"dataset_config": Given("dataset_config", "odd.json", "", True, lenient)}, report)
+    assert all(len(message) < 2000 for message in report.errors)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "a = " + "[" * 5000 + "]" * 5000,
+        "a = " + "[" * 40 + "]" * 40,
+        "a = " + "9" * 5000,
+        "a.b.c = 1\na.b = 2",
+        "[a]\n[[a]]",
+        "\x00",
+        "=",
+        "[[datasets]]\n" * 3,
+    ],
+)
+def test_toml_and_json_that_no_one_can_mean_are_told(text: str, home: Path) -> None:
+    for name in ("odd.toml", "odd.json"):
+        report = Report()
+        Path(name).write_text(text if name.endswith("toml") else '{"a": ' + text.removeprefix("a = ") + "}")
+        assert datasets.from_file(Path(name), report) == [] or report.errors
+        assert report.errors

@@ -44,6 +44,7 @@ def test_an_unsupported_setting_passes_when_it_is_off(home: Path) -> None:
 
 def test_a_typical_command_is_read_whole(home: Path) -> None:
     Path("train/10_lines").mkdir(parents=True)
+    Path("train/10_lines/a.png").write_bytes(b"")
     Path("prompts.txt").write_text("a cat --d 1\n")
     found = kohya.resolve(
         "train_network",

@@ -78,7 +78,12 @@ def test_the_separator_is_kept_when_tags_are_shuffled_or_dropped() -> None:
         "red hair, long; blue sky",
         "blue sky; red hair, long",
     }
-    assert many("red hair, long; sky", caption_separator=";", caption_tag_dropout_rate=0.5) == {"red hair, long; sky", "red hair, long", "sky", ""}
+    assert many("red hair, long; sky", caption_separator=";", caption_tag_dropout_rate=0.5) == {
+        "red hair, long; sky",
+        "red hair, long",
+        "sky",
+        "",
+    }
     assert many("a b", caption_separator=" ", shuffle_caption=True) == {"a b", "b a"}
     assert many("a,b", caption_separator=", ", shuffle_caption=True) == {"a,b"}
     assert many("k|||a;b", caption_separator=";", keep_tokens_separator="|||") == {"k; a; b"}
