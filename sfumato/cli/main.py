@@ -8,6 +8,7 @@ import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from io import TextIOWrapper
 from typing import TYPE_CHECKING
 
 from sfumato import __version__
@@ -41,6 +42,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def guarded(job: Callable[[], int]) -> int:
     """Run a job; a user's mistake is told on stderr without a traceback."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a file's name may have no letter in the terminal's alphabet, or be no text
     try:
         return job()
     except UserError as e:

@@ -60,7 +60,7 @@ def resolutions(options: BucketOptions) -> tuple[Size, ...]:
 def place(size: Size, options: BucketOptions, buckets: Sequence[Size] | None = None) -> Placement:
     """The bucket of a picture of this (width, height), and how it gets there. `buckets`: `resolutions(options)`, worked out once.
 
-    Raises ValueError for a picture that is too small or too long for any bucket (with `bucket_no_upscale` only).
+    Raises ValueError for a picture that is too small or too long for any bucket.
     """
     if options.enable_bucket and options.bucket_no_upscale:
         return _place_without_enlarging(size, options)
@@ -70,7 +70,15 @@ def place(size: Size, options: BucketOptions, buckets: Sequence[Size] | None = N
     # The sorted order decides ties: the narrowest bucket wins, as in sd-scripts.
     bucket = size if size in buckets else min(buckets, key=lambda b: abs(b[0] / b[1] - ratio))
     scale = bucket[1] / height if ratio > bucket[0] / bucket[1] else bucket[0] / width
-    return Placement(bucket, (int(width * scale + 0.5), int(height * scale + 0.5)))
+    resized = int(width * scale + 0.5), int(height * scale + 0.5)
+    if resized[0] * resized[1] > LARGEST:
+        there = f"{resized[0]}x{resized[1]} before it is cut to {bucket[0]}x{bucket[1]}"
+        raise ValueError(f"{width}x{height} would be {there}, more than can be held: crop it")
+    return Placement(bucket, resized)
+
+
+LARGEST = 2**29
+"""Pixels of a picture once it is resized: 1.5 GB. Only a picture a thousand times as long as it is wide comes near."""
 
 
 def _place_without_enlarging(size: Size, options: BucketOptions) -> Placement:

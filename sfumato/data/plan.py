@@ -10,6 +10,7 @@ from hashlib import blake2b
 from pathlib import Path
 
 from sfumato.config import DatasetConfig, SubsetConfig
+from sfumato.config.data import ONLY_REGULARISATION
 from sfumato.data.batch import Size
 from sfumato.data.buckets import Placement, check, place, resolutions
 from sfumato.data.scan import Picture, Scan, Skipped, scan
@@ -158,6 +159,10 @@ def _cut_away(placement: Placement) -> float:
     return 1 - kept / (placement.resized[0] * placement.resized[1])
 
 
+LARGEST_EPOCH = 2**22
+"""Samples of an epoch, of all datasets together: their order is shuffled in memory, with some 150 bytes a sample."""
+
+
 def make_plan(
     datasets: Sequence[DatasetConfig],
     index: Index,
@@ -179,16 +184,26 @@ def make_plan(
     items: list[Item] = []
     skipped: list[Skipped] = []
     notes: list[str] = []
+    wrong: list[str] = []
     for d, dataset in enumerate(datasets):
         found = scan(dataset, index, bodies=bodies, progress=progress)
         placed, left = _placed(found, dataset, d)
+        if placed and all(item.picture.is_reg for item in placed):
+            wrong.append(f"dataset {d + 1}: {ONLY_REGULARISATION}")
         placed, unneeded = _repeat_regularisation(placed)
         items += placed
         skipped += [*found.skipped, *left, *unneeded]
         notes += found.notes + _notes(dataset, placed, unneeded, d)
     bad = [skip for skip in skipped if skip.unreadable]
     if bad and not skip_unreadable:
-        raise UserError(_listed(bad))
+        wrong.append(_listed(bad))
+    if (samples := sum(item.repeats for item in items)) > LARGEST_EPOCH:
+        wrong.append(
+            f"images x num_repeats are {samples:,} samples an epoch, and each is drawn by itself: at most {LARGEST_EPOCH:,} are possible; "
+            "lower num_repeats (dataset_repeats), and train longer by max_train_epochs or max_train_steps"
+        )
+    if wrong:
+        raise UserError(*wrong)
     if not items:
         raise UserError("no picture is left to train on", *([_listed(bad)] if bad else []))
     return Plan(datasets=tuple(datasets), items=tuple(items), skipped=tuple(skipped), notes=tuple(notes), stride=stride)
@@ -204,8 +219,6 @@ def _check_options(datasets: Sequence[DatasetConfig], multiple: int) -> None:
     wrong = []
     if not any(dataset.subsets for dataset in datasets):
         wrong.append("there are no pictures to train on: name a folder by train_data_dir, or in the file of dataset_config")
-    elif all(subset.is_reg for dataset in datasets for subset in dataset.subsets):
-        wrong.append("all folders are of regularisation pictures (is_reg): there is nothing to train on")
     for d, dataset in enumerate(datasets):
         where = f"dataset {d + 1}"
         wrong += [f"{where}: {message}" for message in check(dataset, multiple)]

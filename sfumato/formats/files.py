@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 from sfumato.errors import UserError
 from sfumato.formats import header
 from sfumato.formats.header import DTYPES, LARGEST, Header, TensorInfo
+from sfumato.formats.paths import printable
 
 if TYPE_CHECKING:
     import torch
@@ -254,7 +255,7 @@ def serialise(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None 
     order = list(DTYPES)
     rank = {name: order.index(_spelling(name, t)) for name, t in tensors.items()}
     names = sorted(tensors, key=lambda name: (-rank[name], name.encode()))
-    entries: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    entries: dict[str, Any] = {"__metadata__": {k: printable(v) for k, v in metadata.items()}} if metadata else {}
     at = 0
     for name in names:
         t = tensors[name]

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from sfumato.config import Config, DatasetConfig, OutputConfig
 from sfumato.errors import UserError
 from sfumato.formats.files import file_digest, serialise, stamp, write_text
+from sfumato.formats.paths import printable
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -206,7 +207,7 @@ def _dataset_fields(datasets: Sequence[DatasetFacts]) -> dict[str, object]:
     tags: dict[str, Counter[str]] = {}
     for d in datasets:
         for subset, count in zip(d.config.subsets, d.images, strict=True):
-            folders[subset.is_reg][Path(subset.image_dir).name] = {"n_repeats": subset.num_repeats, "img_count": count}
+            folders[subset.is_reg][_folder(subset.image_dir)] = {"n_repeats": subset.num_repeats, "img_count": count}
         for folder, counted in _tags(d).items():
             tags.setdefault(folder, Counter()).update(counted)
     width, height = datasets[0].config.resolution
@@ -240,7 +241,8 @@ def _dataset(facts: DatasetFacts) -> dict[str, object]:
     subsets = plain.pop("subsets")
     for subset, count in zip(subsets, facts.images, strict=True):
         subset["img_count"] = count
-        subset["image_dir"] = Path(subset["image_dir"]).name  # where it lay on somebody's disk is nobody's business
+        for name in ("image_dir", "conditioning_data_dir"):  # where it lay on somebody's disk is nobody's business
+            subset[name] = _folder(subset[name]) if subset[name] else subset[name]
     repeated = [(s.is_reg, n * s.num_repeats) for s, n in zip(facts.config.subsets, facts.images, strict=True)]
     return {
         "is_dreambooth": True,
@@ -254,6 +256,10 @@ def _dataset(facts: DatasetFacts) -> dict[str, object]:
     }
 
 
+def _folder(path: str) -> str:
+    return printable(Path(path).name)
+
+
 def _bucket_info(facts: DatasetFacts) -> dict[str, object]:
     buckets = {str(i): {"resolution": list(size), "count": n} for i, (size, n) in enumerate(sorted(facts.buckets.items()))}
     return {"buckets": buckets, "mean_img_ar_error": facts.mean_ar_error}
@@ -263,7 +269,7 @@ def _tags(facts: DatasetFacts) -> dict[str, Counter[str]]:
     """folder -> how often each tag stands in its captions."""
     out: dict[str, Counter[str]] = {}
     for subset, counted in zip(facts.config.subsets, facts.tags, strict=False):
-        out.setdefault(Path(subset.image_dir).name, Counter()).update(counted)
+        out.setdefault(_folder(subset.image_dir), Counter()).update(counted)
     return out
 
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
 from types import SimpleNamespace
@@ -74,3 +75,10 @@ def test_show_says_what_a_file_is(home: Path, capsys: pytest.CaptureFixture[str]
 def test_the_page_of_options_is_up_to_date() -> None:
     page = Path(__file__).parents[2] / "docs" / "options.md"
     assert page.read_text(encoding="utf-8") == reference.page(), "run `python -m sfumato.cli.reference > docs/options.md`"
+
+
+def test_names_that_the_terminal_has_no_letters_for_are_printed(monkeypatch: pytest.MonkeyPatch) -> None:
+    shown = io.BytesIO()
+    monkeypatch.setattr("sys.stdout", io.TextIOWrapper(shown, encoding="ascii", write_through=True))
+    assert guarded(lambda: print("caf\udce9 \u732b") or 0) == 0
+    assert shown.getvalue().split() == [rb"caf\udce9", rb"\u732b"]

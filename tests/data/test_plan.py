@@ -6,7 +6,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from folders import dataset, folder, plan, subset
+from folders import dataset, folder, noise, plan, subset
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -104,7 +104,7 @@ def test_regularisation_pictures_come_as_often_as_training_pictures(tmp_path: Pa
 
 
 def test_regularisation_alone_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="nothing to train on"):
+    with pytest.raises(UserError, match=r"dataset 1: all of its folders hold regularisation images.*leave is_reg out"):
         plan(dataset(subset(folder(tmp_path), is_reg=True)))
 
 
@@ -142,3 +142,23 @@ def test_the_digest_changes_when_the_batches_do(tmp_path: Path) -> None:
     assert plan(dataset(subset(root))).digest() == same
     for other in (dataset(subset(root), batch_size=3), dataset(subset(root, num_repeats=2)), dataset(subset(root), resolution=(80, 80))):
         assert plan(other).digest() != same
+
+
+def test_regularisation_is_alone_where_no_training_image_can_be_read(tmp_path: Path) -> None:
+    (tmp_path / "t").mkdir()
+    (tmp_path / "t" / "a.png").write_bytes(b"")
+    with pytest.raises(UserError, match="regularisation"):
+        plan(dataset(subset(tmp_path / "t"), subset(folder(tmp_path / "r"), is_reg=True)), skip_unreadable=True)
+
+
+def test_an_epoch_of_more_samples_than_can_be_shuffled_is_refused_at_once(tmp_path: Path) -> None:
+    folder(tmp_path, [(64, 64)] * 2)
+    with pytest.raises(UserError, match=r"20,000,000 samples an epoch.*lower num_repeats \(dataset_repeats\)"):
+        plan(dataset(subset(tmp_path, num_repeats=10_000_000)))
+    assert plan(dataset(subset(tmp_path), batch_size=10**18)).batches_per_epoch == 1
+
+
+def test_an_image_that_would_be_too_large_to_hold_is_told_with_its_size(tmp_path: Path) -> None:
+    noise((2, 20_000), 1).save(tmp_path / "thread.png")
+    with pytest.raises(UserError, match=r"thread\.png: 2x20000 would be 512x5120000 before it is cut to 512x512"):
+        plan(DatasetConfig(subsets=(subset(tmp_path),)))

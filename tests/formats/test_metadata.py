@@ -211,3 +211,12 @@ def test_two_datasets_add_up() -> None:
     assert len(json.loads(fields["ss_datasets"])) == 2
     assert json.loads(fields["ss_tag_frequency"])["10_cat"] == {"a cat": 4, "sitting": 2}
     assert fields["ss_bucket_info"] == "None"
+
+
+def test_names_that_are_no_text_can_be_saved(tmp_path: Path) -> None:
+    odd = "/home/me/caf\udce9"
+    subsets = (SubsetConfig(image_dir=odd, conditioning_data_dir=odd),)
+    fields = metadata.training(Config(), RUN, [metadata.DatasetFacts(config=DatasetConfig(subsets=subsets), images=(1,), tags=({"a": 1},))])
+    assert json.loads(fields["ss_tag_frequency"]) == {"caf\\xe9": {"a": 1}} and "/home/me" not in json.dumps(fields)
+    files.save(tmp_path / "a.safetensors", {"a": torch.zeros(1)}, {"ss_sd_model_name": "m\udcff.safetensors", **fields})
+    assert files.read_header(tmp_path / "a.safetensors").metadata["ss_sd_model_name"] == "m\\xff.safetensors"
