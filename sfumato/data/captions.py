@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import product
 from math import floor, prod
 
@@ -116,6 +117,31 @@ def every(lines: Sequence[str], options: CaptionOptions, limit: int = 256) -> li
         # No draw is made here: with nothing endless set, the tags do not move.
         found += [_varied_tags(caption, options, random.Random(0), 0) for caption in spelt]
     return list(dict.fromkeys(found + [""] * drops))
+
+
+def whole(lines: Sequence[str], options: CaptionOptions) -> list[str]:
+    """The captions of an image with all of their tags and the longest wildcards. `options`: as `unvaried` gives them."""
+    texts = [affixed(line, options) for line in (lines if options.enable_wildcard else lines[:1])]
+    if options.enable_wildcard:
+        texts = [_WILDCARD.sub(_longest, text) for text in texts]
+    # No draw is made here: nothing moves.
+    return [_varied_tags(text, options, random.Random(0), 0) for text in texts]
+
+
+def _longest(found: re.Match[str]) -> str:
+    return max(found[1].split("|"), key=len) if found[1] else found[0][0]
+
+
+def unvaried(options: CaptionOptions) -> CaptionOptions:
+    """The options with nothing dropped or moved."""
+    return replace(
+        options,
+        shuffle_caption=False,
+        token_warmup_step=0,
+        caption_tag_dropout_rate=0,
+        caption_dropout_rate=0,
+        caption_dropout_every_n_epochs=0,
+    )
 
 
 def _spelt(caption: str, limit: int) -> list[str] | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol, cast
 
@@ -11,6 +11,20 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from sfumato.data.batch import Cond, Tokens
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Limit:
+    """How much of a caption a text encoder takes."""
+
+    encoder: str
+    """Its name in messages: "CLIP"."""
+    tokens: int
+    """The most tokens, without the marks of start and end."""
+    count: Callable[[Sequence[str]], Sequence[int]]
+    """Captions -> how many tokens each has, uncut."""
+    raised_by: str = ""
+    """The setting that makes it take more, if there is one."""
 
 
 class TokenizeStrategy(Protocol):
@@ -23,6 +37,10 @@ class TokenizeStrategy(Protocol):
 
     def tokenize(self, captions: Sequence[str]) -> Tokens:
         """b captions -> named tensors whose first dimension is b."""
+        ...
+
+    def limits(self) -> Sequence[Limit]:
+        """Where captions are cut: one for each encoder that reads them in its own way."""
         ...
 
 

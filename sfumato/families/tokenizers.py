@@ -6,7 +6,7 @@ import gzip
 import json
 import struct
 from collections.abc import Iterator, Sequence
-from functools import cache
+from functools import cache, partial
 from hashlib import blake2b
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +16,8 @@ from sfumato.families import sources
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from sfumato.data.strategies import Limit
 
 BOS, EOS = "<|startoftext|>", "<|endoftext|>"
 MERGES = Path(__file__).with_name("clip_bpe.txt.gz")
@@ -77,6 +79,19 @@ def padded(tokenizer: Any, captions: Sequence[str], length: int) -> tuple[Tensor
 
     said = tokenizer(list(captions), padding="max_length", truncation=True, max_length=length, return_tensors="pt")
     return said.input_ids, said.attention_mask.to(torch.bool)
+
+
+def limit(encoder: str, tokenizer: Any, tokens: int, raised_by: str = "") -> list[Limit]:
+    """What an encoder takes of captions, for `TokenizeStrategy.limits`; nothing when its tokenizer is not there (None)."""
+    from sfumato.data.strategies import Limit  # it imports torch
+
+    return [] if tokenizer is None else [Limit(encoder=encoder, tokens=tokens, count=partial(_counts, tokenizer), raised_by=raised_by)]
+
+
+def _counts(tokenizer: Any, captions: Sequence[str]) -> list[int]:
+    # verbose: transformers warns of captions over the model's length, which are what is looked for.
+    said = tokenizer(list(captions), add_special_tokens=False, return_attention_mask=False, verbose=False)
+    return [len(ids) for ids in said.input_ids]
 
 
 # --- T5 ---

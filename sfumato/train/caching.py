@@ -20,7 +20,7 @@ from sfumato.families.loading import fetch
 from sfumato.formats import files
 from sfumato.formats.files import file_digest
 from sfumato.formats.metadata import remembered
-from sfumato.train import dist
+from sfumato.train import dist, lengths
 from sfumato.train.progress import Tell, console, telling
 from sfumato.train.step import autocast
 from sfumato.train.trainables import caches_latents, caches_text
@@ -102,10 +102,21 @@ def fill_caches(config: Config, data: Data, models: Models, world: dist.World) -
     if caches_text(config):
         with telling("caching text outputs", quiet=not world.main) as tell:
             texts = _in_turn(world, partial(_cache_texts, config, data, models, world, tell))
+    # Where all text outputs were found, the captions were counted when they were made.
+    if world.main and (texts is None or texts.encoded):
+        tell_long(data, models, console.print)
     for name, report in (("latents", latents), ("text outputs", texts)):
         if report and world.main:
             console.print(f"{name}: {report}")
     return Caches(latents, texts)
+
+
+def tell_long(data: Data, models: Models, say: Callable[[str], None]) -> None:
+    """Say which captions are longer than the text encoders take; `models` needs no values."""
+    with telling("counting tokens") as tell:
+        lines = lengths.too_long(data.plan, models.family.tokenize(models).limits(), tell)
+    for line in lines:
+        say(line)
 
 
 def _in_turn(world: dist.World, job: Callable[[], Report]) -> Report:

@@ -9,7 +9,7 @@ from typing import Any
 from sfumato.config import Config, DatasetConfig, Method
 from sfumato.families.detect import detect_file
 from sfumato.train import dist, keep
-from sfumato.train.caching import Data, open_data
+from sfumato.train.caching import Data, open_data, tell_long
 from sfumato.train.check import Checked, Trained, check
 from sfumato.train.loop import Pace
 from sfumato.train.progress import answers, print_table
@@ -25,6 +25,7 @@ def show(config: Config, method: Method, datasets: tuple[DatasetConfig, ...]) ->
     """`sfumato plan`: print what a training would do. Errors: `UserError`, as the training itself would give before its first step."""
     checked = check(config, method, datasets)
     data = open_data(config, datasets, dist.outside(), checked.models, answers.print)
+    tell_long(data, checked.models, answers.print)
     pace = _pace(config, data)
     answers.print(_model(config))
     print_table(TRAINED, [_trained_row(each) for each in checked.trained])
@@ -40,6 +41,7 @@ def facts(config: Config, method: Method, datasets: tuple[DatasetConfig, ...]) -
     """`sfumato plan --json`: the same, for scripts. Errors: as `show`."""
     checked, notes = check(config, method, datasets), list[str]()
     data = open_data(config, datasets, dist.outside(), checked.models, notes.append)
+    tell_long(data, checked.models, notes.append)
     pace = _pace(config, data)
     return {
         "model": asdict(detect_file(config.model.pretrained_model_name_or_path)),

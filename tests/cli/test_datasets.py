@@ -344,24 +344,3 @@ def test_a_dataset_file_of_any_shape_is_read_or_told(content: dict[str, object],
     for lenient in (False, True):
         datasets.read(plain, {"dataset_config": Given("dataset_config", "odd.json", "", True, lenient)}, report)
     assert all(len(message) < 2000 for message in report.errors)
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        "a = " + "[" * 5000 + "]" * 5000,
-        "a = " + "[" * 40 + "]" * 40,
-        "a = " + "9" * 5000,
-        "a.b.c = 1\na.b = 2",
-        "[a]\n[[a]]",
-        "\x00",
-        "=",
-        "[[datasets]]\n" * 3,
-    ],
-)
-def test_toml_and_json_that_no_one_can_mean_are_told(text: str, home: Path) -> None:
-    for name in ("odd.toml", "odd.json"):
-        report = Report()
-        Path(name).write_text(text if name.endswith("toml") else '{"a": ' + text.removeprefix("a = ") + "}")
-        assert datasets.from_file(Path(name), report) == [] or report.errors
-        assert report.errors

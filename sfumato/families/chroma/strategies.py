@@ -9,7 +9,9 @@ from typing import Any
 from torch import nn
 
 from sfumato.data.batch import Cond, Tokens
+from sfumato.data.strategies import Limit
 from sfumato.families.flux.strategies import outputs, t5_settings, t5_states, t5_tokens
+from sfumato.families.tokenizers import limit
 
 OUTPUTS = outputs(masked=True, fields=("t5",))
 PADDING_SEEN = 1
@@ -32,6 +34,10 @@ class ChromaTokenize:
     def tokenize(self, captions: Sequence[str]) -> Tokens:
         """See the class."""
         return t5_tokens(self.t5, captions, self.length, masked=True, padding=PADDING_SEEN)
+
+    def limits(self) -> list[Limit]:
+        """T5's."""
+        return limit("T5", self.t5, self.length - 1, "t5xxl_max_token_length")
 
 
 @dataclass(frozen=True)

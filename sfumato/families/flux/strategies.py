@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from sfumato.data.batch import Cond, Tokens
-from sfumato.data.strategies import LatentsCachingStrategy, TextEncoderOutputsCachingStrategy
+from sfumato.data.strategies import LatentsCachingStrategy, Limit, TextEncoderOutputsCachingStrategy
 from sfumato.families.flux.net import PATCH
-from sfumato.families.tokenizers import fingerprint, padded
+from sfumato.families.tokenizers import fingerprint, limit, padded
 
 CLIP_LENGTH = 77
 """Tokens of a caption for CLIP, marks included."""
@@ -56,6 +56,10 @@ class FluxTokenize:
         """See the class."""
         ids, _ = padded(self.clip_l, captions, CLIP_LENGTH)
         return {"clip_l": ids, **t5_tokens(self.t5, captions, self.length, masked=self.masked)}
+
+    def limits(self) -> list[Limit]:
+        """T5 reads on where CLIP ends."""
+        return limit("CLIP", self.clip_l, CLIP_LENGTH - 2) + limit("T5", self.t5, self.length - 1, "t5xxl_max_token_length")
 
 
 @dataclass(frozen=True)

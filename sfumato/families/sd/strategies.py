@@ -11,11 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from sfumato.data.batch import Cond, Tokens
-from sfumato.data.strategies import LatentsCachingStrategy, TextEncoderOutputsCachingStrategy
-from sfumato.families.tokenizers import fingerprint
+from sfumato.data.strategies import LatentsCachingStrategy, Limit, TextEncoderOutputsCachingStrategy
+from sfumato.families.tokenizers import fingerprint, limit
 
 CHUNK = 75
 """Tokens that the text encoder takes at once, without the marks of start and end."""
+
+LONGEST = 3 * CHUNK
+"""The most that `max_token_length` can be."""
 
 LATENTS = LatentsCachingStrategy()
 OUTPUTS = TextEncoderOutputsCachingStrategy(fields=("hidden",))
@@ -47,6 +50,17 @@ class SdTokenize:
         if self.weighted:
             tokens["weights"] = torch.tensor([chunks(w, self.max_length, 1.0, 1.0, 1.0) for _, w in rows])
         return tokens
+
+    def limits(self) -> list[Limit]:
+        """The chunks together."""
+        raised_by = "max_token_length" if self.max_length < LONGEST else ""
+        if not self.weighted:
+            return limit("CLIP", self.tokenizer, self.max_length, raised_by)
+
+        def count(captions: Sequence[str]) -> list[int]:
+            return [len(self._row(caption)[0]) for caption in captions]
+
+        return [Limit(encoder="CLIP", tokens=self.max_length, count=count, raised_by=raised_by)]
 
     def _marks(self) -> tuple[int, int, int]:
         t = self.tokenizer

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from sfumato.data.batch import Cond, Tokens
-from sfumato.data.strategies import LatentsCachingStrategy, TextEncoderOutputsCachingStrategy
-from sfumato.families.tokenizers import fingerprint, padded
+from sfumato.data.strategies import LatentsCachingStrategy, Limit, TextEncoderOutputsCachingStrategy
+from sfumato.families.tokenizers import fingerprint, limit, padded
 
 CLIPS = ("clip_l", "clip_g")
 CLIP_LENGTH = 77
@@ -65,6 +65,11 @@ class Sd3Tokenize:
                 tokens[name], used = padded(tokenizer, captions, length)
                 tokens |= {f"{name}_mask": used} if masked else {}
         return tokens
+
+    def limits(self) -> list[Limit]:
+        """T5 reads on where both CLIPs end."""
+        clip = limit("CLIP", next(iter(self.clips.values())), CLIP_LENGTH - 2)
+        return clip + limit("T5", self.t5, self.length - 1, "t5xxl_max_token_length")
 
 
 @dataclass(frozen=True)

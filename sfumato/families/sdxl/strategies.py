@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from sfumato.data.batch import Cond, Tokens
-from sfumato.data.strategies import LatentsCachingStrategy, TextEncoderOutputsCachingStrategy
+from sfumato.data.strategies import LatentsCachingStrategy, Limit, TextEncoderOutputsCachingStrategy
 from sfumato.families.encoders import ClipSays
 from sfumato.families.sd.strategies import SdTokenize, join
 
@@ -35,6 +35,10 @@ class SdxlTokenize:
     def tokenize(self, captions: Sequence[str]) -> Tokens:
         """See the class."""
         return {f"{name}_{key}": t for name, each in self.encoders.items() for key, t in each.tokenize(captions).items()}
+
+    def limits(self) -> list[Limit]:
+        """Both encoders read the same words; what they pad with is not counted."""
+        return next(iter(self.encoders.values())).limits()
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,75 @@
+"""Captions that are cut are counted, whatever reads them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from PIL import Image
+
+from sfumato.config import DatasetConfig, SubsetConfig
+from sfumato.data.plan import Plan, make_plan
+from sfumato.data.store import Index
+from sfumato.data.strategies import Limit
+from sfumato.families import tokenizers
+from sfumato.families.flux.strategies import FluxTokenize
+from sfumato.families.sd.strategies import SdTokenize
+from sfumato.families.sd3.strategies import Sd3Tokenize
+from sfumato.families.sdxl.strategies import SdxlTokenize
+from sfumato.train import lengths
+
+WORDS = Limit(encoder="CLIP", tokens=3, count=lambda texts: [len(text.split()) for text in texts], raised_by="max_token_length")
+
+
+def planned(root: Path, *captions: str, **options: object) -> Plan:
+    for i, caption in enumerate(captions):
+        Image.new("RGB", (64, 64)).save(root / f"{i}.png")
+        (root / f"{i}.txt").write_text(caption, encoding="utf-8")
+    subset = SubsetConfig(image_dir=str(root), **options)  # type: ignore[arg-type]
+    return make_plan([DatasetConfig(subsets=(subset,), resolution=(64, 64))], Index(), bodies=False)
+
+
+def test_long_captions_are_counted_and_shown_with_the_cure(tmp_path: Path) -> None:
+    plan = planned(tmp_path, "a b c", "a b c d", "a b c d e", "a b c d")
+    said = (
+        "3 of 4 captions have more than the 3 tokens that CLIP reads: 2.png (5), 1.png (4), 3.png (4); max_token_length makes it take more"
+    )
+    assert lengths.too_long(plan, [WORDS]) == [said]
+    assert lengths.too_long(plan, []) == []
+
+
+def test_what_is_dropped_or_moved_counts_whole_and_affixes_count(tmp_path: Path) -> None:
+    plan = planned(
+        tmp_path, "a, b, {c|d e}", shuffle_caption=True, caption_tag_dropout_rate=0.9, caption_dropout_rate=1.0, enable_wildcard=True,
+        token_warmup_step=9, caption_suffix="end",
+    )  # fmt: skip
+    assert "0.png (5)" in lengths.too_long(plan, [WORDS])[0]
+
+
+def test_thousands_of_captions_are_counted_in_portions(tmp_path: Path) -> None:
+    seen: list[int] = []
+    limit = Limit(encoder="T5", tokens=0, count=lambda texts: seen.append(len(texts)) or [1] * len(texts))
+    plan = planned(tmp_path, *map(str, range(7)))
+    told: list[tuple[int, int]] = []
+    lengths.PORTION, before = 3, lengths.PORTION
+    try:
+        lengths.too_long(plan, [limit, limit], lambda done, total: told.append((done, total)))
+    finally:
+        lengths.PORTION = before
+    assert seen == [3, 3, 1] * 2 and told[-1] == (14, 14)
+
+
+def test_each_family_counts_as_its_tokens_are_cut() -> None:
+    clip = tokenizers.clip_tokenizer()
+    sd, t5 = SdTokenize(clip, 150), clip  # any vocabulary stands in for T5's
+    strategies = (
+        sd,
+        SdxlTokenize({"clip_l": sd, "clip_g": sd}),
+        Sd3Tokenize({"clip_l": clip, "clip_g": clip}, t5, 20),
+        FluxTokenize(clip, t5, 20),
+    )
+    found = [[(limit.encoder, limit.tokens) for limit in strategy.limits()] for strategy in strategies]
+    assert found == [[("CLIP", 150)], [("CLIP", 150)], [("CLIP", 75), ("T5", 19)], [("CLIP", 75), ("T5", 19)]]
+    text = ["cat " * 100]
+    assert [limit.count(text) for strategy in strategies for limit in strategy.limits()] == [[100]] * 6
+    assert SdTokenize(clip, 75, weighted=True).limits()[0].count(["(cat:1.3) [dog]"]) == [2]
+    assert Sd3Tokenize({"clip_l": clip, "clip_g": clip}, None, 20).limits()[-1].encoder == "CLIP"
