@@ -28,6 +28,7 @@ def _either() -> frozenset[str]:
     return EITHER.union(*(families.facts(name).paths for name in families.names()))
 
 
+@cache
 def names() -> frozenset[str]:
     """All settings that hold paths."""
     return FOLDERS | FILES | MADE | _either() | {"resume"}

@@ -336,7 +336,7 @@ KEYS = st.sampled_from(
         optional={"general": st.dictionaries(KEYS, ODD, max_size=4) | ODD},
     )
 )
-@settings(max_examples=150, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_a_dataset_file_of_any_shape_is_read_or_told(content: dict[str, object], home: Path) -> None:
     Path("odd.json").write_text(json.dumps(content))
     report = Report()
