@@ -3,15 +3,11 @@ from __future__ import annotations
 import json
 import os
 import sys
-from dataclasses import fields
 from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 
-from sfumato.cli import datasets, flags, options, toml
-from sfumato.cli.report import Given, Report
+from sfumato.cli import datasets, flags, toml
 from sfumato.config import DatasetConfig, SubsetConfig
 from sfumato.data.buckets import check
 from sfumato.errors import UserError
@@ -308,39 +304,3 @@ def test_what_is_written_of_a_name_that_is_no_text_can_be_saved_and_read(home: P
     made = DatasetConfig(subsets=(SubsetConfig(image_dir="caf\udce9", caption_suffix="\x7f"),))
     Path("out.toml").write_text(datasets.write([made]), encoding="utf-8")
     assert toml.read("out.toml")[0]["datasets"][0]["subsets"][0]["image_dir"] == "caf\\xe9"
-
-
-ODD = st.recursive(
-    st.none()
-    | st.booleans()
-    | st.integers()
-    | st.floats()
-    | st.text(max_size=4)
-    | st.sampled_from(["pictures", "", "none", 10**30, -1, 0]),
-    lambda inner: (
-        st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["subsets", "image_dir", "resolution", "x"]), inner, max_size=3)
-    ),
-    max_leaves=6,
-)
-KEYS = st.sampled_from(
-    sorted({f.name for record in (DatasetConfig, SubsetConfig) for f in fields(record)} | {"metadata_file", "odd", "\n"})
-)
-
-
-@given(
-    content=st.fixed_dictionaries(
-        {
-            "datasets": ODD
-            | st.lists(st.fixed_dictionaries({"subsets": st.lists(st.dictionaries(KEYS, ODD, max_size=3), max_size=2)}), max_size=2)
-        },
-        optional={"general": st.dictionaries(KEYS, ODD, max_size=4) | ODD},
-    )
-)
-@settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_a_dataset_file_of_any_shape_is_read_or_told(content: dict[str, object], home: Path) -> None:
-    Path("odd.json").write_text(json.dumps(content))
-    report = Report()
-    plain = {name: option.default for name, option in options.common().items()} | {"dataset_config": "odd.json"}
-    for lenient in (False, True):
-        datasets.read(plain, {"dataset_config": Given("dataset_config", "odd.json", "", True, lenient)}, report)
-    assert all(len(message) < 2000 for message in report.errors)
