@@ -13,6 +13,7 @@ from torch import Tensor
 
 from sfumato.adapters.base import Adapter, LayerOptions
 from sfumato.config import NetworkConfig
+from sfumato.config.pairs import several
 from sfumato.errors import UserError, nearest
 
 _HELPERS = {"__init__", "base", "insert"}
@@ -96,7 +97,9 @@ def parse(network: NetworkConfig, family: type | None = None) -> AdapterPlan:
     args: dict[str, Any] = {}
     for text in network.network_args:
         name, equals, value = text.partition("=")
-        if not equals:
+        if together := several(text):
+            errors.append(f"network_args {text!r}: {together}")
+        elif not equals:
             errors.append(f"network_args {text!r}: expected key=value")
         elif name in _LATER and name not in theirs:
             errors.append(f"network_args {name}: not supported yet; leave it out")

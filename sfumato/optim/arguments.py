@@ -8,7 +8,10 @@ from collections.abc import Callable, Iterable, Mapping
 from importlib import import_module
 from typing import Any
 
+from sfumato.config.pairs import several
 from sfumato.errors import UserError, nearest
+
+_EXPECTED = "expected key=value with a Python value: 0.1, True, None, (0.9, 0.99), 'text'"
 
 
 def literals(flag: str, texts: Iterable[str]) -> dict[str, Any]:
@@ -21,8 +24,8 @@ def literals(flag: str, texts: Iterable[str]) -> dict[str, Any]:
             if not equals:
                 raise ValueError
             args[name.strip()] = ast.literal_eval(value.strip())
-        except (ValueError, SyntaxError):
-            errors.append(f"{flag} {text!r}: expected key=value with a Python value: 0.1, True, None, (0.9, 0.99), 'text'")
+        except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+            errors.append(f"{flag} {text!r}: {several(text) or _EXPECTED}")
     if errors:
         raise UserError(*errors)
     return args
@@ -55,7 +58,8 @@ def find(flag: str, path: str, hint: str = "") -> Any:
     module_name, _, name = path.rpartition(".")
     try:
         module = import_module(module_name)
-    except ImportError as e:
+    # A module of the user's own may fail in any way.
+    except Exception as e:
         raise UserError(f"{flag} needs the module {module_name!r}, which cannot be imported ({e}){'; ' + hint if hint else ''}") from e
     if not hasattr(module, name):
         public = [n for n in dir(module) if not n.startswith("_")]

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -14,10 +13,9 @@ from sfumato.errors import UserError, nearest
 from sfumato.optim import arguments, low_bits
 from sfumato.optim.groups import Group
 
-log = logging.getLogger(__name__)
-
 _BITS = "bitsandbytes.optim"
 _MORE = "pytorch_optimizer"
+_DADAPT = "dadaptation"
 NAMES: dict[str, str] = {
     "AdamW": "torch.optim.AdamW",
     "AdamW8bit": f"{_BITS}.AdamW8bit",
@@ -29,11 +27,13 @@ NAMES: dict[str, str] = {
     "PagedLion8bit": f"{_BITS}.PagedLion8bit",
     "SGDNesterov": "torch.optim.SGD",
     "SGDNesterov8bit": f"{_BITS}.SGD8bit",
-    "DAdaptation": f"{_MORE}.DAdaptAdam",
-    "DAdaptAdamPreprint": f"{_MORE}.DAdaptAdam",
+    # The first form of the method, and both Adans: pytorch_optimizer has the first one not at all, and others give other results.
+    "DAdaptation": f"{_DADAPT}.experimental.DAdaptAdamPreprint",
+    "DAdaptAdamPreprint": f"{_DADAPT}.experimental.DAdaptAdamPreprint",
     "DAdaptAdaGrad": f"{_MORE}.DAdaptAdaGrad",
     "DAdaptAdam": f"{_MORE}.DAdaptAdam",
-    "DAdaptAdan": f"{_MORE}.DAdaptAdan",
+    "DAdaptAdan": f"{_DADAPT}.DAdaptAdan",
+    "DAdaptAdanIP": f"{_DADAPT}.experimental.DAdaptAdanIP",
     "DAdaptLion": f"{_MORE}.DAdaptLion",
     "DAdaptSGD": f"{_MORE}.DAdaptSGD",
     "Prodigy": f"{_MORE}.Prodigy",
@@ -47,7 +47,16 @@ NAMES: dict[str, str] = {
 _PRESETS: dict[str, dict[str, Any]] = {
     "SGDNesterov": {"momentum": 0.9, "nesterov": True},
     "SGDNesterov8bit": {"momentum": 0.9, "nesterov": True},
+    # What dadaptation does when nothing is said.
+    "DAdaptAdaGrad": {"eps": 1e-6},
+    "DAdaptLion": {"betas": (0.9, 0.99), "weight_decouple": True},
+    "DAdaptSGD": {"momentum": 0.0},
 }
+_HINTS = {
+    "bitsandbytes": "pip install 'sfumato[bitsandbytes]', or use AdamW, Lion or AdaFactor",
+    _DADAPT: "pip install 'sfumato[dadaptation]', or use DAdaptAdam (the method's later form) or Prodigy",
+}
+"""Library that may be missing -> what to do."""
 _SPELLINGS = {"decouple": "weight_decouple", "use_bias_correction": "bias_correction"}
 """Arguments of prodigyopt and dadaptation, which kohya's command lines have -> pytorch_optimizer's."""
 
@@ -59,25 +68,37 @@ def optimizer(config: OptimizerConfig, groups: Sequence[Group]) -> torch.optim.O
     """
     name, path = _resolve(config.optimizer_type)
     flag = f"optimizer_type {config.optimizer_type}"
-    made_by = path.partition(".")[0]
-    hint = "pip install 'sfumato[bitsandbytes]', or use AdamW, Lion or AdaFactor" if made_by == "bitsandbytes" else ""
-    kind = arguments.find(flag, path, hint)
-    args = arguments.renamed(arguments.literals("optimizer_args", config.optimizer_args), _SPELLINGS, kind)
-    if "lr" in args:
-        raise UserError("optimizer_args lr: set learning_rate instead")
-    arguments.check("optimizer_args", args, kind, taken=("self", "params", "lr"), lax=path == config.optimizer_type)
-    args = {**_PRESETS.get(name, {}), **args}
-    rate: float | None = config.learning_rate
-    if finds_own_rate(kind, args):
-        rate = None
-        log.warning("AdaFactor finds its own learning rate (relative_step=True); learning_rate acts only with relative_step=False")
-    elif name.startswith(("DAdapt", "Prodigy")) and config.learning_rate <= 0.1:
-        log.warning("%s scales learning_rate by a factor that it finds itself; %g is low, 1.0 is usual", name, config.learning_rate)
+    kind = arguments.find(flag, path, _HINTS.get(path.partition(".")[0], ""))
+    # Asked before it is called: what is called here may run any code.
+    if not (isinstance(kind, type) and issubclass(kind, torch.optim.Optimizer)) or kind is torch.optim.Optimizer:
+        raise UserError(f"{flag}: expected the class of an optimizer, a subclass of torch.optim.Optimizer; {path} is not one")
+    args = settings(config, kind)
     try:
-        made: torch.optim.Optimizer = kind([g for group in groups for g in group.for_torch()], lr=rate, **args)
-    except (TypeError, ValueError, RuntimeError) as e:
+        made: torch.optim.Optimizer = cast(Any, kind)(
+            [g for group in groups for g in group.for_torch()],
+            lr=None if finds_own_rate(kind, args) else config.learning_rate,
+            **{**_PRESETS.get(name, {}), **args},
+        )
+    # What a class of any library finds wrong with its arguments, it says in errors of any kind.
+    except Exception as e:
         raise UserError(f"{flag} with optimizer_args {' '.join(config.optimizer_args) or 'of its own'}: {e}") from e
     return made
+
+
+def settings(config: OptimizerConfig, kind: type[torch.optim.Optimizer]) -> dict[str, Any]:
+    """`optimizer_args` in the names that the class has. Errors: `UserError` for what it does not have, or what would do nothing."""
+    args = spelled(arguments.literals("optimizer_args", config.optimizer_args), kind)
+    if "lr" in args:
+        raise UserError("optimizer_args lr: set learning_rate instead")
+    arguments.check("optimizer_args", args, kind, taken=("self", "params", "lr"), lax="." in config.optimizer_type)
+    if kind.__name__ == "Prodigy" and args.get("weight_decay") and args.get("weight_decouple") is False:
+        raise UserError("optimizer_args decouple=False: Prodigy would decay nothing; leave decouple=False or weight_decay out")
+    return args
+
+
+def spelled(args: Mapping[str, Any], kind: type[torch.optim.Optimizer]) -> dict[str, Any]:
+    """Arguments in the names of the class, from those of other libraries that kohya's command lines have."""
+    return arguments.renamed(args, _SPELLINGS, kind)
 
 
 def in_low_bits(optimizer: torch.optim.Optimizer, seed: int) -> torch.optim.Optimizer:
@@ -88,7 +109,7 @@ def in_low_bits(optimizer: torch.optim.Optimizer, seed: int) -> torch.optim.Opti
     return optimizer
 
 
-def has_modes(optimizer: torch.optim.Optimizer) -> bool:
+def has_modes(optimizer: torch.optim.Optimizer | type[torch.optim.Optimizer]) -> bool:
     """Whether the weights to train with and the weights to use differ (schedule-free, arXiv:2405.15682)."""
     return callable(getattr(optimizer, "train", None)) and callable(getattr(optimizer, "eval", None))
 
@@ -127,11 +148,17 @@ def finds_own_rate(kind: type[torch.optim.Optimizer], args: dict[str, Any]) -> b
     return kind.__name__ == "Adafactor" and kind.__module__.startswith("transformers") and bool(args.get("relative_step", True))
 
 
+def takes_one_rate(kind: type[torch.optim.Optimizer]) -> bool:
+    """Whether the rate of the first group acts on all: the search for the rate is one for all weights."""
+    return kind.__module__.startswith((_MORE, _DADAPT)) and kind.__name__.startswith(("DAdapt", "Prodigy"))
+
+
 def _rate(optimizer: torch.optim.Optimizer, group: dict[str, Any]) -> float:
     if finds_own_rate(type(optimizer), group):
         steps = max((int(optimizer.state[p].get("step", 1)) for p in group["params"] if p in optimizer.state), default=1)
         return float(min(1e-6 * steps if group["warmup_init"] else 1e-2, steps**-0.5))
-    return float(group["lr"]) * float(group.get("d", 1.0))
+    lead = optimizer.param_groups[0] if takes_one_rate(type(optimizer)) else group
+    return float(lead["lr"]) * float(group.get("d", 1.0))
 
 
 def _resolve(name: str) -> tuple[str, str]:

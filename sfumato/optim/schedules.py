@@ -9,6 +9,7 @@ import inspect
 import math
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, Protocol
 
 import torch
@@ -38,17 +39,29 @@ class Schedule(Protocol):
 def schedule(config: OptimizerConfig, optimizer: torch.optim.Optimizer, steps: int) -> Schedule:
     """The schedule that the config asks for, over `steps` optimizer steps, at step 0.
 
-    Errors: `UserError` for arguments that the schedule does not have, and for optimizers that go without one.
+    Errors: `UserError` for arguments that the schedule does not have, and for a schedule that another optimizer has.
     """
-    own = finds_own_rate(type(optimizer), optimizer.defaults)
-    if config.lr_scheduler_type:
-        return _Class(config, optimizer)
-    if config.lr_scheduler == "adafactor" and not own:
+    if config.lr_scheduler == "adafactor" and not config.lr_scheduler_type and not finds_own_rate(type(optimizer), optimizer.defaults):
         raise UserError("lr_scheduler adafactor is for optimizer_type AdaFactor with relative_step=True")
-    if config.lr_scheduler not in ("constant", "adafactor") and (own or has_modes(optimizer)):
-        what = "with relative_step=True" if own else "(a warm-up goes by optimizer_args warmup_steps=)"
-        raise UserError(f"lr_scheduler {config.lr_scheduler}: {type(optimizer).__name__} {what} has no schedule; set lr_scheduler constant")
-    return _Curve(curve(config, steps), optimizer)
+    config = acting(config, optimizer)
+    return _Class(config, optimizer) if config.lr_scheduler_type else _Curve(curve(config, steps), optimizer)
+
+
+def acting(config: OptimizerConfig, optimizer: torch.optim.Optimizer) -> OptimizerConfig:
+    """The config with the schedule that acts: none with an optimizer that finds its own rate, or averages where others lower the rate."""
+    if not (finds_own_rate(type(optimizer), optimizer.defaults) or has_modes(optimizer)) or not has_schedule(config):
+        return config
+    return replace(config, lr_scheduler="constant", lr_scheduler_type=None, lr_scheduler_args=())
+
+
+def has_schedule(config: OptimizerConfig) -> bool:
+    """Whether a schedule is asked for that moves the rate."""
+    return config.lr_scheduler_type is not None or config.lr_scheduler not in ("constant", "adafactor")
+
+
+def warms_up(config: OptimizerConfig) -> bool:
+    """Whether `lr_warmup_steps` acts."""
+    return not config.lr_scheduler_type and "warmup" in inspect.signature(CURVES[config.lr_scheduler]).parameters
 
 
 def curve(config: OptimizerConfig, steps: int) -> Curve:
@@ -69,7 +82,7 @@ def curve(config: OptimizerConfig, steps: int) -> Curve:
         made: Curve = make(**args)
         for step in (0, steps // 2, steps):
             made(step)
-    except (TypeError, ValueError, ArithmeticError) as e:
+    except (TypeError, ValueError, ArithmeticError, AttributeError) as e:
         raise UserError(f"lr_scheduler {config.lr_scheduler}: its arguments do not go together ({e})") from e
     return made
 
@@ -244,16 +257,16 @@ class _Class:
     def __init__(self, config: OptimizerConfig, optimizer: torch.optim.Optimizer) -> None:
         name = config.lr_scheduler_type or ""
         kind = arguments.find(f"lr_scheduler_type {name}", name if "." in name else f"torch.optim.lr_scheduler.{name}")
+        if not (isinstance(kind, type) and issubclass(kind, LRScheduler)) or kind is torch.optim.lr_scheduler.ReduceLROnPlateau:
+            raise UserError(f"lr_scheduler_type {name}: expected a schedule that goes by the step (a subclass of torch's LRScheduler)")
         args = arguments.literals("lr_scheduler_args", config.lr_scheduler_args)
         arguments.check("lr_scheduler_args", args, kind, taken=("self", "optimizer"), lax=True)
-        if not issubclass(kind, LRScheduler) or kind is torch.optim.lr_scheduler.ReduceLROnPlateau:
-            raise UserError(f"lr_scheduler_type {name}: expected a schedule that goes by the step (a torch LRScheduler)")
         self.optimizer = optimizer
         self.base = [group["lr"] for group in optimizer.param_groups]
         self.make: Callable[[], LRScheduler] = lambda: kind(optimizer, **args)
         try:
             self.to(0)
-        except (TypeError, ValueError) as e:
+        except Exception as e:
             raise UserError(
                 f"lr_scheduler_type {name} with lr_scheduler_args {' '.join(config.lr_scheduler_args) or 'of its own'}: {e}"
             ) from e

@@ -142,6 +142,9 @@ def test_share_refuses(value):
         ({"lr_scheduler_type": "Nothing"}, "torch.optim.lr_scheduler has no 'Nothing'"),
         ({"lr_scheduler_type": "StepLR"}, "step_size"),
         ({"lr_scheduler_type": "ReduceLROnPlateau"}, "goes by the step"),
+        ({"lr_scheduler_type": "builtins.dict"}, "a subclass of torch's LRScheduler"),
+        ({"lr_scheduler_type": "os.getcwd"}, "a subclass of torch's LRScheduler"),
+        ({"lr_scheduler": "cosine", "lr_scheduler_args": ("0",)}, "expected key=value"),
         ({"lr_scheduler_type": "StepLR", "lr_scheduler_args": ("stepsize=1",)}, "did you mean 'step_size'"),
     ],
 )
@@ -151,10 +154,12 @@ def test_mistakes(fields, says):
 
 
 @pytest.mark.parametrize(("kind", "args"), [("AdamWScheduleFree", ()), ("AdaFactor", ())])
-def test_optimizers_that_go_without(kind, args):
-    with pytest.raises(UserError, match="has no schedule"):
-        schedule(OptimizerConfig(lr_scheduler="cosine"), _optimizer(kind, *args), STEPS)
-    schedule(OptimizerConfig(lr_scheduler="constant"), _optimizer(kind, *args), STEPS)
+def test_optimizers_that_go_without_a_schedule_keep_their_rate(kind, args):
+    for asked in ({"lr_scheduler": "cosine"}, {"lr_scheduler": "constant"}, {"lr_scheduler_type": "CosineAnnealingLR"}):
+        optimizer = _optimizer(kind, *args)
+        made = schedule(OptimizerConfig(optimizer_type=kind, **asked), optimizer, STEPS)
+        made.to(STEPS // 2)
+        assert [g["lr"] for g in optimizer.param_groups] == [RATE, RATE / 4]
 
 
 @pytest.mark.parametrize("name", ["CosineAnnealingLR", "torch.optim.lr_scheduler.CosineAnnealingLR"])
