@@ -51,7 +51,24 @@ def choose(
             places.append(place)
     if not places:
         raise UserError(f"{component}: no layer is left to put an adapter on, of those with paths like {', '.join(patterns) or 'any'}")
+    _check_ranks(component, places)
     return places
+
+
+def _check_ranks(component: str, places: Sequence[Place]) -> None:
+    """Errors: `UserError` for ranks above what any of these layers can have; a layer of its own may be smaller than the common rank."""
+    for name, large in (("network_dim", False), ("conv_dim", True)):
+        chosen = [p for p in places if (isinstance(p.layer, nn.Conv2d) and p.layer.kernel_size != (1, 1)) == large]
+        rank = max((p.options.rank for p in chosen), default=0)
+        most = max((_full_rank(p.layer) for p in chosen), default=0)
+        if rank > most:
+            raise UserError(f"{name} {rank}: no change of {component}'s layers has a rank above {most}; choose one below that, such as 32")
+
+
+def _full_rank(layer: nn.Module) -> int:
+    weight = layer.weight
+    assert isinstance(weight, Tensor)
+    return min(len(weight), weight[0].numel())
 
 
 class Norms(NamedTuple):

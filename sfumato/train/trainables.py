@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,7 @@ from sfumato.errors import UserError
 from sfumato.families.base import Family, Models
 from sfumato.families.loading import check_folder, save
 from sfumato.formats import dialect, files
+from sfumato.formats.adapter_check import check_adapter
 from sfumato.formats.metadata import hashes
 from sfumato.optim.groups import Group
 from sfumato.tensors.random import Draws
@@ -31,6 +32,8 @@ class Trainable(Protocol):
     """Ending of the modelspec architecture: "" for a whole model, "lora" for an adapter."""
     trained: tuple[str, ...]
     """Components that change."""
+    notices: tuple[str, ...]
+    """What a user should know of how it was put together."""
 
     def weights(self) -> dict[str, nn.Parameter]:
         """Everything that is trained, or was before it was frozen, by a name that stays the same from run to run."""
@@ -60,6 +63,10 @@ class Trainable(Protocol):
         """Train the text encoders no longer."""
         ...
 
+    def carries(self) -> str:
+        """A fingerprint of what the result holds besides the weights and the base model's own; empty for nothing."""
+        ...
+
     def suffix(self) -> str:
         """Ending of the result's file name; empty for a folder."""
         ...
@@ -80,19 +87,21 @@ class Full:
     """The denoiser's own weights, and the text encoders' if asked for."""
 
     kind = ""
+    notices: tuple[str, ...] = ()
 
     def __init__(self, models: Models, config: Config) -> None:
         self.models, self.config = models, config
         self.trained: tuple[str, ...] = whole_nets(models.family, config, models.encoders)
         self._weights: dict[str, nn.Parameter] = {}
         self._rates: dict[str, dict[float, list[nn.Parameter]]] = {name: {} for name in self.trained}
+        common = net_rates(models.family, models.encoders, config)
         for name in self.trained:
             for path, p in models.nets()[name].named_parameters():
                 own = models.family.rate(models.options, name, path)
-                if own != 0:
+                if rate := common[name] if own is None else own:
                     p.requires_grad_(True)
                     self._weights[f"{name}.{path}"] = p
-                    self._rates[name].setdefault(self._common(name) if own is None else own, []).append(p)
+                    self._rates[name].setdefault(rate, []).append(p)
         if not self._weights:
             raise UserError("nothing is left to train: every learning rate of a part or block is 0")
         if self._layout()[0] == "diffusers":
@@ -100,11 +109,6 @@ class Full:
 
     def weights(self) -> dict[str, nn.Parameter]:
         return self._weights
-
-    def _common(self, component: str) -> float:
-        """The learning rate of a component's weights that have none of their own."""
-        o = self.config.optimizer
-        return o.learning_rate if component == "denoiser" or o.learning_rate_te is None else o.learning_rate_te
 
     def groups(self) -> list[Group]:
         return [
@@ -130,6 +134,9 @@ class Full:
         for name in self.trained[1:]:
             self.models.nets()[name].requires_grad_(False)
 
+    def carries(self) -> str:
+        return ""
+
     def _layout(self) -> tuple[str, str]:
         asked = self.config.output.save_model_as
         if asked is None:
@@ -154,27 +161,31 @@ class Adapters:
         self.kind = plan.kind.__name__.lower()
         network = config.network
         nets = models.nets()
-        self.trained: tuple[str, ...] = tuple(name for name in nets if _wanted(name, models, config, plan))
-        if not self.trained:
-            raise UserError(
-                "nothing is left to train: network_train_unet_only, network_train_text_encoder_only and the rates exclude everything"
-            )
+        self.rates = adapter_rates(models.family, models.options, models.encoders, config, plan)
+        self.trained: tuple[str, ...] = tuple(self.rates)
         _check(models, config, plan, self.trained)
-        given = read_adapter(models, Path(network.network_weights)) if network.network_weights else {}
+        given = read_adapter(models, Path(network.network_weights), "network_weights") if network.network_weights else {}
+        mine = {site: leaves for site, leaves in given.items() if site[0] in self.trained}
+        self.carried = _carried(models, config, {site: leaves for site, leaves in given.items() if site not in mine})
+        self.notices: tuple[str, ...] = ()
+        if self.carried:
+            names = ", ".join(self.carried.held)
+            self.notices += (f"network_weights: {names} is not trained; the file's part for it acts and goes into the result as it is",)
         if network.dim_from_weights:
-            self.inserted = from_state(
-                nets, {site: leaves for site, leaves in given.items() if site[0] in self.trained}, plan, seed=config.train.seed
-            )
+            self.trained = _in_file(self.trained, mine, config)
+            if lacking := ", ".join(name for name in self.rates if name not in self.trained):
+                self.notices += (f"network_weights has nothing for {lacking}, which dim_from_weights therefore leaves untrained",)
+            self.inserted = from_state(nets, mine, plan, seed=config.train.seed)
         else:
             layer = partial(models.family.layer, models.options, plan)
             places = {name: choose(nets[name], name, models.family.targets[name], plan, layer) for name in self.trained}
             self.inserted = Inserted(places, plan.kind, seed=config.train.seed)
-            if given:
-                self.inserted.load(given)
+            if mine:
+                self.inserted.load(mine)
         if config.train.full_bf16:
             self.inserted.to(torch.bfloat16)
         # What these names cannot hold is told now, not after the training.
-        dialect.write(models.family.dialects(models)[config.output.dialect], self.inserted.state())
+        dialect.write(models.family.dialects(models)[config.output.dialect], self.state())
         sites = self.inserted.sites().items()
         self._weights = {"|".join((*site, name)): p for site, a in sites for name, p in a.named_parameters() if p.requires_grad}
 
@@ -186,7 +197,7 @@ class Adapters:
         return [
             Group(
                 name=name,
-                lr=_adapter_lr(name, self.models, self.config),
+                lr=self.rates[name],
                 parameters=[p for site, a in sites.items() if site[0] == name for p in a.parameters() if p.requires_grad],
                 plus=[p for site, a in sites.items() if site[0] == name for p in a.plus_parameters()],
                 plus_ratio=self.plan.plus_ratio(name),
@@ -194,15 +205,31 @@ class Adapters:
             for name in self.trained
         ]
 
+    def state(self) -> dict[dialect.Site, dialect.Leaves]:
+        """All that a result holds: what is trained, and what a file brought besides."""
+        return {**self.inserted.state(), **(self.carried.state() if self.carried else {})}
+
+    def remove(self) -> None:
+        """The nets are again as they were."""
+        for each in (self.inserted, self.carried):
+            if each:
+                each.remove()
+
     def modules(self) -> nn.Module:
-        return self.inserted
+        return nn.ModuleList([self.inserted, self.carried]) if self.carried else self.inserted
 
     def train(self, mode: bool) -> None:
         self.inserted.train(mode)
-        self.inserted.multiplier = 1.0
+        self._strength(1.0)
 
     def on_batch(self, multiplier: Tensor, draws: Draws) -> None:
-        self.inserted.multiplier, self.inserted.draws = multiplier, draws
+        self.inserted.draws = draws
+        self._strength(multiplier)
+
+    def _strength(self, multiplier: float | Tensor) -> None:
+        for each in (self.inserted, self.carried):
+            if each:
+                each.multiplier = multiplier
 
     def after_step(self) -> None:
         limit = self.config.network.scale_weight_norms
@@ -214,6 +241,10 @@ class Adapters:
             if component != "denoiser":
                 adapter.requires_grad_(False)
 
+    def carries(self) -> str:
+        state = self.carried.state().items() if self.carried else ()
+        return files.fingerprint({"|".join((*site, name)): t for site, leaves in state for name, t in leaves.items()}) if state else ""
+
     def suffix(self) -> str:
         asked = self.config.output.save_model_as or "safetensors"
         if asked.startswith("diffusers"):
@@ -222,19 +253,46 @@ class Adapters:
 
     def save(self, path: Path, metadata: Mapping[str, str]) -> None:
         precision = self.config.output.save_precision
-        tensors = dialect.write(self.models.family.dialects(self.models)[self.config.output.dialect], self.inserted.state())
+        tensors = dialect.write(self.models.family.dialects(self.models)[self.config.output.dialect], self.state())
         files.check_finite(tensors, f"the adapter {path.name}")
         if precision:
             tensors = {name: t.to(SAVE_DTYPES[precision]) for name, t in tensors.items()}
         files.save(path, tensors, {**metadata, **hashes(tensors, metadata)})
 
 
-def read_adapter(models: Models, path: Path) -> dict[dialect.Site, dialect.Leaves]:
-    """An adapter file in any dialect of the family -> {site: leaves}. Errors: `UserError` for keys that name no layer."""
+def read_adapter(models: Models, path: Path, flag: str = "adapter") -> dict[dialect.Site, dialect.Leaves]:
+    """An adapter file in any dialect of the family -> {site: leaves}. `flag`: what named it, for messages.
+
+    Errors: `UserError` for keys that name no layer, and for tensors that no adapter can have.
+    """
+    tensors = files.load(path)
+    check_adapter(tensors, f"{flag} {path}")
     sites = [
         (name, p) for name, net in models.nets().items() for p, layer in net.named_modules() if isinstance(layer, nn.Linear | nn.Conv2d)
     ]
-    return dialect.read(models.family.dialects(models).values(), files.load(path), sites)
+    return dialect.read(models.family.dialects(models).values(), tensors, sites)
+
+
+def _carried(models: Models, config: Config, given: Mapping[dialect.Site, dialect.Leaves]) -> Inserted | None:
+    """What `network_weights` brings for components that are not trained: it acts as it is, and goes into the result."""
+    if not given:
+        return None
+    names = ", ".join(dict.fromkeys(site[0] for site in given))
+    if caches_text(config) and any(site[0] != "denoiser" for site in given):
+        raise UserError(
+            f"network_weights {config.network.network_weights} changes {names}, which cache_text_encoder_outputs cannot take into account: "
+            "leave cache_text_encoder_outputs out, or start from a file of the denoiser alone"
+        )
+    carried = from_state(models.nets(), given)
+    return carried.eval().requires_grad_(False)
+
+
+def _in_file(trained: tuple[str, ...], given: Mapping[dialect.Site, dialect.Leaves], config: Config) -> tuple[str, ...]:
+    """Those of the components that a file has layers for. Errors: `UserError` if there are none."""
+    found, file = {site[0] for site in given}, config.network.network_weights
+    if not found:
+        raise UserError(f"network_weights {file}: nothing for {', '.join(trained)} is in it; leave dim_from_weights out")
+    return tuple(name for name in trained if name in found)
 
 
 def _check(models: Models, config: Config, plan: AdapterPlan, trained: tuple[str, ...]) -> None:
@@ -243,9 +301,7 @@ def _check(models: Models, config: Config, plan: AdapterPlan, trained: tuple[str
     nameless = [name for name in trained if name not in models.family.dialects(models)[dialect].prefix]
     wrong = [f"dialect {dialect}: it has no names for {name}, which is trained; choose kohya or comfy" for name in nameless]
     encoders = [n for n in models.family.encoder_lr_order if n in models.encoders]
-    if len(rates) > len(encoders):
-        wrong.append(f"text_encoder_lr: {len(rates)} rates for {len(encoders)} text encoders ({', '.join(encoders)}); give one for each")
-    elif any(rates) and not set(encoders) & set(trained):
+    if any(rates) and not set(encoders) & set(trained):
         wrong.append("text_encoder_lr: no text encoder is trained in this run; leave it out")
     wrong += [
         f"network_args train_{name}: does nothing beside network_train_unet_only, cache_text_encoder_outputs or a text_encoder_lr of 0"
@@ -256,15 +312,29 @@ def _check(models: Models, config: Config, plan: AdapterPlan, trained: tuple[str
         raise UserError(*wrong)
 
 
-def _wanted(name: str, models: Models, config: Config, plan: AdapterPlan) -> bool:
-    if name == "denoiser":
-        return not config.network.network_train_text_encoder_only
-    may = models.family.trainable(models.options, plan)
-    if may is not None and name not in may:
-        return False
-    if config.network.network_train_unet_only or config.train.stop_text_encoder_training == 0 or caches_text(config):
-        return False
-    return _adapter_lr(name, models, config) > 0
+def adapter_rates(family: Family, options: Any, encoders: Collection[str], config: Config, plan: AdapterPlan) -> dict[str, float]:
+    """Component -> learning rate, of those that adapters are trained on; a rate of 0 leaves a component out.
+
+    `encoders`: the text encoders that there are. Errors: `UserError` if nothing is left.
+    """
+    network, may = config.network, family.trainable(options, plan)
+    text = not (network.network_train_unet_only or config.train.stop_text_encoder_training == 0 or caches_text(config))
+    names = [] if network.network_train_text_encoder_only else ["denoiser"]
+    names += [name for name in encoders if text and name != "vae" and (may is None or name in may)]
+    order = [name for name in family.encoder_lr_order if name in encoders]
+    rates = {name: _adapter_lr(name, order, config) for name in names}
+    if not any(rates.values()):
+        raise UserError(
+            "nothing is left to train: network_train_unet_only, network_train_text_encoder_only and the rates exclude everything"
+        )
+    return {name: rate for name, rate in rates.items() if rate}
+
+
+def net_rates(family: Family, encoders: Collection[str], config: Config) -> dict[str, float]:
+    """Component -> learning rate, when whole nets are trained: of weights that the family gives none of their own."""
+    o = config.optimizer
+    te = o.learning_rate if o.learning_rate_te is None else o.learning_rate_te
+    return {name: o.learning_rate if name == "denoiser" else te for name in whole_nets(family, config, encoders)}
 
 
 def caches_text(config: Config) -> bool:
@@ -277,11 +347,10 @@ def caches_latents(config: Config) -> bool:
     return config.data.cache_latents or config.data.cache_latents_to_disk
 
 
-def _adapter_lr(name: str, models: Models, config: Config) -> float:
+def _adapter_lr(name: str, order: Sequence[str], config: Config) -> float:
     o = config.optimizer
     if name == "denoiser":
         return o.learning_rate if o.unet_lr is None else o.unet_lr
     if not o.text_encoder_lr:
         return o.learning_rate
-    order = [name for name in models.family.encoder_lr_order if name in models.encoders]
     return o.text_encoder_lr[min(order.index(name), len(o.text_encoder_lr) - 1)]

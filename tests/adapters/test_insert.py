@@ -35,6 +35,18 @@ def test_nothing_to_train_is_an_error(net):
         choose(net, "denoiser", {"linear": ("nothing.*",)}, LORA)
 
 
+@pytest.mark.parametrize(
+    ("plan", "says"),
+    [
+        (AdapterPlan(kind=kind("lora"), rank=1_000_000_000), "network_dim 1000000000: no change of denoiser's layers has a rank above"),
+        (AdapterPlan(kind=kind("lora"), conv_rank=1_000_000_000), "conv_dim 1000000000: no change"),
+    ],
+)
+def test_a_rank_that_no_layer_can_have_is_refused_before_memory_is_asked_for(net, plan, says):
+    with pytest.raises(UserError, match=says):
+        choose(net, "denoiser", TARGETS, plan)
+
+
 def test_several_components(net):
     encoder = nn.Sequential(nn.Linear(4, 4))
     places = {"denoiser": choose(net, "denoiser", TARGETS, LORA), "clip_l": choose(encoder, "clip_l", {"linear": ("*",)}, LORA)}

@@ -17,6 +17,7 @@ from diffusers import StableDiffusion3Pipeline
 from test_sd3_net import inputs
 from tinies import sd3
 from torch import Tensor, nn
+from training import config
 
 from sfumato.adapters.base import Adapter
 from sfumato.adapters.insert import Inserted, choose, from_state
@@ -27,8 +28,9 @@ from sfumato.families.sd3.facts import Completed, Options
 from sfumato.families.sd3.family import FAMILY, dialects
 from sfumato.families.sd3.net import MMDiT
 from sfumato.formats import dialect
+from sfumato.formats.files import load as load_file
 from sfumato.formats.files import save
-from sfumato.train.trainables import read_adapter
+from sfumato.train.trainables import Adapters, read_adapter
 
 Keys = Callable[[str], dict[str, tuple[int, ...]]]
 EMBEDDERS = {
@@ -304,3 +306,19 @@ def test_an_adapter_acts_the_same_in_diffusers(models: Models, tmp_path: Path, a
     for mine, own, before in zip(wanted, theirs(path), theirs(None), strict=True):
         torch.testing.assert_close(own, mine, atol=5e-5, rtol=5e-5)
         assert (own - before).abs().max() > 1e-2
+
+
+def test_adapters_on_a_t5_that_is_not_trained_stay_in_the_result(models: Models, tmp_path: Path) -> None:
+    """Without train_t5xxl, `lora_te3_*` of network_weights is kept, and acts, in place of being lost."""
+    held = inserted(models, plan_of(), "denoiser", "t5xxl")
+    path = saved(models, held, tmp_path / "a.safetensors")
+    before = dict(load_file(path))
+    held.remove()
+    told = config(network_weights=str(path), dim_from_weights=True, family=models.options)
+    trainable = Adapters(models, told, plan_of())
+    assert "t5xxl" not in trainable.trained and any("t5xxl is not trained" in notice for notice in trainable.notices)
+    trainable.save(tmp_path / "b.safetensors", {})
+    after = load_file(tmp_path / "b.safetensors")
+    trainable.remove()
+    assert any(name.startswith("lora_te3_") for name in before)
+    assert after.keys() == before.keys() and all(torch.equal(before[name], after[name]) for name in before)

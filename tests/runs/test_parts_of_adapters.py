@@ -1,0 +1,107 @@
+"""No part of an adapter is lost without a word, and a rate of 0 leaves its part out."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import prepared
+import pytest
+import torch
+
+from sfumato.errors import UserError
+from sfumato.formats import files
+from sfumato.train import loop
+
+
+@pytest.fixture(scope="module")
+def where(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model, pictures and `both.safetensors`, an adapter of U-Net and text encoder that changes both."""
+    where = prepared.folder(tmp_path_factory.mktemp("where"))
+    made = prepared.prepare(where, output_dir=str(where), network_train_unet_only=False)
+    with torch.no_grad():
+        for i, weight in enumerate(made.trainable.weights().values()):
+            weight.normal_(generator=torch.Generator().manual_seed(i)).mul_(0.1)
+    made.save_result(where / "both.safetensors", 0, 0)
+    return where
+
+
+def _names(path: Path) -> set[str]:
+    return {"_".join(name.split("_")[:2]) for name in files.load(path)}
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"dim_from_weights": True, "text_encoder_lr": (0.0,), "network_train_unet_only": False},
+        {"dim_from_weights": True},
+        {"network_dim": 2},
+    ],
+    ids=["text rate 0", "U-Net only", "ranks as set"],
+)
+def test_what_network_weights_holds_of_a_part_that_is_not_trained_stays(
+    where: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], options: dict[str, Any]
+) -> None:
+    before = files.load(where / "both.safetensors")
+    course = prepared.prepare(where, output_dir=str(tmp_path), network_weights=str(where / "both.safetensors"), **options)
+    assert "clip_l is not trained; the file" in capsys.readouterr().err
+    assert all(name.startswith("denoiser") for name in course.trainable.weights())
+    assert {site[0] for site in course.trainable.carried.sites()} == {"clip_l"}
+    if not options.get("dim_from_weights"):
+        return
+    loop.run(course)
+    course.save_result(tmp_path / "after.safetensors", 2, 0)
+    after = files.load(tmp_path / "after.safetensors")
+    assert after.keys() == before.keys()
+    text = {name for name in before if name.startswith("lora_te")}
+    moved = {name for name in before if not torch.equal(before[name], after[name])}
+    assert text and moved and not text & moved
+
+
+def test_the_part_that_is_not_trained_acts_while_training(where: Path, tmp_path: Path) -> None:
+    first, second = (
+        prepared.prepare(where, output_dir=str(tmp_path), **more) for more in ({}, {"network_weights": str(where / "both.safetensors")})
+    )
+    tokens = next(iter(first.loader.epoch(0))).tokens
+    a, b = (course.step.encode.encode(course.step.held[0].encoders, tokens) for course in (first, second))
+    assert any(not torch.allclose(a[name], b[name]) for name in a)
+
+
+def test_a_part_that_the_kept_text_outputs_do_not_know_is_refused(where: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="changes clip_l, which cache_text_encoder_outputs cannot take into account"):
+        prepared.prepare(where, output_dir=str(tmp_path), network_weights=str(where / "both.safetensors"), cache_text_encoder_outputs=True)
+
+
+def test_a_part_that_the_file_has_not_is_told(where: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tensors = {name: t for name, t in files.load(where / "both.safetensors").items() if name.startswith("lora_unet")}
+    files.save(tmp_path / "unet.safetensors", tensors, {})
+    told = {"network_weights": str(tmp_path / "unet.safetensors"), "dim_from_weights": True, "output_dir": str(tmp_path)}
+    course = prepared.prepare(where, network_train_unet_only=False, **told)
+    assert "has nothing for clip_l" in capsys.readouterr().err
+    assert [g["name"] for g in course.optimizer.param_groups] == ["denoiser"]
+    with pytest.raises(UserError, match="nothing for clip_l is in it; leave dim_from_weights out"):
+        prepared.prepare(where, network_train_unet_only=False, network_train_text_encoder_only=True, **told)
+
+
+@pytest.mark.parametrize(
+    ("options", "left"),
+    [({"unet_lr": 0.0}, {"lora_te"}), ({"text_encoder_lr": (0.0,)}, {"lora_unet"}), ({}, {"lora_unet", "lora_te"})],
+    ids=str,
+)
+def test_a_rate_of_0_leaves_its_part_out_of_the_result(where: Path, tmp_path: Path, options: dict[str, Any], left: set[str]) -> None:
+    course = prepared.prepare(where, output_dir=str(tmp_path), network_train_unet_only=False, **options)
+    course.save_result(tmp_path / "a.safetensors", 0, 0)
+    assert _names(tmp_path / "a.safetensors") == left
+
+
+def test_rates_of_0_everywhere_leave_nothing_to_train(where: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="nothing is left to train"):
+        prepared.prepare(where, output_dir=str(tmp_path), network_train_unet_only=False, learning_rate=0.0)
+    with pytest.raises(UserError, match="nothing is left to train"):
+        prepared.prepare(where, "full", output_dir=str(tmp_path), learning_rate=0.0)
+
+
+def test_more_rates_than_text_encoders_are_told(where: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    course = prepared.prepare(where, output_dir=str(tmp_path), network_train_unet_only=False, text_encoder_lr=(1e-4, 2e-4))
+    assert "text_encoder_lr: 2 rates for 1 text encoders (clip_l); the others do nothing" in capsys.readouterr().err
+    assert [g["lr"] for g in course.optimizer.param_groups] == [1e-3, 1e-4]
