@@ -26,9 +26,9 @@ CONFIGS = {
 _ZERO_IS_OFF = """
     save_every_n_epochs save_every_n_steps save_n_epoch_ratio save_last_n_epochs save_last_n_steps save_last_n_epochs_state
     save_last_n_steps_state sample_every_n_steps sample_every_n_epochs multires_noise_iterations max_train_epochs
-    min_snr_gamma
+    min_snr_gamma v_pred_like_loss noise_offset adaptive_noise_scale ip_noise_gamma scale_weight_norms network_dropout
 """
-"""Kohya's files write 0 where nothing is meant."""
+"""Kohya's files write 0 where nothing is meant, and its scripts take 0 for off."""
 
 
 class Parser(argparse.ArgumentParser):

@@ -24,6 +24,7 @@ _VALIDATION = "only matters with validation_split"
 _DEEPSPEED = "only matters with deepspeed"
 _CONSOLE = "everything is written to LOG.jsonl beside the result, and the console says what matters"
 _GUI = "a graphical front end writes it; sd-scripts does not read it either"
+_PRINTS = "it only changes what is printed"
 
 INERT: Mapping[str, str] = {
     "cache_info": "sizes and captions are read from the files' headers, quickly, and remembered",
@@ -63,6 +64,7 @@ INERT: Mapping[str, str] = {
     "validate_every_n_epochs": _VALIDATION,
     "validate_every_n_steps": _VALIDATION,
     "validation_seed": _VALIDATION,
+    "verbose": _PRINTS,
     "zero3_init_flag": _DEEPSPEED,
     "zero3_save_16bit_model": _DEEPSPEED,
     "zero_stage": _DEEPSPEED,
@@ -123,7 +125,7 @@ def names() -> frozenset[str]:
 
 def flags() -> frozenset[str]:
     """Those of `names` that sd-scripts has on its command lines."""
-    return names() - {name for name, why in INERT.items() if why == _GUI}
+    return names() - {name for name, why in INERT.items() if why in (_GUI, _PRINTS)}
 
 
 def translate(given: Given, report: Report) -> Given | None:

@@ -15,8 +15,8 @@ _LORA_ARGS = """
     block_dims block_alphas conv_block_dims conv_block_alphas down_lr_weight mid_lr_weight up_lr_weight block_lr_zero_threshold
 """
 
-_SILENT = {"verbose": "`sfumato plan` says what is trained"}
-"""Arguments of kohya's adapters that only change what is printed, and where it is said here."""
+_SILENT = ("verbose",)
+"""Arguments of kohya's adapters that only change what is printed."""
 
 
 def full_name(word: str, names: Collection[str], report: Report) -> str:
@@ -58,8 +58,8 @@ def without_silent(given: Mapping[str, Given], report: Report) -> dict[str, Give
         return dict(given)
     kept = []
     for text in args.value:
-        if why := _SILENT.get(str(text).partition("=")[0]):
-            report.note(f"{args} {text}: accepted, no effect: {why}")
+        if (name := str(text).partition("=")[0]) in _SILENT:
+            report.note(f"{args} {text}: accepted, no effect: {foreign.INERT[name]}")
         else:
             kept.append(text)
     return {**given, "network_args": replace(args, value=kept)}

@@ -67,6 +67,7 @@ def resolve(script: str, argv: Sequence[str]) -> flags.Resolved:
         _adapt(what, given, report)
 
     found = flags.resolve_all(argv, what.method, prog=f"{script}.py", kohya=True, short=flags_of(what), defaults=DEFAULTS, adapt=adapt)
+    found = _without_idle_defaults(found)
     family = type(found.config.family).__module__.split(".")[-2]
     if family not in what.families:
         raise UserError(
@@ -95,9 +96,20 @@ def _adapt(script: Script, given: dict[str, Given], report: Report) -> None:
         report.note(f"{cached}: no text encoder is trained while what they say is kept")
     if "logging_dir" in given and "log_with" not in given:
         _log_folder(given, report)
-    for name, value in DEFAULTS.items():
+    for name in DEFAULTS:
         if name not in given:
-            report.note(f"--{name}: not given; kohya's default {value} is used")
+            report.note(_default_used(name))
+
+
+def _default_used(name: str) -> str:
+    return f"--{name}: not given; kohya's default {DEFAULTS[name]} is used"
+
+
+def _without_idle_defaults(found: flags.Resolved) -> flags.Resolved:
+    """Without the notice of a default where every folder of the dataset file says something else."""
+    endings = {s.caption_extension for d in found.datasets for s in d.subsets}
+    idle = () if DEFAULTS["caption_extension"] in endings else (_default_used("caption_extension"),)
+    return replace(found, notices=tuple(n for n in found.notices if n not in idle))
 
 
 def _negative_is_never(given: dict[str, Given]) -> None:

@@ -90,6 +90,11 @@ IDLE: tuple[Idle, ...] = (
         lambda v: _caches_text(v) and any(v.text_encoder_lr),
         "cache_text_encoder_outputs leaves the text encoder alone",
     ),
+    Idle(
+        ("text_encoder_lr",),
+        lambda v: v.stop_text_encoder_training == 0 and any(v.text_encoder_lr),
+        "stop_text_encoder_training 0 leaves the text encoder alone",
+    ),
     Idle(("unet_lr",), lambda v: v.network_train_text_encoder_only, "network_train_text_encoder_only leaves the denoiser alone"),
     Idle(("dim_from_weights",), lambda v: not v.network_weights, "it needs network_weights"),
     Idle(

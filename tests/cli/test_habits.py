@@ -83,7 +83,20 @@ def test_an_empty_text_in_a_front_ends_file_sets_nothing(home: Path) -> None:
         'save_precision = ""\nclip_skip = ""\nresume = ""\noutput_name = ""\nlr_scheduler_args = []\nmin_snr_gamma = 0\n'
     ).config
     assert (found.output.save_precision, found.output.resume, found.output.output_name) == (None, None, "last")
-    assert found.loss.min_snr_gamma is None
+
+
+OFF = {
+    "loss": ("min_snr_gamma", "v_pred_like_loss"),
+    "noise": ("noise_offset", "adaptive_noise_scale", "ip_noise_gamma", "multires_noise_iterations"),
+    "network": ("scale_weight_norms", "network_dropout"),
+    "output": ("save_every_n_epochs", "save_every_n_steps", "save_last_n_epochs", "save_last_n_steps", "save_n_epoch_ratio"),
+    "sample": ("sample_every_n_epochs", "sample_every_n_steps"),
+}
+
+
+def test_what_front_ends_write_as_0_is_off(home: Path) -> None:
+    config = from_file("".join(f"{name} = 0\n" for names in OFF.values() for name in names)).config
+    assert {getattr(getattr(config, section), name) for section, names in OFF.items() for name in names} == {None}
 
 
 @pytest.mark.parametrize(
@@ -174,6 +187,12 @@ def test_arguments_of_adapters_that_only_print_are_stated(home: Path) -> None:
     assert found.config.network.network_args == ("conv_dim=4",)
     assert any(n.startswith("--network_args verbose=True: accepted, no effect: ") for n in found.notices)
     assert kohya.resolve("train_network", [*BASE, "--network_args", "verbose=True"]).config.network.network_args == ()
+
+
+def test_a_rate_of_text_encoders_that_are_not_trained_is_stated(home: Path) -> None:
+    found = from_file("stop_text_encoder_training = 0\ntext_encoder_lr = 1e-4\nverbose = true\n")
+    said = {n.split(": ")[1] for n in found.notices if "accepted, no effect" in n}
+    assert found.config.optimizer.text_encoder_lr == () and said == {"text_encoder_lr", "verbose"}
 
 
 def test_validation_seed_without_a_split_is_stated(home: Path) -> None:

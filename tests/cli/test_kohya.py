@@ -73,6 +73,11 @@ def test_kohyas_defaults_are_used_and_said(home: Path) -> None:
     assert {n.split(":")[0] for n in found.notices} == {"--learning_rate", "--caption_extension"}
 
 
+def test_a_default_that_the_dataset_file_overrules_is_not_told(home: Path) -> None:
+    Path("data.toml").write_text("[general]\ncaption_extension = '.txt'\n" + Path("data.toml").read_text())
+    assert {n.split(":")[0] for n in kohya.resolve("train_network", BASE).notices} == {"--learning_rate"}
+
+
 def test_kohyas_config_files_are_read_as_they_are(home: Path) -> None:
     Path("kohya.toml").write_text(
         """
