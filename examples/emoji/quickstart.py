@@ -1,7 +1,8 @@
 """The quickstart: train a LoRA of a drawing style on the model in the box, then show and measure what it does.
 
 Writes into runs/quickstart: lineart.safetensors (the adapter), before-after.png (same prompts and seeds, without
-and with it), lineart-loss.png (the loss curve), effect.json (mean colour saturation without and with it).
+and with it), lineart-loss.png (the loss curve), effect.json (mean colour saturation without and with it, and how much of the
+shape is kept).
 """
 
 from __future__ import annotations
@@ -11,9 +12,15 @@ import os
 import sys
 from pathlib import Path
 
+import numpy as np
+from PIL import ImageDraw, ImageOps
+from PIL.Image import Image, fromarray
+
 ROOT = Path(__file__).resolve().parents[2]
 HERE = ROOT / "examples" / "emoji"
 OUT = ROOT / "runs" / "quickstart"
+INK = 216
+"""A pixel is ink if one of its channels is darker than this, of 255."""
 
 
 def main() -> int:
@@ -48,20 +55,34 @@ def show(adapter: Path) -> None:
     grid([before, after], ["before", "after"], titles, enlarge=2).save(OUT / "before-after.png")
     effect = {"saturation_before": saturation(before), "saturation_after": saturation(after)}
     effect["fold"] = effect["saturation_before"] / max(effect["saturation_after"], 1e-9)
-    (OUT / "effect.json").write_text(json.dumps(effect, indent=1) + "\n")
+    effect["shape_kept"] = sum(map(overlap, before, after)) / len(prompts)
+    (OUT / "effect.json").write_text(json.dumps(effect, indent=1) + "\n", encoding="utf-8")
     console.print(
-        f"mean colour saturation of {len(prompts)} prompts that the LoRA never saw: "
-        f"{effect['saturation_before']:.3f} without it, {effect['saturation_after']:.3f} with it ({effect['fold']:.1f} times less)"
+        f"{len(prompts)} prompts that the LoRA never saw: mean colour saturation {effect['saturation_before']:.3f} without it, "
+        f"{effect['saturation_after']:.3f} with it ({effect['fold']:.1f} times less); "
+        f"silhouettes without and with it share {effect['shape_kept']:.0%} of their area"
     )
     console.print(f"look at {(OUT / 'before-after.png').relative_to(ROOT)} and {(OUT / 'lineart-loss.png').relative_to(ROOT)}")
 
 
-def saturation(images: list) -> float:
+def saturation(images: list[Image]) -> float:
     """Mean over all pixels of (max - min) of red, green and blue, 0 to 1."""
-    import numpy as np
-
     pixels = np.stack([np.asarray(image, dtype=np.float32) for image in images]) / 255  # (n, h, w, 3)
     return float((pixels.max(-1) - pixels.min(-1)).mean())
+
+
+def overlap(one: Image, other: Image) -> float:
+    """The area that both silhouettes cover, as a share of what either covers, 0 to 1."""
+    a, b = silhouette(one), silhouette(other)
+    return float((a & b).sum() / max((a | b).sum(), 1))
+
+
+def silhouette(image: Image) -> np.ndarray:
+    """Which pixels are ink or enclosed by ink: all but the white that is reached from outside. (h, w), bool."""
+    ink = (np.asarray(image).min(-1) < INK).astype(np.uint8)
+    framed = ImageOps.expand(fromarray(ink), border=1, fill=0)
+    ImageDraw.floodfill(framed, (0, 0), 2)
+    return np.asarray(framed)[1:-1, 1:-1] != 2
 
 
 if __name__ == "__main__":

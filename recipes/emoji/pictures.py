@@ -22,6 +22,11 @@ def captions(path: Path = HERE / "captions.txt") -> list[tuple[str, str]]:
     return [(chr(int(code, 16)), name) for code, name in rows]
 
 
+def named(paths: list[Path]) -> list[str]:
+    """The names in files where they stand between commas."""
+    return [name.strip() for path in paths for name in path.read_text(encoding="utf-8").replace("\n", " ").split(",")]
+
+
 def draw(font: ImageFont.FreeTypeFont, character: str, em: int, size: int) -> Image.Image:
     """A glyph on white, (size, size) px RGB: `em` px of the font fill the picture but for a margin of 1/24, ink centred."""
     room = 2 * em
@@ -55,16 +60,20 @@ def contact_sheet(pictures: list[Image.Image], columns: int) -> Image.Image:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--font", default=COLOUR_FONT)
+    parser.add_argument("--names", type=Path, nargs="+", help="files of names; default: every name in captions.txt")
     parser.add_argument("--size", type=int, default=64)
     parser.add_argument("--out", type=Path, default=Path("runs/emoji/pictures"))
     args = parser.parse_args()
     font = ImageFont.truetype(args.font, BITMAP_SIZE)
     args.out.mkdir(parents=True, exist_ok=True)
+    wanted = set(named(args.names)) if args.names else {caption for _, caption in captions()}
     drawn = []
     for character, caption in captions():
+        if caption not in wanted:
+            continue
         drawn.append(draw(font, character, 128, args.size))
         write(drawn[-1], tuple(form.format(caption) for form in FORMS), args.out / f"{ord(character):05x}.png")
-    contact_sheet(drawn, 32).save(args.out.parent / "pictures.png")
+    contact_sheet(drawn, 32).save(args.out.with_suffix(".png"))
     print(f"{len(drawn)} pictures in {args.out}")
 
 
