@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
-from PIL import ImageDraw, ImageOps
+from PIL import ImageDraw, ImageFilter, ImageOps
 from PIL.Image import Image, fromarray
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -21,6 +21,7 @@ HERE = ROOT / "examples" / "emoji"
 OUT = ROOT / "runs" / "quickstart"
 INK = 216
 """A pixel is ink if one of its channels is darker than this, of 255."""
+GAP = 5
 
 
 def main() -> int:
@@ -56,11 +57,13 @@ def show(adapter: Path) -> None:
     effect = {"saturation_before": saturation(before), "saturation_after": saturation(after)}
     effect["fold"] = effect["saturation_before"] / max(effect["saturation_after"], 1e-9)
     effect["shape_kept"] = sum(map(overlap, before, after)) / len(prompts)
+    effect["shape_by_chance"] = sum(map(overlap, before, after[1:] + after[:1])) / len(prompts)  # with another prompt's
     (OUT / "effect.json").write_text(json.dumps(effect, indent=1) + "\n", encoding="utf-8")
     console.print(
         f"{len(prompts)} prompts that the LoRA never saw: mean colour saturation {effect['saturation_before']:.3f} without it, "
         f"{effect['saturation_after']:.3f} with it ({effect['fold']:.1f} times less); "
-        f"silhouettes without and with it share {effect['shape_kept']:.0%} of their area"
+        f"silhouettes without and with it share {effect['shape_kept']:.0%} of their area "
+        f"(those of different prompts {effect['shape_by_chance']:.0%})"
     )
     console.print(f"look at {(OUT / 'before-after.png').relative_to(ROOT)} and {(OUT / 'lineart-loss.png').relative_to(ROOT)}")
 
@@ -78,11 +81,12 @@ def overlap(one: Image, other: Image) -> float:
 
 
 def silhouette(image: Image) -> np.ndarray:
-    """Which pixels are ink or enclosed by ink: all but the white that is reached from outside. (h, w), bool."""
-    ink = (np.asarray(image).min(-1) < INK).astype(np.uint8)
-    framed = ImageOps.expand(fromarray(ink), border=1, fill=0)
-    ImageDraw.floodfill(framed, (0, 0), 2)
-    return np.asarray(framed)[1:-1, 1:-1] != 2
+    """Which pixels are ink or enclosed by ink; gaps of a line up to GAP - 1 px wide count as closed. (h, w), bool."""
+    ink = fromarray((np.asarray(image).min(-1) < INK).astype(np.uint8))
+    thick = ImageOps.expand(ink, border=GAP).filter(ImageFilter.MaxFilter(GAP))
+    ImageDraw.floodfill(thick, (0, 0), 2)  # the white that is reached from outside
+    inside = fromarray((np.asarray(thick) != 2).astype(np.uint8)).filter(ImageFilter.MinFilter(GAP))
+    return np.asarray(inside)[GAP:-GAP, GAP:-GAP] == 1
 
 
 if __name__ == "__main__":
