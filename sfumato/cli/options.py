@@ -73,6 +73,7 @@ def _shared(name: str, having: tuple[str, ...]) -> Option:
     return replace(first, kind=kind, default=default, help=" ".join(said))
 
 
+@cache
 def of(record: type, section: str) -> dict[str, Option]:
     """A dataclass's fields as options, in order."""
     hints, said = get_type_hints(record), help_texts(record)

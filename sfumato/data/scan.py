@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import errno
 import os
+<<<<<<< HEAD
 from collections.abc import Sequence
+=======
+from collections.abc import Callable, Mapping, Sequence
+>>>>>>> 3e48f73 (Damaged rows of the index, odd shapes of adapters and names that are too long are told, or worked out again; more readers are fuzzed)
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from hashlib import blake2b
@@ -102,8 +106,8 @@ def examine(paths: Sequence[Path], index: Index, *, bodies: bool, progress: Prog
     facts: dict[Path, Facts] = {}
     for path in paths:
         row = known.get(str(path.absolute()))
-        if row and row["stamp"] == stamp(path) and (row["digest"] or not bodies):
-            facts[path] = Facts(row["width"], row["height"], row["digest"])
+        if isinstance(row, dict) and (found := _remembered(row, stamp(path))) and (found.digest or not bodies):
+            facts[path] = found
     todo = [p for p in paths if p not in facts]
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         # In portions, so that a run that is killed here has kept most of what it learnt.
@@ -118,6 +122,14 @@ def examine(paths: Sequence[Path], index: Index, *, bodies: bool, progress: Prog
             if progress:
                 progress(start + len(portion), len(todo))
     return facts
+
+
+def _remembered(row: Mapping[str, object], now: list[int]) -> Facts | None:
+    """What the index knows of a file that has not changed; None when it has, or when the row is damaged."""
+    width, height, digest = row.get("width"), row.get("height"), row.get("digest")
+    if row.get("stamp") != now or not isinstance(digest, str):
+        return None
+    return Facts(width, height, digest) if type(width) is int and type(height) is int and width > 0 and height > 0 else None
 
 
 def _row(facts: Facts, of: list[int]) -> dict[str, object]:

@@ -128,7 +128,8 @@ class Index:
             for name in names:
                 row = connection.execute("SELECT value FROM known WHERE kind = ? AND name = ?", (kind, printable(name))).fetchone()
                 if row:
-                    found[name] = json.loads(row[0])
+                    with suppress(ValueError, TypeError, RecursionError):  # a damaged row is not known, and worked out again
+                        found[name] = json.loads(row[0])
         return found
 
     def write(self, kind: str, values: Mapping[str, object]) -> None:
@@ -205,8 +206,8 @@ def _stamps(store: Store, names: Iterable[str]) -> dict[str, list[int]]:
 
 def why(old: Parts | None, new: Parts) -> str:
     """In a few words, why an entry must be made: how what it depends on differs from what it last depended on."""
-    if old is None:
-        return "new"
+    if not isinstance(old, Mapping):
+        return "new"  # or its row is damaged
     changed = [name for name in new if old.get(name) != new[name]]
     if "bucket" in changed:
         changed = [name for name in changed if name not in ("resized", "crop")]  # they follow from it

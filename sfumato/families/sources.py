@@ -55,8 +55,8 @@ def weight_files(folder: Path) -> list[Path]:
         shards = read_json(index).get("weight_map")
         if not isinstance(shards, dict):
             raise UserError(f"{index}: no list of shards (weight_map) is in it; download or copy it again")
-        if odd := next((shard for shard in shards.values() if not isinstance(shard, str) or Path(shard).name != shard), None):
-            raise UserError(f"{index}: its list of shards (weight_map) names {odd!r}, expected the name of a file beside it")
+        if odd := [shard for shard in shards.values() if not isinstance(shard, str) or not shard or Path(shard).name != shard]:
+            raise UserError(f"{index}: its list of shards (weight_map) names {odd[0]!r}, expected the name of a file beside it")
         return sorted({folder / shard for shard in shards.values()})
     raise UserError(f"{folder}: no weights in it; expected {' or '.join(name + '.safetensors' for name in WEIGHTS[:2])}")
 

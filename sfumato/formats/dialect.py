@@ -107,6 +107,9 @@ def read(dialects: Iterable[Dialect], tensors: Mapping[str, Tensor], sites: Iter
         native = place.leaves.get(leaf, _READ_AS.get(leaf, leaf))
         if native in leaves or rule != place.rule:
             raise UserError(f"two tensors for one place of {place.site[1]}, the second of them {key!r}")
+        if (native in (DOWN, UP) and (tensor.ndim < 2 or not tensor.numel())) or (native == ALPHA and tensor.numel() != 1):
+            expected = "one number" if native == ALPHA else "rows and columns"
+            raise UserError(f"{key!r} of the adapter has the shape {list(tensor.shape)}, expected {expected}")
         leaves[native] = tensor
     if strange:
         raise UserError(_unclaimed(strange, places, len(tensors)))

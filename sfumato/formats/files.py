@@ -172,8 +172,8 @@ def _unpickle(path: Path) -> dict[str, Tensor]:
         tensors = dict(_flat(content))
     except RecursionError:
         raise UserError(f"{path}: its tables are nested too deeply for a weight file") from None
-    if odd := next((name for name, t in tensors.items() if t.layout != torch.strided or t.is_meta or t.is_quantized), None):
-        raise UserError(f"{path}: tensor {odd!r} is sparse, quantised or without values, which cannot be read; save it as plain numbers")
+    if odd := [name for name, t in tensors.items() if t.layout != torch.strided or t.is_meta or t.is_quantized]:
+        raise UserError(f"{path}: tensor {odd[0]!r} is sparse, quantised or without values, which cannot be read; save it as plain numbers")
     if not tensors:
         raise UserError(f"{path}: holds no tensors")
     return tensors

@@ -98,8 +98,8 @@ def _no_constant(name: str) -> None:
 def _metadata(found: object) -> dict[str, str]:
     if not isinstance(found, dict):
         raise ValueError(f"__metadata__ is {_shown(found)}, expected a table of texts")
-    if odd := next((key for key, value in found.items() if not isinstance(value, str)), None):
-        raise ValueError(f"the metadata {odd!r} is {_shown(found[odd])}, expected text")
+    if odd := [key for key, value in found.items() if not isinstance(value, str)]:
+        raise ValueError(f"the metadata {odd[0]!r} is {_shown(found[odd[0]])}, expected text")
     return {_name(key): _name(value) for key, value in found.items()}
 
 

@@ -326,6 +326,6 @@ def remembered(name: str, paths: Sequence[Path], make: Callable[[], str], memo: 
 def _memory(memo: Path) -> dict[str, object]:
     try:
         known = json.loads(memo.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return known if isinstance(known, dict) else {}

@@ -69,7 +69,9 @@ def _text(value: Any) -> bytes:
 
 def turned(*valid: bytes, most: int = 4) -> SearchStrategy[bytes]:
     """Bytes of which some are others, cut off somewhere, or with some put in."""
-    change = st.tuples(st.floats(0, 1, exclude_max=True), st.sampled_from(("turn", "turn", "cut", "put", "zeros", "drop")), st.binary(max_size=4))
+    change = st.tuples(
+        st.floats(0, 1, exclude_max=True), st.sampled_from(("turn", "turn", "cut", "put", "zeros", "drop")), st.binary(max_size=4)
+    )
     return st.tuples(st.sampled_from(valid), st.lists(change, min_size=1, max_size=most)).map(lambda drawn: _turned(*drawn))
 
 

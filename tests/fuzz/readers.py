@@ -8,25 +8,24 @@ import random
 import sqlite3
 from collections.abc import Callable
 from contextlib import closing
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from fuzz.inputs import tree, turned, written
 from hypothesis import strategies as st
 from hypothesis.strategies import SearchStrategy
 from PIL import Image
-from torch import Tensor
 
+from fuzz.inputs import tree, turned, written
 from sfumato import adapters, families
 from sfumato.adapters.insert import from_state
 from sfumato.cli import flags, kohya, toml
 from sfumato.config import DatasetConfig, NetworkConfig, OptimizerConfig, SubsetConfig
-from sfumato.data import captions, pictures, scan
-from sfumato.data.store import Index, Store
+from sfumato.data import captions, scan
+from sfumato.data.store import Index, Store, why
 from sfumato.families import detect
 from sfumato.families.base import Models
 from sfumato.families.loading import outline
@@ -109,7 +108,7 @@ def _shapes(name: str) -> dict[str, list[int]]:
     # A few of each, spread over the file: the marks by which families know their files are at both ends and between.
     found = json.loads(text)
     names = list(found)
-    return {n: found[n] for n in [*names[:40], *names[40 :: max(1, len(names) // 200)]]}
+    return {n: found[n] for n in [*names[:20], *names[20 :: max(1, len(names) // 60)]]}
 
 
 def _detected(stage: Stage, text: bytes) -> None:
@@ -212,9 +211,7 @@ def _adapter(stage: Stage, text: bytes) -> None:
     try:
         entries = json.loads(text)
         kinds = {"F32": torch.float32, "F16": torch.float16, "I32": torch.int32, "F4": torch.bool}
-        tensors = {
-            n: torch.ones([int(i) for i in e["shape"] if int(i) < 1000], dtype=kinds[e["dtype"]]) for n, e in entries.items()
-        }
+        tensors = {n: torch.ones([int(i) for i in e["shape"] if int(i) < 1000], dtype=kinds[e["dtype"]]) for n, e in entries.items()}
         files.save(stage.folder / "a.safetensors", tensors)
     except (ValueError, KeyError, TypeError, AttributeError, RuntimeError, OverflowError, RecursionError, UnicodeError):
         return
@@ -225,9 +222,16 @@ def _adapter(stage: Stage, text: bytes) -> None:
 def _leaves(stage: Stage, drawn: list[tuple[str, list[int]]]) -> None:
     """Tensors of any shapes under an adapter's names."""
     models = _outline(stage.model)
+    (text,) = models.encoders.items()
+    sites = [(text[0], path) for path, layer in text[1].named_modules() if isinstance(layer, torch.nn.Linear)]
     tensors = {name: torch.ones(shape) for name, shape in drawn}
-    sites = [(c, p) for c, net in models.nets().items() for p, layer in net.named_modules() if isinstance(layer, torch.nn.Linear)]
-    from_state(models.nets(), dialect.read(models.family.dialects(models).values(), tensors, sites)).remove()
+    from_state(dict([text]), dialect.read(_dialects(stage.model), tensors, sites)).remove()
+
+
+@cache
+def _dialects(model: Path) -> list[dialect.Dialect]:
+    models = _outline(model)
+    return list(models.family.dialects(models).values())
 
 
 # --- words ---
@@ -315,7 +319,8 @@ def _network_args(stage: Stage, args: list[str]) -> None:
 def _optimizer(stage: Stage, drawn: tuple[str, str]) -> None:
     kind, arg = drawn
     build.optimizer(
-        OptimizerConfig(optimizer_type=kind, optimizer_args=(arg,)), [Group(name="x", lr=1e-4, parameters=[torch.nn.Parameter(torch.ones(2, 2))])]
+        OptimizerConfig(optimizer_type=kind, optimizer_args=(arg,)),
+        [Group(name="x", lr=1e-4, parameters=[torch.nn.Parameter(torch.ones(2, 2))])],
     )
 
 
@@ -370,7 +375,7 @@ def _cached(stage: Stage, content: bytes) -> None:
     store.get("ab" * 20)
 
 
-ROW = {"stamp": [1, 2, 3], "width": 8, "height": 8, "digest": "ab"}
+ROW = {"stamp": "@stamp@", "width": 8, "height": 8, "digest": "ab"}
 
 
 def _row(stage: Stage, text: bytes) -> None:
@@ -378,9 +383,28 @@ def _row(stage: Stage, text: bytes) -> None:
     picture = next(stage.pictures.rglob("*.png"))
     index = Index(stage.folder / "index")
     index.write("picture", {str(picture.absolute()): ROW})
+    value = text.replace(b'"@stamp@"', json.dumps(scan._stamp(picture)).encode())
     with closing(sqlite3.connect(stage.folder / "index" / "index.sqlite")) as connection, connection:
-        connection.execute("UPDATE known SET value = ?", (text if text[:1] == b"x" else text.decode("utf-8", "replace"),))
-    assert scan.examine([picture], index, bodies=True)[picture].width == 8
+        connection.execute("UPDATE known SET value = ?", (value if text[:1] < b"Z" else value.decode("utf-8", "replace"),))
+    found = scan.examine([picture], index, bodies=True)[picture]
+    assert type(found.width) is int and found.width > 0 and isinstance(found.digest, str)
+    assert why(index.read("picture", [str(picture.absolute())]).get(str(picture.absolute())), {"picture": "x"})
+
+
+def _index_file(stage: Stage, content: bytes) -> None:
+    index = Index(stage.folder / "damaged")
+    stage.file("damaged/index.sqlite", content)
+    index.read("picture", ["a", "b"])
+    index.write("picture", {"a": [1]})
+
+
+@cache
+def _sqlite() -> bytes:
+    import tempfile
+
+    with tempfile.TemporaryDirectory() as folder:
+        Index(Path(folder)).write("picture", {"a": ROW, "b": 3})
+        return (Path(folder) / "index.sqlite").read_bytes()
 
 
 def _log(stage: Stage, content: bytes) -> None:
@@ -417,9 +441,9 @@ def _images() -> tuple[bytes, ...]:
 def _picture(stage: Stage, content: bytes) -> None:
     for suffix in (".png", ".jpg"):
         path = stage.file(f"x{suffix}", content)
-        scan.examine([path], Index(), bodies=False)
-        scan._examine(path, True)
-    pictures.read(io.BytesIO(content), ".png")
+        for bodies in (False, True):
+            scan._examine(path, bodies)
+    scan.open_picture(path)
 
 
 CAPTION = "a {red|blue} cat, sitting ||| tree, {{x}}, (bold:1.2)\nsecond line, [dull]\n"
@@ -446,7 +470,8 @@ def _toml(stage: Stage, content: bytes) -> None:
 
 
 def _any_leaves() -> SearchStrategy[list[tuple[str, list[int]]]]:
-    names = st.sampled_from([*ADAPTER, *(n.replace("lora_", "hada_") for n in ADAPTER)])
+    own = [name for name in ADAPTER if name.startswith("lora_te")]
+    names = st.sampled_from([*own, *(n.replace(".lora_down.weight", ".hada_w1_a") for n in own)])
     return st.lists(st.tuples(names, st.lists(st.integers(0, 65), max_size=4)), min_size=1, max_size=5)
 
 
@@ -454,34 +479,44 @@ READERS: tuple[Reader, ...] = (
     Reader("header of a weight file", lambda stage: tree(HEADER), _header, 600),
     Reader("safetensors", lambda stage: turned(safetensors(json.dumps(HEADER).encode())), partial(_weights, ".safetensors"), 400),
     Reader("pickle", lambda stage: turned(_pickle(True), _pickle(False)), partial(_weights, ".ckpt"), 250),
-    *(Reader(f"detected {kind}", lambda stage, kind=kind: tree(_shapes(kind)), _detected, 15) for kind in _kinds()),  # type: ignore[misc]
-    Reader("model", lambda stage: tree(_model_header(stage)), _model, 40),
-    Reader("config of a U-Net", lambda stage: tree(UNET), partial(_part, "denoiser"), 40),
+    *(Reader(f"detected {kind}", lambda stage, kind=kind: tree(_shapes(kind)), _detected, 20) for kind in _kinds()),  # type: ignore[misc]
+    Reader("model", lambda stage: tree(_model_header(stage)), _model, 12),
+    Reader("config of a U-Net", lambda stage: tree(UNET), partial(_part, "denoiser"), 15),
     Reader("config of a text encoder", lambda stage: tree(CLIP), partial(_part, "clip_l"), 60),
-    Reader("config of a VAE", lambda stage: tree(VAE), partial(_part, "vae"), 40),
+    Reader("config of a VAE", lambda stage: tree(VAE), partial(_part, "vae"), 20),
     Reader("index of a folder", lambda stage: tree(INDEX), partial(_folder, "model_index.json"), 100),
     Reader("index of shards", lambda stage: tree(SHARDS), partial(_folder, "unet/x.safetensors.index.json"), 100),
-    Reader("adapter", lambda stage: tree(ADAPTER), _adapter, 200),
-    Reader("shapes of an adapter", lambda stage: _any_leaves(), _leaves, 200),
-    Reader("config file", lambda stage: written(_placed(CONFIG, stage)), _config, 150),
+    Reader("adapter", lambda stage: tree(ADAPTER), _adapter, 25),
+    Reader("shapes of an adapter", lambda stage: _any_leaves(), _leaves, 300),
+    Reader("config file", lambda stage: written(_placed(CONFIG, stage)), _config, 100),
     Reader("bytes of a TOML file", lambda stage: turned(_placed(DATASET, stage).encode()), _toml, 150),
-    Reader("dataset file", lambda stage: written(_placed(DATASET, stage)), partial(_datasets, ".toml"), 150),
+    Reader("dataset file", lambda stage: written(_placed(DATASET, stage)), partial(_datasets, ".toml"), 100),
     Reader("dataset file in JSON", lambda stage: tree(DATASET_JSON), partial(_datasets, ".json"), 150),
-    Reader("prompt lines", lambda stage: written(PROMPTS), partial(_prompts, ".txt")),
+    Reader("prompt lines", lambda stage: written(PROMPTS), partial(_prompts, ".txt"), 300),
     Reader("bytes of a prompt file", lambda stage: turned(PROMPTS.encode()), partial(_prompts, ".txt"), 100),
     Reader("prompts in TOML", lambda stage: written(PROMPTS_TOML), partial(_prompts, ".toml")),
-    Reader("prompts in JSON", lambda stage: tree(PROMPTS_JSON), partial(_prompts, ".json")),
-    Reader("command line", lambda stage: written(COMMAND), _command, 150),
-    Reader("kohya's command line", lambda stage: written(COMMAND), _kohya, 100),
-    Reader("network_args", lambda stage: st.lists(written(*NETWORK_ARGS), min_size=1, max_size=3), _network_args),
-    Reader("optimizer_args", lambda stage: written(*OPTIMIZER_ARGS).map(lambda text: [text]), lambda stage, args: arguments.literals("x", args)),
-    Reader("optimizer", lambda stage: st.tuples(written(*OPTIMIZERS) | st.sampled_from(OPTIMIZERS), written(*OPTIMIZER_ARGS)), _optimizer, 150),
+    Reader("prompts in JSON", lambda stage: tree(PROMPTS_JSON), partial(_prompts, ".json"), 300),
+    Reader("command line", lambda stage: written(COMMAND), _command, 80),
+    Reader("kohya's command line", lambda stage: written(COMMAND), _kohya, 60),
+    Reader("network_args", lambda stage: st.lists(written(*NETWORK_ARGS), min_size=1, max_size=3), _network_args, 300),
+    Reader(
+        "optimizer_args",
+        lambda stage: written(*OPTIMIZER_ARGS).map(lambda text: [text]),
+        lambda stage, args: arguments.literals("x", args),
+        300,
+    ),
+    Reader(
+        "optimizer", lambda stage: st.tuples(written(*OPTIMIZERS) | st.sampled_from(OPTIMIZERS), written(*OPTIMIZER_ARGS)), _optimizer, 150
+    ),
     Reader("manifest of a state", lambda stage: tree(_manifest(stage)), _resumed),
-    Reader("values of a state", lambda stage: tree(PACKED), _unpacked),
+    Reader("values of a state", lambda stage: tree(PACKED), _unpacked, 300),
     Reader("entry of a cache", lambda stage: turned(_entry()), _cached),
-    Reader("row of the index", lambda stage: tree(ROW) | st.binary(max_size=9), _row, 150),
+    Reader("row of the index", lambda stage: tree(ROW) | st.binary(max_size=9), _row, 50),
+    Reader("file of the index", lambda stage: turned(_sqlite()), _index_file, 100),
     Reader("log", lambda stage: turned(b'{"step": 4, "loss": 0.5}\n{"step": 6, "loss": NaN, "lr/x": 1}\n'), _log, 150),
     Reader("remembered hashes", lambda stage: tree(_known(stage)), _memo, 100),
-    Reader("picture", lambda stage: turned(*_images()), _picture, 700),
-    Reader("caption", lambda stage: turned(CAPTION.encode()) | written(CAPTION).map(lambda t: t.encode("utf-8", "surrogatepass")), _caption),
+    Reader("picture", lambda stage: turned(*_images()), _picture, 900),
+    Reader(
+        "caption", lambda stage: turned(CAPTION.encode()) | written(CAPTION).map(lambda t: t.encode("utf-8", "surrogatepass")), _caption
+    ),
 )

@@ -7,10 +7,11 @@ from typing import Any
 
 import pytest
 from cli.cli_files import SHAPES, safetensors
-from fuzz.readers import READERS, Reader, Stage
-from fuzz.survive import survives
 from hypothesis import HealthCheck, Phase, given, settings
 from run_fixtures import make_pictures
+
+from fuzz.readers import READERS, Reader, Stage
+from fuzz.survive import survives
 
 ENOUGH = 5000
 """Inputs in all."""
