@@ -11,7 +11,7 @@ from torch import nn
 from sfumato import families
 from sfumato.adapters.insert import from_state
 from sfumato.config import Config, Method
-from sfumato.errors import Mistakes
+from sfumato.errors import UserError
 from sfumato.families.base import Models
 from sfumato.families.loading import forget, outline, read_values
 from sfumato.memory.plan import fit
@@ -47,11 +47,17 @@ def load_models(config: Config, precision: dist.Precision, method: Method | None
 
 def check_base_weights(config: Config, models: Models) -> None:
     """That `base_weights` fit nets that need no values. Errors: `UserError`, of each file."""
-    wrong = Mistakes()
-    for path in config.network.base_weights:
-        with wrong:
-            from_state(models.nets(), read_adapter(models, Path(path))).remove()
-    wrong.tell()
+    if wrong := [message for path in config.network.base_weights for message in _misfit(models, path)]:
+        raise UserError(*wrong)
+
+
+def _misfit(models: Models, path: str) -> tuple[str, ...]:
+    """Why an adapter cannot be merged into nets of these shapes."""
+    try:
+        from_state(models.nets(), read_adapter(models, Path(path))).remove()
+    except UserError as error:
+        return tuple(f"base_weights {path}: {message.removeprefix(f'{path}: ')}" for message in error.messages)
+    return ()
 
 
 def merge_base_weights(config: Config, models: Models) -> None:

@@ -1,0 +1,165 @@
+"""`sfumato plan` is the truth: what training refuses, it refuses, with the same words, and before weights are read."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from training import config
+
+from sfumato.config import Config, DatasetConfig, Method, ModelConfig, SubsetConfig
+from sfumato.errors import UserError
+from sfumato.families.base import Models
+from sfumato.families.loading import load
+from sfumato.families.sd.facts import Options
+from sfumato.formats import files
+from sfumato.train import check, devices, dist, log, plan, run
+from sfumato.train.caching import open_data
+
+Refused = Callable[..., str]
+
+
+def data(pictures: Path, **subset: Any) -> tuple[DatasetConfig, ...]:
+    folder = SubsetConfig(image_dir=str(pictures), **subset)
+    return (DatasetConfig(subsets=(folder,), resolution=(64, 64), batch_size=2),)
+
+
+def told(model: Path, where: Path, **options: Any) -> Config:
+    given = {"pretrained_model_name_or_path": str(model), "output_dir": str(where / "out"), "output_name": "lora", "max_train_steps": 4}
+    return config(**{**given, "network_dim": 2, **options})
+
+
+@cache
+def _outline(model: ModelConfig, family: Any) -> Models:
+    """A check leaves the nets as they are, so one outline serves them all."""
+    return devices.outline_models(Config(model=model, family=family))
+
+
+@pytest.fixture
+def refused(model: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Refused:
+    """What `plan` says of these options; `train` says the same, and neither reads a weight."""
+    monkeypatch.setattr(check, "outline_models", lambda given: _outline(given.model, given.family))
+    monkeypatch.setattr(devices, "read_values", lambda *_, **__: pytest.fail("weights were read"))
+
+    def ask(method: Method = "network", subset: dict[str, Any] | None = None, **options: Any) -> str:
+        given, datasets = told(model, tmp_path, **options), data(pictures, **(subset or {}))
+        with pytest.raises(UserError) as by_plan:
+            plan.show(given, method, datasets)
+        with pytest.raises(UserError) as by_train:
+            run.train(given, method, datasets)
+        assert by_plan.value.messages == by_train.value.messages
+        return str(by_plan.value)
+
+    return ask
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"network_train_text_encoder_only": True, "stop_text_encoder_training": 0}, "nothing is left to train"),
+        ({"save_model_as": "diffusers"}, "is for whole models"),
+        ({"network_module": "networks.nothing"}, "network_module"),
+        ({"network_args": ("conv_dim=x",)}, "conv_dim"),
+        ({"text_encoder_lr": (1e-4, 1e-5), "network_train_unet_only": True}, "text_encoder_lr"),
+        ({"clip_skip": 9}, "clip_skip"),
+        ({"log_with": "wandb"}, "wandb is not installed"),
+        ({"network_weights": "none.safetensors"}, "no such file"),
+        ({"base_weights": ("none.safetensors",)}, "no such file"),
+        ({"vae": "none.safetensors"}, "vae"),
+        ({"tokenizer": "nowhere"}, "tokenizer"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_what_settings_and_headers_tell(refused: Refused, options: dict[str, Any], words: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(log, "find_spec", lambda name: None)
+    if "clip_skip" in options:
+        options = {"family": Options(clip_skip=options["clip_skip"])}
+    assert words in refused(**options)
+
+
+def test_adapters_that_do_not_fit(refused: Refused, tmp_path: Path) -> None:
+    layer = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q"
+    tensors = {f"{layer}.lora_down.weight": torch.ones(3, 32), f"{layer}.lora_up.weight": torch.ones(32, 3)}
+    files.save(tmp_path / "other.safetensors", {f"x{name}": t for name, t in tensors.items()})
+    files.save(tmp_path / "wide.safetensors", {name: torch.cat([t, t], int("down" in name)) for name, t in tensors.items()})
+    assert "name no layer" in refused(network_weights=str(tmp_path / "other.safetensors"))
+    assert "name no layer" in refused(base_weights=(str(tmp_path / "other.safetensors"),))
+    said = refused(base_weights=(str(tmp_path / "wide.safetensors"),))
+    assert "wide.safetensors" in said and "has shape [3, 64], expected [3, 32]" in said
+
+
+def test_samplers_and_prompts(refused: Refused, tmp_path: Path) -> None:
+    (tmp_path / "prompts.txt").write_text("a cat --ss pndm\n", encoding="utf-8")
+    v = Options(v_parameterization=True)
+    said = refused(sample_prompts=str(tmp_path / "prompts.txt"), sample_every_n_steps=2, zero_terminal_snr=True, family=v)
+    assert "pndm: cannot begin at zero signal" in said
+    (tmp_path / "prompts.txt").write_text("a cat --zz 4\n", encoding="utf-8")
+    said = refused(sample_prompts=str(tmp_path / "prompts.txt"), sample_sampler="best", network_args=("colour=2",))
+    assert "--zz" in said and "'best'" in said and "'colour'" in said  # all mistakes at once
+
+
+@pytest.mark.parametrize(
+    ("options", "subset", "words"),
+    [
+        ({"cache_latents": True}, {"random_crop": True}, "cannot be cached"),
+        ({"cache_text_encoder_outputs": True}, {"shuffle_caption": True}, "cannot be cached"),
+        ({"cache_text_encoder_outputs": True}, {"enable_wildcard": True, "caption_prefix": "{a|b|c|d|e|f|g|h}" * 4}, "too many captions"),
+    ],
+    ids=["crops", "shuffled", "wildcards"],
+)
+def test_what_cannot_be_kept(refused: Refused, options: dict[str, Any], subset: dict[str, Any], words: str) -> None:
+    assert words in refused(subset=subset, **options)
+
+
+def test_a_truncated_jpeg(refused: Refused, pictures: Path) -> None:
+    from PIL import Image
+
+    Image.open(pictures / "0.png").save(pictures / "cut.jpg")
+    (pictures / "cut.jpg").write_bytes((pictures / "cut.jpg").read_bytes()[:-200])
+    assert "cut.jpg: damaged" in refused()
+
+
+def test_weights_in_a_format_of_whole_numbers(refused: Refused, model: Path, tmp_path: Path) -> None:
+    tensors = files.load(model)
+    name = "model.diffusion_model.time_embed.0.weight"
+    files.save(tmp_path / "odd.safetensors", {**tensors, name: torch.zeros(tensors[name].shape, dtype=torch.int32)})
+    said = refused(pretrained_model_name_or_path=str(tmp_path / "odd.safetensors"), tokenizer=str(model.parent / "tokenizer"))
+    assert "'time_embed.0.weight' is in the format I32" in said and "F32" in said
+
+
+def test_pictures_that_are_too_large_for_the_model(model: Path, pictures: Path, tmp_path: Path) -> None:
+    given = told(model, tmp_path)
+    models = devices.outline_models(given)
+    models.family = dataclasses.replace(models.family, largest=lambda _: 32)
+    with pytest.raises(UserError, match="dataset 1: 64 x 64 pixels are too large"):
+        open_data(given, data(pictures), dist.outside(), models)
+
+
+def test_what_is_trained_is_counted_without_values(model: Path, pictures: Path, tmp_path: Path) -> None:
+    given = told(model, tmp_path, network_args=("conv_dim=2",), text_encoder_lr=(1e-5,))
+    checked = check.check(given, "network")
+    denoiser, text = checked.trained
+    assert all(p.is_meta for net in checked.models.nets().values() for p in net.parameters())
+    models = load(checked.models.family, str(model), given.family)
+    assert checked.plan is not None
+    with check.outlined(models, given, checked.plan) as real:
+        groups = {g.name: sum(p.numel() for p in g.parameters) for g in real.groups()}
+    assert groups == {"denoiser": denoiser.numbers, "clip_l": text.numbers}
+    assert (text.layers, text.rates) == (18, (1e-5,))
+    assert not any(m._forward_hooks for net in models.nets().values() for m in net.modules())
+
+
+def test_results_are_named_with_their_ending(model: Path, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    plan.show(told(model, tmp_path, save_every_n_steps=2), "network", data(pictures))
+    said = "".join(capsys.readouterr().out.split())
+    assert "lora-step00000002.safetensors" in said and "lora.safetensors" in said
+    found = json.loads(json.dumps(plan.facts(told(model, tmp_path, save_model_as="ckpt"), "full", data(pictures))))
+    assert found["results"][-1]["files"].endswith("lora.ckpt")
+    assert found["steps"] == 4 and found["trained"][0]["component"] == "denoiser"
+    assert not (tmp_path / "out").exists()
