@@ -10,6 +10,7 @@ from typing import Any
 from sfumato.errors import UserError
 from sfumato.families import detect, sources
 from sfumato.formats import files
+from sfumato.formats.header import Header
 
 _DOWN = (".lora_down.weight", ".lora_A.weight", ".lora_A.default.weight", ".lora.down.weight")
 """Ends of the tensors whose rows are the rank of a LoRA."""
@@ -80,7 +81,7 @@ def _identify(path: Path, shapes: detect.Shapes) -> tuple[detect.Detected | None
     return found, "" if found else detect.unknown(shapes)
 
 
-def _headers(path: Path) -> dict[Path, files.Header]:
+def _headers(path: Path) -> dict[Path, Header]:
     """file -> its header, for all weight files of what `path` names."""
     if not path.is_dir():
         return {path: files.read_header(path)}
