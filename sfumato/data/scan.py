@@ -4,11 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
-<<<<<<< HEAD
-from collections.abc import Sequence
-=======
-from collections.abc import Callable, Mapping, Sequence
->>>>>>> 3e48f73 (Damaged rows of the index, odd shapes of adapters and names that are too long are told, or worked out again; more readers are fuzzed)
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from hashlib import blake2b

@@ -30,6 +30,7 @@ from sfumato.families import detect
 from sfumato.families.base import Models
 from sfumato.families.loading import outline
 from sfumato.formats import dialect, files, metadata, run
+from sfumato.formats.files import stamp
 from sfumato.optim import arguments, build
 from sfumato.optim.groups import Group
 from sfumato.tools import show
@@ -383,7 +384,7 @@ def _row(stage: Stage, text: bytes) -> None:
     picture = next(stage.pictures.rglob("*.png"))
     index = Index(stage.folder / "index")
     index.write("picture", {str(picture.absolute()): ROW})
-    value = text.replace(b'"@stamp@"', json.dumps(scan._stamp(picture)).encode())
+    value = text.replace(b'"@stamp@"', json.dumps(stamp(picture)).encode())
     with closing(sqlite3.connect(stage.folder / "index" / "index.sqlite")) as connection, connection:
         connection.execute("UPDATE known SET value = ?", (value if text[:1] < b"Z" else value.decode("utf-8", "replace"),))
     found = scan.examine([picture], index, bodies=True)[picture]

@@ -143,7 +143,7 @@ def test_pictures_that_are_too_large_for_the_model(model: Path, pictures: Path, 
 
 def test_what_is_trained_is_counted_without_values(model: Path, pictures: Path, tmp_path: Path) -> None:
     given = told(model, tmp_path, network_args=("conv_dim=2",), text_encoder_lr=(1e-5,))
-    checked = check.check(given, "network")
+    checked = check.check(given, "network", data(pictures))
     denoiser, text = checked.trained
     assert all(p.is_meta for net in checked.models.nets().values() for p in net.parameters())
     models = load(checked.models.family, str(model), given.family)
