@@ -122,7 +122,7 @@ def newest(parent: str | Path, named: str) -> Path | None:
 
 
 def _written(folder: Path) -> float:
-    with suppress(ValueError, KeyError, TypeError):
+    with suppress(ValueError, KeyError, TypeError, RecursionError):
         return float(json.loads((folder / "manifest.json").read_text(encoding="utf-8"))["written"])
     return -math.inf
 

@@ -25,6 +25,7 @@ from sfumato.adapters.insert import from_state
 from sfumato.cli import flags, kohya, toml
 from sfumato.config import DatasetConfig, NetworkConfig, OptimizerConfig, SubsetConfig
 from sfumato.data import captions, scan
+from sfumato.data.entries import facts
 from sfumato.data.store import Index, Store, why
 from sfumato.families import detect
 from sfumato.families.base import Models
@@ -365,7 +366,8 @@ def _unpacked(stage: Stage, text: bytes) -> None:
 
 @cache
 def _entry() -> bytes:
-    return b"".join(files.serialise({"latents": torch.ones(4, 2, 2, dtype=torch.float16)}))
+    tensors = {"latents": torch.ones(4, 2, 2, dtype=torch.float16)}
+    return b"".join(files.serialise(tensors, facts("ab" * 20, tensors)))
 
 
 def _cached(stage: Stage, content: bytes) -> None:
@@ -477,29 +479,29 @@ def _any_leaves() -> SearchStrategy[list[tuple[str, list[int]]]]:
 
 
 READERS: tuple[Reader, ...] = (
-    Reader("header of a weight file", lambda stage: tree(HEADER), _header, 600),
-    Reader("safetensors", lambda stage: turned(safetensors(json.dumps(HEADER).encode())), partial(_weights, ".safetensors"), 400),
+    Reader("header of a weight file", lambda stage: tree(HEADER), _header, 450),
+    Reader("safetensors", lambda stage: turned(safetensors(json.dumps(HEADER).encode())), partial(_weights, ".safetensors"), 300),
     Reader("pickle", lambda stage: turned(_pickle(True), _pickle(False)), partial(_weights, ".ckpt"), 250),
-    *(Reader(f"detected {kind}", lambda stage, kind=kind: tree(_shapes(kind)), _detected, 20) for kind in _kinds()),  # type: ignore[misc]
-    Reader("model", lambda stage: tree(_model_header(stage)), _model, 12),
+    *(Reader(f"detected {kind}", lambda stage, kind=kind: tree(_shapes(kind)), _detected, 16) for kind in _kinds()),  # type: ignore[misc]
+    Reader("model", lambda stage: tree(_model_header(stage)), _model, 10),
     Reader("config of a U-Net", lambda stage: tree(UNET), partial(_part, "denoiser"), 15),
     Reader("config of a text encoder", lambda stage: tree(CLIP), partial(_part, "clip_l"), 60),
     Reader("config of a VAE", lambda stage: tree(VAE), partial(_part, "vae"), 20),
     Reader("index of a folder", lambda stage: tree(INDEX), partial(_folder, "model_index.json"), 100),
     Reader("index of shards", lambda stage: tree(SHARDS), partial(_folder, "unet/x.safetensors.index.json"), 100),
     Reader("adapter", lambda stage: tree(ADAPTER), _adapter, 25),
-    Reader("shapes of an adapter", lambda stage: _any_leaves(), _leaves, 300),
-    Reader("config file", lambda stage: written(_placed(CONFIG, stage)), _config, 100),
+    Reader("shapes of an adapter", lambda stage: _any_leaves(), _leaves, 150),
+    Reader("config file", lambda stage: written(_placed(CONFIG, stage)), _config, 80),
     Reader("bytes of a TOML file", lambda stage: turned(_placed(DATASET, stage).encode()), _toml, 150),
     Reader("dataset file", lambda stage: written(_placed(DATASET, stage)), partial(_datasets, ".toml"), 100),
-    Reader("dataset file in JSON", lambda stage: tree(DATASET_JSON), partial(_datasets, ".json"), 150),
-    Reader("prompt lines", lambda stage: written(PROMPTS), partial(_prompts, ".txt"), 300),
+    Reader("dataset file in JSON", lambda stage: tree(DATASET_JSON), partial(_datasets, ".json"), 80),
+    Reader("prompt lines", lambda stage: written(PROMPTS), partial(_prompts, ".txt"), 250),
     Reader("bytes of a prompt file", lambda stage: turned(PROMPTS.encode()), partial(_prompts, ".txt"), 100),
     Reader("prompts in TOML", lambda stage: written(PROMPTS_TOML), partial(_prompts, ".toml")),
-    Reader("prompts in JSON", lambda stage: tree(PROMPTS_JSON), partial(_prompts, ".json"), 300),
-    Reader("command line", lambda stage: written(COMMAND), _command, 80),
+    Reader("prompts in JSON", lambda stage: tree(PROMPTS_JSON), partial(_prompts, ".json"), 200),
+    Reader("command line", lambda stage: written(COMMAND), _command, 70),
     Reader("kohya's command line", lambda stage: written(COMMAND), _kohya, 60),
-    Reader("network_args", lambda stage: st.lists(written(*NETWORK_ARGS), min_size=1, max_size=3), _network_args, 300),
+    Reader("network_args", lambda stage: st.lists(written(*NETWORK_ARGS), min_size=1, max_size=3), _network_args, 150),
     Reader(
         "optimizer_args",
         lambda stage: written(*OPTIMIZER_ARGS).map(lambda text: [text]),
@@ -510,13 +512,13 @@ READERS: tuple[Reader, ...] = (
         "optimizer", lambda stage: st.tuples(written(*OPTIMIZERS) | st.sampled_from(OPTIMIZERS), written(*OPTIMIZER_ARGS)), _optimizer, 150
     ),
     Reader("manifest of a state", lambda stage: tree(_manifest(stage)), _resumed),
-    Reader("values of a state", lambda stage: tree(PACKED), _unpacked, 300),
+    Reader("values of a state", lambda stage: tree(PACKED), _unpacked, 250),
     Reader("entry of a cache", lambda stage: turned(_entry()), _cached),
     Reader("row of the index", lambda stage: tree(ROW) | st.binary(max_size=9), _row, 50),
     Reader("file of the index", lambda stage: turned(_sqlite()), _index_file, 100),
     Reader("log", lambda stage: turned(b'{"step": 4, "loss": 0.5}\n{"step": 6, "loss": NaN, "lr/x": 1}\n'), _log, 150),
     Reader("remembered hashes", lambda stage: tree(_known(stage)), _memo, 100),
-    Reader("picture", lambda stage: turned(*_images()), _picture, 900),
+    Reader("picture", lambda stage: turned(*_images()), _picture, 600),
     Reader(
         "caption", lambda stage: turned(CAPTION.encode()) | written(CAPTION).map(lambda t: t.encode("utf-8", "surrogatepass")), _caption
     ),

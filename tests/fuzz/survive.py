@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 
+from sfumato.data.entries import Damaged
 from sfumato.data.pictures import Unreadable
 from sfumato.errors import UserError
 
@@ -20,5 +21,5 @@ def survives(read: Callable[[], object]) -> None:
             for message in error.messages:
                 assert message.strip(), "an empty message"
                 message.encode()  # can be printed
-        except Unreadable as error:
+        except (Unreadable, Damaged) as error:
             assert str(error).strip(), "an empty message"
