@@ -55,6 +55,12 @@ def guarded(job: Callable[[], int]) -> int:
         # The reader, `head` say, has seen enough. What is still buffered must go nowhere, or Python complains at its end.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except OSError as e:
+        if e.filename is None:
+            raise
+        # A file or folder that may not be read or written, wherever it was met.
+        print(f"error: {e.filename}: {e.strerror}", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         return 130

@@ -115,6 +115,9 @@ class Lazy(Mapping[str, Tensor]):
             return file.mapped(theirs) if self.map else file.read(theirs)
         return file.read(theirs, wanted)
 
+    def __contains__(self, name: object) -> bool:
+        return name in self.places  # `Mapping` would read the tensor to find out
+
     def __iter__(self) -> Iterator[str]:
         return iter(self.places)
 

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from small import disturb, insert
+from small import Net, disturb, insert
 from torch import nn
 
 from sfumato.adapters import of_leaves
@@ -231,3 +231,15 @@ def test_norms_are_scaled_down_to_the_limit(net, plan):
     assert found.largest == pytest.approx(limit, rel=1e-3)
     for site, adapter in inserted.sites().items():
         close(adapter.change(weights[site]), before[site] * min(1, limit / norms[site]), rtol=1e-3, atol=1e-6)
+
+
+def test_layers_without_values_are_enough_to_count_and_check(plan):
+    """`plan` builds adapters on the meta device: shapes, names and files are as on a real net, and no number is drawn."""
+    real, outline = Net(), Net().to("meta")
+    inserted, counted = insert(real, plan), insert(outline, plan)
+    shapes = {site: {name: t.shape for name, t in leaves.items()} for site, leaves in inserted.state().items()}
+    assert {site: {name: t.shape for name, t in leaves.items()} for site, leaves in counted.state().items()} == shapes
+    assert all(p.is_meta for p in counted.parameters())
+    counted.load(inserted.state())
+    counted.remove()
+    from_state({"denoiser": outline}, inserted.state())

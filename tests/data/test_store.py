@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sqlite3
 from collections.abc import Mapping
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -195,3 +196,14 @@ def test_the_index_waits_for_another_run(tmp_path: Path) -> None:
 )
 def test_reasons(old: dict[str, object] | None, new: dict[str, object], reason: str) -> None:
     assert why(old, new) == reason
+
+
+@pytest.mark.parametrize("row", ["{", "", "\x00", "[" * 5000, b"\xff\xfe", 3.5, None])
+def test_a_damaged_row_of_the_index_is_not_known(tmp_path: Path, row: object) -> None:
+    index = Index(tmp_path)
+    index.write("k", {"a": 1, "b": 2})
+    with closing(sqlite3.connect(tmp_path / "index.sqlite")) as other, other:
+        other.execute("UPDATE known SET value = ? WHERE name = 'a'", (row,))
+    assert index.read("k", ["a"]).get("a") in (None, 3.5)
+    assert index.read("k", ["b"]) == {"b": 2}
+    assert why(row, {"VAE": "x"}) == "new"  # type: ignore[arg-type]

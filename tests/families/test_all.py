@@ -10,14 +10,17 @@ import pytest
 import torch
 from tinies.cases import Case, Files, cases
 from torch import Tensor
+from training import config
 
 from sfumato import families
-from sfumato.config import LossConfig, NoiseConfig
+from sfumato.config import LossConfig, Method, NoiseConfig
+from sfumato.families import parts
 from sfumato.families.autoencoders import scale, unscale
 from sfumato.families.base import Models
 from sfumato.families.detect import detect_file
 from sfumato.families.loading import save
 from sfumato.formats.files import load
+from sfumato.train.check import check
 from sfumato.train.sample import draw_latents
 
 CAPTIONS = ["a cat on a mat", "", "red " * 30 + "end", "one, two! " * 40]
@@ -188,3 +191,14 @@ def test_blocks_hold_nearly_all_weights(case: Case, models: Models) -> None:
     rest = [name for name, p in models.denoiser.named_parameters() if id(p) not in held]
     assert len(rest) < 0.35 * len(list(models.denoiser.parameters()))
     assert not [name for name in rest if re.search(r"attn|transformer_blocks", name)]
+
+
+@pytest.mark.parametrize("method", ["network", "full"])
+def test_a_run_is_checked_on_nets_without_values(case: Case, files: Files, method: Method, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`plan` and `train` see every layer and count what is trained before a weight is read."""
+    monkeypatch.setattr(parts.Held, "put_into", lambda *_: pytest.fail("weights were read"))
+    told = families.facts(case.family).options(**{**files.options, **case.options})
+    checked = check(config(pretrained_model_name_or_path=str(files.model), vae=files.vae, network_dim=2, family=told), method, ())
+    assert checked.trained[0].component == "denoiser" and all(each.numbers and each.layers for each in checked.trained)
+    assert checked.suffix == ".safetensors"
+    assert all(p.is_meta for net in checked.models.nets().values() for p in net.parameters())

@@ -123,3 +123,19 @@ def test_no_real_file_passes_for_quantised(path: Path) -> None:
     names = json.loads(gzip.decompress(path.read_bytes()))
     sources.refuse_quantised(path.name, names)
     assert names
+
+
+@pytest.mark.parametrize(
+    "text", ['{"weight_map": {"a": null}}', '{"weight_map": {"a": "../x"}}', '{"weight_map": []}', "[" * 5000, "[]", "3"]
+)
+def test_a_list_of_shards_of_an_odd_shape(tmp_path: Path, text: str) -> None:
+    (tmp_path / "model.safetensors.index.json").write_text(text, encoding="utf-8")
+    with pytest.raises(UserError, match=r"model\.safetensors\.index\.json"):
+        sources.weight_files(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["x" * 5000, "a/" * 3000 + "b", "~nobody-at-all/x"])
+def test_a_model_of_a_name_that_cannot_be(name: str) -> None:
+    with pytest.raises(UserError, match="pretrained_model_name_or_path") as told:
+        sources.local(name, "pretrained_model_name_or_path")
+    assert len(str(told.value)) < 600

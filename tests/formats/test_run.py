@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from sfumato.errors import UserError
-from sfumato.formats import run
+from sfumato.formats import files, run
 
 PARTS = {"adapter": {"a": torch.rand(3, 4), "b": torch.tensor(2.0)}, "ema": {"a": torch.rand(3, 4)}, "empty": {}}
 FACTS = {"step": 7, "epoch": 1, "nested": {"x": [1, None, "é"]}}
@@ -116,7 +116,7 @@ def test_a_kill_at_any_moment_leaves_a_whole_state(tmp_path: Path, moment: str) 
     run.save_run(folder, PARTS, {"step": 1})
     code = f"""
 import os, signal, torch
-from sfumato.formats import run
+from sfumato.formats import files, run
 def kill(*a, **k): os.kill(os.getpid(), signal.SIGKILL)
 real, calls = run.os.replace, []
 def second(a, b):
@@ -197,3 +197,44 @@ def test_an_optimizer_goes_on_as_if_nothing_had_been(tmp_path: Path) -> None:
     train(net, optimizer)
     train(other, resumed)
     assert torch.equal(net.weight, other.weight)
+
+
+@pytest.mark.parametrize(
+    "manifest",
+    [
+        "[]",
+        "3",
+        '{"files": []}',
+        '{"files": {"facts.json": 3}}',
+        '{"files": {"facts.json": {"size": "x"}}}',
+        '{"files": {"../x": {}}}',
+        "[" * 5000,
+    ],
+    ids=range(7),
+)
+def test_a_manifest_of_an_odd_shape_is_damaged(tmp_path: Path, manifest: str) -> None:
+    run.save_run(tmp_path / "s", {"a": {"w": torch.ones(2)}}, {"step": 3})
+    (tmp_path / "s" / "manifest.json").write_text(manifest, encoding="utf-8")
+    with pytest.raises(UserError, match=r"cannot resume from this state: manifest\.json is damaged"):
+        run.load_run(tmp_path / "s")
+    assert run.newest(tmp_path, "s") is None
+
+
+@pytest.mark.parametrize("facts", ["[]", "null", "[" * 5000])
+def test_facts_of_an_odd_shape_are_told(tmp_path: Path, facts: str) -> None:
+    run.save_run(tmp_path / "s", {"a": {"w": torch.ones(2)}}, {"step": 3})
+    path = tmp_path / "s" / "facts.json"
+    path.write_text(facts, encoding="utf-8")
+    manifest = json.loads((tmp_path / "s" / "manifest.json").read_text(encoding="utf-8"))
+    manifest["files"]["facts.json"] = {"size": path.stat().st_size, "sha256": files.file_digest(path)}
+    (tmp_path / "s" / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
+    with pytest.raises(UserError, match=r"facts\.json"):
+        run.load_run(tmp_path / "s")
+
+
+@pytest.mark.parametrize(
+    "packed", [{"$tensor": "none"}, {"$tensor": []}, {"$dict": [1]}, {"$float": "x"}, {"$tuple": 3}, {"$dict": [[{}, 1]]}]
+)
+def test_values_that_pack_does_not_write_are_told(packed: object) -> None:
+    with pytest.raises(UserError, match="the state's values are damaged"):
+        run.unpack(packed, {})

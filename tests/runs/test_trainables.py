@@ -14,9 +14,10 @@ from PIL import Image
 from safetensors import safe_open
 from training import Train, config
 
+from sfumato.config import DatasetConfig, SubsetConfig
 from sfumato.families.parts import Held
 from sfumato.formats.files import load
-from sfumato.train import draw, keep
+from sfumato.train import draw, keep, run
 
 KOHYAS = set((Path(__file__).parents[1] / "fixtures" / "kohya_metadata.txt").read_text().split())
 """Fields that sd-scripts writes into an adapter trained on a single file."""
@@ -207,3 +208,18 @@ def test_a_second_start_does_not_read_the_text_encoder(train: Train, tmp_path: P
     (tmp_path / "prompts.txt").write_text("a cat --w 64 --h 64 --s 1\n")
     train("c", "full", **told, sample_prompts=str(tmp_path / "prompts.txt"), sample_at_first=True, sample_sampler="euler")
     assert read[2:] == ["denoiser", "vae", "clip_l"]
+
+
+def test_what_is_cached_beforehand_is_what_training_would_cache(train: Train, model: Path, pictures: Path, tmp_path: Path) -> None:
+    """`sfumato cache` merges base_weights as training does: text encoders say something else with them."""
+    adapter = train("a", learning_rate=1e-1) / "out.safetensors"
+    told = {"pretrained_model_name_or_path": str(model), "base_weights": (str(adapter),), "cache_dir": str(tmp_path / "cache")}
+    data = DatasetConfig(subsets=(SubsetConfig(image_dir=str(pictures)),), resolution=(64, 64))
+
+    def cached(folder: Path) -> dict[str, bytes]:
+        return {p.name: p.read_bytes() for p in (folder / "entries").rglob("*.safetensors")}
+
+    run.cache(config(**told, cache_text_encoder_outputs_to_disk=True), (data,))
+    before = cached(tmp_path / "cache")
+    train("b", **{**told, "cache_dir": str(tmp_path / "other")}, cache_text_encoder_outputs_to_disk=True, max_train_steps=1)
+    assert before and before == cached(tmp_path / "other")
