@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import io
 import json
 from pathlib import Path
@@ -82,3 +83,16 @@ def test_names_that_the_terminal_has_no_letters_for_are_printed(monkeypatch: pyt
     monkeypatch.setattr("sys.stdout", io.TextIOWrapper(shown, encoding="ascii", write_through=True))
     assert guarded(lambda: print("caf\udce9 \u732b") or 0) == 0
     assert shown.getvalue().split() == [rb"caf\udce9", rb"\u732b"]
+
+
+def test_a_file_that_may_not_be_read_is_told_wherever_it_is_met(capsys: pytest.CaptureFixture[str]) -> None:
+    def closed() -> int:
+        raise PermissionError(errno.EACCES, "Permission denied", "/data/a.png")
+
+    def broken() -> int:
+        raise OSError("no file is named")  # a fault of the program keeps its traceback
+
+    assert guarded(closed) == 2
+    assert capsys.readouterr().err == "error: /data/a.png: Permission denied\n"
+    with pytest.raises(OSError, match="no file"):
+        guarded(broken)
