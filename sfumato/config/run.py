@@ -265,7 +265,8 @@ class SampleConfig:
     sample_at_first: bool = False
     """Draw the sample prompts before the first step."""
     sample_prompts: str | None = None
-    """File of prompts: .txt (one a line, with `--w --h --d --s --l --n`), .toml or .json."""
+    """File of prompts: .txt (one a line, with `--w --h --d --s --l --n`), .toml or .json. One without a size is drawn at the resolution of
+    the run, by `sfumato sample` at the one that the file says it was trained at."""
     sample_sampler: str = "ddim"
     """ddim, pndm, lms, euler, euler_a, heun, dpm_2, dpm_2_a, dpmsolver, dpmsolver++, dpmsingle."""
 

@@ -200,3 +200,14 @@ def test_validation_seed_without_a_split_is_stated(home: Path) -> None:
     found = kohya.resolve("train_network", [*BASE, "--validation_seed=4"])
     said = [n for n in found.notices if "validation_seed: accepted, no effect: only matters with validation_split" in n]
     assert [n.split(":")[0] for n in said] == ["--validation_seed", "data.toml"]
+
+
+def test_a_config_file_of_a_front_end_is_read_whole(home: Path) -> None:
+    (home / "set" / "3_cat").mkdir(parents=True)
+    found = kohya.resolve("train_network", ["--config_file", str(Path(__file__).parents[1] / "fixtures" / "front_end.toml")])
+    config = found.config
+    assert (config.network.network_dim, config.network.network_args) == (8, ("loraplus_lr_ratio=16",))
+    assert (config.noise.adaptive_noise_scale, config.loss.min_snr_gamma, config.output.save_last_n_steps) == (None, None, None)
+    assert config.noise.max_timestep == 1000 and config.optimizer.text_encoder_lr == (1e-4,)
+    said = {n.split(": ")[1] for n in found.notices if "accepted, no effect" in n}
+    assert {"epoch", "noise_offset_type", "lowvram", "highvram", "dynamo_backend", "wandb_run_name"} <= said
