@@ -17,7 +17,7 @@ from sfumato.train.prompts import read_prompts
 DEEP = {
     "lists.toml": "a = " + "[" * 3000 + "]" * 3000,
     "tables.toml": "a = " + "{a=" * 3000 + "1" + "}" * 3000,
-    "key.toml": ".".join("a" * 100_000) + " = 1",
+    "key.toml": ".".join("a" * 2000) + " = 1",
     "header.toml": "[ " + ".".join("a" * 1000) + "]",
     "few.toml": "a = " + "[" * 60 + "]" * 60,
     "number.toml": "a = " + "1" * 5000,
