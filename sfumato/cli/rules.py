@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -184,6 +185,11 @@ CLASHES: tuple[Clash, ...] = (
         "text outputs cannot be kept while the text encoder is trained",
     ),
     Clash(
+        ("full_bf16",),
+        lambda v: v.full_bf16 and (v.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")) != "bf16",
+        "weights in bf16 are trained with mixed_precision bf16 alone; set it too, or leave full_bf16 out",
+    ),
+    Clash(
         ("save_model_as",),
         lambda v: not _full(v) and v.save_model_as in ("diffusers", "diffusers_safetensors"),
         "an adapter is saved as safetensors, ckpt or pt; for diffusers' key names set dialect peft",
@@ -202,8 +208,9 @@ _COUNTS = """
 """
 _SIDES = "resolution min_bucket_reso max_bucket_reso"
 _SHARES = "caption_dropout_rate caption_tag_dropout_rate network_dropout ema_decay multires_noise_discount lr_scheduler_min_lr_ratio"
+_RATES = "learning_rate unet_lr text_encoder_lr learning_rate_te"
 _AMOUNTS = """
-    learning_rate unet_lr text_encoder_lr learning_rate_te max_grad_norm max_data_loader_n_workers keep_tokens seed network_alpha
+    max_grad_norm max_data_loader_n_workers keep_tokens seed network_alpha
     caption_dropout_every_n_epochs token_warmup_min token_warmup_step lr_warmup_steps lr_decay_steps scale_weight_norms prior_loss_weight
     stop_text_encoder_training save_last_n_epochs_state save_last_n_steps_state
 """
@@ -212,6 +219,7 @@ RANGES: Mapping[str, tuple[float, float | None]] = {
     **dict.fromkeys(_SHARES.split(), (0, 1)),
     **dict.fromkeys(_AMOUNTS.split(), (0, None)),
     **dict.fromkeys(_SIDES.split(), (1, 16384)),
+    **dict.fromkeys(_RATES.split(), (0, 1000)),
     "min_timestep": (0, 999),
     "max_timestep": (1, 1000),
     "bucket_reso_steps": (8, 16384),

@@ -103,6 +103,10 @@ def test_every_mistyped_key_stops_the_run_and_most_name_the_right_one(home: Path
     [
         (["--max_train_steps", "0"], "--max_train_steps: expected 1 or more, found 0"),
         (["--caption_dropout_rate", "1.5"], "--caption_dropout_rate: expected between 0 and 1"),
+        (["--learning_rate", "1e38"], "--learning_rate: expected between 0 and 1000, found 1e+38"),
+        (["--text_encoder_lr", "1e-4", "1e38"], "--text_encoder_lr: expected between 0 and 1000"),
+        (["--full_bf16"], "--full_bf16: weights in bf16 are trained with mixed_precision bf16 alone; set it too"),
+        (["--full_bf16", "--mixed_precision", "fp16"], "--full_bf16: weights in bf16 are trained with"),
         (["--learning_rate"], "expected one argument"),
         (["run.toml"], "'run.toml': a flag was expected"),
         (["--config", "rum.toml"], "config file rum.toml does not exist"),
