@@ -52,6 +52,12 @@ class Models:
             raise UserError(f"{where} has no VAE, which pictures must pass through; give one with --vae")
         return self.vae
 
+    def the_source(self) -> Source:
+        """What it was read from. Errors: `ValueError` for a model that was made in memory."""
+        if self.source is None:
+            raise ValueError("the model was not read from files")
+        return self.source
+
     def nets(self) -> dict[str, nn.Module]:
         """What can be trained, by component name: the denoiser and the encoders."""
         return {"denoiser": self.denoiser, **self.encoders}

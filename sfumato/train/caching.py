@@ -21,6 +21,7 @@ from sfumato.formats import files
 from sfumato.formats.files import file_digest
 from sfumato.formats.metadata import remembered
 from sfumato.train import dist, lengths
+from sfumato.train.diagnose import blaming
 from sfumato.train.progress import Tell, console, telling
 from sfumato.train.step import autocast
 from sfumato.train.trainables import caches_latents, caches_text
@@ -96,11 +97,11 @@ def fill_caches(config: Config, data: Data, models: Models, world: dist.World) -
     latents = texts = None
     if caches_latents(config):
         models.the_vae().to(world.device)
-        with telling("caching latents", quiet=not world.main) as tell:
+        with telling("caching latents", quiet=not world.main) as tell, blaming(models, ["vae"]):
             latents = _in_turn(world, partial(_cache_latents, config, data, models, world, tell))
         models.the_vae().to("cpu")
     if caches_text(config):
-        with telling("caching text outputs", quiet=not world.main) as tell:
+        with telling("caching text outputs", quiet=not world.main) as tell, blaming(models, models.encoders):
             texts = _in_turn(world, partial(_cache_texts, config, data, models, world, tell))
     # Where all text outputs were found, the captions were counted when they were made.
     if world.main and (texts is None or texts.encoded):

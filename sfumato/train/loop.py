@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,7 +26,7 @@ from sfumato.data.plan import Plan, SampleRef
 from sfumato.errors import UserError
 from sfumato.optim import build
 from sfumato.optim.ema import EMA
-from sfumato.train import keep
+from sfumato.train import diagnose, keep
 from sfumato.train.dist import World
 from sfumato.train.log import Log
 from sfumato.train.progress import Bar
@@ -84,6 +84,8 @@ class Course:
     save_result: Callable[[Path, int, int], None]
     """(path, step, epoch)."""
     save_state: Callable[[Path], None]
+    identity: Mapping[str, Any] = field(default_factory=dict)
+    """What the run is, for its states: `resume.identity`."""
     began: float = field(default_factory=time.monotonic)
     done: int = 0
     """Optimizer steps done, those before a resume included."""
@@ -110,15 +112,12 @@ class Pending:
             return
         numbers = torch.stack([torch.stack((loss.detach().float(), norm.detach().float())) for _, loss, norm, _ in self.values]).tolist()
         for (step, _, _, rates), (loss, norm) in zip(self.values, numbers, strict=True):
+            named = dict(zip([g["name"] for g in course.optimizer.param_groups], rates, strict=True))
             if not math.isfinite(loss):
-                raise UserError(
-                    f"the loss of step {step} is {loss}; nothing was saved after it, earlier results in output_dir are sound. "
-                    "Lower learning_rate, use mixed_precision bf16 instead of fp16, or try no_half_vae"
-                )
+                raise diagnose.lost(course, step, loss, named)
             self.average = loss if math.isnan(self.average) else 0.95 * self.average + 0.05 * loss
             if course.log:
-                names = [g["name"] for g in course.optimizer.param_groups]
-                lrs = {f"lr/{n}": lr for n, lr in zip(names, rates, strict=True)}
+                lrs = {f"lr/{n}": lr for n, lr in named.items()}
                 course.log.write(step, loss=loss, grad_norm=norm, epoch=epoch + 1, **lrs)
         self.values.clear()
         self.read = time.monotonic()

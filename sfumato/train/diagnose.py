@@ -1,0 +1,104 @@
+"""Why numbers are not finite: looked for once, when it has happened, so that no step pays for it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from itertools import islice
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from sfumato.data.batch import Batch
+from sfumato.errors import UserError
+from sfumato.families.base import Models
+from sfumato.formats.files import PICKLES
+from sfumato.train import dist
+from sfumato.train.step import Step, autocast
+
+if TYPE_CHECKING:
+    from sfumato.train.loop import Course
+
+
+def lost(course: Course, step: int, loss: float, rates: Mapping[str, float]) -> UserError:
+    """What to raise when the loss of a step is not finite: one message, with the cause. `rates`: by group, as they acted."""
+    said = f"the loss of step {step} is {loss}; nothing was saved after it, earlier results in output_dir are sound"
+    inner = getattr(course.step, "module", course.step)
+    assert isinstance(inner, Step)
+    models, trainable = inner.held
+    # Training in place changes what was unpickled; a mapped file is read anew.
+    files_of = {name: held.tensors.paths for name, held in models.the_source().held.items()}
+    unchanged = [n for n, paths in files_of.items() if n not in trainable.trained or not any(p.suffix in PICKLES for p in paths)]
+    for causes in (damaged(models, unchanged), _of_batches(course, inner, step)):
+        if causes:
+            return UserError(f"{said}. {causes[0]}")
+    return UserError(f"{said}. {_of_training(course, step, rates)}")
+
+
+@contextmanager
+def blaming(models: Models, components: Iterable[str]) -> Iterator[None]:
+    """Within, a message on numbers that are not finite gives way to one on the file of the net that made them, if that is the cause."""
+    try:
+        yield
+    except UserError as error:
+        if any("not finite" in message for message in error.messages) and (causes := damaged(models, components)):
+            raise UserError(*causes) from error
+        raise
+
+
+def damaged(models: Models, components: Iterable[str]) -> list[str]:
+    """A message for each net whose file holds numbers that are not finite. The files are read for it, one tensor after another."""
+    held, out = models.the_source().held, []
+    for name in components:
+        bad = next((key for key, tensor in held[name].tensors.cast(None, map=False).items() if _broken(tensor)), None)
+        if bad is not None:
+            where, title = held[name].where, held[name].part.title
+            out.append(f"{where} ({title}): {bad} holds NaN or infinity, so the file is damaged; download or copy it again")
+    return out
+
+
+def _of_batches(course: Course, step: Step, number: int) -> list[str]:
+    """What is wrong with what the step was given."""
+    epoch, place = divmod(number - 1, course.pace.steps_per_epoch)
+    turns = course.config.train.gradient_accumulation_steps
+    # By itself: the run's own readers may be on their way to the next batch.
+    loader = replace(course.loader, workers=0)
+    batches = loader.epoch(epoch, start_batch=place * turns, rank=course.world.rank, world=course.world.size)
+    for batch in islice(batches, turns):
+        if cause := _of_batch(course, step, batch.to(course.world.device)):
+            return [cause]
+    return []
+
+
+@torch.no_grad()
+def _of_batch(course: Course, step: Step, batch: Batch) -> str:
+    captions = ", ".join(map(repr, batch.captions))
+    again = "remove the cache, and it is made anew"
+    if _broken(batch.latents):
+        return f"The cached latents of one of the pictures with the captions {captions} are not finite: {again}"
+    if batch.cond is not None and any(map(_broken, batch.cond.values())):
+        return f"The cached text outputs of one of the captions {captions} are not finite: {again}"
+    with autocast(course.world.device, step.precision):
+        if batch.pixels is not None and _broken(step.latents(batch.pixels)):
+            return f"The VAE overflows on one of the pictures with the captions {captions}: set no_half_vae"
+        models, trainable = step.held
+        still = not any(name in models.encoders for name in trainable.trained)
+        if batch.cond is None and still and any(map(_broken, step.cond(batch).values())):
+            return f"A text encoder overflows in {step.precision} on one of the captions {captions}: use mixed_precision bf16 or no"
+    return ""
+
+
+def _of_training(course: Course, number: int, rates: Mapping[str, float]) -> str:
+    """Model and batch are sound: what is left is how they were trained."""
+    half = dist.precision(course.config.train.mixed_precision) == "fp16"
+    if number == course.started + 1:
+        cure = "use mixed_precision bf16 or no" if half else "look at network_alpha, noise and loss settings, which scale what is trained"
+        return f"It is the first step, the model's files and the batch are sound: {cure}"
+    said = ", ".join(f"{rate:g} ({name})" for name, rate in rates.items())
+    return f"Lower the learning rate, which was {said}{', or use mixed_precision bf16 in place of fp16' if half else ''}"
+
+
+def _broken(tensor: Tensor | None) -> bool:
+    return tensor is not None and tensor.is_floating_point() and not bool(torch.isfinite(tensor).all())
