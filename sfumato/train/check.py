@@ -11,8 +11,9 @@ from sfumato.adapters import AdapterPlan
 from sfumato.config import Config, DatasetConfig, Method
 from sfumato.errors import Mistakes
 from sfumato.families.base import Models
+from sfumato.optim.trial import for_length, trial
 from sfumato.tensors import attention
-from sfumato.train import dist, log
+from sfumato.train import dist, log, resume
 from sfumato.train.devices import check_base_weights, outline_models
 from sfumato.train.prompts import Prompt, of_run, sampler
 from sfumato.train.sample import check_prompts, check_samplers
@@ -44,6 +45,8 @@ class Checked:
     trained: tuple[Trained, ...]
     suffix: str
     """Ending of the result's file name; empty for a folder."""
+    notes: tuple[str, ...] = ()
+    """What a user should know: settings that do not act, and what is other than in the state that is taken up."""
 
 
 def check(config: Config, method: Method, datasets: tuple[DatasetConfig, ...]) -> Checked:
@@ -72,7 +75,31 @@ def check(config: Config, method: Method, datasets: tuple[DatasetConfig, ...]) -
     wrong.tell()
     assert models is not None
     with outlined(models, config, plan) as trainable:
-        return Checked(prompts, plan, models, tuple(_trained(trainable)), trainable.suffix())
+        notes = _rates_notes(config, models) if plan else []
+        notes += trainable.notices
+        with wrong:
+            tried = trial(config.optimizer, trainable.groups(), low_bits=config.train.full_bf16, steps=_steps(config))
+            notes += [*tried.notices, *resume.check(config, plan, models.the_source(), tried)]
+        wrong.tell()
+        return Checked(prompts, plan, models, tuple(_trained(trainable)), trainable.suffix(), tuple(notes))
+
+
+def check_length(config: Config, steps: int) -> list[str]:
+    """What depends on the number of steps, which max_train_epochs leaves to the pictures: notes. Errors: `UserError`."""
+    resume.check_left(config, steps)
+    return for_length(config.optimizer, steps) if _steps(config) is None else []
+
+
+def _steps(config: Config) -> int | None:
+    """Optimizer steps of the run, if the settings alone say it."""
+    return None if config.train.max_train_epochs else config.train.max_train_steps or 1600
+
+
+def _rates_notes(config: Config, models: Models) -> list[str]:
+    order, rates = [name for name in models.family.encoder_lr_order if name in models.encoders], config.optimizer.text_encoder_lr
+    if len(rates) <= len(order):
+        return []
+    return [f"text_encoder_lr: {len(rates)} rates for {len(order)} text encoders ({', '.join(order)}); the others do nothing"]
 
 
 def check_model(config: Config, models: Models) -> None:
@@ -96,7 +123,7 @@ def outlined(models: Models, config: Config, plan: AdapterPlan | None) -> Iterat
     try:
         yield adapted
     finally:
-        adapted.inserted.remove()
+        adapted.remove()
 
 
 def _prompts(config: Config, datasets: tuple[DatasetConfig, ...]) -> list[Prompt]:

@@ -8,9 +8,9 @@ from typing import Any
 
 from sfumato.config import Config, DatasetConfig, Method
 from sfumato.families.detect import detect_file
-from sfumato.train import dist, keep
+from sfumato.train import dist, keep, resume
 from sfumato.train.caching import Data, open_data, tell_long
-from sfumato.train.check import Checked, Trained, check
+from sfumato.train.check import Checked, Trained, check, check_length
 from sfumato.train.loop import Pace
 from sfumato.train.progress import answers, print_table
 from sfumato.train.trainables import caches_latents, caches_text
@@ -23,10 +23,13 @@ RESULTS = ("after", "files")
 
 def show(config: Config, method: Method, datasets: tuple[DatasetConfig, ...]) -> None:
     """`sfumato plan`: print what a training would do. Errors: `UserError`, as the training itself would give before its first step."""
+    config = resume.settle(config)
     checked = check(config, method, datasets)
     data = open_data(config, datasets, dist.outside(), checked.models, answers.print)
     tell_long(data, checked.models, answers.print)
     pace = _pace(config, data)
+    for note in (*checked.notes, *check_length(config, pace.steps)):
+        answers.print(note)
     answers.print(_model(config))
     print_table(TRAINED, [_trained_row(each) for each in checked.trained])
     print_table(FOLDERS, data.plan.folder_rows())
@@ -39,7 +42,8 @@ def show(config: Config, method: Method, datasets: tuple[DatasetConfig, ...]) ->
 
 def facts(config: Config, method: Method, datasets: tuple[DatasetConfig, ...]) -> dict[str, Any]:
     """`sfumato plan --json`: the same, for scripts. Errors: as `show`."""
-    checked, notes = check(config, method, datasets), list[str]()
+    config, notes = resume.settle(config), list[str]()
+    checked = check(config, method, datasets)
     data = open_data(config, datasets, dist.outside(), checked.models, notes.append)
     tell_long(data, checked.models, notes.append)
     pace = _pace(config, data)
@@ -48,7 +52,7 @@ def facts(config: Config, method: Method, datasets: tuple[DatasetConfig, ...]) -
         "trained": [asdict(each) for each in checked.trained],
         "folders": [dict(zip(FOLDERS, row, strict=True)) for row in data.plan.folder_rows()],
         "buckets": [dict(zip(BUCKETS, row, strict=True)) for row in data.plan.bucket_rows()],
-        "notes": notes,
+        "notes": [*notes, *checked.notes, *check_length(config, pace.steps)],
         "batches_per_epoch": pace.batches,
         "steps_per_epoch": pace.steps_per_epoch,
         "steps": pace.steps,

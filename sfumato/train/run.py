@@ -21,9 +21,9 @@ from sfumato.formats import files
 from sfumato.optim import build, schedules
 from sfumato.optim.ema import EMA
 from sfumato.tensors.noise import Process
-from sfumato.train import dist, keep, log, loop, provenance, state
+from sfumato.train import dist, keep, log, loop, provenance, resume, state
 from sfumato.train.caching import Caches, fill_caches, open_data
-from sfumato.train.check import check, check_model
+from sfumato.train.check import check, check_length, check_model
 from sfumato.train.devices import load_models, merge_base_weights, outline_models, peak_memory, place
 from sfumato.train.progress import console, telling
 from sfumato.train.prompts import Prompt
@@ -69,11 +69,15 @@ def train(config: Config, method: Method, datasets: tuple[DatasetConfig, ...], r
 def prepare(config: Config, method: Method, datasets: tuple[DatasetConfig, ...], world: dist.World, began: float) -> loop.Course:
     """Everything up to the first step, in this order: what headers tell, pictures, model, caches, trainable, memory, optimizer, state."""
     precision = dist.precision(config.train.mixed_precision)
+    config = resume.settle(config)
     checked = check(config, method, datasets)
     prompts, plan, models = checked.prompts, checked.plan, checked.models
     data = open_data(config, datasets, world, models)
     pace = loop.Pace.of(config, data.plan.batches_per_epoch, world.size)
+    notes = [*checked.notes, *check_length(config, pace.steps)]
     if world.main:
+        for note in notes:
+            console.print(note)
         console.print(data.plan.steps_line(config.train.gradient_accumulation_steps, world.size))
         console.print(f"{pace.steps} steps in {pace.epochs} epochs")
     load_models(config, precision, method, models)
@@ -110,7 +114,7 @@ def prepare(config: Config, method: Method, datasets: tuple[DatasetConfig, ...],
         scaler=torch.amp.GradScaler(world.device.type, enabled=precision == "fp16"),
         log=None, draw=tell, began=began,
         save_result=lambda path, done, epoch: trainable.save(path, facts.at(done, epoch)),
-        save_state=lambda path: state.save(course, path),
+        save_state=lambda path: state.save(course, path), identity=resume.identity(config, plan, models.the_source()),
     )  # fmt: skip
     state.resume(course)
     stop = config.train.stop_text_encoder_training

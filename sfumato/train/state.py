@@ -6,6 +6,7 @@ step are all there is.
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,8 @@ from torch import Tensor
 
 from sfumato.errors import UserError
 from sfumato.formats import run as runs
-from sfumato.train import keep
+from sfumato.optim.ema import EMA
+from sfumato.train import resume as resuming
 from sfumato.train.loop import Course
 from sfumato.train.progress import console
 
@@ -30,50 +32,59 @@ def save(course: Course, folder: Path) -> None:
         parts["ema"] = course.ema.state()
     facts = {
         "step": course.done,
+        "steps": course.pace.steps,
         "optimizer": packed,
+        "optimizer_class": resuming.path_of(course.optimizer),
         "scaler": course.scaler.state_dict(),
         "steps_per_epoch": course.pace.steps_per_epoch,
         "dataset": course.plan.digest(),
+        "datasets": resuming.as_json([asdict(d) for d in course.plan.datasets]),
         "seed": course.config.train.seed,
+        "identity": course.identity,
+        "carried": course.trainable.carries(),
     }
     runs.save_run(folder, parts, facts)
 
 
 def resume(course: Course) -> None:
-    """Take up the state that the config names, if it names one. Says what is different now."""
-    folder = _find(course)
-    if folder is None:
+    """Take up the state in the folder that the config names, if it names one. Says what is different now."""
+    if course.config.output.resume is None:
         return
+    folder = Path(course.config.output.resume)
     parts, facts = runs.load_run(folder)
     try:
         _load_weights(course, parts["weights"])
-        course.optimizer.load_state_dict(runs.unpack(facts["optimizer"], parts["optimizer"]))
-        if course.ema and "ema" in parts:
-            course.ema.load(parts["ema"])
-        course.scaler.load_state_dict(facts["scaler"])
+        _load_optimizer(course, facts, parts["optimizer"])
+        _load_average(course, parts.get("ema"))
+        # A scale that was not in use has no state, and starts anew.
+        if facts["scaler"]:
+            course.scaler.load_state_dict(facts["scaler"])
         course.done = course.started = int(facts["step"])
-    except (KeyError, ValueError) as error:
+        notices = _differences(course, facts)
+    except (LookupError, ValueError, TypeError, AttributeError, RuntimeError) as error:
         raise UserError(f"resume {folder}: the state does not fit this run ({error}); was the optimizer or the network changed?") from error
-    if course.done >= course.pace.steps:
-        raise UserError(
-            f"resume {folder}: {course.done} steps are done, of {course.pace.steps} in all; raise --max_train_steps or --max_train_epochs"
-        )
     course.schedule.to(course.done)
-    for notice in _differences(course, facts):
+    for notice in notices:
         console.print(f"resume: {notice}")
     console.print(f"resume: {folder}, going on after step {course.done} of {course.pace.steps}")
 
 
-def _find(course: Course) -> Path | None:
-    asked, output = course.config.output.resume, course.config.output
-    if asked is None:
-        return None
-    if asked != "auto":
-        return Path(asked)
-    found = runs.newest(output.output_dir, keep.states_of(output.output_name))
-    if found is None:
-        console.print(f"resume auto: no state of {output.output_name!r} in {output.output_dir}; starting at step 0")
-    return found
+def _load_optimizer(course: Course, facts: dict[str, Any], moments: dict[str, Tensor]) -> None:
+    """The state's moments, with the arguments that were changed since: loading puts the old ones back."""
+    own = [dict(group) for group in course.optimizer.param_groups]
+    course.optimizer.load_state_dict(runs.unpack(facts["optimizer"], moments))
+    then = (facts.get("identity") or {}).get("config")
+    changed = resuming.changed_args(then, resuming.as_json(asdict(course.config)), type(course.optimizer))
+    for group, mine in zip(course.optimizer.param_groups, own, strict=True):
+        group.update({name: mine[name] for name in changed if name in mine})
+
+
+def _load_average(course: Course, saved: dict[str, Tensor] | None) -> None:
+    """The state's moving average, or a new one of the weights as they are now."""
+    if course.ema and saved:
+        course.ema.load(saved)
+    elif course.ema:
+        course.ema = EMA(course.trainable.weights(), course.ema.decay)
 
 
 @torch.no_grad()
@@ -88,11 +99,13 @@ def _load_weights(course: Course, saved: dict[str, Tensor]) -> None:
 
 
 def _differences(course: Course, facts: dict[str, Any]) -> list[str]:
+    """What only the pictures tell, and what a state of an older sfumato says. Errors: `ValueError` if what is not trained is another."""
+    if facts.get("carried", "") != course.trainable.carries():
+        raise ValueError("the parts of network_weights that are not trained are other ones now; give the file of then")
     out = []
     if facts["dataset"] != course.plan.digest():
         out.append(f"the dataset has changed ({facts['steps_per_epoch']} steps an epoch then, {course.pace.steps_per_epoch} now)")
-    if facts["seed"] != course.config.train.seed:
+    if "identity" not in facts and facts["seed"] != course.config.train.seed:
         out.append(f"the seed was {facts['seed']} and is now {course.config.train.seed}")
-    if bool(course.ema) != bool(course.config.optimizer.ema_decay):
-        out.append("the moving average starts anew")
-    return out
+    out += resuming.dataset_changes(facts.get("datasets", []), course.plan.datasets)
+    return out + resuming.length_change(facts.get("steps"), course.pace.steps, course.config)

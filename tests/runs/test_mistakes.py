@@ -56,7 +56,7 @@ def test_a_loss_that_is_not_finite(train: Train, tmp_path: Path, monkeypatch: py
 
 def test_what_was_not_trained_cannot_be_resumed(train: Train) -> None:
     first = train("a", save_state=True, network_dim=2)
-    with pytest.raises(UserError, match="does not fit this run"):
+    with pytest.raises(UserError, match="network_dim was 2 and is now 3"):
         train("b", resume=str(first / "out-state"), network_dim=3, max_train_steps=8)
     with pytest.raises(UserError, match="raise --max_train_steps"):
         train("c", resume=str(first / "out-state"), network_dim=2)
