@@ -41,6 +41,10 @@ class Mistakes:
             raise UserError(*dict.fromkeys(self.messages))
 
 
+class WriteError(UserError):
+    """Something could not be written, for a reason outside the run: the disk is full, a folder is read-only."""
+
+
 def nearest(name: str, known: Iterable[str], count: int = 1) -> str:
     """`; did you mean 'x'?` for a mistyped name, or nothing when none is near."""
     close = get_close_matches(name, list(known), n=count, cutoff=0.6)

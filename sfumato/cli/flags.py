@@ -6,7 +6,7 @@ import argparse
 import os
 import sys
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -84,6 +84,8 @@ class Resolved:
     config: Config
     datasets: tuple[DatasetConfig, ...]
     notices: tuple[str, ...]
+    read: tuple[Path, ...] = field(default=(), compare=False)
+    """The config files that said it."""
 
 
 def resolve(argv: Sequence[str], method: Method, *, say: Say | None = None, **options: Any) -> tuple[Config, tuple[DatasetConfig, ...]]:
@@ -123,6 +125,7 @@ def resolve_all(
     """
     report = Report()
     given = gather(argv, report, prog=prog, lenient=kohya, only=only, short=short)
+    read = tuple(dict.fromkeys(g.source for g in given.values() if g.source))
     if adapt:
         adapt(given, report)
     given = {key: paths.settle(each, report) for key, each in given.items()}
@@ -138,7 +141,7 @@ def resolve_all(
     _of_family(facts, settings, plain, given, method, report)
     report.finish()
     settings |= {name: plain[name] for name in report.idle}
-    return Resolved(build(settings, family), datasets, tuple(report.notices))
+    return Resolved(build(settings, family), datasets, tuple(report.notices), read)
 
 
 def _of_family(

@@ -103,7 +103,7 @@ def train(method: Method, resolved: Resolved) -> None:
 
     said = "".join(f"# {line}\n" for line in datasets.write(resolved.datasets).splitlines())
     text = f"# sfumato {__version__}, train {method}\n{flags.write_toml(resolved.config)}\n# The datasets of this run:\n{said}"
-    run.train(resolved.config, method, resolved.datasets, resolved=text)
+    run.train(resolved.config, method, resolved.datasets, resolved=text, read=resolved.read)
 
 
 def _plan(words: list[str]) -> int:
@@ -114,9 +114,9 @@ def _plan(words: list[str]) -> int:
     from sfumato.train import plan
 
     if as_json:
-        print(json.dumps(plan.facts(resolved.config, method, resolved.datasets), indent=2, ensure_ascii=False))
+        print(json.dumps(plan.facts(resolved.config, method, resolved.datasets, resolved.read), indent=2, ensure_ascii=False))
     else:
-        plan.show(resolved.config, method, resolved.datasets)
+        plan.show(resolved.config, method, resolved.datasets, resolved.read)
     return 0
 
 

@@ -152,6 +152,12 @@ IDLE: tuple[Idle, ...] = (
 )
 
 
+_RESERVED = re.compile(r"(con|prn|aux|nul|conin\$|conout\$|(com|lpt)[0-9¹²³])\s*(\.|$)", re.IGNORECASE)
+_FORBIDDEN = re.compile(r'[<>:"|?*\x00-\x1f\ud800-\udfff]')
+_LONGEST = 180
+"""Bytes of a name: 255 less what step, component, process and ending add while a file is written."""
+
+
 @dataclass(frozen=True, slots=True)
 class Clash:
     """Settings that cannot stand together."""
@@ -198,6 +204,21 @@ CLASHES: tuple[Clash, ...] = (
         ("output_name",),
         lambda v: not v.output_name or any(c in v.output_name for c in "/\\"),
         "expected a file name without folders; the folder is output_dir",
+    ),
+    Clash(
+        ("output_name",),
+        lambda v: _RESERVED.match(v.output_name) or v.output_name[-1:] in (".", " "),
+        "expected a name that Windows takes too: not CON, NUL, COM1 or the like, and no dot or blank at the end",
+    ),
+    Clash(
+        ("output_name",),
+        lambda v: _FORBIDDEN.search(v.output_name),
+        'expected a name that Windows takes too: without < > : " | ? * and control characters',
+    ),
+    Clash(
+        ("output_name",),
+        lambda v: len(v.output_name.encode(errors="surrogatepass")) > _LONGEST,
+        f"expected at most {_LONGEST} bytes: step and ending are put behind it, and no file system takes longer names",
     ),
 )
 

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import shutil
-from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -22,6 +20,7 @@ from sfumato.families.fill import shapes
 from sfumato.families.parts import Source
 from sfumato.families.tokenizers import is_stock
 from sfumato.formats import files
+from sfumato.formats.folders import aside_folder
 
 NAME = "pretrained_model_name_or_path"
 Dtypes = torch.dtype | Mapping[str, torch.dtype | None] | None
@@ -73,6 +72,7 @@ def load(
     device: torch.device | str = "cpu",
     dtype: Dtypes = None,
     later: Collection[str] = (),
+    map: bool = True,
     progress: Callable[[int, int], None] | None = None,
 ) -> Models:
     """A checkpoint (file, folder or hub id), with the parts that the options name files for: `outline`, then `read_values`.
@@ -80,7 +80,7 @@ def load(
     Everything is checked from headers before a value is read.
     """
     models = outline(family, path, options, vae=vae, tokenizer=tokenizer)
-    read_values(models, device=device, dtype=dtype, later=later, progress=progress)
+    read_values(models, device=device, dtype=dtype, later=later, map=map, progress=progress)
     return models
 
 
@@ -90,13 +90,15 @@ def read_values(
     device: torch.device | str = "cpu",
     dtype: Dtypes = None,
     later: Collection[str] = (),
+    map: bool = True,
     progress: Callable[[int, int], None] | None = None,
 ) -> None:
     """Give the nets of an `outline` their values; no tensor is in memory twice.
 
     `dtype`: what denoiser and encoders are held in, one for all or by component; None: as in the file. The VAE stays in the
     format of its file. `later`: text encoders that get their values by `fetch`, if they are needed at all.
-    `progress` is told (done, all) numbers.
+    `map`: whether tensors that need no change may be backed by the file; False for nets that are used from the CPU's memory for as
+    long as a training lasts. `progress` is told (done, all) numbers.
     """
     source = models.source
     assert source is not None
@@ -112,7 +114,7 @@ def read_values(
 
     for name, net in [*models.nets().items(), ("vae", models.vae)]:
         if net is not None and name in now:
-            now[name].put_into(net, dtypes.get(name), tell).to(device)
+            now[name].put_into(net, dtypes.get(name), tell, map).to(device)
 
 
 def fetch(models: Models, device: torch.device | str = "cpu") -> None:
@@ -155,7 +157,8 @@ def _put_beside(vocabulary: Vocabulary, tokenizer: Any, beside: Path) -> None:
     if not vocabulary.alone or is_stock(tokenizer):
         return
     if not beside.exists():
-        tokenizer.save_pretrained(beside)
+        with aside_folder(beside) as temp:
+            tokenizer.save_pretrained(temp)
     elif vocabulary.make(beside).get_vocab() != tokenizer.get_vocab():
         raise UserError(f"{beside}: another model's tokenizer stands where this model's must; choose another output_dir")
 
@@ -178,12 +181,13 @@ def save(
     """
     source = models.source
     assert source is not None
+    source.check()
     beside = {n for n in trained if layout == "single_file" and source.held[n].prefix is None}
     wanted = {n for n, held in source.held.items() if layout == "diffusers" or held.prefix is not None or n in beside}
     nets = {name: net for name, net in [*models.nets().items(), ("vae", models.vae)] if name in wanted and net is not None}
     values = {name: parts.values(net, source.held[name], (state or {}).get(name, {}), dtype) for name, net in nets.items()}
     for name, tensors in values.items():
-        files.check_finite(tensors, f"{path.name} ({name})")
+        files.check_finite(tensors, f"{path.name} ({name})", dtype)
     if layout == "diffusers":
         _write_folder(models, path, values, metadata)
         return
@@ -193,7 +197,7 @@ def save(
     for name in beside:
         held = source.held[name]
         files.save(path.with_name(f"{path.stem}_{name}{path.suffix}"), held.spelling.write(values.pop(name)), metadata)
-    files.save(path, models.family.respell(models, parts.single_file(source, values)), metadata)
+    files.save(path, models.family.respell(models, parts.single_file(source, values)), metadata, source.check)
 
 
 # --- folders ---
@@ -210,7 +214,7 @@ def _write_folder(models: Models, path: Path, values: Mapping[str, Mapping[str, 
     check_folder(models)
     source = models.source
     assert source is not None
-    with _aside(path) as folder:
+    with aside_folder(path, sum(t.nbytes for tensors in values.values() for t in tensors.values())) as folder:
         made = models.family.new_folder(models) if models.family.new_folder else None
         if made is None:
             _copy_facts(source.path, folder)
@@ -227,6 +231,7 @@ def _write_folder(models: Models, path: Path, values: Mapping[str, Mapping[str, 
             file = "model" if name in models.encoders else "diffusion_pytorch_model"
             # Readers of such folders ask for the mark "pt".
             files.save(folder / held.part.folder / f"{file}.safetensors", weights, {**metadata, "format": "pt"})
+        source.check()
 
 
 def _copy_facts(source: Path, folder: Path) -> None:
@@ -240,21 +245,3 @@ def _copy_facts(source: Path, folder: Path) -> None:
 
 def _json(path: Path, content: Mapping[str, Any]) -> None:
     files.write_text(path, json.dumps(content, indent=2, sort_keys=True) + "\n")
-
-
-@contextmanager
-def _aside(path: Path) -> Iterator[Path]:
-    """A temporary folder beside `path` that takes its place when the block ends well."""
-    temp, old = (path.with_name(f".{path.name}.{os.getpid()}.{end}") for end in ("part", "old"))
-    for left in (temp, old):
-        shutil.rmtree(left, ignore_errors=True)
-    try:
-        yield temp
-        if path.exists():
-            path.rename(old)
-        temp.rename(path)
-    finally:
-        if old.exists() and not path.exists():
-            old.rename(path)
-        for left in (temp, old):
-            shutil.rmtree(left, ignore_errors=True)

@@ -117,9 +117,9 @@ class Held:
         """For messages."""
         return f"{self.where} ({self.part.title})"
 
-    def natives(self, dtype: torch.dtype | None = None) -> Iterator[tuple[str, Tensor]]:
-        """(native name, tensor), one after another, floats cast to `dtype`."""
-        return self.spelling.read(self.tensors.cast(dtype, map=self.spelling.keys is None))
+    def natives(self, dtype: torch.dtype | None = None, *, map: bool = True) -> Iterator[tuple[str, Tensor]]:
+        """(native name, tensor), one after another, floats cast to `dtype`; `map`: whether they may be backed by the file."""
+        return self.spelling.read(self.tensors.cast(dtype, map=map and self.spelling.keys is None))
 
     def empty(self) -> nn.Module:
         """The net without values (on the meta device). Errors: `UserError` for tensors whose names or shapes do not fit it."""
@@ -141,17 +141,19 @@ class Held:
         if wrong:
             raise UserError(*wrong[:SHOWN], *([f"... and {len(wrong) - SHOWN} more such tensors"] if len(wrong) > SHOWN else []))
 
-    def build(self, dtype: torch.dtype | None = None, read: Callable[[int], None] = lambda numbers: None) -> nn.Module:
+    def build(self, dtype: torch.dtype | None = None, read: Callable[[int], None] = lambda numbers: None, map: bool = True) -> nn.Module:
         """The net with its tensors, frozen and in eval mode. Names and shapes are checked before a value is read.
 
-        `read` is told of each tensor how many numbers it has.
+        `read` is told of each tensor how many numbers it has; `map`: whether tensors may be backed by the file.
         """
-        return self.put_into(self.empty(), dtype, read)
+        return self.put_into(self.empty(), dtype, read, map)
 
-    def put_into(self, net: nn.Module, dtype: torch.dtype | None = None, read: Callable[[int], None] = lambda numbers: None) -> nn.Module:
+    def put_into(
+        self, net: nn.Module, dtype: torch.dtype | None = None, read: Callable[[int], None] = lambda numbers: None, map: bool = True
+    ) -> nn.Module:
         """The tensors as those of a net that `empty` made."""
         tensors = {}
-        for name, tensor in self.natives(dtype):
+        for name, tensor in self.natives(dtype, map=map):
             tensors[name] = tensor
             read(tensor.numel())
         return fill(net, tensors, self._what)
@@ -172,6 +174,18 @@ class Source:
     def layout(self) -> str:
         """ "single_file" or "diffusers"."""
         return "diffusers" if self.path.is_dir() else "single_file"
+
+    def check(self) -> None:
+        """Errors: `UserError` if a file was changed since it was opened."""
+        for tensors in self._lazy():
+            tensors.check()
+
+    def in_place(self) -> bool:
+        """Whether all files still stand under their names."""
+        return all(tensors.in_place() for tensors in self._lazy())
+
+    def _lazy(self) -> list[Lazy]:
+        return [*(held.tensors for held in self.held.values()), *([self.kept] if isinstance(self.kept, Lazy) else [])]
 
 
 def matching(pattern: str) -> Callable[[Collection[str]], Collection[str]]:

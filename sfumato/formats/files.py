@@ -4,21 +4,19 @@ from __future__ import annotations
 
 import errno
 import hashlib
-import itertools
 import json
 import os
 import re
 import shutil
 import stat
-import time
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sfumato.errors import UserError
-from sfumato.formats import header
+from sfumato.errors import UserError, WriteError
+from sfumato.formats import header, leftovers
 from sfumato.formats.header import DTYPES, LARGEST, Header, TensorInfo
 from sfumato.formats.paths import printable
 
@@ -28,9 +26,7 @@ if TYPE_CHECKING:
 
 PICKLES = (".ckpt", ".pt", ".pth", ".bin")
 """Endings of pickled weight files; everything else is taken for safetensors."""
-_STALE = 600  # seconds after which an unfinished file is taken for a dead run's
 _SPELLING = {f"torch.{theirs}": name for name, theirs in DTYPES.items()}
-_counter = itertools.count()
 
 
 # --- reading ---
@@ -205,18 +201,17 @@ def aside(path: str | Path, needed: int = 0) -> Iterator[Path]:
     """A temporary path in the same folder, which becomes `path` when the block ends well.
 
     `path` holds its old content or the whole new one, whatever happens; after a failure the temporary file is
-    gone. `needed`: bytes about to be written, for the message. Errors: `UserError` when the disk is full or
+    gone. `needed`: bytes about to be written, for the message. Errors: `WriteError` when the disk is full or
     the folder cannot be written.
     """
     path = Path(path)
-    # The ending is kept: some writers choose the format by it.
-    temp = path.with_name(f".{path.stem}.{os.getpid()}-{next(_counter)}.part{path.suffix}")
+    temp = leftovers.file_beside(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        _drop_stale(path)
+        leftovers.clear_file(path)
         temp.touch()
     except OSError as error:
-        raise UserError(f"{path}: cannot be written: {error.strerror}") from None
+        raise WriteError(f"{path}: cannot be written: {error.strerror}") from None
     try:
         yield temp
         _sync(temp)
@@ -225,25 +220,33 @@ def aside(path: str | Path, needed: int = 0) -> Iterator[Path]:
         with suppress(OSError):
             temp.unlink(missing_ok=True)
         if isinstance(error, Exception) and is_full(error):
-            raise UserError(full_disk(path, needed)) from error
+            raise WriteError(full_disk(path, needed)) from error
+        if isinstance(error, OSError):
+            raise WriteError(f"{path}: could not be written: {error.strerror or error}") from error
         raise
     _sync(path.parent)
 
 
-def save(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
+def save(
+    path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None, check: Callable[[], None] | None = None
+) -> None:
     """Write a weight file, atomically; the ending chooses safetensors or a pickle (which holds no metadata).
 
-    The same tensors and metadata give the same bytes. Errors: `UserError` as `aside`; the old file is untouched then.
+    The same tensors and metadata give the same bytes. `check` is called when all is written and may still refuse.
+    Errors: `WriteError` as `aside`; the old file is untouched then.
     """
     path = Path(path)
-    with aside(path, sum(t.nbytes for t in tensors.values())) as temp, temp.open("wb") as file:
-        if path.suffix in PICKLES:
-            import torch
+    with aside(path, sum(t.nbytes for t in tensors.values())) as temp:
+        with temp.open("wb") as file:
+            if path.suffix in PICKLES:
+                import torch
 
-            torch.save({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, file)
-        else:
-            for part in serialise(tensors, metadata):
-                file.write(part)
+                torch.save({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, file)
+            else:
+                for part in serialise(tensors, metadata):
+                    file.write(part)
+        if check:
+            check()
 
 
 def serialise(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> Iterator[bytes | memoryview]:
@@ -306,17 +309,6 @@ def full_disk(path: Path, needed: int) -> str:
     return f"{path}: the disk is full: {needed:,} bytes needed, {free:,} free; nothing was written: make room or choose another folder"
 
 
-def _drop_stale(path: Path) -> None:
-    """Remove what runs killed in the middle of writing `path` left behind."""
-    pattern = re.compile(re.escape(f".{path.stem}.") + r"\d+-\d+\.part" + re.escape(path.suffix))
-    with os.scandir(path.parent) as entries:
-        for entry in entries:
-            if pattern.fullmatch(entry.name):
-                with suppress(OSError):
-                    if time.time() - entry.stat().st_mtime > _STALE:
-                        os.unlink(entry.path)
-
-
 def _sync(path: Path) -> None:
     """Have the bytes of a file, or the names of a folder, on the disk itself."""
     if path.is_dir() and os.name == "nt":
@@ -331,8 +323,11 @@ def _sync(path: Path) -> None:
 # --- content ---
 
 
-def check_finite(tensors: Mapping[str, Tensor], what: str) -> None:
-    """Errors: `UserError` naming the first tensors with NaN or infinity; `what`: which weights these are."""
+def check_finite(tensors: Mapping[str, Tensor], what: str, cast: torch.dtype | None = None) -> None:
+    """Errors: `UserError` naming the first tensors with NaN or infinity; `what`: which weights these are.
+
+    `cast`: the format that they were just cast to, for the advice: what is finite in fp32 may be too large for fp16.
+    """
     import torch
 
     bad = []
@@ -343,7 +338,9 @@ def check_finite(tensors: Mapping[str, Tensor], what: str) -> None:
                 bad.append(f"{name} ({int((~torch.isfinite(wide)).sum()):,} of {t.numel():,} values)")
     if bad:
         more = f" and {len(bad) - 3} more" if len(bad) > 3 else ""
-        raise UserError(f"{what}: NaN or infinite values in {', '.join(bad[:3])}{more}")
+        small = cast is not None and torch.finfo(cast).max < torch.finfo(torch.float32).max / 10
+        advice = f"; save_precision {str(cast).removeprefix('torch.')} may be too small for them: choose bf16 or float" if small else ""
+        raise UserError(f"{what}: NaN or infinite values in {', '.join(bad[:3])}{more}{advice}")
 
 
 def fingerprint(tensors: Mapping[str, Tensor]) -> str:

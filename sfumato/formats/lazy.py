@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 import math
+import os
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from io import FileIO
 from pathlib import Path
 from typing import Any
 
@@ -15,56 +17,115 @@ from torch import Tensor
 from sfumato.errors import UserError
 from sfumato.formats import files
 
+_log = logging.getLogger(__name__)
 STORED = ("F8_E4M3", "F8_E5M2")
 """Formats that nothing is computed in; bf16 holds their values exactly."""
 FLOATS = ("F64", "F32", "F16", "BF16", *STORED)
 PIECE = 1 << 16
 """Numbers that are read at once where they are cast; buffers of some MB leave holes in the heap, a tenth of a model in all."""
 
+PROBES = 16
+"""Places of a file that are compared where its times alone do not tell whether it was changed."""
+
 
 class _File:
-    """An open weight file."""
+    """A weight file that stays open, so that all that is read of it is of one file, whatever comes to stand under its name."""
 
     def __init__(self, path: Path) -> None:
         self.path, self.header = path, files.read_header(path)
         files.check_known(path, self.header)
-        self._pickled = files.load(path) if path.suffix in files.PICKLES else None
-        self._handle: Any = None
+        self._handle = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
+        weakref.finalize(self, os.close, self._handle)
+        self._raw = open(self._handle, "rb", buffering=0, closefd=False)  # noqa: SIM115
+        self._opened, self._probe, self._warned = os.fstat(self._handle), self._probes(), False
+        if max((t.end for t in self.header.tensors.values()), default=0) > self._opened.st_size - self.header.size and not self._pickle:
+            raise UserError(f"{path}: changed while it was opened; start again when nothing writes it any longer")
+        self._pickled = files.load(path) if self._pickle else None
+        self._mapped: Any = None
+
+    @property
+    def _pickle(self) -> bool:
+        return self.path.suffix in files.PICKLES
+
+    def in_place(self) -> bool:
+        """Whether the file still stands under its name."""
+        try:
+            return os.path.samestat(self.path.stat(), self._opened)
+        except OSError:
+            return False
+
+    def check(self) -> None:
+        """Errors: `UserError` if the content was changed since it was opened. One that was renamed, or replaced by another file, is as
+        it was: it is open here.
+
+        What is mapped cannot be guarded wholly: a file cut short between this check and the use of its pages ends the process by
+        SIGBUS, which Python cannot catch. So training on the CPU maps nothing, and elsewhere the maps are left before the first step.
+        """
+        then = self._opened
+        try:
+            now = os.fstat(self._handle)
+            same = (now.st_size, now.st_mtime_ns) == (then.st_size, then.st_mtime_ns)
+            if same and now.st_ctime_ns != then.st_ctime_ns:  # renamed, linked, other rights; or rewritten and its time set back
+                same = self._probes() == self._probe
+        except OSError:
+            same = False
+        if not same:
+            raise UserError(
+                f"{self.path}: changed while it was in use, so two models would be mixed; nothing was written from it. "
+                "Start again (or resume from the last state) with a file that nothing else writes"
+            )
+        self._opened = now
+        if not self._warned and self.path.exists() and not self.in_place():
+            self._warned = True
+            _log.warning("%s: another file stands there now; this run goes on with the one that it opened", self.path)
+
+    def _probes(self) -> list[bytes]:
+        """Some bytes of the file, from all over it."""
+        size, found = os.fstat(self._handle).st_size, []
+        for i in range(PROBES):
+            self._raw.seek(size * i // PROBES)
+            found.append(self._raw.read(512))
+        return found
 
     def mapped(self, name: str) -> Tensor:
         """The tensor, backed by the file itself."""
+        self.check()
         if self._pickled is not None:
             return self._pickled[name]
-        if self._handle is None:
-            self._handle = files.mapped(self.path)
-        tensor: Tensor = self._handle.get_tensor(name)
+        if self._mapped is None and self.in_place():
+            self._mapped = files.mapped(self.path)
+        if self._mapped is None:
+            return self.read(name)
+        tensor: Tensor = self._mapped.get_tensor(name)
         return tensor
 
     def read(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
         """The tensor in memory of its own, cast to `dtype`; no page of the file stays mapped, and no second copy is ever whole."""
         if self._pickled is not None:
+            self.check()
             return self._pickled[name].to(dtype, copy=True)
         info = self.header.tensors[name]
         kind = files.torch_dtype(info.dtype)
         values = torch.empty(math.prod(info.shape), dtype=dtype or kind)
-        with self.path.open("rb", buffering=0) as file:
-            file.seek(self.header.size + info.start)
-            if values.dtype == kind:
-                self._fill(file, values, name)
-            else:
-                buffer = torch.empty(min(PIECE, len(values)), dtype=kind)
-                for piece in torch.split(values, PIECE):
-                    self._fill(file, buffer[: len(piece)], name)
-                    piece.copy_(buffer[: len(piece)])
+        self._raw.seek(self.header.size + info.start)
+        if values.dtype == kind:
+            self._fill(values)
+        else:
+            buffer = torch.empty(min(PIECE, len(values)), dtype=kind)
+            for piece in torch.split(values, PIECE):
+                self._fill(buffer[: len(piece)])
+                piece.copy_(buffer[: len(piece)])
+        self.check()  # after the reading: what was read until now is sound
         return values.view(info.shape)
 
-    def _fill(self, file: FileIO, values: Tensor, name: str) -> None:
+    def _fill(self, values: Tensor) -> None:
         """The next bytes of the file as these values."""
         view, at = values.view(torch.uint8).numpy().data, 0
         while at < len(view):
-            got = file.readinto(view[at:])
+            got = self._raw.readinto(view[at:])
             if not got:
-                raise UserError(f"{self.path}: truncated since it was opened: it ends within {name!r}; download or copy it again")
+                self.check()
+                raise UserError(f"{self.path}: ends before its last tensor; download or copy it again")
             at += got
 
 
@@ -94,6 +155,18 @@ class Lazy(Mapping[str, Tensor]):
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """{name: shape}"""
         return {name: file.header.tensors[theirs].shape for name, (file, theirs) in self.places.items()}
+
+    def check(self) -> None:
+        """Errors: `UserError` if a file was changed since it was opened."""
+        for file in self._files():
+            file.check()
+
+    def in_place(self) -> bool:
+        """Whether all files still stand under their names."""
+        return all(file.in_place() for file in self._files())
+
+    def _files(self) -> set[_File]:
+        return {file for file, _ in self.places.values()}
 
     def below(self, prefix: str) -> Lazy:
         """Those whose names start with `prefix`, without it."""

@@ -11,9 +11,7 @@ from __future__ import annotations
 import json
 import logging
 import math
-import os
 import re
-import shutil
 import time
 from collections.abc import Mapping
 from contextlib import suppress
@@ -22,129 +20,154 @@ from typing import Any
 
 from torch import Tensor
 
-from sfumato.errors import UserError
-from sfumato.formats.files import file_digest, full_disk, is_full, load, save, write_text
+from sfumato.errors import UserError, WriteError
+from sfumato.formats import leftovers
+from sfumato.formats.files import file_digest, load, save, write_text
+from sfumato.formats.folders import aside_folder
 
 _log = logging.getLogger(__name__)
-_STALE = 600  # seconds after which an unfinished folder is taken for a dead run's
+_TRIES = 5
+"""Times a state is read anew when another process replaces it meanwhile."""
 
 
 def save_run(folder: str | Path, tensors: Mapping[str, Mapping[str, Tensor]], facts: Mapping[str, Any]) -> None:
     """Write part name -> tensors and JSON-able facts; `folder` is the old state or the whole new one at any moment.
 
-    Errors: `UserError` when the disk is full or the folder cannot be written.
+    Errors: `WriteError` when the disk is full or the folder cannot be written; `UserError` when it is a user's own.
     """
     folder = Path(folder)
-    temp = folder.with_name(f".{folder.name}.{os.getpid()}.part")
-    _clean(folder.parent)
+    if odd := next((name for name in tensors if not re.fullmatch(r"\w[\w.-]*", name)), None):
+        raise ValueError(f"{odd!r} is no name for a file")
+    needed = sum(t.nbytes for part in tensors.values() for t in part.values())
     try:
-        temp.mkdir(parents=True)
-        for name, part in tensors.items():
-            if not re.fullmatch(r"\w[\w.-]*", name):
-                raise ValueError(f"{name!r} is no name for a file")
-            save(temp / f"{name}.safetensors", part)
-        write_text(temp / "facts.json", json.dumps(facts, indent=1))
-        files = {p.name: {"size": p.stat().st_size, "sha256": file_digest(p)} for p in sorted(temp.iterdir())}
-        write_text(temp / "manifest.json", json.dumps({"written": time.time(), "files": files}, indent=1))
-    except BaseException as error:
-        shutil.rmtree(temp, ignore_errors=True)
-        if not isinstance(error, (UserError, OSError)):
-            raise
-        needed = sum(t.nbytes for part in tensors.values() for t in part.values())
-        why = full_disk(folder, needed) if is_full(error) else str(error)
-        raise UserError(f"the state of the run could not be saved: {why}") from error
-    _exchange(temp, folder)
+        with aside_folder(folder, needed) as temp:
+            for name, part in tensors.items():
+                save(temp / f"{name}.safetensors", part)
+            write_text(temp / "facts.json", json.dumps(facts, indent=1))
+            files = {p.name: {"size": p.stat().st_size, "sha256": file_digest(p)} for p in sorted(temp.iterdir())}
+            write_text(temp / "manifest.json", json.dumps({"written": time.time(), "files": files}, indent=1))
+    except WriteError as error:
+        raise WriteError(f"the state of the run could not be saved: {error}") from error
 
 
 def load_run(folder: str | Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
-    """(part name -> tensors, facts), every file checked against the manifest. Errors: `UserError` naming what is damaged."""
+    """(part name -> tensors, facts), every file checked against the manifest. Errors: `UserError` naming what is damaged.
+
+    The tensors are in memory of their own: a state that a run goes on from is replaced by that run, and neither may a file that is
+    mapped be replaced on Windows, nor one that changes change what is trained.
+    """
     folder = Path(folder)
-    _clean(folder.parent)
-    if damage := damages(folder):
-        raise UserError(f"{folder}: cannot resume from this state: {'; '.join(damage)}")
-    try:
-        facts = json.loads((folder / "facts.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{folder}: cannot resume from this state: facts.json cannot be read ({error})") from None
-    if not isinstance(facts, dict):
-        raise UserError(f"{folder}: cannot resume from this state: facts.json is damaged")
-    return {p.stem: load(p) for p in sorted(folder.glob("*.safetensors"))}, facts
+    leftovers.restore(folder.parent, lambda name: name == folder.name)
+    for wait in range(_TRIES):
+        before, damage = _manifest(folder), damages(folder)
+        with suppress(OSError, UserError, ValueError):
+            if not damage:
+                parts = {p.stem: {n: t.clone() for n, t in load(p).items()} for p in sorted(folder.glob("*.safetensors"))}
+                facts = json.loads((folder / "facts.json").read_text(encoding="utf-8"))
+                if _manifest(folder) == before:
+                    return parts, facts
+        if damage and _manifest(folder) == before and folder.is_dir():
+            break  # nobody is replacing it: it is damaged
+        time.sleep(0.05 * wait)
+    raise UserError(f"{folder}: cannot resume from this state: {'; '.join(damage) or 'other processes keep replacing it'}")
 
 
 def damages(folder: Path) -> list[str]:
     """What keeps a state from being whole; empty when it is."""
     if not folder.is_dir():
         return ["no such folder"]
-    try:
-        files = _listed(folder / "manifest.json")
-        said = [message for name, fact in files.items() if (message := _damage(folder / name, *fact))]
-    except FileNotFoundError:
+    manifest = _manifest(folder)
+    if manifest is None:
         return ["it has no manifest.json, so sfumato did not write it or did not finish"]
-    except OSError as error:
-        return [f"{Path(error.filename or folder).name} cannot be read: {error.strerror}"]
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+    files = manifest.get("files")
+    if not isinstance(files, dict) or "facts.json" not in files or not all(_is_entry(name, fact) for name, fact in files.items()):
         return ["manifest.json is damaged"]
-    if "facts.json" not in files:
-        said.append("facts.json is not in the manifest")
+    found = [_damage(folder / name, fact) for name, fact in files.items()]
+    if not any(found) and not isinstance(_json(folder / "facts.json"), dict):
+        found.append("facts.json is damaged")
     foreign = {p.name for p in folder.glob("*.safetensors")} - files.keys()
-    return said + [f"{name} is not in the manifest" for name in sorted(foreign)]
+    return [text for text in found if text] + [f"{name} is not in the manifest" for name in sorted(foreign)]
 
 
-def _listed(manifest: Path) -> dict[str, tuple[int, str]]:
-    """A manifest's files: name -> size and sha256. Errors: `OSError`, or whatever comes of another shape."""
-    files = json.loads(manifest.read_text(encoding="utf-8"))["files"]
-    if not all(re.fullmatch(r"\w[\w.-]*", name) for name in files):
-        raise ValueError("a state's files stand in its own folder")
-    return {name: (int(fact["size"]), str(fact["sha256"])) for name, fact in files.items()}
+def _is_entry(name: str, fact: object) -> bool:
+    """Whether a line of a manifest names a file in the folder with its size and digest."""
+    plain = re.fullmatch(r"\w[\w.-]*", name)
+    return bool(plain) and isinstance(fact, dict) and type(fact.get("size")) is int and isinstance(fact.get("sha256"), str)
 
 
-def _damage(path: Path, size: int, digest: str) -> str:
-    """What is wrong with a file of a state, or nothing."""
-    if not path.is_file():
-        return f"{path.name} is missing"
-    if path.stat().st_size != size:
-        return f"{path.name} has {path.stat().st_size:,} bytes, {size:,} were written"
-    return f"{path.name} was changed since it was written" if file_digest(path) != digest else ""
+def _damage(path: Path, fact: Mapping[str, Any]) -> str:
+    try:
+        size = path.stat().st_size if path.is_file() else None
+        if size is None:
+            return f"{path.name} is missing"
+        if size != fact["size"]:
+            return f"{path.name} has {size:,} bytes, {fact['size']:,} were written"
+        return "" if file_digest(path) == fact["sha256"] else f"{path.name} was changed since it was written"
+    except OSError as error:
+        return f"{path.name} cannot be read ({error.strerror})"
 
 
 def newest(parent: str | Path, named: str) -> Path | None:
-    """The state written last of the whole ones in `parent` whose names fit the pattern `named`; damaged ones are logged and passed over."""
+    """The whole state of the highest step in `parent`, of several the one written last, whose name fits the pattern `named`.
+
+    Damaged ones are logged and passed over. A clock that was set back does not matter: the step decides.
+    """
     parent = Path(parent)
-    if not parent.is_dir():
-        return None
-    _clean(parent)
-    found = [p for p in parent.iterdir() if re.fullmatch(named, p.name) and (p / "manifest.json").is_file()]
-    for folder in sorted(found, key=_written, reverse=True):
-        if not (damage := damages(folder)):
-            return folder
-        _log.warning("%s is passed over: %s", folder, "; ".join(damage))
+    leftovers.restore(parent, re.compile(named).fullmatch)
+    bad: dict[Path, str] = {}
+    for wait in range(_TRIES):
+        bad, last = {}, wait == _TRIES - 1
+        time.sleep(0.05 * wait)
+        if leftovers.exchanging(parent, re.compile(named).fullmatch) and not last:
+            continue
+        states = [p for p in _folders(parent) if re.fullmatch(named, p.name)]
+        for folder in sorted(states, key=_age, reverse=True):
+            if not (damage := damages(folder)):
+                _tell(bad)
+                return folder
+            bad[folder] = "; ".join(damage)
+        if not bad:
+            return None  # those that were bad may just have been replaced by another process
+    _tell(bad)
     return None
 
 
-def _written(folder: Path) -> float:
-    with suppress(ValueError, KeyError, TypeError, RecursionError):
-        return float(json.loads((folder / "manifest.json").read_text(encoding="utf-8"))["written"])
-    return -math.inf
+def _tell(bad: Mapping[Path, str]) -> None:
+    for folder, damage in bad.items():
+        _log.warning("%s is passed over: %s", folder, damage)
 
 
-def _exchange(temp: Path, folder: Path) -> None:
-    """Put `temp` in the place of `folder`; an old folder is kept as `.NAME.old` until the new one stands."""
-    old = folder.with_name(f".{folder.name}.old")
-    if folder.exists():
-        shutil.rmtree(old, ignore_errors=True)
-        os.replace(folder, old)
-    os.replace(temp, folder)
-    shutil.rmtree(old, ignore_errors=True)
+def _folders(parent: Path) -> list[Path]:
+    with suppress(OSError):
+        return [p for p in parent.iterdir() if p.is_dir()]
+    return []
 
 
-def _clean(parent: Path) -> None:
-    """Mend what a kill left: an old folder moved away without its successor comes back, unfinished ones go."""
-    for old in parent.glob(".*.old"):
-        if not (name := old.with_name(old.name[1:-4])).exists() and (old / "manifest.json").is_file():
-            os.replace(old, name)
-    for part in parent.glob(".*.part"):
-        if part.is_dir() and time.time() - part.stat().st_mtime > _STALE:
-            shutil.rmtree(part, ignore_errors=True)
+def _age(folder: Path) -> tuple[float, float]:
+    """What states are ordered by: the optimizer step, then the time of writing."""
+    facts, manifest = _json(folder / "facts.json"), _manifest(folder) or {}
+    # One whose facts cannot be read is looked at first, and told as damaged.
+    step = _number(facts.get("step")) if isinstance(facts, dict) else math.inf
+    return step, _number(manifest.get("written"))
+
+
+def _number(value: object) -> float:
+    return float(value) if isinstance(value, int | float) and abs(value) < 1e15 else -math.inf
+
+
+def _manifest(folder: Path) -> dict[str, Any] | None:
+    """None: there is none, or none that can be read; {}: it is not one."""
+    if not (folder / "manifest.json").is_file():
+        return None
+    content = _json(folder / "manifest.json")
+    return content if isinstance(content, dict) else {}
+
+
+def _json(path: Path) -> object:
+    """A JSON file's content; None when it cannot be read as such."""
+    with suppress(OSError, ValueError, RecursionError):
+        return json.loads(path.read_text(encoding="utf-8"))
+    return None
 
 
 # --- nested values, without pickle ---

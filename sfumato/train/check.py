@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 from sfumato import adapters, families
 from sfumato.adapters import AdapterPlan
@@ -13,7 +14,7 @@ from sfumato.errors import Mistakes
 from sfumato.families.base import Models
 from sfumato.optim.trial import for_length, trial
 from sfumato.tensors import attention
-from sfumato.train import dist, log, resume
+from sfumato.train import dist, log, outputs, resume
 from sfumato.train.devices import check_base_weights, outline_models
 from sfumato.train.prompts import Prompt, of_run, sampler
 from sfumato.train.sample import check_prompts, check_samplers
@@ -49,11 +50,12 @@ class Checked:
     """What a user should know: settings that do not act, and what is other than in the state that is taken up."""
 
 
-def check(config: Config, method: Method, datasets: tuple[DatasetConfig, ...]) -> Checked:
+def check(config: Config, method: Method, datasets: tuple[DatasetConfig, ...], read: Sequence[Path] = ()) -> Checked:
     """All that is known before a picture or a weight is read. Errors: one `UserError` with all that was found.
 
     Every check that needs only settings, headers or shapes has its place here, in one of three steps: what needs the settings alone,
     what needs the model's shapes, and what needs the weights that are trained (without values).
+    `read`: the config files that the settings came from, which no result may overwrite.
     """
     wrong, prompts, plan, models = Mistakes(), list[Prompt](), None, None
     with wrong:
@@ -72,6 +74,8 @@ def check(config: Config, method: Method, datasets: tuple[DatasetConfig, ...]) -
         check_prompts(models, prompts, config.sample.sample_sampler)
         process = models.family.process(models, config.noise, config.loss)
         check_samplers(models, process, prompts, config.sample.sample_sampler)
+    with wrong:
+        outputs.check(config, method, datasets, models.source if models else None, read)
     wrong.tell()
     assert models is not None
     with outlined(models, config, plan) as trainable:

@@ -26,10 +26,12 @@ def outline_models(config: Config) -> Models:
     return outline(families.of(config.family), model.pretrained_model_name_or_path, config.family, vae=model.vae, tokenizer=model.tokenizer)
 
 
-def load_models(config: Config, precision: dist.Precision, method: Method | None, models: Models | None = None) -> Models:
+def load_models(
+    config: Config, precision: dist.Precision, method: Method | None, models: Models | None = None, *, map: bool = True
+) -> Models:
     """The base model, each net read straight into the format that it is used in: frozen ones in that of the computation, trained ones
     as they are trained, the VAE in fp32 where that is safer. `method`: None when nothing is trained. `models`: its outline, if there
-    is one."""
+    is one. `map`: whether tensors may stay backed by the files."""
     models = models or outline_models(config)
     family = models.family
     trained = whole_nets(family, config, [part.name for part in family.parts]) if method == "full" else ()
@@ -37,7 +39,7 @@ def load_models(config: Config, precision: dist.Precision, method: Method | None
     dtype |= dict.fromkeys(trained, torch.bfloat16 if config.train.full_bf16 else torch.float32)
     later = [part.name for part in family.parts if part.name not in ("denoiser", "vae")] if forgets_text(config) else ()
     with telling("reading weights") as tell:
-        read_values(models, dtype=dtype, later=later, progress=tell)
+        read_values(models, dtype=dtype, later=later, map=map, progress=tell)
     if models.vae is not None:
         # fp16 overflows in these VAEs, so it is never what they run in.
         # By nn.Module's own `to`: diffusers' logs a warning about nothing.

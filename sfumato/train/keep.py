@@ -12,7 +12,15 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from sfumato.config import OutputConfig
+from sfumato.config import Method, OutputConfig
+from sfumato.formats.folders import irreplaceable
+from sfumato.train.progress import console
+
+
+def ending(output: OutputConfig, method: Method, layout: str) -> str:
+    """What follows a result's name; nothing for a folder. `layout`: the base model's own, "single_file" or "diffusers"."""
+    asked = output.save_model_as or ("diffusers" if method == "full" and layout == "diffusers" else "safetensors")
+    return "" if asked.startswith("diffusers") else f".{asked}"
 
 
 def epoch_name(name: str, epoch: int) -> str:
@@ -88,7 +96,11 @@ def clean(saving: Saving, folder: Path, suffix: str) -> None:
 
 
 def _remove(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
+    """Remove an old result or state. What is not sfumato's stays; what cannot be removed is told, and does not end a run."""
+    try:
+        if not path.is_dir():
+            path.unlink(missing_ok=True)
+        elif not irreplaceable(path):
+            shutil.rmtree(path)
+    except OSError as error:
+        console.print(f"{path}: could not be removed ({error.strerror})", markup=False)

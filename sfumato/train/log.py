@@ -12,6 +12,7 @@ from typing import Any, Protocol
 from sfumato.config import Config, LogConfig
 from sfumato.errors import UserError
 from sfumato.formats import files
+from sfumato.train.mishaps import Mishaps
 
 
 class Sink(Protocol):
@@ -62,7 +63,10 @@ class Tensorboard:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError as error:
             raise UserError("--log_with tensorboard: the library is not installed; run `pip install tensorboard`") from error
-        self.writer: Any = SummaryWriter(str(folder))  # type: ignore[no-untyped-call]
+        try:
+            self.writer: Any = SummaryWriter(str(folder))  # type: ignore[no-untyped-call]
+        except OSError as error:
+            raise UserError(f"--log_with tensorboard: {folder} cannot be written ({error.strerror})") from error
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         for name, value in values.items():
@@ -78,7 +82,10 @@ class Wandb:
             import wandb
         except ImportError as error:
             raise UserError("--log_with wandb: the library is not installed; run `pip install wandb`") from error
-        self.run: Any = wandb.init(project=project, name=name, config=dict(settings))
+        try:
+            self.run: Any = wandb.init(project=project, name=name, config=dict(settings))
+        except Exception as error:  # it has many kinds: no key, no network, no such project
+            raise UserError(f"--log_with wandb: it cannot be started ({error}); run `wandb login`, or set WANDB_MODE=offline") from error
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         self.run.log(dict(values), step=step)
@@ -95,11 +102,11 @@ def check(config: LogConfig) -> None:
 
 
 class Log:
-    """All sinks of a run."""
+    """All sinks of a run. One that fails is told of once and tried again with the next line: no training ends for its log."""
 
     def __init__(self, config: Config, start: int, settings: Mapping[str, Any]) -> None:
         folder, name, asked = Path(config.output.output_dir), config.output.output_name, config.log.log_with
-        self.path = folder / f"{name}.jsonl"
+        self.path, self.mishaps = folder / f"{name}.jsonl", Mishaps()
         self.sinks: list[Sink] = [Lines(self.path, start)]
         if asked in ("tensorboard", "all"):
             base = Path(config.log.logging_dir) if config.log.logging_dir else folder / "logs"
@@ -109,14 +116,16 @@ class Log:
 
     def write(self, step: int, **values: float) -> None:
         for sink in self.sinks:
-            sink.write(step, values)
+            with self.mishaps.survived(f"{type(sink).__name__.lower()} of the log not written"):
+                sink.write(step, values)
 
     def __enter__(self) -> Log:
         return self
 
     def __exit__(self, *_: object) -> None:
         for sink in self.sinks:
-            sink.close()
+            with self.mishaps.survived(f"{type(sink).__name__.lower()} of the log not closed"):
+                sink.close()
 
 
 def read(path: Path) -> dict[str, list[tuple[int, float]]]:

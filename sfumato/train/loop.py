@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -23,13 +24,14 @@ from sfumato.config import Config
 from sfumato.data.batch import Batch
 from sfumato.data.loader import Loader
 from sfumato.data.plan import Plan, SampleRef
-from sfumato.errors import UserError
+from sfumato.errors import UserError, WriteError
 from sfumato.optim import build
 from sfumato.optim.ema import EMA
 from sfumato.train import diagnose, keep
 from sfumato.train.dist import World
 from sfumato.train.log import Log
-from sfumato.train.progress import Bar
+from sfumato.train.mishaps import Mishaps
+from sfumato.train.progress import Bar, console
 from sfumato.train.trainables import Trainable
 
 
@@ -93,6 +95,9 @@ class Course:
     """Optimizer steps done before this process."""
     first_step_after: float | None = None
     """Seconds from `began` to the end of the first step."""
+    whole: bool = True
+    """Whether the weights are those after `done` steps; not in the midst of a step's update."""
+    mishaps: Mishaps = field(default_factory=Mishaps)
 
 
 @dataclass(slots=True)
@@ -172,8 +177,11 @@ def run(course: Course) -> bool:
                         duty()
                     if stop and course.done < pace.steps:
                         name = keep.step_name(course.config.output.output_name, course.done)
-                        _save(course, keep.Saving(name, state=True), epoch)
+                        _save(course, keep.Saving(name, state=True), epoch, last=True)
                         return False
+    except Exception:
+        save_what_is_done(course)
+        raise
     finally:
         bar.close()
     return True
@@ -193,6 +201,7 @@ def _epoch(course: Course, epoch: int) -> Iterator[tuple[Tensor, Tensor, list[fl
         rates = build.rates(course.optimizer)
         course.schedule.step()
         course.done += 1
+        course.whole = True
         yield (*told, rates)
 
 
@@ -223,6 +232,7 @@ def _update(course: Course) -> Tensor:
     course.scaler.unscale_(course.optimizer)
     limit = course.config.optimizer.max_grad_norm
     norm = torch.nn.utils.clip_grad_norm_(weights.values(), limit if limit > 0 else math.inf)
+    course.whole = False
     course.scaler.step(course.optimizer)
     course.scaler.update()
     course.optimizer.zero_grad(set_to_none=True)
@@ -258,21 +268,58 @@ def _duties(course: Course, epoch: int) -> Callable[[], None] | None:
     return duty
 
 
-def _save(course: Course, saving: keep.Saving, epoch: int) -> None:
+def _save(course: Course, saving: keep.Saving, epoch: int, *, last: bool = False) -> None:
+    """Save what is due. What cannot be written (a full disk) is told, and training goes on: the old results are untouched, none is
+    removed, and there may be room when the next is due. `last`: nothing comes after it, so errors are raised, once all is tried."""
     folder = Path(course.config.output.output_dir)
     if course.world.main:
-        suffix = course.trainable.suffix()
-        with finished(course):
-            course.save_result(folder / f"{saving.name}{suffix}", course.done, epoch)
-        if saving.state:
-            course.save_state(folder / keep.state_name(saving.name))
-        keep.clean(saving, folder, suffix)
+        suffix, failed = course.trainable.suffix(), list[WriteError]()
+        for job in (partial(_save_result, course, folder / f"{saving.name}{suffix}", epoch), partial(_save_state, course, saving)):
+            try:
+                job()
+            except WriteError as error:
+                failed.append(error)
+        if last and failed:
+            raise WriteError(*(str(each) for each in failed))
+        for each in failed:
+            course.mishaps.tell(f"{saving.name} not saved whole", each)
+        if not failed:
+            keep.clean(saving, folder, suffix)
     course.world.wait()
 
 
+def _save_result(course: Course, path: Path, epoch: int) -> None:
+    with finished(course):
+        course.save_result(path, course.done, epoch)
+
+
+def _save_state(course: Course, saving: keep.Saving) -> None:
+    if saving.state:
+        course.save_state(Path(course.config.output.output_dir) / keep.state_name(saving.name))
+
+
+def save_what_is_done(course: Course) -> None:
+    """After an error: the state of the run, if states are asked for and there are whole steps that none holds yet. Says where it is."""
+    output = course.config.output
+    if (
+        not course.world.main
+        or not course.whole
+        or course.done <= course.started
+        or not (output.save_state or output.save_state_on_train_end)
+    ):
+        return
+    folder = Path(output.output_dir) / keep.state_name(keep.step_name(output.output_name, course.done))
+    try:
+        course.save_state(folder)
+        console.print(f"{folder}: the state after step {course.done}, saved because of an error; go on with --resume auto", markup=False)
+    except Exception as error:  # the first error is what is raised
+        console.print(f"{folder}: the state after step {course.done} could not be saved ({error})", markup=False)
+
+
 def _sample(course: Course, epoch: int) -> None:
+    """Sample images. A failure ends the run only before its first step, when nothing is lost and the settings may be wrong."""
     if course.world.main:
-        with finished(course):
+        with course.mishaps.survived("sample images not drawn") if course.done else nullcontext(), finished(course):
             course.draw(course.done, epoch)
     course.world.wait()
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from sfumato.config import Config, DatasetConfig, Method
 from sfumato.families.detect import detect_file
-from sfumato.train import dist, keep, resume
+from sfumato.train import dist, keep, lock, resume
 from sfumato.train.caching import Data, open_data, tell_long
 from sfumato.train.check import Checked, Trained, check, check_length
 from sfumato.train.loop import Pace
@@ -21,10 +21,10 @@ BUCKETS = ("dataset", "bucket", "pictures", "samples", "batches", "last batch", 
 RESULTS = ("after", "files")
 
 
-def show(config: Config, method: Method, datasets: tuple[DatasetConfig, ...]) -> None:
+def show(config: Config, method: Method, datasets: tuple[DatasetConfig, ...], read: Sequence[Path] = ()) -> None:
     """`sfumato plan`: print what a training would do. Errors: `UserError`, as the training itself would give before its first step."""
     config = resume.settle(config)
-    checked = check(config, method, datasets)
+    checked = check(config, method, datasets, read)
     data = open_data(config, datasets, dist.outside(), checked.models, answers.print)
     tell_long(data, checked.models, answers.print)
     pace = _pace(config, data)
@@ -38,12 +38,14 @@ def show(config: Config, method: Method, datasets: tuple[DatasetConfig, ...]) ->
     answers.print(f"{pace.steps} steps in all, {pace.epochs} epochs")
     answers.print(f"kept between steps: {' and '.join(_kept(config)) or 'nothing: pictures and captions are encoded in every step'}")
     print_table(RESULTS, _results(config, pace, checked))
+    if held := lock.taken(config):
+        answers.print(held)
 
 
-def facts(config: Config, method: Method, datasets: tuple[DatasetConfig, ...]) -> dict[str, Any]:
+def facts(config: Config, method: Method, datasets: tuple[DatasetConfig, ...], read: Sequence[Path] = ()) -> dict[str, Any]:
     """`sfumato plan --json`: the same, for scripts. Errors: as `show`."""
     config, notes = resume.settle(config), list[str]()
-    checked = check(config, method, datasets)
+    checked = check(config, method, datasets, read)
     data = open_data(config, datasets, dist.outside(), checked.models, notes.append)
     tell_long(data, checked.models, notes.append)
     pace = _pace(config, data)
@@ -58,6 +60,7 @@ def facts(config: Config, method: Method, datasets: tuple[DatasetConfig, ...]) -
         "steps": pace.steps,
         "epochs": pace.epochs,
         "kept": _kept(config),
+        "another_run": lock.taken(config),
         "results": [dict(zip(RESULTS, row, strict=True)) for row in _results(config, pace, checked)],
     }
 

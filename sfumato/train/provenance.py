@@ -75,7 +75,9 @@ class Facts:
         return {"v_prediction": "v"}.get(said, said)
 
     def _base_model(self) -> dict[str, str]:
-        model = self.config.model
+        model, source = self.config.model, self.models.source
+        if source and not source.in_place():
+            return {}  # another file stands there now, whose hash would be a lie
         out = metadata.base_model(model.pretrained_model_name_or_path)
         return out | (metadata.base_model(model.vae, "vae") if model.vae else {})
 

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
+import tempfile
 import time
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import asdict
 from functools import partial
@@ -15,13 +18,14 @@ from torch.nn.parallel import DistributedDataParallel
 
 from sfumato.config import Config, DatasetConfig, Method
 from sfumato.data.loader import Loader
+from sfumato.errors import UserError, WriteError
 from sfumato.families.base import Models
 from sfumato.families.loading import fetch
 from sfumato.formats import files
 from sfumato.optim import build, schedules
 from sfumato.optim.ema import EMA
 from sfumato.tensors.noise import Process
-from sfumato.train import dist, keep, log, loop, provenance, resume, state
+from sfumato.train import dist, keep, lock, log, loop, provenance, resume, state
 from sfumato.train.caching import Caches, fill_caches, open_data
 from sfumato.train.check import check, check_length, check_model
 from sfumato.train.devices import load_models, merge_base_weights, outline_models, peak_memory, place
@@ -46,31 +50,35 @@ def cache(config: Config, datasets: tuple[DatasetConfig, ...]) -> Caches:
         world.close()
 
 
-def train(config: Config, method: Method, datasets: tuple[DatasetConfig, ...], resolved: str = "") -> None:
+def train(config: Config, method: Method, datasets: tuple[DatasetConfig, ...], resolved: str = "", read: Sequence[Path] = ()) -> None:
     """Train and save. `resolved` is the whole config as TOML; it is written beside the result before the first step.
 
-    Errors: `UserError` for whatever the user can mend.
+    `read`: the config files that the settings came from. Errors: `UserError` for whatever the user can mend.
     """
     began = time.monotonic()
     world = dist.world()
+    folder, name = Path(config.output.output_dir), config.output.output_name
     try:
-        course = prepare(config, method, datasets, world, began)
-        with course.log or nullcontext():
+        with lock.alone(folder, name, main=world.main):
+            course = prepare(config, method, datasets, world, began, read)
+            with course.log or nullcontext():
+                if world.main:
+                    files.write_text(folder / f"{name}.toml", resolved)
+                ended = loop.run(course)
             if world.main:
-                files.write_text(Path(config.output.output_dir) / f"{config.output.output_name}.toml", resolved)
-            ended = loop.run(course)
-        if world.main:
-            _finish(course, ended)
-        world.wait()
+                _finish(course, ended)
+            world.wait()
     finally:
         world.close()
 
 
-def prepare(config: Config, method: Method, datasets: tuple[DatasetConfig, ...], world: dist.World, began: float) -> loop.Course:
+def prepare(
+    config: Config, method: Method, datasets: tuple[DatasetConfig, ...], world: dist.World, began: float, read: Sequence[Path] = ()
+) -> loop.Course:
     """Everything up to the first step, in this order: what headers tell, pictures, model, caches, trainable, memory, optimizer, state."""
     precision = dist.precision(config.train.mixed_precision)
     config = resume.settle(config)
-    checked = check(config, method, datasets)
+    checked = check(config, method, datasets, read)
     prompts, plan, models = checked.prompts, checked.plan, checked.models
     data = open_data(config, datasets, world, models)
     pace = loop.Pace.of(config, data.plan.batches_per_epoch, world.size)
@@ -80,13 +88,16 @@ def prepare(config: Config, method: Method, datasets: tuple[DatasetConfig, ...],
             console.print(note)
         console.print(data.plan.steps_line(config.train.gradient_accumulation_steps, world.size))
         console.print(f"{pace.steps} steps in {pace.epochs} epochs")
-    load_models(config, precision, method, models)
+    # What stays in the CPU's memory is not backed by files: one that changes meanwhile would change the training, or end it.
+    load_models(config, precision, method, models, map=world.device.type != "cpu")
     process = models.family.process(models, config.noise, config.loss)
     merge_base_weights(config, models)
     caches = fill_caches(config, data, models, world)
     trainable: Trainable = Adapters(models, config, plan) if plan else Full(models, config)
     known = known_prompts(config, models, prompts, world, precision)
     place(config, models, trainable, world)
+    if models.source:
+        models.source.check()
     optimizer = build.optimizer(config.optimizer, trainable.groups())
     if config.train.full_bf16:
         optimizer = build.in_low_bits(optimizer, config.train.seed)
@@ -175,12 +186,12 @@ def _finish(course: loop.Course, ended: bool) -> None:
     epoch = max(0, -(-done // course.pace.steps_per_epoch) - 1)
     result = folder / f"{name if ended else keep.step_name(name, done)}{course.trainable.suffix()}"
     if ended:
-        with loop.finished(course):
-            course.save_result(result, done, epoch)
+        _save_last(course, result, epoch)
         if config.output.save_state or config.output.save_state_on_train_end:
             course.save_state(folder / keep.state_name(name))
     if course.log:
-        log.curve(course.log.path, folder / f"{name}-loss.png")
+        with course.mishaps.survived("the curve of the loss not drawn"):
+            log.curve(course.log.path, folder / f"{name}-loss.png")
     seconds = time.monotonic() - course.began
     first = course.first_step_after or seconds
     speed = (done - course.started - 1) / max(seconds - first, 1e-9)
@@ -188,3 +199,22 @@ def _finish(course: loop.Course, ended: bool) -> None:
         f"{result}: {'done' if ended else f'stopped after step {done}; go on with --resume auto'}. "
         f"First step after {first:.1f} s, {speed:.2f} steps/s, peak memory {peak_memory(course.world.device) / 2**20:.0f} MiB"
     )
+
+
+def _save_last(course: loop.Course, result: Path, epoch: int) -> None:
+    """Save the result of the whole run: where it belongs, or else anywhere. Errors: `UserError`, saying where it is if it is anywhere."""
+    try:
+        with loop.finished(course):
+            course.save_result(result, course.done, epoch)
+    except UserError as error:
+        loop.save_what_is_done(course)
+        if not isinstance(error, WriteError):
+            raise
+        spare = Path(tempfile.mkdtemp(prefix="sfumato-"))
+        try:
+            with loop.finished(course):
+                course.save_result(spare / result.name, course.done, epoch)
+        except UserError:
+            shutil.rmtree(spare, ignore_errors=True)
+            raise error from None
+        raise WriteError(f"{error}\nThe result was saved as {spare / result.name} instead; move it away soon") from error

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from sfumato.errors import UserError
 from sfumato.formats import run as runs
+from sfumato.formats.files import check_finite
 from sfumato.optim.ema import EMA
 from sfumato.train import resume as resuming
 from sfumato.train.loop import Course
@@ -30,6 +31,8 @@ def save(course: Course, folder: Path) -> None:
     }
     if course.ema:
         parts["ema"] = course.ema.state()
+    for name in ("weights", "ema"):
+        check_finite(parts.get(name, {}), f"{folder.name} ({name})")
     facts = {
         "step": course.done,
         "steps": course.pace.steps,

@@ -21,6 +21,7 @@ from sfumato.formats.adapter_check import check_adapter
 from sfumato.formats.metadata import hashes
 from sfumato.optim.groups import Group
 from sfumato.tensors.random import Draws
+from sfumato.train import keep
 
 SAVE_DTYPES = {"float": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -104,7 +105,7 @@ class Full:
                     self._rates[name].setdefault(rate, []).append(p)
         if not self._weights:
             raise UserError("nothing is left to train: every learning rate of a part or block is 0")
-        if self._layout()[0] == "diffusers":
+        if not self.suffix():
             check_folder(models)
 
     def weights(self) -> dict[str, nn.Parameter]:
@@ -137,20 +138,15 @@ class Full:
     def carries(self) -> str:
         return ""
 
-    def _layout(self) -> tuple[str, str]:
-        asked = self.config.output.save_model_as
-        if asked is None:
-            source = self.models.source
-            asked = "diffusers" if source and source.layout == "diffusers" else "safetensors"
-        return ("diffusers", "") if asked.startswith("diffusers") else ("single_file", f".{asked}")
-
     def suffix(self) -> str:
-        return self._layout()[1]
+        source = self.models.source
+        return keep.ending(self.config.output, "full", source.layout if source else "single_file")
 
     def save(self, path: Path, metadata: Mapping[str, str]) -> None:
         precision = self.config.output.save_precision
         dtype = SAVE_DTYPES[precision] if precision else None
-        save(self.models, path, layout=self._layout()[0], dtype=dtype, metadata=metadata, trained=self.trained)
+        layout = "single_file" if self.suffix() else "diffusers"
+        save(self.models, path, layout=layout, dtype=dtype, metadata=metadata, trained=self.trained)
 
 
 class Adapters:
@@ -246,17 +242,19 @@ class Adapters:
         return files.fingerprint({"|".join((*site, name)): t for site, leaves in state for name, t in leaves.items()}) if state else ""
 
     def suffix(self) -> str:
-        asked = self.config.output.save_model_as or "safetensors"
-        if asked.startswith("diffusers"):
+        ending = keep.ending(self.config.output, "network", "single_file")
+        if not ending:
+            asked = self.config.output.save_model_as
             raise UserError(f"save_model_as = {asked!r} is for whole models; an adapter is saved as safetensors, ckpt or pt")
-        return f".{asked}"
+        return ending
 
     def save(self, path: Path, metadata: Mapping[str, str]) -> None:
         precision = self.config.output.save_precision
         tensors = dialect.write(self.models.family.dialects(self.models)[self.config.output.dialect], self.state())
-        files.check_finite(tensors, f"the adapter {path.name}")
-        if precision:
-            tensors = {name: t.to(SAVE_DTYPES[precision]) for name, t in tensors.items()}
+        dtype = SAVE_DTYPES[precision] if precision else None
+        if dtype:
+            tensors = {name: t.to(dtype) for name, t in tensors.items()}
+        files.check_finite(tensors, f"the adapter {path.name}", dtype)
         files.save(path, tensors, {**metadata, **hashes(tensors, metadata)})
 
 

@@ -150,7 +150,9 @@ def test_the_launchers_run_from_any_folder_without_installation(script: str, hom
 def test_a_command_trains_with_the_resolved_config(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     called: dict[str, Any] = {}
     monkeypatch.setattr(
-        run, "train", lambda config, method, datasets, resolved="": called.update(method=method, resolved=resolved, datasets=datasets)
+        run,
+        "train",
+        lambda config, method, datasets, resolved="", read=(): called.update(method=method, resolved=resolved, datasets=datasets),
     )
     assert kohya.run("train_db", [*BASE, "--learning_rate=1e-5"]) == 0
     assert called["method"] == "full" and len(called["datasets"]) == 1

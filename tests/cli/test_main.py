@@ -43,9 +43,12 @@ def test_mistakes_exit_with_2(argv: list[str], message: str, home: Path, capsys:
 
 def test_commands_hand_over_the_config(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[Any] = []
-    monkeypatch.setattr(run, "train", lambda config, method, datasets, resolved="": calls.append(("train", method, len(datasets))))
+    monkeypatch.setattr(run, "train", lambda config, method, datasets, resolved="", read=(): calls.append(("train", method, len(datasets))))
     monkeypatch.setattr(
-        train, "plan", SimpleNamespace(show=lambda config, method, datasets: calls.append(("plan", method, len(datasets)))), raising=False
+        train,
+        "plan",
+        SimpleNamespace(show=lambda config, method, datasets, read=(): calls.append(("plan", method, len(datasets)))),
+        raising=False,
     )
     monkeypatch.setattr(run, "cache", lambda config, datasets: calls.append(("cache", "network", len(datasets))))
     monkeypatch.setattr(draw, "main", lambda config: [Path(config.sample.sample_prompts)])

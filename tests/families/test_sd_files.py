@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tiny
@@ -19,6 +22,7 @@ from sfumato.families.autoencoders import scale, unscale
 from sfumato.families.base import Models
 from sfumato.families.sd.facts import Options
 from sfumato.families.sd.family import FAMILY, encode, process
+from sfumato.formats import files
 from sfumato.formats.files import load, read_header, save
 from sfumato.memory.checkpoint import checkpoint_blocks
 
@@ -28,7 +32,7 @@ def opened(path: Path, **options: object) -> Models:
 
 
 def written(models: Models, path: Path, layout: str = "single_file", dtype: torch.dtype | None = None, **more: object) -> Path:
-    loading.save(models, path, layout=layout, dtype=dtype, metadata={"modelspec.title": "t"}, **more)  # type: ignore[arg-type]
+    loading.save(models, path, layout=layout, dtype=dtype, metadata={"modelspec.implementation": "sfumato 0"}, **more)  # type: ignore[arg-type]
     return path
 
 
@@ -46,7 +50,7 @@ def test_a_single_file_comes_back_bit_for_bit(tmp_path: Path, v2: bool, dtype: t
     assert next(models.denoiser.parameters()).dtype == dtype
     out = written(models, tmp_path / "out" / "model.safetensors")
     assert_same(load(path), load(out))
-    assert read_header(out).metadata["modelspec.title"] == "t"
+    assert read_header(out).metadata["modelspec.implementation"] == "sfumato 0"
 
 
 def test_what_was_only_run_in_another_format_is_written_as_it_was(tmp_path: Path) -> None:
@@ -121,11 +125,60 @@ def load_nets(models: Models) -> dict[str, Tensor]:
 
 def test_a_folder_replaces_an_older_one_whole(tmp_path: Path) -> None:
     models = opened(tiny.tiny_sd1(tmp_path / "source"))
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "stale").write_text("")
+    written(models, tmp_path / "out", "diffusers")
+    (tmp_path / "out" / "stale.json").write_text("")
     written(models, tmp_path / "out", "diffusers")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "source"]
-    assert not (tmp_path / "out" / "stale").exists()
+    assert not (tmp_path / "out" / "stale.json").exists()
+
+
+def test_a_folder_of_the_users_is_never_replaced_by_a_result(tmp_path: Path) -> None:
+    models = opened(tiny.tiny_sd1(tmp_path / "source"))
+    mine = {tmp_path / "photos" / "a.jpg", written(models, tmp_path / "model", "diffusers") / "notes.md"}
+    for path in mine:
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("mine")
+        with pytest.raises(UserError, match="not sfumato's"):
+            written(models, path.parent, "diffusers")
+        assert path.read_text() == "mine"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["model", "photos", "source"]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="a file that is mapped cannot be cut there")
+def test_a_base_model_that_changes_gives_no_mixed_result(tmp_path: Path) -> None:
+    path = tiny.tiny_sd1(tmp_path)
+    models = opened(path)
+    with path.open("r+b") as file:
+        file.truncate(path.stat().st_size // 2)
+    for layout in ("single_file", "diffusers"):
+        with pytest.raises(UserError, match="changed while it was in use"):
+            written(models, tmp_path / "out.safetensors", layout)
+    assert not [p for p in tmp_path.iterdir() if "out" in p.name]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="a file that is mapped cannot be cut there")
+def test_a_base_model_that_changes_while_a_result_is_written_gives_no_mixed_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tiny.tiny_sd1(tmp_path)
+    models, real = opened(path), files.serialise
+
+    def cut(*args: Any) -> Iterator[Any]:
+        yield from real(*args)
+        os.truncate(path, 1000)
+
+    monkeypatch.setattr(files, "serialise", cut)
+    with pytest.raises(UserError, match="changed while it was in use"):
+        written(models, tmp_path / "out.safetensors")
+    assert not [p for p in tmp_path.iterdir() if "out" in p.name]
+
+
+def test_what_save_precision_cannot_hold_is_told_not_saved(tmp_path: Path) -> None:
+    models = opened(tiny.tiny_sd1(tmp_path))
+    with torch.no_grad():
+        next(models.denoiser.parameters()).view(-1)[0] = 1e6
+    with pytest.raises(UserError, match=r"infinite values .*save_precision float16 may be too small"):
+        written(models, tmp_path / "out.safetensors", dtype=torch.float16, trained=("denoiser",))
+    assert not (tmp_path / "out.safetensors").exists()
+    written(models, tmp_path / "out.safetensors", dtype=torch.bfloat16, trained=("denoiser",))
 
 
 def test_the_prediction_of_a_folder_is_honoured(tmp_path: Path) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import pickle
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -130,13 +132,53 @@ def test_what_is_done_to_a_tensor_never_reaches_the_file(tmp_path: Path, ending:
     assert path.read_bytes() == before
 
 
+def touched(path: Path) -> None:
+    """A time of change that is surely another one; clocks of file systems are coarse."""
+    then = path.stat()
+    os.utime(path, ns=(then.st_atime_ns, then.st_mtime_ns + 10**9))
+
+
 @pytest.mark.parametrize("ending", ENDINGS)
 @pytest.mark.parametrize("dtype", [None, torch.float16])
-def test_values_are_read_when_they_are_asked_for(tmp_path: Path, ending: str, dtype: torch.dtype | None) -> None:
-    path = written(tmp_path / f"model{ending}", {"a": torch.zeros(64, 64)})
-    lazy = Lazy.of([path]).cast(dtype)
+@pytest.mark.parametrize("map", [True, False])
+def test_a_file_that_changes_after_it_was_opened_is_refused_not_mixed(
+    tmp_path: Path, ending: str, dtype: torch.dtype | None, map: bool
+) -> None:
+    path = written(tmp_path / f"model{ending}", {"a": torch.zeros(64, 64), "b": torch.zeros(64, 64)})
+    lazy = Lazy.of([path]).cast(dtype, map=map)
+    assert lazy["a"].unique().item() == 0.0
+    rewrite(path, {"a": torch.ones(64, 64), "b": torch.ones(64, 64)})
+    touched(path)
+    for read in (lambda: lazy["b"], lazy.check):
+        with pytest.raises(UserError, match=rf"model\{ending}: changed while it was in use"):
+            read()
+
+
+def test_a_file_rewritten_with_its_time_set_back_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = written(tmp_path / "model.safetensors", {"a": torch.zeros(64, 64)})
+    lazy, then = Lazy.of([path]), path.stat()
+    file = next(iter(lazy.places.values()))[0]
     rewrite(path, {"a": torch.ones(64, 64)})
-    assert lazy["a"].unique().item() == 1.0
+    os.utime(path, ns=(then.st_atime_ns, then.st_mtime_ns))
+    # As a file system says that has such a time, with a clock that is not coarse.
+    monkeypatch.setattr(file, "_opened", SimpleNamespace(**{n: getattr(then, n) for n in ("st_size", "st_mtime_ns")}, st_ctime_ns=1))
+    with pytest.raises(UserError, match="changed while it was in use"):
+        lazy["a"]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="an open file keeps its name there")
+@pytest.mark.parametrize("map", [True, False])
+def test_a_file_that_was_renamed_or_replaced_is_still_the_one_that_was_opened(tmp_path: Path, map: bool, caplog: Any) -> None:
+    path = written(tmp_path / "model.safetensors", {"a": torch.zeros(8, 8), "b": torch.zeros(8, 8)})
+    lazy = Lazy.of([path]).cast(None, map=map)
+    path.rename(tmp_path / "moved.safetensors")
+    assert lazy["a"].unique().item() == 0.0
+    assert not caplog.text
+    assert not lazy.in_place()
+    written(path, {"a": torch.ones(8, 8), "b": torch.ones(8, 8)})
+    lazy.check()
+    assert lazy["b"].unique().item() == 0.0
+    assert caplog.text.count("another file stands there now") == 1
 
 
 def test_shards_are_one(tmp_path: Path) -> None:
@@ -172,13 +214,14 @@ def test_a_truncated_file_is_told_when_it_is_opened(tmp_path: Path, ending: str)
         Lazy.of([path])
 
 
-def test_a_file_that_was_cut_after_it_was_opened_is_told_with_the_tensor(tmp_path: Path) -> None:
+@pytest.mark.parametrize("map", [True, False])
+def test_a_file_that_was_cut_after_it_was_opened_is_told_and_no_page_of_it_is_touched(tmp_path: Path, map: bool) -> None:
     path = written(tmp_path / "model.safetensors", {"a": torch.ones(4), "b": torch.ones(4000)})
-    lazy = Lazy.of([path]).cast(None, map=False)
+    lazy = Lazy.of([path]).cast(None, map=map)
     os.truncate(path, path.stat().st_size - 8000)
-    assert lazy["a"].tolist() == [1.0] * 4
-    with pytest.raises(UserError, match=r"model\.safetensors: truncated since it was opened: it ends within 'b'"):
-        lazy["b"]
+    for name in lazy:
+        with pytest.raises(UserError, match=r"model\.safetensors: changed while it was in use"):
+            lazy[name]
 
 
 def test_what_is_no_weight_file_is_told_when_it_is_opened(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -18,7 +19,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from sfumato.errors import UserError
-from sfumato.formats import files, run
+from sfumato.formats import leftovers, run
 
 PARTS = {"adapter": {"a": torch.rand(3, 4), "b": torch.tensor(2.0)}, "ema": {"a": torch.rand(3, 4)}, "empty": {}}
 FACTS = {"step": 7, "epoch": 1, "nested": {"x": [1, None, "é"]}}
@@ -88,7 +89,6 @@ def test_no_such_state(tmp_path: Path) -> None:
 def test_newest_passes_over_what_is_damaged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     clock = iter([100.0, 300.0, 200.0, 400.0])
     monkeypatch.setattr(run.time, "time", lambda: next(clock, 500.0))
-    monkeypatch.setattr(run, "_clean", lambda parent: None)
     for name in ("x-1-state", "x-3-state", "x-2-state", "y-state"):
         run.save_run(tmp_path / name, PARTS, FACTS)
     (tmp_path / "x-9-state").mkdir()
@@ -109,36 +109,33 @@ def test_a_full_disk_keeps_the_old_state(tmp_path: Path, small_disk: Any) -> Non
     assert os.listdir(tmp_path) == ["s"]
 
 
-@pytest.mark.parametrize("moment", ["run.write_text", "run.os.replace", "run.shutil.rmtree"])
+@pytest.mark.skipif(os.name == "nt", reason="a process cannot kill itself there")
+@pytest.mark.parametrize("moment", ["writing", "between the renames", "deleting"])
 def test_a_kill_at_any_moment_leaves_a_whole_state(tmp_path: Path, moment: str) -> None:
     """Killed while writing; between moving the old state away and the new one in; and before the old one is deleted."""
     folder = tmp_path / "s"
     run.save_run(folder, PARTS, {"step": 1})
     code = f"""
 import os, signal, torch
-from sfumato.formats import files, run
+from sfumato.formats import folders, run
 def kill(*a, **k): os.kill(os.getpid(), signal.SIGKILL)
-real, calls = run.os.replace, []
+real, calls = os.replace, []
 def second(a, b):
     # files are renamed as well; the folders' own two moves are what is counted
     calls.append(a) if os.path.isdir(a) else None
     kill() if len(calls) == 2 else real(a, b)
-if {moment!r} == "run.os.replace":
-    run.os.replace = second
-elif {moment!r} == "run.write_text":
+if {moment!r} == "between the renames":
+    os.replace = second
+elif {moment!r} == "writing":
     run.write_text = kill
 else:
-    rmtree = run.shutil.rmtree
-    run.shutil.rmtree = lambda p, **k: kill() if p.exists() else None
+    folders.shutil.rmtree = lambda p, **k: kill() if p.exists() else None
 run.save_run({str(folder)!r}, {{"adapter": {{"a": torch.ones(2)}}}}, {{"step": 2}})
 """
     assert subprocess.run([sys.executable, "-c", code]).returncode == -signal.SIGKILL
     assert run.newest(tmp_path, "s.*") == folder
-    assert run.load_run(folder)[1] == {"step": 2 if moment == "run.shutil.rmtree" else 1}
-    run.save_run(folder, PARTS, {"step": 3})
-    for rest in tmp_path.glob(".*.part"):
-        os.utime(rest, (0, 0))
-    run.save_run(folder, PARTS, {"step": 4})
+    assert run.load_run(folder)[1] == {"step": 2 if moment == "deleting" else 1}
+    leftovers.clear(tmp_path, lambda name: name == "s")
     assert os.listdir(tmp_path) == ["s"]
 
 
@@ -200,41 +197,82 @@ def test_an_optimizer_goes_on_as_if_nothing_had_been(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "manifest",
-    [
-        "[]",
-        "3",
-        '{"files": []}',
-        '{"files": {"facts.json": 3}}',
-        '{"files": {"facts.json": {"size": "x"}}}',
-        '{"files": {"../x": {}}}',
-        "[" * 5000,
-    ],
-    ids=range(7),
-)
-def test_a_manifest_of_an_odd_shape_is_damaged(tmp_path: Path, manifest: str) -> None:
-    run.save_run(tmp_path / "s", {"a": {"w": torch.ones(2)}}, {"step": 3})
-    (tmp_path / "s" / "manifest.json").write_text(manifest, encoding="utf-8")
-    with pytest.raises(UserError, match=r"cannot resume from this state: manifest\.json is damaged"):
-        run.load_run(tmp_path / "s")
-    assert run.newest(tmp_path, "s") is None
-
-
-@pytest.mark.parametrize("facts", ["[]", "null", "[" * 5000])
-def test_facts_of_an_odd_shape_are_told(tmp_path: Path, facts: str) -> None:
-    run.save_run(tmp_path / "s", {"a": {"w": torch.ones(2)}}, {"step": 3})
-    path = tmp_path / "s" / "facts.json"
-    path.write_text(facts, encoding="utf-8")
-    manifest = json.loads((tmp_path / "s" / "manifest.json").read_text(encoding="utf-8"))
-    manifest["files"]["facts.json"] = {"size": path.stat().st_size, "sha256": files.file_digest(path)}
-    (tmp_path / "s" / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
-    with pytest.raises(UserError, match=r"facts\.json"):
-        run.load_run(tmp_path / "s")
-
-
-@pytest.mark.parametrize(
     "packed", [{"$tensor": "none"}, {"$tensor": []}, {"$dict": [1]}, {"$float": "x"}, {"$tuple": 3}, {"$dict": [[{}, 1]]}]
 )
 def test_values_that_pack_does_not_write_are_told(packed: object) -> None:
     with pytest.raises(UserError, match="the state's values are damaged"):
         run.unpack(packed, {})
+
+
+# --- which state is taken ---
+
+
+def test_the_highest_step_is_taken_although_the_clock_was_set_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter([900.0, 100.0, 500.0])
+    monkeypatch.setattr(run.time, "time", lambda: next(clock, 1000.0))
+    run.save_run(tmp_path / "x-1-state", PARTS, {"step": 100})
+    run.save_run(tmp_path / "x-2-state", PARTS, {"step": 200})
+    run.save_run(tmp_path / "x-3-state", PARTS, {"step": 200})
+    assert run.newest(tmp_path, "x-.*") == tmp_path / "x-3-state"
+
+
+ODD = ["[]", "3", "null", '"x"', "{}", '{"files": []}', '{"files": {"facts.json": 3}}', '{"files": {"facts.json": {"size": "3"}}}']
+ODD += ['{"files": {"../../x": {"size": 1, "sha256": "0"}}}', '{"files": {}}', "[" * 100_000, '{"written": "x", "files": null}']
+
+
+@pytest.mark.parametrize("odd", [*(text.encode() for text in ODD), b"\xff\xfe"], ids=lambda b: b[:24].decode("latin1"))
+def test_manifests_and_facts_of_odd_shapes_are_passed_over(tmp_path: Path, odd: bytes, caplog: pytest.LogCaptureFixture) -> None:
+    run.save_run(tmp_path / "x-1-state", PARTS, {"step": 1})
+    names = ("manifest.json", "facts.json") if odd != b"{}" else ("manifest.json",)  # no facts are facts
+    for name in names:
+        folder = tmp_path / f"x-2-{name[0]}-state"
+        run.save_run(folder, PARTS, {"step": 2})
+        (folder / name).write_bytes(odd)
+        if name == "facts.json" and not odd.startswith(b"{"):  # and a manifest that fits them
+            manifest = json.loads((folder / "manifest.json").read_text())
+            manifest["files"][name] = {"size": len(odd), "sha256": run.file_digest(folder / name)}
+            (folder / "manifest.json").write_text(json.dumps(manifest))
+        with pytest.raises(UserError, match="cannot resume from this state"):
+            run.load_run(folder)
+    assert run.newest(tmp_path, "x-.*") == tmp_path / "x-1-state"
+    assert caplog.text.count("is passed over") >= 1
+
+
+def test_a_state_that_another_process_keeps_replacing_is_read_without_a_traceback(tmp_path: Path) -> None:
+    """50 readings of a state that a second process writes anew all the time: each is one state, whole."""
+    folder = tmp_path / "x-state"
+    run.save_run(folder, {"a": {"x": torch.zeros(300, 300)}}, {"step": 0})
+    code = f"""
+import torch
+from sfumato.formats import run
+for step in range(1, 10_000):
+    run.save_run({str(folder)!r}, {{"a": {{"x": torch.full((300, 300), float(step))}}}}, {{"step": step}})
+"""
+    writer = subprocess.Popen([sys.executable, "-c", code])
+    try:
+        for _ in range(50):
+            assert run.newest(tmp_path, "x-.*") == folder
+            with contextlib.suppress(UserError):  # told, when it was replaced each time it was read
+                parts, facts = run.load_run(folder)
+                assert parts["a"]["x"].unique().tolist() == [float(facts["step"])]
+    finally:
+        writer.kill()
+        writer.wait()
+
+
+def test_what_is_loaded_is_not_mapped_so_that_the_state_can_be_replaced(tmp_path: Path) -> None:
+    """Windows replaces no file that is mapped; and a state that is cut short must not end a run."""
+    run.save_run(tmp_path / "s", PARTS, FACTS)
+    parts, _ = run.load_run(tmp_path / "s")
+    for path in (tmp_path / "s").glob("*.safetensors"):
+        os.truncate(path, 0)
+    assert torch.equal(parts["adapter"]["a"], PARTS["adapter"]["a"])
+
+
+def test_a_folder_of_the_users_is_not_replaced_by_a_state(tmp_path: Path) -> None:
+    """Such as a state of sd-scripts, which has the same name."""
+    (tmp_path / "s").mkdir()
+    (tmp_path / "s" / "train_state.json").write_text("{}")
+    with pytest.raises(UserError, match=r"not sfumato's; move it away"):
+        run.save_run(tmp_path / "s", PARTS, FACTS)
+    assert (tmp_path / "s" / "train_state.json").exists()

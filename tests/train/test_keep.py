@@ -1,12 +1,14 @@
-"""Which results stay, as the help texts of save_last_n_steps and save_last_n_epochs say it."""
+"""Which results stay, as the help texts of save_last_n_steps and save_last_n_epochs say it; and that nothing else is removed."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 import pytest
+import torch
 
 from sfumato.config import OutputConfig
+from sfumato.formats import run
 from sfumato.train import keep
 
 
@@ -36,3 +38,26 @@ def test_save_last_n_steps_keeps_what_is_at_most_n_steps_old_as_sd_scripts_does(
 def test_save_last_n_epochs_keeps_the_last_n_results_as_sd_scripts_does(every: int, last: int, kept: set[int], tmp_path: Path) -> None:
     assert len(kept) == last  # the help text
     assert left(tmp_path, OutputConfig(save_every_n_epochs=every, save_last_n_epochs=last), epochs=9) == kept
+
+
+def test_only_results_and_states_of_sfumato_are_removed(tmp_path: Path) -> None:
+    run.save_run(tmp_path / "me-step00000001-state", {"a": {"x": torch.ones(1)}}, {"step": 1})
+    (tmp_path / "me-step00000001.safetensors").write_text("old")
+    for name in ("me-step00000002.safetensors", "me-step00000002-state"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "photo.jpg").write_text("mine")
+    for step in ("me-step00000001", "me-step00000002", "me-step00000003"):
+        keep.clean(keep.Saving("me", True, step, step), tmp_path, ".safetensors")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["me-step00000002-state", "me-step00000002.safetensors"]
+
+
+def test_an_old_result_that_cannot_be_removed_ends_no_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def held(*_: object, **__: object) -> None:
+        raise PermissionError(13, "another program holds it open")
+
+    (tmp_path / "me.safetensors").touch()
+    monkeypatch.setattr(Path, "unlink", held)
+    keep.clean(keep.Saving("me", False, "me"), tmp_path, ".safetensors")
+    assert "me.safetensors: could not be removed (another program holds it open)" in capsys.readouterr().err
