@@ -103,4 +103,4 @@ def _remove(path: Path) -> None:
         elif not irreplaceable(path):
             shutil.rmtree(path)
     except OSError as error:
-        console.print(f"{path}: could not be removed ({error.strerror})", markup=False)
+        console.print(f"{path}: could not be removed ({error.strerror})")

@@ -81,7 +81,7 @@ def _acquired(folder: Path, name: str) -> BaseFileLock | None:
             raise UserError(_taken(folder, name)) from None
         except (OSError, NotImplementedError) as error:
             if folder.is_dir():
-                console.print(f"{folder}: no lock can be had here ({error}); start no other run that writes {name!r}", markup=False)
+                console.print(f"{folder}: no lock can be had here ({error}); start no other run that writes {name!r}")
             return None
         try:
             with path.open("r+", encoding="ascii") as file:
@@ -118,5 +118,5 @@ def _clear(folder: Path, name: str, *, sure: bool) -> None:
     age = 0.0 if sure else leftovers.STALE
     ours = re.compile(re.escape(name) + r"(-\d{6}|-step\d{8})?(-state|-loss|_\w+)?")
     for path in leftovers.clear(folder, ours.fullmatch, age):
-        console.print(f"{path}: brought back; the run that was replacing it was killed", markup=False)
+        console.print(f"{path}: brought back; the run that was replacing it was killed")
     leftovers.clear(folder / "sample", lambda found: found.startswith(f"{name}_"), age)

@@ -311,9 +311,9 @@ def save_what_is_done(course: Course) -> None:
     folder = Path(output.output_dir) / keep.state_name(keep.step_name(output.output_name, course.done))
     try:
         course.save_state(folder)
-        console.print(f"{folder}: the state after step {course.done}, saved because of an error; go on with --resume auto", markup=False)
+        console.print(f"{folder}: the state after step {course.done}, saved because of an error; go on with --resume auto")
     except Exception as error:  # the first error is what is raised
-        console.print(f"{folder}: the state after step {course.done} could not be saved ({error})", markup=False)
+        console.print(f"{folder}: the state after step {course.done} could not be saved ({error})")
 
 
 def _sample(course: Course, epoch: int) -> None:

@@ -29,4 +29,4 @@ class Mishaps:
         message = f"{what}: {why}; training goes on"
         if message not in self.told:
             self.told.add(message)
-            console.print(message, markup=False)
+            console.print(message)

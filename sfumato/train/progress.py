@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -12,14 +13,24 @@ from rich.table import Table
 from rich.text import Text
 
 
-def _literal(*, stderr: bool) -> Console:
+class _Steady(Console):
+    """A console whose output may stand on a full disk, or whose reader may have gone: no training ends for that."""
+
+    def print(self, *objects: Any, **how: Any) -> None:
+        try:
+            super().print(*objects, **how)
+        except OSError:
+            del self._buffer[:]
+
+
+def _literal(kind: type[Console], *, stderr: bool) -> Console:
     """A console that prints text as it is: `[v2]` or `:cat:` in the name of a file is no markup. All printing goes through one of these."""
-    return Console(stderr=stderr, markup=False, emoji=False, highlight=False, soft_wrap=True)
+    return kind(stderr=stderr, markup=False, emoji=False, highlight=False, soft_wrap=True)
 
 
-console = _literal(stderr=True)
+console = _literal(_Steady, stderr=True)
 """What is said along the way."""
-answers = _literal(stderr=False)
+answers = _literal(Console, stderr=False)
 """What was asked for, such as the answer of `sfumato plan`."""
 
 Tell = Callable[[int, int], None]
@@ -73,7 +84,7 @@ class Bar:
 
 
 def _words(template: str) -> TextColumn:
-    return TextColumn(template, markup=False)
+    return TextColumn(template)
 
 
 def _clock(seconds: float) -> str:
