@@ -18,7 +18,7 @@ from sfumato.config import DatasetConfig, Method, SubsetConfig
 from sfumato.errors import UserError
 from sfumato.families.loading import examine
 from sfumato.families.sd.family import FAMILY
-from sfumato.train import outputs
+from sfumato.train import lock, outputs
 
 Check = Callable[..., None]
 
@@ -186,15 +186,35 @@ def test_a_state_of_sd_scripts_is_not_replaced(check: Check, tmp_path: Path) -> 
         check()
 
 
+@pytest.fixture
+def mine(model: Path, pictures: Path, tmp_path: Path) -> Path:
+    """`me.toml`, a config of a run that writes `out/me`."""
+    shutil.copytree(pictures, tmp_path / "data" / "1_cat")
+    said = {
+        "pretrained_model_name_or_path": model,
+        "output_dir": tmp_path / "out",
+        "output_name": "me",
+        "train_data_dir": tmp_path / "data",
+    }
+    text = "".join(f"{key} = {json.dumps(str(value))}\n" for key, value in said.items()) + "resolution = 64\n"
+    (tmp_path / "me.toml").write_text(text, encoding="utf-8")
+    return tmp_path / "me.toml"
+
+
 @pytest.mark.parametrize("command", ["plan", "train"])
 def test_the_config_of_a_command_line_is_not_overwritten(
-    model: Path, pictures: Path, tmp_path: Path, command: str, capsys: pytest.CaptureFixture[str]
+    mine: Path, tmp_path: Path, command: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    mine = tmp_path / "me.toml"
-    said = {"pretrained_model_name_or_path": model, "output_dir": tmp_path, "output_name": "me", "train_data_dir": tmp_path / "data"}
-    mine.write_text("".join(f"{key} = {json.dumps(str(value))}\n" for key, value in said.items()) + "resolution = 64\n", encoding="utf-8")
-    shutil.copytree(pictures, tmp_path / "data" / "1_cat")
     before = sorted(tmp_path.rglob("*"))
-    assert main([command, "network", "--config", str(mine)]) == 2
+    assert main([command, "network", "--config", str(mine), "--output_dir", str(tmp_path)]) == 2
     assert f"output_name: the result {mine} would overwrite what --config names" in capsys.readouterr().err
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_plan_says_that_another_run_writes_the_results_just_now(mine: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with lock.alone(tmp_path / "out", "me"):
+        assert main(["plan", "network", "--config", str(mine)]) == 0
+    assert "output_name: another run (" in capsys.readouterr().out
+    assert main(["plan", "network", "--config", str(mine)]) == 0
+    assert "another run" not in capsys.readouterr().out
+    assert not (tmp_path / "out").exists()
