@@ -31,7 +31,8 @@ def load_models(
 ) -> Models:
     """The base model, each net read straight into the format that it is used in: frozen ones in that of the computation, trained ones
     as they are trained, the VAE in fp32 where that is safer. `method`: None when nothing is trained. `models`: its outline, if there
-    is one. `map`: whether tensors may stay backed by the files."""
+    is one. `map`: whether tensors may stay backed by the files; not where they are used from the CPU's memory, or a file that
+    changes meanwhile would change the training, or end it."""
     models = models or outline_models(config)
     family = models.family
     trained = whole_nets(family, config, [part.name for part in family.parts]) if method == "full" else ()
@@ -94,6 +95,8 @@ def place(config: Config, models: Models, trainable: Trainable, world: dist.Worl
     for name, net in models.encoders.items():
         if name in trainable.trained:
             fit(family.encoder_blocks(net), config.memory)
+    if models.source:
+        models.source.check()  # nothing of the model is backed by its files from here on
 
 
 def all_nets(models: Models) -> list[nn.Module]:

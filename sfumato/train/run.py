@@ -88,7 +88,6 @@ def prepare(
             console.print(note)
         console.print(data.plan.steps_line(config.train.gradient_accumulation_steps, world.size))
         console.print(f"{pace.steps} steps in {pace.epochs} epochs")
-    # What stays in the CPU's memory is not backed by files: one that changes meanwhile would change the training, or end it.
     load_models(config, precision, method, models, map=world.device.type != "cpu")
     process = models.family.process(models, config.noise, config.loss)
     merge_base_weights(config, models)
@@ -96,8 +95,6 @@ def prepare(
     trainable: Trainable = Adapters(models, config, plan) if plan else Full(models, config)
     known = known_prompts(config, models, prompts, world, precision)
     place(config, models, trainable, world)
-    if models.source:
-        models.source.check()
     optimizer = build.optimizer(config.optimizer, trainable.groups())
     if config.train.full_bf16:
         optimizer = build.in_low_bits(optimizer, config.train.seed)
