@@ -125,13 +125,11 @@ def prepare(
         save_state=lambda path: state.save(course, path), identity=resume.identity(config, plan, models.the_source()),
     )  # fmt: skip
     state.resume(course)
-    stop = config.train.stop_text_encoder_training
-    if stop and course.done >= stop:
+    if (stop := config.train.stop_text_encoder_training) and course.done >= stop:
         trainable.freeze_encoders()
     build.training(optimizer)
     trainable.train(True)
     if world.main:
-        Path(config.output.output_dir).mkdir(parents=True, exist_ok=True)
         course.log = log.Log(config, course.done, asdict(dataclasses.replace(config, family=None)))
     return course
 
