@@ -106,7 +106,7 @@ def measure(name: str, args: argparse.Namespace, device: torch.device) -> dict[s
         options = sd3.Completed(version="3.5-medium", blocks=blocks, has_t5=True, weighting_scheme="logit_normal")
     vae = nn.Module()
     vae.config = SimpleNamespace(scaling_factor=1.0, shift_factor=None)  # type: ignore[assignment]
-    models = Models(family=family, options=options, denoiser=net, encoders={}, tokenizers={}, vae=vae)
+    models = Models(family=family, options=options, denoiser=net, encoders={}, tokenizers={}, vaes=vae)
     trainable = Adapters(models, replace(config, family=options), adapters.parse(config.network))
     trainable.modules().to(device)
     fit(family.blocks(net), config.memory)

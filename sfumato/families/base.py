@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -22,7 +23,10 @@ from sfumato.data.strategies import (
     TokenizeStrategy,
 )
 from sfumato.errors import UserError
+from sfumato.families.autoencoders import scale
+from sfumato.families.ondemand import OnDemand
 from sfumato.families.parts import Part, Source
+from sfumato.families.tokenizers import MERGES
 from sfumato.formats.dialect import Dialect
 from sfumato.tensors.noise import Process
 from sfumato.tensors.random import Draws
@@ -36,14 +40,28 @@ class Models:
     options: Any
     """The family's `facts.Options`, completed by what the file says (v prediction, for example)."""
     denoiser: nn.Module
-    encoders: dict[str, nn.Module]
+    encoders: Mapping[str, nn.Module]
     """By name: {"clip_l": ...}; module paths are the names that files use."""
-    tokenizers: dict[str, Any]
-    vae: nn.Module | None
+    tokenizers: Mapping[str, Any]
+    vaes: OnDemand[nn.Module] | nn.Module | None
+    """The VAE, or {"vae": one that is made when it is asked for}; see `vae`."""
     source: Source | None = None
     """What it was read from; what was not trained is copied from there."""
     dtypes: Mapping[str, torch.dtype | None] = field(default_factory=dict)
     """What each component is held in; None: as in its file."""
+
+    @property
+    def vae(self) -> nn.Module | None:
+        """The VAE, made now if it was not needed before."""
+        return self.vaes["vae"] if isinstance(self.vaes, OnDemand) else self.vaes
+
+    def scaled(self, latents: Tensor) -> Tensor:
+        """Raw latents -> those of the denoiser. Where the files tell how, no VAE is made for it."""
+        held = self.source.held.get("vae") if self.source else None
+        if held is None or held.part.scaling is None:
+            return scale(self.the_vae(), latents)
+        factor, shift = held.part.scaling(held.config)
+        return (latents - shift) * factor
 
     def the_vae(self) -> nn.Module:
         """The VAE. Errors: `UserError` when the checkpoint came without one and none was given."""
@@ -58,9 +76,21 @@ class Models:
             raise ValueError("the model was not read from files")
         return self.source
 
-    def nets(self) -> dict[str, nn.Module]:
+    def nets(self) -> Mapping[str, nn.Module]:
         """What can be trained, by component name: the denoiser and the encoders."""
-        return {"denoiser": self.denoiser, **self.encoders}
+        encoders = {name: partial(self.encoders.__getitem__, name) for name in self.encoders}
+        return OnDemand({"denoiser": lambda: self.denoiser, **encoders})
+
+    def make(self, names: Iterable[str]) -> None:
+        """Have these nets made, of those that are made when they are asked for."""
+        for name in names:
+            assert self.vae is not None if name == "vae" else self.nets()[name]
+
+    def made(self) -> dict[str, nn.Module]:
+        """The nets and the VAE as far as they were needed until now."""
+        encoders = self.encoders.made() if isinstance(self.encoders, OnDemand) else self.encoders
+        vaes = self.vaes.made() if isinstance(self.vaes, OnDemand) else {"vae": self.vaes} if self.vaes else {}
+        return {"denoiser": self.denoiser, **encoders, **vaes}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -121,6 +151,8 @@ class Vocabulary:
     """The tokenizer of a folder; None: the one that every model of this family has. Errors: `UserError`."""
     alone: bool = True
     """Whether the folder that the user gives may be the tokenizer's itself."""
+    home: Callable[[], Path] = lambda: MERGES
+    """The folder or file of the one that `make(None)` gives. Errors: `UserError` if it cannot be had."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -91,6 +91,9 @@ def vae_part(
 ) -> Part:
     """A KL autoencoder. `scale`, `shift`: what is used where no config says it. `channels`: of its latents."""
 
+    def scaling(config: Config) -> tuple[float, float]:
+        return float(config.get("scaling_factor", scale)), float(config.get("shift_factor", shift) or 0.0)
+
     def net(shapes: Shapes, config: Config) -> nn.Module:
         if (found := shapes["decoder.conv_in.weight"][1]) != channels:
             raise UserError(f"vae: its latents have {found} channels, those of this model {channels}: it is another model's VAE")
@@ -111,6 +114,7 @@ def vae_part(
         spelling=vae_spelling,
         single=(lambda names: Spelling("ldm", vae_keys(names))) if bundled else None,
         idle=idle,
+        scaling=scaling,
     )
 
 

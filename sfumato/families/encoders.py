@@ -20,6 +20,9 @@ HEAD_WIDTH = 64
 VOCABULARY = 49408
 """CLIP's tokens; the last marks the end of a caption. Embeddings that users train may follow it."""
 
+LAYERS = r"text_model\.encoder\.layers\.(\d+)\."
+"""Pattern of the tensors of a layer, the number of which is its group."""
+
 _PARTS = ("embeddings", "encoder", "final_layer_norm")
 
 CLIP_BARE = KeyMap(*(rule(f"text_model.{part}", part) for part in _PARTS), rule("text_projection"))
@@ -98,7 +101,7 @@ def clip_net(shapes: Mapping[str, tuple[int, ...]], activation: str) -> ClipText
         vocab_size=vocabulary,
         hidden_size=width,
         intermediate_size=shapes["text_model.encoder.layers.0.mlp.fc1.weight"][0],
-        num_hidden_layers=count_layers(shapes, r"text_model\.encoder\.layers\.(\d+)\."),
+        num_hidden_layers=count_layers(shapes, LAYERS),
         num_attention_heads=heads(width),
         max_position_embeddings=shapes["text_model.embeddings.position_embedding.weight"][0],
         hidden_act=activation,

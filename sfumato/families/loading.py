@@ -6,6 +6,7 @@ import json
 import math
 import shutil
 from collections.abc import Callable, Collection, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -17,6 +18,7 @@ from sfumato.families import parts, sources
 from sfumato.families.base import Family, Models, Vocabulary
 from sfumato.families.detect import detect_file
 from sfumato.families.fill import shapes
+from sfumato.families.ondemand import LaterTokenizer, OnDemand
 from sfumato.families.parts import Source
 from sfumato.families.tokenizers import is_stock
 from sfumato.formats import files
@@ -41,25 +43,41 @@ def examine(family: Family, path: str, options: Any, *, vae: str | None = None) 
         return family.complete(options, source)
 
 
-def outline(family: Family, path: str, options: Any, *, vae: str | None = None, tokenizer: str | None = None) -> Models:
+def outline(
+    family: Family,
+    path: str,
+    options: Any,
+    *,
+    vae: str | None = None,
+    tokenizer: str | None = None,
+    later: Collection[str] = (),
+) -> Models:
     """The model without values: its nets on the meta device, for all that can be told from headers. `read_values` fills it.
 
-    Errors: as `examine`, and for tensors that do not fit their net.
+    `later`: text encoders and VAE that are made when they are asked for, with their tokenizers, if they are needed at all: their
+    libraries take seconds to import. Errors: as `examine`, and for tensors that do not fit their net.
     """
     options, source = examine(family, path, options, vae=vae)
-    nets = {name: held.empty() for name, held in source.held.items()}
-    tokenizers = {name: _tokenizer(family.vocabularies[name], source, tokenizer) for name in source.held if name in family.vocabularies}
-    for name, tokens in tokenizers.items():
-        _check_vocabulary(name, tokens, nets[name])
-    return Models(
-        family=family,
-        options=options,
-        denoiser=nets.pop("denoiser"),
-        vae=nets.pop("vae", None),
-        encoders=nets,
-        tokenizers=tokenizers,
-        source=source,
+    tokenizers = {
+        name: _tokenizer(family.vocabularies[name], source, tokenizer, later=name in later)
+        for name in source.held
+        if name in family.vocabularies
+    }
+
+    def empty(name: str) -> nn.Module:
+        net = source.held[name].empty()
+        if name in tokenizers:
+            _check_vocabulary(name, tokenizers[name], net)
+        return net
+
+    makers = {name: partial(empty, name) for name in source.held}
+    denoiser = makers.pop("denoiser")()
+    vaes = OnDemand({"vae": makers.pop("vae")}) if "vae" in makers else None
+    models = Models(
+        family=family, options=options, denoiser=denoiser, encoders=OnDemand(makers), tokenizers=tokenizers, vaes=vaes, source=source
     )
+    models.make(name for name in source.held if name not in later)
+    return models
 
 
 def load(
@@ -96,13 +114,13 @@ def read_values(
     """Give the nets of an `outline` their values; no tensor is in memory twice.
 
     `dtype`: what denoiser and encoders are held in, one for all or by component; None: as in the file. The VAE stays in the
-    format of its file. `later`: text encoders that get their values by `fetch`, if they are needed at all.
+    format of its file where nothing else is said. `later`: those that get their values by `fetch` or `fetch_vae`, if at all.
     `map`: whether tensors that need no change may be backed by the file; False for nets that are used from the CPU's memory for as
     long as a training lasts. `progress` is told (done, all) numbers.
     """
     source = models.source
     assert source is not None
-    models.dtypes = dtypes = {**(dtype if isinstance(dtype, Mapping) else dict.fromkeys(source.held, dtype)), "vae": None}
+    models.dtypes = dtypes = {"vae": None, **(dtype if isinstance(dtype, Mapping) else dict.fromkeys(models.nets(), dtype))}
     now = {name: held for name, held in source.held.items() if name not in later}
     done, total = 0, sum(math.prod(shape) for held in now.values() for shape in held.shapes().values())
 
@@ -112,8 +130,9 @@ def read_values(
         if progress:
             progress(done, total)
 
-    for name, net in [*models.nets().items(), ("vae", models.vae)]:
-        if net is not None and name in now:
+    models.make(now)
+    for name, net in models.made().items():
+        if name in now:
             now[name].put_into(net, dtypes.get(name), tell, map).to(device)
 
 
@@ -126,22 +145,37 @@ def fetch(models: Models, device: torch.device | str = "cpu") -> None:
         net.to(device)
 
 
+def fetch_vae(models: Models, device: torch.device | str = "cpu") -> nn.Module:
+    """The VAE on the device, with its values. Errors: `UserError` where there is none."""
+    vae = models.the_vae()
+    if next(vae.parameters()).is_meta:
+        assert models.source is not None
+        models.source.held["vae"].put_into(vae, models.dtypes.get("vae"))
+    return vae.to(device)
+
+
 def forget(models: Models) -> None:
     """Give up the memory of the text encoders; `fetch` brings back what their files say."""
-    for net in models.encoders.values():
-        net.to("meta")
+    for name, net in models.made().items():
+        if name in models.encoders:
+            net.to("meta")
 
 
-def _tokenizer(vocabulary: Vocabulary, source: Source, given: str | None) -> Any:
-    """The tokenizer given, else the one in the folder or beside the file, else the family's own."""
+def _tokenizer(vocabulary: Vocabulary, source: Source, given: str | None, *, later: bool) -> Any:
+    """The tokenizer given, else the one in the folder or beside the file, else the family's own; `later`: made when it is used."""
+    folder = _tokenizer_folder(vocabulary, source, given)
+    return LaterTokenizer(vocabulary.make, folder, folder or vocabulary.home()) if later else vocabulary.make(folder)
+
+
+def _tokenizer_folder(vocabulary: Vocabulary, source: Source, given: str | None) -> Path | None:
     if given is not None:
         path = sources.local(given, "tokenizer")
         if (path / vocabulary.folder).is_dir():
-            return vocabulary.make(path / vocabulary.folder)
+            return path / vocabulary.folder
         if vocabulary.alone:
-            return vocabulary.make(path)
+            return path
     beside = (source.path if source.path.is_dir() else source.path.parent) / vocabulary.folder
-    return vocabulary.make(beside if beside.is_dir() else None)
+    return beside if beside.is_dir() else None
 
 
 def _check_vocabulary(name: str, tokenizer: Any, encoder: nn.Module) -> None:
@@ -184,8 +218,9 @@ def save(
     source.check()
     beside = {n for n in trained if layout == "single_file" and source.held[n].prefix is None}
     wanted = {n for n, held in source.held.items() if layout == "diffusers" or held.prefix is not None or n in beside}
-    nets = {name: net for name, net in [*models.nets().items(), ("vae", models.vae)] if name in wanted and net is not None}
-    values = {name: parts.values(net, source.held[name], (state or {}).get(name, {}), dtype) for name, net in nets.items()}
+    made = models.made()
+    each = {name: held for name, held in source.held.items() if name in wanted}
+    values = {name: parts.values(made.get(name), held, (state or {}).get(name, {}), dtype) for name, held in each.items()}
     for name, tensors in values.items():
         files.check_finite(tensors, f"{path.name} ({name})", dtype)
     if layout == "diffusers":

@@ -41,6 +41,10 @@ class Spelling:
             return iter(tensors.items())
         return self.keys.foreigns(tensors) if self.inverse else self.keys.natives(tensors)
 
+    def renames(self, name: str) -> bool:
+        """Whether a tensor of the file is the net's as it stands, under whatever name."""
+        return self.keys is None or self.keys.renames(name, native=self.inverse)
+
     def write(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The net's tensors under the file's names."""
         if self.keys is None:
@@ -87,6 +91,8 @@ class Part:
     """How a new single file spells native tensors of these shapes; None: a new one does not hold this part."""
     diffusers: Callable[[Shapes], Spelling] = natively
     """How a diffusers folder spells them."""
+    scaling: Callable[[Config], tuple[float, float]] | None = None
+    """Of a VAE: factor and shift from its raw latents to the denoiser's, (x - shift) * factor."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -119,7 +125,7 @@ class Held:
 
     def natives(self, dtype: torch.dtype | None = None, *, map: bool = True) -> Iterator[tuple[str, Tensor]]:
         """(native name, tensor), one after another, floats cast to `dtype`; `map`: whether they may be backed by the file."""
-        return self.spelling.read(self.tensors.cast(dtype, map=map and self.spelling.keys is None))
+        return self.spelling.read(self.tensors.cast(dtype, map=map and self.spelling.renames))
 
     def empty(self) -> nn.Module:
         """The net without values (on the meta device). Errors: `UserError` for tensors whose names or shapes do not fit it."""
@@ -309,11 +315,11 @@ def lacking(source: Source, parts: Sequence[Part]) -> list[str]:
 # --- writing ---
 
 
-def values(net: nn.Module, held: Held, instead: Mapping[str, Tensor], dtype: torch.dtype | None) -> dict[str, Tensor]:
+def values(net: nn.Module | None, held: Held, instead: Mapping[str, Tensor], dtype: torch.dtype | None) -> dict[str, Tensor]:
     """Native tensors of a net as they are saved: those of the file, in its number formats (fp8 as bf16), where the net has their values
-    or was never given any."""
-    own = {**net.state_dict(), **instead}
-    if any(t.is_meta for t in own.values()) or unchanged(own, held):
+    or was never given any (None: was not even made)."""
+    own = {**(net.state_dict() if net else {}), **instead}
+    if net is None or any(t.is_meta for t in own.values()) or unchanged(own, held):
         own = dict(held.natives())
     return own if dtype is None else {name: t.to(dtype) if t.is_floating_point() else t for name, t in own.items()}
 

@@ -64,7 +64,9 @@ def byte_letters() -> list[str]:
 
 
 def fingerprint(tokenizer: Any) -> str:
-    """Hash of the vocabulary."""
+    """Hash of the vocabulary; a tokenizer that is made later knows it beforehand."""
+    if hasattr(type(tokenizer), "fingerprint"):
+        return str(tokenizer.fingerprint)
     return blake2b(json.dumps(sorted(tokenizer.get_vocab().items())).encode(), digest_size=8).hexdigest()
 
 
@@ -125,6 +127,11 @@ def t5_tokenizer(folder: Path) -> Any:
         return T5Tokenizer(vocab=[*pieces, *marks], extra_ids=SENTINELS, _spm_precompiled_charsmap=characters)
     except Exception as error:  # of a broken file the library, written in Rust, raises anything
         raise UserError(f"tokenizer folder {folder} cannot be read as T5's: {type(error).__name__}: {error}") from error
+
+
+def t5_home() -> Path:
+    """The hub's T5 tokenizer, downloaded. For `Vocabulary.home`."""
+    return t5_source(None)
 
 
 def t5_vocabulary(folder: Path | None) -> Any:

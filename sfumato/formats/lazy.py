@@ -137,8 +137,8 @@ class Lazy(Mapping[str, Tensor]):
     """name -> file, and the tensor's name there."""
     dtype: torch.dtype | None = None
     """What floating tensors are cast to as they are read; None: as in the file, fp8 as bf16."""
-    map: bool = True
-    """Whether a tensor that is wanted as it stands may be backed by the file; False where it is copied anyway."""
+    map: bool | Callable[[str], bool] = True
+    """Whether a tensor, or that of this name, that is wanted as it stands may be backed by the file; False where it is copied anyway."""
 
     @classmethod
     def of(cls, paths: Iterable[Path]) -> Lazy:
@@ -176,7 +176,7 @@ class Lazy(Mapping[str, Tensor]):
         """Those whose names are wanted."""
         return Lazy({n: place for n, place in self.places.items() if wanted(n)}, self.dtype, self.map)
 
-    def cast(self, dtype: torch.dtype | None, *, map: bool = True) -> Lazy:
+    def cast(self, dtype: torch.dtype | None, *, map: bool | Callable[[str], bool] = True) -> Lazy:
         """The same tensors, read in another number format."""
         return Lazy(self.places, dtype, map)
 
@@ -185,7 +185,8 @@ class Lazy(Mapping[str, Tensor]):
         kind = file.header.tensors[theirs].dtype
         wanted = self.dtype or (torch.bfloat16 if kind in STORED else None)
         if wanted is None or kind not in FLOATS or files.torch_dtype(kind) == wanted:
-            return file.mapped(theirs) if self.map else file.read(theirs)
+            mapped = self.map(name) if callable(self.map) else self.map
+            return file.mapped(theirs) if mapped else file.read(theirs)
         return file.read(theirs, wanted)
 
     def __contains__(self, name: object) -> bool:

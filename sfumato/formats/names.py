@@ -124,6 +124,11 @@ class KeyMap:
             for name, piece in zip(names, torch.split(value, cuts), strict=True):
                 yield name, piece.clone()
 
+    def renames(self, name: str, *, native: bool) -> bool:
+        """Whether nothing but the name of a tensor differs between the two sides."""
+        match = self.match(name, native=native)
+        return match.rule.change is None and len(match.foreign()) == 1
+
     def match(self, name: str, *, native: bool) -> Match:
         """The rule that claims a tensor's name or a module's path."""
         table = self._native if native else self._foreign

@@ -16,7 +16,7 @@ from sfumato.data.cache import Report, cache_latents, cache_texts, check_fixed, 
 from sfumato.data.plan import Plan, make_plan
 from sfumato.data.store import Index, Store, default_root
 from sfumato.families.base import Models, check_sizes
-from sfumato.families.loading import fetch
+from sfumato.families.loading import fetch, fetch_vae
 from sfumato.formats import files
 from sfumato.formats.files import file_digest
 from sfumato.formats.metadata import remembered
@@ -78,11 +78,10 @@ def fingerprint(config: Config, models: Models, component: str) -> str:
 
     Files are read for it once; later runs remember.
     """
-    source, net = models.source, models.vae if component == "vae" else models.encoders[component]
-    assert source is not None and net is not None
-    held = source.held[component]
+    assert models.source is not None
+    held = models.source.held[component]
     paths = held.tensors.paths
-    dtype = models.dtypes[component] if component != "vae" else next(net.parameters()).dtype
+    dtype = models.dtypes[component]
     digest = remembered(f"{component} of {' '.join(map(str, paths))}", paths, lambda: files.fingerprint(dict(held.natives())))
     network = config.network
     merged = [file_digest(path) for path in network.base_weights] if component != "vae" else []
@@ -96,10 +95,10 @@ def fill_caches(config: Config, data: Data, models: Models, world: dist.World) -
     """
     latents = texts = None
     if caches_latents(config):
-        models.the_vae().to(world.device)
         with telling("caching latents", quiet=not world.main) as tell, blaming(models, ["vae"]):
             latents = _in_turn(world, partial(_cache_latents, config, data, models, world, tell))
-        models.the_vae().to("cpu")
+        if (vae := models.made().get("vae")) is not None:
+            vae.to("cpu")
     if caches_text(config):
         with telling("caching text outputs", quiet=not world.main) as tell, blaming(models, models.encoders):
             texts = _in_turn(world, partial(_cache_texts, config, data, models, world, tell))
@@ -131,11 +130,10 @@ def _in_turn(world: dist.World, job: Callable[[], Report]) -> Report:
 
 
 def _cache_latents(config: Config, data: Data, models: Models, world: dist.World, tell: Tell) -> Report:
-    vae, strategy = models.the_vae(), models.family.latents
-    dtype = next(vae.parameters()).dtype
+    strategy, dtype = models.family.latents, models.dtypes["vae"]
 
     def encode(pixels: Tensor) -> Tensor:
-        return strategy.encode(vae, pixels.to(world.device, dtype)).float()
+        return strategy.encode(fetch_vae(models, world.device), pixels.to(world.device, dtype)).float()
 
     return cache_latents(
         data.plan, data.latents, data.index, encode, fingerprint(config, models, "vae"), strategy,

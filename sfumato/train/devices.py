@@ -6,13 +6,12 @@ import sys
 from pathlib import Path
 
 import torch
-from torch import nn
 
 from sfumato import families
 from sfumato.adapters.insert import from_state
 from sfumato.config import Config, Method
 from sfumato.errors import UserError
-from sfumato.families.base import Models
+from sfumato.families.base import Family, Models
 from sfumato.families.loading import forget, outline, read_values
 from sfumato.memory.plan import fit
 from sfumato.train import dist
@@ -23,7 +22,10 @@ from sfumato.train.trainables import Trainable, caches_latents, caches_text, rea
 def outline_models(config: Config) -> Models:
     """The base model without values, from the headers of its files. Errors: `UserError` for what is missing, or does not fit."""
     model = config.model
-    return outline(families.of(config.family), model.pretrained_model_name_or_path, config.family, vae=model.vae, tokenizer=model.tokenizer)
+    family = families.of(config.family)
+    return outline(
+        family, model.pretrained_model_name_or_path, config.family, vae=model.vae, tokenizer=model.tokenizer, later=_later(config, family)
+    )
 
 
 def load_models(
@@ -38,14 +40,17 @@ def load_models(
     trained = whole_nets(family, config, [part.name for part in family.parts]) if method == "full" else ()
     dtype = dict.fromkeys([part.name for part in family.parts], dist.DTYPES[precision])
     dtype |= dict.fromkeys(trained, torch.bfloat16 if config.train.full_bf16 else torch.float32)
-    later = [part.name for part in family.parts if part.name not in ("denoiser", "vae")] if forgets_text(config) else ()
+    # fp16 overflows in these VAEs, so it is never what they run in.
+    dtype["vae"] = torch.bfloat16 if precision == "bf16" and not config.memory.no_half_vae else torch.float32
     with telling("reading weights") as tell:
-        read_values(models, dtype=dtype, later=later, map=map, progress=tell)
-    if models.vae is not None:
-        # fp16 overflows in these VAEs, so it is never what they run in.
-        # By nn.Module's own `to`: diffusers' logs a warning about nothing.
-        nn.Module.to(models.vae, torch.bfloat16 if precision == "bf16" and not config.memory.no_half_vae else torch.float32)
+        read_values(models, dtype=dtype, later=_later(config, family), map=map, progress=tell)
     return models
+
+
+def _later(config: Config, family: Family) -> list[str]:
+    """What may not be needed at all, because what it says is kept: it is made and read when it is used."""
+    texts = [part.name for part in family.parts if part.name not in ("denoiser", "vae")] if forgets_text(config) else []
+    return [*texts, "vae"] if caches_latents(config) and not config.sample.sample_prompts else texts
 
 
 def check_base_weights(config: Config, models: Models) -> None:
@@ -87,21 +92,16 @@ def place(config: Config, models: Models, trainable: Trainable, world: dist.Worl
     else:
         for net in models.encoders.values():
             net.to("cpu" if caches_text(config) else world.device)
-    if models.vae is not None:
-        models.vae.to("cpu" if caches_latents(config) else world.device)
+    if models.vaes is not None and not caches_latents(config):
+        models.the_vae().to(world.device)
     models.denoiser.to(world.device)
     trainable.modules().to(world.device)
     fit(family.blocks(models.denoiser), config.memory)
-    for name, net in models.encoders.items():
+    for name in models.encoders:
         if name in trainable.trained:
-            fit(family.encoder_blocks(net), config.memory)
+            fit(family.encoder_blocks(models.encoders[name]), config.memory)
     if models.source:
         models.source.check()  # nothing of the model is backed by its files from here on
-
-
-def all_nets(models: Models) -> list[nn.Module]:
-    """Denoiser, encoders and VAE."""
-    return [*models.nets().values(), *([models.vae] if models.vae is not None else [])]
 
 
 def peak_memory(device: torch.device) -> int:

@@ -14,10 +14,11 @@ from sfumato.adapters.insert import from_state
 from sfumato.config import Config
 from sfumato.errors import UserError
 from sfumato.families.base import Models
+from sfumato.families.loading import fetch, fetch_vae
 from sfumato.tensors import attention
 from sfumato.tensors.noise import Process
 from sfumato.train import dist, prompts, sample
-from sfumato.train.devices import all_nets, load_models, merge_base_weights
+from sfumato.train.devices import load_models, merge_base_weights
 from sfumato.train.progress import telling
 from sfumato.train.step import autocast
 from sfumato.train.trainables import read_adapter
@@ -40,8 +41,10 @@ class Drawer:
         device = dist.device_of() if device is None else device
         models = load_models(config, precision, None)
         merge_base_weights(config, models)
-        for net in all_nets(models):
-            net.to(device)
+        models.denoiser.to(device)
+        fetch(models, device)
+        if models.vaes is not None:
+            fetch_vae(models, device)
         return cls(models, models.family.process(models, config.noise, config.loss), precision, device)
 
     @contextmanager

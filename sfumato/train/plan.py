@@ -25,7 +25,7 @@ RESULTS = ("after", "files")
 def show(config: Config, method: Method, datasets: tuple[DatasetConfig, ...], read: Sequence[Path] = ()) -> None:
     """`sfumato plan`: print what a training would do. Errors: `UserError`, as the training itself would give before its first step."""
     config = resume.settle(config)
-    checked = check(config, method, datasets, read)
+    checked = _checked(config, method, datasets, read)
     data = open_data(config, datasets, dist.outside(), checked.models, answers.print)
     tell_long(data, checked.models, answers.print)
     pace = _pace(config, data)
@@ -46,7 +46,7 @@ def show(config: Config, method: Method, datasets: tuple[DatasetConfig, ...], re
 def facts(config: Config, method: Method, datasets: tuple[DatasetConfig, ...], read: Sequence[Path] = ()) -> dict[str, Any]:
     """`sfumato plan --json`: the same, for scripts. Errors: as `show`."""
     config, notes = resume.settle(config), list[str]()
-    checked = check(config, method, datasets, read)
+    checked = _checked(config, method, datasets, read)
     data = open_data(config, datasets, dist.outside(), checked.models, notes.append)
     tell_long(data, checked.models, notes.append)
     pace = _pace(config, data)
@@ -64,6 +64,14 @@ def facts(config: Config, method: Method, datasets: tuple[DatasetConfig, ...], r
         "another_run": lock.taken(config),
         "results": [dict(zip(RESULTS, row, strict=True)) for row in _results(config, pace, checked)],
     }
+
+
+def _checked(config: Config, method: Method, datasets: tuple[DatasetConfig, ...], read: Sequence[Path]) -> Checked:
+    """As `check`, and nets that a training makes only where nothing is kept of what they say."""
+    checked = check(config, method, datasets, read)
+    source = checked.models.source
+    checked.models.make(source.held if source else ())
+    return checked
 
 
 def _pace(config: Config, data: Data) -> Pace:

@@ -9,7 +9,6 @@ from torch import Tensor, nn
 
 from sfumato.config import LossConfig
 from sfumato.data.batch import Batch, Cond
-from sfumato.families.autoencoders import scale
 from sfumato.families.base import Models, Setting
 from sfumato.tensors import losses
 from sfumato.tensors.noise import Process
@@ -48,7 +47,7 @@ class Step(nn.Module):
         raw = batch.latents if batch.latents is not None else self.latents(batch.pixels)
         # A VAE gives latents in whatever order its last layer left them in memory, and nets take over the order. With channels last,
         # torch's GroupNorm crashes the process in the backward pass on the CPU where its input needs no gradient.
-        latents = scale(models.the_vae(), raw).contiguous()
+        latents = models.scaled(raw).contiguous()
         with autocast(latents.device, self.precision):
             noised = self.process.noise(latents.float(), draws)
             cond = family.condition(models, self.cond(batch), Setting(sizes=batch.sizes, draws=draws))

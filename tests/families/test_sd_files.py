@@ -21,7 +21,7 @@ from sfumato.families import loading
 from sfumato.families.autoencoders import scale, unscale
 from sfumato.families.base import Models
 from sfumato.families.sd.facts import Options
-from sfumato.families.sd.family import FAMILY, encode, process
+from sfumato.families.sd.family import FAMILY, process
 from sfumato.formats import files
 from sfumato.formats.files import load, read_header, save
 from sfumato.memory.checkpoint import checkpoint_blocks
@@ -241,9 +241,8 @@ def test_options_that_the_model_contradicts(tmp_path: Path) -> None:
     path = tiny.tiny_sd1(tmp_path)
     with pytest.raises(UserError, match="v2"):
         opened(path, v2=True)
-    models = opened(path, clip_skip=4)
     with pytest.raises(UserError, match="clip_skip"):
-        encode(models)
+        opened(path, clip_skip=4)
     inpainting = tiny.single_file(v2=False)
     name = "model.diffusion_model.input_blocks.0.0.weight"
     save(path, {**inpainting, name: inpainting[name].repeat(1, 2, 1, 1)}, {})

@@ -23,7 +23,7 @@ from sfumato.families.flux.network_args import INPUT_TARGETS, layer
 from sfumato.families.flux.strategies import LATENTS
 from sfumato.families.layers import Shapes
 from sfumato.families.parts import NATIVE, Config, Part, Source, Spelling
-from sfumato.families.tokenizers import t5_vocabulary
+from sfumato.families.tokenizers import t5_home, t5_vocabulary
 from sfumato.formats.dialect import Dialect
 from sfumato.tensors.flow import flux_mu, schedule
 
@@ -114,7 +114,7 @@ FAMILY = Family(
     parts=PARTS,
     kept=KEPT,
     complete=complete,
-    vocabularies={"t5xxl": Vocabulary(folder="tokenizer", make=t5_vocabulary)},
+    vocabularies={"t5xxl": Vocabulary(folder="tokenizer", make=t5_vocabulary, home=t5_home)},
     tokenize=tokenize,
     encode=lambda models: ChromaEncode(),
     latents=LATENTS,

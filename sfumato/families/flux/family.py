@@ -27,7 +27,7 @@ from sfumato.families.flux.strategies import LATENTS, FluxEncode, FluxTokenize, 
 from sfumato.families.layers import Shapes
 from sfumato.families.parts import NATIVE, Config, Part, Source, Spelling
 from sfumato.families.t5 import EMBEDDING
-from sfumato.families.tokenizers import clip_tokenizer, t5_vocabulary
+from sfumato.families.tokenizers import clip_tokenizer, t5_home, t5_vocabulary
 from sfumato.formats.dialect import Dialect, usual
 from sfumato.formats.names import KeyMap
 from sfumato.tensors.flow import Flow, flux_mu, schedule
@@ -212,7 +212,7 @@ FAMILY = Family(
     vocabularies={
         # CLIP's vocabulary comes with sfumato, so that a folder given for no more than a tokenizer is T5's.
         "clip_l": Vocabulary(folder="tokenizer", make=clip_tokenizer, alone=False),
-        "t5xxl": Vocabulary(folder="tokenizer_2", make=t5_vocabulary),
+        "t5xxl": Vocabulary(folder="tokenizer_2", make=t5_vocabulary, home=t5_home),
     },
     tokenize=tokenize,
     encode=lambda models: FluxEncode(),

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from dataclasses import replace
 from functools import partial
-from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +15,7 @@ from sfumato.errors import UserError
 from sfumato.families import sources
 from sfumato.families.base import Family, Models, Vocabulary
 from sfumato.families.borrowed import CLIP_TARGETS, clip_part, vae_part
-from sfumato.families.encoders import ClipText
+from sfumato.families.encoders import LAYERS, count_layers
 from sfumato.families.layers import Shapes
 from sfumato.families.parts import Config, Part, Source, Spelling, unchanged
 from sfumato.families.sd.facts import Options
@@ -85,6 +84,9 @@ def complete(options: Options, source: Source) -> tuple[Options, Source]:
     wanted, other = ("clip_h", "clip_l") if v2 else ("clip_l", "clip_h")
     if wanted not in source.held:
         raise UserError(f"{source.path} holds no text encoder of this version; a whole model is needed")
+    layers = count_layers(source.held[wanted].shapes(), LAYERS)
+    if not 1 <= (options.clip_skip or 1) <= layers:
+        raise UserError(f"clip_skip: {options.clip_skip}; the text encoder has {layers} layers, so 1 to {layers} was expected")
     held = {name: each for name, each in source.held.items() if name != other}
     v = options.v_parameterization or prediction(source) == "v"
     return replace(options, v2=v2, v_parameterization=v), replace(source, held=held)
@@ -135,11 +137,8 @@ def tokenize(models: Models) -> SdTokenize:
 
 def encode(models: Models) -> SdEncode:
     """Tokens -> cond, as the options say."""
-    ((name, encoder),) = models.encoders.items()
-    skip, layers = models.options.clip_skip or 1, len(cast(ClipText, encoder).layers)
-    if not 1 <= skip <= layers:
-        raise UserError(f"clip_skip: {skip}; the text encoder has {layers} layers, so 1 to {layers} was expected")
-    return SdEncode(name, skip)
+    (name,) = models.encoders
+    return SdEncode(name, models.options.clip_skip or 1)
 
 
 def process(models: Models, noise: NoiseConfig, loss: LossConfig) -> Process:

@@ -30,7 +30,7 @@ from sfumato.families.sd3.network_args import EMBEDDER_TARGETS, layer
 from sfumato.families.sd3.positions import embedded, places, scaled
 from sfumato.families.sd3.strategies import CLIPS, LATENTS, Sd3Encode, Sd3Tokenize, outputs
 from sfumato.families.t5 import EMBEDDING
-from sfumato.families.tokenizers import clip_tokenizer, t5_vocabulary
+from sfumato.families.tokenizers import clip_tokenizer, t5_home, t5_vocabulary
 from sfumato.formats.dialect import Dialect
 from sfumato.tensors.flow import Flow, schedule
 from sfumato.tensors.noise import Process
@@ -264,7 +264,7 @@ FAMILY = Family(
         "clip_l": Vocabulary(folder="tokenizer", make=clip_tokenizer, alone=False),
         # CLIP-G was trained with captions padded by the token 0, which is "!".
         "clip_g": Vocabulary(folder="tokenizer_2", make=partial(clip_tokenizer, pad="!"), alone=False),
-        "t5xxl": Vocabulary(folder="tokenizer_3", make=t5_vocabulary),
+        "t5xxl": Vocabulary(folder="tokenizer_3", make=t5_vocabulary, home=t5_home),
     },
     tokenize=tokenize,
     encode=lambda models: Sd3Encode(),
