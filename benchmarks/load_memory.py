@@ -62,7 +62,7 @@ def peak() -> int:
 
 def resident() -> Mapping[str, int]:
     """Memory of this process now, in bytes: its own, and pages of files that are mapped."""
-    lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines())
     own, mapped = (int(lines[name].split()[0]) * 1024 for name in ("RssAnon", "RssFile"))
     return {"own": own, "mapped": mapped}
 
@@ -169,7 +169,7 @@ def main() -> None:
     print("".join(f"{name:>{max(len(name), 6) + 2}}" for name in COLUMNS))
     made = rows()
     given.out.parent.mkdir(parents=True, exist_ok=True)
-    given.out.write_text(json.dumps({"machine": machine(), "allowed": ALLOWED, "rows": made}, indent=1) + "\n")
+    given.out.write_text(json.dumps({"machine": machine(), "allowed": ALLOWED, "rows": made}, indent=1) + "\n", encoding="utf-8")
     if over := [row for row in made if max(row["ratio"], row["used_ratio"]) > ALLOWED]:
         raise SystemExit(f"more than {ALLOWED} times the target's size:\n{table(over)}")
 

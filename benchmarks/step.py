@@ -191,7 +191,7 @@ def main() -> None:
     told = {**machine(device), "resolution": args.resolution, "rank": args.rank, "checkpointing": args.checkpointing, "rows": rows}
     if not args.tiny:
         out = args.out or ROOT / "benchmarks" / "results" / f"step.{re.sub(r'[^A-Za-z0-9]+', '-', told['device'])}.json"
-        out.write_text(json.dumps(told, indent=2) + "\n")
+        out.write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")
         print(out)
 
 

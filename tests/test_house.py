@@ -22,14 +22,14 @@ def ids(path: Path) -> str:
 @pytest.mark.parametrize("path", FILES, ids=ids)
 def test_a_file_fits_its_budget(path: Path) -> None:
     limit = 700 if path.name == "net.py" else 500
-    assert len(path.read_text().splitlines()) <= limit
+    assert len(path.read_text(encoding="utf-8").splitlines()) <= limit
 
 
 @pytest.mark.parametrize("path", FILES, ids=ids)
 def test_functions_fit_a_screen(path: Path) -> None:
     long = [
         f"{node.name} ({node.end_lineno - node.lineno + 1} lines)"
-        for node in ast.walk(ast.parse(path.read_text()))
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
         and node.end_lineno is not None
         and node.end_lineno - node.lineno + 1 > 60
@@ -39,14 +39,14 @@ def test_functions_fit_a_screen(path: Path) -> None:
 
 @pytest.mark.parametrize("path", FILES, ids=ids)
 def test_a_file_says_what_it_is_for(path: Path) -> None:
-    assert ast.get_docstring(ast.parse(path.read_text()))
+    assert ast.get_docstring(ast.parse(path.read_text(encoding="utf-8")))
 
 
 @pytest.mark.parametrize("path", [p for p in FILES if "families" not in p.parts], ids=ids)
 def test_no_family_is_named_outside_its_folder(path: Path) -> None:
     """`family.name == "..."` and imports of `sfumato.families.<name>` stand nowhere but in families/."""
     names = set(families.names())
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Compare):
             constants = {c.value for c in [node.left, *node.comparators] if isinstance(c, ast.Constant)}
             assert not (constants & names), f"line {node.lineno} compares with a family's name"
@@ -60,7 +60,7 @@ def test_no_family_is_named_outside_its_folder(path: Path) -> None:
 @pytest.mark.parametrize("path", [p for p in FILES if p.parent.parent.name == "families"], ids=ids)
 def test_families_import_one_another_only_where_allowed(path: Path) -> None:
     own, names = path.parent.name, set(families.names())
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("sfumato.families."):
             other = node.module.split(".")[2]
             assert other == own or other not in names or (own, other) in SHARED_NETS
@@ -69,5 +69,5 @@ def test_families_import_one_another_only_where_allowed(path: Path) -> None:
 def test_the_device_layer_is_one_module() -> None:
     """`torch.cuda` is named in train/dist.py and tools/doctor.py alone (and memory/, which measures it)."""
     allowed = {"train/dist.py", "tools/doctor.py"}
-    named = {str(p.relative_to(ROOT / "sfumato")) for p in FILES if "torch.cuda" in p.read_text()}
+    named = {p.relative_to(ROOT / "sfumato").as_posix() for p in FILES if "torch.cuda" in p.read_text(encoding="utf-8")}
     assert named <= allowed

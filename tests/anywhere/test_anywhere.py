@@ -1,0 +1,64 @@
+"""sfumato runs on Windows, macOS and Linux: no module and no name that only POSIX has, and consoles that know few letters."""
+
+from __future__ import annotations
+
+import ast
+import io
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from sfumato.cli.main import guarded
+
+ROOT = Path(__file__).parents[2]
+FILES = sorted(p for folder in ("sfumato", "scripts", "examples") for p in (ROOT / folder).rglob("*.py"))
+ONLY_POSIX = {
+    "os": (
+        "O_DIRECTORY O_NOFOLLOW O_NONBLOCK O_SYNC chown confstr fchmod fchown fork forkpty getegid geteuid getgid getgroups getloadavg "
+        "getpgid getpgrp getpriority getsid getuid killpg lchown mkfifo mknod nice pread preadv pwrite pwritev posix_fadvise "
+        "posix_fallocate posix_spawn sched_getaffinity sched_setaffinity sendfile setsid setuid statvfs sync sysconf tcgetpgrp uname wait3"
+    ),
+    "signal": "SIGALRM SIGCHLD SIGCONT SIGHUP SIGKILL SIGPIPE SIGQUIT SIGSTOP SIGTSTP SIGUSR1 SIGUSR2 alarm pause setitimer",
+}
+CAUGHT = {("sfumato/tools/doctor.py", "sysconf")}
+"""Where the lack of it is expected."""
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: p.relative_to(ROOT).as_posix())
+def test_nothing_is_used_that_only_posix_has(path: Path) -> None:
+    used = [
+        f"line {node.lineno}: {node.value.id}.{node.attr}"
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.attr in ONLY_POSIX.get(node.value.id, "").split()
+        if (path.relative_to(ROOT).as_posix(), node.attr) not in CAUGHT
+    ]
+    assert not used
+
+
+def test_a_training_starts_without_posix_and_with_spawned_workers(model: Path, pictures: Path, tmp_path: Path) -> None:
+    folder = pictures.rename(pictures.with_name("1_pictures")).parent
+    done = subprocess.run(
+        [sys.executable, str(Path(__file__).with_name("elsewhere.py")), str(model), str(folder), str(tmp_path / "out")],
+        env={**os.environ, "PYTHONPATH": str(ROOT), "PYTHONIOENCODING": "cp1252"},
+        capture_output=True,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stderr.decode(errors="replace")
+    assert (tmp_path / "out" / "out.safetensors").is_file()
+
+
+def test_a_console_that_lacks_a_letter_does_not_stop_a_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    written = {name: io.BytesIO() for name in ("stdout", "stderr")}
+    for name, stream in written.items():
+        monkeypatch.setattr(sys, name, io.TextIOWrapper(stream, encoding="cp1252", write_through=True))
+
+    def job() -> int:
+        print("猫.png")
+        print("猫.png", file=sys.stderr)
+        return 0
+
+    assert guarded(job) == 0
+    assert [stream.getvalue().split() for stream in written.values()] == [[b"\\u732b.png"]] * 2
