@@ -18,7 +18,7 @@ FORMS = ("{}", "{}, emoji", "{}, colour picture", "a picture of {}")
 
 def captions(path: Path = HERE / "captions.txt") -> list[tuple[str, str]]:
     """(character, caption) of every glyph in the list."""
-    rows = (line.split(" ", 1) for line in path.read_text().splitlines() if not line.startswith("#"))
+    rows = (line.split(" ", 1) for line in path.read_text(encoding="utf-8").splitlines() if not line.startswith("#"))
     return [(chr(int(code, 16)), name) for code, name in rows]
 
 
