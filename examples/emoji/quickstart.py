@@ -21,7 +21,7 @@ HERE = ROOT / "examples" / "emoji"
 OUT = ROOT / "runs" / "quickstart"
 INK = 216
 """A pixel is ink if one of its channels is darker than this, of 255."""
-GAP = 5
+GAP = 7
 
 
 def main() -> int:

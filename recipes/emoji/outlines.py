@@ -13,7 +13,7 @@ SIZE = 128
 """Lines are found at about the font's own size; the picture is made smaller afterwards."""
 INK = 235
 """A pixel is ink if one of its channels is darker than this, of 255."""
-WIDTH = 2
+WIDTH = 3
 MARGIN = 8
 
 

@@ -31,7 +31,7 @@ def main() -> None:
     parser.add_argument("--model", default="examples/emoji/model.safetensors")
     parser.add_argument("--out", type=Path, default=Path("docs/emoji-sheet.png"))
     parser.add_argument("--steps", type=int, default=30)
-    parser.add_argument("--scale", type=float, default=3.0)
+    parser.add_argument("--scale", type=float, default=2.0)
     parser.add_argument("--seed", type=int, default=1, help="of the first picture; each further one has the next")
     args = parser.parse_args()
     names = [name.strip() for name in NAMES.split(",")]
