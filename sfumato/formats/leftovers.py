@@ -58,7 +58,7 @@ def found(parent: Path, fits: Callable[[str], object], age: float = 0) -> Iterat
         match = (_FOLDER if folder else _FILE).fullmatch(path.name)
         if not match or not (folder or stat.S_ISREG(facts.st_mode)) or not fits(match["name"]):
             continue
-        touched = facts.st_mtime if not folder else max([facts.st_mtime, *(p.lstat().st_mtime for p in _inside(path))])
+        touched = _touched(path, facts.st_mtime) if folder else facts.st_mtime
         if time.time() - touched >= age and not lives(int(match["pid"]), touched):
             kind: Literal["part", "old"] = "old" if folder and match["kind"] == "old" else "part"
             yield Leftover(path, match["name"], kind if folder else "file")
@@ -106,7 +106,10 @@ def clear_file(path: Path) -> None:
 
 def made_here(folder: Path) -> bool:
     """Whether a folder holds nothing but kinds of files that sfumato writes into folders."""
-    return all(_made_here(p) for p in _inside(folder))
+    try:
+        return all(_made_here(p) for p in folder.rglob("*"))
+    except OSError:
+        return False  # what cannot be seen may be anything
 
 
 def _made_here(path: Path) -> bool:
@@ -131,7 +134,11 @@ def lives(pid: int, touched: float) -> bool:
         return False
 
 
-def _inside(folder: Path) -> list[Path]:
+def _touched(folder: Path, own: float) -> float:
+    """Seconds since 1970 when a folder, touched itself at `own`, or anything in it was last written."""
+    latest = own
     with suppress(OSError):
-        return list(folder.rglob("*"))
-    return []
+        for path in folder.rglob("*"):
+            with suppress(FileNotFoundError):  # a process that lives is just writing in it
+                latest = max(latest, path.lstat().st_mtime)
+    return latest

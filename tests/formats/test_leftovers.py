@@ -105,3 +105,21 @@ def test_a_file_of_a_dead_process_that_was_just_touched_stays_while_others_may_w
     os.utime(rest, (0, 0))
     files.write_text(tmp_path / "a.txt", "newer")
     assert os.listdir(tmp_path) == ["a.txt"]
+
+
+def test_a_file_that_goes_while_it_is_looked_at_is_no_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A living run renames files in the folder that it writes, while another one looks for what was left."""
+    state(tmp_path / "out-state")
+    part = state(tmp_path / "new").rename(tmp_path / f".out-state.{os.getpid()}.part")
+    gone = part / ".a.1-0.part.safetensors"
+    gone.touch()
+    lstat = Path.lstat
+
+    def racing(path: Path) -> os.stat_result:
+        if path == gone:
+            raise FileNotFoundError(2, "gone", str(path))
+        return lstat(path)
+
+    monkeypatch.setattr(Path, "lstat", racing)
+    assert leftovers.clear(tmp_path, anything) == []
+    assert part.is_dir() and run.load_run(tmp_path / "out-state")[1] == {"step": 1}
