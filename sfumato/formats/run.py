@@ -72,8 +72,21 @@ def load_run(folder: str | Path) -> tuple[dict[str, dict[str, Tensor]], dict[str
     raise UserError(f"{folder}: cannot resume from this state: {'; '.join(damage) or 'other processes keep replacing it'}")
 
 
-def damages(folder: Path) -> list[str]:
-    """What keeps a state from being whole; empty when it is."""
+def check_whole(folder: Path) -> None:
+    """Errors: `UserError` if a state is not whole as far as names and sizes tell: all that a look costs nothing for."""
+    leftovers.restore(folder.parent, lambda name: name == folder.name)
+    for wait in range(_TRIES):
+        before, damage = _manifest(folder), damages(folder, content=False)
+        if not damage:
+            return
+        if _manifest(folder) == before and folder.is_dir():
+            break  # nobody is replacing it: it is damaged
+        time.sleep(0.05 * wait)
+    raise UserError(f"{folder}: cannot resume from this state: {'; '.join(damage)}")
+
+
+def damages(folder: Path, *, content: bool = True) -> list[str]:
+    """What keeps a state from being whole; empty when it is. `content`: whether to read all files, to compare their digests."""
     if not folder.is_dir():
         return ["no such folder"]
     manifest = _manifest(folder)
@@ -82,7 +95,7 @@ def damages(folder: Path) -> list[str]:
     files = manifest.get("files")
     if not isinstance(files, dict) or "facts.json" not in files or not all(_is_entry(name, fact) for name, fact in files.items()):
         return ["manifest.json is damaged"]
-    found = [_damage(folder / name, fact) for name, fact in files.items()]
+    found = [_damage(folder / name, fact, content) for name, fact in files.items()]
     if not any(found) and not isinstance(_json(folder / "facts.json"), dict):
         found.append("facts.json is damaged")
     foreign = {p.name for p in folder.glob("*.safetensors")} - files.keys()
@@ -95,14 +108,14 @@ def _is_entry(name: str, fact: object) -> bool:
     return bool(plain) and isinstance(fact, dict) and type(fact.get("size")) is int and isinstance(fact.get("sha256"), str)
 
 
-def _damage(path: Path, fact: Mapping[str, Any]) -> str:
+def _damage(path: Path, fact: Mapping[str, Any], content: bool) -> str:
     try:
         size = path.stat().st_size if path.is_file() else None
         if size is None:
             return f"{path.name} is missing"
         if size != fact["size"]:
             return f"{path.name} has {size:,} bytes, {fact['size']:,} were written"
-        return "" if file_digest(path) == fact["sha256"] else f"{path.name} was changed since it was written"
+        return "" if not content or file_digest(path) == fact["sha256"] else f"{path.name} was changed since it was written"
     except OSError as error:
         return f"{path.name} cannot be read ({error.strerror})"
 

@@ -65,6 +65,7 @@ def check(config: Config, plan: AdapterPlan | None, source: Source, tried: Trial
     if config.output.resume is None:
         return []
     folder = Path(config.output.resume)
+    runs.check_whole(folder)
     facts = read_facts(folder)
     refused = _other_optimizer(config, facts, tried)
     saved, now = facts.get("identity"), identity(config, plan, source)

@@ -81,6 +81,16 @@ def test_damage_is_named(tmp_path: Path, damage: Any, said: str) -> None:
         run.load_run(folder)
 
 
+def test_what_is_not_whole_is_found_without_reading_it_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "x-state"
+    run.save_run(folder, PARTS, FACTS)
+    monkeypatch.setattr(run, "file_digest", lambda _: pytest.fail("all of a file was read"))
+    run.check_whole(folder)
+    os.truncate(folder / "ema.safetensors", 20)
+    with pytest.raises(UserError, match=r"x-state: cannot resume from this state: ema\.safetensors has 20 bytes"):
+        run.check_whole(folder)
+
+
 def test_no_such_state(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no such folder"):
         run.load_run(tmp_path / "x")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -98,6 +100,16 @@ def test_what_cannot_change_is_refused_before_weights_are_read(
         options = {"pretrained_model_name_or_path": str(before / "other.safetensors")}
     with pytest.raises(UserError, match=says):
         _resumed(before, tmp_path, **options)
+
+
+def test_a_state_that_is_not_whole_is_refused_before_weights_are_read(
+    before: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run, "load_models", lambda *_: pytest.fail("weights were read"))
+    state = Path(shutil.copytree(before / "first" / "out-state", tmp_path / "cut-state"))
+    os.truncate(state / "weights.safetensors", 20)
+    with pytest.raises(UserError, match=r"cut-state: cannot resume from this state: weights\.safetensors has 20 bytes"):
+        _resumed(before, tmp_path, resume=str(state))
 
 
 def test_prodigys_start_cannot_be_changed_later() -> None:
