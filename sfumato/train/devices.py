@@ -62,9 +62,10 @@ def check_base_weights(config: Config, models: Models) -> None:
 def _misfit(models: Models, path: str) -> tuple[str, ...]:
     """Why an adapter cannot be merged into nets of these shapes."""
     try:
-        from_state(models.nets(), read_adapter(models, Path(path))).remove()
+        from_state(models.nets(), read_adapter(models, Path(path), "base_weights")).remove()
     except UserError as error:
-        return tuple(f"base_weights {path}: {message.removeprefix(f'{path}: ')}" for message in error.messages)
+        named = (f"base_weights {path}", f"{path}: ")
+        return tuple(m if m.startswith(named[0]) else f"base_weights {path}: {m.removeprefix(named[1])}" for m in error.messages)
     return ()
 
 

@@ -90,6 +90,9 @@ def test_adapters_that_do_not_fit(refused: Refused, tmp_path: Path) -> None:
     files.save(tmp_path / "wide.safetensors", {name: torch.cat([t, t], int("down" in name)) for name, t in tensors.items()})
     assert "name no layer" in refused(network_weights=str(tmp_path / "other.safetensors"))
     assert "name no layer" in refused(base_weights=(str(tmp_path / "other.safetensors"),))
+    files.save(tmp_path / "empty.safetensors", {})
+    said = refused(base_weights=(str(tmp_path / "empty.safetensors"),))
+    assert said.count("empty.safetensors") == 1 and "base_weights" in said and "holds no tensors" in said
     said = refused(base_weights=(str(tmp_path / "wide.safetensors"),))
     assert "wide.safetensors" in said and "has shape [3, 64], expected [3, 32]" in said
 
