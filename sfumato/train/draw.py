@@ -17,7 +17,7 @@ from sfumato.families.base import Models
 from sfumato.families.loading import fetch, fetch_vae
 from sfumato.tensors import attention
 from sfumato.tensors.noise import Process
-from sfumato.train import dist, prompts, sample
+from sfumato.train import dist, outputs, prompts, sample
 from sfumato.train.devices import load_models, merge_base_weights
 from sfumato.train.progress import telling
 from sfumato.train.step import autocast
@@ -80,6 +80,7 @@ def main(config: Config) -> list[Path]:
     plain = prompts.sized(prompts.default(config.family), *adapters, config.model.pretrained_model_name_or_path)
     wanted = prompts.read_prompts(config.sample.sample_prompts, plain)
     sampler = prompts.sampler(config.sample.sample_sampler)
+    outputs.check_drawn(Path(config.output.output_dir))
     world = dist.world()
     try:
         drawer = Drawer.of(config, world.device)

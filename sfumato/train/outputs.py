@@ -41,19 +41,31 @@ def check(config: Config, method: Method, datasets: Sequence[DatasetConfig], sou
     folder = Path(config.output.output_dir)
     layout = source.layout if source else "single_file"
     inputs = _inputs(config, datasets, source, read)
-    wrong = _where(folder) + [
-        f"output_dir: {folder} is in the model that {setting} names ({path}); choose a folder outside of it"
-        for setting, path in inputs.folders
-        if _inside(folder, path)
-    ]
+    wrong = _where(folder)
+    # A model's folder comes before those in it, so the first that fits says it all.
+    if held := next(((setting, path) for setting, path in inputs.folders if _inside(folder, path)), None):
+        wrong.append(f"output_dir: {folder} is in the model that {held[0]} names ({held[1]}); choose a folder outside of it")
     components = list(source.held) if source and method == "full" else []
     for path, is_folder in _existing(config, keep.ending(config.output, method, layout), components):
         wrong += _collisions(path, is_folder, inputs)
-    for name in (["sample"] if config.sample.sample_prompts else []) + (["logs"] if _logs_here(config) else []):
-        if (folder / name).exists() and not (folder / name).is_dir():
-            wrong.append(f"{folder / name}: a folder is to be written here, and this is a file; move it or choose another output_dir")
+    wrong += _not_folders(folder, (["sample"] if config.sample.sample_prompts else []) + (["logs"] if _logs_here(config) else []))
     if wrong:
         raise UserError(*dict.fromkeys(wrong))
+
+
+def check_drawn(folder: Path) -> None:
+    """Errors: `UserError` if sample images cannot be written below a folder."""
+    if wrong := _where(folder) + _not_folders(folder, ["sample"]):
+        raise UserError(*wrong)
+
+
+def _not_folders(folder: Path, names: Sequence[str]) -> list[str]:
+    """What is wrong with the folders that are to be in `folder`, or to be made there."""
+    return [
+        f"{folder / name}: a folder is to be written here, and this is a file; move it or choose another output_dir"
+        for name in names
+        if (folder / name).exists() and not (folder / name).is_dir()
+    ]
 
 
 def _inputs(config: Config, datasets: Sequence[DatasetConfig], source: Source | None, read: Sequence[Path]) -> Inputs:

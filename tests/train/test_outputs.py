@@ -134,8 +134,9 @@ def test_a_run_may_be_started_from_the_settings_that_an_earlier_one_wrote(check:
 @pytest.mark.parametrize("inner", ["", "unet", "new/deeper"])
 def test_nothing_is_written_into_the_folder_of_a_model(check: Check, tmp_path: Path, inner: str) -> None:
     folder = tiny.tiny_sd1_diffusers(tmp_path / "base")
-    with pytest.raises(UserError, match=r"output_dir: .* is in the model that pretrained_model_name_or_path names"):
+    with pytest.raises(UserError, match=r"output_dir: .* is in the model that pretrained_model_name_or_path names") as caught:
         check(pretrained_model_name_or_path=str(folder), output_dir=str(folder / inner))
+    assert len(caught.value.messages) == 1, "the folders of its parts are in it: once is enough"
     check(pretrained_model_name_or_path=str(folder), output_dir=str(tmp_path))
 
 

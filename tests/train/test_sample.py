@@ -288,3 +288,10 @@ def test_a_wrong_sampler_is_told_before_weights_are_read(tmp_path: Path) -> None
     ):
         with pytest.raises(UserError, match=words):
             main(Config(sample=sampling))
+
+
+def test_a_folder_that_cannot_be_made_is_told_before_weights_are_read(tmp_path: Path) -> None:
+    (tmp_path / "p.txt").write_text("a cat")
+    (tmp_path / "sample").write_text("a file")
+    with pytest.raises(UserError, match="sample: a folder is to be written here, and this is a file"):
+        main(Config(sample=SampleConfig(sample_prompts=str(tmp_path / "p.txt")), output=OutputConfig(output_dir=str(tmp_path))))
