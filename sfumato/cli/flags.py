@@ -16,6 +16,7 @@ from sfumato.cli.report import Given, Report
 from sfumato.config import Config, DatasetConfig, Method
 from sfumato.errors import UserError, nearest
 from sfumato.families.about import Facts
+from sfumato.formats.paths import trouble
 
 Say = Callable[[str], None]
 
@@ -219,10 +220,10 @@ def _own_words(settings: Iterable[Given], report: Report) -> list[Given]:
 def from_file(name: str, report: Report, *, key: str, lenient: bool) -> dict[str, Given]:
     """The settings of a config file, which `key` names: sections are free, keys are not. Errors: `UserError` if it cannot be read."""
     path = Path(name).expanduser()
-    if not path.is_file() and Path(f"{path}.toml").is_file():
+    if not os.path.exists(path) and Path(f"{path}.toml").is_file():
         path = Path(f"{path}.toml")
-    if not path.is_file():
-        report.error(f"config file {path} does not exist{paths.near(path) or f' (relative paths start at {Path.cwd()})'}")
+    if said := paths.missing("config file", path):
+        report.error(said)
         report.finish()
     try:
         content, lines = toml.read(path)
@@ -277,8 +278,8 @@ def find_family(given: Mapping[str, Given], report: Report) -> str:
     if base is None or not isinstance(base.value, str) or not base.value:
         report.error("no base model: set pretrained_model_name_or_path to a .safetensors or .ckpt file, a diffusers folder or a hub id")
         return stand_in
-    if report.errors and (paths.is_hub_id(base.value) or not Path(base.value).expanduser().exists()):
-        return stand_in  # nothing is fetched from the hub for a run that cannot start
+    if report.errors and (paths.is_hub_id(base.value) or trouble(paths.expanded(base.value), "file or folder")):
+        return stand_in  # nothing is fetched from the hub for a run that cannot start, and what is wrong with a path was said
     try:
         family = detect_file(base.value).family
     except UserError as e:

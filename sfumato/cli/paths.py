@@ -11,6 +11,7 @@ from pathlib import Path
 from sfumato import families
 from sfumato.cli.report import Given, Report
 from sfumato.errors import nearest
+from sfumato.formats import leftovers
 from sfumato.formats.paths import printable, trouble
 
 FOLDERS = frozenset({"train_data_dir", "reg_data_dir", "image_dir", "conditioning_data_dir", "tokenizer"})
@@ -48,6 +49,8 @@ def expanded(name: str) -> Path:
 
 def settle(given: Given, report: Report) -> Given:
     """A setting with its paths checked; those of a file may stand beside that file as well as in the current folder."""
+    if given.key in MADE and isinstance(given.value, str) and given.value and (said := _in_the_way(expanded(given.value))):
+        report.error(f"{given}: {said}; choose another folder")
     if given.key not in FOLDERS | FILES | _either() | {"resume"}:
         return given
     beside = given.source.parent if given.source else None
@@ -62,6 +65,8 @@ def _settled(given: Given, value: object, beside: Path | None, report: Report) -
     path = expanded(value)
     if beside is not None and not path.is_absolute() and not os.path.exists(path) and os.path.exists(beside / path):
         value, path = str(beside / path), beside / path
+    if given.key == "resume":
+        leftovers.restore(path.parent, lambda name: name == path.name)  # if a run was killed while it replaced this state
     if said := _wrong(given.key, value, path, beside):
         report.error(f"{given}: {said}")
     return value
@@ -82,6 +87,22 @@ def _missing(what: str, path: Path, beside: Path | None) -> str:
         return f"{what} {name} {said}"
     start = "" if path.is_absolute() else f" (looked for in {Path.cwd()}{f' and {beside}' if beside and str(beside) != '.' else ''})"
     return f"{what} {name} does not exist{near(path) or start}"
+
+
+def _in_the_way(path: Path) -> str:
+    """Why no folder can be made at a path; empty when it is there or can be."""
+    for folder in (path, *path.parents):
+        if (said := trouble(folder, "folder")) != "does not exist":
+            return said and f"{short(folder)} {said}"
+    return ""
+
+
+def missing(what: str, path: Path) -> str:
+    """Why there is no file at a path, `what` being its name in the message; empty when there is one."""
+    said = trouble(path)
+    if said == "does not exist":
+        said += near(path) or ("" if path.is_absolute() else f" (relative paths start at {Path.cwd()})")
+    return f"{what} {short(path)} {said}" if said else ""
 
 
 def short(path: Path) -> str:

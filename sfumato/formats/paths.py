@@ -36,7 +36,7 @@ def trouble(path: str | os.PathLike[str], expected: str = "file") -> str:
     """
     try:
         found = kind(os.stat(path).st_mode)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return "is a link to nothing" if os.path.islink(path) else "does not exist"
     except OSError as error:
         return f"cannot be read: {error.strerror or error}"

@@ -107,7 +107,7 @@ def _release(lock: BaseFileLock) -> None:
 
 def _make(folder: Path) -> list[Path]:
     """Make the folder; returns what had to be made, the innermost first."""
-    missing = [p for p in (folder, *folder.parents) if not p.exists()]
+    missing = [p for p in (folder, *folder.parents) if not os.path.lexists(p)]
     with suppress(OSError):  # what is wrong with it is told with all else that is
         folder.mkdir(parents=True, exist_ok=True)
     return missing
