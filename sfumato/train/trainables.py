@@ -15,6 +15,7 @@ from sfumato.adapters.insert import Inserted, choose, from_state
 from sfumato.config import Config
 from sfumato.errors import UserError
 from sfumato.families.base import Family, Models
+from sfumato.families.detect import CALLED, identify
 from sfumato.families.loading import check_folder, save
 from sfumato.formats import dialect, files
 from sfumato.formats.adapter_check import check_adapter
@@ -264,11 +265,24 @@ def read_adapter(models: Models, path: Path, flag: str = "adapter") -> dict[dial
     Errors: `UserError` for keys that name no layer, and for tensors that no adapter can have.
     """
     tensors = files.load(path)
-    check_adapter(tensors, f"{flag} {path}")
     sites = [
         (name, p) for name, net in models.nets().items() for p, layer in net.named_modules() if isinstance(layer, nn.Linear | nn.Conv2d)
     ]
-    return dialect.read(models.family.dialects(models).values(), tensors, sites)
+    try:
+        check_adapter(tensors, f"{flag} {path}")
+        return dialect.read(models.family.dialects(models).values(), tensors, sites)
+    except UserError as error:
+        if other := _other_kind(tensors):
+            raise UserError(f"{flag} {path} is {other}, not an adapter (such as a LoRA)") from error
+        raise
+
+
+def _other_kind(tensors: Mapping[str, Tensor]) -> str:
+    """What a file holds that is no adapter, if it is known."""
+    found = identify({name: tuple(t.shape) for name, t in tensors.items()})
+    if found is None or found.kind == "adapter":
+        return ""
+    return CALLED.get(found.kind, "a base model").partition(",")[0]
 
 
 def _carried(models: Models, config: Config, given: Mapping[dialect.Site, dialect.Leaves]) -> Inserted | None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny
 import torch
 from training import config
 
@@ -90,6 +91,9 @@ def test_adapters_that_do_not_fit(refused: Refused, tmp_path: Path) -> None:
     files.save(tmp_path / "wide.safetensors", {name: torch.cat([t, t], int("down" in name)) for name, t in tensors.items()})
     assert "name no layer" in refused(network_weights=str(tmp_path / "other.safetensors"))
     assert "name no layer" in refused(base_weights=(str(tmp_path / "other.safetensors"),))
+    base = str(tiny.tiny_sd1(tmp_path / "base"))
+    for said in (refused(network_weights=base), refused(base_weights=(base,))):
+        assert "model.safetensors is a base model, not an adapter (such as a LoRA)" in said
     files.save(tmp_path / "empty.safetensors", {})
     said = refused(base_weights=(str(tmp_path / "empty.safetensors"),))
     assert said.count("empty.safetensors") == 1 and "base_weights" in said and "holds no tensors" in said
