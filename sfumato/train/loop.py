@@ -298,14 +298,17 @@ def _save_state(course: Course, saving: keep.Saving) -> None:
         course.save_state(Path(course.config.output.output_dir) / keep.state_name(saving.name))
 
 
-def save_what_is_done(course: Course) -> None:
-    """After an error: the state of the run, if states are asked for and there are whole steps that none holds yet. Says where it is."""
+def save_what_is_done(course: Course, *, anyway: bool = False) -> None:
+    """After an error: the state of the run, if states are asked for and there are whole steps that none holds yet. Says where it is.
+
+    `anyway`: even if none is asked for.
+    """
     output = course.config.output
     if (
         not course.world.main
         or not course.whole
         or course.done <= course.started
-        or not (output.save_state or output.save_state_on_train_end)
+        or not (anyway or output.save_state or output.save_state_on_train_end)
     ):
         return
     folder = Path(output.output_dir) / keep.state_name(keep.step_name(output.output_name, course.done))

@@ -202,7 +202,8 @@ def _save_last(course: loop.Course, result: Path, epoch: int) -> None:
         with loop.finished(course):
             course.save_result(result, course.done, epoch)
     except UserError as error:
-        loop.save_what_is_done(course)
+        # Where the values do not fit the format that was asked for, the state is all that is left of the whole run.
+        loop.save_what_is_done(course, anyway=not isinstance(error, WriteError))
         if not isinstance(error, WriteError):
             raise
         spare = Path(tempfile.mkdtemp(prefix="sfumato-"))

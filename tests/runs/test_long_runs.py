@@ -147,6 +147,7 @@ def test_what_save_precision_cannot_hold_is_told_not_saved(train: Train, tmp_pat
     with pytest.raises(UserError, match=r"the adapter out\.safetensors: NaN or infinite values .* save_precision float16 may be too small"):
         train("a", **FAST, save_precision="fp16", max_train_steps=1)
     assert not (tmp_path / "a" / "out.safetensors").exists()
+    assert (tmp_path / "a" / "out-step00000001-state").is_dir(), "the whole run is in it: it is kept though no state was asked for"
 
 
 @pytest.mark.parametrize("change", ["cut", "written over"])
