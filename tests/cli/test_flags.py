@@ -216,3 +216,13 @@ def test_paths_may_stand_beside_the_file_that_names_them(home: Path) -> None:
     config, datasets = flags.resolve(["--config", "deep/run.toml"], "network")
     assert config.data.dataset_config == "deep/data.toml"
     assert Path(datasets[0].subsets[0].image_dir).samefile(home / "pictures")
+
+
+def test_a_state_whose_replacement_was_killed_halfway_may_be_resumed(home: Path) -> None:
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    old = home / f".out-state.{ended.pid}.old"
+    old.mkdir()
+    (old / "manifest.json").write_text("{}")
+    assert flags.resolve([*BASE, "--resume", "out-state"], "network")[0].output.resume == "out-state"
+    assert (home / "out-state" / "manifest.json").is_file() and not old.exists()
