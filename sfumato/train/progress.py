@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import textwrap
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+from rich.cells import cell_len
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.segment import Segments
 from rich.table import Table
 from rich.text import Text
 
@@ -38,13 +41,26 @@ Tell = Callable[[int, int], None]
 
 
 def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Print a table on stdout; no cell is cut, long ones are broken into lines."""
-    table = Table()
-    for column in columns:
-        table.add_column(Text(column), overflow="fold")
+    """Print a table on stdout; no cell is cut: where the terminal is narrow, headings and the longest cells are broken into lines."""
+    longest = [max(map(cell_len, cells)) for cells in zip(*rows, strict=True)] or [0] * len(columns)
+    whole = [max(cells, cell_len(column)) for column, cells in zip(columns, longest, strict=True)]
+    narrow = 1 + sum(width + 3 for width in whole) > answers.width
+    table, least = Table(), 1
+    for column, cells, width in zip(columns, longest, whole, strict=True):
+        if narrow:
+            width = max(cells, *map(cell_len, column.split()))
+        broken = cells == max(longest)
+        least += 3 + (min(width, NARROWEST) if broken else width)
+        table.add_column(Text(textwrap.fill(column, width)), overflow="fold", no_wrap=not broken)
     for row in rows:
         table.add_row(*map(Text, row))
-    answers.print(table, soft_wrap=False)
+    # What is wider even so is left to the terminal, which breaks the lines: a narrower table would lose letters.
+    shown = answers.render(table, answers.options.update(width=max(answers.width, least)))
+    answers.print(Segments(shown), soft_wrap=False, crop=False)
+
+
+NARROWEST = 12
+"""Letters a line that the longest cells of a table keep."""
 
 
 class Bar:
@@ -84,7 +100,7 @@ class Bar:
 
 
 def _words(template: str) -> TextColumn:
-    return TextColumn(template)
+    return TextColumn(template, markup=False)
 
 
 def _clock(seconds: float) -> str:

@@ -42,6 +42,22 @@ def test_a_long_path_is_not_cut_in_a_table(capsys: pytest.CaptureFixture[str]) -
     assert "".join(lines) == path
 
 
+@pytest.mark.parametrize("width", [30, 60, 80])
+def test_only_the_longest_cells_of_a_table_are_broken_and_nothing_is_lost(
+    width: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(progress.answers, "_width", width)
+    folder = "/home/someone/写真/" + "x" * 80
+    columns = ("dataset", "folder", "kind", "pictures", "repeats", "samples an epoch", "enlarged")
+    progress.print_table(columns, [("1", folder, "regularisation", "12345", "10", "123450", "0")])
+    lines = [[cell.strip() for cell in re.split("[│┃]", line)[1:-1]] for line in capsys.readouterr().out.splitlines()]
+    heading = [" ".join(cells).split() for cells in zip(*[line for line in lines if line][:3], strict=True)]
+    assert [tuple(name.split()) for name in columns] == [tuple(words) for words in heading if words], heading
+    body = [line for line in lines if line][3:]
+    assert "".join(line[1] for line in body) == folder
+    assert body[0][2:] == ["regularisation", "12345", "10", "123450", "0"]
+
+
 def test_all_consoles_are_made_in_one_place() -> None:
     made: Callable[[str], list[str]] = lambda text: re.findall(r"\b(?:Console|TextColumn|Table)\(|rich\.print|from rich import", text)  # noqa: E731
     others = {p.name: found for p in PACKAGE.rglob("*.py") if p.name != "progress.py" and (found := made(p.read_text(encoding="utf-8")))}
