@@ -41,6 +41,8 @@ _FIXED: Mapping[str, object] = {
 """Fields of sd-scripts for what sfumato does not do; programs that show a file's metadata look for them."""
 _OF_ADAPTERS = ("network_module", "network_dim", "network_alpha", "network_args", "network_dropout", "scale_weight_norms")
 """Fields that a whole model does not have."""
+_OF_WHOLE_MODELS = ("train_text_encoder", "learning_rate_te")
+"""Fields that an adapter does not have: its text encoder goes by other settings, and may be trained where these say "False"."""
 
 _OPTIONS = {  # section of the config -> its fields that are written, as ss_<field>
     "optimizer": (
@@ -171,8 +173,8 @@ def training(config: Config, run: RunFacts, datasets: Sequence[DatasetFacts] = (
         values["network_args"] = json.dumps(dict(run.network_args))
     else:
         del values["network_args"]
-    if run.network_module is None:
-        values = {name: value for name, value in values.items() if name not in _OF_ADAPTERS}
+    others = _OF_ADAPTERS if run.network_module is None else _OF_WHOLE_MODELS
+    values = {name: value for name, value in values.items() if name not in others}
     for name in ("text_encoder_lr", "lr_scheduler_args"):
         values[name] = list(values[name]) or None  # type: ignore[call-overload]
     if config.output.no_metadata:

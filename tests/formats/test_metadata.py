@@ -162,6 +162,12 @@ def test_a_whole_model_has_no_fields_of_adapters() -> None:
     assert set(metadata.training(Config(output=OutputConfig(no_metadata=True)), run)) == {"ss_v2", "ss_base_model_version"}
 
 
+def test_an_adapter_has_no_fields_that_say_whether_a_whole_text_encoder_was_trained() -> None:
+    whole = replace(RUN, network_module=None, network_args=None)
+    names = {"ss_train_text_encoder", "ss_learning_rate_te"}
+    assert not names & metadata.training(Config(), RUN).keys() and names <= metadata.training(Config(), whole).keys()
+
+
 def test_an_optimizer_is_called_by_its_class() -> None:
     assert metadata.called(torch.optim.AdamW, {"weight_decay": 0.1, "betas": (0.9, 0.99)}) == (
         "torch.optim.adamw.AdamW(weight_decay=0.1,betas=(0.9, 0.99))"
