@@ -34,7 +34,7 @@ def listing(folder: Path, *, recursive: bool = False) -> Listing:
                 _add(found, Path(root, name))
         if not recursive:
             break
-    found.images.sort(key=lambda path: path.relative_to(folder).as_posix())
+    found.images.sort(key=Path.as_posix)  # as by the names inside the folder: all begin with the folder's own
     return found
 
 

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from hashlib import blake2b
-from pathlib import Path
 
 from sfumato.config import DatasetConfig, SubsetConfig
 from sfumato.config.data import ONLY_REGULARISATION
@@ -65,6 +64,13 @@ class Plan:
             found[item.dataset, item.placement.bucket].append(i)
         return dict(sorted(found.items()))
 
+    def folders(self) -> dict[tuple[int, int], list[Item]]:
+        """(dataset, folder in it) -> its items; in one pass, as both may be many."""
+        found: dict[tuple[int, int], list[Item]] = defaultdict(list)
+        for item in self.items:
+            found[item.dataset, item.picture.subset].append(item)
+        return found
+
     def largest(self) -> list[tuple[str, int, int, str]]:
         """Each dataset's bucket of the longest side: whose it is, width, height, what makes it smaller."""
         longest: dict[int, Size] = {}
@@ -108,15 +114,15 @@ class Plan:
     def folder_rows(self) -> list[tuple[str, ...]]:
         """A row a folder: dataset, folder, kind, pictures, repeats, samples an epoch, skipped."""
         rows: list[tuple[str, ...]] = []
+        folders, left = self.folders(), Counter((skip.dataset, skip.subset) for skip in self.skipped)
         for d, dataset in enumerate(self.datasets):
             for s, subset in enumerate(dataset.subsets):
-                mine = [item for item in self.items if (item.dataset, item.picture.subset) == (d, s)]
+                mine = folders[d, s]
                 samples = sum(item.repeats for item in mine)
                 counts = sorted({item.repeats for item in mine}) or [subset.num_repeats]
                 repeats = " or ".join(str(n) for n in counts)
                 kind = "regularisation" if subset.is_reg else "training"
-                left = sum(_within(skip, subset) for skip in self.skipped)
-                rows.append((str(d + 1), subset.image_dir, kind, str(len(mine)), repeats, str(samples), str(left)))
+                rows.append((str(d + 1), subset.image_dir, kind, str(len(mine)), repeats, str(samples), str(left[d, s])))
         return rows
 
     def bucket_rows(self) -> list[tuple[str, ...]]:
@@ -148,10 +154,6 @@ class Plan:
         rows = [[i.dataset, i.picture.subset, i.picture.name, i.repeats, i.placement.bucket] for i in self.items]
         sizes = [dataset.batch_size for dataset in self.datasets]
         return blake2b(json.dumps([rows, sizes]).encode(), digest_size=16).hexdigest()
-
-
-def _within(skip: Skipped, subset: SubsetConfig) -> bool:
-    return Path(subset.image_dir) in skip.path.parents
 
 
 def _cut_away(placement: Placement) -> float:
@@ -192,7 +194,7 @@ def make_plan(
             wrong.append(f"dataset {d + 1}: {ONLY_REGULARISATION}")
         placed, unneeded = _repeat_regularisation(placed)
         items += placed
-        skipped += [*found.skipped, *left, *unneeded]
+        skipped += [replace(skip, dataset=d) for skip in (*found.skipped, *left, *unneeded)]
         notes += found.notes + _notes(dataset, placed, unneeded, d)
     bad = [skip for skip in skipped if skip.unreadable]
     if bad and not skip_unreadable:
@@ -206,13 +208,13 @@ def make_plan(
         raise UserError(*wrong)
     if not items:
         raise UserError("no picture is left to train on", *([_listed(bad)] if bad else []))
-    return Plan(datasets=tuple(datasets), items=tuple(items), skipped=tuple(skipped), notes=tuple(notes), stride=stride)
+    return Plan(datasets=tuple(datasets), items=tuple(items), skipped=tuple(skipped), notes=tuple(dict.fromkeys(notes)), stride=stride)
 
 
 def _listed(bad: Sequence[Skipped]) -> str:
-    lines = [f"  {skip.path}: {skip.reason}" for skip in bad]
+    lines = list(dict.fromkeys(f"  {skip.path}: {skip.reason}" for skip in bad))  # a folder may stand in several datasets
     advice = "mend or remove them, or train without them by skip_unreadable (--skip_unreadable)"
-    return "\n".join([f"{len(bad)} pictures cannot be used; {advice}:", *lines])
+    return "\n".join([f"{len(lines)} pictures cannot be used; {advice}:", *lines])
 
 
 def _check_options(datasets: Sequence[DatasetConfig], multiple: int) -> None:
@@ -249,7 +251,7 @@ def _placed(found: Scan, dataset: DatasetConfig, number: int) -> tuple[list[Item
         try:
             placement = place((picture.width, picture.height), dataset, buckets)
         except ValueError as error:
-            left.append(Skipped(picture.path, str(error)))
+            left.append(Skipped(picture.path, str(error), subset=picture.subset))
             continue
         items.append(Item(picture, placement, number, picture.repeats))
     return items, left
@@ -271,7 +273,7 @@ def _repeat_regularisation(items: Sequence[Item]) -> tuple[list[Item], list[Skip
         share, rest = divmod(goal - samples, len(kept))
         kept = [replace(item, repeats=item.repeats + share + (i < rest)) for i, item in enumerate(kept)]
     reason = f"regularisation picture not needed: there are {samples} samples of them for {goal} of training"
-    return train + kept, [Skipped(item.picture.path, reason, unreadable=False) for item in regs[len(kept) :]]
+    return train + kept, [Skipped(item.picture.path, reason, unreadable=False, subset=item.picture.subset) for item in regs[len(kept) :]]
 
 
 def _notes(dataset: DatasetConfig, items: Sequence[Item], unneeded: Sequence[Skipped], number: int) -> list[str]:

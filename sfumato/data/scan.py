@@ -51,6 +51,9 @@ class Skipped:
     reason: str
     unreadable: bool = True
     """Whether something is wrong with it (False: it is simply not needed)."""
+    subset: int = 0
+    """The folder in its dataset, and the dataset, that would have used it."""
+    dataset: int = 0
 
 
 @dataclass(slots=True)
@@ -90,7 +93,7 @@ def scan(dataset: DatasetConfig, index: Index, *, bodies: bool = True, progress:
     result = Scan()
     for i, subset in enumerate(dataset.subsets):
         result.notes += _left_alone(subset, listings[i])
-        result.skipped += [Skipped(path, reason) for path, reason in listings[i].troubles]
+        result.skipped += [Skipped(path, reason, subset=i) for path, reason in listings[i].troubles]
         _add_subset(result, i, subset, listings[i].images, masks[i], facts)
     return result
 
@@ -192,14 +195,15 @@ def _add_subset(
     result: Scan, number: int, subset: SubsetConfig, paths: Sequence[Path], masks: dict[Path, Path], facts: dict[Path, Facts]
 ) -> None:
     bare, blank, long = [], [], []
+    inside = Path(subset.image_dir).as_posix().rstrip("/") + "/"  # `relative_to` takes long for many images
     for path in paths:
         mask = masks.get(path)
         captions = _captions(path, subset)
         if reason := _problem(subset, facts[path], mask, facts, captions):
-            result.skipped.append(Skipped(path, reason))
+            result.skipped.append(Skipped(path, reason, subset=number))
             continue
         if subset.num_repeats < 1:
-            result.skipped.append(Skipped(path, f"num_repeats is {subset.num_repeats}", unreadable=False))
+            result.skipped.append(Skipped(path, f"num_repeats is {subset.num_repeats}", unreadable=False, subset=number))
             continue
         assert not isinstance(captions, str)
         lines = captions if captions is not None else (subset.class_tokens or "",)
@@ -209,7 +213,7 @@ def _add_subset(
         result.pictures.append(
             Picture(
                 path=path,
-                name=path.relative_to(subset.image_dir).as_posix(),
+                name=path.as_posix().removeprefix(inside),
                 width=facts[path].width,
                 height=facts[path].height,
                 captions=lines,

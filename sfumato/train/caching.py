@@ -55,7 +55,7 @@ def open_data(
             datasets, index, skip_unreadable=d.skip_unreadable, stride=latents.stride, multiple=latents.multiple, progress=tell
         )
     if world.main:
-        for line in [*plan.notes, *(f"left out: {skip.path}: {skip.reason}" for skip in plan.skipped)]:
+        for line in dict.fromkeys([*plan.notes, *(f"left out: {skip.path}: {skip.reason}" for skip in plan.skipped)]):
             say(line)
     check_sizes(models, plan.largest())
     if caches_text(config):

@@ -41,11 +41,13 @@ class Facts:
     """The class of the optimizer."""
     started: float = field(default_factory=now)
     _base: dict[str, str] = field(default_factory=dict)
+    _datasets: list[metadata.DatasetFacts] = field(default_factory=list)
 
     def at(self, done: int, epoch: int) -> dict[str, str]:
         """The metadata of a result after `done` optimizer steps, in `epoch` (counted from 0)."""
         spec = self._modelspec()
-        told = metadata.training(self.config, self._run(done, epoch + 1), datasets(self.plan))
+        self._datasets = self._datasets or datasets(self.plan)  # counting all tags takes a while for many images
+        told = metadata.training(self.config, self._run(done, epoch + 1), self._datasets)
         if self.config.output.no_metadata:
             return spec | told
         # Hashing the base model reads all of it, once; later runs remember.
@@ -116,10 +118,10 @@ def _as_kohya_calls(module: str) -> str:
 
 def datasets(plan: Plan) -> list[metadata.DatasetFacts]:
     """What the scan found, a record a dataset."""
-    out = []
+    out, folders = [], plan.folders()
     for d, dataset in enumerate(plan.datasets):
-        items = [item for item in plan.items if item.dataset == d]
-        by_subset = [[item for item in items if item.picture.subset == s] for s in range(len(dataset.subsets))]
+        by_subset = [folders[d, s] for s in range(len(dataset.subsets))]
+        items = [item for mine in by_subset for item in mine]
         buckets: Counter[tuple[int, int]] = Counter()
         for item in items:
             buckets[item.placement.bucket] += item.repeats

@@ -10,7 +10,7 @@ from folders import dataset, folder, noise, plan, subset
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from sfumato.config import DatasetConfig
+from sfumato.config import DatasetConfig, SubsetConfig
 from sfumato.data.plan import Plan
 from sfumato.errors import UserError
 
@@ -162,3 +162,25 @@ def test_an_image_that_would_be_too_large_to_hold_is_told_with_its_size(tmp_path
     noise((2, 20_000), 1).save(tmp_path / "thread.png")
     with pytest.raises(UserError, match=r"thread\.png: 2x20000 would be 512x5120000 before it is cut to 512x512"):
         plan(DatasetConfig(subsets=(subset(tmp_path),)))
+
+
+def test_a_folder_of_several_datasets_is_told_of_once_and_counted_in_its_own_row(tmp_path: Path) -> None:
+    a, b = folder(tmp_path / "a"), folder(tmp_path / "a" / "b")
+    (a / "0.txt").unlink()
+    (b / "1.png").write_bytes(b"")
+    data = (dataset(subset(a), subset(b)), dataset(subset(a), subset(b), resolution=(96, 96)))
+    made = plan(*data, skip_unreadable=True)
+    assert [row[3] for row in made.folder_rows()] == ["5", "4"] * 2 and [row[6] for row in made.folder_rows()] == ["0", "1"] * 2
+    assert len(made.notes) == 1 and "0.png" in made.notes[0]
+    with pytest.raises(UserError) as error:
+        plan(*data)
+    assert str(error.value).count("1.png") == 1
+
+
+def test_the_name_of_an_image_is_its_path_inside_the_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder(tmp_path / "a" / "sub", [(64, 64)])
+    folder(tmp_path / "a", [(64, 64)])
+    monkeypatch.chdir(tmp_path / "a")
+    for place in (".", "../a", str(tmp_path / "a"), f"{tmp_path / 'a'}/"):
+        made = plan(dataset(SubsetConfig(image_dir=place, recursive=True)))
+        assert [item.picture.name for item in made.items] == ["0.png", "sub/0.png"]
