@@ -123,6 +123,8 @@ def _plan(words: list[str]) -> int:
 def _cache(words: list[str]) -> int:
     method = _method(words, "cache", "network")
     resolved = _resolved(words, method, f"sfumato cache {method}")
+    if not (resolved.config.data.cache_latents_to_disk or resolved.config.data.cache_text_encoder_outputs_to_disk):
+        raise UserError("sfumato cache: nothing would be kept: set cache_latents_to_disk, cache_text_encoder_outputs_to_disk or both")
     from sfumato.train import run
 
     run.cache(resolved.config, resolved.datasets)

@@ -53,9 +53,20 @@ def test_commands_hand_over_the_config(home: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(run, "cache", lambda config, datasets: calls.append(("cache", "network", len(datasets))))
     monkeypatch.setattr(draw, "main", lambda config: [Path(config.sample.sample_prompts)])
     Path("prompts.txt").write_text("a cat\n")
-    for argv in (["train", "full", *BASE], ["plan", *BASE], ["cache", *BASE], ["sample", *BASE[:2], "--sample_prompts", "prompts.txt"]):
+    for argv in (
+        ["train", "full", *BASE],
+        ["plan", *BASE],
+        ["cache", *BASE, "--cache_latents_to_disk"],
+        ["sample", *BASE[:2], "--sample_prompts", "prompts.txt"],
+    ):
         assert main(argv) == 0
     assert calls == [("train", "full", 1), ("plan", "network", 1), ("cache", "network", 1)]
+
+
+@pytest.mark.parametrize("memory", [[], ["--cache_latents"]])
+def test_cache_refuses_to_keep_nothing(memory: list[str], home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["cache", *BASE, *memory]) == 2
+    assert "nothing would be kept: set cache_latents_to_disk" in capsys.readouterr().err
 
 
 def test_unexpected_errors_keep_their_traceback_and_interrupts_exit_with_130() -> None:
