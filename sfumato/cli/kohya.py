@@ -70,9 +70,10 @@ def resolve(script: str, argv: Sequence[str]) -> flags.Resolved:
     found = _without_idle_defaults(found)
     family = type(found.config.family).__module__.split(".")[-2]
     if family not in what.families:
+        theirs = [f"{name}.py" for name, other in scripts().items() if other.method == what.method and family in other.families]
         raise UserError(
             f"{script}.py is for the family {' or '.join(what.families)}, but the base model is of the family {family}: "
-            f"use `sfumato train {what.method}`"
+            f"use {' or '.join([*theirs, f'`sfumato train {what.method}`'])}"
         )
     return found
 

@@ -221,7 +221,8 @@ def test_kohyas_scripts_name_the_family(home: Path) -> None:
     config = kohya.resolve("sdxl_train", [*BASE, "--train_text_encoder"]).config
     assert isinstance(config.family, Options) and config.train.train_text_encoder
     assert not kohya.resolve("sdxl_train", BASE).config.train.train_text_encoder
-    with pytest.raises(UserError, match=r"train_network\.py is for the family sd, but the base model is of the family sdxl"):
+    said = r"train_network\.py is for the family sd, but the base model is of the family sdxl: use sdxl_train_network\.py or `sfumato train network`"
+    with pytest.raises(UserError, match=said):
         kohya.resolve("train_network", BASE)
 
 
