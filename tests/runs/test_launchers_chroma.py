@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from launching import launch
 from tinies.chroma import native, write
 from torch import Tensor, equal
 
 from sfumato.formats.files import load
 
-SCRIPTS = Path(__file__).parents[2] / "scripts"
 COMMON = """
     --model_type chroma --apply_t5_attn_mask --guidance_scale 0.0 --timestep_sampling sigmoid --sigmoid_scale 1.0 --model_prediction_type raw
     --loss_type l2 --save_model_as safetensors --sdpa --max_data_loader_n_workers 1 --persistent_data_loader_workers --seed 42
@@ -22,8 +19,8 @@ COMMON = """
 """
 
 
-def launch(script: str, folder: Path, pictures: Path, *command: str) -> tuple[dict[str, Tensor], str]:
-    """Run a launcher under plain python; what it saved, and what it said."""
+def trained(script: str, folder: Path, pictures: Path, *command: str) -> tuple[dict[str, Tensor], str]:
+    """Run a launcher; what it saved, and what it said."""
     files = write(folder)
     (folder / "data.toml").write_text(f'[[datasets]]\nresolution = 64\nbatch_size = 2\n[[datasets.subsets]]\nimage_dir = "{pictures}"\n')
     (folder / "prompts.txt").write_text("a cat --n dull --w 64 --h 32 --d 1 --s 2 --l 4.0 --g 0.0\n")
@@ -32,11 +29,9 @@ def launch(script: str, folder: Path, pictures: Path, *command: str) -> tuple[di
         --output_dir {folder / "out"} --output_name out --sample_prompts {folder / "prompts.txt"}
     """
     told = [*named.split(), *COMMON.split(), *command]
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    ran = subprocess.run([sys.executable, str(SCRIPTS / f"{script}.py"), *told], capture_output=True, text=True, env=env, cwd=folder)
-    assert ran.returncode == 0, ran.stderr[-3000:]
+    said = launch(script, told, folder)
     assert len(list((folder / "out" / "sample").glob("*.png"))) == 1
-    return load(folder / "out" / "out.safetensors"), ran.stderr
+    return load(folder / "out" / "out.safetensors"), said
 
 
 @pytest.fixture
@@ -49,7 +44,7 @@ def test_an_adapter(folder: Path, pictures: Path) -> None:
     clip_l = pictures.parent / "clip_l.safetensors"
     clip_l.touch()
     network = "--network_module networks.lora_flux --network_dim 2 --network_alpha 1 --network_train_unet_only --optimizer_type AdamW"
-    saved, said = launch("flux_train_network", folder, pictures, *network.split(), "--learning_rate", "5e-4", "--clip_l", str(clip_l))
+    saved, said = trained("flux_train_network", folder, pictures, *network.split(), "--learning_rate", "5e-4", "--clip_l", str(clip_l))
     assert "--clip_l: accepted, no effect" in said
     assert {name.rpartition(".lora_")[0].partition("blocks_")[0] for name in saved if ".lora_up" in name} == {
         "lora_unet_double_",
@@ -61,7 +56,7 @@ def test_an_adapter(folder: Path, pictures: Path) -> None:
 def test_a_whole_model(folder: Path, pictures: Path) -> None:
     adafactor = "--optimizer_type adafactor --optimizer_args relative_step=False scale_parameter=False warmup_init=False"
     full = f"{adafactor} --learning_rate 1e-2 --mixed_precision bf16 --save_precision float --mem_eff_save"
-    saved, _ = launch("flux_train", folder, pictures, *full.split())
+    saved, _ = trained("flux_train", folder, pictures, *full.split())
     before = native()
     assert saved.keys() == before.keys()
     changed = {name for name, t in before.items() if not equal(saved[name], t)}

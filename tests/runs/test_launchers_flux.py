@@ -1,20 +1,17 @@
-"""kohya's command lines for FLUX.1 train under plain python."""
+"""kohya's command lines for FLUX.1 train."""
 
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from launching import launch
 from tinies import flux
 
 from sfumato.families.flux.facts import detect
 from sfumato.formats.files import read_header
 
-ROOT = Path(__file__).parents[2]
 SHARED = """
     --output_name out --save_model_as safetensors --sdpa --persistent_data_loader_workers --max_data_loader_n_workers 1 --seed 42
     --gradient_checkpointing --mixed_precision bf16 --save_precision bf16 --highvram --max_train_steps 2 --optimizer_type adafactor
@@ -42,16 +39,7 @@ def test_a_usual_command_line(pictures: Path, tmp_path: Path, script: str, flags
     named = {"pretrained_model_name_or_path": files.model, "dataset_config": dataset, "output_dir": tmp_path / "out", **files.options}
     named |= {"ae": files.vae} if files.vae else {}
     words = [word for name, value in named.items() for word in (f"--{name}", str(value))]
-    command = [sys.executable, str(ROOT / "scripts" / f"{script}.py"), *words, *(SHARED + flags).replace("PROMPTS", str(prompts)).split()]
-    env = {
-        **os.environ,
-        "PYTHONPATH": str(ROOT),
-        "OMP_NUM_THREADS": "1",
-        "CUDA_VISIBLE_DEVICES": "",
-        "XDG_CACHE_HOME": str(tmp_path / "cache"),
-    }
-    ran = subprocess.run(command, capture_output=True, text=True, env=env, cwd=tmp_path)
-    assert ran.returncode == 0, ran.stderr[-3000:]
+    launch(script, [*words, *(SHARED + flags).replace("PROMPTS", str(prompts)).split()], tmp_path)
     result = tmp_path / "out" / "out.safetensors"
     header = read_header(result)
     found = detect({name: info.shape for name, info in header.tensors.items()})

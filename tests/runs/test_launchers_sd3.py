@@ -1,21 +1,18 @@
-"""kohya's command lines for Stable Diffusion 3 train under plain python."""
+"""kohya's command lines for Stable Diffusion 3 train."""
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from launching import launch
 from tinies import sd3
 from tinies.cases import Files
 
 from sfumato.families.detect import identify
 from sfumato.formats.files import load, read_header
 
-SCRIPTS = Path(__file__).parents[2] / "scripts"
 COMMON = """
     --output_name out --save_model_as safetensors --sdpa --persistent_data_loader_workers --max_data_loader_n_workers 1 --seed 42
     --gradient_checkpointing --mixed_precision bf16 --max_train_steps 2 --lr_scheduler constant --weighting_scheme uniform
@@ -30,7 +27,7 @@ def files(tmp_path: Path) -> Files:
     return sd3.write("3.5_medium", tmp_path / "model")
 
 
-def launch(script: str, files: Files, pictures: Path, command: str) -> Path:
+def trained(script: str, files: Files, pictures: Path, command: str) -> Path:
     """Run a launcher in the folder of the model; returns the folder of the results."""
     folder = files.model.parent
     (folder / "data.toml").write_text(f'[[datasets]]\nresolution = 64\nbatch_size = 2\n[[datasets.subsets]]\nimage_dir = "{pictures}"\n')
@@ -40,9 +37,7 @@ def launch(script: str, files: Files, pictures: Path, command: str) -> Path:
         f"--pretrained_model_name_or_path {files.model} {encoders} --dataset_config {folder / 'data.toml'} --output_dir {folder / 'out'}"
     )
     told = f"{named} --sample_prompts {folder / 'prompts.txt'} {COMMON} {command}".split()
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    ran = subprocess.run([sys.executable, str(SCRIPTS / f"{script}.py"), *told], capture_output=True, text=True, env=env, cwd=folder)
-    assert ran.returncode == 0, ran.stderr[-3000:]
+    launch(script, told, folder)
     assert len(list((folder / "out" / "sample").glob("*.png"))) == 1
     return folder / "out"
 
@@ -52,7 +47,7 @@ def test_an_adapter_with_its_text_encoders(files: Files, pictures: Path) -> None
         --network_module networks.lora_sd3 --network_dim 2 --network_alpha 1 --optimizer_type AdamW --learning_rate 1e-3
         --text_encoder_lr 5e-4 2e-4 --network_args x_attn_dim=4 emb_dims=[2,0,0,0,0,2] train_block_indices=0-1 split_qkv=True
     """
-    out = launch("sd3_train_network", files, pictures, command)
+    out = trained("sd3_train_network", files, pictures, command)
     saved, header = load(out / "out.safetensors"), read_header(out / "out.safetensors")
     found = identify({name: info.shape for name, info in header.tensors.items()})
     assert found is not None and (found.family, found.kind, found.dialect) == ("sd3", "adapter", "kohya")
@@ -71,7 +66,7 @@ def test_a_whole_model_with_its_text_encoders(files: Files, pictures: Path) -> N
         --train_text_encoder --learning_rate_te1 1e-3 --learning_rate_te2 0 --learning_rate 1e-2 --save_precision float --save_clip
         --optimizer_type adafactor --optimizer_args relative_step=False scale_parameter=False warmup_init=False
     """
-    out = launch("sd3_train", files, pictures, command)
+    out = trained("sd3_train", files, pictures, command)
     before, after = load(files.model), load(out / "out.safetensors")
     assert before.keys() == after.keys()
     changed = {name for name in before if not torch.equal(before[name], after[name])}

@@ -1,21 +1,18 @@
-"""kohya's command lines for Stable Diffusion XL train under plain python."""
+"""kohya's command lines for Stable Diffusion XL train."""
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from launching import launch
 from safetensors import safe_open
 from tinies import sdxl
 
 from sfumato.families.sdxl.names import CLIP_G, CLIP_L, UNET, VAE
 from sfumato.formats.files import load
 
-ROOT = Path(__file__).parents[2]
 COMMON = """
     --output_name out --save_model_as safetensors --max_train_steps 2 --optimizer_type AdamW --lr_scheduler constant_with_warmup
     --lr_warmup_steps 1 --max_token_length 225 --mixed_precision bf16 --no_half_vae --cache_latents --gradient_checkpointing --sdpa --seed 5
@@ -42,13 +39,11 @@ def trained(pictures: Path, tmp_path: Path, request: pytest.FixtureRequest) -> t
     folder.mkdir()
     pictures.rename(folder / "1_pictures")
     command = f"--pretrained_model_name_or_path {model} --train_data_dir {folder} --output_dir {tmp_path / 'out'} {COMMON} {flags}".split()
-    env = {**{k: v for k, v in os.environ.items() if k != "PYTHONPATH"}, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    ran = subprocess.run([sys.executable, str(ROOT / "scripts" / script), *command], capture_output=True, text=True, env=env)
-    assert ran.returncode == 0, ran.stderr[-3000:]
+    launch(script, command, tmp_path)
     return model, tmp_path / "out" / "out.safetensors"
 
 
-@pytest.mark.parametrize("trained", [("sdxl_train_network.py", NETWORK)], indirect=True, ids=["LoCon"])
+@pytest.mark.parametrize("trained", [("sdxl_train_network", NETWORK)], indirect=True, ids=["LoCon"])
 def test_an_adapter(trained: tuple[Path, Path]) -> None:
     _, result = trained
     tensors = load(result)
@@ -61,7 +56,7 @@ def test_an_adapter(trained: tuple[Path, Path]) -> None:
     assert said["ss_network_module"] == "networks.lora" and said["ss_max_token_length"] == "225"
 
 
-@pytest.mark.parametrize("trained", [("sdxl_train.py", FULL)], indirect=True, ids=["full"])
+@pytest.mark.parametrize("trained", [("sdxl_train", FULL)], indirect=True, ids=["full"])
 def test_a_whole_model(trained: tuple[Path, Path]) -> None:
     before, after = (load(path) for path in trained)
     assert before.keys() == after.keys()

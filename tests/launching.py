@@ -1,0 +1,30 @@
+"""Runs a launcher of `scripts/` in this process: what a new one would spend on imports is most of a test's time."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import runpy
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from unittest.mock import patch
+
+SCRIPTS = Path(__file__).parents[1] / "scripts"
+
+
+def launch(script: str, words: Sequence[str], folder: Path) -> str:
+    """`python scripts/SCRIPT.py WORDS` as from `folder`, which takes the place of the home folder; returns what it printed on stderr."""
+    path, said, here = str(SCRIPTS / f"{script}.py"), io.StringIO(), Path.cwd()
+    home = {"HOME": str(folder), "USERPROFILE": str(folder), "CUDA_VISIBLE_DEVICES": ""}
+    with patch.object(sys, "argv", [path, *words]), patch.object(sys, "path", [*sys.path]), patch.dict(os.environ, home):
+        os.chdir(folder)
+        try:
+            with contextlib.redirect_stderr(said):
+                runpy.run_path(path, run_name="__main__")
+        except SystemExit as end:
+            assert not end.code, said.getvalue()[-3000:]
+        finally:
+            os.chdir(here)
+    return said.getvalue()
