@@ -40,7 +40,7 @@ def kind(name: str) -> type[Adapter]:
         return cast("type[Adapter]", import_module(f"sfumato.adapters.{own}").ADAPTER)
     if name.startswith("lycoris"):
         raise UserError(f"network_module {name!r}: name the algorithm itself, one of {', '.join(kinds())} (locon: lora with conv_dim)")
-    raise UserError(f"network_module {name!r} is not known; there are {', '.join(kinds())}{nearest(own, kinds())}")
+    raise UserError(f"network_module {name!r} is not known; known: {', '.join(kinds())}{nearest(own, kinds())}")
 
 
 def of_leaves(leaves: Mapping[str, Tensor]) -> tuple[type[Adapter], LayerOptions]:
@@ -48,7 +48,7 @@ def of_leaves(leaves: Mapping[str, Tensor]) -> tuple[type[Adapter], LayerOptions
     for name in kinds():
         if options := kind(name).read(leaves):
             return kind(name), options
-    raise UserError(f"no kind of adapter has the tensors {', '.join(sorted(leaves))}; there are {', '.join(kinds())}")
+    raise UserError(f"no kind of adapter has the tensors {', '.join(sorted(leaves))}; known kinds: {', '.join(kinds())}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

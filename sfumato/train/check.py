@@ -12,6 +12,7 @@ from sfumato.adapters import AdapterPlan
 from sfumato.config import Config, DatasetConfig, Method
 from sfumato.errors import Mistakes
 from sfumato.families.base import Models
+from sfumato.optim.arguments import literals
 from sfumato.optim.trial import for_length, trial
 from sfumato.tensors import attention
 from sfumato.train import dist, log, outputs, resume
@@ -64,6 +65,9 @@ def check(config: Config, method: Method, datasets: tuple[DatasetConfig, ...], r
         attention.choose("xformers" if config.memory.xformers else "sdpa")
     with wrong:
         log.check(config.log)
+    for name in ("optimizer_args", "lr_scheduler_args"):
+        with wrong:
+            literals(name, getattr(config.optimizer, name))
     with wrong:
         prompts = _prompts(config, datasets)
     with wrong:

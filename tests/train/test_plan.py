@@ -101,6 +101,14 @@ def test_adapters_that_do_not_fit(refused: Refused, tmp_path: Path) -> None:
     assert "wide.safetensors" in said and "has shape [3, 64], expected [3, 32]" in said
 
 
+def test_arguments_in_one_string_are_told_beside_each_other_and_a_file_is_named_once(refused: Refused, tmp_path: Path) -> None:
+    files.save(tmp_path / "nan.safetensors", {"lora_unet_x.lora_up.weight": torch.tensor([float("nan")])})
+    many = {"optimizer_args": ("a=1 b=2",), "lr_scheduler_args": ("0",), "network_args": ("c=1 d=2",)}
+    said = refused(**many, base_weights=(str(tmp_path / "nan.safetensors"),))
+    assert all(f"{name} {texts[0]!r}: " in said for name, texts in many.items())
+    assert said.count("nan.safetensors") == 1
+
+
 def test_samplers_and_prompts(refused: Refused, tmp_path: Path) -> None:
     (tmp_path / "prompts.txt").write_text("a cat --ss pndm\n", encoding="utf-8")
     v = Options(v_parameterization=True)
