@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import launching
 import pytest
 import torch
 
@@ -17,7 +18,7 @@ BIN = Path(sys.executable).parent
 
 
 def launch(launcher: list[str], model: Path, pictures: Path, out: Path, *flags: str) -> dict[str, torch.Tensor]:
-    """Run scripts/train_network.py with the flags of a usual command line; returns the adapter."""
+    """Run scripts/train_network.py with the flags of a usual command line, without a launcher in this process; returns the adapter."""
     dataset = pictures.parent / "data.toml"
     dataset.write_text(
         f'[general]\ncaption_extension = ".txt"\n[[datasets]]\nresolution = 64\nbatch_size = 2\n[[datasets.subsets]]\nimage_dir = "{pictures}"\n'
@@ -31,6 +32,9 @@ def launch(launcher: list[str], model: Path, pictures: Path, out: Path, *flags: 
         --max_grad_norm 1.0 --gradient_checkpointing --gradient_accumulation_steps 1 --max_data_loader_n_workers 1
         --persistent_data_loader_workers --xformers --save_every_n_epochs 1 --training_comment test --loss_type l2
     """.split()
+    if not launcher:
+        launching.launch("train_network", [*command, *flags], pictures.parent)
+        return load(out / "out.safetensors")
     env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     ran = subprocess.run([*launcher, str(ROOT / "scripts" / "train_network.py"), *command, *flags], capture_output=True, text=True, env=env)
     assert ran.returncode == 0, ran.stderr[-3000:]
@@ -39,7 +43,7 @@ def launch(launcher: list[str], model: Path, pictures: Path, out: Path, *flags: 
 
 @pytest.fixture(scope="module")
 def lone(model: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, torch.Tensor]]:
-    """Five pictures and the adapter that plain python trains on them."""
+    """Five pictures and the adapter that is trained on them without a launcher."""
     import numpy as np
     from PIL import Image
 
@@ -49,7 +53,13 @@ def lone(model: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, d
         noise = np.random.default_rng(i).integers(0, 256, (64, 64, 3), dtype=np.uint8)
         Image.fromarray(noise).save(folder / f"{i}.png")
         (folder / f"{i}.txt").write_text(f"picture {i}")
-    return folder, launch([sys.executable], model, folder, folder.parent / "alone")
+    return folder, launch([], model, folder, folder.parent / "alone")
+
+
+@pytest.mark.parametrize("script", sorted((ROOT / "scripts").glob("*.py")), ids=lambda path: path.stem)
+def test_each_script_runs_the_command_lines_of_its_own_name(script: Path) -> None:
+    pattern = (ROOT / "scripts" / "train_network.py").read_text(encoding="utf-8")
+    assert script.read_text(encoding="utf-8") == pattern.replace("train_network", script.stem)
 
 
 def test_accelerate_launch(lone: tuple[Path, dict[str, torch.Tensor]], model: Path) -> None:
@@ -76,7 +86,7 @@ def test_two_processes_do_the_steps_of_one_that_accumulates(lone: tuple[Path, di
         "--text_encoder_lr",
         "1",
     ]
-    one = launch([sys.executable], model, folder, folder.parent / "one", "--gradient_accumulation_steps", "2", *plain)
+    one = launch([], model, folder, folder.parent / "one", "--gradient_accumulation_steps", "2", *plain)
     run = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(20000 + os.getpid() % 20000)]
     two = launch(run, model, folder, folder.parent / "two", *plain)
     assert one.keys() == two.keys()
