@@ -111,9 +111,9 @@ class Plan:
     def _samples(self, members: Iterable[int]) -> int:
         return sum(self.items[i].repeats for i in members)
 
-    def folder_rows(self) -> list[tuple[str, ...]]:
+    def folder_rows(self) -> list[tuple[str | int, ...]]:
         """A row a folder: dataset, folder, kind, pictures, repeats, samples an epoch, skipped."""
-        rows: list[tuple[str, ...]] = []
+        rows: list[tuple[str | int, ...]] = []
         folders, left = self.folders(), Counter((skip.dataset, skip.subset) for skip in self.skipped)
         for d, dataset in enumerate(self.datasets):
             for s, subset in enumerate(dataset.subsets):
@@ -122,19 +122,18 @@ class Plan:
                 counts = sorted({item.repeats for item in mine}) or [subset.num_repeats]
                 repeats = " or ".join(str(n) for n in counts)
                 kind = "regularisation" if subset.is_reg else "training"
-                rows.append((str(d + 1), subset.image_dir, kind, str(len(mine)), repeats, str(samples), str(left[d, s])))
+                rows.append((d + 1, subset.image_dir, kind, len(mine), repeats, samples, left[d, s]))
         return rows
 
-    def bucket_rows(self) -> list[tuple[str, ...]]:
+    def bucket_rows(self) -> list[tuple[str | int, ...]]:
         """A row a bucket: dataset, bucket, pictures, samples an epoch, batches, size of the last batch, share cut away, enlarged."""
-        rows: list[tuple[str, ...]] = []
+        rows: list[tuple[str | int, ...]] = []
         for (dataset, bucket), members in self.buckets().items():
             size, samples = self.datasets[dataset].batch_size, self._samples(members)
             cut = sum(_cut_away(self.items[i].placement) for i in members) / len(members)
             grown = sum(self.items[i].placement.resized[0] > self.items[i].picture.width for i in members)
             last = samples % size or size
-            row = (dataset + 1, f"{bucket[0]}x{bucket[1]}", len(members), samples, -(-samples // size), last, f"{cut:.1%}", grown)
-            rows.append(tuple(str(value) for value in row))
+            rows.append((dataset + 1, f"{bucket[0]}x{bucket[1]}", len(members), samples, -(-samples // size), last, f"{cut:.1%}", grown))
         return rows
 
     def steps_line(self, accumulation: int = 1, world: int = 1) -> str:

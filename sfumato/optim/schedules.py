@@ -92,7 +92,7 @@ def share(flag: str, value: int | float | str, steps: int) -> int:
     try:
         text = str(value).strip()
         number = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
-        if number < 0 or not math.isfinite(number) or (text.endswith("%") and number > 1):
+        if number < 0 or not math.isfinite(number) or (number > 1 if text.endswith("%") else number >= 1 and number % 1):
             raise ValueError
     except ValueError:
         raise UserError(f'{flag} {value!r}: expected steps (100), a share of the run (0.1) or a percentage ("10%")') from None

@@ -40,9 +40,10 @@ Tell = Callable[[int, int], None]
 """(done, total)."""
 
 
-def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+def print_table(columns: Sequence[str], rows: Sequence[Sequence[str | int]]) -> None:
     """Print a table on stdout; no cell is cut: where the terminal is narrow, headings and the longest cells are broken into lines."""
-    longest = [max(map(cell_len, cells)) for cells in zip(*rows, strict=True)] or [0] * len(columns)
+    words = [tuple(map(str, row)) for row in rows]
+    longest = [max(map(cell_len, cells)) for cells in zip(*words, strict=True)] or [0] * len(columns)
     whole = [max(cells, cell_len(column)) for column, cells in zip(columns, longest, strict=True)]
     narrow = 1 + sum(width + 3 for width in whole) > answers.width
     table, least = Table(), 1
@@ -52,7 +53,7 @@ def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
         broken = cells == max(longest)
         least += 3 + (min(width, NARROWEST) if broken else width)
         table.add_column(Text(textwrap.fill(column, width)), overflow="fold", no_wrap=not broken)
-    for row in rows:
+    for row in words:
         table.add_row(*map(Text, row))
     # What is wider even so is left to the terminal, which breaks the lines: a narrower table would lose letters.
     shown = answers.render(table, answers.options.update(width=max(answers.width, least)))

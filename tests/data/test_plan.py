@@ -71,8 +71,8 @@ def test_the_table_is_what_is_done(
     )
     batches = made.batches(0, 0)
     samples = sum(map(len, batches))
-    assert len(batches) == made.batches_per_epoch == sum(int(row[4]) for row in made.bucket_rows())
-    assert samples == made.train_samples + made.reg_samples == sum(int(row[5]) for row in made.folder_rows())
+    assert len(batches) == made.batches_per_epoch == sum(row[4] for row in made.bucket_rows())
+    assert samples == made.train_samples + made.reg_samples == sum(row[5] for row in made.folder_rows())
     steps = [batches[i : i + accumulation * world] for i in range(0, len(batches), accumulation * world)]
     assert made.steps_per_epoch(accumulation, world) == len(steps)
     assert f"= {len(steps)} steps" in made.steps_line(accumulation, world)
@@ -170,7 +170,7 @@ def test_a_folder_of_several_datasets_is_told_of_once_and_counted_in_its_own_row
     (b / "1.png").write_bytes(b"")
     data = (dataset(subset(a), subset(b)), dataset(subset(a), subset(b), resolution=(96, 96)))
     made = plan(*data, skip_unreadable=True)
-    assert [row[3] for row in made.folder_rows()] == ["5", "4"] * 2 and [row[6] for row in made.folder_rows()] == ["0", "1"] * 2
+    assert [row[3] for row in made.folder_rows()] == [5, 4] * 2 and [row[6] for row in made.folder_rows()] == [0, 1] * 2
     assert len(made.notes) == 1 and "0.png" in made.notes[0]
     with pytest.raises(UserError) as error:
         plan(*data)

@@ -122,7 +122,7 @@ def test_share(value, steps):
     assert share("lr_warmup_steps", value, 100) == steps
 
 
-@pytest.mark.parametrize("value", ["ten", "-1", -3, "120%", "nan"])
+@pytest.mark.parametrize("value", ["ten", "-1", -3, "120%", "nan", 1.5, "2.5"])
 def test_share_refuses(value):
     with pytest.raises(UserError, match="lr_warmup_steps"):
         share("lr_warmup_steps", value, 100)

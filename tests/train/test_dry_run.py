@@ -176,5 +176,6 @@ def test_results_are_named_with_their_ending(model: Path, pictures: Path, tmp_pa
     assert "lora-step00000002.safetensors" in said and "lora.safetensors" in said
     found = json.loads(json.dumps(plan.facts(told(model, tmp_path, save_model_as="ckpt"), "full", data(pictures))))
     assert found["results"][-1]["files"].endswith("lora.ckpt")
+    assert isinstance(found["folders"][0]["pictures"], int)
     assert found["steps"] == 4 and found["trained"][0]["component"] == "denoiser"
     assert not (tmp_path / "out").exists()
