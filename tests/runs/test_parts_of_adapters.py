@@ -86,7 +86,7 @@ def test_a_part_that_the_file_has_not_is_told(where: Path, tmp_path: Path, capsy
 @pytest.mark.parametrize(
     ("options", "left"),
     [({"unet_lr": 0.0}, {"lora_te"}), ({"text_encoder_lr": (0.0,)}, {"lora_unet"}), ({}, {"lora_unet", "lora_te"})],
-    ids=str,
+    ids=["denoiser", "text encoder", "none"],
 )
 def test_a_rate_of_0_leaves_its_part_out_of_the_result(where: Path, tmp_path: Path, options: dict[str, Any], left: set[str]) -> None:
     course = prepared.prepare(where, output_dir=str(tmp_path), network_train_unet_only=False, **options)
