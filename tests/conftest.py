@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import gzip
 import json
 from collections.abc import Callable
@@ -17,6 +18,12 @@ __all__ = ["keys", "model", "pictures", "train"]
 torch.set_num_threads(1)
 
 KEYS = Path(__file__).with_name("fixtures") / "keys"
+
+
+def pytest_collection_finish() -> None:
+    """What was imported stays: the collector need not walk through these million objects again in every test."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")
