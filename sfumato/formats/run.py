@@ -126,21 +126,21 @@ def newest(parent: str | Path, named: str) -> Path | None:
     Damaged ones are logged and passed over. A clock that was set back does not matter: the step decides.
     """
     parent = Path(parent)
-    leftovers.restore(parent, re.compile(named).fullmatch)
-    bad: dict[Path, str] = {}
+    fits, bad = re.compile(named).fullmatch, dict[Path, str]()
+    leftovers.restore(parent, fits)
     for wait in range(_TRIES):
-        bad, last = {}, wait == _TRIES - 1
         time.sleep(0.05 * wait)
-        if leftovers.exchanging(parent, re.compile(named).fullmatch) and not last:
+        if leftovers.exchanging(parent, fits) and wait < _TRIES - 1:
             continue
-        states = [p for p in _folders(parent) if re.fullmatch(named, p.name)]
+        states = {p: _manifest(p) for p in _folders(parent) if fits(p.name)}
+        bad = {}
         for folder in sorted(states, key=_age, reverse=True):
             if not (damage := damages(folder)):
                 _tell(bad)
                 return folder
             bad[folder] = "; ".join(damage)
-        if not bad:
-            return None  # those that were bad may just have been replaced by another process
+        if states == {p: _manifest(p) for p in _folders(parent) if fits(p.name)} and not leftovers.exchanging(parent, fits):
+            break  # nobody is replacing one: they are damaged
     _tell(bad)
     return None
 

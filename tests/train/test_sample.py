@@ -239,7 +239,7 @@ def test_a_sampler_whose_library_is_missing_is_told(monkeypatch: pytest.MonkeyPa
 def test_a_model_without_a_vae_is_refused(models: Models) -> None:
     latent: Tensor = START[0]
     with pytest.raises(UserError, match="--vae"):
-        decode(replace(models, vae=None), latent, PROMPT)
+        decode(replace(models, vaes=None), latent, PROMPT)
 
 
 def lora(folder: Path) -> Path:
