@@ -169,7 +169,8 @@ def test_cached_runs_equal_live_ones_in_every_weight_where_nothing_is_rounded(
         results.append({name: p.detach().clone() for name, p in course.trainable.weights().items()})
     assert results[0].keys() == results[1].keys()
     for name, p in results[0].items():
-        torch.testing.assert_close(results[1][name], p, atol=1e-6, rtol=1e-5)
+        # Adam divides by a gradient's own size, so a processor's last bit may move a weight by some 1e-6; other dropouts would by 1e-3.
+        torch.testing.assert_close(results[1][name], p, atol=1e-5, rtol=1e-5)
 
 
 def test_a_bundle_trained_whole_keeps_its_encoders(prepare: Prepare, files: Files, tmp_path: Path) -> None:
