@@ -186,7 +186,7 @@ def adapted(case: Case, files: Files, run: Adapted, components: set[str]) -> Non
     wanted = says(models)
     fresh = case.models(files)
     held = from_state(fresh.nets(), read_adapter(fresh, result)).eval()
-    torch.testing.assert_close(says(fresh), wanted, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(says(fresh), wanted, atol=1e-6, rtol=1e-6)
     held.remove()
     assert (says(fresh) - wanted).abs().max() > 1e-4
     assert read_header(result).metadata["ss_base_model_version"] == families.facts(case.family).base_model_version(models.options)
