@@ -75,7 +75,7 @@ def measure(path: str, target: str | None) -> Mapping[str, float]:
 
     from sfumato import families
     from sfumato.families.detect import detect_file
-    from sfumato.families.loading import load
+    from sfumato.models.loading import load
 
     assert AutoencoderKL and CLIPTextModel and CLIPTokenizer
     torch.set_num_threads(1)

@@ -16,10 +16,10 @@ from torch import Tensor
 
 from sfumato import families
 from sfumato.data.folders import listing
-from sfumato.data.pictures import flat
+from sfumato.data.images import flat
 from sfumato.data.scan import open_picture
 from sfumato.families.detect import detect_file
-from sfumato.families.loading import load
+from sfumato.models.loading import load
 
 ROOT = Path(__file__).parents[1]
 

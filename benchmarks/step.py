@@ -28,8 +28,8 @@ from torch import Tensor, nn
 from sfumato import adapters, families
 from sfumato.config import Config, LossConfig, MemoryConfig, NetworkConfig, NoiseConfig
 from sfumato.data.batch import Batch
-from sfumato.families.base import Models
 from sfumato.memory.plan import fit
+from sfumato.models.base import Models
 from sfumato.optim import build
 from sfumato.train.devices import peak_memory
 from sfumato.train.step import Step

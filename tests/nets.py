@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sfumato.families.borrowed import clip_part, t5_part, vae_part
-from sfumato.families.parts import Part, open_part
 from sfumato.formats.files import save
+from sfumato.models.components import Part, open_part
+from sfumato.models.encoders.components import clip_part, t5_part, vae_part
 
 T5 = t5_part(("text_encoders.t5xxl.transformer.",), "text_encoder_3")
 

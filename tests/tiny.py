@@ -16,12 +16,12 @@ from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNe
 from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from sfumato.families.autoencoders import vae_keys
-from sfumato.families.encoders import CLIP_BARE, OPEN_CLIP
 from sfumato.families.sd.names import CLIP_H, CLIP_L, UNET, VAE, unet_keys
-from sfumato.families.tokenizers import BOS, EOS, byte_letters, stock_vocabulary
 from sfumato.formats.files import save
 from sfumato.formats.names import add_prefix
+from sfumato.models.autoencoders import vae_keys
+from sfumato.models.encoders.clip import CLIP_BARE, OPEN_CLIP
+from sfumato.models.encoders.tokenizers import BOS, EOS, byte_letters, stock_vocabulary
 
 WIDTH = 64
 """Of the text states."""

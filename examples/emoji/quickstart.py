@@ -39,10 +39,10 @@ def show(adapter: Path) -> None:
     from sfumato import families
     from sfumato.config import Config, ModelConfig
     from sfumato.families.detect import detect_file
-    from sfumato.train.draw import Drawer
-    from sfumato.train.picture import grid
+    from sfumato.sampling.image_files import grid
+    from sfumato.sampling.prompts import read_prompts
+    from sfumato.train.pipeline import Drawer
     from sfumato.train.progress import console, telling
-    from sfumato.train.prompts import read_prompts
 
     model = str(HERE / "model.safetensors")
     options = families.facts(detect_file(model).family).options()

@@ -12,11 +12,11 @@ from diffusers import UNet2DConditionModel
 from torch import Tensor
 from transformers import CLIPTextConfig
 
-from sfumato.families.autoencoders import vae_keys
-from sfumato.families.encoders import CLIP_HF, HEAD_WIDTH, ClipText
 from sfumato.families.sd import names
 from sfumato.formats.files import load, save
 from sfumato.formats.names import add_prefix
+from sfumato.models.autoencoders import vae_keys
+from sfumato.models.encoders.clip import CLIP_HF, HEAD_WIDTH, ClipText
 
 CHANNELS = (64, 96, 128, 160)
 CONTEXT = 128

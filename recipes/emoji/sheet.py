@@ -9,12 +9,12 @@ import torch
 from pictures import captions
 
 from sfumato.config import LossConfig, NoiseConfig
-from sfumato.families.loading import load
 from sfumato.families.sd.facts import Options
 from sfumato.families.sd.family import FAMILY
-from sfumato.train.picture import grid
-from sfumato.train.prompts import Prompt
-from sfumato.train.sample import draw
+from sfumato.models.loading import load
+from sfumato.sampling.image_files import grid
+from sfumato.sampling.prompts import Prompt
+from sfumato.sampling.sample import draw
 
 NAMES = """
 red apple, banana, strawberry, watermelon, pineapple, carrot, mushroom, hamburger, slice of pizza, birthday cake, doughnut, beer mug,

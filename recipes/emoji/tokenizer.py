@@ -11,7 +11,7 @@ from pathlib import Path
 
 from pictures import FORMS, captions
 
-from sfumato.families.tokenizers import byte_letters
+from sfumato.models.encoders.tokenizers import byte_letters
 
 END = "</w>"
 SPECIAL = ("<|startoftext|>", "<|endoftext|>")

@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from sfumato import families
-from sfumato.cli import foreign, habits, options, paths, rules, toml, values
+from sfumato.cli import habits, kohya_settings, options, paths, rules, toml, values
 from sfumato.cli.report import Given, Report
 from sfumato.config import Config, DatasetConfig, Method
 from sfumato.errors import UserError, nearest
-from sfumato.families.about import Facts
 from sfumato.formats.paths import trouble
+from sfumato.models.facts import Facts
 
 Say = Callable[[str], None]
 
@@ -54,7 +54,7 @@ def parser(prog: str, *, names: Iterable[str] | None = None) -> Parser:
             if option.section not in groups:
                 groups[option.section] = made.add_argument_group(option.section)
             groups[option.section].add_argument(f"--{option.name}", **_argument(option))
-    for name in sorted(foreign.names()) if wanted is None else ():
+    for name in sorted(kohya_settings.names()) if wanted is None else ():
         made.add_argument(f"--{name}", nargs="*", help=argparse.SUPPRESS)
     return made
 
@@ -209,11 +209,11 @@ def _flag_value(value: Any) -> Any:
 
 def every_name() -> list[str]:
     """All settings that can be written, kohya's included."""
-    return [*options.known(), *foreign.names(), *CONFIGS]
+    return [*options.known(), *kohya_settings.names(), *CONFIGS]
 
 
 def _own_words(settings: Iterable[Given], report: Report) -> list[Given]:
-    told = [foreign.translate(g, report) if g.key in foreign.names() else g for g in settings]
+    told = [kohya_settings.translate(g, report) if g.key in kohya_settings.names() else g for g in settings]
     return [g for g in told if g is not None]
 
 
@@ -264,7 +264,7 @@ def _flat(content: Mapping[str, Any], at: tuple[str | int, ...] = ()) -> Iterabl
 def _not_a_setting(given: Given, found: Mapping[str, Given]) -> str:
     if given.key in found:
         return f"was set before, at {found[given.key].where}"
-    if given.key in options.known() or given.key in foreign.names() or (given.lenient and given.key in habits.network_args()):
+    if given.key in options.known() or given.key in kohya_settings.names() or (given.lenient and given.key in habits.network_args()):
         return ""
     return f"unknown setting{nearest(given.key, every_name())}"
 

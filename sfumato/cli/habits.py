@@ -7,7 +7,7 @@ from dataclasses import fields, replace
 from functools import cache
 
 from sfumato import families
-from sfumato.cli import foreign, options
+from sfumato.cli import kohya_settings, options
 from sfumato.cli.report import Given, Report
 
 _LORA_ARGS = """
@@ -46,7 +46,7 @@ def gathered(found: Mapping[str, Given], report: Report) -> dict[str, Given]:
     """The settings of a file with those that belong there put into network_args; sd-scripts does not read them, which users do not know."""
     out = {key: each for key, each in found.items() if key not in network_args()}
     for key, each in found.items():
-        if key in network_args() and not foreign.off(each):
+        if key in network_args() and not kohya_settings.off(each):
             _put(out, each, report)
     return out
 
@@ -59,7 +59,7 @@ def without_silent(given: Mapping[str, Given], report: Report) -> dict[str, Give
     kept = []
     for text in args.value:
         if (name := str(text).partition("=")[0]) in _SILENT:
-            report.note(f"{args} {text}: accepted, no effect: {foreign.INERT[name]}")
+            report.note(f"{args} {text}: accepted, no effect: {kohya_settings.INERT[name]}")
         else:
             kept.append(text)
     return {**given, "network_args": replace(args, value=kept)}

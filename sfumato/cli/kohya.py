@@ -9,7 +9,7 @@ from functools import cache
 from importlib.util import find_spec
 
 from sfumato import families
-from sfumato.cli import flags, foreign, main, options
+from sfumato.cli import flags, kohya_settings, main, options
 from sfumato.cli.report import Given, Report
 from sfumato.config import Method
 from sfumato.errors import UserError
@@ -81,7 +81,7 @@ def resolve(script: str, argv: Sequence[str]) -> flags.Resolved:
 def flags_of(script: Script) -> frozenset[str]:
     """The flags of a script, as far as its families have them; each may be shortened to what no other one begins with."""
     theirs = {name for family in script.families for name in options.of_family(family)}
-    return frozenset({"config_file", *foreign.flags(), *theirs, *options.common()} - OURS)
+    return frozenset({"config_file", *kohya_settings.flags(), *theirs, *options.common()} - OURS)
 
 
 def _adapt(script: Script, given: dict[str, Given], report: Report) -> None:

@@ -143,9 +143,9 @@ def _sample(words: list[str]) -> int:
     resolved = _resolved(words, "network", "sfumato sample", data=False, only=read)
     if not resolved.config.sample.sample_prompts:
         raise UserError("sfumato sample: set sample_prompts, a file of prompts (.txt, .toml or .json)")
-    from sfumato.train import draw
+    from sfumato.train import pipeline
 
-    for path in draw.main(resolved.config):
+    for path in pipeline.main(resolved.config):
         print(path)
     return 0
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 
 from sfumato import families
-from sfumato.cli import flags, foreign, options, values
+from sfumato.cli import flags, kohya_settings, options, values
 
 HEAD = """# Options
 
@@ -46,14 +46,14 @@ def _cell(text: str) -> str:
 
 
 def _kohya() -> str:
-    renamed = {name: f"{new} = {value}" if value else new for name, (new, value) in foreign.RENAMED.items()}
+    renamed = {name: f"{new} = {value}" if value else new for name, (new, value) in kohya_settings.RENAMED.items()}
     return "\n".join(
         [
             "## Settings of kohya's scripts that are no settings of sfumato",
             "",
             *_pairs("Read as", renamed),
-            *_pairs("Accepted, no effect", foreign.INERT),
-            *_pairs("Refused", foreign.REFUSED),
+            *_pairs("Accepted, no effect", kohya_settings.INERT),
+            *_pairs("Refused", kohya_settings.REFUSED),
         ]
     )
 

@@ -16,7 +16,7 @@ from torch.nn import functional
 from sfumato.config.data import Interpolation, PictureOptions
 from sfumato.data.batch import Size
 from sfumato.data.buckets import Crop, Placement
-from sfumato.data.pictures import flat
+from sfumato.data.images import flat
 from sfumato.data.scan import Picture, open_picture
 
 _PILLOW: Mapping[Interpolation, Image.Resampling] = {

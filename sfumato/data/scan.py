@@ -15,7 +15,7 @@ from PIL import Image
 
 from sfumato.config import DatasetConfig, SubsetConfig
 from sfumato.data.folders import SUFFIXES, Listing, listing
-from sfumato.data.pictures import Unreadable, oriented_size, read
+from sfumato.data.images import Unreadable, oriented_size, read
 from sfumato.data.store import Index, Progress
 from sfumato.errors import UserError
 from sfumato.formats.files import stamp

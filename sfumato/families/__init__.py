@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 if TYPE_CHECKING:
-    from sfumato.families.about import Facts
-    from sfumato.families.base import Family
+    from sfumato.models.base import Family
+    from sfumato.models.facts import Facts
 
 
 @cache

@@ -5,39 +5,14 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Literal
 
 from sfumato import families
 from sfumato.errors import UserError
-from sfumato.families import sources
 from sfumato.formats import files
-
-Shapes = Mapping[str, tuple[int, ...]]
-Kind = Literal["checkpoint", "adapter", "vae", "text_encoder", "embedding", "controlnet"]
-WHOLE = ("denoiser", "text_encoder", "vae")
-LEAF = re.compile(r".*\.((lora|hada|lokr)_\w+(\.\w+)*|lora\.(up|down)\.weight|oft_blocks|oft_diag|diff|diff_b|dora_scale|alpha)")
-"""Names of an adapter's tensors."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Detected:
-    """What a family says of a file that it knows."""
-
-    family: str
-    kind: Kind
-    variant: str = ""
-    """Version within the family ("v1", "v2"); empty: the file does not say."""
-    dialect: str = ""
-    """How its names are spelled: "ldm", "diffusers", "openclip" ...; of adapters "kohya", "comfy" or "peft"."""
-    prediction: Literal["eps", "v"] | None = None
-    """What the denoiser says; None: the file does not say."""
-    parts: tuple[str, ...] = ()
-    """Of a checkpoint, what of `WHOLE` it holds."""
-    refused: str = ""
-    """Of a checkpoint that cannot be trained, what it is, as the end of a sentence."""
-
+from sfumato.models import locate
+from sfumato.models.facts import WHOLE, Detected, Kind, Shapes
 
 CALLED: Mapping[Kind, str] = {
     "adapter": "an adapter (such as a LoRA), not a base model: give it as --network_weights, and the model it was trained on here",
@@ -83,7 +58,7 @@ def detect_file(name: str | Path, flag: str = "pretrained_model_name_or_path") -
 
     Errors: a `UserError` of one line that says what the file seems to be when it is no whole model of a known family.
     """
-    path = sources.local(str(name), flag)
+    path = locate.local(str(name), flag)
     if path.is_dir():
         return _folder(path, flag)
     shapes = _shapes([path], flag)
@@ -117,9 +92,9 @@ def _shapes(paths: Sequence[Path], flag: str) -> Shapes:
     """Names and shapes of some files, if their weights can be read."""
     shapes: dict[str, tuple[int, ...]] = {}
     for path in paths:
-        sources.refuse_quantised(f"{flag}: {path}")
+        locate.refuse_quantised(f"{flag}: {path}")
         found = {name: info.shape for name, info in files.read_header(path).tensors.items()}
-        sources.refuse_quantised(f"{flag}: {path}", found)
+        locate.refuse_quantised(f"{flag}: {path}", found)
         shapes |= found
     return shapes
 
@@ -128,11 +103,11 @@ def _folder(path: Path, flag: str) -> Detected:
     index = path / "model_index.json"
     if not index.is_file():
         raise UserError(f"{flag}: the folder {path} has no model_index.json: expected a diffusers folder, or a single file")
-    pipeline = str(sources.read_json(index).get("_class_name"))
+    pipeline = str(locate.read_json(index).get("_class_name"))
     for name in families.names():
         if pipeline in families.facts(name).pipelines:
             denoiser = path / families.facts(name).denoiser_folder
-            shapes = _shapes(sources.weight_files(denoiser), flag)
+            shapes = _shapes(locate.weight_files(denoiser), flag)
             found = _recognised(name, shapes)
             if found and found.refused:
                 raise UserError(f"{flag}: {path} is {found.refused}")

@@ -10,7 +10,7 @@ import torch
 
 from sfumato.config import OptimizerConfig
 from sfumato.errors import UserError, nearest
-from sfumato.optim import arguments, low_bits
+from sfumato.optim import arguments, stochastic_rounding
 from sfumato.optim.groups import Group
 
 _BITS = "bitsandbytes.optim"
@@ -105,7 +105,7 @@ def in_low_bits(optimizer: torch.optim.Optimizer, seed: int) -> torch.optim.Opti
     """The same optimizer for weights held in bf16: it computes in fp32, and what it computed is rounded stochastically."""
     if has_modes(optimizer):
         raise UserError(f"full_bf16 does not go with {type(optimizer).__name__}: its averaged weights would be lost in rounding")
-    low_bits.attach(optimizer, seed)
+    stochastic_rounding.attach(optimizer, seed)
     return optimizer
 
 

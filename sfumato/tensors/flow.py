@@ -58,7 +58,7 @@ class Flow:
     def of(cls, options: Any, noise: Any, loss: Any, *, refused: Mapping[str, str], shift: float = 1.0) -> Flow:
         """Take the fields from config records that spell them alike: a family's `Options`, `NoiseConfig`, `LossConfig`.
 
-        `refused`: settings that a flow has no use for, and why (`families/flow_options.py: REFUSED`).
+        `refused`: settings that a flow has no use for, and why (`models/flow_options.py: REFUSED`).
         Errors: one `UserError` with all of those that were set, and with all that would do nothing or harm.
         """
         configs = (options, noise, loss)

@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from sfumato.errors import UserError
-from sfumato.families import detect, sources
+from sfumato.families import detect
 from sfumato.formats import files
 from sfumato.formats.header import Header
+from sfumato.models import locate
+from sfumato.models.facts import Detected, Shapes
 
 _DOWN = (".lora_down.weight", ".lora_A.weight", ".lora_A.default.weight", ".lora.down.weight")
 """Ends of the tensors whose rows are the rank of a LoRA."""
@@ -70,7 +72,7 @@ def text(facts: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _identify(path: Path, shapes: detect.Shapes) -> tuple[detect.Detected | None, str]:
+def _identify(path: Path, shapes: Shapes) -> tuple[Detected | None, str]:
     """What a file or folder is; or None and what it seems to be."""
     if (path / "model_index.json").is_file():
         try:
@@ -86,16 +88,16 @@ def _headers(path: Path) -> dict[Path, Header]:
     if not path.is_dir():
         return {path: files.read_header(path)}
     if (path / "model_index.json").is_file():
-        index = sources.read_json(path / "model_index.json")
+        index = locate.read_json(path / "model_index.json")
         parts = [path / name for name in index if (path / name).is_dir() and _has_weights(path / name)]
     else:
         parts = [path]
-    return {file: files.read_header(file) for part in parts for file in sources.weight_files(part)}
+    return {file: files.read_header(file) for part in parts for file in locate.weight_files(part)}
 
 
 def _has_weights(folder: Path) -> bool:
     """Tokenizers and schedulers have none."""
     try:
-        return bool(sources.weight_files(folder))
+        return bool(locate.weight_files(folder))
     except UserError:
         return False

@@ -15,11 +15,11 @@ from sfumato.data.batch import Cond, Tokens
 from sfumato.data.cache import Report, cache_latents, cache_texts, check_fixed, every_caption
 from sfumato.data.plan import Plan, make_plan
 from sfumato.data.store import Index, Store, default_root
-from sfumato.families.base import Models, check_sizes
-from sfumato.families.loading import fetch, fetch_vae
 from sfumato.formats import files
 from sfumato.formats.files import file_digest
 from sfumato.formats.metadata import remembered
+from sfumato.models.base import Models, check_sizes
+from sfumato.models.loading import fetch, fetch_vae
 from sfumato.train import dist, lengths
 from sfumato.train.diagnose import blaming
 from sfumato.train.progress import Tell, console, telling

@@ -11,14 +11,14 @@ from sfumato import adapters, families
 from sfumato.adapters import AdapterPlan
 from sfumato.config import Config, DatasetConfig, Method
 from sfumato.errors import Mistakes
-from sfumato.families.base import Models
+from sfumato.models.base import Models
 from sfumato.optim.arguments import literals
 from sfumato.optim.trial import for_length, trial
+from sfumato.sampling.prompts import Prompt, of_run, sampler
+from sfumato.sampling.sample import check_prompts, check_samplers
 from sfumato.tensors import attention
 from sfumato.train import dist, log, outputs, resume
 from sfumato.train.devices import check_base_weights, outline_models
-from sfumato.train.prompts import Prompt, of_run, sampler
-from sfumato.train.sample import check_prompts, check_samplers
 from sfumato.train.trainables import Adapters, Full, Trainable
 
 

@@ -11,9 +11,10 @@ from sfumato import families
 from sfumato.adapters.insert import from_state
 from sfumato.config import Config, Method
 from sfumato.errors import UserError
-from sfumato.families.base import Family, Models
-from sfumato.families.loading import forget, outline, read_values
+from sfumato.families.detect import detect_file
 from sfumato.memory.plan import fit
+from sfumato.models.base import Family, Models
+from sfumato.models.loading import forget, outline, read_values
 from sfumato.train import dist
 from sfumato.train.progress import telling
 from sfumato.train.trainables import Trainable, caches_latents, caches_text, read_adapter, whole_nets
@@ -24,8 +25,9 @@ def outline_models(config: Config) -> Models:
     model = config.model
     family = families.of(config.family)
     return outline(
-        family, model.pretrained_model_name_or_path, config.family, vae=model.vae, tokenizer=model.tokenizer, later=_later(config, family)
-    )
+        family, model.pretrained_model_name_or_path, config.family, detect=detect_file,
+        vae=model.vae, tokenizer=model.tokenizer, later=_later(config, family),
+    )  # fmt: skip
 
 
 def load_models(

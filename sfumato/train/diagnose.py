@@ -13,8 +13,8 @@ from torch import Tensor
 
 from sfumato.data.batch import Batch
 from sfumato.errors import UserError
-from sfumato.families.base import Models
 from sfumato.formats.files import PICKLES
+from sfumato.models.base import Models
 from sfumato.train import dist
 from sfumato.train.step import Step, autocast
 

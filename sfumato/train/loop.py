@@ -27,7 +27,7 @@ from sfumato.data.plan import Plan, SampleRef
 from sfumato.errors import UserError, WriteError
 from sfumato.optim import build
 from sfumato.optim.ema import EMA
-from sfumato.train import diagnose, keep
+from sfumato.train import checkpoints, diagnose
 from sfumato.train.dist import World
 from sfumato.train.log import Log
 from sfumato.train.mishaps import Mishaps
@@ -176,8 +176,8 @@ def run(course: Course) -> bool:
                     if duty:
                         duty()
                     if stop and course.done < pace.steps:
-                        name = keep.step_name(course.config.output.output_name, course.done)
-                        _save(course, keep.Saving(name, state=True), epoch, last=True)
+                        name = checkpoints.step_name(course.config.output.output_name, course.done)
+                        _save(course, checkpoints.Saving(name, state=True), epoch, last=True)
                         return False
     except Exception:
         save_what_is_done(course)
@@ -247,8 +247,8 @@ def _duties(course: Course, epoch: int) -> Callable[[], None] | None:
     output, sample, pace, step = course.config.output, course.config.sample, course.pace, course.done
     ended = step == min((epoch + 1) * pace.steps_per_epoch, pace.steps)
     savings = [
-        keep.after_step(output, step) if step < pace.steps else None,
-        keep.after_epoch(output, epoch + 1, pace.epochs) if ended else None,
+        checkpoints.after_step(output, step) if step < pace.steps else None,
+        checkpoints.after_epoch(output, epoch + 1, pace.epochs) if ended else None,
     ]
     every, epochs = sample.sample_every_n_steps, sample.sample_every_n_epochs
     draws = (every and step % every == 0) or (epochs and ended and (epoch + 1) % epochs == 0)
@@ -268,7 +268,7 @@ def _duties(course: Course, epoch: int) -> Callable[[], None] | None:
     return duty
 
 
-def _save(course: Course, saving: keep.Saving, epoch: int, *, last: bool = False) -> None:
+def _save(course: Course, saving: checkpoints.Saving, epoch: int, *, last: bool = False) -> None:
     """Save what is due. What cannot be written (a full disk) is told, and training goes on: the old results are untouched, none is
     removed, and there may be room when the next is due. `last`: nothing comes after it, so errors are raised, once all is tried."""
     folder = Path(course.config.output.output_dir)
@@ -284,7 +284,7 @@ def _save(course: Course, saving: keep.Saving, epoch: int, *, last: bool = False
         for each in failed:
             course.mishaps.tell(f"{saving.name} not saved whole", each)
         if not failed:
-            keep.clean(saving, folder, suffix)
+            checkpoints.clean(saving, folder, suffix)
     course.world.wait()
 
 
@@ -293,9 +293,9 @@ def _save_result(course: Course, path: Path, epoch: int) -> None:
         course.save_result(path, course.done, epoch)
 
 
-def _save_state(course: Course, saving: keep.Saving) -> None:
+def _save_state(course: Course, saving: checkpoints.Saving) -> None:
     if saving.state:
-        course.save_state(Path(course.config.output.output_dir) / keep.state_name(saving.name))
+        course.save_state(Path(course.config.output.output_dir) / checkpoints.state_name(saving.name))
 
 
 def save_what_is_done(course: Course, *, anyway: bool = False) -> None:
@@ -311,7 +311,7 @@ def save_what_is_done(course: Course, *, anyway: bool = False) -> None:
         or not (anyway or output.save_state or output.save_state_on_train_end)
     ):
         return
-    folder = Path(output.output_dir) / keep.state_name(keep.step_name(output.output_name, course.done))
+    folder = Path(output.output_dir) / checkpoints.state_name(checkpoints.step_name(output.output_name, course.done))
     try:
         course.save_state(folder)
         console.print(f"{folder}: the state after step {course.done}, saved because of an error; go on with --resume auto")

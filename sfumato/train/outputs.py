@@ -16,9 +16,9 @@ from pathlib import Path
 from sfumato.config import Config, DatasetConfig, Method, OutputConfig
 from sfumato.data.folders import SUFFIXES
 from sfumato.errors import UserError
-from sfumato.families.parts import Source
 from sfumato.formats.folders import irreplaceable
-from sfumato.train import keep
+from sfumato.models.components import Source
+from sfumato.train import checkpoints
 
 
 @dataclass(slots=True)
@@ -46,7 +46,7 @@ def check(config: Config, method: Method, datasets: Sequence[DatasetConfig], sou
     if held := next(((setting, path) for setting, path in inputs.folders if _inside(folder, path)), None):
         wrong.append(f"output_dir: {folder} is in the model that {held[0]} names ({held[1]}); choose a folder outside of it")
     components = list(source.held) if source and method == "full" else []
-    for path, is_folder in _existing(config, keep.ending(config.output, method, layout), components):
+    for path, is_folder in _existing(config, checkpoints.ending(config.output, method, layout), components):
         wrong += _collisions(path, is_folder, inputs)
     wrong += _not_folders(folder, (["sample"] if config.sample.sample_prompts else []) + (["logs"] if _logs_here(config) else []))
     if wrong:

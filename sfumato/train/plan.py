@@ -9,7 +9,7 @@ from typing import Any
 
 from sfumato.config import Config, DatasetConfig, Method
 from sfumato.families.detect import detect_file
-from sfumato.train import dist, keep, lock, resume
+from sfumato.train import checkpoints, dist, lock, resume
 from sfumato.train.caching import Data, open_data, tell_long
 from sfumato.train.check import Checked, Trained, check, check_length
 from sfumato.train.loop import Pace
@@ -97,11 +97,11 @@ def _results(config: Config, pace: Pace, checked: Checked) -> list[tuple[str, st
     """When which files are written."""
     output, sample, end = config.output, config.sample, checked.suffix
     folder, rows = Path(output.output_dir), []
-    state = f" and {keep.state_name('...')}" if output.save_state else ""
+    state = f" and {checkpoints.state_name('...')}" if output.save_state else ""
     if every := output.save_every_n_steps:
-        rows.append((f"every {every} steps", f"{folder / keep.step_name(output.output_name, every)}{end}{state}"))
-    if every := keep.every_n_epochs(output, pace.epochs):
-        rows.append((f"every {every} epochs", f"{folder / keep.epoch_name(output.output_name, every)}{end}{state}"))
+        rows.append((f"every {every} steps", f"{folder / checkpoints.step_name(output.output_name, every)}{end}{state}"))
+    if every := checkpoints.every_n_epochs(output, pace.epochs):
+        rows.append((f"every {every} epochs", f"{folder / checkpoints.epoch_name(output.output_name, every)}{end}{state}"))
     for every, unit in ((sample.sample_every_n_steps, "steps"), (sample.sample_every_n_epochs, "epochs")):
         if every:
             rows.append((f"every {every} {unit}", f"{len(checked.prompts)} pictures in {folder / 'sample'}"))

@@ -13,9 +13,9 @@ from sfumato.adapters import AdapterPlan
 from sfumato.config import Config
 from sfumato.data import captions
 from sfumato.data.plan import Plan
-from sfumato.families.about import Facts as FamilyFacts
-from sfumato.families.base import Models
 from sfumato.formats import metadata
+from sfumato.models.base import Models
+from sfumato.models.facts import Facts as FamilyFacts
 from sfumato.optim.arguments import literals
 from sfumato.tensors.random import key
 from sfumato.train import dist

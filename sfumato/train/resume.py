@@ -16,12 +16,12 @@ from sfumato import families
 from sfumato.adapters import AdapterPlan
 from sfumato.config import Config, DatasetConfig
 from sfumato.errors import UserError
-from sfumato.families.parts import Held, Source
 from sfumato.formats import run as runs
 from sfumato.formats.lazy import Lazy
+from sfumato.models.components import Held, Source
 from sfumato.optim import arguments, build, schedules
 from sfumato.optim.trial import Trial
-from sfumato.train import dist, keep
+from sfumato.train import checkpoints, dist
 from sfumato.train.progress import console
 
 _SILENT = ("model", "data", "output", "memory", "sample", "log")
@@ -41,7 +41,7 @@ def settle(config: Config) -> Config:
     output = config.output
     if output.resume != "auto":
         return config
-    found = runs.newest(output.output_dir, keep.states_of(output.output_name))
+    found = runs.newest(output.output_dir, checkpoints.states_of(output.output_name))
     if found is None:
         console.print(f"resume auto: no state of {output.output_name!r} in {output.output_dir}; starting at step 0")
     return replace(config, output=replace(output, resume=None if found is None else str(found)))

@@ -19,19 +19,19 @@ from torch.nn.parallel import DistributedDataParallel
 from sfumato.config import Config, DatasetConfig, Method
 from sfumato.data.loader import Loader
 from sfumato.errors import UserError, WriteError
-from sfumato.families.base import Models
-from sfumato.families.loading import fetch
 from sfumato.formats import files
+from sfumato.models.base import Models
+from sfumato.models.loading import fetch
 from sfumato.optim import build, schedules
 from sfumato.optim.ema import EMA
+from sfumato.sampling.prompts import Prompt
+from sfumato.sampling.sample import Known, encode_prompts, sample
 from sfumato.tensors.noise import Process
-from sfumato.train import dist, keep, lock, log, loop, provenance, resume, state
+from sfumato.train import checkpoints, dist, lock, log, loop, provenance, resume, state
 from sfumato.train.caching import Caches, fill_caches, open_data
 from sfumato.train.check import check, check_length, check_model
 from sfumato.train.devices import load_models, merge_base_weights, outline_models, peak_memory, place
 from sfumato.train.progress import console, telling
-from sfumato.train.prompts import Prompt
-from sfumato.train.sample import Known, encode_prompts, sample
 from sfumato.train.step import Step, autocast
 from sfumato.train.trainables import Adapters, Full, Trainable, caches_text
 
@@ -179,11 +179,11 @@ def _finish(course: loop.Course, ended: bool) -> None:
     config, done = course.config, course.done
     folder, name = Path(config.output.output_dir), config.output.output_name
     epoch = max(0, -(-done // course.pace.steps_per_epoch) - 1)
-    result = folder / f"{name if ended else keep.step_name(name, done)}{course.trainable.suffix()}"
+    result = folder / f"{name if ended else checkpoints.step_name(name, done)}{course.trainable.suffix()}"
     if ended:
         _save_last(course, result, epoch)
         if config.output.save_state or config.output.save_state_on_train_end:
-            course.save_state(folder / keep.state_name(name))
+            course.save_state(folder / checkpoints.state_name(name))
     if course.log:
         with course.mishaps.survived("the curve of the loss not drawn"):
             log.curve(course.log.path, folder / f"{name}-loss.png")

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from sfumato.config import LossConfig
 from sfumato.data.batch import Batch, Cond
-from sfumato.families.base import Models, Setting
+from sfumato.models.base import Models, Setting
 from sfumato.tensors import losses
 from sfumato.tensors.noise import Process
 from sfumato.tensors.random import Draws

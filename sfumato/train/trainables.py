@@ -14,15 +14,15 @@ from sfumato.adapters import AdapterPlan
 from sfumato.adapters.insert import Inserted, choose, from_state
 from sfumato.config import Config
 from sfumato.errors import UserError
-from sfumato.families.base import Family, Models
 from sfumato.families.detect import CALLED, identify
-from sfumato.families.loading import check_folder, save
 from sfumato.formats import dialect, files
 from sfumato.formats.adapter_check import check_adapter
 from sfumato.formats.metadata import hashes
+from sfumato.models.base import Family, Models
+from sfumato.models.loading import check_folder, save
 from sfumato.optim.groups import Group
 from sfumato.tensors.random import Draws
-from sfumato.train import keep
+from sfumato.train import checkpoints
 
 SAVE_DTYPES = {"float": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -141,7 +141,7 @@ class Full:
 
     def suffix(self) -> str:
         source = self.models.source
-        return keep.ending(self.config.output, "full", source.layout if source else "single_file")
+        return checkpoints.ending(self.config.output, "full", source.layout if source else "single_file")
 
     def save(self, path: Path, metadata: Mapping[str, str]) -> None:
         precision = self.config.output.save_precision
@@ -243,7 +243,7 @@ class Adapters:
         return files.fingerprint({"|".join((*site, name)): t for site, leaves in state for name, t in leaves.items()}) if state else ""
 
     def suffix(self) -> str:
-        ending = keep.ending(self.config.output, "network", "single_file")
+        ending = checkpoints.ending(self.config.output, "network", "single_file")
         if not ending:
             asked = self.config.output.save_model_as
             raise UserError(f"save_model_as = {asked!r} is for whole models; an adapter is saved as safetensors, ckpt or pt")

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from sfumato.cli import flags, foreign, habits, kohya, options
+from sfumato.cli import flags, habits, kohya, kohya_settings, options
 from sfumato.cli.report import Report
 from sfumato.errors import UserError
 
@@ -75,7 +75,7 @@ def test_loraplus_at_the_top_of_our_own_files_is_unknown(home: Path) -> None:
 
 
 def test_arguments_of_adapters_are_no_settings() -> None:
-    assert not habits.network_args() & {*options.known(), *foreign.names()}
+    assert not habits.network_args() & {*options.known(), *kohya_settings.names()}
 
 
 def test_an_empty_text_in_a_front_ends_file_sets_nothing(home: Path) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from sfumato.cli import flags, foreign, kohya, options
+from sfumato.cli import flags, kohya, kohya_settings, options
 from sfumato.errors import UserError
 from sfumato.train import run
 
@@ -17,28 +17,28 @@ BASE = ["--pretrained_model_name_or_path=base.safetensors", "--dataset_config=da
 
 
 def test_every_flag_of_kohyas_scripts_is_known() -> None:
-    tables = (options.known(), flags.CONFIGS, foreign.RENAMED, foreign.INERT, foreign.REFUSED)
+    tables = (options.known(), flags.CONFIGS, kohya_settings.RENAMED, kohya_settings.INERT, kohya_settings.REFUSED)
     assert [flag for flag in FLAGS if sum(flag in table for table in tables) != 1] == []
 
 
 def test_new_names_are_settings_of_ours() -> None:
-    assert {new for new, _ in foreign.RENAMED.values()} <= set(options.known())
+    assert {new for new, _ in kohya_settings.RENAMED.values()} <= set(options.known())
 
 
 def test_each_flag_without_effect_is_stated_once(home: Path) -> None:
-    found = kohya.resolve("train_network", [*BASE, *(f"--{flag}=1" for flag in foreign.INERT)])
+    found = kohya.resolve("train_network", [*BASE, *(f"--{flag}=1" for flag in kohya_settings.INERT)])
     said = [n.split(":")[0] for n in found.notices if ": accepted, no effect: " in n]
-    assert sorted(said) == sorted(f"--{flag}" for flag in foreign.INERT)
+    assert sorted(said) == sorted(f"--{flag}" for flag in kohya_settings.INERT)
 
 
 def test_each_unsupported_flag_is_refused_by_name(home: Path) -> None:
     with pytest.raises(UserError) as e:
-        kohya.resolve("train_network", [*BASE, *(f"--{flag}=3" for flag in foreign.REFUSED)])
-    assert sorted(m.split(":")[0] for m in e.value.messages) == sorted(f"--{flag}" for flag in foreign.REFUSED)
+        kohya.resolve("train_network", [*BASE, *(f"--{flag}=3" for flag in kohya_settings.REFUSED)])
+    assert sorted(m.split(":")[0] for m in e.value.messages) == sorted(f"--{flag}" for flag in kohya_settings.REFUSED)
 
 
 def test_an_unsupported_setting_passes_when_it_is_off(home: Path) -> None:
-    Path("off.toml").write_text("".join(f"{flag} = false\n" for flag in foreign.REFUSED))
+    Path("off.toml").write_text("".join(f"{flag} = false\n" for flag in kohya_settings.REFUSED))
     kohya.resolve("train_network", [*BASE, "--config_file", "off"])
 
 

@@ -12,7 +12,7 @@ import pytest
 from sfumato import train
 from sfumato.cli import reference
 from sfumato.cli.main import COMMANDS, guarded, main
-from sfumato.train import draw, run
+from sfumato.train import pipeline, run
 
 BASE = ["--pretrained_model_name_or_path", "base.safetensors", "--dataset_config", "data.toml"]
 
@@ -51,7 +51,7 @@ def test_commands_hand_over_the_config(home: Path, monkeypatch: pytest.MonkeyPat
         raising=False,
     )
     monkeypatch.setattr(run, "cache", lambda config, datasets: calls.append(("cache", "network", len(datasets))))
-    monkeypatch.setattr(draw, "main", lambda config: [Path(config.sample.sample_prompts)])
+    monkeypatch.setattr(pipeline, "main", lambda config: [Path(config.sample.sample_prompts)])
     Path("prompts.txt").write_text("a cat\n")
     for argv in (
         ["train", "full", *BASE],

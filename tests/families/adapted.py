@@ -10,7 +10,7 @@ from sfumato import families
 from sfumato.adapters import AdapterPlan, parse
 from sfumato.adapters.insert import Inserted, Place, choose
 from sfumato.config import NetworkConfig
-from sfumato.families.base import Models
+from sfumato.models.base import Models
 
 
 def plan_of(family: str, *args: str, rank: int = 4, **more: Any) -> AdapterPlan:

@@ -14,14 +14,14 @@ from training import config
 
 from sfumato import families
 from sfumato.config import LossConfig, Method, NoiseConfig
-from sfumato.families import parts
-from sfumato.families.autoencoders import scale, unscale
-from sfumato.families.base import Models
 from sfumato.families.detect import detect_file
-from sfumato.families.loading import save
 from sfumato.formats.files import load
+from sfumato.models import components
+from sfumato.models.autoencoders import scale, unscale
+from sfumato.models.base import Models
+from sfumato.models.loading import save
+from sfumato.sampling.sample import draw_latents
 from sfumato.train.check import check
-from sfumato.train.sample import draw_latents
 
 CAPTIONS = ["a cat on a mat", "", "red " * 30 + "end", "one, two! " * 40]
 ALL = [pytest.param(case, id=case.name) for case in cases()]
@@ -152,7 +152,7 @@ def latents_of(models: Models, n: int) -> Tensor:
 
 
 def predict(models: Models, x: Tensor, t: Tensor, cond: Any) -> Tensor:
-    from sfumato.families.base import Setting
+    from sfumato.models.base import Setting
 
     side = models.family.latents.stride
     sizes = torch.tensor([[x.shape[2] * side, x.shape[3] * side, 0, 0, x.shape[2] * side, x.shape[3] * side]] * len(x))
@@ -196,7 +196,7 @@ def test_blocks_hold_nearly_all_weights(case: Case, models: Models) -> None:
 @pytest.mark.parametrize("method", ["network", "full"])
 def test_a_run_is_checked_on_nets_without_values(case: Case, files: Files, method: Method, monkeypatch: pytest.MonkeyPatch) -> None:
     """`plan` and `train` see every layer and count what is trained before a weight is read."""
-    monkeypatch.setattr(parts.Held, "put_into", lambda *_: pytest.fail("weights were read"))
+    monkeypatch.setattr(components.Held, "put_into", lambda *_: pytest.fail("weights were read"))
     told = families.facts(case.family).options(**{**files.options, **case.options})
     checked = check(config(pretrained_model_name_or_path=str(files.model), vae=files.vae, network_dim=2, family=told), method, ())
     assert checked.trained[0].component == "denoiser" and all(each.numbers and each.layers for each in checked.trained)

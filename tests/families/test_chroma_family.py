@@ -19,16 +19,16 @@ from sfumato.adapters import AdapterPlan, parse
 from sfumato.adapters.insert import Inserted, Place, choose
 from sfumato.config import LossConfig, NetworkConfig, NoiseConfig
 from sfumato.errors import UserError
-from sfumato.families.base import Models
 from sfumato.families.chroma.facts import Completed, NetworkArgs
 from sfumato.families.chroma.family import FAMILY
 from sfumato.families.chroma.net import Chroma
 from sfumato.families.chroma.strategies import OUTPUTS, ChromaTokenize
-from sfumato.families.fill import fill, shapes
 from sfumato.formats import dialect
+from sfumato.models.base import Models
+from sfumato.models.meta_init import fill, shapes
+from sfumato.sampling.sample import draw_latents
 from sfumato.tensors.flow import Flow
 from sfumato.tensors.random import Draws
-from sfumato.train.sample import draw_latents
 
 (CASE,) = CASES
 Keys = Callable[[str], dict[str, tuple[int, ...]]]

@@ -17,16 +17,16 @@ from torch import Tensor, nn
 
 from sfumato import families
 from sfumato.errors import UserError
-from sfumato.families.base import Models
 from sfumato.families.chroma.facts import Options
 from sfumato.families.chroma.family import FAMILY
 from sfumato.families.detect import Detected, detect_file, identify
-from sfumato.families.fill import check, shapes
 from sfumato.families.flux.facts import PREFIX, T5XXL, VAE
-from sfumato.families.loading import load, save
-from sfumato.families.parts import Source, open_model, open_part, single_file
 from sfumato.formats import files
 from sfumato.formats.names import add_prefix
+from sfumato.models.base import Models
+from sfumato.models.components import Source, open_model, open_part, single_file
+from sfumato.models.loading import load, save
+from sfumato.models.meta_init import check, shapes
 
 Keys = Callable[[str], dict[str, tuple[int, ...]]]
 PARTS = {part.name: part for part in FAMILY.parts}

@@ -15,9 +15,9 @@ from torch import nn
 from sfumato.errors import UserError
 from sfumato.families.chroma.names import TARGETS, chroma_keys
 from sfumato.families.chroma.net import Chroma
-from sfumato.families.fill import fill, shapes
 from sfumato.families.flux import names as flux_names
 from sfumato.formats import dialect
+from sfumato.models.meta_init import fill, shapes
 
 Keys = Callable[[str], dict[str, tuple[int, ...]]]
 each_dialect = pytest.mark.parametrize("spelling", ["kohya", "comfy", "peft"])

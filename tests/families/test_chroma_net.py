@@ -15,7 +15,7 @@ from torch import Tensor
 from sfumato.errors import UserError
 from sfumato.families.chroma.names import chroma_keys
 from sfumato.families.chroma.net import Chroma
-from sfumato.families.fill import fill, shapes
+from sfumato.models.meta_init import fill, shapes
 
 TOKENS = 9
 """Of the text."""

@@ -15,7 +15,7 @@ from sfumato.cli import flags, kohya
 from sfumato.config import NetworkConfig
 from sfumato.errors import UserError
 from sfumato.families.chroma.facts import FACTS, NetworkArgs, Options
-from sfumato.train.prompts import default
+from sfumato.sampling.prompts import default
 
 BASE = ["--pretrained_model_name_or_path=chroma.safetensors", "--dataset_config=data.toml"]
 KOHYA = [

@@ -12,14 +12,14 @@ from sparse import sparse
 from tinies import encoders, flux
 
 from sfumato.families.detect import detect_file, identify
-from sfumato.families.fill import shapes
 from sfumato.families.flux.facts import CLIP_L, PREFIX, T5XXL, VAE, Completed, Options, architecture, detect
 from sfumato.families.flux.family import FAMILY
 from sfumato.families.flux.names import flux_keys
 from sfumato.families.flux.net import Flux
-from sfumato.families.loading import load
 from sfumato.formats import dialect
 from sfumato.formats.names import add_prefix
+from sfumato.models.loading import load
+from sfumato.models.meta_init import shapes
 
 Keys = Callable[[str], dict[str, tuple[int, ...]]]
 

@@ -14,18 +14,21 @@ from torch import Tensor
 
 from sfumato.config import LossConfig, NoiseConfig
 from sfumato.errors import UserError
-from sfumato.families import loading
-from sfumato.families.base import Models
+from sfumato.families.detect import detect_file
 from sfumato.families.flux.facts import CLIP_L, PREFIX, Options
 from sfumato.families.flux.family import FAMILY, SHIFT
 from sfumato.formats.files import load, save
 from sfumato.formats.names import add_prefix
+from sfumato.models import loading
+from sfumato.models.base import Models
 from sfumato.tensors.flow import Flow
 from sfumato.tensors.random import Draws
 
 
 def opened(files: Any, model: Path | None = None, dtype: Any = None, **options: Any) -> Models:
-    return loading.load(FAMILY, str(model or files.model), Options(**{**files.options, **options}), vae=files.vae, dtype=dtype)
+    return loading.load(
+        FAMILY, str(model or files.model), Options(**{**files.options, **options}), vae=files.vae, dtype=dtype, detect=detect_file
+    )
 
 
 def written(models: Models, path: Path, **more: Any) -> dict[str, Tensor]:

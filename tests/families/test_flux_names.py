@@ -16,13 +16,13 @@ from tinies import flux
 from torch import nn
 
 from sfumato.errors import UserError
-from sfumato.families.fill import check, fill, shapes
 from sfumato.families.flux.facts import CLIP_L, PREFIX, T5XXL, VAE
 from sfumato.families.flux.family import FAMILY
 from sfumato.families.flux.names import flux_keys
 from sfumato.families.flux.net import Flux
-from sfumato.families.parts import Source, open_model, single_file
 from sfumato.formats import dialect
+from sfumato.models.components import Source, open_model, single_file
+from sfumato.models.meta_init import check, fill, shapes
 
 Keys = Callable[[str], dict[str, tuple[int, ...]]]
 each_version = pytest.mark.parametrize("version", ["dev", "schnell"])

@@ -13,9 +13,9 @@ from tinies.encoders import L_WIDTH, T5_WIDTH
 from torch import Tensor
 
 from sfumato.errors import UserError
-from sfumato.families.fill import fill, shapes
 from sfumato.families.flux.names import flux_keys
 from sfumato.families.flux.net import Flux, axes, blocks
+from sfumato.models.meta_init import fill, shapes
 
 TOKENS = 9
 """Of the text."""

@@ -21,15 +21,15 @@ from torch import Tensor, nn
 
 from sfumato.adapters.insert import Inserted, Place, choose, from_state
 from sfumato.errors import UserError
-from sfumato.families.base import Models
-from sfumato.families.fill import shapes
 from sfumato.families.flux.facts import Completed, Options
 from sfumato.families.flux.family import FAMILY, dialects
 from sfumato.families.flux.net import Flux
 from sfumato.families.flux.network_args import layer
-from sfumato.families.loading import load
 from sfumato.formats import dialect
 from sfumato.formats.files import save
+from sfumato.models.base import Models
+from sfumato.models.loading import load
+from sfumato.models.meta_init import shapes
 from sfumato.train.trainables import read_adapter
 
 Keys = Callable[[str], dict[str, tuple[int, ...]]]
@@ -344,8 +344,8 @@ def test_files_of_peft_with_q_k_and_v_apart_are_loaded_into_split_layers(models:
 
 def test_the_table_of_sd_scripts_holds_the_text_encoders_too(keys: Keys) -> None:
     """At full size, on the meta device: every adapter of every part has kohya's name and shape."""
-    from sfumato.families.encoders import clip_net
-    from sfumato.families.t5 import t5_net
+    from sfumato.models.encoders.clip import clip_net
+    from sfumato.models.encoders.t5 import t5_net
 
     table = keys("flux_dev.transformer")
     t5 = t5_net({name: shape for name, shape in keys("t5xxl.hf").items() if name != "encoder.embed_tokens.weight"})

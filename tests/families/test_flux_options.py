@@ -13,7 +13,7 @@ from sfumato.cli.flags import Resolved, resolve_all
 from sfumato.errors import UserError
 from sfumato.families.flux.facts import FACTS, Options
 from sfumato.families.flux.family import FAMILY
-from sfumato.train.prompts import default
+from sfumato.sampling.prompts import default
 
 
 @pytest.fixture(scope="module")

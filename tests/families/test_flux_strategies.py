@@ -10,12 +10,12 @@ import pytest
 import torch
 from tinies import encoders, flux
 
-from sfumato.families.base import Models, Setting
 from sfumato.families.flux.facts import Options
 from sfumato.families.flux.family import FAMILY
-from sfumato.families.loading import load
+from sfumato.models.base import Models, Setting
+from sfumato.models.loading import load
+from sfumato.sampling.sample import encode
 from sfumato.tensors.flow import flux_mu, schedule
-from sfumato.train.sample import encode
 
 CAPTIONS = ["a cat", "", "red " * 30]
 

@@ -14,12 +14,12 @@ from tinies import sd3
 from torch import device
 
 from sfumato.families.detect import detect_file, identify
-from sfumato.families.fill import shapes
 from sfumato.families.sd3.facts import Completed, Options, Version, architecture, base_model_version, detect
 from sfumato.families.sd3.names import TRANSFORMER, dialects, transformer_keys
 from sfumato.families.sd3.net import MMDiT
 from sfumato.formats import dialect
 from sfumato.formats.names import add_prefix
+from sfumato.models.meta_init import shapes
 
 Keys = Callable[[str], dict[str, tuple[int, ...]]]
 

@@ -16,15 +16,16 @@ from torch import Tensor
 
 from sfumato.config import LossConfig, NoiseConfig
 from sfumato.errors import UserError
-from sfumato.families import loading
-from sfumato.families.base import Models
-from sfumato.families.fill import check, shapes
-from sfumato.families.parts import open_model, single_file
+from sfumato.families.detect import detect_file
 from sfumato.families.sd3.facts import Completed, Options
 from sfumato.families.sd3.family import FAMILY
 from sfumato.families.sd3.names import CLIP_G, CLIP_L, T5, TRANSFORMER, VAE
 from sfumato.formats.files import load, save
 from sfumato.formats.names import add_prefix
+from sfumato.models import loading
+from sfumato.models.base import Models
+from sfumato.models.components import open_model, single_file
+from sfumato.models.meta_init import check, shapes
 from sfumato.tensors.flow import Flow
 
 Keys = Callable[[str], dict[str, tuple[int, ...]]]
@@ -33,7 +34,9 @@ TWIN = "encoder.embed_tokens.weight"
 
 def opened(files: Files, model: Path | None = None, *, vae: str | None = None, dtype: Any = None, **options: Any) -> Models:
     told = Options(**{**files.options, **options})
-    return loading.load(FAMILY, str(model or files.model), told, vae=vae or files.vae, tokenizer=str(files.model.parent), dtype=dtype)
+    return loading.load(
+        FAMILY, str(model or files.model), told, vae=vae or files.vae, tokenizer=str(files.model.parent), dtype=dtype, detect=detect_file
+    )
 
 
 def written(models: Models, path: Path, **more: Any) -> dict[str, Tensor]:

@@ -22,14 +22,14 @@ from sfumato.adapters import parse
 from sfumato.adapters.insert import Inserted, choose
 from sfumato.config import NetworkConfig
 from sfumato.errors import UserError
-from sfumato.families.base import Models
-from sfumato.families.fill import fill, shapes
 from sfumato.families.sd3.facts import Completed
 from sfumato.families.sd3.family import FAMILY
 from sfumato.families.sd3.names import TARGETS, dialects, transformer_keys
 from sfumato.families.sd3.net import MMDiT
 from sfumato.families.sd3.network_args import NetworkArgs
 from sfumato.formats import dialect
+from sfumato.models.base import Models
+from sfumato.models.meta_init import fill, shapes
 
 Keys = Callable[[str], dict[str, tuple[int, ...]]]
 VERSIONS = {

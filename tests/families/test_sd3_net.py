@@ -12,10 +12,10 @@ from tinies import sd3
 from torch import Tensor
 
 from sfumato.errors import UserError
-from sfumato.families.fill import fill, shapes
 from sfumato.families.sd3.names import transformer_keys
 from sfumato.families.sd3.net import MMDiT, blocks
 from sfumato.memory.checkpoint import checkpoint_blocks
+from sfumato.models.meta_init import fill, shapes
 
 each_kind = pytest.mark.parametrize("kind", sd3.KINDS)
 

@@ -22,14 +22,14 @@ from training import config
 from sfumato.adapters.base import Adapter
 from sfumato.adapters.insert import Inserted, choose, from_state
 from sfumato.errors import UserError
-from sfumato.families.base import Models
-from sfumato.families.loading import load
 from sfumato.families.sd3.facts import Completed, Options
 from sfumato.families.sd3.family import FAMILY, dialects
 from sfumato.families.sd3.net import MMDiT
 from sfumato.formats import dialect
 from sfumato.formats.files import load as load_file
 from sfumato.formats.files import save
+from sfumato.models.base import Models
+from sfumato.models.loading import load
 from sfumato.train.trainables import Adapters, read_adapter
 
 Keys = Callable[[str], dict[str, tuple[int, ...]]]

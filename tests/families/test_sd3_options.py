@@ -12,10 +12,10 @@ from tinies.cases import Files
 from sfumato.cli import kohya
 from sfumato.cli.flags import Resolved, resolve_all
 from sfumato.errors import UserError
-from sfumato.families.flow_options import METADATA
 from sfumato.families.sd3.facts import FACTS, Completed, Options, scheme
 from sfumato.families.sd3.family import FAMILY
-from sfumato.train.prompts import default
+from sfumato.models.flow_options import METADATA
+from sfumato.sampling.prompts import default
 
 
 @pytest.fixture(scope="module")

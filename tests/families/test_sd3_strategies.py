@@ -12,10 +12,10 @@ from tinies import encoders, sd3
 from tinies.cases import Files
 from torch import Tensor
 
-from sfumato.families import loading
-from sfumato.families.base import Models, Setting
 from sfumato.families.sd3.facts import Options
 from sfumato.families.sd3.family import FAMILY
+from sfumato.models import loading
+from sfumato.models.base import Models, Setting
 from sfumato.tensors.random import Draws
 
 CAPTIONS = ["a cat on a mat", "", "red " * 30 + "end"]

@@ -17,18 +17,19 @@ from torch import Tensor
 
 from sfumato.config import LossConfig, NoiseConfig
 from sfumato.errors import UserError
-from sfumato.families import loading
-from sfumato.families.autoencoders import scale, unscale
-from sfumato.families.base import Models
+from sfumato.families.detect import detect_file
 from sfumato.families.sd.facts import Options
 from sfumato.families.sd.family import FAMILY, process
 from sfumato.formats import files
 from sfumato.formats.files import load, read_header, save
 from sfumato.memory.checkpoint import checkpoint_blocks
+from sfumato.models import loading
+from sfumato.models.autoencoders import scale, unscale
+from sfumato.models.base import Models
 
 
 def opened(path: Path, **options: object) -> Models:
-    return loading.load(FAMILY, str(path), Options(**options))  # type: ignore[arg-type]
+    return loading.load(FAMILY, str(path), Options(**options), detect=detect_file)  # type: ignore[arg-type]
 
 
 def written(models: Models, path: Path, layout: str = "single_file", dtype: torch.dtype | None = None, **more: object) -> Path:

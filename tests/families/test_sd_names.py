@@ -17,13 +17,13 @@ from sfumato.adapters import parse
 from sfumato.adapters.insert import Inserted, choose
 from sfumato.config import NetworkConfig
 from sfumato.errors import UserError
-from sfumato.families.base import Models
-from sfumato.families.fill import check, shapes
-from sfumato.families.parts import Source, open_model, single_file
 from sfumato.families.sd.facts import Options
 from sfumato.families.sd.family import FAMILY
 from sfumato.families.sd.names import unet_keys
 from sfumato.formats import dialect
+from sfumato.models.base import Models
+from sfumato.models.components import Source, open_model, single_file
+from sfumato.models.meta_init import check, shapes
 
 Keys = Callable[[str], dict[str, tuple[int, ...]]]
 

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from sfumato.errors import UserError
-from sfumato.families.fill import fill, shapes
 from sfumato.families.sd.family import blocks
 from sfumato.families.sd.names import unet_keys
 from sfumato.families.sd.net import UNet
+from sfumato.models.meta_init import fill, shapes
 
 
 def native(v2: bool) -> UNet:

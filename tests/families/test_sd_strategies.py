@@ -9,11 +9,11 @@ import tiny
 import torch
 from torch import Tensor
 
-from sfumato.families import loading
-from sfumato.families.base import Models
 from sfumato.families.sd.facts import Options
 from sfumato.families.sd.family import FAMILY
 from sfumato.families.sd.strategies import SdTokenize, chunks, emphasis, join
+from sfumato.models import loading
+from sfumato.models.base import Models
 
 CAPTIONS = ["a cat on a mat", "", "red " * 80 + "end", "one, two! " * 60]
 

@@ -12,13 +12,13 @@ from tinies import encoders, sdxl
 
 from sfumato.errors import UserError
 from sfumato.families.detect import Detected, detect_file, identify
-from sfumato.families.fill import shapes
 from sfumato.families.sd import facts as sd
 from sfumato.families.sdxl import facts
 from sfumato.families.sdxl.facts import Options, architecture, base_model_version
 from sfumato.families.sdxl.names import CLIP_G, UNET, unet_keys
 from sfumato.formats.files import save
 from sfumato.formats.names import add_prefix
+from sfumato.models.meta_init import shapes
 
 Shapes = Mapping[str, tuple[int, ...]]
 Keys = Callable[[str], dict[str, tuple[int, ...]]]

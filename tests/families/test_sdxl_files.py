@@ -15,20 +15,21 @@ from torch import Tensor
 
 from sfumato.config import LossConfig, NoiseConfig
 from sfumato.errors import UserError
-from sfumato.families import loading
-from sfumato.families.autoencoders import scale
-from sfumato.families.base import Models
+from sfumato.families.detect import detect_file
 from sfumato.families.sdxl.facts import Options
 from sfumato.families.sdxl.family import FAMILY
 from sfumato.families.sdxl.names import CLIP_G, CLIP_L, UNET
 from sfumato.formats.files import load, save
+from sfumato.models import loading
+from sfumato.models.autoencoders import scale
+from sfumato.models.base import Models
 
 FIRST = f"{UNET}input_blocks.0.0.weight"
 
 
 def opened(path: Path, *, vae: Path | None = None, tokenizer: Path | None = None, **options: Any) -> Models:
     paths = {"vae": vae and str(vae), "tokenizer": tokenizer and str(tokenizer)}
-    return loading.load(FAMILY, str(path), Options(**options), **paths)  # type: ignore[arg-type]
+    return loading.load(FAMILY, str(path), Options(**options), detect=detect_file, **paths)  # type: ignore[arg-type]
 
 
 def written(models: Models, path: Path, layout: str = "single_file", **more: Any) -> Path:

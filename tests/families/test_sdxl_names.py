@@ -20,15 +20,15 @@ from sfumato.adapters import parse
 from sfumato.adapters.insert import Inserted, choose
 from sfumato.config import NetworkConfig
 from sfumato.errors import UserError
-from sfumato.families.base import Models
-from sfumato.families.fill import check, shapes
-from sfumato.families.parts import Source, open_model, single_file
 from sfumato.families.sdxl.facts import Options
 from sfumato.families.sdxl.family import FAMILY
 from sfumato.families.sdxl.folder import transformer_layers, unet_config
 from sfumato.families.sdxl.names import CLIP_G, KEPT, UNET, unet_keys
 from sfumato.formats import dialect
 from sfumato.formats.dialect import Leaves, Site
+from sfumato.models.base import Models
+from sfumato.models.components import Source, open_model, single_file
+from sfumato.models.meta_init import check, shapes
 
 Shapes = dict[str, tuple[int, ...]]
 Keys = Callable[[str], Shapes]

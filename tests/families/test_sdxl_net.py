@@ -8,10 +8,10 @@ from tinies import sdxl
 from torch import Tensor
 
 from sfumato.errors import UserError
-from sfumato.families.fill import fill, shapes
-from sfumato.families.layers import timestep_embedding
 from sfumato.families.sdxl.names import unet_keys
 from sfumato.families.sdxl.net import UNet, blocks
+from sfumato.models.layers import timestep_embedding
+from sfumato.models.meta_init import fill, shapes
 
 
 def native(refiner: bool = False) -> UNet:

@@ -10,10 +10,10 @@ import torch
 from tinies import encoders, sdxl
 from torch import Tensor, nn
 
-from sfumato.families import loading
-from sfumato.families.base import Models, Setting
 from sfumato.families.sdxl.facts import Options
 from sfumato.families.sdxl.family import FAMILY
+from sfumato.models import loading
+from sfumato.models.base import Models, Setting
 
 CAPTIONS = ["a cat on a mat", "", "red " * 80 + "end", "one, two! " * 60]
 

@@ -23,15 +23,15 @@ from sfumato.cli import flags, kohya
 from sfumato.config import DatasetConfig, SubsetConfig
 from sfumato.data.batch import Cond
 from sfumato.errors import UserError
-from sfumato.families import loading
-from sfumato.families.base import Models, Setting
 from sfumato.families.sdxl.facts import BLOCKS, Options
 from sfumato.families.sdxl.family import FAMILY, block
 from sfumato.families.sdxl.names import CLIP_G, CLIP_L, UNET
 from sfumato.formats.files import load
+from sfumato.models import loading
+from sfumato.models.base import Models, Setting
+from sfumato.sampling.prompts import Prompt
+from sfumato.sampling.sample import draw_latents
 from sfumato.train import dist, loop, run
-from sfumato.train.prompts import Prompt
-from sfumato.train.sample import draw_latents
 from sfumato.train.trainables import Full, read_adapter
 
 Keys = Callable[[str], dict[str, tuple[int, ...]]]

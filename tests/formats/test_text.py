@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from sfumato.cli import toml
 from sfumato.errors import UserError
 from sfumato.formats.text import parse_json, parse_toml, read_text
+from sfumato.sampling.prompts import read_prompts
 from sfumato.train import log
-from sfumato.train.prompts import read_prompts
 
 DEEP = {
     "lists.toml": "a = " + "[" * 3000 + "]" * 3000,

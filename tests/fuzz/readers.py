@@ -28,14 +28,15 @@ from sfumato.data import captions, scan
 from sfumato.data.entries import facts
 from sfumato.data.store import Index, Store, why
 from sfumato.families import detect
-from sfumato.families.base import Models
-from sfumato.families.loading import outline
 from sfumato.formats import dialect, files, metadata, run
 from sfumato.formats.files import stamp
+from sfumato.models.base import Models
+from sfumato.models.loading import outline
 from sfumato.optim import arguments, build
 from sfumato.optim.groups import Group
+from sfumato.sampling import prompts
 from sfumato.tools import show
-from sfumato.train import log, prompts
+from sfumato.train import log
 from sfumato.train.trainables import read_adapter
 
 
@@ -174,7 +175,7 @@ def _part(name: str, stage: Stage, text: bytes) -> None:
     held = source.held[name]
     from dataclasses import replace
 
-    from sfumato.families.sources import read_json
+    from sfumato.models.locate import read_json
 
     replace(held, config=read_json(stage.file("config.json", text))).empty()
 

@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Callable
 
 from sfumato.data.entries import Damaged
-from sfumato.data.pictures import Unreadable
+from sfumato.data.images import Unreadable
 from sfumato.errors import UserError
 
 

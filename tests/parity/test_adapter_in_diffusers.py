@@ -11,9 +11,9 @@ import torch
 from training import Train, config
 
 from sfumato.formats.files import load
-from sfumato.train.draw import Drawer
-from sfumato.train.prompts import Prompt
-from sfumato.train.sample import draw_latents
+from sfumato.sampling.prompts import Prompt
+from sfumato.sampling.sample import draw_latents
+from sfumato.train.pipeline import Drawer
 
 PROMPT = Prompt(prompt="picture 1, red", negative_prompt="blue", width=64, height=64, sample_steps=4, scale=5.0, seed=3)
 

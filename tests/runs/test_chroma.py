@@ -17,8 +17,8 @@ from training import config
 
 from sfumato.adapters.insert import from_state
 from sfumato.errors import UserError
-from sfumato.families.base import Models
 from sfumato.formats.files import load, read_header
+from sfumato.models.base import Models
 from sfumato.train.trainables import Adapters, Full, read_adapter
 
 (CASE,) = CASES

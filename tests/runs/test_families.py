@@ -20,11 +20,11 @@ from training import config
 from sfumato import adapters, families
 from sfumato.adapters.insert import from_state
 from sfumato.config import Config, DatasetConfig, Method, SubsetConfig
-from sfumato.families.base import Models, Setting
-from sfumato.families.loading import fetch, fetch_vae
 from sfumato.formats.files import read_header
+from sfumato.models.base import Models, Setting
+from sfumato.models.loading import fetch, fetch_vae
+from sfumato.sampling.sample import encode
 from sfumato.train import dist, loop, run
-from sfumato.train.sample import encode
 from sfumato.train.trainables import read_adapter
 
 ALL = [pytest.param(case, id=case.name) for case in cases()]

@@ -18,10 +18,10 @@ from training import config
 
 from sfumato.config import Config, DatasetConfig, Method, SubsetConfig
 from sfumato.errors import UserError
-from sfumato.families import loading
 from sfumato.families.sd3 import family
 from sfumato.families.sd3.facts import Options
 from sfumato.families.sd3.family import FAMILY
+from sfumato.models import loading
 from sfumato.train import caching, dist, loop, run
 
 CASE = next(case for case in sd3.CASES if case.variant == "medium")

@@ -15,9 +15,9 @@ from safetensors import safe_open
 from training import Train, config
 
 from sfumato.config import DatasetConfig, SubsetConfig
-from sfumato.families.parts import Held
 from sfumato.formats.files import load
-from sfumato.train import draw, keep, run
+from sfumato.models.components import Held
+from sfumato.train import checkpoints, pipeline, run
 
 KOHYAS = set((Path(__file__).parents[1] / "fixtures" / "kohya_metadata.txt").read_text().split())
 """Fields that sd-scripts writes into an adapter trained on a single file."""
@@ -120,13 +120,13 @@ def test_the_arithmetic_of_kept_files() -> None:
     from sfumato.config import OutputConfig
 
     output = OutputConfig(output_name="x", save_every_n_steps=100, save_last_n_steps=300, save_every_n_epochs=2, save_last_n_epochs=3)
-    assert keep.after_step(output, 150) is None
-    saving = keep.after_step(output, 1000)
+    assert checkpoints.after_step(output, 150) is None
+    saving = checkpoints.after_step(output, 1000)
     assert saving is not None and (saving.name, saving.old_result) == ("x-step00001000", "x-step00000600")
-    by_epoch = keep.after_epoch(output, 8, 20)
+    by_epoch = checkpoints.after_epoch(output, 8, 20)
     assert by_epoch is not None and (by_epoch.name, by_epoch.old_result) == ("x-000008", "x-000002")
-    assert keep.after_epoch(output, 20, 20) is None
-    assert keep.every_n_epochs(OutputConfig(save_n_epoch_ratio=4), 10) == 2
+    assert checkpoints.after_epoch(output, 20, 20) is None
+    assert checkpoints.every_n_epochs(OutputConfig(save_n_epoch_ratio=4), 10) == 2
 
 
 def test_metadata_says_how_it_was_made(train: Train) -> None:
@@ -175,7 +175,7 @@ def test_sample_draws_at_the_size_that_the_file_was_trained_at(train: Train, mod
     (tmp_path / "prompts.txt").write_text("a cat --s 1 --d 1\n")
     lora = train("a", max_train_steps=1) / "out.safetensors"
     told = {"sample_prompts": str(tmp_path / "prompts.txt"), "sample_sampler": "euler", "output_dir": str(tmp_path / "drawn")}
-    [path] = draw.main(config(pretrained_model_name_or_path=str(model), network_weights=str(lora), **told))
+    [path] = pipeline.main(config(pretrained_model_name_or_path=str(model), network_weights=str(lora), **told))
     with Image.open(path) as image:
         assert image.size == (64, 64)
 

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from sfumato.cli import options
 from sfumato.config import LossConfig, NoiseConfig
 from sfumato.errors import UserError
-from sfumato.families.flow_options import REFUSED, FlowOptions
+from sfumato.models.flow_options import REFUSED, FlowOptions
 from sfumato.tensors import losses
 from sfumato.tensors.flow import LARGEST, SMALLEST, Flow, flux_mu, schedule
 from sfumato.tensors.noise import DDPM, Noised
@@ -347,7 +347,7 @@ def test_options_have_the_types_and_defaults_of_the_process_and_a_text_each() ->
 
 
 def test_options_need_no_torch() -> None:
-    code = "import sys, sfumato.families.flow_options; sys.exit('torch' in sys.modules)"
+    code = "import sys, sfumato.models.flow_options; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 

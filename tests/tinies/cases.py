@@ -12,9 +12,9 @@ from typing import Any
 from torch import Tensor
 
 from sfumato import families
-from sfumato.families.base import Models
-from sfumato.families.loading import load
-from sfumato.train.prompts import Prompt
+from sfumato.models.base import Models
+from sfumato.models.loading import load
+from sfumato.sampling.prompts import Prompt
 
 PROMPT = Prompt(prompt="a cat", negative_prompt="dull", width=48, height=32, sample_steps=3, scale=5.0, seed=1)
 

@@ -16,12 +16,12 @@ import torch
 from diffusers import ChromaPipeline, ChromaTransformer2DModel, FlowMatchEulerDiscreteScheduler
 from torch import Tensor
 
-from sfumato.families.autoencoders import vae_keys
 from sfumato.families.chroma.names import chroma_keys
-from sfumato.families.fill import shapes
 from sfumato.formats.files import save
 from sfumato.formats.names import add_prefix
-from sfumato.train.prompts import Prompt
+from sfumato.models.autoencoders import vae_keys
+from sfumato.models.meta_init import shapes
+from sfumato.sampling.prompts import Prompt
 from tinies.cases import Case, Files
 from tinies.encoders import T5_WIDTH, t5, t5_tokenizer, vae16
 from tinies.flux import AXES, HEAD, unsettle

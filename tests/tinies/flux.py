@@ -17,13 +17,13 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
 from torch import Tensor, nn
 
-from sfumato.families.autoencoders import vae_keys
-from sfumato.families.fill import shapes
 from sfumato.families.flux.facts import CLIP_L, PREFIX, T5XXL, VAE
 from sfumato.families.flux.names import flux_keys
 from sfumato.formats.files import save
 from sfumato.formats.names import add_prefix
-from sfumato.train.prompts import Prompt
+from sfumato.models.autoencoders import vae_keys
+from sfumato.models.meta_init import shapes
+from sfumato.sampling.prompts import Prompt
 from tinies import encoders
 from tinies.cases import PROMPT, Case, Files
 from tinies.encoders import L_WIDTH, T5_WIDTH

@@ -10,9 +10,9 @@ from typing import Any
 import tiny
 from torch import Tensor
 
+from sfumato.sampling.prompts import Prompt
+from sfumato.sampling.sample import scheduler_for
 from sfumato.tensors.noise import DDPM
-from sfumato.train.prompts import Prompt
-from sfumato.train.sample import scheduler_for
 from tinies.cases import Case, Files
 
 

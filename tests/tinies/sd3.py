@@ -19,11 +19,11 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import T5Config, T5EncoderModel
 
-from sfumato.families.autoencoders import vae_keys
 from sfumato.families.sd3.names import CLIP_G, CLIP_L, T5, TRANSFORMER, VAE, transformer_keys
 from sfumato.formats.files import save
 from sfumato.formats.names import add_prefix
-from sfumato.train.prompts import Prompt
+from sfumato.models.autoencoders import vae_keys
+from sfumato.sampling.prompts import Prompt
 from tinies import encoders
 from tinies.cases import Case, Files
 from tinies.encoders import G_WIDTH, L_WIDTH, randomised

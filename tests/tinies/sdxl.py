@@ -17,14 +17,14 @@ from diffusers import AutoencoderKL, EulerDiscreteScheduler, StableDiffusionXLPi
 from torch import Tensor
 from transformers import CLIPTextModel
 
-from sfumato.families.autoencoders import vae_keys
-from sfumato.families.encoders import OPEN_CLIP
 from sfumato.families.sdxl.names import CLIP_G, CLIP_L, UNET, VAE, unet_keys
 from sfumato.formats.files import save
 from sfumato.formats.names import add_prefix
+from sfumato.models.autoencoders import vae_keys
+from sfumato.models.encoders.clip import OPEN_CLIP
+from sfumato.sampling.prompts import Prompt
+from sfumato.sampling.sample import scheduler_for
 from sfumato.tensors.noise import DDPM
-from sfumato.train.prompts import Prompt
-from sfumato.train.sample import scheduler_for
 from tinies import encoders
 from tinies.cases import Case, Files
 from tinies.encoders import G_WIDTH, L_WIDTH, clip_config, randomised

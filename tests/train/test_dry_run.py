@@ -16,10 +16,10 @@ from training import config
 
 from sfumato.config import Config, DatasetConfig, Method, ModelConfig, SubsetConfig
 from sfumato.errors import UserError
-from sfumato.families.base import Models
-from sfumato.families.loading import load
 from sfumato.families.sd.facts import Options
 from sfumato.formats import files
+from sfumato.models.base import Models
+from sfumato.models.loading import load
 from sfumato.train import check, devices, dist, log, plan, run
 from sfumato.train.caching import open_data
 

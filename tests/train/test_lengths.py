@@ -14,11 +14,11 @@ from sfumato.config import Config, DatasetConfig, SubsetConfig
 from sfumato.data.plan import Plan, make_plan
 from sfumato.data.store import Index
 from sfumato.data.strategies import Limit
-from sfumato.families import tokenizers
 from sfumato.families.flux.strategies import FluxTokenize
 from sfumato.families.sd.strategies import SdTokenize
 from sfumato.families.sd3.strategies import Sd3Tokenize
 from sfumato.families.sdxl.strategies import SdxlTokenize
+from sfumato.models.encoders import tokenizers
 from sfumato.train import lengths, plan
 from sfumato.train.run import cache
 

@@ -16,8 +16,8 @@ from training import config
 from sfumato.cli.main import main
 from sfumato.config import DatasetConfig, Method, SubsetConfig
 from sfumato.errors import UserError
-from sfumato.families.loading import examine
 from sfumato.families.sd.family import FAMILY
+from sfumato.models.loading import examine
 from sfumato.train import lock, outputs
 
 Check = Callable[..., None]

@@ -7,12 +7,11 @@ from dataclasses import dataclass
 from typing import Literal
 
 from sfumato.errors import UserError
-from sfumato.families import flow_options
-from sfumato.families.about import Facts, Idle
-from sfumato.families.detect import WHOLE, Detected, Shapes
-from sfumato.families.flow_options import FlowOptions
 from sfumato.families.flux import network_args
 from sfumato.families.flux.facts import PREFIX, VAE
+from sfumato.models import flow_options
+from sfumato.models.facts import WHOLE, Detected, Facts, Idle, Shapes
+from sfumato.models.flow_options import FlowOptions
 
 FAMILY = "chroma"
 

@@ -10,8 +10,6 @@ from torch import Tensor, nn
 from sfumato.adapters import AdapterPlan
 from sfumato.data.batch import Cond
 from sfumato.errors import UserError
-from sfumato.families.base import Family, Models, Vocabulary
-from sfumato.families.borrowed import T5_TARGETS, t5_part, vae_part
 from sfumato.families.chroma.facts import MARK, Completed, Options
 from sfumato.families.chroma.names import PREFIX, TARGETS, chroma_keys
 from sfumato.families.chroma.net import Chroma
@@ -21,10 +19,12 @@ from sfumato.families.flux.family import KEPT, SCALE, VAE_SHIFT, check_config, c
 from sfumato.families.flux.net import PATCH, blocks
 from sfumato.families.flux.network_args import INPUT_TARGETS, layer
 from sfumato.families.flux.strategies import LATENTS
-from sfumato.families.layers import Shapes
-from sfumato.families.parts import NATIVE, Config, Part, Source, Spelling
-from sfumato.families.tokenizers import t5_home, t5_vocabulary
 from sfumato.formats.dialect import Dialect
+from sfumato.models.base import Family, Models, Vocabulary
+from sfumato.models.components import NATIVE, Config, Part, Source, Spelling
+from sfumato.models.encoders.components import T5_TARGETS, t5_part, vae_part
+from sfumato.models.encoders.tokenizers import t5_home, t5_vocabulary
+from sfumato.models.layers import Shapes
 from sfumato.tensors.flow import flux_mu, schedule
 
 # --- files ---

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from sfumato.families.flux.names import PREFIX, TARGETS, trunk_rules
-from sfumato.families.layers import Shapes
 from sfumato.formats.names import KeyMap, rule
+from sfumato.models.layers import Shapes
 
 __all__ = ["PREFIX", "TARGETS", "chroma_keys"]
 

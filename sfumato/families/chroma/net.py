@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from sfumato.families.flux.net import Embedder, RMSNorm, Trunk, numbered, on_meta
-from sfumato.families.layers import Shapes, linear, timestep_embedding
+from sfumato.models.layers import Shapes, linear, timestep_embedding
 
 DOUBLE, SINGLE, LAST = 6, 3, 2
 """Modulation vectors of a stream in a double block, of a single block, and of the last layer."""

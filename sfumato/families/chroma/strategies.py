@@ -11,7 +11,7 @@ from torch import nn
 from sfumato.data.batch import Cond, Tokens
 from sfumato.data.strategies import Limit
 from sfumato.families.flux.strategies import outputs, t5_settings, t5_states, t5_tokens
-from sfumato.families.tokenizers import limit
+from sfumato.models.encoders.tokenizers import limit
 
 OUTPUTS = outputs(masked=True, fields=("t5",))
 PADDING_SEEN = 1

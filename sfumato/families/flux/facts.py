@@ -7,11 +7,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from sfumato.families import flow_options
-from sfumato.families.about import Facts, Idle
-from sfumato.families.detect import LEAF, WHOLE, Detected, Kind, Shapes
-from sfumato.families.flow_options import FlowOptions
 from sfumato.families.flux.network_args import NetworkArgs
+from sfumato.models import flow_options
+from sfumato.models.facts import LEAF, WHOLE, Detected, Facts, Idle, Kind, Shapes
+from sfumato.models.flow_options import FlowOptions
 
 FAMILY = "flux"
 DRAWN_GUIDANCE = 3.5

@@ -16,20 +16,20 @@ from sfumato.config import LossConfig, NoiseConfig
 from sfumato.data.batch import Cond
 from sfumato.data.strategies import TextEncoderOutputsCachingStrategy
 from sfumato.errors import UserError
-from sfumato.families.base import Family, Models, Setting, Vocabulary
-from sfumato.families.borrowed import CLIP_TARGETS, T5_TARGETS, clip_part, t5_part, vae_part
-from sfumato.families.flow_options import REFUSED
 from sfumato.families.flux.facts import CLIP_L, DRAWN_GUIDANCE, GUIDANCE, PATCH_CHANNELS, PREFIX, T5XXL, VAE, Completed, Options
 from sfumato.families.flux.names import TARGETS, flux_keys
 from sfumato.families.flux.net import PATCH, Flux, blocks, numbered
 from sfumato.families.flux.network_args import INPUT_TARGETS, layer
 from sfumato.families.flux.strategies import LATENTS, FluxEncode, FluxTokenize, outputs
-from sfumato.families.layers import Shapes
-from sfumato.families.parts import NATIVE, Config, Part, Source, Spelling
-from sfumato.families.t5 import EMBEDDING
-from sfumato.families.tokenizers import clip_tokenizer, t5_home, t5_vocabulary
 from sfumato.formats.dialect import Dialect, usual
 from sfumato.formats.names import KeyMap
+from sfumato.models.base import Family, Models, Setting, Vocabulary
+from sfumato.models.components import NATIVE, Config, Part, Source, Spelling
+from sfumato.models.encoders.components import CLIP_TARGETS, T5_TARGETS, clip_part, t5_part, vae_part
+from sfumato.models.encoders.t5 import EMBEDDING
+from sfumato.models.encoders.tokenizers import clip_tokenizer, t5_home, t5_vocabulary
+from sfumato.models.flow_options import REFUSED
+from sfumato.models.layers import Shapes
 from sfumato.tensors.flow import Flow, flux_mu, schedule
 from sfumato.tensors.noise import Process
 

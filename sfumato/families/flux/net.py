@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sfumato.errors import UserError
-from sfumato.families.layers import Shapes, linear, timestep_embedding
+from sfumato.models.layers import Shapes, linear, timestep_embedding
 from sfumato.tensors.attention import attention
 from sfumato.tensors.rope import rope, rotate
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from sfumato.data.batch import Cond, Tokens
 from sfumato.data.strategies import LatentsCachingStrategy, Limit, TextEncoderOutputsCachingStrategy
 from sfumato.families.flux.net import PATCH
-from sfumato.families.tokenizers import fingerprint, limit, padded
+from sfumato.models.encoders.tokenizers import fingerprint, limit, padded
 
 CLIP_LENGTH = 77
 """Tokens of a caption for CLIP, marks included."""

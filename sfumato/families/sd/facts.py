@@ -6,8 +6,7 @@ import re
 from dataclasses import dataclass
 from typing import Literal
 
-from sfumato.families.about import Facts
-from sfumato.families.detect import LEAF, WHOLE, Detected, Kind, Shapes
+from sfumato.models.facts import LEAF, WHOLE, Detected, Facts, Kind, Shapes
 
 FAMILY = "sd"
 CONTEXT_XL = 2048

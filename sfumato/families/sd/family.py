@@ -12,19 +12,19 @@ from torch import Tensor, nn
 from sfumato.config import LossConfig, NoiseConfig
 from sfumato.data.batch import Cond
 from sfumato.errors import UserError
-from sfumato.families import sources
-from sfumato.families.base import Family, Models, Vocabulary
-from sfumato.families.borrowed import CLIP_TARGETS, clip_part, vae_part
-from sfumato.families.encoders import LAYERS, count_layers
-from sfumato.families.layers import Shapes
-from sfumato.families.parts import Config, Part, Source, Spelling, unchanged
 from sfumato.families.sd.facts import Options
 from sfumato.families.sd.folder import check_unet, new_folder
 from sfumato.families.sd.names import CLIP_H, CLIP_L, KEPT, TARGETS, UNET, VAE, unet_keys
 from sfumato.families.sd.net import UNet, blocks
 from sfumato.families.sd.strategies import LATENTS, OUTPUTS, SdEncode, SdTokenize
-from sfumato.families.tokenizers import clip_tokenizer
 from sfumato.formats.dialect import Dialect, usual
+from sfumato.models import locate
+from sfumato.models.base import Family, Models, Vocabulary
+from sfumato.models.components import Config, Part, Source, Spelling, unchanged
+from sfumato.models.encoders.clip import LAYERS, count_layers
+from sfumato.models.encoders.components import CLIP_TARGETS, clip_part, vae_part
+from sfumato.models.encoders.tokenizers import clip_tokenizer
+from sfumato.models.layers import Shapes
 from sfumato.tensors.noise import DDPM, Process
 
 LAYERS_USED = 23
@@ -96,7 +96,7 @@ def prediction(source: Source) -> str:
     """What the U-Net says, "v" or else; empty: the files do not tell."""
     scheduler = source.path / "scheduler" / "scheduler_config.json"
     if scheduler.is_file():
-        return {"v_prediction": "v"}.get(str(sources.read_json(scheduler).get("prediction_type")), "")
+        return {"v_prediction": "v"}.get(str(locate.read_json(scheduler).get("prediction_type")), "")
     said = source.metadata.get("modelspec.prediction_type", "")
     marked = "v_pred" in source.kept or source.metadata.get("modelspec.architecture", "").endswith("-768-v")
     return "v" if marked else said

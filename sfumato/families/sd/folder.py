@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from sfumato.errors import UserError
-from sfumato.families.base import Models, NewFolder
-from sfumato.families.encoders import ClipText
-from sfumato.families.layers import Shapes
-from sfumato.families.parts import Config
 from sfumato.families.sd.names import Layout, unet_keys
 from sfumato.families.sd.net import CONV_HEADS, LINEAR_HEAD_WIDTH
+from sfumato.models.base import Models, NewFolder
+from sfumato.models.components import Config
+from sfumato.models.encoders.clip import ClipText
+from sfumato.models.layers import Shapes
 from sfumato.tensors.noise import DDPM
 
 UNET_FACTS: dict[str, Any] = {

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from sfumato.data.batch import Cond, Tokens
 from sfumato.data.strategies import LatentsCachingStrategy, Limit, TextEncoderOutputsCachingStrategy
-from sfumato.families.tokenizers import fingerprint, limit
+from sfumato.models.encoders.tokenizers import fingerprint, limit
 
 CHUNK = 75
 """Tokens that the text encoder takes at once, without the marks of start and end."""

@@ -6,11 +6,10 @@ import re
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from sfumato.families import flow_options
-from sfumato.families.about import Facts, Idle
-from sfumato.families.detect import LEAF, WHOLE, Detected, Kind, Shapes
-from sfumato.families.flow_options import FlowOptions
 from sfumato.families.sd3.network_args import NetworkArgs
+from sfumato.models import flow_options
+from sfumato.models.facts import LEAF, WHOLE, Detected, Facts, Idle, Kind, Shapes
+from sfumato.models.flow_options import FlowOptions
 
 FAMILY = "sd3"
 Version = Literal["medium", "3.5-medium", "3.5-large"]

@@ -18,20 +18,20 @@ from sfumato.config import LossConfig, NoiseConfig
 from sfumato.data.batch import Cond
 from sfumato.data.strategies import TextEncoderOutputsCachingStrategy
 from sfumato.errors import UserError
-from sfumato.families.base import Family, Models, Setting, Vocabulary
-from sfumato.families.borrowed import CLIP_TARGETS, T5_TARGETS, clip_part, t5_part, vae_part
-from sfumato.families.flow_options import REFUSED
-from sfumato.families.layers import Shapes
-from sfumato.families.parts import NATIVE, Config, Part, Source, Spelling
 from sfumato.families.sd3 import facts, names
 from sfumato.families.sd3.facts import Completed, Options
 from sfumato.families.sd3.net import HEAD_WIDTH, MMDiT, blocks
 from sfumato.families.sd3.network_args import EMBEDDER_TARGETS, layer
 from sfumato.families.sd3.positions import embedded, places, scaled
 from sfumato.families.sd3.strategies import CLIPS, LATENTS, Sd3Encode, Sd3Tokenize, outputs
-from sfumato.families.t5 import EMBEDDING
-from sfumato.families.tokenizers import clip_tokenizer, t5_home, t5_vocabulary
 from sfumato.formats.dialect import Dialect
+from sfumato.models.base import Family, Models, Setting, Vocabulary
+from sfumato.models.components import NATIVE, Config, Part, Source, Spelling
+from sfumato.models.encoders.components import CLIP_TARGETS, T5_TARGETS, clip_part, t5_part, vae_part
+from sfumato.models.encoders.t5 import EMBEDDING
+from sfumato.models.encoders.tokenizers import clip_tokenizer, t5_home, t5_vocabulary
+from sfumato.models.flow_options import REFUSED
+from sfumato.models.layers import Shapes
 from sfumato.tensors.flow import Flow, schedule
 from sfumato.tensors.noise import Process
 from sfumato.tensors.random import Draws

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sfumato.errors import UserError
-from sfumato.families.layers import Shapes, linear, timestep_embedding
+from sfumato.models.layers import Shapes, linear, timestep_embedding
 from sfumato.tensors.attention import attention
 
 Crop = Tensor | tuple[int, int]

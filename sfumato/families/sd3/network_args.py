@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, cast
 
 from sfumato.errors import UserError
-from sfumato.families.choices import check_split, indices, is_chosen, rank_of, ranks
+from sfumato.models.block_choices import check_split, indices, is_chosen, rank_of, ranks
 
 if TYPE_CHECKING:
     from sfumato.adapters import AdapterPlan

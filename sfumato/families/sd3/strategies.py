@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from sfumato.data.batch import Cond, Tokens
 from sfumato.data.strategies import LatentsCachingStrategy, Limit, TextEncoderOutputsCachingStrategy
-from sfumato.families.tokenizers import fingerprint, limit, padded
+from sfumato.models.encoders.tokenizers import fingerprint, limit, padded
 
 CLIPS = ("clip_l", "clip_g")
 CLIP_LENGTH = 77

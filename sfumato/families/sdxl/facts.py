@@ -7,9 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from sfumato.families.about import Facts, Idle
-from sfumato.families.detect import LEAF, Detected, Kind, Shapes
 from sfumato.families.sd.facts import CONTEXT_XL, UNET_PREFIX, is_controlnet, text_width
+from sfumato.models.facts import LEAF, Detected, Facts, Idle, Kind, Shapes
 
 FAMILY = "sdxl"
 BLOCKS = 23

@@ -13,10 +13,6 @@ from torch import Tensor, nn
 from sfumato.adapters import AdapterPlan
 from sfumato.data.batch import Cond
 from sfumato.errors import UserError
-from sfumato.families.base import Family, Models, Setting, Vocabulary
-from sfumato.families.borrowed import CLIP_TARGETS, clip_part, vae_part
-from sfumato.families.layers import Shapes, timestep_embedding
-from sfumato.families.parts import NATIVE, Config, Part, Source, Spelling
 from sfumato.families.sd.family import check_channels, prediction, process, without_old_average
 from sfumato.families.sd.strategies import SdTokenize
 from sfumato.families.sdxl.facts import SIZE_WIDTH, SIZES, Options
@@ -24,8 +20,12 @@ from sfumato.families.sdxl.folder import check_unet, new_folder, scheduler
 from sfumato.families.sdxl.names import CLIP_G, CLIP_L, KEPT, TARGETS, UNET, VAE, unet_keys
 from sfumato.families.sdxl.net import UNet, blocks
 from sfumato.families.sdxl.strategies import LATENTS, OUTPUTS, SdxlEncode, SdxlTokenize
-from sfumato.families.tokenizers import clip_tokenizer
 from sfumato.formats.dialect import Dialect, usual
+from sfumato.models.base import Family, Models, Setting, Vocabulary
+from sfumato.models.components import NATIVE, Config, Part, Source, Spelling
+from sfumato.models.encoders.components import CLIP_TARGETS, clip_part, vae_part
+from sfumato.models.encoders.tokenizers import clip_tokenizer
+from sfumato.models.layers import Shapes, timestep_embedding
 
 SCALE = 0.13025
 """Factor from raw latents to those of the denoiser."""

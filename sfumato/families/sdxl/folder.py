@@ -7,14 +7,14 @@ from collections.abc import Mapping
 from typing import Any, cast
 
 from sfumato.errors import UserError
-from sfumato.families import sources
-from sfumato.families.base import Models, NewFolder
-from sfumato.families.encoders import ClipText
-from sfumato.families.layers import Shapes
-from sfumato.families.parts import Config, Source
 from sfumato.families.sd import folder as sd
 from sfumato.families.sd.names import Layout
 from sfumato.families.sdxl.facts import SIZE_WIDTH
+from sfumato.models import locate
+from sfumato.models.base import Models, NewFolder
+from sfumato.models.components import Config, Source
+from sfumato.models.encoders.clip import ClipText
+from sfumato.models.layers import Shapes
 from sfumato.tensors.noise import DDPM
 
 UNET_FACTS: dict[str, Any] = {
@@ -60,7 +60,7 @@ def scheduler(source: Source) -> Mapping[str, Any]:
     path = source.path / "scheduler" / "scheduler_config.json"
     if not path.is_file():
         return {}
-    said = sources.read_json(path)
+    said = locate.read_json(path)
     kind, prediction = str(said.get("_class_name")), said.get("prediction_type", PREDICTIONS[0])
     if kind.startswith("EDM") or prediction not in PREDICTIONS:
         raise UserError(f"{path}: a {kind} with prediction_type {prediction!r}: only models of DDPM that predict noise or v can be trained")
@@ -110,5 +110,5 @@ def _index(source: Source, schedule: str, *, vae: bool) -> dict[str, Any]:
     else:
         absent.add("vae")
     old = source.path / "model_index.json"
-    zeros = sources.read_json(old).get("force_zeros_for_empty_prompt", True) if old.is_file() else True
+    zeros = locate.read_json(old).get("force_zeros_for_empty_prompt", True) if old.is_file() else True
     return {**sd.index("StableDiffusionXLPipeline", present, absent), "force_zeros_for_empty_prompt": zeros}

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from sfumato.families.layers import Shapes
 from sfumato.families.sd.net import Body, blocks, embedder
+from sfumato.models.layers import Shapes
 
 __all__ = ["UNet", "blocks"]
 

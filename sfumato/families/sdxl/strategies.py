@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from sfumato.data.batch import Cond, Tokens
 from sfumato.data.strategies import LatentsCachingStrategy, Limit, TextEncoderOutputsCachingStrategy
-from sfumato.families.encoders import ClipSays
 from sfumato.families.sd.strategies import SdTokenize, join
+from sfumato.models.encoders.clip import ClipSays
 
 LAYER = 2
 """The layer whose states are used, from the end; no norm follows."""

@@ -7,11 +7,11 @@ from collections.abc import Callable, Collection
 from torch import nn
 
 from sfumato.errors import UserError
-from sfumato.families.autoencoders import DIFFUSERS_MARK, EARLY, EARLY_MARK, LDM_MARK, SD_SCALE, kl_net, vae_keys
-from sfumato.families.encoders import CLIP_BARE, OPEN_CLIP, clip_net, heads
-from sfumato.families.layers import Shapes
-from sfumato.families.parts import NATIVE, Config, Part, Spelling, matching
-from sfumato.families.t5 import EMBEDDING, TWIN, t5_idle, t5_keys, t5_net
+from sfumato.models.autoencoders import DIFFUSERS_MARK, EARLY, EARLY_MARK, LDM_MARK, SD_SCALE, kl_net, vae_keys
+from sfumato.models.components import NATIVE, Config, Part, Spelling, matching
+from sfumato.models.encoders.clip import CLIP_BARE, OPEN_CLIP, clip_net, heads
+from sfumato.models.encoders.t5 import EMBEDDING, TWIN, t5_idle, t5_keys, t5_net
+from sfumato.models.layers import Shapes
 
 CLIP_TARGETS = {"linear": ("*.self_attn.*_proj", "*.mlp.fc?")}
 """For `Family.targets`: the layers of a CLIP text encoder that adapters go on."""

@@ -18,13 +18,13 @@ from torch import Tensor, nn
 
 from sfumato.data.batch import Cond
 from sfumato.errors import UserError
-from sfumato.families.autoencoders import unscale
-from sfumato.families.base import Models, Setting, check_sizes
+from sfumato.models.autoencoders import unscale
+from sfumato.models.base import Models, Setting, check_sizes
+from sfumato.sampling import image_files
+from sfumato.sampling.prompts import SAMPLERS, Prompt, default
+from sfumato.sampling.prompts import sampler as own_name
 from sfumato.tensors.noise import Process
 from sfumato.tensors.random import key
-from sfumato.train import picture
-from sfumato.train.prompts import SAMPLERS, Prompt, default
-from sfumato.train.prompts import sampler as own_name
 
 Progress = Callable[[int, int], None]
 """Told (done, all) steps of the denoiser."""
@@ -62,8 +62,8 @@ def sample(
     images = draw(models, seeded, process=process, sampler=sampler, batch_size=batch_size, progress=progress, known=known, device=device)
     paths = []
     for place, prompt, image in zip(places, seeded, images, strict=True):
-        path = folder / picture.file_name(name, place, epoch=epoch, step=step, seed=prompts[place].seed)
-        picture.save(image, path, prompt, prompt.sample_sampler or sampler)
+        path = folder / image_files.file_name(name, place, epoch=epoch, step=step, seed=prompts[place].seed)
+        image_files.save(image, path, prompt, prompt.sample_sampler or sampler)
         paths.append(path)
     return paths
 

@@ -14,32 +14,35 @@ import torch
 from torch import Tensor, nn
 
 from sfumato.errors import UserError
-from sfumato.families import parts, sources
-from sfumato.families.base import Family, Models, Vocabulary
-from sfumato.families.detect import detect_file
-from sfumato.families.fill import shapes
-from sfumato.families.ondemand import LaterTokenizer, OnDemand
-from sfumato.families.parts import Source
-from sfumato.families.tokenizers import is_stock
 from sfumato.formats import files
 from sfumato.formats.folders import aside_folder
+from sfumato.models import components, locate
+from sfumato.models.base import Family, Models, Vocabulary
+from sfumato.models.components import Source
+from sfumato.models.encoders.tokenizers import is_stock
+from sfumato.models.meta_init import shapes
+from sfumato.models.ondemand import LaterTokenizer, OnDemand
 
 NAME = "pretrained_model_name_or_path"
 Dtypes = torch.dtype | Mapping[str, torch.dtype | None] | None
+Detect = Callable[[Path, str], object]
+"""(file or folder, the setting that names it): `families.detect.detect_file`, which refuses what is not a whole model, with
+what it seems to be. Handed in, as families are above this floor."""
 
 
-def examine(family: Family, path: str, options: Any, *, vae: str | None = None) -> tuple[Any, Source]:
+def examine(family: Family, path: str, options: Any, *, detect: Detect | None = None, vae: str | None = None) -> tuple[Any, Source]:
     """The options with what the files say, and where the parts of a checkpoint are; headers are read and nothing else.
 
     Errors: `UserError` for what is missing, of no part, or contradicts the options.
     """
-    where = sources.local(path, NAME)
-    detect_file(where, NAME)
+    where = locate.local(path, NAME)
+    if detect:
+        detect(where, NAME)
     given = {part.flag: vae if part.name == "vae" else getattr(options, part.flag, None) for part in family.parts if part.flag}
-    source = parts.open_model(where, family.parts, family.title, given=given, kept=family.kept)
-    if missing := parts.lacking(source, [p for p in family.parts if p.name not in family.optional]):
+    source = components.open_model(where, family.parts, family.title, given=given, kept=family.kept)
+    if missing := components.lacking(source, [p for p in family.parts if p.name not in family.optional]):
         raise UserError(*missing)
-    with sources.understood(str(where)):
+    with locate.understood(str(where)):
         return family.complete(options, source)
 
 
@@ -48,6 +51,7 @@ def outline(
     path: str,
     options: Any,
     *,
+    detect: Detect | None = None,
     vae: str | None = None,
     tokenizer: str | None = None,
     later: Collection[str] = (),
@@ -57,7 +61,7 @@ def outline(
     `later`: text encoders and VAE that are made when they are asked for, with their tokenizers, if they are needed at all: their
     libraries take seconds to import. Errors: as `examine`, and for tensors that do not fit their net.
     """
-    options, source = examine(family, path, options, vae=vae)
+    options, source = examine(family, path, options, detect=detect, vae=vae)
     tokenizers = {
         name: _tokenizer(family.vocabularies[name], source, tokenizer, later=name in later)
         for name in source.held
@@ -85,6 +89,7 @@ def load(
     path: str,
     options: Any,
     *,
+    detect: Detect | None = None,
     vae: str | None = None,
     tokenizer: str | None = None,
     device: torch.device | str = "cpu",
@@ -97,7 +102,7 @@ def load(
 
     Everything is checked from headers before a value is read.
     """
-    models = outline(family, path, options, vae=vae, tokenizer=tokenizer)
+    models = outline(family, path, options, detect=detect, vae=vae, tokenizer=tokenizer)
     read_values(models, device=device, dtype=dtype, later=later, map=map, progress=progress)
     return models
 
@@ -169,7 +174,7 @@ def _tokenizer(vocabulary: Vocabulary, source: Source, given: str | None, *, lat
 
 def _tokenizer_folder(vocabulary: Vocabulary, source: Source, given: str | None) -> Path | None:
     if given is not None:
-        path = sources.local(given, "tokenizer")
+        path = locate.local(given, "tokenizer")
         if (path / vocabulary.folder).is_dir():
             return path / vocabulary.folder
         if vocabulary.alone:
@@ -220,7 +225,7 @@ def save(
     wanted = {n for n, held in source.held.items() if layout == "diffusers" or held.prefix is not None or n in beside}
     made = models.made()
     each = {name: held for name, held in source.held.items() if name in wanted}
-    values = {name: parts.values(made.get(name), held, (state or {}).get(name, {}), dtype) for name, held in each.items()}
+    values = {name: components.values(made.get(name), held, (state or {}).get(name, {}), dtype) for name, held in each.items()}
     for name, tensors in values.items():
         files.check_finite(tensors, f"{path.name} ({name})", dtype)
     if layout == "diffusers":
@@ -232,7 +237,7 @@ def save(
     for name in beside:
         held = source.held[name]
         files.save(path.with_name(f"{path.stem}_{name}{path.suffix}"), held.spelling.write(values.pop(name)), metadata)
-    files.save(path, models.family.respell(models, parts.single_file(source, values)), metadata, source.check)
+    files.save(path, models.family.respell(models, components.single_file(source, values)), metadata, source.check)
 
 
 # --- folders ---

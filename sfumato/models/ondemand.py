@@ -8,8 +8,8 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-from sfumato.families.tokenizers import fingerprint
 from sfumato.formats.metadata import remembered
+from sfumato.models.encoders.tokenizers import fingerprint
 
 T = TypeVar("T")
 

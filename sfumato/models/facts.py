@@ -2,12 +2,34 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
-if TYPE_CHECKING:
-    from sfumato.families.detect import Detected, Shapes
+Shapes = Mapping[str, tuple[int, ...]]
+Kind = Literal["checkpoint", "adapter", "vae", "text_encoder", "embedding", "controlnet"]
+WHOLE = ("denoiser", "text_encoder", "vae")
+LEAF = re.compile(r".*\.((lora|hada|lokr)_\w+(\.\w+)*|lora\.(up|down)\.weight|oft_blocks|oft_diag|diff|diff_b|dora_scale|alpha)")
+"""Names of an adapter's tensors."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Detected:
+    """What a family says of a file that it knows."""
+
+    family: str
+    kind: Kind
+    variant: str = ""
+    """Version within the family ("v1", "v2"); empty: the file does not say."""
+    dialect: str = ""
+    """How its names are spelled: "ldm", "diffusers", "openclip" ...; of adapters "kohya", "comfy" or "peft"."""
+    prediction: Literal["eps", "v"] | None = None
+    """What the denoiser says; None: the file does not say."""
+    parts: tuple[str, ...] = ()
+    """Of a checkpoint, what of `WHOLE` it holds."""
+    refused: str = ""
+    """Of a checkpoint that cannot be trained, what it is, as the end of a sentence."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +58,7 @@ class Facts:
     """Classes that a diffusers folder of this family names."""
     denoiser_folder: str = "transformer"
     needed: tuple[str, ...] = ("denoiser",)
-    """What of `detect.WHOLE` a base model's file must hold; the rest may come from files of its own."""
+    """What of `WHOLE` a base model's file must hold; the rest may come from files of its own."""
     scripts: Mapping[str, Literal["network", "full"]] = field(default_factory=dict)
     """kohya's scripts -> what they train."""
     trains_text: tuple[str, ...] = ()
@@ -44,7 +66,7 @@ class Facts:
     defaults: Mapping[str, object] = field(default_factory=dict)
     """Settings of all families that have another default here."""
     prompt: Mapping[str, Any] = field(default_factory=dict)
-    """What a prompt that does not say it is drawn with, where it differs from `train/prompts.py: Prompt`."""
+    """What a prompt that does not say it is drawn with, where it differs from `sampling/prompts.py: Prompt`."""
     paths: tuple[str, ...] = ()
     """Options that name a file, a folder or a hub id."""
     refused: Mapping[str, str] = field(default_factory=dict)

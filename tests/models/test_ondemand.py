@@ -12,10 +12,10 @@ import torch
 from tinies.cases import Case, Files, cases
 
 from sfumato import families
-from sfumato.families.autoencoders import scale
-from sfumato.families.loading import fetch, fetch_vae, outline, read_values
-from sfumato.families.ondemand import LaterTokenizer, OnDemand
 from sfumato.formats import lazy
+from sfumato.models.autoencoders import scale
+from sfumato.models.loading import fetch, fetch_vae, outline, read_values
+from sfumato.models.ondemand import LaterTokenizer, OnDemand
 
 CASES = [case for case in cases() if case.name in ("sd-1", "sdxl-base", "sd3-medium", "flux-dev")]
 

@@ -11,8 +11,8 @@ from huggingface_hub.errors import LocalEntryNotFoundError
 from tinies import encoders
 
 from sfumato.errors import UserError
-from sfumato.families import sources
 from sfumato.formats.files import load
+from sfumato.models import locate
 
 KEYS = Path(__file__).parents[1] / "fixtures" / "keys"
 
@@ -22,13 +22,13 @@ def test_what_is_here_goes_before_the_hub(tmp_path: Path, monkeypatch: pytest.Mo
     (tmp_path / "some" / "model").mkdir()
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: pytest.fail("asked the hub"))
-    assert sources.local("some/model", "vae") == Path("some/model")
+    assert locate.local("some/model", "vae") == Path("some/model")
 
 
 def test_a_hub_id_is_downloaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
     monkeypatch.setattr("huggingface_hub.snapshot_download", lambda name, **_: asked.append(name) or str(tmp_path))
-    assert sources.local("someone/some-model.v1", "vae") == tmp_path
+    assert locate.local("someone/some-model.v1", "vae") == tmp_path
     assert asked == ["someone/some-model.v1"]
 
 
@@ -38,9 +38,9 @@ def test_a_hub_that_does_not_answer_is_told_with_the_flag(monkeypatch: pytest.Mo
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", refuse)
     with pytest.raises(UserError, match=r"vae: 'someone/model' .*no connection"):
-        sources.local("someone/model", "vae")
+        locate.local("someone/model", "vae")
     with pytest.raises(UserError, match=r"vae: no such file or folder: 'a/b/c\.safetensors'"):
-        sources.local("a/b/c.safetensors", "vae")
+        locate.local("a/b/c.safetensors", "vae")
 
 
 def empty(folder: Path, *names: str) -> None:
@@ -54,7 +54,7 @@ def listed(folder: Path, index: str, *shards: str) -> None:
 
 
 def found(folder: Path) -> list[str]:
-    return [path.name for path in sources.weight_files(folder)]
+    return [path.name for path in locate.weight_files(folder)]
 
 
 def test_weights_of_a_folder(tmp_path: Path) -> None:
@@ -107,7 +107,7 @@ QUANTISED = [
 @pytest.mark.parametrize("name", QUANTISED)
 def test_quantised_weights_are_refused_with_file_and_tensor(name: str) -> None:
     with pytest.raises(UserError) as error:
-        sources.refuse_quantised("models/small.safetensors", ["a.weight", name])
+        locate.refuse_quantised("models/small.safetensors", ["a.weight", name])
     (line,) = error.value.messages
     assert "models/small.safetensors" in line and repr(name) in line and "quantised" in line
 
@@ -115,13 +115,13 @@ def test_quantised_weights_are_refused_with_file_and_tensor(name: str) -> None:
 @pytest.mark.parametrize("name", ["t5.gguf", "T5.GGUF"])
 def test_gguf_is_refused_by_its_ending(name: str) -> None:
     with pytest.raises(UserError, match=rf"{name}: .*GGUF"):
-        sources.refuse_quantised(Path(name))
+        locate.refuse_quantised(Path(name))
 
 
 @pytest.mark.parametrize("path", sorted(KEYS.glob("*.json.gz")), ids=lambda path: path.name.removesuffix(".json.gz"))
 def test_no_real_file_passes_for_quantised(path: Path) -> None:
     names = json.loads(gzip.decompress(path.read_bytes()))
-    sources.refuse_quantised(path.name, names)
+    locate.refuse_quantised(path.name, names)
     assert names
 
 
@@ -131,11 +131,11 @@ def test_no_real_file_passes_for_quantised(path: Path) -> None:
 def test_a_list_of_shards_of_an_odd_shape(tmp_path: Path, text: str) -> None:
     (tmp_path / "model.safetensors.index.json").write_text(text, encoding="utf-8")
     with pytest.raises(UserError, match=r"model\.safetensors\.index\.json"):
-        sources.weight_files(tmp_path)
+        locate.weight_files(tmp_path)
 
 
 @pytest.mark.parametrize("name", ["x" * 5000, "a/" * 3000 + "b", "~nobody-at-all/x"])
 def test_a_model_of_a_name_that_cannot_be(name: str) -> None:
     with pytest.raises(UserError, match="pretrained_model_name_or_path") as told:
-        sources.local(name, "pretrained_model_name_or_path")
+        locate.local(name, "pretrained_model_name_or_path")
     assert len(str(told.value)) < 600

@@ -14,7 +14,7 @@ from sfumato.config import Config, DatasetConfig, SampleConfig
 from sfumato.errors import UserError
 from sfumato.families.sd.facts import Options
 from sfumato.formats import files
-from sfumato.train.prompts import Prompt, of_run, parse_line, read_prompts, sized
+from sfumato.sampling.prompts import Prompt, of_run, parse_line, read_prompts, sized
 
 
 def written(folder: Path, name: str, text: str) -> Path:

@@ -8,8 +8,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from sfumato.families.encoders import count_layers
 from sfumato.formats.names import CONV_TO_LINEAR, KeyMap, Rule, rule
+from sfumato.models.encoders.clip import count_layers
 
 SD_SCALE = 0.18215
 """Factor from raw latents to those of the denoiser in Stable Diffusion 1.x and 2.x."""

@@ -11,7 +11,7 @@ import pytest
 from folders import noise
 from PIL import Image, ImageOps, PngImagePlugin, features
 
-from sfumato.data.pictures import Unreadable, flat, oriented_size, read
+from sfumato.data.images import Unreadable, flat, oriented_size, read
 from sfumato.data.scan import open_picture
 from sfumato.errors import UserError
 

@@ -12,12 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from sfumato.errors import UserError
-from sfumato.families import sources
-from sfumato.families.fill import check, fill, shapes
-from sfumato.families.layers import Shapes
 from sfumato.formats import files
 from sfumato.formats.lazy import FLOATS, Lazy
 from sfumato.formats.names import KeyMap, add_prefix
+from sfumato.models import locate
+from sfumato.models.layers import Shapes
+from sfumato.models.meta_init import check, fill, shapes
 
 Config = Mapping[str, Any]
 """A part's `config.json`; empty for single files, which have none."""
@@ -113,7 +113,7 @@ class Held:
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Shapes by native name. Errors: `UserError` for names that the spelling does not know."""
         try:
-            with sources.understood(self._what):
+            with locate.understood(self._what):
                 return self.spelling.shapes(self.tensors.shapes)
         except UserError as error:
             raise UserError(*(f"{self._what}: {message}" for message in error.messages)) from None
@@ -130,7 +130,7 @@ class Held:
     def empty(self) -> nn.Module:
         """The net without values (on the meta device). Errors: `UserError` for tensors whose names or shapes do not fit it."""
         what, found = self._what, self.shapes()
-        with sources.understood(what):
+        with locate.understood(what):
             net = self.part.net(found, self.config)
         check(net, found, what)
         self._check_formats(what)
@@ -209,7 +209,7 @@ def open_model(path: Path, parts: Sequence[Part], title: str, *, given: Mapping[
     `kept`: pattern of full names that belong to no net. Nothing but headers is read. Errors: `UserError` for tensors
     of no part, for missing files and for files that do not hold the part that they are named for.
     """
-    with sources.understood(str(path)):
+    with locate.understood(str(path)):
         source = _folder(path, parts) if path.is_dir() else _single(path, parts, title, kept)
     held = dict(source.held)
     for part in parts:
@@ -222,7 +222,7 @@ def open_model(path: Path, parts: Sequence[Part], title: str, *, given: Mapping[
 
 def _single(path: Path, parts: Sequence[Part], title: str, kept: re.Pattern[str]) -> Source:
     tensors = _file(path)
-    sources.refuse_quantised(path, tensors)
+    locate.refuse_quantised(path, tensors)
     others = {name for name in tensors if kept.fullmatch(name)}
     left, held = tensors.only(lambda name: name not in others), {}
     for part, prefix in _by_prefix(parts):
@@ -259,14 +259,14 @@ def _folder(path: Path, parts: Sequence[Part]) -> Source:
 def _component(part: Part, folder: Path) -> Held:
     """A part in a folder of its own, with its config."""
     config = folder / "config.json"
-    read = sources.read_json(config) if config.is_file() else {}
-    return replace(_bare(part, Lazy.of(sources.weight_files(folder)), folder), config=read)
+    read = locate.read_json(config) if config.is_file() else {}
+    return replace(_bare(part, Lazy.of(locate.weight_files(folder)), folder), config=read)
 
 
 def open_part(part: Part, name: str) -> Held:
     """A part from a file of its own, from any file that holds it, from a folder or from the hub. Errors: `UserError` naming its flag."""
-    path = sources.local(name, part.flag)
-    with sources.understood(_asked(part, path)):
+    path = locate.local(name, part.flag)
+    with locate.understood(_asked(part, path)):
         return _opened(part, path)
 
 
@@ -281,7 +281,7 @@ def _opened(part: Part, path: Path) -> Held:
 
 def _file(path: Path, part: Part | None = None) -> Lazy:
     """The tensors of a file; `part`: what it is opened for. GGUF is told as such, not as a damaged file."""
-    sources.refuse_quantised(_asked(part, path))
+    locate.refuse_quantised(_asked(part, path))
     return Lazy.of([path])
 
 
@@ -291,7 +291,7 @@ def _asked(part: Part | None, where: Path) -> str:
 
 
 def _bare(part: Part, tensors: Lazy, where: Path) -> Held:
-    sources.refuse_quantised(_asked(part, where), tensors)
+    locate.refuse_quantised(_asked(part, where), tensors)
     idle = set(part.idle(list(tensors)))
     used = tensors.only(lambda name: name not in idle)
     spelling = part.spelling(used.shapes)

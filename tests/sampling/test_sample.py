@@ -21,12 +21,12 @@ from torch import Tensor
 from sfumato import families
 from sfumato.config import Config, LossConfig, ModelConfig, NetworkConfig, NoiseConfig, OutputConfig, SampleConfig, TrainConfig
 from sfumato.errors import UserError
-from sfumato.families import loading
-from sfumato.families.base import Models
+from sfumato.models import loading
+from sfumato.models.base import Models
+from sfumato.sampling.prompts import SAMPLERS, Prompt
+from sfumato.sampling.sample import decode, draw, draw_latents, sample, scheduler_for
 from sfumato.tensors.noise import DDPM
-from sfumato.train.draw import main
-from sfumato.train.prompts import SAMPLERS, Prompt
-from sfumato.train.sample import decode, draw, draw_latents, sample, scheduler_for
+from sfumato.train.pipeline import main
 
 SD = families.family("sd")
 PROMPT = Prompt(prompt="a cat", negative_prompt="dull", width=48, height=32, sample_steps=3, scale=5.0, seed=1)

@@ -14,9 +14,9 @@ from tinies import encoders
 from torch import Tensor, nn
 
 from sfumato.errors import UserError
-from sfumato.families.encoders import CLIP_BARE, OPEN_CLIP, clip_net
-from sfumato.families.fill import fill, shapes
-from sfumato.families.tokenizers import EOS, clip_tokenizer, is_stock
+from sfumato.models.encoders.clip import CLIP_BARE, OPEN_CLIP, clip_net
+from sfumato.models.encoders.tokenizers import EOS, clip_tokenizer, is_stock
+from sfumato.models.meta_init import fill, shapes
 
 Keys = Callable[[str], dict[str, tuple[int, ...]]]
 CAPTIONS = ["a cat on a mat", "", "red " * 80]

@@ -15,11 +15,11 @@ from transformers import T5EncoderModel
 from transformers.utils import sentencepiece_model_pb2_new as sentencepiece
 
 from sfumato.errors import UserError
-from sfumato.families import sources
-from sfumato.families.fill import shapes
-from sfumato.families.t5 import EMBEDDING, TWIN, T5Encoder, t5_idle, t5_keys, t5_net
-from sfumato.families.tokenizers import T5_FILES, T5_HUB, fingerprint, t5_source, t5_tokenizer
 from sfumato.memory.checkpoint import checkpoint_blocks
+from sfumato.models import locate
+from sfumato.models.encoders.t5 import EMBEDDING, TWIN, T5Encoder, t5_idle, t5_keys, t5_net
+from sfumato.models.encoders.tokenizers import T5_FILES, T5_HUB, fingerprint, t5_source, t5_tokenizer
+from sfumato.models.meta_init import shapes
 
 Keys = Callable[[str], dict[str, tuple[int, ...]]]
 CAPTIONS = ["a photo of a red cat on the mat", "", "dog"]
@@ -228,7 +228,7 @@ def test_a_broken_tokenizer_is_told(tmp_path: Path, content: str) -> None:
 
 def test_where_the_tokenizer_comes_from(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
-    monkeypatch.setattr(sources, "local", lambda *given: asked.append(given) or tmp_path)
+    monkeypatch.setattr(locate, "local", lambda *given: asked.append(given) or tmp_path)
     beside, empty = tmp_path / "tokenizer_2", tmp_path / "empty"
     encoders.t5_tokenizer().save_pretrained(beside)
     assert t5_source(None, empty, beside) == beside

@@ -9,16 +9,18 @@ import torch
 
 from sfumato.config import OutputConfig
 from sfumato.formats import run
-from sfumato.train import keep
+from sfumato.train import checkpoints
 
 
 def left(folder: Path, output: OutputConfig, *, steps: int = 0, epochs: int = 0) -> set[int]:
     """Numbers of the results that stay after so many steps or epochs."""
-    savings = [keep.after_step(output, n + 1) for n in range(steps)] + [keep.after_epoch(output, n + 1, epochs + 1) for n in range(epochs)]
+    savings = [checkpoints.after_step(output, n + 1) for n in range(steps)] + [
+        checkpoints.after_epoch(output, n + 1, epochs + 1) for n in range(epochs)
+    ]
     for saving in savings:
         if saving:
             (folder / saving.name).write_text("")
-            keep.clean(saving, folder, "")
+            checkpoints.clean(saving, folder, "")
     return {int(path.name[-6:]) for path in folder.iterdir()}
 
 
@@ -47,7 +49,7 @@ def test_only_results_and_states_of_sfumato_are_removed(tmp_path: Path) -> None:
         (tmp_path / name).mkdir()
         (tmp_path / name / "photo.jpg").write_text("mine")
     for step in ("me-step00000001", "me-step00000002", "me-step00000003"):
-        keep.clean(keep.Saving("me", True, step, step), tmp_path, ".safetensors")
+        checkpoints.clean(checkpoints.Saving("me", True, step, step), tmp_path, ".safetensors")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["me-step00000002-state", "me-step00000002.safetensors"]
 
 
@@ -59,5 +61,5 @@ def test_an_old_result_that_cannot_be_removed_ends_no_run(
 
     (tmp_path / "me.safetensors").touch()
     monkeypatch.setattr(Path, "unlink", held)
-    keep.clean(keep.Saving("me", False, "me"), tmp_path, ".safetensors")
+    checkpoints.clean(checkpoints.Saving("me", False, "me"), tmp_path, ".safetensors")
     assert "me.safetensors: could not be removed (another program holds it open)" in capsys.readouterr().err

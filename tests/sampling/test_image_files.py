@@ -7,8 +7,8 @@ from pathlib import Path
 
 from PIL import Image
 
-from sfumato.train.picture import file_name, grid, save
-from sfumato.train.prompts import Prompt
+from sfumato.sampling.image_files import file_name, grid, save
+from sfumato.sampling.prompts import Prompt
 
 
 def test_names_are_sd_scripts() -> None:

@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sfumato.families.encoders import count_layers
 from sfumato.formats.names import KeyMap, rule
+from sfumato.models.encoders.clip import count_layers
 
 EMBEDDING, TWIN = "shared.weight", "encoder.embed_tokens.weight"
 """One tensor under two names: transformers ties them, and files hold the first, both or, rarely, the second alone."""

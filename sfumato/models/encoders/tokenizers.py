@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sfumato.errors import UserError
-from sfumato.families import sources
+from sfumato.models import locate
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -109,7 +109,7 @@ SENTINELS = 100
 def t5_source(given: str | None, *beside: Path) -> Path:
     """The folder of T5's tokenizer: the one that the user names, else the first of `beside` with one in it, else the hub's."""
     found = None if given is not None else next((folder for folder in beside if _holds_t5(folder)), None)
-    return found or sources.local(given or T5_HUB, "tokenizer", T5_FILES)
+    return found or locate.local(given or T5_HUB, "tokenizer", T5_FILES)
 
 
 def t5_tokenizer(folder: Path) -> Any:

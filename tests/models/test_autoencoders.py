@@ -17,12 +17,12 @@ from tinies import encoders
 from torch import Tensor
 
 from sfumato.errors import UserError
-from sfumato.families.autoencoders import kl_net, scale, unscale, vae_keys
-from sfumato.families.borrowed import vae_part
-from sfumato.families.fill import shapes
-from sfumato.families.parts import open_part
 from sfumato.formats.files import save
 from sfumato.formats.names import add_prefix
+from sfumato.models.autoencoders import kl_net, scale, unscale, vae_keys
+from sfumato.models.components import open_part
+from sfumato.models.encoders.components import vae_part
+from sfumato.models.meta_init import shapes
 
 Keys = Callable[[str], dict[str, tuple[int, ...]]]
 FLUX, SD3 = (0.3611, 0.1159), (1.5305, 0.0609)

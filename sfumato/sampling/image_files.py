@@ -10,7 +10,7 @@ from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 
 from sfumato.formats import files
-from sfumato.train.prompts import Prompt
+from sfumato.sampling.prompts import Prompt
 
 MARGIN = 8
 

@@ -13,11 +13,12 @@ from PIL import Image
 from sfumato.adapters.insert import from_state
 from sfumato.config import Config
 from sfumato.errors import UserError
-from sfumato.families.base import Models
-from sfumato.families.loading import fetch, fetch_vae
+from sfumato.models.base import Models
+from sfumato.models.loading import fetch, fetch_vae
+from sfumato.sampling import prompts, sample
 from sfumato.tensors import attention
 from sfumato.tensors.noise import Process
-from sfumato.train import dist, outputs, prompts, sample
+from sfumato.train import dist, outputs
 from sfumato.train.devices import load_models, merge_base_weights
 from sfumato.train.progress import telling
 from sfumato.train.step import autocast

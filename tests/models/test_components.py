@@ -18,14 +18,14 @@ from torch import Tensor, nn
 
 from sfumato import families
 from sfumato.errors import UserError
-from sfumato.families import loading
-from sfumato.families.autoencoders import vae_keys
-from sfumato.families.base import Models
-from sfumato.families.borrowed import clip_part, vae_part
-from sfumato.families.parts import Part, Source, Spelling, lacking, matching, open_model, open_part, single_file, values
-from sfumato.families.t5 import EMBEDDING, TWIN
 from sfumato.formats.files import load, read_header, save
 from sfumato.formats.names import KeyMap, add_prefix, rule
+from sfumato.models import loading
+from sfumato.models.autoencoders import vae_keys
+from sfumato.models.base import Models
+from sfumato.models.components import Part, Source, Spelling, lacking, matching, open_model, open_part, single_file, values
+from sfumato.models.encoders.components import clip_part, vae_part
+from sfumato.models.encoders.t5 import EMBEDDING, TWIN
 
 Tensors = dict[str, Tensor]
 KEYS = KeyMap(rule("attn.qkv", "attn.to_q", "attn.to_k", "attn.to_v"), rule("out"))

@@ -23,11 +23,11 @@ from sfumato.data.strategies import (
     TokenizeStrategy,
 )
 from sfumato.errors import UserError
-from sfumato.families.autoencoders import scale
-from sfumato.families.ondemand import OnDemand
-from sfumato.families.parts import Part, Source
-from sfumato.families.tokenizers import MERGES
 from sfumato.formats.dialect import Dialect
+from sfumato.models.autoencoders import scale
+from sfumato.models.components import Part, Source
+from sfumato.models.encoders.tokenizers import MERGES
+from sfumato.models.ondemand import OnDemand
 from sfumato.tensors.noise import Process
 from sfumato.tensors.random import Draws
 

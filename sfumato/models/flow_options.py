@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from sfumato.families.about import Idle
+from sfumato.models.facts import Idle
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,0 +1,1 @@
+"""Text encoders and tokenizers that families share, one kind a file."""
