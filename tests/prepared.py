@@ -50,8 +50,8 @@ def data(where: Path, **changed: Any) -> tuple[DatasetConfig, ...]:
 
 def prepare(where: Path, method: Any = "network", subset: dict[str, Any] | None = None, **changed: Any) -> Any:
     """The run, ready for its first step; its log is closed."""
-    course = run.prepare(options(where, **changed), method, data(where, **(subset or {})), dist.World(0, 1, torch.device("cpu")), 0.0)
-    with course.log:
-        course.log, log = None, course.log
+    a_run = run.prepare(options(where, **changed), method, data(where, **(subset or {})), dist.World(0, 1, torch.device("cpu")), 0.0)
+    with a_run.log:
+        a_run.log, log = None, a_run.log
     assert log
-    return course
+    return a_run

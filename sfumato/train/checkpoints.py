@@ -41,7 +41,7 @@ def states_of(name: str) -> str:
 
 
 @dataclass(frozen=True, slots=True)
-class Saving:
+class SaveEvent:
     """One thing to save now and what it makes superfluous."""
 
     name: str
@@ -57,7 +57,7 @@ def every_n_epochs(output: OutputConfig, epochs: int) -> int | None:
     return output.save_every_n_epochs
 
 
-def after_step(output: OutputConfig, step: int) -> Saving | None:
+def after_step(output: OutputConfig, step: int) -> SaveEvent | None:
     """What to save after this optimizer step."""
     every = output.save_every_n_steps
     if not every or step % every:
@@ -70,10 +70,10 @@ def after_step(output: OutputConfig, step: int) -> Saving | None:
         return step_name(output.output_name, number) if number > 0 else None
 
     state = output.save_last_n_steps if output.save_last_n_steps_state is None else output.save_last_n_steps_state
-    return Saving(step_name(output.output_name, step), output.save_state, old(output.save_last_n_steps), old(state))
+    return SaveEvent(step_name(output.output_name, step), output.save_state, old(output.save_last_n_steps), old(state))
 
 
-def after_epoch(output: OutputConfig, epoch: int, epochs: int) -> Saving | None:
+def after_epoch(output: OutputConfig, epoch: int, epochs: int) -> SaveEvent | None:
     """What to save after this epoch (counted from 1); the last epoch is saved as the result itself."""
     every = every_n_epochs(output, epochs)
     if not every or epoch % every or epoch >= epochs:
@@ -84,15 +84,15 @@ def after_epoch(output: OutputConfig, epoch: int, epochs: int) -> Saving | None:
         return epoch_name(output.output_name, number) if number > 0 else None
 
     state = output.save_last_n_epochs if output.save_last_n_epochs_state is None else output.save_last_n_epochs_state
-    return Saving(epoch_name(output.output_name, epoch), output.save_state, old(output.save_last_n_epochs), old(state))
+    return SaveEvent(epoch_name(output.output_name, epoch), output.save_state, old(output.save_last_n_epochs), old(state))
 
 
-def clean(saving: Saving, folder: Path, suffix: str) -> None:
+def clean(event: SaveEvent, folder: Path, suffix: str) -> None:
     """Remove what has been replaced; called only when the new files stand."""
-    if saving.old_result:
-        _remove(folder / f"{saving.old_result}{suffix}")
-    if saving.old_state:
-        _remove(folder / state_name(saving.old_state))
+    if event.old_result:
+        _remove(folder / f"{event.old_result}{suffix}")
+    if event.old_state:
+        _remove(folder / state_name(event.old_state))
 
 
 def _remove(path: Path) -> None:

@@ -19,22 +19,22 @@ from sfumato.train import dist
 from sfumato.train.step import Step, autocast
 
 if TYPE_CHECKING:
-    from sfumato.train.loop import Course
+    from sfumato.train.loop import Run
 
 
-def lost(course: Course, step: int, loss: float, rates: Mapping[str, float]) -> UserError:
+def lost(run: Run, step: int, loss: float, rates: Mapping[str, float]) -> UserError:
     """What to raise when the loss of a step is not finite: one message, with the cause. `rates`: by group, as they acted."""
     said = f"the loss of step {step} is {loss}; nothing was saved after it, earlier results in output_dir are sound"
-    inner = getattr(course.step, "module", course.step)
+    inner = getattr(run.training_step, "module", run.training_step)
     assert isinstance(inner, Step)
     models, trainable = inner.held
     # Training in place changes what was unpickled; a mapped file is read anew.
     files_of = {name: held.tensors.paths for name, held in models.the_source().held.items()}
     unchanged = [n for n, paths in files_of.items() if n not in trainable.trained or not any(p.suffix in PICKLES for p in paths)]
-    for causes in (damaged(models, unchanged), _of_batches(course, inner, step)):
+    for causes in (damaged(models, unchanged), _of_batches(run, inner, step)):
         if causes:
             return UserError(f"{said}. {causes[0]}")
-    return UserError(f"{said}. {_of_training(course, step, rates)}")
+    return UserError(f"{said}. {_of_training(run, step, rates)}")
 
 
 @contextmanager
@@ -59,28 +59,28 @@ def damaged(models: Models, components: Iterable[str]) -> list[str]:
     return out
 
 
-def _of_batches(course: Course, step: Step, number: int) -> list[str]:
+def _of_batches(run: Run, step: Step, number: int) -> list[str]:
     """What is wrong with what the step was given."""
-    epoch, place = divmod(number - 1, course.pace.steps_per_epoch)
-    turns = course.config.train.gradient_accumulation_steps
+    epoch, place = divmod(number - 1, run.budget.steps_per_epoch)
+    turns = run.config.train.gradient_accumulation_steps
     # By itself: the run's own readers may be on their way to the next batch.
-    loader = replace(course.loader, workers=0)
-    batches = loader.epoch(epoch, start_batch=place * turns, rank=course.world.rank, world=course.world.size)
+    loader = replace(run.loader, workers=0)
+    batches = loader.epoch(epoch, start_batch=place * turns, rank=run.world.rank, world=run.world.size)
     for batch in islice(batches, turns):
-        if cause := _of_batch(course, step, batch.to(course.world.device)):
+        if cause := _of_batch(run, step, batch.to(run.world.device)):
             return [cause]
     return []
 
 
 @torch.no_grad()
-def _of_batch(course: Course, step: Step, batch: Batch) -> str:
+def _of_batch(run: Run, step: Step, batch: Batch) -> str:
     captions = ", ".join(map(repr, batch.captions))
     again = "remove the cache, and it is made anew"
     if _broken(batch.latents):
         return f"The cached latents of one of the pictures with the captions {captions} are not finite: {again}"
     if batch.cond is not None and any(map(_broken, batch.cond.values())):
         return f"The cached text outputs of one of the captions {captions} are not finite: {again}"
-    with autocast(course.world.device, step.precision):
+    with autocast(run.world.device, step.precision):
         if batch.pixels is not None and _broken(step.latents(batch.pixels)):
             return f"The VAE overflows on one of the pictures with the captions {captions}: set no_half_vae"
         models, trainable = step.held
@@ -90,10 +90,10 @@ def _of_batch(course: Course, step: Step, batch: Batch) -> str:
     return ""
 
 
-def _of_training(course: Course, number: int, rates: Mapping[str, float]) -> str:
+def _of_training(run: Run, number: int, rates: Mapping[str, float]) -> str:
     """Model and batch are sound: what is left is how they were trained."""
-    half = dist.precision(course.config.train.mixed_precision) == "fp16"
-    if number == course.started + 1:
+    half = dist.precision(run.config.train.mixed_precision) == "fp16"
+    if number == run.start_step + 1:
         cure = "use mixed_precision bf16 or no" if half else "look at network_alpha, noise and loss settings, which scale what is trained"
         return f"It is the first step, the model's files and the batch are sound: {cure}"
     said = ", ".join(f"{rate:g} ({name})" for name, rate in rates.items())

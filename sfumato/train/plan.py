@@ -12,7 +12,7 @@ from sfumato.families.detect import detect_file
 from sfumato.train import checkpoints, dist, lock, resume
 from sfumato.train.caching import Data, open_data, tell_long
 from sfumato.train.check import Checked, Trained, check, check_length
-from sfumato.train.loop import Pace
+from sfumato.train.loop import StepBudget
 from sfumato.train.progress import answers, print_table
 from sfumato.train.trainables import caches_latents, caches_text
 
@@ -28,17 +28,17 @@ def show(config: Config, method: Method, datasets: tuple[DatasetConfig, ...], re
     checked = _checked(config, method, datasets, read)
     data = open_data(config, datasets, dist.outside(), checked.models, answers.print)
     tell_long(data, checked.models, answers.print)
-    pace = _pace(config, data)
-    for note in (*checked.notes, *check_length(config, pace.steps)):
+    budget = _budget(config, data)
+    for note in (*checked.notes, *check_length(config, budget.steps)):
         answers.print(note)
     answers.print(_model(config))
     print_table(TRAINED, [_trained_row(each) for each in checked.trained])
     print_table(FOLDERS, data.plan.folder_rows())
     print_table(BUCKETS, data.plan.bucket_rows())
     answers.print(data.plan.steps_line(config.train.gradient_accumulation_steps, dist.outside().size))
-    answers.print(f"{pace.steps} steps in all, {pace.epochs} epochs")
+    answers.print(f"{budget.steps} steps in all, {budget.epochs} epochs")
     answers.print(f"kept between steps: {' and '.join(_kept(config)) or 'nothing: pictures and captions are encoded in every step'}")
-    print_table(RESULTS, _results(config, pace, checked))
+    print_table(RESULTS, _results(config, budget, checked))
     if held := lock.taken(config):
         answers.print(held)
 
@@ -49,20 +49,20 @@ def facts(config: Config, method: Method, datasets: tuple[DatasetConfig, ...], r
     checked = _checked(config, method, datasets, read)
     data = open_data(config, datasets, dist.outside(), checked.models, notes.append)
     tell_long(data, checked.models, notes.append)
-    pace = _pace(config, data)
+    budget = _budget(config, data)
     return {
         "model": asdict(detect_file(config.model.pretrained_model_name_or_path)),
         "trained": [asdict(each) for each in checked.trained],
         "folders": [dict(zip(FOLDERS, row, strict=True)) for row in data.plan.folder_rows()],
         "buckets": [dict(zip(BUCKETS, row, strict=True)) for row in data.plan.bucket_rows()],
-        "notes": [*notes, *checked.notes, *check_length(config, pace.steps)],
-        "batches_per_epoch": pace.batches,
-        "steps_per_epoch": pace.steps_per_epoch,
-        "steps": pace.steps,
-        "epochs": pace.epochs,
+        "notes": [*notes, *checked.notes, *check_length(config, budget.steps)],
+        "batches_per_epoch": budget.batches,
+        "steps_per_epoch": budget.steps_per_epoch,
+        "steps": budget.steps,
+        "epochs": budget.epochs,
         "kept": _kept(config),
         "another_run": lock.taken(config),
-        "results": [dict(zip(RESULTS, row, strict=True)) for row in _results(config, pace, checked)],
+        "results": [dict(zip(RESULTS, row, strict=True)) for row in _results(config, budget, checked)],
     }
 
 
@@ -74,9 +74,9 @@ def _checked(config: Config, method: Method, datasets: tuple[DatasetConfig, ...]
     return checked
 
 
-def _pace(config: Config, data: Data) -> Pace:
+def _budget(config: Config, data: Data) -> StepBudget:
     # Asked of the launcher's environment alone: a dry run starts no processes and no device.
-    return Pace.of(config, data.plan.batches_per_epoch, dist.outside().size)
+    return StepBudget.of(config, data.plan.batches_per_epoch, dist.outside().size)
 
 
 def _model(config: Config) -> str:
@@ -93,17 +93,17 @@ def _kept(config: Config) -> list[str]:
     return [name for name, cached in (("latents", caches_latents(config)), ("text outputs", caches_text(config))) if cached]
 
 
-def _results(config: Config, pace: Pace, checked: Checked) -> list[tuple[str, str]]:
+def _results(config: Config, budget: StepBudget, checked: Checked) -> list[tuple[str, str]]:
     """When which files are written."""
     output, sample, end = config.output, config.sample, checked.suffix
     folder, rows = Path(output.output_dir), []
     state = f" and {checkpoints.state_name('...')}" if output.save_state else ""
     if every := output.save_every_n_steps:
         rows.append((f"every {every} steps", f"{folder / checkpoints.step_name(output.output_name, every)}{end}{state}"))
-    if every := checkpoints.every_n_epochs(output, pace.epochs):
+    if every := checkpoints.every_n_epochs(output, budget.epochs):
         rows.append((f"every {every} epochs", f"{folder / checkpoints.epoch_name(output.output_name, every)}{end}{state}"))
     for every, unit in ((sample.sample_every_n_steps, "steps"), (sample.sample_every_n_epochs, "epochs")):
         if every:
             rows.append((f"every {every} {unit}", f"{len(checked.prompts)} pictures in {folder / 'sample'}"))
-    rows.append((f"step {pace.steps}", f"{folder / output.output_name}{end}"))
+    rows.append((f"step {budget.steps}", f"{folder / output.output_name}{end}"))
     return rows

@@ -19,7 +19,7 @@ from sfumato.models.facts import Facts as FamilyFacts
 from sfumato.optim.arguments import literals
 from sfumato.tensors.random import key
 from sfumato.train import dist
-from sfumato.train.loop import Pace
+from sfumato.train.loop import StepBudget
 
 
 def now() -> float:
@@ -34,7 +34,7 @@ class Facts:
     config: Config
     models: Models
     plan: Plan
-    pace: Pace
+    budget: StepBudget
     adapter: AdapterPlan | None
     """None when a whole model is trained."""
     optimizer: type
@@ -43,11 +43,11 @@ class Facts:
     _base: dict[str, str] = field(default_factory=dict)
     _datasets: list[metadata.DatasetFacts] = field(default_factory=list)
 
-    def at(self, done: int, epoch: int) -> dict[str, str]:
-        """The metadata of a result after `done` optimizer steps, in `epoch` (counted from 0)."""
+    def at(self, step: int, epoch: int) -> dict[str, str]:
+        """The metadata of a result after `step` optimizer steps, in `epoch` (counted from 0)."""
         spec = self._modelspec()
         self._datasets = self._datasets or datasets(self.plan)  # counting all tags takes a while for many images
-        told = metadata.training(self.config, self._run(done, epoch + 1), self._datasets)
+        told = metadata.training(self.config, self._run(step, epoch + 1), self._datasets)
         if self.config.output.no_metadata:
             return spec | told
         # Hashing the base model reads all of it, once; later runs remember.
@@ -83,7 +83,7 @@ class Facts:
         out = metadata.base_model(model.pretrained_model_name_or_path)
         return out | (metadata.base_model(model.vae, "vae") if model.vae else {})
 
-    def _run(self, done: int, epoch: int) -> metadata.RunFacts:
+    def _run(self, step: int, epoch: int) -> metadata.RunFacts:
         options, network = self.models.options, self.config.network
         return metadata.RunFacts(
             session_id=key(self.config.output.output_name, int(self.started * 1000)),
@@ -95,11 +95,11 @@ class Facts:
             mixed_precision=dist.precision(self.config.train.mixed_precision),
             num_train_images=self.plan.train_samples,
             num_reg_images=self.plan.reg_samples,
-            num_batches_per_epoch=self.pace.batches,
-            total_batch_size=self.plan.datasets[0].batch_size * self.pace.group,
-            num_epochs=self.pace.epochs,
-            max_train_steps=self.pace.steps,
-            steps=done,
+            num_batches_per_epoch=self.budget.batches,
+            total_batch_size=self.plan.datasets[0].batch_size * self.budget.group,
+            num_epochs=self.budget.epochs,
+            max_train_steps=self.budget.steps,
+            steps=step,
             epoch=epoch,
             clip_skip=getattr(options, "clip_skip", None),
             max_token_length=getattr(options, "max_token_length", None),

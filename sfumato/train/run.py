@@ -60,13 +60,13 @@ def train(config: Config, method: Method, datasets: tuple[DatasetConfig, ...], r
     folder, name = Path(config.output.output_dir), config.output.output_name
     try:
         with lock.alone(folder, name, main=world.main):
-            course = prepare(config, method, datasets, world, began, read)
-            with course.log or nullcontext():
+            run = prepare(config, method, datasets, world, began, read)
+            with run.log or nullcontext():
                 if world.main:
                     files.write_text(folder / f"{name}.toml", resolved)
-                ended = loop.run(course)
+                ended = loop.train(run)
             if world.main:
-                _finish(course, ended)
+                _finish(run, ended)
             world.wait()
     finally:
         world.close()
@@ -74,20 +74,20 @@ def train(config: Config, method: Method, datasets: tuple[DatasetConfig, ...], r
 
 def prepare(
     config: Config, method: Method, datasets: tuple[DatasetConfig, ...], world: dist.World, began: float, read: Sequence[Path] = ()
-) -> loop.Course:
+) -> loop.Run:
     """Everything up to the first step, in this order: what headers tell, pictures, model, caches, trainable, memory, optimizer, state."""
     precision = dist.precision(config.train.mixed_precision)
     config = resume.settle(config)
     checked = check(config, method, datasets, read)
     prompts, plan, models = checked.prompts, checked.plan, checked.models
     data = open_data(config, datasets, world, models)
-    pace = loop.Pace.of(config, data.plan.batches_per_epoch, world.size)
-    notes = [*checked.notes, *check_length(config, pace.steps)]
+    budget = loop.StepBudget.of(config, data.plan.batches_per_epoch, world.size)
+    notes = [*checked.notes, *check_length(config, budget.steps)]
     if world.main:
         for note in notes:
             console.print(note)
         console.print(data.plan.steps_line(config.train.gradient_accumulation_steps, world.size))
-        console.print(f"{pace.steps} steps in {pace.epochs} epochs")
+        console.print(f"{budget.steps} steps in {budget.epochs} epochs")
     load_models(config, precision, method, models, map=world.device.type != "cpu")
     process = models.family.process(models, config.noise, config.loss)
     merge_base_weights(config, models)
@@ -108,30 +108,30 @@ def prepare(
         outputs=models.family.outputs(models),
         prior_loss_weight=config.loss.prior_loss_weight,
         accumulation=config.train.gradient_accumulation_steps,
-        steps=pace.steps,
+        steps=budget.steps,
         workers=config.train.max_data_loader_n_workers,
         persistent=config.train.persistent_data_loader_workers,
         notice=console.print,
     )
-    tell = partial(_draw, config, models, process, prompts, known, world, precision)
-    facts = provenance.Facts(config=config, models=models, plan=data.plan, pace=pace, adapter=plan, optimizer=type(optimizer))
-    course = loop.Course(
-        config=config, world=world, pace=pace, plan=data.plan, loader=loader, trainable=trainable, step=step, optimizer=optimizer,
-        schedule=schedules.schedule(config.optimizer, optimizer, pace.steps),
+    sample_prompts = partial(_sample, config, models, process, prompts, known, world, precision)
+    facts = provenance.Facts(config=config, models=models, plan=data.plan, budget=budget, adapter=plan, optimizer=type(optimizer))
+    run = loop.Run(
+        config=config, world=world, budget=budget, plan=data.plan, loader=loader, trainable=trainable, training_step=step,
+        optimizer=optimizer, schedule=schedules.schedule(config.optimizer, optimizer, budget.steps),
         ema=EMA(trainable.weights(), config.optimizer.ema_decay) if config.optimizer.ema_decay else None,
         scaler=torch.amp.GradScaler(world.device.type, enabled=precision == "fp16"),
-        log=None, draw=tell, began=began,
-        save_result=lambda path, done, epoch: trainable.save(path, facts.at(done, epoch)),
-        save_state=lambda path: state.save(course, path), identity=resume.identity(config, plan, models.the_source()),
+        log=None, sample=sample_prompts, began=began,
+        save_result=lambda path, step, epoch: trainable.save(path, facts.at(step, epoch)),
+        save_state=lambda path: state.save(run, path), identity=resume.identity(config, plan, models.the_source()),
     )  # fmt: skip
-    state.resume(course)
-    if (stop := config.train.stop_text_encoder_training) and course.done >= stop:
+    state.resume(run)
+    if (stop := config.train.stop_text_encoder_training) and run.step >= stop:
         trainable.freeze_encoders()
     build.training(optimizer)
     trainable.train(True)
     if world.main:
-        course.log = log.Log(config, course.done, asdict(dataclasses.replace(config, family=None)))
-    return course
+        run.log = log.Log(config, run.step, asdict(dataclasses.replace(config, family=None)))
+    return run
 
 
 def _shared(step: Step, trainable: Trainable, world: dist.World) -> nn.Module:
@@ -151,7 +151,7 @@ def known_prompts(config: Config, models: Models, prompts: list[Prompt], world: 
         return encode_prompts(models, prompts)
 
 
-def _draw(
+def _sample(
     config: Config,
     models: Models,
     process: Process,
@@ -174,42 +174,42 @@ def _draw(
         )  # fmt: skip
 
 
-def _finish(course: loop.Course, ended: bool) -> None:
+def _finish(run: loop.Run, ended: bool) -> None:
     """Save the result, draw the loss, say what it took."""
-    config, done = course.config, course.done
+    config, step = run.config, run.step
     folder, name = Path(config.output.output_dir), config.output.output_name
-    epoch = max(0, -(-done // course.pace.steps_per_epoch) - 1)
-    result = folder / f"{name if ended else checkpoints.step_name(name, done)}{course.trainable.suffix()}"
+    epoch = max(0, -(-step // run.budget.steps_per_epoch) - 1)
+    result = folder / f"{name if ended else checkpoints.step_name(name, step)}{run.trainable.suffix()}"
     if ended:
-        _save_last(course, result, epoch)
+        _save_last(run, result, epoch)
         if config.output.save_state or config.output.save_state_on_train_end:
-            course.save_state(folder / checkpoints.state_name(name))
-    if course.log:
-        with course.mishaps.survived("the curve of the loss not drawn"):
-            log.curve(course.log.path, folder / f"{name}-loss.png")
-    seconds = time.monotonic() - course.began
-    first = course.first_step_after or seconds
-    speed = (done - course.started - 1) / max(seconds - first, 1e-9)
+            run.save_state(folder / checkpoints.state_name(name))
+    if run.log:
+        with run.mishaps.survived("the curve of the loss not drawn"):
+            log.curve(run.log.path, folder / f"{name}-loss.png")
+    seconds = time.monotonic() - run.began
+    first = run.first_step_after or seconds
+    speed = (step - run.start_step - 1) / max(seconds - first, 1e-9)
     console.print(
-        f"{result}: {'done' if ended else f'stopped after step {done}; go on with --resume auto'}. "
-        f"First step after {first:.1f} s, {speed:.2f} steps/s, peak memory {peak_memory(course.world.device) / 2**20:.0f} MiB"
+        f"{result}: {'done' if ended else f'stopped after step {step}; go on with --resume auto'}. "
+        f"First step after {first:.1f} s, {speed:.2f} steps/s, peak memory {peak_memory(run.world.device) / 2**20:.0f} MiB"
     )
 
 
-def _save_last(course: loop.Course, result: Path, epoch: int) -> None:
+def _save_last(run: loop.Run, result: Path, epoch: int) -> None:
     """Save the result of the whole run: where it belongs, or else anywhere. Errors: `UserError`, saying where it is if it is anywhere."""
     try:
-        with loop.finished(course):
-            course.save_result(result, course.done, epoch)
+        with loop.evaluation_weights(run):
+            run.save_result(result, run.step, epoch)
     except UserError as error:
         # Where the values do not fit the format that was asked for, the state is all that is left of the whole run.
-        loop.save_what_is_done(course, anyway=not isinstance(error, WriteError))
+        loop.save_what_is_done(run, anyway=not isinstance(error, WriteError))
         if not isinstance(error, WriteError):
             raise
         spare = Path(tempfile.mkdtemp(prefix="sfumato-"))
         try:
-            with loop.finished(course):
-                course.save_result(spare / result.name, course.done, epoch)
+            with loop.evaluation_weights(run):
+                run.save_result(spare / result.name, run.step, epoch)
         except UserError:
             shutil.rmtree(spare, ignore_errors=True)
             raise error from None

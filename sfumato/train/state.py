@@ -18,81 +18,81 @@ from sfumato.formats import run as runs
 from sfumato.formats.files import check_finite
 from sfumato.optim.ema import EMA
 from sfumato.train import resume as resuming
-from sfumato.train.loop import Course
+from sfumato.train.loop import Run
 from sfumato.train.progress import console
 
 
-def save(course: Course, folder: Path) -> None:
+def save(run: Run, folder: Path) -> None:
     """Write the state into `folder`."""
-    packed, moments = runs.pack(course.optimizer.state_dict())
+    packed, moments = runs.pack(run.optimizer.state_dict())
     parts: dict[str, dict[str, Tensor]] = {
-        "weights": {name: p.detach() for name, p in course.trainable.weights().items()},
+        "weights": {name: p.detach() for name, p in run.trainable.weights().items()},
         "optimizer": moments,
     }
-    if course.ema:
-        parts["ema"] = course.ema.state()
+    if run.ema:
+        parts["ema"] = run.ema.state()
     for name in ("weights", "ema"):
         check_finite(parts.get(name, {}), f"{folder.name} ({name})")
     facts = {
-        "step": course.done,
-        "steps": course.pace.steps,
+        "step": run.step,
+        "steps": run.budget.steps,
         "optimizer": packed,
-        "optimizer_class": resuming.path_of(course.optimizer),
-        "scaler": course.scaler.state_dict(),
-        "steps_per_epoch": course.pace.steps_per_epoch,
-        "dataset": course.plan.digest(),
-        "datasets": resuming.as_json([asdict(d) for d in course.plan.datasets]),
-        "seed": course.config.train.seed,
-        "identity": course.identity,
-        "carried": course.trainable.carries(),
+        "optimizer_class": resuming.path_of(run.optimizer),
+        "scaler": run.scaler.state_dict(),
+        "steps_per_epoch": run.budget.steps_per_epoch,
+        "dataset": run.plan.digest(),
+        "datasets": resuming.as_json([asdict(d) for d in run.plan.datasets]),
+        "seed": run.config.train.seed,
+        "identity": run.identity,
+        "carried": run.trainable.carries(),
     }
     runs.save_run(folder, parts, facts)
 
 
-def resume(course: Course) -> None:
+def resume(run: Run) -> None:
     """Take up the state in the folder that the config names, if it names one. Says what is different now."""
-    if course.config.output.resume is None:
+    if run.config.output.resume is None:
         return
-    folder = Path(course.config.output.resume)
+    folder = Path(run.config.output.resume)
     parts, facts = runs.load_run(folder)
     try:
-        _load_weights(course, parts["weights"])
-        _load_optimizer(course, facts, parts["optimizer"])
-        _load_average(course, parts.get("ema"))
+        _load_weights(run, parts["weights"])
+        _load_optimizer(run, facts, parts["optimizer"])
+        _load_average(run, parts.get("ema"))
         # A scale that was not in use has no state, and starts anew.
         if facts["scaler"]:
-            course.scaler.load_state_dict(facts["scaler"])
-        course.done = course.started = int(facts["step"])
-        notices = _differences(course, facts)
+            run.scaler.load_state_dict(facts["scaler"])
+        run.step = run.start_step = int(facts["step"])
+        notices = _differences(run, facts)
     except (LookupError, ValueError, TypeError, AttributeError, RuntimeError) as error:
         raise UserError(f"resume {folder}: the state does not fit this run ({error}); was the optimizer or the network changed?") from error
-    course.schedule.to(course.done)
+    run.schedule.to(run.step)
     for notice in notices:
         console.print(f"resume: {notice}")
-    console.print(f"resume: {folder}, going on after step {course.done} of {course.pace.steps}")
+    console.print(f"resume: {folder}, going on after step {run.step} of {run.budget.steps}")
 
 
-def _load_optimizer(course: Course, facts: dict[str, Any], moments: dict[str, Tensor]) -> None:
+def _load_optimizer(run: Run, facts: dict[str, Any], moments: dict[str, Tensor]) -> None:
     """The state's moments, with the arguments that were changed since: loading puts the old ones back."""
-    own = [dict(group) for group in course.optimizer.param_groups]
-    course.optimizer.load_state_dict(runs.unpack(facts["optimizer"], moments))
+    own = [dict(group) for group in run.optimizer.param_groups]
+    run.optimizer.load_state_dict(runs.unpack(facts["optimizer"], moments))
     then = (facts.get("identity") or {}).get("config")
-    changed = resuming.changed_args(then, resuming.as_json(asdict(course.config)), type(course.optimizer))
-    for group, mine in zip(course.optimizer.param_groups, own, strict=True):
+    changed = resuming.changed_args(then, resuming.as_json(asdict(run.config)), type(run.optimizer))
+    for group, mine in zip(run.optimizer.param_groups, own, strict=True):
         group.update({name: mine[name] for name in changed if name in mine})
 
 
-def _load_average(course: Course, saved: dict[str, Tensor] | None) -> None:
+def _load_average(run: Run, saved: dict[str, Tensor] | None) -> None:
     """The state's moving average, or a new one of the weights as they are now."""
-    if course.ema and saved:
-        course.ema.load(saved)
-    elif course.ema:
-        course.ema = EMA(course.trainable.weights(), course.ema.decay)
+    if run.ema and saved:
+        run.ema.load(saved)
+    elif run.ema:
+        run.ema = EMA(run.trainable.weights(), run.ema.decay)
 
 
 @torch.no_grad()
-def _load_weights(course: Course, saved: dict[str, Tensor]) -> None:
-    own = course.trainable.weights()
+def _load_weights(run: Run, saved: dict[str, Tensor]) -> None:
+    own = run.trainable.weights()
     if odd := sorted(own.keys() ^ saved.keys()):
         raise ValueError(f"{len(odd)} weights are in one of them only, such as {odd[0]}")
     for name, parameter in own.items():
@@ -101,14 +101,14 @@ def _load_weights(course: Course, saved: dict[str, Tensor]) -> None:
         parameter.copy_(saved[name])
 
 
-def _differences(course: Course, facts: dict[str, Any]) -> list[str]:
+def _differences(run: Run, facts: dict[str, Any]) -> list[str]:
     """What only the pictures tell, and what a state of an older sfumato says. Errors: `ValueError` if what is not trained is another."""
-    if facts.get("carried", "") != course.trainable.carries():
+    if facts.get("carried", "") != run.trainable.carries():
         raise ValueError("the parts of network_weights that are not trained are other ones now; give the file of then")
     out = []
-    if facts["dataset"] != course.plan.digest():
-        out.append(f"the dataset has changed ({facts['steps_per_epoch']} steps an epoch then, {course.pace.steps_per_epoch} now)")
-    if "identity" not in facts and facts["seed"] != course.config.train.seed:
-        out.append(f"the seed was {facts['seed']} and is now {course.config.train.seed}")
-    out += resuming.dataset_changes(facts.get("datasets", []), course.plan.datasets)
-    return out + resuming.length_change(facts.get("steps"), course.pace.steps, course.config)
+    if facts["dataset"] != run.plan.digest():
+        out.append(f"the dataset has changed ({facts['steps_per_epoch']} steps an epoch then, {run.budget.steps_per_epoch} now)")
+    if "identity" not in facts and facts["seed"] != run.config.train.seed:
+        out.append(f"the seed was {facts['seed']} and is now {run.config.train.seed}")
+    out += resuming.dataset_changes(facts.get("datasets", []), run.plan.datasets)
+    return out + resuming.length_change(facts.get("steps"), run.budget.steps, run.config)

@@ -237,8 +237,8 @@ def test_the_true_crop_is_told(single: Path, tmp_path: Path) -> None:
     told = config(
         pretrained_model_name_or_path=str(single), output_dir=str(tmp_path / "out"), max_train_steps=1, network_dim=2, family=Options()
     )
-    course = run.prepare(told, "network", (data,), dist.world(), 0.0)
-    models: Models = course.trainable.models  # type: ignore[attr-defined]
+    a_run = run.prepare(told, "network", (data,), dist.world(), 0.0)
+    models: Models = a_run.trainable.models  # type: ignore[attr-defined]
     heard: list[list[int]] = []
 
     def spy(models: Models, cond: Cond, setting: Setting) -> Cond:
@@ -246,9 +246,9 @@ def test_the_true_crop_is_told(single: Path, tmp_path: Path) -> None:
         return FAMILY.condition(models, cond, setting)
 
     models.family = replace(FAMILY, condition=spy)
-    assert course.log is not None
-    with course.log:
-        assert loop.run(course)
+    assert a_run.log is not None
+    with a_run.log:
+        assert loop.train(a_run)
     assert heard == [[64, 96, 0, 16, 64, 64]]
 
 

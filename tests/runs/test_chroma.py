@@ -31,12 +31,12 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Files:
 
 def adapted(files: Files, pictures: Path, out: Path, **told: Any) -> tuple[Adapters, Models, Path]:
     """An adapter trained for three steps and saved."""
-    course = prepared(CASE, files, pictures, out, "network", **told)
-    assert isinstance(course.trainable, Adapters)
-    models = trained(course)
-    course.save_result(out / "out.safetensors", 3, 0)
-    course.trainable.train(False)
-    return course.trainable, models, out / "out.safetensors"
+    a_run = prepared(CASE, files, pictures, out, "network", **told)
+    assert isinstance(a_run.trainable, Adapters)
+    models = trained(a_run)
+    a_run.save_result(out / "out.safetensors", 3, 0)
+    a_run.trainable.train(False)
+    return a_run.trainable, models, out / "out.safetensors"
 
 
 @pytest.mark.parametrize("dialect", ["kohya", "comfy"])

@@ -44,7 +44,7 @@ def files(case: Case, tmp_path_factory: pytest.TempPathFactory) -> Files:
     return case.write(tmp_path_factory.mktemp("model"))
 
 
-def prepared(case: Case, files: Files, pictures: Path, out: Path, method: Method, **told: Any) -> loop.Course:
+def prepared(case: Case, files: Files, pictures: Path, out: Path, method: Method, **told: Any) -> loop.Run:
     """A run of three steps, ready to go."""
     facts = families.facts(case.family)
     options = {**files.options, **case.options, **told.pop("options", {})}
@@ -66,10 +66,10 @@ def prepared(case: Case, files: Files, pictures: Path, out: Path, method: Method
     return run.prepare(made, method, (data,), dist.world(), 0.0)
 
 
-def trained(course: loop.Course) -> Models:
-    with course.log or nullcontext():
-        assert loop.run(course)
-    models: Models = course.trainable.models  # type: ignore[attr-defined]
+def trained(a_run: loop.Run) -> Models:
+    with a_run.log or nullcontext():
+        assert loop.train(a_run)
+    models: Models = a_run.trainable.models  # type: ignore[attr-defined]
     return models
 
 
@@ -108,9 +108,9 @@ def test_a_whole_model_with_its_text_encoders(case: Case, files: Files, pictures
 
 
 def whole(case: Case, files: Files, pictures: Path, out: Path, components: set[str], **told: Any) -> None:
-    course = prepared(case, files, pictures, out, "full", **told)
-    before = states(course.trainable.models)  # type: ignore[attr-defined]
-    models = trained(course)
+    a_run = prepared(case, files, pictures, out, "full", **told)
+    before = states(a_run.trainable.models)  # type: ignore[attr-defined]
+    models = trained(a_run)
     moved = changed(before, states(models))
     expected = {
         f"{name}.{path}"
@@ -120,7 +120,7 @@ def whole(case: Case, files: Files, pictures: Path, out: Path, components: set[s
     }
     assert moved == expected
     result = out / "out.safetensors"
-    course.save_result(result, 3, 0)
+    a_run.save_result(result, 3, 0)
     beside = {name: str(out / f"out_{name}.safetensors") for name in components if (out / f"out_{name}.safetensors").exists()}
     again = case.models(Files(model=result, options={**files.options, **beside}, vae=files.vae), tokenizer=str(files.model.parent))
     assert not changed(states(again), states(models))
@@ -132,16 +132,16 @@ def whole(case: Case, files: Files, pictures: Path, out: Path, components: set[s
 class Adapted:
     """A run that trained adapters."""
 
-    course: loop.Course
+    a_run: loop.Run
     before: Mapping[str, Tensor]
     out: Path
 
     @classmethod
     def by(cls, case: Case, files: Files, pictures: Path, out: Path, kind: str, **told: Any) -> Adapted:
-        course = prepared(case, files, pictures, out, "network", network_module=kind, **told)
-        before = states(course.trainable.models)  # type: ignore[attr-defined]
-        trained(course)
-        return cls(course, before, out)
+        a_run = prepared(case, files, pictures, out, "network", network_module=kind, **told)
+        before = states(a_run.trainable.models)  # type: ignore[attr-defined]
+        trained(a_run)
+        return cls(a_run, before, out)
 
     def losses(self) -> list[float]:
         return [json.loads(line)["loss"] for line in (self.out / "out.jsonl").read_text(encoding="utf-8").splitlines()]
@@ -160,8 +160,8 @@ def test_adapters_on_what_is_kept(case: Case, files: Files, kept: Adapted) -> No
 
 def test_adapters_with_text_encoders(case: Case, files: Files, pictures: Path, tmp_path: Path) -> None:
     run = Adapted.by(case, files, pictures, tmp_path / "out", KINDS[0])
-    may = families.family(case.family).trainable(run.course.trainable.models.options, run.course.trainable.plan)  # type: ignore[attr-defined]
-    encoders = run.course.trainable.models.encoders  # type: ignore[attr-defined]
+    may = families.family(case.family).trainable(run.a_run.trainable.models.options, run.a_run.trainable.plan)  # type: ignore[attr-defined]
+    encoders = run.a_run.trainable.models.encoders  # type: ignore[attr-defined]
     adapted(case, files, run, {"denoiser", *(encoders if may is None else may)})
 
 
@@ -174,15 +174,15 @@ def test_every_kind_of_adapter(kind: str, other: Case, pictures: Path, tmp_path:
 
 def adapted(case: Case, files: Files, run: Adapted, components: set[str]) -> None:
     """The nets stay as they are, every layer's adapter changes, and the file does what the training did."""
-    course, models = run.course, run.course.trainable.models  # type: ignore[attr-defined]
+    a_run, models = run.a_run, run.a_run.trainable.models  # type: ignore[attr-defined]
     assert not changed(run.before, states(models))
-    assert set(course.trainable.trained) == components
-    inserted = course.trainable.inserted.sites()  # type: ignore[attr-defined]
+    assert set(a_run.trainable.trained) == components
+    inserted = a_run.trainable.inserted.sites()  # type: ignore[attr-defined]
     still = [".".join(site) for site, adapter in inserted.items() if not adapter.change(torch.zeros_like(weight_of(models, site))).any()]
     assert not [site for site in still if not re.fullmatch(case.unmoved, f"{site}.weight")]
     result = run.out / "saved.safetensors"
-    course.save_result(result, course.done, 0)
-    course.trainable.train(False)
+    a_run.save_result(result, a_run.step, 0)
+    a_run.trainable.train(False)
     wanted = says(models)
     fresh = case.models(files)
     held = from_state(fresh.nets(), read_adapter(fresh, result)).eval()

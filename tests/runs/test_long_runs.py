@@ -103,14 +103,14 @@ def test_weights_that_are_not_finite_or_of_half_a_step_are_not_saved_as_a_state(
 ) -> None:
     real = loop._optimizer_step
 
-    def step(course: loop.Course, *args: Any) -> Any:
-        if course.done < 1:
-            return real(course, *args)
+    def step(a_run: loop.Run, *args: Any) -> Any:
+        if a_run.step < 1:
+            return real(a_run, *args)
         if why == "not finite":
-            next(iter(course.trainable.weights().values())).data.fill_(torch.nan)
+            next(iter(a_run.trainable.weights().values())).data.fill_(torch.nan)
         else:
-            monkeypatch.setattr(course.trainable, "after_step", failing(len, lambda call: True, RuntimeError()))
-            real(course, *args)
+            monkeypatch.setattr(a_run.trainable, "after_step", failing(len, lambda call: True, RuntimeError()))
+            real(a_run, *args)
         raise RuntimeError
 
     monkeypatch.setattr(loop, "_optimizer_step", step)
@@ -157,12 +157,12 @@ def test_a_base_model_that_changes_while_a_whole_model_is_trained_gives_a_senten
     base = Path(shutil.copy(model, tmp_path / "base.safetensors"))
     told = {"pretrained_model_name_or_path": str(base), "tokenizer": str(model.parent / "tokenizer"), "max_train_steps": 2}
 
-    def changing(course: loop.Course, *args: Any, real: Any = loop._optimizer_step) -> Any:
-        if course.done == 1:
+    def changing(a_run: loop.Run, *args: Any, real: Any = loop._optimizer_step) -> Any:
+        if a_run.step == 1:
             with base.open("r+b") as file:
                 file.truncate(100_000) if change == "cut" else file.write(os.urandom(100_000))
             os.utime(base, (1, 1))
-        return real(course, *args)
+        return real(a_run, *args)
 
     monkeypatch.setattr(loop, "_optimizer_step", changing)
     with pytest.raises(UserError, match=r"base\.safetensors: changed while it was in use"):
@@ -180,10 +180,10 @@ def test_a_base_model_that_is_replaced_by_another_while_a_whole_model_is_trained
     told = {"pretrained_model_name_or_path": str(base), "tokenizer": str(model.parent / "tokenizer"), "max_train_steps": 2}
     other = {name: t + 1 if t.is_floating_point() else t for name, t in load(model).items()}
 
-    def replacing(course: loop.Course, *args: Any, real: Any = loop._optimizer_step) -> Any:
-        if course.done == 1:
+    def replacing(a_run: loop.Run, *args: Any, real: Any = loop._optimizer_step) -> Any:
+        if a_run.step == 1:
             files.save(base, other)
-        return real(course, *args)
+        return real(a_run, *args)
 
     monkeypatch.setattr(loop, "_optimizer_step", replacing)
     out = train("a", "full", **FAST, **told) / "out.safetensors"

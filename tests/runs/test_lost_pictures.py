@@ -19,11 +19,11 @@ def test_a_picture_deleted_and_one_replaced_while_training_are_told_and_the_run_
 ) -> None:
     step = loop._optimizer_step
 
-    def losing(course: loop.Course, *args: Any) -> Any:
-        if course.done == 1:
+    def losing(a_run: loop.Run, *args: Any) -> Any:
+        if a_run.step == 1:
             (pictures / "1.png").unlink(missing_ok=True)
             Image.new("RGB", (64, 64)).save(pictures / "3.png")
-        return step(course, *args)
+        return step(a_run, *args)
 
     monkeypatch.setattr(loop, "_optimizer_step", losing)
     folder = train("a", max_train_epochs=3)

@@ -31,9 +31,9 @@ def _spoiled(where: Path, prefix: str) -> str:
 
 
 def _lost(where: Path, out: Path, **options: Any) -> str:
-    course = prepared.prepare(where, output_dir=str(out), save_state=False, **options)
+    a_run = prepared.prepare(where, output_dir=str(out), save_state=False, **options)
     with pytest.raises(UserError) as told:
-        loop.run(course)
+        loop.train(a_run)
     assert len(told.value.messages) == 1
     return told.value.messages[0]
 

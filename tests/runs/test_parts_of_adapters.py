@@ -43,14 +43,14 @@ def test_what_network_weights_holds_of_a_part_that_is_not_trained_stays(
     where: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], options: dict[str, Any]
 ) -> None:
     before = files.load(where / "both.safetensors")
-    course = prepared.prepare(where, output_dir=str(tmp_path), network_weights=str(where / "both.safetensors"), **options)
+    a_run = prepared.prepare(where, output_dir=str(tmp_path), network_weights=str(where / "both.safetensors"), **options)
     assert "clip_l is not trained; the file" in capsys.readouterr().err
-    assert all(name.startswith("denoiser") for name in course.trainable.weights())
-    assert {site[0] for site in course.trainable.carried.sites()} == {"clip_l"}
+    assert all(name.startswith("denoiser") for name in a_run.trainable.weights())
+    assert {site[0] for site in a_run.trainable.carried.sites()} == {"clip_l"}
     if not options.get("dim_from_weights"):
         return
-    loop.run(course)
-    course.save_result(tmp_path / "after.safetensors", 2, 0)
+    loop.train(a_run)
+    a_run.save_result(tmp_path / "after.safetensors", 2, 0)
     after = files.load(tmp_path / "after.safetensors")
     assert after.keys() == before.keys()
     text = {name for name in before if name.startswith("lora_te")}
@@ -63,7 +63,7 @@ def test_the_part_that_is_not_trained_acts_while_training(where: Path, tmp_path:
         prepared.prepare(where, output_dir=str(tmp_path), **more) for more in ({}, {"network_weights": str(where / "both.safetensors")})
     )
     tokens = next(iter(first.loader.epoch(0))).tokens
-    a, b = (course.step.encode.encode(course.step.held[0].encoders, tokens) for course in (first, second))
+    a, b = (a_run.training_step.encode.encode(a_run.training_step.held[0].encoders, tokens) for a_run in (first, second))
     assert any(not torch.allclose(a[name], b[name]) for name in a)
 
 
@@ -76,9 +76,9 @@ def test_a_part_that_the_file_has_not_is_told(where: Path, tmp_path: Path, capsy
     tensors = {name: t for name, t in files.load(where / "both.safetensors").items() if name.startswith("lora_unet")}
     files.save(tmp_path / "unet.safetensors", tensors, {})
     told = {"network_weights": str(tmp_path / "unet.safetensors"), "dim_from_weights": True, "output_dir": str(tmp_path)}
-    course = prepared.prepare(where, network_train_unet_only=False, **told)
+    a_run = prepared.prepare(where, network_train_unet_only=False, **told)
     assert "has nothing for clip_l" in capsys.readouterr().err
-    assert [g["name"] for g in course.optimizer.param_groups] == ["denoiser"]
+    assert [g["name"] for g in a_run.optimizer.param_groups] == ["denoiser"]
     with pytest.raises(UserError, match="nothing for clip_l is in it; leave dim_from_weights out"):
         prepared.prepare(where, network_train_unet_only=False, network_train_text_encoder_only=True, **told)
 
@@ -89,8 +89,8 @@ def test_a_part_that_the_file_has_not_is_told(where: Path, tmp_path: Path, capsy
     ids=["denoiser", "text encoder", "none"],
 )
 def test_a_rate_of_0_leaves_its_part_out_of_the_result(where: Path, tmp_path: Path, options: dict[str, Any], left: set[str]) -> None:
-    course = prepared.prepare(where, output_dir=str(tmp_path), network_train_unet_only=False, **options)
-    course.save_result(tmp_path / "a.safetensors", 0, 0)
+    a_run = prepared.prepare(where, output_dir=str(tmp_path), network_train_unet_only=False, **options)
+    a_run.save_result(tmp_path / "a.safetensors", 0, 0)
     assert _names(tmp_path / "a.safetensors") == left
 
 
@@ -102,6 +102,6 @@ def test_rates_of_0_everywhere_leave_nothing_to_train(where: Path, tmp_path: Pat
 
 
 def test_more_rates_than_text_encoders_are_told(where: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    course = prepared.prepare(where, output_dir=str(tmp_path), network_train_unet_only=False, text_encoder_lr=(1e-4, 2e-4))
+    a_run = prepared.prepare(where, output_dir=str(tmp_path), network_train_unet_only=False, text_encoder_lr=(1e-4, 2e-4))
     assert "text_encoder_lr: 2 rates for 1 text encoders (clip_l); the others do nothing" in capsys.readouterr().err
-    assert [g["lr"] for g in course.optimizer.param_groups] == [1e-3, 1e-4]
+    assert [g["lr"] for g in a_run.optimizer.param_groups] == [1e-3, 1e-4]

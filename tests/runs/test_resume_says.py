@@ -30,8 +30,8 @@ def _resumed(where: Path, out: Path, method: str = "network", data: dict[str, An
 
 
 def test_changed_arguments_of_the_optimizer_act(before: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    course = _resumed(before, tmp_path, optimizer_args=("weight_decay=0.5", "betas=(0.5, 0.6)"), learning_rate=1e-4)
-    (group,) = course.optimizer.param_groups
+    a_run = _resumed(before, tmp_path, optimizer_args=("weight_decay=0.5", "betas=(0.5, 0.6)"), learning_rate=1e-4)
+    (group,) = a_run.optimizer.param_groups
     assert (group["weight_decay"], group["betas"], group["lr"]) == (0.5, (0.5, 0.6), 1e-4)
     said = capsys.readouterr().err
     for line in (
@@ -69,10 +69,10 @@ def test_other_settings_are_told(
 ) -> None:
     if "network_weights" in options:
         options = {"network_weights": str(before / options["network_weights"])}
-    course = _resumed(before, tmp_path, **options)
+    a_run = _resumed(before, tmp_path, **options)
     assert says in capsys.readouterr().err
-    if course.ema:
-        assert all(torch.equal(course.ema.average[name], w) for name, w in course.trainable.weights().items())
+    if a_run.ema:
+        assert all(torch.equal(a_run.ema.average[name], w) for name, w in a_run.trainable.weights().items())
 
 
 @pytest.mark.parametrize(
@@ -131,8 +131,8 @@ def test_a_state_of_before_the_settings_were_kept_resumes(
     parts, facts = runs.load_run(before / "first" / "out-state")
     new = ("identity", "optimizer_class", "datasets", "steps", "carried")
     runs.save_run(tmp_path / "old-state", parts, {name: value for name, value in facts.items() if name not in new})
-    course = _resumed(before, tmp_path, resume=str(tmp_path / "old-state"), optimizer_args=("weight_decay=0.5",))
+    a_run = _resumed(before, tmp_path, resume=str(tmp_path / "old-state"), optimizer_args=("weight_decay=0.5",))
     assert "what has changed since then is not known" in capsys.readouterr().err
-    assert course.optimizer.param_groups[0]["weight_decay"] == 0.5
+    assert a_run.optimizer.param_groups[0]["weight_decay"] == 0.5
     with pytest.raises(UserError, match=r"AdaFactor needs .*row"):
         _resumed(before, tmp_path, resume=str(tmp_path / "old-state"), optimizer_type="AdaFactor", optimizer_args=())

@@ -63,12 +63,12 @@ def stop_after(train: Train, step: int, **told: Any) -> None:
     """Train into "parts" and press Ctrl+C in the given step."""
     old = loop._optimizer_step
 
-    def pressing(course: loop.Course, *args: Any) -> Any:
+    def pressing(a_run: loop.Run, *args: Any) -> Any:
         import signal
 
-        if course.done + 1 == step:
+        if a_run.step + 1 == step:
             signal.raise_signal(signal.SIGINT)
-        return old(course, *args)
+        return old(a_run, *args)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loop, "_optimizer_step", pressing)

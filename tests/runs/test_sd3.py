@@ -25,7 +25,7 @@ from sfumato.models import loading
 from sfumato.train import caching, dist, loop, run
 
 CASE = next(case for case in sd3.CASES if case.variant == "medium")
-Prepare = Callable[..., loop.Course]
+Prepare = Callable[..., loop.Run]
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +35,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Files:
 
 @pytest.fixture
 def prepare(files: Files, pictures: Path, tmp_path: Path) -> Prepare:
-    def go(method: Method = "network", **told: Any) -> loop.Course:
+    def go(method: Method = "network", **told: Any) -> loop.Run:
         return prepared(CASE, files, pictures, tmp_path / "out", method, **told)
 
     return go
@@ -99,26 +99,26 @@ def test_an_adapter_on_t5_in_diffusers_names_is_told_before_the_first_step(prepa
     ],
 )
 def test_a_rate_of_0_freezes_an_encoder(prepare: Prepare, told: Mapping[str, Any], moving: set[str]) -> None:
-    course = prepare("full", train_text_encoder=True, options=told)
-    before = states(course.trainable.models)  # type: ignore[attr-defined]
-    moved = {name.partition(".")[0] for name in changed(before, states(trained(course)))}
+    a_run = prepare("full", train_text_encoder=True, options=told)
+    before = states(a_run.trainable.models)  # type: ignore[attr-defined]
+    moved = {name.partition(".")[0] for name in changed(before, states(trained(a_run)))}
     assert moved == {"denoiser", *moving}
 
 
-def rates(course: loop.Course) -> dict[str, float]:
+def rates(a_run: loop.Run) -> dict[str, float]:
     """Of a run that is not begun."""
-    with course.log or nullcontext():
-        return {group.name: group.lr for group in course.trainable.groups()}
+    with a_run.log or nullcontext():
+        return {group.name: group.lr for group in a_run.trainable.groups()}
 
 
 def test_encoders_have_rates_of_their_own(prepare: Prepare) -> None:
-    course = prepare("full", train_text_encoder=True, options={"learning_rate_te1": 1e-5}, learning_rate_te=2e-5)
-    assert rates(course) == {"denoiser": 1e-3, "clip_l": 1e-5, "clip_g": 2e-5}
+    a_run = prepare("full", train_text_encoder=True, options={"learning_rate_te1": 1e-5}, learning_rate_te=2e-5)
+    assert rates(a_run) == {"denoiser": 1e-3, "clip_l": 1e-5, "clip_g": 2e-5}
 
 
 def test_adapters_have_the_rates_of_kohyas_order(prepare: Prepare) -> None:
-    course = prepare(text_encoder_lr=(1e-5, 2e-5, 3e-5), network_args=("train_t5xxl=True",))
-    assert rates(course) == {"denoiser": 1e-3, "clip_l": 1e-5, "clip_g": 2e-5, "t5xxl": 3e-5}
+    a_run = prepare(text_encoder_lr=(1e-5, 2e-5, 3e-5), network_args=("train_t5xxl=True",))
+    assert rates(a_run) == {"denoiser": 1e-3, "clip_l": 1e-5, "clip_g": 2e-5, "t5xxl": 3e-5}
 
 
 def losses(folder: Path) -> list[float]:
@@ -165,10 +165,10 @@ def test_cached_runs_equal_live_ones_in_every_weight_where_nothing_is_rounded(
     for cached in (False, True):
         # Not Adam: it divides by a gradient's own size, so that a processor's last bit may be as much as the step.
         told = {"optimizer_type": "SGDNesterov", "learning_rate": 1.0, "network_train_unet_only": True, "options": options}
-        course = prepared(CASE, files, pictures, tmp_path / str(cached), "network", cache_text_encoder_outputs=cached, **told)
-        start = {name: p.detach().clone() for name, p in course.trainable.weights().items()}
-        trained(course)
-        results.append({name: p.detach().clone() for name, p in course.trainable.weights().items()})
+        a_run = prepared(CASE, files, pictures, tmp_path / str(cached), "network", cache_text_encoder_outputs=cached, **told)
+        start = {name: p.detach().clone() for name, p in a_run.trainable.weights().items()}
+        trained(a_run)
+        results.append({name: p.detach().clone() for name, p in a_run.trainable.weights().items()})
     assert results[0].keys() == results[1].keys()
     moved = []
     for name, p in results[0].items():
@@ -179,9 +179,9 @@ def test_cached_runs_equal_live_ones_in_every_weight_where_nothing_is_rounded(
 
 def test_a_bundle_trained_whole_keeps_its_encoders(prepare: Prepare, files: Files, tmp_path: Path) -> None:
     """What is saved of a bundle is a bundle, and says the same when it is read again."""
-    course = prepare("full", train_text_encoder=True)
-    models = trained(course)
-    course.save_result(tmp_path / "out.safetensors", 3, 0)
+    a_run = prepare("full", train_text_encoder=True)
+    models = trained(a_run)
+    a_run.save_result(tmp_path / "out.safetensors", 3, 0)
     again = loading.load(FAMILY, str(tmp_path / "out.safetensors"), Options(), tokenizer=str(files.model.parent))
     assert set(again.encoders) == {"clip_l", "clip_g", "t5xxl"}
     assert not changed(states(models), states(again))

@@ -49,7 +49,7 @@ def test_only_results_and_states_of_sfumato_are_removed(tmp_path: Path) -> None:
         (tmp_path / name).mkdir()
         (tmp_path / name / "photo.jpg").write_text("mine")
     for step in ("me-step00000001", "me-step00000002", "me-step00000003"):
-        checkpoints.clean(checkpoints.Saving("me", True, step, step), tmp_path, ".safetensors")
+        checkpoints.clean(checkpoints.SaveEvent("me", True, step, step), tmp_path, ".safetensors")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["me-step00000002-state", "me-step00000002.safetensors"]
 
 
@@ -61,5 +61,5 @@ def test_an_old_result_that_cannot_be_removed_ends_no_run(
 
     (tmp_path / "me.safetensors").touch()
     monkeypatch.setattr(Path, "unlink", held)
-    checkpoints.clean(checkpoints.Saving("me", False, "me"), tmp_path, ".safetensors")
+    checkpoints.clean(checkpoints.SaveEvent("me", False, "me"), tmp_path, ".safetensors")
     assert "me.safetensors: could not be removed (another program holds it open)" in capsys.readouterr().err
