@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from sfumato import adapters, families
 from sfumato.config import Config, LossConfig, MemoryConfig, NetworkConfig, NoiseConfig
 from sfumato.data.batch import Batch
-from sfumato.memory.plan import fit
+from sfumato.memory.plan import apply_memory_options
 from sfumato.models.base import Models
 from sfumato.optim import build
 from sfumato.train.devices import peak_memory
@@ -75,7 +75,7 @@ def shapes_of(table: str, *, tiny: bool) -> dict[str, tuple[int, ...]]:
 
 def random_net(family: Any, shapes: Mapping[str, tuple[int, ...]], device: torch.device) -> nn.Module:
     """A denoiser of these shapes with small random weights, in bf16 on the device."""
-    part = next(p for p in family.parts if p.name == "denoiser")
+    part = next(p for p in family.components if p.name == "denoiser")
     net: nn.Module = part.net(shapes, {}).to(torch.bfloat16).to_empty(device=device).requires_grad_(False).eval()
     for tensor in [*net.parameters(), *net.buffers()]:
         nn.init.normal_(tensor, std=0.02) if tensor.ndim > 1 else nn.init.ones_(tensor)
@@ -109,7 +109,7 @@ def measure(name: str, args: argparse.Namespace, device: torch.device) -> dict[s
     models = Models(family=family, options=options, denoiser=net, encoders={}, tokenizers={}, vaes=vae)
     trainable = Adapters(models, replace(config, family=options), adapters.parse(config.network))
     trainable.modules().to(device)
-    fit(family.blocks(net), config.memory)
+    apply_memory_options(family.blocks(net), config.memory)
     trainable.train(True)
     step = Step(models, trainable, family.process(models, NoiseConfig(), LossConfig()), LossConfig(), "bf16")
     optimizer = build.optimizer(config.optimizer, trainable.groups())

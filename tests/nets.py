@@ -11,23 +11,23 @@ import torch
 from torch import Tensor
 
 from sfumato.formats.files import save
-from sfumato.models.components import Part, open_part
-from sfumato.models.encoders.components import clip_part, t5_part, vae_part
+from sfumato.models.components import Component, open_component
+from sfumato.models.encoders.components import clip_component, t5_component, vae_component
 
-T5 = t5_part(("text_encoders.t5xxl.transformer.",), "text_encoder_3")
+T5 = t5_component(("text_encoders.t5xxl.transformer.",), "text_encoder_3")
 
 
-def built(part: Part, tensors: Mapping[str, Tensor], dtype: torch.dtype | None = None) -> Any:
+def built(part: Component, tensors: Mapping[str, Tensor], dtype: torch.dtype | None = None) -> Any:
     """The part's net with the tensors of a file that holds nothing else."""
     with tempfile.TemporaryDirectory() as folder:
         save(Path(folder) / "model.safetensors", tensors)
         # What is backed by the file stays so when its name is gone.
-        return open_part(part, f"{folder}/model.safetensors").build(dtype)
+        return open_component(part, f"{folder}/model.safetensors").build(dtype)
 
 
 def clip(tensors: Mapping[str, Tensor], activation: str = "quick_gelu", *, projected: bool = False) -> Any:
     """A CLIP text encoder, in any spelling."""
-    return built(clip_part("clip", (), "text_encoder", activation, projected=projected), tensors)
+    return built(clip_component("clip", (), "text_encoder", activation, projected=projected), tensors)
 
 
 def t5(tensors: Mapping[str, Tensor], dtype: torch.dtype | None = None) -> Any:
@@ -37,4 +37,4 @@ def t5(tensors: Mapping[str, Tensor], dtype: torch.dtype | None = None) -> Any:
 
 def vae(tensors: Mapping[str, Tensor], *scaling: float, channels: int = 4) -> Any:
     """A KL autoencoder, in any spelling. `scaling`: the factor, and the shift if there is one."""
-    return built(vae_part(("first_stage_model.", "vae."), *scaling, channels=channels), tensors)
+    return built(vae_component(("first_stage_model.", "vae."), *scaling, channels=channels), tensors)

@@ -10,7 +10,7 @@ from sfumato.config import MemoryConfig
 from sfumato.memory.checkpoint import checkpoint_blocks
 
 
-def fit(blocks: Sequence[nn.Module], config: MemoryConfig) -> None:
+def apply_memory_options(blocks: Sequence[nn.Module], config: MemoryConfig) -> None:
     """Apply the config's measures to a net's blocks, once what is trained is attached.
 
     The order: frozen layers are quantised, the trainable is attached, blocks are compiled and checkpointed,

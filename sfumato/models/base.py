@@ -25,7 +25,7 @@ from sfumato.data.strategies import (
 from sfumato.errors import UserError
 from sfumato.formats.dialect import Dialect
 from sfumato.models.autoencoders import scale
-from sfumato.models.components import Part, Source
+from sfumato.models.components import Checkpoint, Component
 from sfumato.models.encoders.tokenizers import MERGES
 from sfumato.models.ondemand import OnDemand
 from sfumato.tensors.noise import Process
@@ -45,7 +45,7 @@ class Models:
     tokenizers: Mapping[str, Any]
     vaes: OnDemand[nn.Module] | nn.Module | None
     """The VAE, or {"vae": one that is made when it is asked for}; see `vae`."""
-    source: Source | None = None
+    source: Checkpoint | None = None
     """What it was read from; what was not trained is copied from there."""
     dtypes: Mapping[str, torch.dtype | None] = field(default_factory=dict)
     """What each component is held in; None: as in its file."""
@@ -57,10 +57,10 @@ class Models:
 
     def scaled(self, latents: Tensor) -> Tensor:
         """Raw latents -> those of the denoiser. Where the files tell how, no VAE is made for it."""
-        held = self.source.held.get("vae") if self.source else None
-        if held is None or held.part.scaling is None:
+        weights = self.source.components.get("vae") if self.source else None
+        if weights is None or weights.component.scaling is None:
             return scale(self.the_vae(), latents)
-        factor, shift = held.part.scaling(held.config)
+        factor, shift = weights.component.scaling(weights.config)
         return (latents - shift) * factor
 
     def the_vae(self) -> nn.Module:
@@ -70,7 +70,7 @@ class Models:
             raise UserError(f"{where} has no VAE, which pictures must pass through; give one with --vae")
         return self.vae
 
-    def the_source(self) -> Source:
+    def the_source(self) -> Checkpoint:
         """What it was read from. Errors: `ValueError` for a model that was made in memory."""
         if self.source is None:
             raise ValueError("the model was not read from files")
@@ -94,7 +94,7 @@ class Models:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Setting:
+class SampleInfo:
     """What b samples are, besides what their captions say."""
 
     sizes: Tensor
@@ -119,7 +119,7 @@ def check_sizes(models: Models, sizes: Iterable[tuple[str, int, int, str]]) -> N
         raise UserError(*dict.fromkeys(wrong))
 
 
-def as_encoded(models: Models, cond: Cond, setting: Setting) -> Cond:
+def as_encoded(models: Models, cond: Cond, setting: SampleInfo) -> Cond:
     """For `Family.condition`: the denoiser is told nothing but what the text encoders say."""
     return cond
 
@@ -142,7 +142,7 @@ class NewFolder:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Vocabulary:
+class TokenizerSpec:
     """Where the tokenizer of a text encoder is."""
 
     folder: str
@@ -162,16 +162,16 @@ class Family:
     name: str
     title: str
     """For messages: "Stable Diffusion XL"."""
-    parts: Sequence[Part]
+    components: Sequence[Component]
     """Its nets in files; "denoiser" is what is trained, "vae" the autoencoder, all others are text encoders."""
     optional: frozenset[str] = frozenset()
     """Parts that a model may lack."""
-    kept: re.Pattern[str] = re.compile(r"(?!)")
+    passthrough_keys: re.Pattern[str] = re.compile(r"(?!)")
     """Pattern of full names in single files that belong to no net and are copied on save."""
-    complete: Callable[[Any, Source], tuple[Any, Source]] = lambda options, source: (options, source)
+    complete: Callable[[Any, Checkpoint], tuple[Any, Checkpoint]] = lambda options, source: (options, source)
     """The options with what the files say filled in, and the source without what is not the model's.
     Errors: `UserError` if they contradict."""
-    vocabularies: Mapping[str, Vocabulary]
+    tokenizer_specs: Mapping[str, TokenizerSpec]
     """Text encoder -> its tokenizer."""
     new_folder: Callable[[Models], NewFolder] | None = None
     """None: saved as a diffusers folder only if it came as one."""
@@ -183,7 +183,7 @@ class Family:
     outputs: Callable[[Models], TextEncoderOutputsCachingStrategy]
     process: Callable[[Models, NoiseConfig, LossConfig], Process]
     """(models, noise config, loss config) -> how latents are noised, what the net should say, and what an error weighs."""
-    condition: Callable[[Models, Cond, Setting], Cond] = as_encoded
+    condition: Callable[[Models, Cond, SampleInfo], Cond] = as_encoded
     """(models, what the encoders say, setting) -> all that `predict` is told besides x and t."""
     predict: Callable[[nn.Module, Tensor, Tensor, Cond], Tensor]
     """(denoiser, x (b, c, h, w), t (b,), cond) -> what the denoiser says, shaped as x."""

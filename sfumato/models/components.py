@@ -20,12 +20,12 @@ from sfumato.models.layers import Shapes
 from sfumato.models.meta_init import check, fill, shapes
 
 Config = Mapping[str, Any]
-"""A part's `config.json`; empty for single files, which have none."""
+"""A component's `config.json`; empty for single files, which have none."""
 SHOWN = 5
 
 
 @dataclass(frozen=True, slots=True)
-class Spelling:
+class KeyFormat:
     """How a file names a net's tensors."""
 
     name: str
@@ -57,16 +57,16 @@ class Spelling:
         return {name: tuple(t.shape) for name, t in self.read(meta)}
 
 
-NATIVE = Spelling("native")
+NATIVE = KeyFormat("native")
 
 
-def natively(shapes: Shapes) -> Spelling:
+def native_format(shapes: Shapes) -> KeyFormat:
     """Any names, taken as the net's own."""
     return NATIVE
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Part:
+class Component:
     """A net of a model, and where files hold it."""
 
     name: str
@@ -75,34 +75,34 @@ class Part:
     """For messages: "the U-Net"."""
     net: Callable[[Shapes, Config], nn.Module]
     """A net without values (on the meta device) for native tensors of these shapes. Errors: `UserError`."""
-    spelling: Callable[[Shapes], Spelling | None]
-    """How tensors of these names (prefix off) and shapes are spelled; None: they are not this part's."""
+    key_format: Callable[[Shapes], KeyFormat | None]
+    """How tensors of these names (prefix off) and shapes are spelled; None: they are not this component's."""
     prefixes: tuple[str, ...] = ("",)
-    """What stands before its names in files that hold several parts, the usual one first; "": it may stand bare."""
+    """What stands before its names in files that hold several components, the usual one first; "": it may stand bare."""
     folder: str = ""
     """Its folder in a diffusers folder."""
     flag: str = ""
     """The setting that names a file of its own; "": there is none."""
-    idle: Callable[[Collection[str]], Collection[str]] = lambda names: ()
+    unused_keys: Callable[[Collection[str]], Collection[str]] = lambda names: ()
     """Of its names (prefix off) those that no net holds; in a single file they are kept as they are."""
-    copies: Mapping[str, str] = field(default_factory=dict)
-    """Those of `idle` that repeat the values of another name: copy -> original."""
-    single: Callable[[Shapes], Spelling] | None = natively
-    """How a new single file spells native tensors of these shapes; None: a new one does not hold this part."""
-    diffusers: Callable[[Shapes], Spelling] = natively
+    tied_keys: Mapping[str, str] = field(default_factory=dict)
+    """Those of `unused_keys` that repeat the values of another name: copy -> original."""
+    single: Callable[[Shapes], KeyFormat] | None = native_format
+    """How a new single file spells native tensors of these shapes; None: a new one does not hold this component."""
+    diffusers: Callable[[Shapes], KeyFormat] = native_format
     """How a diffusers folder spells them."""
     scaling: Callable[[Config], tuple[float, float]] | None = None
     """Of a VAE: factor and shift from its raw latents to the denoiser's, (x - shift) * factor."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Held:
+class ComponentWeights:
     """A net as files hold it."""
 
-    part: Part
+    component: Component
     tensors: Lazy
     """Under the file's names, prefix off."""
-    spelling: Spelling
+    key_format: KeyFormat
     prefix: str | None
     """What stands before its names in a single file of the model; None: it has no place in one."""
     where: Path
@@ -111,27 +111,27 @@ class Held:
     """Whether it comes from a file of its own, named by a setting."""
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Shapes by native name. Errors: `UserError` for names that the spelling does not know."""
+        """Shapes by native name. Errors: `UserError` for names that the key format does not know."""
         try:
             with locate.understood(self._what):
-                return self.spelling.shapes(self.tensors.shapes)
+                return self.key_format.shapes(self.tensors.shapes)
         except UserError as error:
             raise UserError(*(f"{self._what}: {message}" for message in error.messages)) from None
 
     @property
     def _what(self) -> str:
         """For messages."""
-        return f"{self.where} ({self.part.title})"
+        return f"{self.where} ({self.component.title})"
 
     def natives(self, dtype: torch.dtype | None = None, *, map: bool = True) -> Iterator[tuple[str, Tensor]]:
         """(native name, tensor), one after another, floats cast to `dtype`; `map`: whether they may be backed by the file."""
-        return self.spelling.read(self.tensors.cast(dtype, map=map and self.spelling.renames))
+        return self.key_format.read(self.tensors.cast(dtype, map=map and self.key_format.renames))
 
     def empty(self) -> nn.Module:
         """The net without values (on the meta device). Errors: `UserError` for tensors whose names or shapes do not fit it."""
         what, found = self._what, self.shapes()
         with locate.understood(what):
-            net = self.part.net(found, self.config)
+            net = self.component.net(found, self.config)
         check(net, found, what)
         self._check_formats(what)
         return net.eval().requires_grad_(False)
@@ -166,13 +166,13 @@ class Held:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Source:
+class Checkpoint:
     """What a model was read from; its tensors are read when they are used."""
 
     path: Path
-    held: Mapping[str, Held]
+    components: Mapping[str, ComponentWeights]
     """By component."""
-    kept: Mapping[str, Tensor] = field(default_factory=dict)
+    passthrough: Mapping[str, Tensor] = field(default_factory=dict)
     """Tensors of no net, under their full names in the single file; copied when one is saved."""
     metadata: Mapping[str, str] = field(default_factory=dict)
 
@@ -191,11 +191,14 @@ class Source:
         return all(tensors.in_place() for tensors in self._lazy())
 
     def _lazy(self) -> list[Lazy]:
-        return [*(held.tensors for held in self.held.values()), *([self.kept] if isinstance(self.kept, Lazy) else [])]
+        return [
+            *(weights.tensors for weights in self.components.values()),
+            *([self.passthrough] if isinstance(self.passthrough, Lazy) else []),
+        ]
 
 
 def matching(pattern: str) -> Callable[[Collection[str]], Collection[str]]:
-    """For `Part.idle`: the names that a pattern matches whole."""
+    """For `Component.unused_keys`: the names that a pattern matches whole."""
     compiled = re.compile(pattern)
     return lambda names: [name for name in names if compiled.fullmatch(name)]
 
@@ -203,146 +206,150 @@ def matching(pattern: str) -> Callable[[Collection[str]], Collection[str]]:
 # --- reading ---
 
 
-def open_model(path: Path, parts: Sequence[Part], title: str, *, given: Mapping[str, str | None], kept: re.Pattern[str]) -> Source:
-    """The parts of a single file or a diffusers folder, those in files of their own (`given`: flag -> path) put over them.
+def open_model(
+    path: Path, components: Sequence[Component], title: str, *, given: Mapping[str, str | None], passthrough_keys: re.Pattern[str]
+) -> Checkpoint:
+    """The components of a single file or a diffusers folder, those in files of their own (`given`: flag -> path) put over them.
 
-    `kept`: pattern of full names that belong to no net. Nothing but headers is read. Errors: `UserError` for tensors
-    of no part, for missing files and for files that do not hold the part that they are named for.
+    `passthrough_keys`: pattern of full names that belong to no net. Nothing but headers is read. Errors: `UserError` for tensors
+    of no component, for missing files and for files that do not hold the component that they are named for.
     """
     with locate.understood(str(path)):
-        source = _folder(path, parts) if path.is_dir() else _single(path, parts, title, kept)
-    held = dict(source.held)
-    for part in parts:
-        if part.flag and (name := given.get(part.flag)):
-            old = held.get(part.name)
-            prefix = old.prefix if old else part.prefixes[0] if source.path.is_dir() and part.single else None
-            held[part.name] = replace(open_part(part, name), prefix=prefix)
-    return replace(source, held=held)
+        source = _folder(path, components) if path.is_dir() else _single(path, components, title, passthrough_keys)
+    found = dict(source.components)
+    for component in components:
+        if component.flag and (name := given.get(component.flag)):
+            old = found.get(component.name)
+            prefix = old.prefix if old else component.prefixes[0] if source.path.is_dir() and component.single else None
+            found[component.name] = replace(open_component(component, name), prefix=prefix)
+    return replace(source, components=found)
 
 
-def _single(path: Path, parts: Sequence[Part], title: str, kept: re.Pattern[str]) -> Source:
+def _single(path: Path, components: Sequence[Component], title: str, passthrough_keys: re.Pattern[str]) -> Checkpoint:
     tensors = _file(path)
     locate.refuse_quantised(path, tensors)
-    others = {name for name in tensors if kept.fullmatch(name)}
-    left, held = tensors.only(lambda name: name not in others), {}
-    for part, prefix in _by_prefix(parts):
-        if part.name in held or not (mine := left.below(prefix)):
+    others = {name for name in tensors if passthrough_keys.fullmatch(name)}
+    left, found = tensors.only(lambda name: name not in others), {}
+    for component, prefix in _by_prefix(components):
+        if component.name in found or not (mine := left.below(prefix)):
             continue
-        idle = set(part.idle(list(mine)))
-        used = mine.only(lambda name, idle=idle: name not in idle)  # type: ignore[misc]
-        if spelling := part.spelling(used.shapes):
-            held[part.name] = Held(part=part, tensors=used, spelling=spelling, prefix=prefix, where=path)
-            others |= {prefix + name for name in idle}
+        unused = set(component.unused_keys(list(mine)))
+        used = mine.only(lambda name, unused=unused: name not in unused)  # type: ignore[misc]
+        if key_format := component.key_format(used.shapes):
+            found[component.name] = ComponentWeights(component=component, tensors=used, key_format=key_format, prefix=prefix, where=path)
+            others |= {prefix + name for name in unused}
             left = left.only(lambda name, prefix=prefix: not name.startswith(prefix))  # type: ignore[misc]
     if left:
         strange = list(left)
         more = f" and {len(strange) - SHOWN} more" if len(strange) > SHOWN else ""
         raise UserError(f"{path}: tensors that belong to no part of {title}: {', '.join(strange[:SHOWN])}{more}")
-    return Source(path=path, held=held, kept=tensors.only(lambda n: n in others), metadata=files.read_header(path).metadata)
+    return Checkpoint(
+        path=path, components=found, passthrough=tensors.only(lambda n: n in others), metadata=files.read_header(path).metadata
+    )
 
 
-def _by_prefix(parts: Sequence[Part]) -> Iterator[tuple[Part, str]]:
+def _by_prefix(components: Sequence[Component]) -> Iterator[tuple[Component, str]]:
     """Named places before bare ones, which take all that is left."""
-    yield from ((part, prefix) for part in parts for prefix in part.prefixes if prefix)
-    yield from ((part, "") for part in parts if "" in part.prefixes)
+    yield from ((component, prefix) for component in components for prefix in component.prefixes if prefix)
+    yield from ((component, "") for component in components if "" in component.prefixes)
 
 
-def _folder(path: Path, parts: Sequence[Part]) -> Source:
-    held = {}
-    for part in parts:
-        if part.folder and (path / part.folder).is_dir():
-            prefix = part.prefixes[0] if part.single else None
-            held[part.name] = replace(_component(part, path / part.folder), prefix=prefix)
-    return Source(path=path, held=held)
+def _folder(path: Path, components: Sequence[Component]) -> Checkpoint:
+    found = {}
+    for component in components:
+        if component.folder and (path / component.folder).is_dir():
+            prefix = component.prefixes[0] if component.single else None
+            found[component.name] = replace(_component(component, path / component.folder), prefix=prefix)
+    return Checkpoint(path=path, components=found)
 
 
-def _component(part: Part, folder: Path) -> Held:
-    """A part in a folder of its own, with its config."""
+def _component(component: Component, folder: Path) -> ComponentWeights:
+    """A component in a folder of its own, with its config."""
     config = folder / "config.json"
     read = locate.read_json(config) if config.is_file() else {}
-    return replace(_bare(part, Lazy.of(locate.weight_files(folder)), folder), config=read)
+    return replace(_bare(component, Lazy.of(locate.weight_files(folder)), folder), config=read)
 
 
-def open_part(part: Part, name: str) -> Held:
-    """A part from a file of its own, from any file that holds it, from a folder or from the hub. Errors: `UserError` naming its flag."""
-    path = locate.local(name, part.flag)
-    with locate.understood(_asked(part, path)):
-        return _opened(part, path)
+def open_component(component: Component, name: str) -> ComponentWeights:
+    """A component from a file of its own, from any file that holds it, from a folder or from the hub. Errors: `UserError` naming its flag."""
+    path = locate.local(name, component.flag)
+    with locate.understood(_asked(component, path)):
+        return _opened(component, path)
 
 
-def _opened(part: Part, path: Path) -> Held:
+def _opened(component: Component, path: Path) -> ComponentWeights:
     if path.is_dir():
-        inner = path / part.folder
-        return replace(_component(part, inner if part.folder and inner.is_dir() else path), alone=True)
-    tensors = _file(path, part)
-    prefix = next((p for p in part.prefixes if p and any(n.startswith(p) for n in tensors)), "")
-    return replace(_bare(part, tensors.below(prefix), path), alone=True)
+        inner = path / component.folder
+        return replace(_component(component, inner if component.folder and inner.is_dir() else path), alone=True)
+    tensors = _file(path, component)
+    prefix = next((p for p in component.prefixes if p and any(n.startswith(p) for n in tensors)), "")
+    return replace(_bare(component, tensors.below(prefix), path), alone=True)
 
 
-def _file(path: Path, part: Part | None = None) -> Lazy:
-    """The tensors of a file; `part`: what it is opened for. GGUF is told as such, not as a damaged file."""
-    locate.refuse_quantised(_asked(part, path))
+def _file(path: Path, component: Component | None = None) -> Lazy:
+    """The tensors of a file; `component`: what it is opened for. GGUF is named as such, not as a damaged file."""
+    locate.refuse_quantised(_asked(component, path))
     return Lazy.of([path])
 
 
-def _asked(part: Part | None, where: Path) -> str:
+def _asked(component: Component | None, where: Path) -> str:
     """For messages: a file or folder, after the setting that named it."""
-    return f"{part.flag}: {where}" if part and part.flag else str(where)
+    return f"{component.flag}: {where}" if component and component.flag else str(where)
 
 
-def _bare(part: Part, tensors: Lazy, where: Path) -> Held:
-    locate.refuse_quantised(_asked(part, where), tensors)
-    idle = set(part.idle(list(tensors)))
-    used = tensors.only(lambda name: name not in idle)
-    spelling = part.spelling(used.shapes)
-    if spelling is None:
+def _bare(component: Component, tensors: Lazy, where: Path) -> ComponentWeights:
+    locate.refuse_quantised(_asked(component, where), tensors)
+    unused = set(component.unused_keys(list(tensors)))
+    used = tensors.only(lambda name: name not in unused)
+    key_format = component.key_format(used.shapes)
+    if key_format is None:
         first = ", ".join(repr(name) for name in list(tensors)[:2])
-        raise UserError(f"{_asked(part, where)} does not hold {part.title} (its tensors: {len(tensors)}, {first} ...)")
-    return Held(part=part, tensors=used, spelling=spelling, prefix=None, where=where)
+        raise UserError(f"{_asked(component, where)} does not hold {component.title} (its tensors: {len(tensors)}, {first} ...)")
+    return ComponentWeights(component=component, tensors=used, key_format=key_format, prefix=None, where=where)
 
 
-def lacking(source: Source, parts: Sequence[Part]) -> list[str]:
-    """A message for each part that is missing, with the setting that names it."""
+def lacking(source: Checkpoint, components: Sequence[Component]) -> list[str]:
+    """A message for each component that is missing, with the setting that names it."""
     return [
-        f"{source.path} holds no {part.title.removeprefix('the ')}; name its file with --{part.flag}"
-        if part.flag
-        else f"{source.path} holds no {part.title.removeprefix('the ')}"
-        for part in parts
-        if part.name not in source.held
+        f"{source.path} holds no {component.title.removeprefix('the ')}; name its file with --{component.flag}"
+        if component.flag
+        else f"{source.path} holds no {component.title.removeprefix('the ')}"
+        for component in components
+        if component.name not in source.components
     ]
 
 
 # --- writing ---
 
 
-def values(net: nn.Module | None, held: Held, instead: Mapping[str, Tensor], dtype: torch.dtype | None) -> dict[str, Tensor]:
+def values(net: nn.Module | None, weights: ComponentWeights, instead: Mapping[str, Tensor], dtype: torch.dtype | None) -> dict[str, Tensor]:
     """Native tensors of a net as they are saved: those of the file, in its number formats (fp8 as bf16), where the net has their values
     or was never given any (None: was not even made)."""
     own = {**(net.state_dict() if net else {}), **instead}
-    if net is None or any(t.is_meta for t in own.values()) or unchanged(own, held):
-        own = dict(held.natives())
+    if net is None or any(t.is_meta for t in own.values()) or unchanged(own, weights):
+        own = dict(weights.natives())
     return own if dtype is None else {name: t.to(dtype) if t.is_floating_point() else t for name, t in own.items()}
 
 
-def unchanged(own: Mapping[str, Tensor], held: Held) -> bool:
+def unchanged(own: Mapping[str, Tensor], weights: ComponentWeights) -> bool:
     """Whether tensors are those of the file, but for their number format."""
     # Read anew: a net that was trained in the file's own format may share its memory with what was mapped before.
-    read = held.spelling.read(held.tensors.cast(None, map=False))
+    read = weights.key_format.read(weights.tensors.cast(None, map=False))
     return all(torch.equal(own[name].cpu(), t.to(own[name].dtype)) for name, t in read)
 
 
-def single_file(source: Source, parts: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    """The tensors of a single file as the source spells them, or as new ones are spelled. `parts`: native tensors by component."""
+def single_file(source: Checkpoint, components: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """The tensors of a single file as the source spells them, or as new ones are spelled. `components`: native tensors by component."""
     out: dict[str, Tensor] = {}
-    copies: dict[str, Tensor] = {}
-    for name, tensors in parts.items():
-        held = source.held[name]
-        if held.prefix is None:
+    tied: dict[str, Tensor] = {}
+    for name, tensors in components.items():
+        weights = source.components[name]
+        if weights.prefix is None:
             continue
-        spelling = held.spelling
-        if (held.alone or source.path.is_dir()) and held.part.single is not None:
-            spelling = held.part.single(shapes(tensors))
-        out |= add_prefix(spelling.write(tensors), held.prefix)
-        pairs = [(held.prefix + copy, held.prefix + original) for copy, original in held.part.copies.items()]
-        copies |= {copy: out[original] for copy, original in pairs if copy in source.kept and original in out}
-    return {**out, **source.kept, **copies}
+        key_format = weights.key_format
+        if (weights.alone or source.path.is_dir()) and weights.component.single is not None:
+            key_format = weights.component.single(shapes(tensors))
+        out |= add_prefix(key_format.write(tensors), weights.prefix)
+        pairs = [(weights.prefix + copy, weights.prefix + original) for copy, original in weights.component.tied_keys.items()]
+        tied |= {copy: out[original] for copy, original in pairs if copy in source.passthrough and original in out}
+    return {**out, **source.passthrough, **tied}

@@ -17,8 +17,8 @@ from sfumato.errors import UserError
 from sfumato.formats import files
 from sfumato.formats.folders import aside_folder
 from sfumato.models import components, locate
-from sfumato.models.base import Family, Models, Vocabulary
-from sfumato.models.components import Source
+from sfumato.models.base import Family, Models, TokenizerSpec
+from sfumato.models.components import Checkpoint
 from sfumato.models.encoders.tokenizers import is_stock
 from sfumato.models.meta_init import shapes
 from sfumato.models.ondemand import LaterTokenizer, OnDemand
@@ -30,17 +30,21 @@ Detect = Callable[[Path, str], object]
 what it seems to be. Handed in, as families are above this floor."""
 
 
-def examine(family: Family, path: str, options: Any, *, detect: Detect | None = None, vae: str | None = None) -> tuple[Any, Source]:
-    """The options with what the files say, and where the parts of a checkpoint are; headers are read and nothing else.
+def examine(family: Family, path: str, options: Any, *, detect: Detect | None = None, vae: str | None = None) -> tuple[Any, Checkpoint]:
+    """The options with what the files say, and where the components of a checkpoint are; headers are read and nothing else.
 
-    Errors: `UserError` for what is missing, of no part, or contradicts the options.
+    Errors: `UserError` for what is missing, of no component, or contradicts the options.
     """
     where = locate.local(path, NAME)
     if detect:
         detect(where, NAME)
-    given = {part.flag: vae if part.name == "vae" else getattr(options, part.flag, None) for part in family.parts if part.flag}
-    source = components.open_model(where, family.parts, family.title, given=given, kept=family.kept)
-    if missing := components.lacking(source, [p for p in family.parts if p.name not in family.optional]):
+    given = {
+        component.flag: vae if component.name == "vae" else getattr(options, component.flag, None)
+        for component in family.components
+        if component.flag
+    }
+    source = components.open_model(where, family.components, family.title, given=given, passthrough_keys=family.passthrough_keys)
+    if missing := components.lacking(source, [p for p in family.components if p.name not in family.optional]):
         raise UserError(*missing)
     with locate.understood(str(where)):
         return family.complete(options, source)
@@ -63,24 +67,24 @@ def outline(
     """
     options, source = examine(family, path, options, detect=detect, vae=vae)
     tokenizers = {
-        name: _tokenizer(family.vocabularies[name], source, tokenizer, later=name in later)
-        for name in source.held
-        if name in family.vocabularies
+        name: _tokenizer(family.tokenizer_specs[name], source, tokenizer, later=name in later)
+        for name in source.components
+        if name in family.tokenizer_specs
     }
 
     def empty(name: str) -> nn.Module:
-        net = source.held[name].empty()
+        net = source.components[name].empty()
         if name in tokenizers:
             _check_vocabulary(name, tokenizers[name], net)
         return net
 
-    makers = {name: partial(empty, name) for name in source.held}
+    makers = {name: partial(empty, name) for name in source.components}
     denoiser = makers.pop("denoiser")()
     vaes = OnDemand({"vae": makers.pop("vae")}) if "vae" in makers else None
     models = Models(
         family=family, options=options, denoiser=denoiser, encoders=OnDemand(makers), tokenizers=tokenizers, vaes=vaes, source=source
     )
-    models.make(name for name in source.held if name not in later)
+    models.make(name for name in source.components if name not in later)
     return models
 
 
@@ -98,7 +102,7 @@ def load(
     map: bool = True,
     progress: Callable[[int, int], None] | None = None,
 ) -> Models:
-    """A checkpoint (file, folder or hub id), with the parts that the options name files for: `outline`, then `read_values`.
+    """A checkpoint (file, folder or hub id), with the components that the options name files for: `outline`, then `read_values`.
 
     Everything is checked from headers before a value is read.
     """
@@ -119,15 +123,15 @@ def read_values(
     """Give the nets of an `outline` their values; no tensor is in memory twice.
 
     `dtype`: what denoiser and encoders are held in, one for all or by component; None: as in the file. The VAE stays in the
-    format of its file where nothing else is said. `later`: those that get their values by `fetch` or `fetch_vae`, if at all.
+    format of its file where nothing else is said. `later`: those that get their values by `materialize` or `materialize_vae`, if at all.
     `map`: whether tensors that need no change may be backed by the file; False for nets that are used from the CPU's memory for as
     long as a training lasts. `progress` is told (done, all) numbers.
     """
     source = models.source
     assert source is not None
     models.dtypes = dtypes = {"vae": None, **(dtype if isinstance(dtype, Mapping) else dict.fromkeys(models.nets(), dtype))}
-    now = {name: held for name, held in source.held.items() if name not in later}
-    done, total = 0, sum(math.prod(shape) for held in now.values() for shape in held.shapes().values())
+    now = {name: weights for name, weights in source.components.items() if name not in later}
+    done, total = 0, sum(math.prod(shape) for weights in now.values() for shape in weights.shapes().values())
 
     def tell(more: int) -> None:
         nonlocal done
@@ -141,38 +145,38 @@ def read_values(
             now[name].put_into(net, dtypes.get(name), tell, map).to(device)
 
 
-def fetch(models: Models, device: torch.device | str = "cpu") -> None:
+def materialize(models: Models, device: torch.device | str = "cpu") -> None:
     """All text encoders on the device; those that were left for later get their values."""
     for name, net in models.encoders.items():
         if next(net.parameters()).is_meta:
             assert models.source is not None
-            models.source.held[name].put_into(net, models.dtypes.get(name))
+            models.source.components[name].put_into(net, models.dtypes.get(name))
         net.to(device)
 
 
-def fetch_vae(models: Models, device: torch.device | str = "cpu") -> nn.Module:
+def materialize_vae(models: Models, device: torch.device | str = "cpu") -> nn.Module:
     """The VAE on the device, with its values. Errors: `UserError` where there is none."""
     vae = models.the_vae()
     if next(vae.parameters()).is_meta:
         assert models.source is not None
-        models.source.held["vae"].put_into(vae, models.dtypes.get("vae"))
+        models.source.components["vae"].put_into(vae, models.dtypes.get("vae"))
     return vae.to(device)
 
 
-def forget(models: Models) -> None:
-    """Give up the memory of the text encoders; `fetch` brings back what their files say."""
+def unload(models: Models) -> None:
+    """Give up the memory of the text encoders; `materialize` brings back what their files say."""
     for name, net in models.made().items():
         if name in models.encoders:
             net.to("meta")
 
 
-def _tokenizer(vocabulary: Vocabulary, source: Source, given: str | None, *, later: bool) -> Any:
+def _tokenizer(vocabulary: TokenizerSpec, source: Checkpoint, given: str | None, *, later: bool) -> Any:
     """The tokenizer given, else the one in the folder or beside the file, else the family's own; `later`: made when it is used."""
     folder = _tokenizer_folder(vocabulary, source, given)
     return LaterTokenizer(vocabulary.make, folder, folder or vocabulary.home()) if later else vocabulary.make(folder)
 
 
-def _tokenizer_folder(vocabulary: Vocabulary, source: Source, given: str | None) -> Path | None:
+def _tokenizer_folder(vocabulary: TokenizerSpec, source: Checkpoint, given: str | None) -> Path | None:
     if given is not None:
         path = locate.local(given, "tokenizer")
         if (path / vocabulary.folder).is_dir():
@@ -191,7 +195,7 @@ def _check_vocabulary(name: str, tokenizer: Any, encoder: nn.Module) -> None:
         )
 
 
-def _put_beside(vocabulary: Vocabulary, tokenizer: Any, beside: Path) -> None:
+def _put_beside(vocabulary: TokenizerSpec, tokenizer: Any, beside: Path) -> None:
     """A vocabulary of its own goes with the file, or it could not be used; CLIP's comes with every program."""
     if not vocabulary.alone or is_stock(tokenizer):
         return
@@ -214,29 +218,29 @@ def save(
 ) -> None:
     """Write a whole model, laid out as "single_file" or "diffusers".
 
-    `state`: {component: native tensors} to write in place of the nets' own (an average, say). A part that is as it was read is
+    `state`: {component: native tensors} to write in place of the nets' own (an average, say). A component that is as it was read is
     written in its first number format, not as it was run in. `trained`: components that changed; such an encoder that has no place
     in the single file is written beside it, as `NAME_ENCODER`.
     """
     source = models.source
     assert source is not None
     source.check()
-    beside = {n for n in trained if layout == "single_file" and source.held[n].prefix is None}
-    wanted = {n for n, held in source.held.items() if layout == "diffusers" or held.prefix is not None or n in beside}
+    beside = {n for n in trained if layout == "single_file" and source.components[n].prefix is None}
+    wanted = {n for n, weights in source.components.items() if layout == "diffusers" or weights.prefix is not None or n in beside}
     made = models.made()
-    each = {name: held for name, held in source.held.items() if name in wanted}
-    values = {name: components.values(made.get(name), held, (state or {}).get(name, {}), dtype) for name, held in each.items()}
+    each = {name: weights for name, weights in source.components.items() if name in wanted}
+    values = {name: components.values(made.get(name), weights, (state or {}).get(name, {}), dtype) for name, weights in each.items()}
     for name, tensors in values.items():
         files.check_finite(tensors, f"{path.name} ({name})", dtype)
     if layout == "diffusers":
         _write_folder(models, path, values, metadata)
         return
-    for name, vocabulary in models.family.vocabularies.items():
+    for name, vocabulary in models.family.tokenizer_specs.items():
         if name in values:
             _put_beside(vocabulary, models.tokenizers[name], path.parent / vocabulary.folder)
     for name in beside:
-        held = source.held[name]
-        files.save(path.with_name(f"{path.stem}_{name}{path.suffix}"), held.spelling.write(values.pop(name)), metadata)
+        weights = source.components[name]
+        files.save(path.with_name(f"{path.stem}_{name}{path.suffix}"), weights.key_format.write(values.pop(name)), metadata)
     files.save(path, models.family.respell(models, components.single_file(source, values)), metadata, source.check)
 
 
@@ -262,15 +266,15 @@ def _write_folder(models: Models, path: Path, values: Mapping[str, Mapping[str, 
             _json(folder / "model_index.json", made.index)
             _json(folder / "scheduler" / "scheduler_config.json", made.scheduler)
             for encoder, tokenizer in models.tokenizers.items():
-                tokenizer.save_pretrained(folder / models.family.vocabularies[encoder].folder)
+                tokenizer.save_pretrained(folder / models.family.tokenizer_specs[encoder].folder)
         for name, tensors in values.items():
-            held = source.held[name]
+            weights = source.components[name]
             if made is not None:
-                _json(folder / held.part.folder / "config.json", made.configs[name])
-            weights = held.part.diffusers(shapes(tensors)).write(tensors)
+                _json(folder / weights.component.folder / "config.json", made.configs[name])
+            written = weights.component.diffusers(shapes(tensors)).write(tensors)
             file = "model" if name in models.encoders else "diffusion_pytorch_model"
             # Readers of such folders ask for the mark "pt".
-            files.save(folder / held.part.folder / f"{file}.safetensors", weights, {**metadata, "format": "pt"})
+            files.save(folder / weights.component.folder / f"{file}.safetensors", written, {**metadata, "format": "pt"})
         source.check()
 
 

@@ -43,7 +43,7 @@ class LaterTokenizer:
     """A tokenizer that is made when it is first used; what cache keys hold of it is remembered from run to run."""
 
     def __init__(self, make: Callable[[Path | None], Any], folder: Path | None, home: Path) -> None:
-        """`make`: of `Vocabulary`. `home`: the folder or file that it reads."""
+        """`make`: of `TokenizerSpec`. `home`: the folder or file that it reads."""
         self._make, self._folder, self._home = make, folder, home
 
     @cached_property

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from sfumato.data.batch import Cond
 from sfumato.errors import UserError
 from sfumato.models.autoencoders import unscale
-from sfumato.models.base import Models, Setting, check_sizes
+from sfumato.models.base import Models, SampleInfo, check_sizes
 from sfumato.sampling import image_files
 from sfumato.sampling.prompts import SAMPLERS, Prompt, default
 from sfumato.sampling.prompts import sampler as own_name
@@ -231,11 +231,11 @@ def encode(models: Models, captions: Sequence[str]) -> Cond:
     return models.family.encode(models).encode(models.encoders, tokens)
 
 
-def _setting(models: Models, prompts: Sequence[Prompt]) -> Setting:
+def _setting(models: Models, prompts: Sequence[Prompt]) -> SampleInfo:
     """What the denoiser is told of prompts besides their text: they are whole pictures of their own size."""
     device = _place(models.denoiser)[0]
     guidance = [p.guidance_scale for p in prompts]
-    return Setting(
+    return SampleInfo(
         sizes=torch.tensor([[p.height, p.width, 0, 0, p.height, p.width] for p in prompts], device=device),
         guidance=None if None in guidance else torch.tensor(guidance, device=device),
     )

@@ -19,7 +19,7 @@ from sfumato.formats import files
 from sfumato.formats.files import file_digest
 from sfumato.formats.metadata import remembered
 from sfumato.models.base import Models, check_sizes
-from sfumato.models.loading import fetch, fetch_vae
+from sfumato.models.loading import materialize, materialize_vae
 from sfumato.train import dist, lengths
 from sfumato.train.diagnose import blaming
 from sfumato.train.progress import Tell, console, telling
@@ -79,10 +79,10 @@ def fingerprint(config: Config, models: Models, component: str) -> str:
     Files are read for it once; later runs remember.
     """
     assert models.source is not None
-    held = models.source.held[component]
-    paths = held.tensors.paths
+    weights = models.source.components[component]
+    paths = weights.tensors.paths
     dtype = models.dtypes[component]
-    digest = remembered(f"{component} of {' '.join(map(str, paths))}", paths, lambda: files.fingerprint(dict(held.natives())))
+    digest = remembered(f"{component} of {' '.join(map(str, paths))}", paths, lambda: files.fingerprint(dict(weights.natives())))
     network = config.network
     merged = [file_digest(path) for path in network.base_weights] if component != "vae" else []
     return " ".join([digest, *merged, *(map(str, network.base_weights_multiplier) if merged else ()), f"in {dtype}"])
@@ -133,7 +133,7 @@ def _cache_latents(config: Config, data: Data, models: Models, world: dist.World
     strategy, dtype = models.family.latents, models.dtypes["vae"]
 
     def encode(pixels: Tensor) -> Tensor:
-        return strategy.encode(fetch_vae(models, world.device), pixels.to(world.device, dtype)).float()
+        return strategy.encode(materialize_vae(models, world.device), pixels.to(world.device, dtype)).float()
 
     return cache_latents(
         data.plan, data.latents, data.index, encode, fingerprint(config, models, "vae"), strategy,
@@ -145,7 +145,7 @@ def _cache_texts(config: Config, data: Data, models: Models, world: dist.World, 
     tokenize, encode = models.family.tokenize(models), models.family.encode(models)
 
     def run(tokens: Tokens) -> Cond:
-        fetch(models, world.device)
+        materialize(models, world.device)
         with autocast(world.device, dist.precision(config.train.mixed_precision)):  # as in the step
             return encode.encode(models.encoders, {k: v.to(world.device) for k, v in tokens.items()})
 

@@ -12,9 +12,9 @@ from sfumato.adapters.insert import from_state
 from sfumato.config import Config, Method
 from sfumato.errors import UserError
 from sfumato.families.detect import detect_file
-from sfumato.memory.plan import fit
+from sfumato.memory.plan import apply_memory_options
 from sfumato.models.base import Family, Models
-from sfumato.models.loading import forget, outline, read_values
+from sfumato.models.loading import outline, read_values, unload
 from sfumato.train import dist
 from sfumato.train.progress import telling
 from sfumato.train.trainables import Trainable, caches_latents, caches_text, read_adapter, whole_nets
@@ -39,8 +39,8 @@ def load_models(
     changes meanwhile would change the training, or end it."""
     models = models or outline_models(config)
     family = models.family
-    trained = whole_nets(family, config, [part.name for part in family.parts]) if method == "full" else ()
-    dtype = dict.fromkeys([part.name for part in family.parts], dist.DTYPES[precision])
+    trained = whole_nets(family, config, [component.name for component in family.components]) if method == "full" else ()
+    dtype = dict.fromkeys([component.name for component in family.components], dist.DTYPES[precision])
     dtype |= dict.fromkeys(trained, torch.bfloat16 if config.train.full_bf16 else torch.float32)
     # fp16 overflows in these VAEs, so it is never what they run in.
     dtype["vae"] = torch.bfloat16 if precision == "bf16" and not config.memory.no_half_vae else torch.float32
@@ -51,7 +51,7 @@ def load_models(
 
 def _later(config: Config, family: Family) -> list[str]:
     """What may not be needed at all, because what it says is kept: it is made and read when it is used."""
-    texts = [part.name for part in family.parts if part.name not in ("denoiser", "vae")] if forgets_text(config) else []
+    texts = [component.name for component in family.components if component.name not in ("denoiser", "vae")] if unloads_text(config) else []
     return [*texts, "vae"] if caches_latents(config) and not config.sample.sample_prompts else texts
 
 
@@ -81,7 +81,7 @@ def merge_base_weights(config: Config, models: Models) -> None:
         inserted.remove()
 
 
-def forgets_text(config: Config) -> bool:
+def unloads_text(config: Config) -> bool:
     """Whether text encoders are read only if something is missing in the cache, and leave the memory after that."""
     # What is merged into them is in no file.
     return caches_text(config) and not config.network.base_weights
@@ -90,8 +90,8 @@ def forgets_text(config: Config) -> bool:
 def place(config: Config, models: Models, trainable: Trainable, world: dist.World) -> None:
     """Nets to the device they are used on, those that leave it first; checkpointing around what gradients pass through."""
     family = models.family
-    if forgets_text(config):
-        forget(models)
+    if unloads_text(config):
+        unload(models)
     else:
         for net in models.encoders.values():
             net.to("cpu" if caches_text(config) else world.device)
@@ -99,10 +99,10 @@ def place(config: Config, models: Models, trainable: Trainable, world: dist.Worl
         models.the_vae().to(world.device)
     models.denoiser.to(world.device)
     trainable.modules().to(world.device)
-    fit(family.blocks(models.denoiser), config.memory)
+    apply_memory_options(family.blocks(models.denoiser), config.memory)
     for name in models.encoders:
         if name in trainable.trained:
-            fit(family.encoder_blocks(models.encoders[name]), config.memory)
+            apply_memory_options(family.encoder_blocks(models.encoders[name]), config.memory)
     if models.source:
         models.source.check()  # nothing of the model is backed by its files from here on
 

@@ -27,9 +27,9 @@ def lost(run: Run, step: int, loss: float, rates: Mapping[str, float]) -> UserEr
     said = f"the loss of step {step} is {loss}; nothing was saved after it, earlier results in output_dir are sound"
     inner = getattr(run.training_step, "module", run.training_step)
     assert isinstance(inner, Step)
-    models, trainable = inner.held
+    models, trainable = inner.unowned
     # Training in place changes what was unpickled; a mapped file is read anew.
-    files_of = {name: held.tensors.paths for name, held in models.the_source().held.items()}
+    files_of = {name: weights.tensors.paths for name, weights in models.the_source().components.items()}
     unchanged = [n for n, paths in files_of.items() if n not in trainable.trained or not any(p.suffix in PICKLES for p in paths)]
     for causes in (damaged(models, unchanged), _of_batches(run, inner, step)):
         if causes:
@@ -50,11 +50,11 @@ def blaming(models: Models, components: Iterable[str]) -> Iterator[None]:
 
 def damaged(models: Models, components: Iterable[str]) -> list[str]:
     """A message for each net whose file holds numbers that are not finite. The files are read for it, one tensor after another."""
-    held, out = models.the_source().held, []
+    components, out = models.the_source().components, []
     for name in components:
-        bad = next((key for key, tensor in held[name].tensors.cast(None, map=False).items() if _broken(tensor)), None)
+        bad = next((key for key, tensor in components[name].tensors.cast(None, map=False).items() if _broken(tensor)), None)
         if bad is not None:
-            where, title = held[name].where, held[name].part.title
+            where, title = components[name].where, components[name].component.title
             out.append(f"{where} ({title}): {bad} holds NaN or infinity, so the file is damaged; download or copy it again")
     return out
 
@@ -83,7 +83,7 @@ def _of_batch(run: Run, step: Step, batch: Batch) -> str:
     with autocast(run.world.device, step.precision):
         if batch.pixels is not None and _broken(step.latents(batch.pixels)):
             return f"The VAE overflows on one of the pictures with the captions {captions}: set no_half_vae"
-        models, trainable = step.held
+        models, trainable = step.unowned
         still = not any(name in models.encoders for name in trainable.trained)
         if batch.cond is None and still and any(map(_broken, step.cond(batch).values())):
             return f"A text encoder overflows in {step.precision} on one of the captions {captions}: use mixed_precision bf16 or no"

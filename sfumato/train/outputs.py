@@ -17,7 +17,7 @@ from sfumato.config import Config, DatasetConfig, Method, OutputConfig
 from sfumato.data.folders import SUFFIXES
 from sfumato.errors import UserError
 from sfumato.formats.folders import irreplaceable
-from sfumato.models.components import Source
+from sfumato.models.components import Checkpoint
 from sfumato.train import checkpoints
 
 
@@ -33,7 +33,7 @@ class Inputs:
     """(folder, whether with what is in its folders, endings of the files that are read in it)."""
 
 
-def check(config: Config, method: Method, datasets: Sequence[DatasetConfig], source: Source | None, read: Sequence[Path] = ()) -> None:
+def check(config: Config, method: Method, datasets: Sequence[DatasetConfig], source: Checkpoint | None, read: Sequence[Path] = ()) -> None:
     """Errors: `UserError` with every output that would overwrite an input or a file of the user's, or cannot be written.
 
     `source`: the base model's files; None: they could not be opened. `read`: the config files that the settings came from.
@@ -43,9 +43,9 @@ def check(config: Config, method: Method, datasets: Sequence[DatasetConfig], sou
     inputs = _inputs(config, datasets, source, read)
     wrong = _where(folder)
     # A model's folder comes before those in it, so the first that fits says it all.
-    if held := next(((setting, path) for setting, path in inputs.folders if _inside(folder, path)), None):
-        wrong.append(f"output_dir: {folder} is in the model that {held[0]} names ({held[1]}); choose a folder outside of it")
-    components = list(source.held) if source and method == "full" else []
+    if inside := next(((setting, path) for setting, path in inputs.folders if _inside(folder, path)), None):
+        wrong.append(f"output_dir: {folder} is in the model that {inside[0]} names ({inside[1]}); choose a folder outside of it")
+    components = list(source.components) if source and method == "full" else []
     for path, is_folder in _existing(config, checkpoints.ending(config.output, method, layout), components):
         wrong += _collisions(path, is_folder, inputs)
     wrong += _not_folders(folder, (["sample"] if config.sample.sample_prompts else []) + (["logs"] if _logs_here(config) else []))
@@ -68,7 +68,7 @@ def _not_folders(folder: Path, names: Sequence[str]) -> list[str]:
     ]
 
 
-def _inputs(config: Config, datasets: Sequence[DatasetConfig], source: Source | None, read: Sequence[Path]) -> Inputs:
+def _inputs(config: Config, datasets: Sequence[DatasetConfig], source: Checkpoint | None, read: Sequence[Path]) -> Inputs:
     model, network = config.model, config.network
     named: list[tuple[str, str | Path | None]] = [
         ("pretrained_model_name_or_path", source.path if source else model.pretrained_model_name_or_path),
@@ -81,9 +81,9 @@ def _inputs(config: Config, datasets: Sequence[DatasetConfig], source: Source | 
         *(("--config", path) for path in read),
     ]
     found = Inputs()
-    for held in source.held.values() if source else ():
-        setting = held.part.flag if held.alone else "pretrained_model_name_or_path"
-        named += [(setting, held.where), *((setting, path) for path in held.tensors.paths)]
+    for weights in source.components.values() if source else ():
+        setting = weights.component.flag if weights.alone else "pretrained_model_name_or_path"
+        named += [(setting, weights.where), *((setting, path) for path in weights.tensors.paths)]
     for setting, name in named:
         if name and (path := Path(name).expanduser()).exists():
             (found.folders if path.is_dir() else found.files).append((setting, path))

@@ -14,7 +14,7 @@ from sfumato.adapters.insert import from_state
 from sfumato.config import Config
 from sfumato.errors import UserError
 from sfumato.models.base import Models
-from sfumato.models.loading import fetch, fetch_vae
+from sfumato.models.loading import materialize, materialize_vae
 from sfumato.sampling import prompts, sample
 from sfumato.tensors import attention
 from sfumato.tensors.noise import Process
@@ -43,9 +43,9 @@ class Drawer:
         models = load_models(config, precision, None)
         merge_base_weights(config, models)
         models.denoiser.to(device)
-        fetch(models, device)
+        materialize(models, device)
         if models.vaes is not None:
-            fetch_vae(models, device)
+            materialize_vae(models, device)
         return cls(models, models.family.process(models, config.noise, config.loss), precision, device)
 
     @contextmanager

@@ -39,8 +39,8 @@ def show(config: Config, method: Method, datasets: tuple[DatasetConfig, ...], re
     answers.print(f"{budget.steps} steps in all, {budget.epochs} epochs")
     answers.print(f"kept between steps: {' and '.join(_kept(config)) or 'nothing: pictures and captions are encoded in every step'}")
     print_table(RESULTS, _results(config, budget, checked))
-    if held := lock.taken(config):
-        answers.print(held)
+    if other := lock.taken(config):
+        answers.print(other)
 
 
 def facts(config: Config, method: Method, datasets: tuple[DatasetConfig, ...], read: Sequence[Path] = ()) -> dict[str, Any]:
@@ -70,7 +70,7 @@ def _checked(config: Config, method: Method, datasets: tuple[DatasetConfig, ...]
     """As `check`, and nets that a training makes only where nothing is kept of what they say."""
     checked = check(config, method, datasets, read)
     source = checked.models.source
-    checked.models.make(source.held if source else ())
+    checked.models.make(source.components if source else ())
     return checked
 
 

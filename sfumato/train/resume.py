@@ -18,7 +18,7 @@ from sfumato.config import Config, DatasetConfig
 from sfumato.errors import UserError
 from sfumato.formats import run as runs
 from sfumato.formats.lazy import Lazy
-from sfumato.models.components import Held, Source
+from sfumato.models.components import Checkpoint, ComponentWeights
 from sfumato.optim import arguments, build, schedules
 from sfumato.optim.trial import Trial
 from sfumato.train import checkpoints, dist
@@ -47,20 +47,20 @@ def settle(config: Config) -> Config:
     return replace(config, output=replace(output, resume=None if found is None else str(found)))
 
 
-def identity(config: Config, plan: AdapterPlan | None, source: Source) -> dict[str, Any]:
+def identity(config: Config, plan: AdapterPlan | None, source: Checkpoint) -> dict[str, Any]:
     """What a run is, in JSON's values: its settings, the base model and what is trained."""
-    files = {part.flag for part in families.of(config.family).parts}
+    files = {component.flag for component in families.of(config.family).components}
     told = as_json(asdict(config))
     told["family"] = {name: value for name, value in (told["family"] or {}).items() if name not in files}
     return {
         "config": told,
         "precision": dist.precision(config.train.mixed_precision),
-        "base": {name: _sampled(held) for name, held in source.held.items()},
+        "base": {name: _sampled(weights) for name, weights in source.components.items()},
         "adapter": {"kind": plan.kind.__name__, "rank": plan.rank, "conv_rank": plan.conv_rank} if plan else None,
     }
 
 
-def check(config: Config, plan: AdapterPlan | None, source: Source, tried: Trial) -> list[str]:
+def check(config: Config, plan: AdapterPlan | None, source: Checkpoint, tried: Trial) -> list[str]:
     """What is other than in the state that `resume` names, a line each. Errors: `UserError` for what a resumed run cannot change."""
     if config.output.resume is None:
         return []
@@ -117,8 +117,8 @@ def _other_optimizer(config: Config, facts: Mapping[str, Any], tried: Trial) -> 
     if before is not None and before != path_of(tried.optimizer):
         return [f"the optimizer was {before} and is now {path_of(tried.optimizer)}; set that again"]
     try:
-        held = runs.unpack(packed, _Nothing())["state"].values()
-        kept = {key for each in held for key in each}
+        entries = runs.unpack(packed, _Nothing())["state"].values()
+        kept = {key for each in entries for key in each}
     except (LookupError, TypeError, AttributeError, ValueError):
         return ["what it says of the optimizer is damaged"]
     needed = {key for each in tried.optimizer.state.values() for key in each}
@@ -134,12 +134,12 @@ class _Nothing(dict[str, Any]):
         return None
 
 
-def _other_base(config: Config, saved: Mapping[str, Any], now: Mapping[str, Any], source: Source) -> list[str]:
+def _other_base(config: Config, saved: Mapping[str, Any], now: Mapping[str, Any], source: Checkpoint) -> list[str]:
     then = saved["base"]
     other = [name for name, print_of in now["base"].items() if name != "vae" and then.get(name, print_of) != print_of]
     if not other:
         return []
-    where = ", ".join(dict.fromkeys(str(source.held[name].where) for name in other))
+    where = ", ".join(dict.fromkeys(str(source.components[name].where) for name in other))
     cure = "with the result as network_weights" if now["adapter"] else "from the result"
     return [f"{where} is not the model that the run began with ({', '.join(other)}); give that one, or start anew {cure}"]
 
@@ -256,9 +256,9 @@ def _shown(value: Any) -> str:
     return " ".join(map(_shown, value)) if isinstance(value, (list, tuple)) else str(value)
 
 
-def _sampled(held: Held) -> str:
+def _sampled(weights: ComponentWeights) -> str:
     """Hash of a net's names, shapes, formats and first numbers: it tells trainings apart without reading all of a file."""
-    tensors, shapes, digest = held.tensors, held.tensors.shapes, blake2b(digest_size=16)
+    tensors, shapes, digest = weights.tensors, weights.tensors.shapes, blake2b(digest_size=16)
     for name in sorted(tensors):
         first = _first(tensors, name)
         digest.update(f"{name}\0{first.dtype}\0{shapes[name]}\0".encode())

@@ -21,7 +21,7 @@ from sfumato.data.loader import Loader
 from sfumato.errors import UserError, WriteError
 from sfumato.formats import files
 from sfumato.models.base import Models
-from sfumato.models.loading import fetch
+from sfumato.models.loading import materialize
 from sfumato.optim import build, schedules
 from sfumato.optim.ema import EMA
 from sfumato.sampling.prompts import Prompt
@@ -146,7 +146,7 @@ def known_prompts(config: Config, models: Models, prompts: list[Prompt], world: 
     """What the text encoders say of the prompts, where their outputs are kept, so that they are not needed again."""
     if not prompts or not caches_text(config):
         return None
-    fetch(models, world.device)
+    materialize(models, world.device)
     with autocast(world.device, precision):
         return encode_prompts(models, prompts)
 

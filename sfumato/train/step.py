@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from sfumato.config import LossConfig
 from sfumato.data.batch import Batch, Cond
-from sfumato.models.base import Models, Setting
+from sfumato.models.base import Models, SampleInfo
 from sfumato.tensors import losses
 from sfumato.tensors.noise import Process
 from sfumato.tensors.random import Draws
@@ -35,12 +35,12 @@ class Step(nn.Module):
         super().__init__()
         self.trained = trainable.modules()
         # In a tuple, so that the frozen nets do not become this module's own.
-        self.held = (models, trainable)
+        self.unowned = (models, trainable)
         self.process, self.loss, self.precision = process, loss, precision
         self.encode = models.family.encode(models)
 
     def forward(self, batch: Batch) -> Tensor:
-        models, trainable = self.held
+        models, trainable = self.unowned
         family = models.family
         draws = Draws(batch.keys)
         trainable.on_batch(batch.multiplier, draws)
@@ -50,7 +50,7 @@ class Step(nn.Module):
         latents = models.scaled(raw).contiguous()
         with autocast(latents.device, self.precision):
             noised = self.process.noise(latents.float(), draws)
-            cond = family.condition(models, self.cond(batch), Setting(sizes=batch.sizes, draws=draws))
+            cond = family.condition(models, self.cond(batch), SampleInfo(sizes=batch.sizes, draws=draws))
             said = family.predict(models.denoiser, noised.x, noised.t, cond)
         threshold = losses.huber_threshold(
             self.loss.huber_schedule, self.loss.huber_c, self.loss.huber_scale, noised.t, noised.sigma, self.process.steps
@@ -64,14 +64,14 @@ class Step(nn.Module):
             return {name: t.float() if t.is_floating_point() else t for name, t in batch.cond.items()}
         if batch.tokens is None:
             raise RuntimeError("a batch without cond and without tokens")
-        models, trainable = self.held
+        models, trainable = self.unowned
         with torch.set_grad_enabled(torch.is_grad_enabled() and any(name in models.encoders for name in trainable.trained)):
             return self.encode.encode(models.encoders, batch.tokens)
 
     @torch.no_grad()
     def latents(self, pixels: Tensor | None) -> Tensor:
         """Raw latents of pictures, encoded now."""
-        models, _ = self.held
+        models, _ = self.unowned
         if pixels is None:
             raise RuntimeError("a batch without latents and without pixels")
         vae = models.the_vae()

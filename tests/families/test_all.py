@@ -152,12 +152,12 @@ def latents_of(models: Models, n: int) -> Tensor:
 
 
 def predict(models: Models, x: Tensor, t: Tensor, cond: Any) -> Tensor:
-    from sfumato.models.base import Setting
+    from sfumato.models.base import SampleInfo
 
     side = models.family.latents.stride
     sizes = torch.tensor([[x.shape[2] * side, x.shape[3] * side, 0, 0, x.shape[2] * side, x.shape[3] * side]] * len(x))
     with torch.no_grad():
-        return models.family.predict(models.denoiser, x, t, models.family.condition(models, cond, Setting(sizes=sizes)))
+        return models.family.predict(models.denoiser, x, t, models.family.condition(models, cond, SampleInfo(sizes=sizes)))
 
 
 def test_a_fixed_latent_becomes_the_pipelines_latents(case: Case, models: Models) -> None:
@@ -196,7 +196,7 @@ def test_blocks_hold_nearly_all_weights(case: Case, models: Models) -> None:
 @pytest.mark.parametrize("method", ["network", "full"])
 def test_a_run_is_checked_on_nets_without_values(case: Case, files: Files, method: Method, monkeypatch: pytest.MonkeyPatch) -> None:
     """`plan` and `train` see every layer and count what is trained before a weight is read."""
-    monkeypatch.setattr(components.Held, "put_into", lambda *_: pytest.fail("weights were read"))
+    monkeypatch.setattr(components.ComponentWeights, "put_into", lambda *_: pytest.fail("weights were read"))
     told = families.facts(case.family).options(**{**files.options, **case.options})
     checked = check(config(pretrained_model_name_or_path=str(files.model), vae=files.vae, network_dim=2, family=told), method, ())
     assert checked.trained[0].component == "denoiser" and all(each.numbers and each.layers for each in checked.trained)

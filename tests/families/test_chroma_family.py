@@ -159,9 +159,9 @@ def test_noise_levels_of_training(models: Models) -> None:
 def full_size(keys: Keys) -> Models:
     """The real sizes, without values."""
     table = keys("chroma.transformer")
-    t5 = next(part for part in FAMILY.parts if part.name == "t5xxl")
+    t5 = next(part for part in FAMILY.components if part.name == "t5xxl")
     names = {name: shape for name, shape in keys("t5xxl.hf").items() if name != "encoder.embed_tokens.weight"}
-    spelling = t5.spelling(names)
+    spelling = t5.key_format(names)
     assert spelling is not None
     options = Completed(double_blocks=19, single_blocks=38)
     transformer = fill(Chroma.of(table), meta(table), "transformer")

@@ -24,12 +24,12 @@ from sfumato.families.flux.facts import PREFIX, T5XXL, VAE
 from sfumato.formats import files
 from sfumato.formats.names import add_prefix
 from sfumato.models.base import Models
-from sfumato.models.components import Source, open_model, open_part, single_file
+from sfumato.models.components import Checkpoint, open_component, open_model, single_file
 from sfumato.models.loading import load, save
 from sfumato.models.meta_init import check, shapes
 
 Keys = Callable[[str], dict[str, tuple[int, ...]]]
-PARTS = {part.name: part for part in FAMILY.parts}
+COMPONENTS = {part.name: part for part in FAMILY.components}
 
 
 def known(found: Detected | None) -> tuple[str, str, str, tuple[str, ...]]:
@@ -96,13 +96,15 @@ def test_an_adapter_is_known_by_the_net_that_is_chromas_own(keys: Keys, name: st
 # --- at full size ---
 
 
-def claimed(path: Path, table: dict[str, tuple[int, ...]]) -> Source:
-    return open_model(sparse(path / "model.safetensors", table), FAMILY.parts, FAMILY.title, given={}, kept=FAMILY.kept)
+def claimed(path: Path, table: dict[str, tuple[int, ...]]) -> Checkpoint:
+    return open_model(
+        sparse(path / "model.safetensors", table), FAMILY.components, FAMILY.title, given={}, passthrough_keys=FAMILY.passthrough_keys
+    )
 
 
-def empty(source: Source, name: str) -> nn.Module:
-    held = source.held[name]
-    net = held.part.net(held.shapes(), {})
+def empty(source: Checkpoint, name: str) -> nn.Module:
+    held = source.components[name]
+    net = held.component.net(held.shapes(), {})
     check(net, held.shapes(), name)
     return net
 
@@ -111,7 +113,7 @@ def empty(source: Source, name: str) -> nn.Module:
 def test_every_tensor_of_a_file_is_claimed_and_written_again(keys: Keys, prefix: str, tmp_path: Path) -> None:
     table = {prefix + name: shape for name, shape in keys("chroma.transformer").items()}
     options, source = FAMILY.complete(Options(), claimed(tmp_path, table))
-    assert source.held.keys() == {"denoiser"} and not source.kept
+    assert source.components.keys() == {"denoiser"} and not source.passthrough
     assert (options.double_blocks, options.single_blocks, options.model_type) == (19, 38, "chroma")
     assert shapes(single_file(source, {"denoiser": empty(source, "denoiser").state_dict()})) == table
 
@@ -119,10 +121,10 @@ def test_every_tensor_of_a_file_is_claimed_and_written_again(keys: Keys, prefix:
 def test_every_tensor_of_a_bundle_is_claimed(keys: Keys, tmp_path: Path) -> None:
     placed = {PREFIX: "chroma.transformer", T5XXL: "t5xxl.hf", VAE: "flux.vae"}
     source = claimed(tmp_path, {prefix + name: shape for prefix, file in placed.items() for name, shape in keys(file).items()})
-    assert set(source.held) == {"denoiser", "t5xxl", "vae"}
+    assert set(source.components) == {"denoiser", "t5xxl", "vae"}
     # The second name of T5's embedding is the first one's.
-    assert set(source.kept) == {f"{T5XXL}encoder.embed_tokens.weight"}
-    nets = {name: empty(source, name) for name in source.held}
+    assert set(source.passthrough) == {f"{T5XXL}encoder.embed_tokens.weight"}
+    nets = {name: empty(source, name) for name in source.components}
     assert len(nets["t5xxl"].layers) == 24  # type: ignore[arg-type]
     config = nets["vae"].config  # type: ignore[attr-defined]
     assert (config.latent_channels, config.scaling_factor, config.shift_factor) == (16, 0.3611, 0.1159)
@@ -137,16 +139,16 @@ def test_every_tensor_of_a_sharded_folder_is_claimed(keys: Keys, tmp_path: Path)
         sparse(folder / file, {name: table[name] for name in held})
     index = {"weight_map": {name: file for file, held in shards.items() for name in held}}
     files.write_text(folder / "diffusion_pytorch_model.safetensors.index.json", json.dumps(index))
-    source = open_model(tmp_path, FAMILY.parts, FAMILY.title, given={}, kept=FAMILY.kept)
+    source = open_model(tmp_path, FAMILY.components, FAMILY.title, given={}, passthrough_keys=FAMILY.passthrough_keys)
     assert shapes(empty(source, "denoiser").state_dict()) == keys("chroma.transformer")
-    written = PARTS["denoiser"].diffusers(keys("chroma.transformer")).write(meta(keys("chroma.transformer")))
+    written = COMPONENTS["denoiser"].diffusers(keys("chroma.transformer")).write(meta(keys("chroma.transformer")))
     assert shapes(written) == table
 
 
 def test_files_of_single_parts_are_claimed(keys: Keys, tmp_path: Path) -> None:
     for part, table in (("t5xxl", "t5xxl.hf"), ("vae", "flux.vae")):
-        held = open_part(PARTS[part], str(sparse(tmp_path / f"{part}.safetensors", keys(table))))
-        check(held.part.net(held.shapes(), {}), held.shapes(), part)
+        held = open_component(COMPONENTS[part], str(sparse(tmp_path / f"{part}.safetensors", keys(table))))
+        check(held.component.net(held.shapes(), {}), held.shapes(), part)
 
 
 # --- every layout holds the same ---

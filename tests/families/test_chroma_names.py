@@ -68,10 +68,10 @@ def test_adapters_have_the_names_and_shapes_of_sd_scripts(keys: Keys) -> None:
 def test_every_name_of_every_layer_is_known_to_comfyui(keys: Keys, spelling: str) -> None:
     """Each name lands on the layer's weight; those of a fused layer on its rows, one slice after another."""
     table, known, unknown, checked = keys("chroma.transformer"), known_to_comfyui("chroma"), set(), 0
-    spoken = dialects(chroma_keys(table))[spelling]
+    adapter_dialects = dialects(chroma_keys(table))[spelling]
     for path, layer in Chroma.of(table).named_modules():
         if isinstance(layer, nn.Linear):
-            names, _ = spoken.names(("denoiser", path))
+            names, _ = adapter_dialects.names(("denoiser", path))
             if names[0] not in known:
                 unknown.add(path)
                 continue
@@ -103,9 +103,9 @@ def test_fused_layers_are_cut_into_the_slices_of_comfyui(keys: Keys) -> None:
 @each_dialect
 def test_an_adapter_is_read_back_in_every_dialect(spelling: str) -> None:
     net = native()
-    held, spoken = state(adapters(net)), dialects(chroma_keys(shapes(net.state_dict())))
+    held, adapter_dialects = state(adapters(net)), dialects(chroma_keys(shapes(net.state_dict())))
     sites = [("denoiser", path) for path, layer in net.named_modules() if isinstance(layer, nn.Linear)]
-    back = dialect.read(spoken.values(), dialect.write(spoken[spelling], held), sites)
+    back = dialect.read(adapter_dialects.values(), dialect.write(adapter_dialects[spelling], held), sites)
     assert back.keys() == held.keys()
     assert all(torch.equal(change(back[site]), change(leaves)) for site, leaves in held.items())
 

@@ -173,7 +173,7 @@ def comfy(name: str) -> Table:
 
 def foreign(family: str, native: Table) -> Table:
     """The denoiser's tensors as a diffusers folder names them; the names are proven against diffusers' classes elsewhere."""
-    part = next(part for part in families.family(family).parts if part.name == "denoiser")
+    part = next(part for part in families.family(family).components if part.name == "denoiser")
     found = part.diffusers(native).write({name: torch.empty(shape, device="meta") for name, shape in native.items()})
     return {name: tuple(t.shape) for name, t in found.items()}
 

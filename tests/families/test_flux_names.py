@@ -21,7 +21,7 @@ from sfumato.families.flux.family import FAMILY
 from sfumato.families.flux.names import flux_keys
 from sfumato.families.flux.net import Flux
 from sfumato.formats import dialect
-from sfumato.models.components import Source, open_model, single_file
+from sfumato.models.components import Checkpoint, open_model, single_file
 from sfumato.models.meta_init import check, fill, shapes
 
 Keys = Callable[[str], dict[str, tuple[int, ...]]]
@@ -43,7 +43,7 @@ def test_the_net_has_the_names_and_shapes_of_the_real_file(keys: Keys, version: 
 def test_every_tensor_of_a_file_is_claimed_and_written_again(keys: Keys, version: str, prefix: str, tmp_path: Path) -> None:
     table = below(prefix, keys(f"flux_{version}.transformer"))
     source = opened(tmp_path, table)
-    assert set(source.held) == {"denoiser"}
+    assert set(source.components) == {"denoiser"}
     assert shapes(single_file(source, {"denoiser": empty(source, "denoiser").state_dict()})) == table
 
 
@@ -53,10 +53,10 @@ def test_every_tensor_of_a_bundle_is_claimed_and_written_again(keys: Keys, versi
     table = {name: shape for prefix, held in tables.items() for name, shape in below(prefix, keys(held)).items()}
     others = {"text_encoders.t5xxl.logit_scale": (), f"{CLIP_L}logit_scale": (), f"{CLIP_L}text_projection.weight": (768, 768)}
     source = opened(tmp_path, {**table, **others})
-    assert set(source.held) == {"denoiser", "clip_l", "t5xxl", "vae"}
-    kept = replace(source, kept=meta(source.kept.shapes))  # type: ignore[attr-defined]
-    assert set(kept.kept) == {*others, *(name for name in table if name.endswith("embed_tokens.weight"))}
-    nets = {name: empty(source, name).state_dict() for name in source.held}
+    assert set(source.components) == {"denoiser", "clip_l", "t5xxl", "vae"}
+    kept = replace(source, passthrough=meta(source.passthrough.shapes))  # type: ignore[attr-defined]
+    assert set(kept.passthrough) == {*others, *(name for name in table if name.endswith("embed_tokens.weight"))}
+    nets = {name: empty(source, name).state_dict() for name in source.components}
     assert shapes(single_file(kept, nets)) == {**table, **others}
 
 
@@ -70,15 +70,17 @@ def below(prefix: str, table: dict[str, tuple[int, ...]]) -> dict[str, tuple[int
     return {prefix + name: shape for name, shape in table.items()}
 
 
-def opened(path: Path, table: dict[str, tuple[int, ...]]) -> Source:
+def opened(path: Path, table: dict[str, tuple[int, ...]]) -> Checkpoint:
     """A file of full size with these tensors, as it is opened; no value is read."""
-    return open_model(sparse(path / "model.safetensors", table), FAMILY.parts, FAMILY.title, given={}, kept=FAMILY.kept)
+    return open_model(
+        sparse(path / "model.safetensors", table), FAMILY.components, FAMILY.title, given={}, passthrough_keys=FAMILY.passthrough_keys
+    )
 
 
-def empty(source: Source, name: str) -> nn.Module:
+def empty(source: Checkpoint, name: str) -> nn.Module:
     """A net of full size without values."""
-    held = source.held[name]
-    net = held.part.net(held.shapes(), {})
+    held = source.components[name]
+    net = held.component.net(held.shapes(), {})
     check(net, held.shapes(), name)
     return net
 
@@ -130,10 +132,10 @@ def test_adapters_have_the_names_and_shapes_of_sd_scripts(keys: Keys, version: s
 def test_every_name_of_every_layer_is_known_to_comfyui(keys: Keys, version: str, spelling: str) -> None:
     """Each name lands on the layer's weight; those of a fused layer on its rows, one slice after another."""
     table, known, checked = keys(f"flux_{version}.transformer"), known_to_comfyui(f"flux_{version}"), 0
-    spoken = dialects(flux_keys(table))[spelling]
+    adapter_dialects = dialects(flux_keys(table))[spelling]
     for path, layer in Flux.of(table).named_modules():
         if isinstance(layer, nn.Linear):
-            names, _ = spoken.names(("denoiser", path))
+            names, _ = adapter_dialects.names(("denoiser", path))
             places = [known[name] for name in names]
             assert {place.weight for place in places} == {f"diffusion_model.{path}.weight"}
             swapped = spelling == "peft" and path == "final_layer.adaLN_modulation.1"
@@ -161,9 +163,9 @@ def test_fused_layers_are_cut_into_the_slices_of_comfyui(keys: Keys) -> None:
 @each_dialect
 def test_an_adapter_is_read_back_in_every_dialect(spelling: str) -> None:
     net = native()
-    held, spoken = state(adapters(net)), dialects(flux_keys(shapes(net.state_dict())))
+    held, adapter_dialects = state(adapters(net)), dialects(flux_keys(shapes(net.state_dict())))
     sites = [("denoiser", path) for path, layer in net.named_modules() if isinstance(layer, nn.Linear)]
-    back = dialect.read(spoken.values(), dialect.write(spoken[spelling], held), sites)
+    back = dialect.read(adapter_dialects.values(), dialect.write(adapter_dialects[spelling], held), sites)
     assert back.keys() == held.keys()
     assert all(torch.equal(change(back[site]), change(leaves)) for site, leaves in held.items())
 

@@ -258,8 +258,8 @@ def test_another_kind_of_adapter_cannot_be_cut(models: Models) -> None:
 def theirs(pipe: Any, adapter: Path | Mapping[str, Tensor] | None) -> tuple[Tensor, Tensor]:
     """What diffusers' transformer and text encoder say with an adapter file that its pipeline loads."""
     parts = dict(pipe.components)
-    copies = {name: deepcopy(parts[name]) for name in ("transformer", "text_encoder")}
-    copy = FluxPipeline(**{**parts, **copies})
+    tied_keys = {name: deepcopy(parts[name]) for name in ("transformer", "text_encoder")}
+    copy = FluxPipeline(**{**parts, **tied_keys})
     if adapter is not None:
         copy.load_lora_weights(str(adapter) if isinstance(adapter, Path) else dict(adapter))
     told = inputs()
@@ -311,8 +311,8 @@ def test_a_single_block_of_the_real_size_in_diffusers(split: bool) -> None:
     for name, p in held.named_parameters():
         if "lora_up" in name:
             p.data = torch.randn(p.shape, generator=g)
-    spoken = dialect.Dialect(name="kohya", prefix={"denoiser": "lora_unet_"}, separator="_")
-    converted = _convert_kohya_flux_lora_to_diffusers({k: t.clone() for k, t in dialect.write(spoken, held.state()).items()})
+    adapter_dialects = dialect.Dialect(name="kohya", prefix={"denoiser": "lora_unet_"}, separator="_")
+    converted = _convert_kohya_flux_lora_to_diffusers({k: t.clone() for k, t in dialect.write(adapter_dialects, held.state()).items()})
     block = "transformer.single_transformer_blocks.7"
     names = [f"{block}.attn.to_{n}" for n in "qkv"] + [f"{block}.proj_mlp"]
     x = torch.randn(3, width, generator=g)

@@ -12,7 +12,7 @@ from tinies import encoders, flux
 
 from sfumato.families.flux.facts import Options
 from sfumato.families.flux.family import FAMILY
-from sfumato.models.base import Models, Setting
+from sfumato.models.base import Models, SampleInfo
 from sfumato.models.loading import load
 from sfumato.sampling.sample import encode
 from sfumato.tensors.flow import flux_mu, schedule
@@ -116,20 +116,20 @@ def test_text_is_kept_in_bf16_and_latents_raw_in_fp16(dev: Models) -> None:
 def test_guidance(dev: Models, tmp_path: Path) -> None:
     """A prompt's own; while training that of the options, which is 1."""
     cond, sizes = said(dev), torch.tensor([[64, 64, 0, 0, 64, 64]] * 3)
-    assert FAMILY.condition(dev, cond, Setting(sizes=sizes))["guidance"].tolist() == [1.0] * 3
+    assert FAMILY.condition(dev, cond, SampleInfo(sizes=sizes))["guidance"].tolist() == [1.0] * 3
     told = torch.tensor([1.0, 3.5, 4.3])
-    assert torch.equal(FAMILY.condition(dev, cond, Setting(sizes=sizes, guidance=told))["guidance"], told)
+    assert torch.equal(FAMILY.condition(dev, cond, SampleInfo(sizes=sizes, guidance=told))["guidance"], told)
     other = opened(tmp_path, guidance_scale=2.3)
     in_16_bits = {name: t.bfloat16() for name, t in cond.items()}
-    assert FAMILY.condition(other, in_16_bits, Setting(sizes=sizes))["guidance"].tolist() == pytest.approx([2.3] * 3)
+    assert FAMILY.condition(other, in_16_bits, SampleInfo(sizes=sizes))["guidance"].tolist() == pytest.approx([2.3] * 3)
 
 
 def test_schnell_is_told_none_and_says_so_when_a_prompt_asks(schnell: Models, caplog: pytest.LogCaptureFixture) -> None:
     cond, sizes = said(schnell), torch.tensor([[64, 64, 0, 0, 64, 64]] * 3)
-    assert set(FAMILY.condition(schnell, cond, Setting(sizes=sizes, guidance=torch.full((3,), 3.5)))) == {"pooled", "t5"}
+    assert set(FAMILY.condition(schnell, cond, SampleInfo(sizes=sizes, guidance=torch.full((3,), 3.5)))) == {"pooled", "t5"}
     assert not caplog.records
     with caplog.at_level(logging.WARNING):
-        assert set(FAMILY.condition(schnell, cond, Setting(sizes=sizes, guidance=torch.full((3,), 5.0)))) == {"pooled", "t5"}
+        assert set(FAMILY.condition(schnell, cond, SampleInfo(sizes=sizes, guidance=torch.full((3,), 5.0)))) == {"pooled", "t5"}
     assert "FLUX.1 schnell is told no guidance" in caplog.text
 
 
@@ -142,7 +142,7 @@ def test_sigmas_go_by_the_version_and_by_the_size(dev: Models, schnell: Models) 
 
 def test_the_net_hears_timesteps_in_fp32(dev: Models) -> None:
     """sd-scripts hands them over in bf16, in which 1000 of them are 250."""
-    cond = FAMILY.condition(dev, {name: t[:1] for name, t in said(dev).items()}, Setting(sizes=torch.zeros(1, 6)))
+    cond = FAMILY.condition(dev, {name: t[:1] for name, t in said(dev).items()}, SampleInfo(sizes=torch.zeros(1, 6)))
     heard = []
     hook = dev.denoiser.get_submodule("time_in").register_forward_pre_hook(lambda _, args: heard.append(args[0]))
     with torch.no_grad():

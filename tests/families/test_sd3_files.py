@@ -147,14 +147,16 @@ def test_t5_in_fp8_is_read_as_what_it_holds(bundle: Files, tmp_path: Path) -> No
 
 def test_a_tokenizer_given_alone_is_t5s(apart: Files) -> None:
     folder = apart.model.parent / "tokenizer_3"
-    read = FAMILY.vocabularies["t5xxl"].make(folder)
-    assert FAMILY.vocabularies["t5xxl"].alone and not FAMILY.vocabularies["clip_l"].alone and not FAMILY.vocabularies["clip_g"].alone
+    read = FAMILY.tokenizer_specs["t5xxl"].make(folder)
+    assert (
+        FAMILY.tokenizer_specs["t5xxl"].alone and not FAMILY.tokenizer_specs["clip_l"].alone and not FAMILY.tokenizer_specs["clip_g"].alone
+    )
     assert read.get_vocab() == encoders.t5_tokenizer().get_vocab()
 
 
 def test_what_both_clips_pad_with(apart: Files) -> None:
     """CLIP-L pads with its end mark, CLIP-G with "!": where the vocabularies are sfumato's own as well."""
-    own = {name: FAMILY.vocabularies[name].make(None) for name in ("clip_l", "clip_g")}
+    own = {name: FAMILY.tokenizer_specs[name].make(None) for name in ("clip_l", "clip_g")}
     assert (own["clip_l"].pad_token, own["clip_g"].pad_token) == ("<|endoftext|>", "!")
     assert own["clip_g"].pad_token_id == 0
     tokenizers = opened(apart).tokenizers
@@ -302,19 +304,19 @@ def bundled(keys: Keys, version: str) -> dict[str, tuple[int, ...]]:
 def test_every_tensor_of_a_bundle_is_claimed_and_written_again(keys: Keys, version: str, tmp_path: Path) -> None:
     table = bundled(keys, version)
     path = sparse(tmp_path / "model.safetensors", table)
-    source = open_model(path, FAMILY.parts, FAMILY.title, given={}, kept=FAMILY.kept)
+    source = open_model(path, FAMILY.components, FAMILY.title, given={}, passthrough_keys=FAMILY.passthrough_keys)
     options, source = FAMILY.complete(Options(), source)
     assert (options.version, options.has_t5) == (version.removeprefix("sd3_").removeprefix("sd").replace("_", "-"), True)
     nets = {}
-    for name, held in source.held.items():
-        nets[name] = held.part.net(held.shapes(), {})
+    for name, held in source.components.items():
+        nets[name] = held.component.net(held.shapes(), {})
         check(nets[name], held.shapes(), name)
-    kept = {name: torch.empty(table[name], device="meta") for name in source.kept}
-    out = single_file(replace(source, kept=kept), {name: net.state_dict() for name, net in nets.items()})
+    kept = {name: torch.empty(table[name], device="meta") for name in source.passthrough}
+    out = single_file(replace(source, passthrough=kept), {name: net.state_dict() for name, net in nets.items()})
     assert shapes(out) == table
 
 
 def test_a_tensor_of_no_part_is_refused_by_name(keys: Keys, tmp_path: Path) -> None:
     path = sparse(tmp_path / "model.safetensors", {**bundled(keys, "sd3_medium"), "text_encoders.clip_l.text_projection": (768, 768)})
     with pytest.raises(UserError, match=r"belong to no part of .*: text_encoders\.clip_l\.text_projection"):
-        open_model(path, FAMILY.parts, FAMILY.title, given={}, kept=FAMILY.kept)
+        open_model(path, FAMILY.components, FAMILY.title, given={}, passthrough_keys=FAMILY.passthrough_keys)

@@ -133,7 +133,7 @@ def change(leaves: dialect.Leaves) -> Tensor:
 @pytest.fixture(scope="module")
 def full_size(keys: Keys) -> dict[str, nn.Module]:
     """Nets of full size without values."""
-    parts = {part.name: part for part in FAMILY.parts}
+    parts = {part.name: part for part in FAMILY.components}
     tables = {"denoiser": "sd3_medium.transformer", "clip_l": "clip_l.hf", "clip_g": "clip_g.hf", "t5xxl": "t5xxl.hf"}
     return {name: parts[name].net(keys(table), {}) for name, table in tables.items()}
 
@@ -187,11 +187,11 @@ def comfyui(version: str) -> dict[str, tuple[str, list[int] | None, str | None]]
 def test_every_name_of_every_layer_is_known_to_comfyui(keys: Keys, version: str, spelling: str) -> None:
     """Each name lands on the layer's weight; those of a fused layer on its rows, one slice after another."""
     table, known = keys(f"{version}.transformer"), comfyui(version)
-    spoken, last, checked = dialects(table)[spelling], VERSIONS[version]["num_layers"] - 1, 0
+    adapter_dialects, last, checked = dialects(table)[spelling], VERSIONS[version]["num_layers"] - 1, 0
     swapped = {"final_layer.adaLN_modulation.1", f"joint_blocks.{last}.context_block.adaLN_modulation.1"} if spelling == "peft" else set()
     for path, layer in MMDiT.of(table).named_modules():
         if isinstance(layer, nn.Linear | nn.Conv2d):
-            names, _ = spoken.names(("denoiser", path))
+            names, _ = adapter_dialects.names(("denoiser", path))
             rows = layer.weight.shape[0] // len(names)
             slices = [[0, i * rows, rows] for i in range(len(names))] if len(names) > 1 else [None]
             function = "swap_scale_shift" if path in swapped else None
@@ -206,9 +206,9 @@ def test_every_name_of_every_layer_is_known_to_comfyui(keys: Keys, version: str,
 @each_dialect
 def test_an_adapter_is_read_back_in_every_dialect(kind: sd3.Kind, spelling: str) -> None:
     net = native(kind)
-    held, spoken = state(adapters(net)), dialects(tensors(kind))
+    held, adapter_dialects = state(adapters(net)), dialects(tensors(kind))
     sites = [("denoiser", path) for path, layer in net.named_modules() if isinstance(layer, nn.Linear | nn.Conv2d)]
-    back = dialect.read(spoken.values(), dialect.write(spoken[spelling], held), sites)
+    back = dialect.read(adapter_dialects.values(), dialect.write(adapter_dialects[spelling], held), sites)
     assert back.keys() == held.keys()
     for site, leaves in held.items():
         if spelling == "peft":  # alpha is multiplied into lora_up

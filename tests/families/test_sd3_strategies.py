@@ -15,11 +15,11 @@ from torch import Tensor
 from sfumato.families.sd3.facts import Options
 from sfumato.families.sd3.family import FAMILY
 from sfumato.models import loading
-from sfumato.models.base import Models, Setting
+from sfumato.models.base import Models, SampleInfo
 from sfumato.tensors.random import Draws
 
 CAPTIONS = ["a cat on a mat", "", "red " * 30 + "end"]
-PARTS = ("clip_l", "clip_g", "t5")
+COMPONENTS = ("clip_l", "clip_g", "t5")
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +39,7 @@ def said(models: Models, captions: list[str] = CAPTIONS) -> dict[str, Tensor]:
 def told(models: Models, cond: Mapping[str, Tensor], keys: list[int] | None = None, size: tuple[int, int] = (64, 96)) -> dict[str, Tensor]:
     """`keys`: of the samples while training; None: pictures are drawn. `size`: height, width."""
     b = len(cond["clip_l"])
-    setting = Setting(sizes=torch.tensor([[*size, 0, 0, *size]] * b), draws=None if keys is None else Draws(keys))
+    setting = SampleInfo(sizes=torch.tensor([[*size, 0, 0, *size]] * b), draws=None if keys is None else Draws(keys))
     return dict(FAMILY.condition(models, cond, setting))
 
 
@@ -152,7 +152,7 @@ def rows(context: Tensor, y: Tensor) -> dict[str, Tensor]:
     }
 
 
-@pytest.mark.parametrize("name", PARTS)
+@pytest.mark.parametrize("name", COMPONENTS)
 def test_dropout_takes_one_encoder_from_some_samples(files: Files, name: str) -> None:
     models = opened(files, **{RATES[name]: 0.4})
     cond = {part: t[:1].expand(64, *t.shape[1:]) for part, t in said(models).items()}
@@ -169,10 +169,10 @@ def test_dropouts_of_the_encoders_are_independent_and_go_by_the_sample_alone(fil
     models = opened(files, clip_l_dropout_rate=0.5, clip_g_dropout_rate=0.5, t5_dropout_rate=0.5)
     cond = {part: t[:1].expand(64, *t.shape[1:]) for part, t in said(models).items()}
     together = rows(**told(models, cond, list(range(64))))
-    gone = torch.stack([~together[part].any(1) for part in PARTS])
+    gone = torch.stack([~together[part].any(1) for part in COMPONENTS])
     assert len(gone.unique(dim=1).T) == 8, "all that can happen does"
     alone = rows(**told(models, {part: t[:1] for part, t in cond.items()}, [17]))
-    for part in PARTS:
+    for part in COMPONENTS:
         assert torch.equal(alone[part], together[part][17:18])
 
 

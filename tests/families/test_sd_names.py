@@ -22,7 +22,7 @@ from sfumato.families.sd.family import FAMILY
 from sfumato.families.sd.names import unet_keys
 from sfumato.formats import dialect
 from sfumato.models.base import Models
-from sfumato.models.components import Source, open_model, single_file
+from sfumato.models.components import Checkpoint, open_model, single_file
 from sfumato.models.meta_init import check, shapes
 
 Keys = Callable[[str], dict[str, tuple[int, ...]]]
@@ -32,15 +32,17 @@ def meta(table: dict[str, tuple[int, ...]]) -> dict[str, Tensor]:
     return {name: torch.empty(shape, device="meta") for name, shape in table.items()}
 
 
-def claimed(path: Path, table: dict[str, tuple[int, ...]]) -> Source:
+def claimed(path: Path, table: dict[str, tuple[int, ...]]) -> Checkpoint:
     """A file of full size with these tensors, as it is opened; no value is read."""
-    return open_model(sparse(path / "model.safetensors", table), FAMILY.parts, FAMILY.title, given={}, kept=FAMILY.kept)
+    return open_model(
+        sparse(path / "model.safetensors", table), FAMILY.components, FAMILY.title, given={}, passthrough_keys=FAMILY.passthrough_keys
+    )
 
 
-def empty(source: Source, name: str) -> nn.Module:
+def empty(source: Checkpoint, name: str) -> nn.Module:
     """A net of full size without values."""
-    held = source.held[name]
-    net = held.part.net(held.shapes(), {})
+    held = source.components[name]
+    net = held.component.net(held.shapes(), {})
     check(net, held.shapes(), name)
     return net
 
@@ -49,10 +51,10 @@ def empty(source: Source, name: str) -> nn.Module:
 def test_every_tensor_of_a_single_file_is_claimed_and_written_again(keys: Keys, version: str, tmp_path: Path) -> None:
     table = keys(f"{version}.single_file")
     _, source = FAMILY.complete(Options(), claimed(tmp_path, table))
-    nets = {name: empty(source, name) for name in source.held}
+    nets = {name: empty(source, name) for name in source.components}
     (text,) = (net for name, net in nets.items() if name.startswith("clip"))
     assert len(text.layers) == {"sd1": 12, "sd2": 23}[version]  # type: ignore[arg-type]
-    kept = replace(source, kept=meta(source.kept.shapes))  # type: ignore[attr-defined]
+    kept = replace(source, passthrough=meta(source.passthrough.shapes))  # type: ignore[attr-defined]
     assert shapes(single_file(kept, {name: net.state_dict() for name, net in nets.items()})) == table
 
 
@@ -74,17 +76,17 @@ def test_a_tensor_of_no_part_is_refused_by_name(keys: Keys, tmp_path: Path) -> N
         claimed(tmp_path, {**table, "mystery.weight": (1,)})
     more = claimed(tmp_path, {**table, "model.diffusion_model.input_blocks.1.0.norm.weight": (320,)})
     with pytest.raises(UserError, match=r"input_blocks\.1\.0\.norm\.weight"):
-        more.held["denoiser"].build()
+        more.components["denoiser"].build()
 
 
 def test_a_missing_tensor_is_named(keys: Keys, tmp_path: Path) -> None:
     table = keys("sd1.single_file")
     del table["model.diffusion_model.output_blocks.3.1.proj_in.bias"]
     with pytest.raises(UserError, match=r"lacks .*output_blocks\.3\.1\.proj_in\.bias"):
-        claimed(tmp_path, table).held["denoiser"].build()
+        claimed(tmp_path, table).components["denoiser"].build()
     del table["model.diffusion_model.input_blocks.3.0.op.weight"], table["model.diffusion_model.input_blocks.3.0.op.bias"]
     with pytest.raises(UserError, match=r"lacks .*input_blocks\.3"):
-        claimed(tmp_path, table).held["denoiser"].build()
+        claimed(tmp_path, table).components["denoiser"].build()
 
 
 @pytest.fixture(scope="module")

@@ -23,11 +23,11 @@ from sfumato.errors import UserError
 from sfumato.families.sdxl.facts import Options
 from sfumato.families.sdxl.family import FAMILY
 from sfumato.families.sdxl.folder import transformer_layers, unet_config
-from sfumato.families.sdxl.names import CLIP_G, KEPT, UNET, unet_keys
+from sfumato.families.sdxl.names import CLIP_G, PASSTHROUGH, UNET, unet_keys
 from sfumato.formats import dialect
 from sfumato.formats.dialect import Leaves, Site
 from sfumato.models.base import Models
-from sfumato.models.components import Source, open_model, single_file
+from sfumato.models.components import Checkpoint, open_model, single_file
 from sfumato.models.meta_init import check, shapes
 
 Shapes = dict[str, tuple[int, ...]]
@@ -38,22 +38,24 @@ def meta(table: Shapes) -> dict[str, Tensor]:
     return {name: torch.empty(shape, device="meta") for name, shape in table.items()}
 
 
-def claimed(path: Path, table: Shapes) -> Source:
+def claimed(path: Path, table: Shapes) -> Checkpoint:
     """A file of full size with these tensors, as it is opened; no value is read."""
-    return open_model(sparse(path / "model.safetensors", table), FAMILY.parts, FAMILY.title, given={}, kept=FAMILY.kept)
+    return open_model(
+        sparse(path / "model.safetensors", table), FAMILY.components, FAMILY.title, given={}, passthrough_keys=FAMILY.passthrough_keys
+    )
 
 
 @pytest.fixture(scope="module")
-def source(keys: Keys, tmp_path_factory: pytest.TempPathFactory) -> Source:
+def source(keys: Keys, tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
     return claimed(tmp_path_factory.mktemp("full"), keys("sdxl.single_file"))
 
 
 @pytest.fixture(scope="module")
-def nets(source: Source) -> dict[str, nn.Module]:
+def nets(source: Checkpoint) -> dict[str, nn.Module]:
     """The nets of full size, without values."""
-    made = {name: held.part.net(held.shapes(), {}) for name, held in source.held.items()}
+    made = {name: held.component.net(held.shapes(), {}) for name, held in source.components.items()}
     for name, net in made.items():
-        check(net, source.held[name].shapes(), name)
+        check(net, source.components[name].shapes(), name)
     return made
 
 
@@ -100,19 +102,19 @@ def test_values_come_back_bit_for_bit(refiner: bool) -> None:
     assert all(torch.equal(back[name], t) for name, t in tensors.items())
 
 
-def test_every_tensor_of_a_single_file_is_claimed_and_written_again(keys: Keys, source: Source, nets: dict[str, nn.Module]) -> None:
+def test_every_tensor_of_a_single_file_is_claimed_and_written_again(keys: Keys, source: Checkpoint, nets: dict[str, nn.Module]) -> None:
     _, complete = FAMILY.complete(Options(), source)
-    assert set(complete.held) == {"denoiser", "clip_l", "clip_g", "vae"}
-    assert list(source.kept) == [f"{CLIP_G}logit_scale"]
+    assert set(complete.components) == {"denoiser", "clip_l", "clip_g", "vae"}
+    assert list(source.passthrough) == [f"{CLIP_G}logit_scale"]
     assert [len(nets[name].layers) for name in ("clip_l", "clip_g")] == [12, 32]  # type: ignore[arg-type]
-    kept = replace(complete, kept=meta(source.kept.shapes))  # type: ignore[attr-defined]
+    kept = replace(complete, passthrough=meta(source.passthrough.shapes))  # type: ignore[attr-defined]
     assert shapes(single_file(kept, {name: net.state_dict() for name, net in nets.items()})) == keys("sdxl.single_file")
 
 
 @pytest.mark.parametrize(("name", "table"), [("clip_l", "clip_l.hf"), ("clip_g", "clip_g.hf")])
 def test_folders_hold_the_text_encoders_of_transformers(keys: Keys, nets: dict[str, nn.Module], name: str, table: str) -> None:
     """The table of CLIP-L has a projection, which SDXL does not use and its folders do not hold."""
-    part = next(part for part in FAMILY.parts if part.name == name)
+    part = next(part for part in FAMILY.components if part.name == name)
     held = nets[name].state_dict()
     wanted = {k: v for k, v in keys(table).items() if name == "clip_g" or k != "text_projection.weight"}
     assert shapes(part.diffusers(shapes(held)).write(held)) == wanted
@@ -136,13 +138,13 @@ def test_folders_hold_the_text_encoders_of_transformers(keys: Keys, nets: dict[s
     ],
 )
 def test_tensors_that_programs_leave_beside_the_nets_are_kept(name: str) -> None:
-    assert KEPT.fullmatch(name)
+    assert PASSTHROUGH.fullmatch(name)
 
 
 @pytest.mark.parametrize("name", ["conditioner.embedders.1.model.text_projection", "cond_stage_model.logit_scale", "edm_vpred.sigma_max"])
 def test_what_is_of_a_net_or_of_another_model_is_not_kept(name: str) -> None:
     """bigG's projection is used; a model of another noise process must not pass for one of this."""
-    assert not KEPT.fullmatch(name)
+    assert not PASSTHROUGH.fullmatch(name)
 
 
 def test_what_does_not_fit_is_named(keys: Keys, tmp_path: Path) -> None:
@@ -153,7 +155,7 @@ def test_what_does_not_fit_is_named(keys: Keys, tmp_path: Path) -> None:
         unet_keys(keys("sdxl.unet")).to_foreign(meta({**keys("sdxl.unet"), "label_emb.1.0.weight": (1,)}))
     del table[f"{UNET}output_blocks.0.1.transformer_blocks.9.attn2.to_v.weight"]
     with pytest.raises(UserError, match=r"lacks the tensor 'to_v"):
-        claimed(tmp_path, table).held["denoiser"].build()
+        claimed(tmp_path, table).components["denoiser"].build()
 
 
 # --- adapters ---
@@ -210,10 +212,10 @@ def test_every_name_of_an_adapter_is_known_to_comfyui(nets: dict[str, nn.Module]
     """ComfyUI's table holds the U-Net; a name lands on the tensor that the adapter is for."""
     known = json.loads(gzip.decompress((Path(__file__).parents[1] / "fixtures" / "comfy.sdxl.json.gz").read_bytes()))
     models, _ = adapter(nets)
-    spoken = FAMILY.dialects(models)[spelling]
+    adapter_dialects = FAMILY.dialects(models)[spelling]
     every = [path for path, layer in nets["denoiser"].named_modules() if isinstance(layer, nn.Linear | nn.Conv2d)]
     for path in every:
-        (name,), _ = spoken.names(("denoiser", path))
+        (name,), _ = adapter_dialects.names(("denoiser", path))
         if spelling == "peft" and ".attn" in name:  # the table has only diffusers' older names of the four projections
             name = name.replace(".to_", ".processor.to_").removesuffix(".0")
         assert known[name] == f"diffusion_model.{path}.weight"

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from sfumato.families.sdxl.facts import Options
 from sfumato.families.sdxl.family import FAMILY
 from sfumato.models import loading
-from sfumato.models.base import Models, Setting
+from sfumato.models.base import Models, SampleInfo
 
 CAPTIONS = ["a cat on a mat", "", "red " * 80 + "end", "one, two! " * 60]
 
@@ -103,7 +103,7 @@ def test_sizes_are_told_as_by_the_pipeline(path: Path, cropped: tuple[int, int])
     pipe("a cat", height=32, width=48, num_inference_steps=1, guidance_scale=1.0, latents=noise, output_type="latent", **told)
     handle.remove()
     sizes = torch.tensor([[70, 90, *cropped, 32, 48]])
-    cond = FAMILY.condition(models, said(models, ["a cat"]), Setting(sizes=sizes))
+    cond = FAMILY.condition(models, said(models, ["a cat"]), SampleInfo(sizes=sizes))
     torch.testing.assert_close(cond["y"], labels[0], atol=1e-5, rtol=1e-5)
     assert cond["y"].dtype == torch.float32 and cond["y"].shape == (1, sdxl.G_WIDTH + 6 * 256)
 
@@ -113,6 +113,8 @@ def test_sizes_are_exact_whatever_the_format_of_the_text(path: Path) -> None:
     models = loading.load(FAMILY, str(path), Options())
     cond = {name: t.bfloat16() for name, t in said(models, ["a cat"]).items()}
     with torch.autocast("cpu", torch.bfloat16):
-        a, b = (FAMILY.condition(models, cond, Setting(sizes=torch.tensor([[side, side, 0, 0, side, side]])))["y"] for side in (1023, 1024))
+        a, b = (
+            FAMILY.condition(models, cond, SampleInfo(sizes=torch.tensor([[side, side, 0, 0, side, side]])))["y"] for side in (1023, 1024)
+        )
     assert a.dtype == torch.float32
     assert (a - b).abs().max() > 0.5

@@ -28,7 +28,7 @@ from sfumato.families.sdxl.family import FAMILY, block
 from sfumato.families.sdxl.names import CLIP_G, CLIP_L, UNET
 from sfumato.formats.files import load
 from sfumato.models import loading
-from sfumato.models.base import Models, Setting
+from sfumato.models.base import Models, SampleInfo
 from sfumato.sampling.prompts import Prompt
 from sfumato.sampling.sample import draw_latents
 from sfumato.train import dist, loop, run
@@ -241,7 +241,7 @@ def test_the_true_crop_is_told(single: Path, tmp_path: Path) -> None:
     models: Models = a_run.trainable.models  # type: ignore[attr-defined]
     heard: list[list[int]] = []
 
-    def spy(models: Models, cond: Cond, setting: Setting) -> Cond:
+    def spy(models: Models, cond: Cond, setting: SampleInfo) -> Cond:
         heard.extend(setting.sizes.tolist())
         return FAMILY.condition(models, cond, setting)
 

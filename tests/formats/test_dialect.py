@@ -68,12 +68,12 @@ def same(a: dict[Site, Leaves], b: dict[Site, Leaves]) -> bool:
 @pytest.mark.parametrize("spoken", [KOHYA, COMFY, SPLIT], ids=lambda d: d.name)
 @quick
 @given(chosen=st.sets(st.sampled_from(SITES), min_size=1), rank=st.integers(1, 4), alpha=st.sampled_from([1.0, 4.0, 0.5]))
-def test_round_trip_bit_for_bit(spoken: Dialect, chosen: set[Site], rank: int, alpha: float) -> None:
-    adapters = {s: lora(s, rank, alpha, seed) for seed, s in enumerate(SITES) if s in chosen and s[0] in spoken.prefix}
-    written = dialect.write(spoken, adapters)
-    assert same(dialect.read([spoken], written, SITES), adapters)
+def test_round_trip_bit_for_bit(adapter_dialects: Dialect, chosen: set[Site], rank: int, alpha: float) -> None:
+    adapters = {s: lora(s, rank, alpha, seed) for seed, s in enumerate(SITES) if s in chosen and s[0] in adapter_dialects.prefix}
+    written = dialect.write(adapter_dialects, adapters)
+    assert same(dialect.read([adapter_dialects], written, SITES), adapters)
     backwards = dict(reversed(written.items()))
-    assert list(dialect.read([spoken], backwards, SITES)) == list(adapters), "the order is that of the sites"
+    assert list(dialect.read([adapter_dialects], backwards, SITES)) == list(adapters), "the order is that of the sites"
 
 
 @quick
@@ -130,12 +130,12 @@ def test_rows_that_change_places_do_so_in_lora_up() -> None:
 
 def test_rows_of_a_fused_layer_change_places_before_it_is_cut() -> None:
     table = KeyMap(rule("both", "a", "b", change=SWAP_HALVES))
-    spoken, site = Dialect(name="turned", prefix={"denoiser": ""}, keys={"denoiser": table}), ("denoiser", "both")
+    adapter_dialects, site = Dialect(name="turned", prefix={"denoiser": ""}, keys={"denoiser": table}), ("denoiser", "both")
     leaves = lora(site)
-    written = dialect.write(spoken, {site: leaves})
+    written = dialect.write(adapter_dialects, {site: leaves})
     pieces = table.to_foreign({"both.weight": change(leaves)})
     assert all(torch.equal(change({leaf: written[f"{n}.{leaf}"] for leaf in leaves}), pieces[f"{n}.weight"]) for n in ("a", "b"))
-    assert same(dialect.read([spoken], written, [site]), {site: leaves})
+    assert same(dialect.read([adapter_dialects], written, [site]), {site: leaves})
 
 
 def test_several_dialects_may_stand_in_one_file() -> None:
@@ -161,8 +161,8 @@ def test_leaves_of_peft_and_diffusers_are_read_under_any_path(down: str, up: str
 
 def test_other_adapters_pass_through_by_their_leaves() -> None:
     adapters = {SITES[0]: loha(), SITES[1]: loha()}
-    for spoken in (KOHYA, COMFY):
-        assert same(dialect.read(ALL, dialect.write(spoken, adapters), SITES), adapters)
+    for adapter_dialects in (KOHYA, COMFY):
+        assert same(dialect.read(ALL, dialect.write(adapter_dialects, adapters), SITES), adapters)
     with pytest.raises(UserError, match=r"the peft names hold LoRA alone, not 'hada_w1_a' .* --dialect kohya"):
         dialect.write(PEFT, adapters)
     with pytest.raises(UserError, match="of a fused layer cannot be cut into 3"):

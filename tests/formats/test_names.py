@@ -13,7 +13,7 @@ from sfumato.formats.names import CONV_TO_LINEAR, SWAP_HALVES, TRANSPOSE, Change
 
 quick = settings(deadline=None, max_examples=25, derandomize=True)
 
-PARTS = st.sampled_from(["block", "attn", "to_q", "norm", "0", "12", "{i}", "proj"])
+COMPONENTS = st.sampled_from(["block", "attn", "to_q", "norm", "0", "12", "{i}", "proj"])
 LEAVES = st.sampled_from([".weight", ".bias", ".lora_A.weight", ""])
 
 
@@ -26,7 +26,7 @@ def tables(draw: st.DrawFn) -> tuple[KeyMap, dict[str, Tensor]]:
     """A random table, and native tensors that it claims."""
     rules, native = [], {}
     for n in range(draw(st.integers(1, 5))):
-        path = draw(st.lists(PARTS, min_size=1, max_size=4).filter(lambda p: p.count("{i}") <= 1))
+        path = draw(st.lists(COMPONENTS, min_size=1, max_size=4).filter(lambda p: p.count("{i}") <= 1))
         numbered = "{i}" in path
         pieces = draw(st.integers(1, 3))
         foreign = [

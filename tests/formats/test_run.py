@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from sfumato.errors import UserError
 from sfumato.formats import leftovers, run
 
-PARTS = {"adapter": {"a": torch.rand(3, 4), "b": torch.tensor(2.0)}, "ema": {"a": torch.rand(3, 4)}, "empty": {}}
+COMPONENTS = {"adapter": {"a": torch.rand(3, 4), "b": torch.tensor(2.0)}, "ema": {"a": torch.rand(3, 4)}, "empty": {}}
 FACTS = {"step": 7, "epoch": 1, "nested": {"x": [1, None, "é"]}}
 
 
@@ -39,16 +39,16 @@ def equal(a: Any, b: Any) -> bool:
 
 
 def test_round_trip(tmp_path: Path) -> None:
-    run.save_run(tmp_path / "x-state", PARTS, FACTS)
+    run.save_run(tmp_path / "x-state", COMPONENTS, FACTS)
     parts, facts = run.load_run(tmp_path / "x-state")
-    assert equal(dict(sorted(parts.items())), dict(sorted(PARTS.items())))
+    assert equal(dict(sorted(parts.items())), dict(sorted(COMPONENTS.items())))
     assert facts == FACTS
     assert os.listdir(tmp_path) == ["x-state"]
     assert not list((tmp_path / "x-state").glob(".*"))
 
 
 def test_saving_again_replaces_the_whole(tmp_path: Path) -> None:
-    run.save_run(tmp_path / "s", PARTS, FACTS)
+    run.save_run(tmp_path / "s", COMPONENTS, FACTS)
     run.save_run(tmp_path / "s", {"adapter": {"a": torch.ones(1)}}, {"step": 8})
     parts, facts = run.load_run(tmp_path / "s")
     assert parts.keys() == {"adapter"}
@@ -75,7 +75,7 @@ def flip(path: Path) -> None:
 )
 def test_damage_is_named(tmp_path: Path, damage: Any, said: str) -> None:
     folder = tmp_path / "x-state"
-    run.save_run(folder, PARTS, FACTS)
+    run.save_run(folder, COMPONENTS, FACTS)
     damage(folder)
     with pytest.raises(UserError, match=f"x-state: cannot resume from this state: .*{said}"):
         run.load_run(folder)
@@ -83,7 +83,7 @@ def test_damage_is_named(tmp_path: Path, damage: Any, said: str) -> None:
 
 def test_what_is_not_whole_is_found_without_reading_it_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = tmp_path / "x-state"
-    run.save_run(folder, PARTS, FACTS)
+    run.save_run(folder, COMPONENTS, FACTS)
     monkeypatch.setattr(run, "file_digest", lambda _: pytest.fail("all of a file was read"))
     run.check_whole(folder)
     os.truncate(folder / "ema.safetensors", 20)
@@ -100,7 +100,7 @@ def test_newest_passes_over_what_is_damaged(tmp_path: Path, monkeypatch: pytest.
     clock = iter([100.0, 300.0, 200.0, 400.0])
     monkeypatch.setattr(run.time, "time", lambda: next(clock, 500.0))
     for name in ("x-1-state", "x-3-state", "x-2-state", "y-state"):
-        run.save_run(tmp_path / name, PARTS, FACTS)
+        run.save_run(tmp_path / name, COMPONENTS, FACTS)
     (tmp_path / "x-9-state").mkdir()
     assert run.newest(tmp_path, "x-.*") == tmp_path / "x-3-state"
     flip(tmp_path / "x-3-state" / "adapter.safetensors")
@@ -112,7 +112,7 @@ def test_newest_passes_over_what_is_damaged(tmp_path: Path, monkeypatch: pytest.
 
 
 def test_a_full_disk_keeps_the_old_state(tmp_path: Path, small_disk: Any) -> None:
-    run.save_run(tmp_path / "s", PARTS, FACTS)
+    run.save_run(tmp_path / "s", COMPONENTS, FACTS)
     with small_disk(10_000), pytest.raises(UserError, match=r"state of the run could not be saved: .*disk is full: 400,000 bytes needed"):
         run.save_run(tmp_path / "s", {"adapter": {"a": torch.ones(100_000)}}, {})
     assert run.load_run(tmp_path / "s")[1] == FACTS
@@ -124,7 +124,7 @@ def test_a_full_disk_keeps_the_old_state(tmp_path: Path, small_disk: Any) -> Non
 def test_a_kill_at_any_moment_leaves_a_whole_state(tmp_path: Path, moment: str) -> None:
     """Killed while writing; between moving the old state away and the new one in; and before the old one is deleted."""
     folder = tmp_path / "s"
-    run.save_run(folder, PARTS, {"step": 1})
+    run.save_run(folder, COMPONENTS, {"step": 1})
     code = f"""
 import os, signal, torch
 from sfumato.formats import folders, run
@@ -220,9 +220,9 @@ def test_values_that_pack_does_not_write_are_told(packed: object) -> None:
 def test_the_highest_step_is_taken_although_the_clock_was_set_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     clock = iter([900.0, 100.0, 500.0])
     monkeypatch.setattr(run.time, "time", lambda: next(clock, 1000.0))
-    run.save_run(tmp_path / "x-1-state", PARTS, {"step": 100})
-    run.save_run(tmp_path / "x-2-state", PARTS, {"step": 200})
-    run.save_run(tmp_path / "x-3-state", PARTS, {"step": 200})
+    run.save_run(tmp_path / "x-1-state", COMPONENTS, {"step": 100})
+    run.save_run(tmp_path / "x-2-state", COMPONENTS, {"step": 200})
+    run.save_run(tmp_path / "x-3-state", COMPONENTS, {"step": 200})
     assert run.newest(tmp_path, "x-.*") == tmp_path / "x-3-state"
 
 
@@ -232,11 +232,11 @@ ODD += ['{"files": {"../../x": {"size": 1, "sha256": "0"}}}', '{"files": {}}', "
 
 @pytest.mark.parametrize("odd", [*(text.encode() for text in ODD), b"\xff\xfe"], ids=lambda b: b[:24].decode("latin1"))
 def test_manifests_and_facts_of_odd_shapes_are_passed_over(tmp_path: Path, odd: bytes, caplog: pytest.LogCaptureFixture) -> None:
-    run.save_run(tmp_path / "x-1-state", PARTS, {"step": 1})
+    run.save_run(tmp_path / "x-1-state", COMPONENTS, {"step": 1})
     names = ("manifest.json", "facts.json") if odd != b"{}" else ("manifest.json",)  # no facts are facts
     for name in names:
         folder = tmp_path / f"x-2-{name[0]}-state"
-        run.save_run(folder, PARTS, {"step": 2})
+        run.save_run(folder, COMPONENTS, {"step": 2})
         (folder / name).write_bytes(odd)
         if name == "facts.json" and not odd.startswith(b"{"):  # and a manifest that fits them
             manifest = json.loads((folder / "manifest.json").read_text())
@@ -272,11 +272,11 @@ for step in range(1, 10_000):
 
 def test_what_is_loaded_is_not_mapped_so_that_the_state_can_be_replaced(tmp_path: Path) -> None:
     """Windows replaces no file that is mapped; and a state that is cut short must not end a run."""
-    run.save_run(tmp_path / "s", PARTS, FACTS)
+    run.save_run(tmp_path / "s", COMPONENTS, FACTS)
     parts, _ = run.load_run(tmp_path / "s")
     for path in (tmp_path / "s").glob("*.safetensors"):
         os.truncate(path, 0)
-    assert torch.equal(parts["adapter"]["a"], PARTS["adapter"]["a"])
+    assert torch.equal(parts["adapter"]["a"], COMPONENTS["adapter"]["a"])
 
 
 def test_a_folder_of_the_users_is_not_replaced_by_a_state(tmp_path: Path) -> None:
@@ -284,5 +284,5 @@ def test_a_folder_of_the_users_is_not_replaced_by_a_state(tmp_path: Path) -> Non
     (tmp_path / "s").mkdir()
     (tmp_path / "s" / "train_state.json").write_text("{}")
     with pytest.raises(UserError, match=r"not sfumato's; move it away"):
-        run.save_run(tmp_path / "s", PARTS, FACTS)
+        run.save_run(tmp_path / "s", COMPONENTS, FACTS)
     assert (tmp_path / "s" / "train_state.json").exists()

@@ -172,7 +172,7 @@ def _part(name: str, stage: Stage, text: bytes) -> None:
     """A part of the tiny model with a config.json beside it."""
     source = _outline(stage.model).source
     assert source is not None
-    held = source.held[name]
+    held = source.components[name]
     from dataclasses import replace
 
     from sfumato.models.locate import read_json

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from sfumato.config import MemoryConfig
 from sfumato.memory.checkpoint import checkpoint_blocks
-from sfumato.memory.plan import fit
+from sfumato.memory.plan import apply_memory_options
 
 
 class Block(nn.Module):
@@ -88,5 +88,5 @@ def test_twice_is_refused_and_leaves_no_trace(blocks):
 
 @pytest.mark.parametrize("asked", [True, False])
 def test_the_plan_does_what_the_config_says(blocks, asked):
-    fit(blocks, MemoryConfig(gradient_checkpointing=asked))
+    apply_memory_options(blocks, MemoryConfig(gradient_checkpointing=asked))
     assert all(("forward" in vars(b)) is asked for b in blocks)

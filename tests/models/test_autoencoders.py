@@ -20,13 +20,13 @@ from sfumato.errors import UserError
 from sfumato.formats.files import save
 from sfumato.formats.names import add_prefix
 from sfumato.models.autoencoders import kl_net, scale, unscale, vae_keys
-from sfumato.models.components import open_part
-from sfumato.models.encoders.components import vae_part
+from sfumato.models.components import open_component
+from sfumato.models.encoders.components import vae_component
 from sfumato.models.meta_init import shapes
 
 Keys = Callable[[str], dict[str, tuple[int, ...]]]
 FLUX, SD3 = (0.3611, 0.1159), (1.5305, 0.0609)
-SIXTEEN = vae_part(("first_stage_model.", "vae."), *SD3, channels=16)
+SIXTEEN = vae_component(("first_stage_model.", "vae."), *SD3, channels=16)
 
 
 def scaling(vae: Any) -> tuple[float, float]:
@@ -93,7 +93,7 @@ def test_a_vae_is_read_from_any_file_that_holds_one(tmp_path: Path, prefix: str)
         else {"loss.logvar": torch.zeros(1)}
     )
     save(tmp_path / "file.safetensors", {**held, **others, f"{prefix}model_ema.decay": torch.zeros(1)}, {})
-    found = open_part(SIXTEEN, str(tmp_path / "file.safetensors")).build()
+    found = open_component(SIXTEEN, str(tmp_path / "file.safetensors")).build()
     theirs = encoders.vae16().state_dict()
     assert found.state_dict().keys() == theirs.keys()
     assert all(torch.equal(found.get_parameter(name), t) for name, t in theirs.items())
@@ -103,7 +103,7 @@ def test_a_vae_is_read_from_any_file_that_holds_one(tmp_path: Path, prefix: str)
 def test_a_folder_says_how_its_latents_are_scaled(tmp_path: Path) -> None:
     encoders.vae16().save_pretrained(tmp_path / "pipeline" / "vae")
     for folder in (tmp_path / "pipeline", tmp_path / "pipeline" / "vae"):
-        found = open_part(SIXTEEN, str(folder)).build()
+        found = open_component(SIXTEEN, str(folder)).build()
         assert scaling(found) == FLUX
         assert shapes(found.state_dict()) == shapes(encoders.vae16().state_dict())
 
@@ -111,9 +111,9 @@ def test_a_folder_says_how_its_latents_are_scaled(tmp_path: Path) -> None:
 def test_a_file_without_a_vae_is_refused_by_name(tmp_path: Path) -> None:
     save(tmp_path / "other.safetensors", {"a.weight": torch.zeros(1)}, {})
     with pytest.raises(UserError, match=r"vae: .*other\.safetensors does not hold the VAE \(its tensors: 1, 'a\.weight'"):
-        open_part(SIXTEEN, str(tmp_path / "other.safetensors"))
+        open_component(SIXTEEN, str(tmp_path / "other.safetensors"))
     with pytest.raises(UserError, match="ae: no such file"):
-        open_part(replace(SIXTEEN, flag="ae"), str(tmp_path / "nothing.safetensors"))
+        open_component(replace(SIXTEEN, flag="ae"), str(tmp_path / "nothing.safetensors"))
 
 
 def test_a_vae_of_another_model_is_refused() -> None:

@@ -23,8 +23,8 @@ from sfumato.formats.names import KeyMap, add_prefix, rule
 from sfumato.models import loading
 from sfumato.models.autoencoders import vae_keys
 from sfumato.models.base import Models
-from sfumato.models.components import Part, Source, Spelling, lacking, matching, open_model, open_part, single_file, values
-from sfumato.models.encoders.components import clip_part, vae_part
+from sfumato.models.components import Checkpoint, Component, KeyFormat, lacking, matching, open_component, open_model, single_file, values
+from sfumato.models.encoders.components import clip_component, vae_component
 from sfumato.models.encoders.t5 import EMBEDDING, TWIN
 
 Tensors = dict[str, Tensor]
@@ -44,29 +44,29 @@ def denoiser_net(shapes: Mapping[str, tuple[int, ...]], config: Mapping[str, Any
         return Denoiser(shapes["attn.qkv.weight"][1])
 
 
-def denoiser_spelling(names: Mapping[str, tuple[int, ...]]) -> Spelling | None:
+def denoiser_spelling(names: Mapping[str, tuple[int, ...]]) -> KeyFormat | None:
     if "attn.qkv.weight" in names:
-        return Spelling("native")
-    return Spelling("diffusers", KEYS) if "attn.to_q.weight" in names else None
+        return KeyFormat("native")
+    return KeyFormat("diffusers", KEYS) if "attn.to_q.weight" in names else None
 
 
 CLIP, VAE = "text_encoders.clip_l.transformer.", "first_stage_model."
-PARTS = (
-    Part(
+COMPONENTS = (
+    Component(
         name="denoiser",
         title="the transformer",
         net=denoiser_net,
-        spelling=denoiser_spelling,
+        key_format=denoiser_spelling,
         prefixes=("model.diffusion_model.", "net.", ""),
         folder="transformer",
-        idle=matching(r"ema\..*"),
-        diffusers=lambda shapes: Spelling("diffusers", KEYS),
+        unused_keys=matching(r"ema\..*"),
+        diffusers=lambda shapes: KeyFormat("diffusers", KEYS),
     ),
-    clip_part("clip_l", (CLIP,), "text_encoder", "quick_gelu", flag="clip_l"),
+    clip_component("clip_l", (CLIP,), "text_encoder", "quick_gelu", flag="clip_l"),
     nets.T5,
-    vae_part((VAE, "vae."), 1.5, 0.5, channels=16),
+    vae_component((VAE, "vae."), 1.5, 0.5, channels=16),
 )
-DENOISER, CLIP_L, T5, AE = PARTS
+DENOISER, CLIP_L, T5, AE = COMPONENTS
 KEPT = re.compile(r"alphas|model_ema\..*")
 KEPT_NAMES = {"alphas", "model.diffusion_model.ema.decay", f"{CLIP}text_model.embeddings.position_ids"}
 """Of `bundle`, what belongs to no net, apart from the second copy of T5's embedding."""
@@ -135,12 +135,12 @@ def pipeline(folder: Path) -> Path:
     return folder
 
 
-def opened(path: Path, **given: str | Path) -> Source:
-    return open_model(path, PARTS, "Small", given={flag: str(name) for flag, name in given.items()}, kept=KEPT)
+def opened(path: Path, **given: str | Path) -> Checkpoint:
+    return open_model(path, COMPONENTS, "Small", given={flag: str(name) for flag, name in given.items()}, passthrough_keys=KEPT)
 
 
-def built(source: Source, dtype: torch.dtype | None = None) -> dict[str, nn.Module]:
-    return {name: held.build(dtype) for name, held in source.held.items()}
+def built(source: Checkpoint, dtype: torch.dtype | None = None) -> dict[str, nn.Module]:
+    return {name: held.build(dtype) for name, held in source.components.items()}
 
 
 def assert_same(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> None:
@@ -148,8 +148,8 @@ def assert_same(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> None:
     assert not [name for name, t in a.items() if t.dtype != b[name].dtype or not torch.equal(t, b[name])]
 
 
-def assert_holds(source: Source, wanted: Mapping[str, Tensors]) -> None:
-    assert source.held.keys() == wanted.keys()
+def assert_holds(source: Checkpoint, wanted: Mapping[str, Tensors]) -> None:
+    assert source.components.keys() == wanted.keys()
     for name, net in built(source).items():
         assert_same(net.state_dict(), wanted[name])
         assert not net.training and not [p for p in net.parameters() if p.requires_grad]
@@ -162,39 +162,39 @@ def assert_holds(source: Source, wanted: Mapping[str, Tensors]) -> None:
 def test_a_part_stands_bare_or_under_each_of_its_prefixes(tmp_path: Path, prefix: str) -> None:
     source = opened(file(tmp_path / "model.safetensors", add_prefix(denoiser(), prefix)))
     assert_holds(source, {"denoiser": denoiser()})
-    assert (source.held["denoiser"].prefix, source.layout, source.metadata) == (prefix, "single_file", {"made": "here"})
+    assert (source.components["denoiser"].prefix, source.layout, source.metadata) == (prefix, "single_file", {"made": "here"})
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "model.ckpt"])
 def test_all_parts_stand_in_a_bundle(tmp_path: Path, name: str) -> None:
     source = opened(file(tmp_path / name, bundle()))
     assert_holds(source, native())
-    assert set(source.kept) == KEPT_NAMES | {f"{nets.T5.prefixes[0]}{TWIN}"}
-    assert {name: held.prefix for name, held in source.held.items()} == {part.name: part.prefixes[0] for part in PARTS}
+    assert set(source.passthrough) == KEPT_NAMES | {f"{nets.T5.prefixes[0]}{TWIN}"}
+    assert {name: held.prefix for name, held in source.components.items()} == {part.name: part.prefixes[0] for part in COMPONENTS}
 
 
 def test_one_part_stands_bare_beside_others_with_prefixes(tmp_path: Path) -> None:
     tensors = {name.removeprefix("model.diffusion_model."): t for name, t in bundle().items()}
     source = opened(file(tmp_path / "model.safetensors", tensors))
     assert_holds(source, native())
-    assert source.held["denoiser"].prefix == ""
-    assert "ema.decay" in source.kept
+    assert source.components["denoiser"].prefix == ""
+    assert "ema.decay" in source.passthrough
 
 
 def test_a_single_file_may_spell_a_part_as_folders_do(tmp_path: Path) -> None:
     source = opened(file(tmp_path / "model.safetensors", add_prefix(KEYS.to_foreign(denoiser()), "net.")))
     assert_holds(source, {"denoiser": denoiser()})
-    assert source.held["denoiser"].spelling.name == "diffusers"
+    assert source.components["denoiser"].key_format.name == "diffusers"
 
 
 def test_a_folder_with_shards_and_with_names_of_half_precision(tmp_path: Path) -> None:
     source = opened(pipeline(tmp_path / "model"))
     assert_holds(source, native())
     assert source.layout == "diffusers"
-    assert len(source.held["denoiser"].tensors.paths) == len(source.held["t5xxl"].tensors.paths) == 2
+    assert len(source.components["denoiser"].tensors.paths) == len(source.components["t5xxl"].tensors.paths) == 2
     # What a new single file would hold, and where.
     prefixes = {"denoiser": "model.diffusion_model.", "clip_l": CLIP, "t5xxl": None, "vae": VAE}
-    assert {name: held.prefix for name, held in source.held.items()} == prefixes
+    assert {name: held.prefix for name, held in source.components.items()} == prefixes
 
 
 def test_the_config_of_a_folder_goes_before_what_is_usual(tmp_path: Path) -> None:
@@ -231,7 +231,7 @@ def own(tmp_path: Path, kind: str) -> Path:
 def test_a_part_of_its_own_takes_the_place_of_the_bundles(tmp_path: Path, kind: str) -> None:
     source = opened(file(tmp_path / "model.safetensors", bundle()), clip_l=own(tmp_path, kind))
     assert_holds(source, {**native(), "clip_l": {name: t + 1 for name, t in clip_l().items()}})
-    held = source.held["clip_l"]
+    held = source.components["clip_l"]
     assert held.alone and held.prefix == CLIP
     out = single_file(source, {name: net.state_dict() for name, net in built(source).items()})
     assert_same(out, bundle() | add_prefix({name: t + 1 for name, t in clip_l().items()}, CLIP))
@@ -243,7 +243,7 @@ def test_parts_of_their_own_complete_a_bare_denoiser_and_stay_out_of_its_file(tm
     files["vae"] = file(tmp_path / "ae.safetensors", vae_keys(vae()).to_foreign(vae()))
     source = opened(path, **files)
     assert_holds(source, native())
-    assert not lacking(source, PARTS)
+    assert not lacking(source, COMPONENTS)
     assert_same(single_file(source, native()), denoiser())
 
 
@@ -269,7 +269,7 @@ def test_a_file_that_does_not_hold_the_part_is_told_with_the_flag(tmp_path: Path
 def test_missing_parts_are_named_with_their_flags(tmp_path: Path) -> None:
     path = file(tmp_path / "model.safetensors", {f"{CLIP}{name}": t for name, t in clip_l().items()})
     source = opened(path)
-    assert lacking(source, PARTS) == [
+    assert lacking(source, COMPONENTS) == [
         f"{path} holds no transformer",
         f"{path} holds no text encoder t5xxl; name its file with --t5xxl",
         f"{path} holds no VAE; name its file with --vae",
@@ -290,21 +290,21 @@ def test_tensors_of_no_part_are_named(tmp_path: Path) -> None:
 def test_a_strange_tensor_of_a_part_is_named(tmp_path: Path, prefix: str) -> None:
     path = file(tmp_path / "model.safetensors", add_prefix(denoiser() | {"out.scale": torch.ones(1)}, prefix))
     with pytest.raises(UserError, match=r"model\.safetensors \(the transformer\) has the tensor 'out\.scale'"):
-        opened(path).held["denoiser"].build()
+        opened(path).components["denoiser"].build()
 
 
 def test_a_strange_tensor_in_a_folder_is_named(tmp_path: Path) -> None:
     folder = pipeline(tmp_path / "model")
     shards(folder / "transformer", KEYS.to_foreign(denoiser()) | {"outs.scale": torch.ones(1)})
     with pytest.raises(UserError, match=r"transformer \(the transformer\): no rule names the tensor 'outs\.scale'"):
-        opened(folder).held["denoiser"].build()
+        opened(folder).components["denoiser"].build()
 
 
 @pytest.mark.parametrize("name", ["attn.qkv.bias", "out.weight"])
 def test_a_missing_tensor_of_a_part_is_named(tmp_path: Path, name: str) -> None:
     path = file(tmp_path / "model.safetensors", {n: t for n, t in denoiser().items() if n != name})
     with pytest.raises(UserError, match=rf"model\.safetensors \(the transformer\) lacks the tensor '{re.escape(name)}'"):
-        opened(path).held["denoiser"].build()
+        opened(path).components["denoiser"].build()
 
 
 # --- number formats ---
@@ -318,7 +318,7 @@ def test_a_net_is_held_in_the_format_asked_for_and_fp8_as_bf16(tmp_path: Path, d
     shards(folder / "transformer", {name: t.to(stored) for name, t in KEYS.to_foreign(denoiser()).items()})
     for path in (file(tmp_path / "model.safetensors", add_prefix(tensors, "net.")), folder):
         told: list[int] = []
-        net = opened(path).held["denoiser"].build(dtype, told.append)
+        net = opened(path).components["denoiser"].build(dtype, told.append)
         held = dtype or (torch.bfloat16 if stored.itemsize == 1 else stored)
         assert_same(net.state_dict(), {name: t.to(held) for name, t in tensors.items()})
         assert sum(told) == sum(t.numel() for t in tensors.values())
@@ -346,7 +346,7 @@ def test_quantised_weights_are_refused_in_every_part(tmp_path: Path) -> None:
 
 def test_a_part_is_taken_from_a_file_whose_other_parts_are_quantised(tmp_path: Path) -> None:
     path = file(tmp_path / "small.safetensors", bundle() | {"model.diffusion_model.scaled_fp8": torch.zeros(2)})
-    assert_same(open_part(AE, str(path)).build().state_dict(), vae())
+    assert_same(open_component(AE, str(path)).build().state_dict(), vae())
 
 
 def test_gguf_is_refused_wherever_it_is_named(tmp_path: Path) -> None:
@@ -361,8 +361,8 @@ def test_gguf_is_refused_wherever_it_is_named(tmp_path: Path) -> None:
 # --- writing ---
 
 
-def again(source: Source, dtype: torch.dtype | None = None, **instead: Tensors) -> Tensors:
-    parts = {name: values(net, source.held[name], instead.get(name, {}), dtype) for name, net in built(source).items()}
+def again(source: Checkpoint, dtype: torch.dtype | None = None, **instead: Tensors) -> Tensors:
+    parts = {name: values(net, source.components[name], instead.get(name, {}), dtype) for name, net in built(source).items()}
     return single_file(source, parts)
 
 
@@ -383,8 +383,8 @@ def test_names_are_written_as_they_were_spelled(tmp_path: Path, prefix: str, spe
 def test_unchanged_parts_keep_their_format_and_trained_ones_have_that_of_the_net(tmp_path: Path) -> None:
     source = opened(file(tmp_path / "model.safetensors", {n: t.half() for n, t in bundle().items()}))
     trained = {"out.bias": torch.full((2,), 7.0)}
-    nets_ = {name: held.build(torch.float32) for name, held in source.held.items()}
-    out = {name: values(net, source.held[name], {"denoiser": trained}.get(name, {}), None) for name, net in nets_.items()}
+    nets_ = {name: held.build(torch.float32) for name, held in source.components.items()}
+    out = {name: values(net, source.components[name], {"denoiser": trained}.get(name, {}), None) for name, net in nets_.items()}
     assert out["denoiser"]["out.bias"].tolist() == [7.0, 7.0]
     assert {name: {t.dtype for t in part.values()} for name, part in out.items()} == {
         "denoiser": {torch.float32},
@@ -392,7 +392,7 @@ def test_unchanged_parts_keep_their_format_and_trained_ones_have_that_of_the_net
         "t5xxl": {torch.float16},
         "vae": {torch.float16},
     }
-    cast = values(nets_["denoiser"], source.held["denoiser"], trained, torch.bfloat16)
+    cast = values(nets_["denoiser"], source.components["denoiser"], trained, torch.bfloat16)
     assert {t.dtype for t in cast.values()} == {torch.bfloat16}
 
 
@@ -400,25 +400,27 @@ def test_unchanged_parts_keep_their_format_and_trained_ones_have_that_of_the_net
 def test_an_unchanged_part_in_fp8_is_written_in_bf16(tmp_path: Path, held: torch.dtype | None) -> None:
     tensors = add_prefix({n: t.to(torch.float8_e4m3fn) for n, t in denoiser().items()}, "net.")
     source = opened(file(tmp_path / "model.safetensors", tensors))
-    net = source.held["denoiser"].build(held)
-    out = single_file(source, {"denoiser": values(net, source.held["denoiser"], {}, None)})
+    net = source.components["denoiser"].build(held)
+    out = single_file(source, {"denoiser": values(net, source.components["denoiser"], {}, None)})
     assert_same(out, {name: t.bfloat16() for name, t in tensors.items()})
 
 
-def models(source: Source) -> Models:
+def models(source: Checkpoint) -> Models:
     """As a family of these parts would hold them; all else is another family's."""
     held = built(source)
-    family = replace(families.family("sd"), title="Small", parts=PARTS, vocabularies={}, respell=lambda models, tensors: tensors)
+    family = replace(
+        families.family("sd"), title="Small", components=COMPONENTS, tokenizer_specs={}, respell=lambda models, tensors: tensors
+    )
     return Models(family, None, held.pop("denoiser"), held, {}, held.pop("vae", None), source)  # type: ignore[arg-type]
 
 
-def saved(source: Source, path: Path, *, layout: str = "single_file", trained: tuple[str, ...] = (), **state: Tensors) -> Path:
+def saved(source: Checkpoint, path: Path, *, layout: str = "single_file", trained: tuple[str, ...] = (), **state: Tensors) -> Path:
     loading.save(models(source), path, layout=layout, dtype=None, metadata={"made": "again"}, state=state, trained=trained)
     return path
 
 
 @pytest.fixture
-def apart(tmp_path: Path) -> Source:
+def apart(tmp_path: Path) -> Checkpoint:
     """A denoiser, and encoders in files of their own: one as early files spell it, one with the embedding's other name."""
     early = {name.removeprefix("text_model."): t for name, t in clip_l().items()}
     twin = {TWIN if name == EMBEDDING else name: t for name, t in t5().items()}
@@ -426,7 +428,7 @@ def apart(tmp_path: Path) -> Source:
     return opened(file(tmp_path / "model.safetensors", denoiser()), **files)
 
 
-def test_a_trained_encoder_from_a_file_of_its_own_is_written_beside_the_result(apart: Source, tmp_path: Path) -> None:
+def test_a_trained_encoder_from_a_file_of_its_own_is_written_beside_the_result(apart: Checkpoint, tmp_path: Path) -> None:
     new = {"text_model.final_layer_norm.bias": torch.full((encoders.L_WIDTH,), 3.0)}
     out = saved(apart, tmp_path / "out" / "new.safetensors", trained=("denoiser", "clip_l"), clip_l=new)
     assert sorted(path.name for path in out.parent.iterdir()) == ["new.safetensors", "new_clip_l.safetensors"]
@@ -438,12 +440,12 @@ def test_a_trained_encoder_from_a_file_of_its_own_is_written_beside_the_result(a
     assert_holds(read, {"denoiser": denoiser(), "clip_l": clip_l() | new})
 
 
-def test_encoders_that_were_not_trained_stay_where_they_are(apart: Source, tmp_path: Path) -> None:
+def test_encoders_that_were_not_trained_stay_where_they_are(apart: Checkpoint, tmp_path: Path) -> None:
     saved(apart, tmp_path / "out" / "new.safetensors", trained=("denoiser",))
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["new.safetensors"]
 
 
-def test_every_encoder_beside_is_spelled_as_its_file(apart: Source, tmp_path: Path) -> None:
+def test_every_encoder_beside_is_spelled_as_its_file(apart: Checkpoint, tmp_path: Path) -> None:
     out = saved(apart, tmp_path / "out" / "new.ckpt", trained=("denoiser", "clip_l", "t5xxl"))
     for name in ("clip_l", "t5xxl"):
         assert_same(load(out.with_name(f"new_{name}.ckpt")), load(tmp_path / f"{name}.safetensors"))

@@ -14,7 +14,7 @@ from tinies.cases import Case, Files, cases
 from sfumato import families
 from sfumato.formats import lazy
 from sfumato.models.autoencoders import scale
-from sfumato.models.loading import fetch, fetch_vae, outline, read_values
+from sfumato.models.loading import materialize, materialize_vae, outline, read_values
 from sfumato.models.ondemand import LaterTokenizer, OnDemand
 
 CASES = [case for case in cases() if case.name in ("sd-1", "sdxl-base", "sd3-medium", "flux-dev")]
@@ -33,7 +33,7 @@ def files(case: Case, tmp_path_factory: pytest.TempPathFactory) -> Files:
 def opened(case: Case, files: Files, later: bool) -> Any:
     family = families.family(case.family)
     options = families.facts(case.family).options(**{**files.options, **case.options})
-    names = [part.name for part in family.parts if part.name != "denoiser"] if later else []
+    names = [part.name for part in family.components if part.name != "denoiser"] if later else []
     models = outline(family, str(files.model), options, vae=files.vae, later=names)
     read_values(models, later=names)
     return models
@@ -62,8 +62,8 @@ def test_what_is_not_asked_for_is_not_made(case: Case, files: Files, tmp_path: P
 
 def test_what_is_asked_for_later_is_what_would_have_been_made_at_once(case: Case, files: Files) -> None:
     now, later = opened(case, files, later=False), opened(case, files, later=True)
-    fetch(later)
-    pairs = [*zip(now.nets().values(), later.nets().values(), strict=True), (now.the_vae(), fetch_vae(later))]
+    materialize(later)
+    pairs = [*zip(now.nets().values(), later.nets().values(), strict=True), (now.the_vae(), materialize_vae(later))]
     for ours, theirs in pairs:
         one, two = ours.state_dict(), theirs.state_dict()
         assert one.keys() == two.keys() and all(torch.equal(t, two[name]) for name, t in one.items())
@@ -85,7 +85,7 @@ def test_what_only_gets_another_name_stays_in_the_file(tmp_path: Path, monkeypat
         return old(file, name)
 
     monkeypatch.setattr(lazy._File, "mapped", watched)
-    held = opened(case, Files(model=tmp_path / "folder"), later=False).source.held["denoiser"]
-    renamed = {name for name in held.tensors if held.spelling.renames(name)}
-    assert held.spelling.keys is not None and renamed <= mapped
+    held = opened(case, Files(model=tmp_path / "folder"), later=False).source.components["denoiser"]
+    renamed = {name for name in held.tensors if held.key_format.renames(name)}
+    assert held.key_format.keys is not None and renamed <= mapped
     assert len(renamed) > 0.9 * len(held.tensors)

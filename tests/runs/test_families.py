@@ -21,8 +21,8 @@ from sfumato import adapters, families
 from sfumato.adapters.insert import from_state
 from sfumato.config import Config, DatasetConfig, Method, SubsetConfig
 from sfumato.formats.files import read_header
-from sfumato.models.base import Models, Setting
-from sfumato.models.loading import fetch, fetch_vae
+from sfumato.models.base import Models, SampleInfo
+from sfumato.models.loading import materialize, materialize_vae
 from sfumato.sampling.sample import encode
 from sfumato.train import dist, loop, run
 from sfumato.train.trainables import read_adapter
@@ -78,15 +78,15 @@ def says(models: Models) -> Tensor:
     facts, n = models.family.latents, 2
     x = torch.randn(n, facts.channels, 8, 8, generator=torch.Generator().manual_seed(1))
     sizes = torch.tensor([[64, 64, 0, 0, 64, 64]] * n)
-    fetch(models)  # where text outputs are kept, the encoders were not even read
+    materialize(models)  # where text outputs are kept, the encoders were not even read
     with torch.no_grad():
-        cond = models.family.condition(models, encode(models, ["picture 1, red", "blue"]), Setting(sizes=sizes))
+        cond = models.family.condition(models, encode(models, ["picture 1, red", "blue"]), SampleInfo(sizes=sizes))
         return models.family.predict(models.denoiser, x, torch.tensor([100.0, 700.0]), cond)
 
 
 def states(models: Models) -> dict[str, Tensor]:
-    fetch(models)
-    nets = {**models.nets(), "vae": fetch_vae(models)}
+    materialize(models)
+    nets = {**models.nets(), "vae": materialize_vae(models)}
     return {f"{name}.{k}": t.clone() for name, net in nets.items() for k, t in net.state_dict().items()}
 
 

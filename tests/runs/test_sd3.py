@@ -70,10 +70,10 @@ def test_the_largest_sizes_of_the_real_models() -> None:
     class Net:
         largest = 2 * 192
 
-    class Held:
+    class ComponentWeights:
         denoiser = Net()
 
-    assert FAMILY.largest is not None and FAMILY.largest(Held()) == 3072  # type: ignore[arg-type]
+    assert FAMILY.largest is not None and FAMILY.largest(ComponentWeights()) == 3072  # type: ignore[arg-type]
 
 
 def test_a_sampler_of_older_models_is_told_before_the_first_step(prepare: Prepare, tmp_path: Path) -> None:
@@ -158,7 +158,7 @@ def test_cached_runs_equal_live_ones_in_every_weight_where_nothing_is_rounded(
     files: Files, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Dropouts, masks and crops go by the sample: with outputs kept in fp32 the very same weights come out."""
-    exact = replace(FAMILY, outputs=lambda models: replace(family.kept(models), dtype=torch.float32))
+    exact = replace(FAMILY, outputs=lambda models: replace(family.outputs_strategy(models), dtype=torch.float32))
     monkeypatch.setattr(family, "FAMILY", exact)
     options = {"clip_l_dropout_rate": 0.5, "t5_dropout_rate": 0.5, "apply_t5_attn_mask": True, "pos_emb_random_crop_rate": 0.5}
     results = []

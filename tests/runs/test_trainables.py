@@ -16,7 +16,7 @@ from training import Train, config
 
 from sfumato.config import DatasetConfig, SubsetConfig
 from sfumato.formats.files import load
-from sfumato.models.components import Held
+from sfumato.models.components import ComponentWeights
 from sfumato.train import checkpoints, pipeline, run
 
 KOHYAS = set((Path(__file__).parents[1] / "fixtures" / "kohya_metadata.txt").read_text().split())
@@ -188,14 +188,14 @@ def test_sampling_does_not_change_training(train: Train, tmp_path: Path) -> None
 
 
 def calls_of(monkeypatch: pytest.MonkeyPatch, method: str) -> list[str]:
-    """The parts of which a method of `Held` is called from now on."""
-    calls, old = list[str](), getattr(Held, method)
+    """The parts of which a method of `ComponentWeights` is called from now on."""
+    calls, old = list[str](), getattr(ComponentWeights, method)
 
-    def told(held: Held, *args: Any) -> Any:
-        calls.append(held.part.name)
+    def told(held: ComponentWeights, *args: Any) -> Any:
+        calls.append(held.component.name)
         return old(held, *args)
 
-    monkeypatch.setattr(Held, method, told)
+    monkeypatch.setattr(ComponentWeights, method, told)
     return calls
 
 

@@ -42,7 +42,7 @@ class Case:
     pipeline: Callable[[], Any]
     """diffusers' pipeline of the parts, cached, in eval mode, not to be changed."""
     write: Callable[[Path], Files]
-    """Write the files into a folder (tokenizers beside them, as `Vocabulary.folder` names them)."""
+    """Write the files into a folder (tokenizers beside them, as `TokenizerSpec.folder` names them)."""
     encoded: Callable[[Any, Sequence[str]], Mapping[str, Tensor]]
     """(pipeline, captions) -> what its `encode_prompt` says, by the names in our cond; as many rows of a ragged field as it gives."""
     drawn: Callable[[Any, Prompt, Tensor], Tensor]

@@ -15,14 +15,14 @@ from sfumato.families.chroma.names import PREFIX, TARGETS, chroma_keys
 from sfumato.families.chroma.net import Chroma
 from sfumato.families.chroma.strategies import OUTPUTS, ChromaEncode, ChromaTokenize
 from sfumato.families.flux.facts import T5XXL, VAE
-from sfumato.families.flux.family import KEPT, SCALE, VAE_SHIFT, check_config, check_patches, counts, process, spoken
+from sfumato.families.flux.family import PASSTHROUGH, SCALE, VAE_SHIFT, adapter_dialects, check_config, check_patches, counts, process
 from sfumato.families.flux.net import PATCH, blocks
 from sfumato.families.flux.network_args import INPUT_TARGETS, layer
 from sfumato.families.flux.strategies import LATENTS
 from sfumato.formats.dialect import Dialect
-from sfumato.models.base import Family, Models, Vocabulary
-from sfumato.models.components import NATIVE, Config, Part, Source, Spelling
-from sfumato.models.encoders.components import T5_TARGETS, t5_part, vae_part
+from sfumato.models.base import Family, Models, TokenizerSpec
+from sfumato.models.components import NATIVE, Checkpoint, Component, Config, KeyFormat
+from sfumato.models.encoders.components import T5_TARGETS, t5_component, vae_component
 from sfumato.models.encoders.tokenizers import t5_home, t5_vocabulary
 from sfumato.models.layers import Shapes
 from sfumato.tensors.flow import flux_mu, schedule
@@ -40,34 +40,34 @@ def transformer(shapes: Shapes, config: Config) -> Chroma:
     return net
 
 
-def diffusers(shapes: Shapes) -> Spelling:
-    """diffusers' names of a transformer, given in either spelling."""
-    return Spelling("diffusers", chroma_keys(shapes))
+def diffusers(shapes: Shapes) -> KeyFormat:
+    """diffusers' names of a transformer, given in either format."""
+    return KeyFormat("diffusers", chroma_keys(shapes))
 
 
-def spelling(shapes: Shapes) -> Spelling | None:
+def key_format(shapes: Shapes) -> KeyFormat | None:
     """How a file names a transformer."""
     return diffusers(shapes) if "x_embedder.weight" in shapes else NATIVE if f"{MARK}.in_proj.weight" in shapes else None
 
 
-PARTS = (
-    Part(
+COMPONENTS = (
+    Component(
         name="denoiser",
         title="the transformer",
         prefixes=("", PREFIX),
         folder="transformer",
         net=transformer,
-        spelling=spelling,
+        key_format=key_format,
         diffusers=diffusers,
     ),
-    t5_part((T5XXL,), "text_encoder"),
-    vae_part((VAE,), SCALE, VAE_SHIFT, channels=LATENTS.channels, bundled=False),
+    t5_component((T5XXL,), "text_encoder"),
+    vae_component((VAE,), SCALE, VAE_SHIFT, channels=LATENTS.channels, bundled=False),
 )
 
 
-def complete(options: Options, source: Source) -> tuple[Completed, Source]:
+def complete(options: Options, source: Checkpoint) -> tuple[Completed, Checkpoint]:
     """How many blocks there are, as the file says."""
-    told = {**asdict(options), "model_type": "chroma", **counts(source.held["denoiser"].shapes())}
+    told = {**asdict(options), "model_type": "chroma", **counts(source.components["denoiser"].shapes())}
     return Completed(**told), source
 
 
@@ -95,7 +95,7 @@ def sigmas(models: Models, steps: int, latent_pixels: int) -> Tensor:
 
 def dialects(models: Models) -> Mapping[str, Dialect]:
     """Adapter names of a model with this transformer: T5 is the third text encoder, as for FLUX.1."""
-    return spoken(chroma_keys({name: tuple(t.shape) for name, t in models.denoiser.state_dict().items()}))
+    return adapter_dialects(chroma_keys({name: tuple(t.shape) for name, t in models.denoiser.state_dict().items()}))
 
 
 def trainable(options: Options, plan: AdapterPlan | None) -> frozenset[str]:
@@ -111,10 +111,10 @@ def rate(options: Options, component: str, path: str) -> float | None:
 FAMILY = Family(
     name="chroma",
     title="Chroma",
-    parts=PARTS,
-    kept=KEPT,
+    components=COMPONENTS,
+    passthrough_keys=PASSTHROUGH,
     complete=complete,
-    vocabularies={"t5xxl": Vocabulary(folder="tokenizer", make=t5_vocabulary, home=t5_home)},
+    tokenizer_specs={"t5xxl": TokenizerSpec(folder="tokenizer", make=t5_vocabulary, home=t5_home)},
     tokenize=tokenize,
     encode=lambda models: ChromaEncode(),
     latents=LATENTS,

@@ -23,9 +23,9 @@ from sfumato.families.flux.network_args import INPUT_TARGETS, layer
 from sfumato.families.flux.strategies import LATENTS, FluxEncode, FluxTokenize, outputs
 from sfumato.formats.dialect import Dialect, usual
 from sfumato.formats.names import KeyMap
-from sfumato.models.base import Family, Models, Setting, Vocabulary
-from sfumato.models.components import NATIVE, Config, Part, Source, Spelling
-from sfumato.models.encoders.components import CLIP_TARGETS, T5_TARGETS, clip_part, t5_part, vae_part
+from sfumato.models.base import Family, Models, SampleInfo, TokenizerSpec
+from sfumato.models.components import NATIVE, Checkpoint, Component, Config, KeyFormat
+from sfumato.models.encoders.components import CLIP_TARGETS, T5_TARGETS, clip_component, t5_component, vae_component
 from sfumato.models.encoders.t5 import EMBEDDING
 from sfumato.models.encoders.tokenizers import clip_tokenizer, t5_home, t5_vocabulary
 from sfumato.models.flow_options import REFUSED
@@ -39,7 +39,7 @@ SCALE, VAE_SHIFT = 0.3611, 0.1159
 """From raw latents to those of the transformer: (x - shift) * scale."""
 LENGTHS = {True: 512, False: 256}
 """T5's tokens of a caption, for a model that is told a guidance (dev) and for one that is not (schnell)."""
-KEPT = re.compile(r"text_encoders\.(clip_l|t5xxl)\.(logit_scale|text_projection(\.weight)?)")
+PASSTHROUGH = re.compile(r"text_encoders\.(clip_l|t5xxl)\.(logit_scale|text_projection(\.weight)?)")
 """What bundles hold besides the nets."""
 log = logging.getLogger(__name__)
 
@@ -70,40 +70,40 @@ def check_config(config: Config, facts: Mapping[str, Any]) -> None:
         raise UserError(*wrong)
 
 
-def diffusers(shapes: Shapes) -> Spelling:
-    """diffusers' names of a transformer, given in either spelling."""
-    return Spelling("diffusers", flux_keys(shapes))
+def diffusers(shapes: Shapes) -> KeyFormat:
+    """diffusers' names of a transformer, given in either format."""
+    return KeyFormat("diffusers", flux_keys(shapes))
 
 
-def spelling(shapes: Shapes) -> Spelling | None:
+def key_format(shapes: Shapes) -> KeyFormat | None:
     """How a file names a transformer."""
     return NATIVE if "img_in.weight" in shapes else diffusers(shapes) if "x_embedder.weight" in shapes else None
 
 
-PARTS = (
-    Part(
+COMPONENTS = (
+    Component(
         name="denoiser",
         title="the transformer",
         prefixes=("", PREFIX),
         folder="transformer",
         net=transformer,
-        spelling=spelling,
+        key_format=key_format,
         diffusers=diffusers,
     ),
-    clip_part("clip_l", (CLIP_L,), "text_encoder", "quick_gelu", flag="clip_l", bundled=False),
-    t5_part((T5XXL,), "text_encoder_2"),
-    vae_part((VAE,), SCALE, VAE_SHIFT, channels=LATENTS.channels, bundled=False),
+    clip_component("clip_l", (CLIP_L,), "text_encoder", "quick_gelu", flag="clip_l", bundled=False),
+    t5_component((T5XXL,), "text_encoder_2"),
+    vae_component((VAE,), SCALE, VAE_SHIFT, channels=LATENTS.channels, bundled=False),
 )
 
 
-def complete(options: Options, source: Source) -> tuple[Completed, Source]:
+def complete(options: Options, source: Checkpoint) -> tuple[Completed, Checkpoint]:
     """What goes by the version, as the file says.
 
     Errors: `UserError` for a guidance that the model cannot be told, and for encoders of other widths.
     """
-    shapes = source.held["denoiser"].shapes()
+    shapes = source.components["denoiser"].shapes()
     guided = any(name.startswith("guidance_in.") for name in shapes)
-    wrong = misfits(source, {"clip_l": shapes["vector_in.in_layer.weight"][1], "t5xxl": shapes["txt_in.weight"][1]})
+    wrong = width_mismatches(source, {"clip_l": shapes["vector_in.in_layer.weight"][1], "t5xxl": shapes["txt_in.weight"][1]})
     if not guided and options.guidance_scale is not None:
         wrong.append(f"guidance_scale: {source.path} is FLUX.1 schnell, which is told no guidance; leave it out")
     if wrong:
@@ -119,10 +119,10 @@ def complete(options: Options, source: Source) -> tuple[Completed, Source]:
     return Completed(**told, guided=guided), source
 
 
-def misfits(source: Source, widths: Mapping[str, int]) -> list[str]:
+def width_mismatches(source: Checkpoint, widths: Mapping[str, int]) -> list[str]:
     """A message for each text encoder whose states have another width than the transformer takes; `widths`: by encoder."""
     tokens = {"clip_l": "text_model.embeddings.token_embedding.weight", "t5xxl": EMBEDDING}
-    found = {name: source.held[name].shapes()[tokens[name]][1] for name in widths}
+    found = {name: source.components[name].shapes()[tokens[name]][1] for name in widths}
     return [
         f"{name}: its states are {found[name]} wide, the transformer takes {width}: it is another model's text encoder"
         for name, width in widths.items()
@@ -144,7 +144,7 @@ def tokenize(models: Models) -> FluxTokenize:
     return FluxTokenize(tokenizers["clip_l"], tokenizers["t5xxl"], o.t5xxl_max_token_length, masked=o.apply_t5_attn_mask)
 
 
-def kept(models: Models) -> TextEncoderOutputsCachingStrategy:
+def outputs_strategy(models: Models) -> TextEncoderOutputsCachingStrategy:
     """What is kept of captions, as the options say."""
     return outputs(masked=models.options.apply_t5_attn_mask)
 
@@ -154,7 +154,7 @@ def process(models: Models, noise: NoiseConfig, loss: LossConfig) -> Process:
     return Flow.of(models.options, noise, loss, refused=REFUSED, shift=SHIFT)
 
 
-def condition(models: Models, cond: Cond, setting: Setting) -> Cond:
+def condition(models: Models, cond: Cond, setting: SampleInfo) -> Cond:
     """What the text encoders say, and the guidance where the model is told one."""
     options, pooled = models.options, cond["pooled"]
     if options.guided:
@@ -181,10 +181,10 @@ def sigmas(models: Models, steps: int, latent_pixels: int) -> Tensor:
 
 def dialects(models: Models) -> Mapping[str, Dialect]:
     """Adapter names of a model with this transformer."""
-    return spoken(flux_keys({name: tuple(t.shape) for name, t in models.denoiser.state_dict().items()}))
+    return adapter_dialects(flux_keys({name: tuple(t.shape) for name, t in models.denoiser.state_dict().items()}))
 
 
-def spoken(keys: KeyMap) -> dict[str, Dialect]:
+def adapter_dialects(keys: KeyMap) -> dict[str, Dialect]:
     """Adapter names: kohya's and ComfyUI's are built on the names of the file, PEFT's on diffusers', which loads none for T5."""
     kohya = {"denoiser": "lora_unet_", "clip_l": "lora_te1_", "t5xxl": "lora_te3_"}
     comfy = {"denoiser": "diffusion_model.", "clip_l": CLIP_L, "t5xxl": T5XXL}
@@ -206,18 +206,18 @@ def rate(options: Any, component: str, path: str) -> float | None:
 FAMILY = Family(
     name="flux",
     title="FLUX.1",
-    parts=PARTS,
-    kept=KEPT,
+    components=COMPONENTS,
+    passthrough_keys=PASSTHROUGH,
     complete=complete,
-    vocabularies={
+    tokenizer_specs={
         # CLIP's vocabulary comes with sfumato, so that a folder given for no more than a tokenizer is T5's.
-        "clip_l": Vocabulary(folder="tokenizer", make=clip_tokenizer, alone=False),
-        "t5xxl": Vocabulary(folder="tokenizer_2", make=t5_vocabulary, home=t5_home),
+        "clip_l": TokenizerSpec(folder="tokenizer", make=clip_tokenizer, alone=False),
+        "t5xxl": TokenizerSpec(folder="tokenizer_2", make=t5_vocabulary, home=t5_home),
     },
     tokenize=tokenize,
     encode=lambda models: FluxEncode(),
     latents=LATENTS,
-    outputs=kept,
+    outputs=outputs_strategy,
     process=process,
     condition=condition,
     predict=predict,

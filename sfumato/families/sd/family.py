@@ -14,15 +14,15 @@ from sfumato.data.batch import Cond
 from sfumato.errors import UserError
 from sfumato.families.sd.facts import Options
 from sfumato.families.sd.folder import check_unet, new_folder
-from sfumato.families.sd.names import CLIP_H, CLIP_L, KEPT, TARGETS, UNET, VAE, unet_keys
+from sfumato.families.sd.names import CLIP_H, CLIP_L, PASSTHROUGH, TARGETS, UNET, VAE, unet_keys
 from sfumato.families.sd.net import UNet, blocks
 from sfumato.families.sd.strategies import LATENTS, OUTPUTS, SdEncode, SdTokenize
 from sfumato.formats.dialect import Dialect, usual
 from sfumato.models import locate
-from sfumato.models.base import Family, Models, Vocabulary
-from sfumato.models.components import Config, Part, Source, Spelling, unchanged
+from sfumato.models.base import Family, Models, TokenizerSpec
+from sfumato.models.components import Checkpoint, Component, Config, KeyFormat, unchanged
 from sfumato.models.encoders.clip import LAYERS, count_layers
-from sfumato.models.encoders.components import CLIP_TARGETS, clip_part, vae_part
+from sfumato.models.encoders.components import CLIP_TARGETS, clip_component, vae_component
 from sfumato.models.encoders.tokenizers import clip_tokenizer
 from sfumato.models.layers import Shapes
 from sfumato.tensors.noise import DDPM, Process
@@ -48,14 +48,14 @@ def check_channels(shapes: Shapes) -> None:
         raise UserError(f"the U-Net takes {channels} channels (an inpainting, depth or editing model), which is not supported yet")
 
 
-def diffusers(names: Collection[str]) -> Spelling:
-    """diffusers' names of a U-Net, given in either spelling."""
-    return Spelling("diffusers", unet_keys(names))
+def diffusers(names: Collection[str]) -> KeyFormat:
+    """diffusers' names of a U-Net, given in either key_format."""
+    return KeyFormat("diffusers", unet_keys(names))
 
 
-def unet_spelling(names: Collection[str]) -> Spelling | None:
+def unet_key_format(names: Collection[str]) -> KeyFormat | None:
     """How a file names a U-Net."""
-    return Spelling("ldm") if "input_blocks.0.0.weight" in names else diffusers(names) if "conv_in.weight" in names else None
+    return KeyFormat("ldm") if "input_blocks.0.0.weight" in names else diffusers(names) if "conv_in.weight" in names else None
 
 
 def _unused_layer(names: Collection[str]) -> Collection[str]:
@@ -65,52 +65,52 @@ def _unused_layer(names: Collection[str]) -> Collection[str]:
     return [name for name in names if name.startswith(unused)]
 
 
-PARTS = (
-    Part(
-        name="denoiser", title="the U-Net", prefixes=(UNET, ""), folder="unet", net=_unet, spelling=unet_spelling, diffusers=diffusers
+COMPONENTS = (
+    Component(
+        name="denoiser", title="the U-Net", prefixes=(UNET, ""), folder="unet", net=_unet, key_format=unet_key_format, diffusers=diffusers
     ),
-    clip_part("clip_l", (CLIP_L,), "text_encoder", "quick_gelu"),
-    clip_part("clip_h", (CLIP_H,), "text_encoder", "gelu", openclip=True, idle=_unused_layer),
-    vae_part((VAE,)),
+    clip_component("clip_l", (CLIP_L,), "text_encoder", "quick_gelu"),
+    clip_component("clip_h", (CLIP_H,), "text_encoder", "gelu", openclip=True, unused_keys=_unused_layer),
+    vae_component((VAE,)),
 )  # fmt: skip
 
 
-def complete(options: Options, source: Source) -> tuple[Options, Source]:
+def complete(options: Options, source: Checkpoint) -> tuple[Options, Checkpoint]:
     """Version and prediction as the files say. Errors: `UserError` if the options name the other version."""
-    v2 = len(source.held["denoiser"].shapes()[_MIDDLE]) == 2
+    v2 = len(source.components["denoiser"].shapes()[_MIDDLE]) == 2
     if options.v2 is not None and options.v2 != v2:
         is_, not_ = ("2.x", "1.x") if v2 else ("1.x", "2.x")
         raise UserError(f"v2: {source.path} is Stable Diffusion {is_}, not {not_}; leave v2 out")
     wanted, other = ("clip_h", "clip_l") if v2 else ("clip_l", "clip_h")
-    if wanted not in source.held:
+    if wanted not in source.components:
         raise UserError(f"{source.path} holds no text encoder of this version; a whole model is needed")
-    layers = count_layers(source.held[wanted].shapes(), LAYERS)
+    layers = count_layers(source.components[wanted].shapes(), LAYERS)
     if not 1 <= (options.clip_skip or 1) <= layers:
         raise UserError(f"clip_skip: {options.clip_skip}; the text encoder has {layers} layers, so 1 to {layers} was expected")
-    held = {name: each for name, each in source.held.items() if name != other}
+    components = {name: each for name, each in source.components.items() if name != other}
     v = options.v_parameterization or prediction(source) == "v"
-    return replace(options, v2=v2, v_parameterization=v), replace(source, held=held)
+    return replace(options, v2=v2, v_parameterization=v), replace(source, components=components)
 
 
-def prediction(source: Source) -> str:
+def prediction(source: Checkpoint) -> str:
     """What the U-Net says, "v" or else; empty: the files do not tell."""
     scheduler = source.path / "scheduler" / "scheduler_config.json"
     if scheduler.is_file():
         return {"v_prediction": "v"}.get(str(locate.read_json(scheduler).get("prediction_type")), "")
     said = source.metadata.get("modelspec.prediction_type", "")
-    marked = "v_pred" in source.kept or source.metadata.get("modelspec.architecture", "").endswith("-768-v")
+    marked = "v_pred" in source.passthrough or source.metadata.get("modelspec.architecture", "").endswith("-768-v")
     return "v" if marked else said
 
 
 def without_old_average(models: Models, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """An average of the old U-Net beside a new one would be taken for the new one's by programs that prefer it."""
     assert models.source is not None
-    held = models.source.held["denoiser"]
+    weights = models.source.components["denoiser"]
     others = {name: t for name, t in tensors.items() if not name.startswith("model_ema.")}
     if len(others) == len(tensors):
         return tensors
-    own = dict(held.spelling.read({name: tensors[f"{held.prefix}{name}"] for name in held.tensors}))
-    return tensors if unchanged(own, held) else others
+    own = dict(weights.key_format.read({name: tensors[f"{weights.prefix}{name}"] for name in weights.tensors}))
+    return tensors if unchanged(own, weights) else others
 
 
 def respell(models: Models, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -165,14 +165,14 @@ def dialects(models: Models) -> Mapping[str, Dialect]:
 FAMILY = Family(
     name="sd",
     title="Stable Diffusion 1.x or 2.x",
-    parts=PARTS,
+    components=COMPONENTS,
     optional=frozenset({"clip_l", "clip_h", "vae"}),
-    kept=KEPT,
+    passthrough_keys=PASSTHROUGH,
     complete=complete,
-    vocabularies={
-        "clip_l": Vocabulary(folder="tokenizer", make=clip_tokenizer),
+    tokenizer_specs={
+        "clip_l": TokenizerSpec(folder="tokenizer", make=clip_tokenizer),
         # 2.x was trained with captions padded by the token 0, which is "!".
-        "clip_h": Vocabulary(folder="tokenizer", make=partial(clip_tokenizer, pad="!")),
+        "clip_h": TokenizerSpec(folder="tokenizer", make=partial(clip_tokenizer, pad="!")),
     },
     new_folder=new_folder,
     respell=respell,

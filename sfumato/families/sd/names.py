@@ -23,7 +23,7 @@ NO_NETS = (
     r"|first_stage_model\.(loss|discriminator|model_ema)\..*"  # what trained the VAE
 )
 """Pattern of tensors that no net holds, apart from the text encoders' own."""
-KEPT = re.compile(
+PASSTHROUGH = re.compile(
     NO_NETS + r"|cond_stage_model\.(transformer\.|model\.)?(text_model\.)?"
     r"(embeddings\.position_ids|logit_scale|text_projection(\.weight)?|attn_mask)"
     r"|cond_stage_model\.transformer\.(vision_model|visual_projection)\..*"

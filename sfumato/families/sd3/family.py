@@ -25,9 +25,9 @@ from sfumato.families.sd3.network_args import EMBEDDER_TARGETS, layer
 from sfumato.families.sd3.positions import embedded, places, scaled
 from sfumato.families.sd3.strategies import CLIPS, LATENTS, Sd3Encode, Sd3Tokenize, outputs
 from sfumato.formats.dialect import Dialect
-from sfumato.models.base import Family, Models, Setting, Vocabulary
-from sfumato.models.components import NATIVE, Config, Part, Source, Spelling
-from sfumato.models.encoders.components import CLIP_TARGETS, T5_TARGETS, clip_part, t5_part, vae_part
+from sfumato.models.base import Family, Models, SampleInfo, TokenizerSpec
+from sfumato.models.components import NATIVE, Checkpoint, Component, Config, KeyFormat
+from sfumato.models.encoders.components import CLIP_TARGETS, T5_TARGETS, clip_component, t5_component, vae_component
 from sfumato.models.encoders.t5 import EMBEDDING
 from sfumato.models.encoders.tokenizers import clip_tokenizer, t5_home, t5_vocabulary
 from sfumato.models.flow_options import REFUSED
@@ -40,7 +40,7 @@ SHIFT = 3.0
 """Towards noise, of training and of samplers (arXiv:2403.03206, 5.3.2)."""
 SCALE, VAE_SHIFT = 1.5305, 0.0609
 """From raw latents to those of the transformer: (x - shift) * scale."""
-KEPT = re.compile(r"text_encoders\.(clip_l|clip_g|t5xxl)\.logit_scale")
+PASSTHROUGH = re.compile(r"text_encoders\.(clip_l|clip_g|t5xxl)\.logit_scale")
 """What ComfyUI writes into bundles besides the nets."""
 PROJECTION = "text_projection.weight"
 log = logging.getLogger(__name__)
@@ -61,43 +61,43 @@ def transformer(shapes: Shapes, config: Config) -> MMDiT:
     return MMDiT.of(shapes)
 
 
-def diffusers(shapes: Shapes) -> Spelling:
-    """diffusers' names of a transformer, given in either spelling."""
-    return Spelling("diffusers", names.transformer_keys(shapes))
+def diffusers(shapes: Shapes) -> KeyFormat:
+    """diffusers' names of a transformer, given in either key_format."""
+    return KeyFormat("diffusers", names.transformer_keys(shapes))
 
 
-def spelling(shapes: Shapes) -> Spelling | None:
+def key_format(shapes: Shapes) -> KeyFormat | None:
     """How a file names a transformer."""
     return NATIVE if "x_embedder.proj.weight" in shapes else diffusers(shapes) if "pos_embed.proj.weight" in shapes else None
 
 
-PARTS = (
-    Part(
+COMPONENTS = (
+    Component(
         name="denoiser",
         title="the transformer",
         prefixes=(names.TRANSFORMER, ""),
         folder="transformer",
         net=transformer,
-        spelling=spelling,
+        key_format=key_format,
         diffusers=diffusers,
     ),
-    clip_part("clip_l", (names.CLIP_L,), "text_encoder", "quick_gelu", flag="clip_l", projected=True, bundled=False),
-    clip_part("clip_g", (names.CLIP_G,), "text_encoder_2", "gelu", flag="clip_g", projected=True, bundled=False),
-    t5_part((names.T5,), "text_encoder_3"),
-    vae_part((names.VAE,), SCALE, VAE_SHIFT, channels=LATENTS.channels),
+    clip_component("clip_l", (names.CLIP_L,), "text_encoder", "quick_gelu", flag="clip_l", projected=True, bundled=False),
+    clip_component("clip_g", (names.CLIP_G,), "text_encoder_2", "gelu", flag="clip_g", projected=True, bundled=False),
+    t5_component((names.T5,), "text_encoder_3"),
+    vae_component((names.VAE,), SCALE, VAE_SHIFT, channels=LATENTS.channels),
 )
 
 
-def complete(options: Options, source: Source) -> tuple[Completed, Source]:
+def complete(options: Options, source: Checkpoint) -> tuple[Completed, Checkpoint]:
     """The options with what the files say and the recipe's own values.
 
     Errors: `UserError` for options out of range, for those of a T5 that is not there, and for encoders of other widths.
     """
-    wrong, has_t5 = facts.check(options), "t5xxl" in source.held
+    wrong, has_t5 = facts.check(options), "t5xxl" in source.components
     asked = [name for name in ("apply_t5_attn_mask", "t5_dropout_rate", "train_t5xxl", "learning_rate_te3") if getattr(options, name)]
     if asked and not has_t5:
         wrong.append(f"{asked[0]}: {source.path} holds no T5; name its file with t5xxl, or leave {asked[0]} out")
-    shapes = source.held["denoiser"].shapes()
+    shapes = source.components["denoiser"].shapes()
     if wrong or (wrong := _misfits(shapes, source)):
         raise UserError(*wrong)
     shift = options.discrete_flow_shift if options.training_shift is None else options.training_shift
@@ -111,9 +111,9 @@ def complete(options: Options, source: Source) -> tuple[Completed, Source]:
     return Completed(**told, version=facts.version(shapes), blocks=count, has_t5=has_t5), _without_clips_own(source)
 
 
-def _misfits(shapes: Shapes, source: Source) -> list[str]:
+def _misfits(shapes: Shapes, source: Checkpoint) -> list[str]:
     """A message for text encoders whose widths are not those that the transformer takes."""
-    clips = [source.held[name].shapes() for name in CLIPS]
+    clips = [source.components[name].shapes() for name in CLIPS]
     tokens = "text_model.embeddings.token_embedding.weight"
     widths = [clip[tokens][1] for clip in clips]
     pooled = [clip.get(PROJECTION, (width,))[0] for clip, width in zip(clips, widths, strict=True)]
@@ -126,25 +126,25 @@ def _misfits(shapes: Shapes, source: Source) -> list[str]:
         )
     elif widths[0] > widths[1]:
         wrong.append("clip_l, clip_g: the files are exchanged, as clip_l is the wider one")
-    if t5 := source.held.get("t5xxl"):
+    if t5 := source.components.get("t5xxl"):
         width = t5.shapes()[EMBEDDING][1]
         if expected and width != expected:
             wrong.append(f"t5xxl: its states are {width} wide, {expected} was expected: it is another T5")
     return wrong
 
 
-def _without_clips_own(source: Source) -> Source:
+def _without_clips_own(source: Checkpoint) -> Checkpoint:
     """CLIP-L's file without the projection that compares texts with pictures, which files for other uses hold.
 
     Stable Diffusion 3 is told what CLIP-L pools as it is: the projection in its own files is the identity, or near it where it was trained.
     """
-    held = source.held["clip_l"]
-    projection = next((t for name, t in held.natives() if name == PROJECTION), None) if held.alone else None
+    weights = source.components["clip_l"]
+    projection = next((t for name, t in weights.natives() if name == PROJECTION), None) if weights.alone else None
     if projection is None or projection.diagonal().float().mean() > 0.5:
         return source
-    log.warning("clip_l: %s has CLIP's own projection, which Stable Diffusion 3 does not use; it is left out", held.where)
-    left = held.tensors.only(lambda name: name not in (PROJECTION, "text_projection"))
-    return replace(source, held={**source.held, "clip_l": replace(held, tensors=left)})
+    log.warning("clip_l: %s has CLIP's own projection, which Stable Diffusion 3 does not use; it is left out", weights.where)
+    left = weights.tensors.only(lambda name: name not in (PROJECTION, "text_projection"))
+    return replace(source, components={**source.components, "clip_l": replace(weights, tensors=left)})
 
 
 # --- running ---
@@ -157,7 +157,7 @@ def tokenize(models: Models) -> Sd3Tokenize:
     return Sd3Tokenize(clips, tokenizers.get("t5xxl"), o.t5xxl_max_token_length, o.apply_lg_attn_mask, o.apply_t5_attn_mask)
 
 
-def kept(models: Models) -> TextEncoderOutputsCachingStrategy:
+def outputs_strategy(models: Models) -> TextEncoderOutputsCachingStrategy:
     """What is kept of captions, as the options say."""
     o = models.options
     return outputs(t5=o.has_t5, length=o.t5xxl_max_token_length, masked=o.apply_t5_attn_mask)
@@ -168,7 +168,7 @@ def process(models: Models, noise: NoiseConfig, loss: LossConfig) -> Process:
     return Flow.of(models.options, noise, loss, refused=REFUSED, shift=SHIFT)
 
 
-def condition(models: Models, cond: Cond, setting: Setting) -> Cond:
+def condition(models: Models, cond: Cond, setting: SampleInfo) -> Cond:
     """{"context": (b, 77 + n, 4096), "y": (b, 2048)}: both CLIPs side by side and T5 below them, as StableDiffusion3Pipeline has it.
 
     While training also what chance takes away, and where pictures lie, if that may differ: {"crop": (b, 2)} in the table of positions,
@@ -255,21 +255,21 @@ def rate(options: Any, component: str, path: str) -> float | None:
 FAMILY = Family(
     name="sd3",
     title="Stable Diffusion 3 or 3.5",
-    parts=PARTS,
+    components=COMPONENTS,
     optional=frozenset({"t5xxl"}),
-    kept=KEPT,
+    passthrough_keys=PASSTHROUGH,
     complete=complete,
-    vocabularies={
+    tokenizer_specs={
         # CLIP's vocabulary comes with sfumato, so that a folder given for no more than a tokenizer is T5's.
-        "clip_l": Vocabulary(folder="tokenizer", make=clip_tokenizer, alone=False),
+        "clip_l": TokenizerSpec(folder="tokenizer", make=clip_tokenizer, alone=False),
         # CLIP-G was trained with captions padded by the token 0, which is "!".
-        "clip_g": Vocabulary(folder="tokenizer_2", make=partial(clip_tokenizer, pad="!"), alone=False),
-        "t5xxl": Vocabulary(folder="tokenizer_3", make=t5_vocabulary, home=t5_home),
+        "clip_g": TokenizerSpec(folder="tokenizer_2", make=partial(clip_tokenizer, pad="!"), alone=False),
+        "t5xxl": TokenizerSpec(folder="tokenizer_3", make=t5_vocabulary, home=t5_home),
     },
     tokenize=tokenize,
     encode=lambda models: Sd3Encode(),
     latents=LATENTS,
-    outputs=kept,
+    outputs=outputs_strategy,
     process=process,
     condition=condition,
     predict=predict,

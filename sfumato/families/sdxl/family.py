@@ -17,13 +17,13 @@ from sfumato.families.sd.family import check_channels, prediction, process, with
 from sfumato.families.sd.strategies import SdTokenize
 from sfumato.families.sdxl.facts import SIZE_WIDTH, SIZES, Options
 from sfumato.families.sdxl.folder import check_unet, new_folder, scheduler
-from sfumato.families.sdxl.names import CLIP_G, CLIP_L, KEPT, TARGETS, UNET, VAE, unet_keys
+from sfumato.families.sdxl.names import CLIP_G, CLIP_L, PASSTHROUGH, TARGETS, UNET, VAE, unet_keys
 from sfumato.families.sdxl.net import UNet, blocks
 from sfumato.families.sdxl.strategies import LATENTS, OUTPUTS, SdxlEncode, SdxlTokenize
 from sfumato.formats.dialect import Dialect, usual
-from sfumato.models.base import Family, Models, Setting, Vocabulary
-from sfumato.models.components import NATIVE, Config, Part, Source, Spelling
-from sfumato.models.encoders.components import CLIP_TARGETS, clip_part, vae_part
+from sfumato.models.base import Family, Models, SampleInfo, TokenizerSpec
+from sfumato.models.components import NATIVE, Checkpoint, Component, Config, KeyFormat
+from sfumato.models.encoders.components import CLIP_TARGETS, clip_component, vae_component
 from sfumato.models.encoders.tokenizers import clip_tokenizer
 from sfumato.models.layers import Shapes, timestep_embedding
 
@@ -44,32 +44,32 @@ def _unet(shapes: Shapes, config: Config) -> UNet:
     return UNet.of(shapes)
 
 
-def diffusers(names: Collection[str]) -> Spelling:
-    """diffusers' names of a U-Net, given in either spelling."""
-    return Spelling("diffusers", unet_keys(names))
+def diffusers(names: Collection[str]) -> KeyFormat:
+    """diffusers' names of a U-Net, given in either format."""
+    return KeyFormat("diffusers", unet_keys(names))
 
 
-def unet_spelling(names: Collection[str]) -> Spelling | None:
+def unet_key_format(names: Collection[str]) -> KeyFormat | None:
     """How a file names a U-Net."""
     return NATIVE if "input_blocks.0.0.weight" in names else diffusers(names) if "conv_in.weight" in names else None
 
 
-PARTS = (
-    Part(
-        name="denoiser", title="the U-Net", prefixes=(UNET, ""), folder="unet", net=_unet, spelling=unet_spelling, diffusers=diffusers
+COMPONENTS = (
+    Component(
+        name="denoiser", title="the U-Net", prefixes=(UNET, ""), folder="unet", net=_unet, key_format=unet_key_format, diffusers=diffusers
     ),
-    clip_part("clip_l", (CLIP_L,), "text_encoder", "quick_gelu"),
-    clip_part("clip_g", (CLIP_G,), "text_encoder_2", "gelu", openclip=True, projected=True),
-    vae_part((VAE,), SCALE),
+    clip_component("clip_l", (CLIP_L,), "text_encoder", "quick_gelu"),
+    clip_component("clip_g", (CLIP_G,), "text_encoder_2", "gelu", openclip=True, projected=True),
+    vae_component((VAE,), SCALE),
 )  # fmt: skip
 
 
-def complete(options: Options, source: Source) -> tuple[Options, Source]:
+def complete(options: Options, source: Checkpoint) -> tuple[Options, Checkpoint]:
     """The prediction as the files say. Errors: `UserError` for what is of another model."""
-    text, unet = source.held["clip_g"].shapes(), source.held["denoiser"].shapes()
+    text, unet = source.components["clip_g"].shapes(), source.components["denoiser"].shapes()
     if "text_projection.weight" not in text:
         raise UserError(
-            f"{source.held['clip_g'].where}: the text encoder clip_g lacks its text_projection, which the U-Net is told through"
+            f"{source.components['clip_g'].where}: the text encoder clip_g lacks its text_projection, which the U-Net is told through"
         )
     pooled, label = text["text_projection.weight"][0], unet["label_emb.0.0.weight"][1]
     if label != pooled + SIZES * SIZE_WIDTH:
@@ -99,8 +99,8 @@ def tokenize(models: Models) -> SdxlTokenize:
     return SdxlTokenize({name: SdTokenize(models.tokenizers[name], length, weighted) for name in ("clip_l", "clip_g")})
 
 
-def condition(models: Models, cond: Cond, setting: Setting) -> Cond:
-    """{"hidden", "y": (b, p + 6 * 256) the pooled text, then the sizes' sines and cosines in fp32}; see `Setting.sizes`."""
+def condition(models: Models, cond: Cond, setting: SampleInfo) -> Cond:
+    """{"hidden", "y": (b, p + 6 * 256) the pooled text, then the sizes' sines and cosines in fp32}; see `SampleInfo.sizes`."""
     sizes = timestep_embedding(setting.sizes.flatten(), SIZE_WIDTH).reshape(len(setting.sizes), -1)
     return {"hidden": cond["hidden"], "y": torch.cat([cond["pooled"].float(), sizes.to(cond["pooled"].device)], 1)}
 
@@ -150,13 +150,13 @@ def dialects(models: Models) -> Mapping[str, Dialect]:
 FAMILY = Family(
     name="sdxl",
     title="Stable Diffusion XL",
-    parts=PARTS,
+    components=COMPONENTS,
     optional=frozenset({"vae"}),
-    kept=KEPT,
+    passthrough_keys=PASSTHROUGH,
     complete=complete,
-    vocabularies={
-        "clip_l": Vocabulary(folder="tokenizer", make=clip_tokenizer),
-        "clip_g": Vocabulary(folder="tokenizer_2", make=_clip_g_tokenizer),
+    tokenizer_specs={
+        "clip_l": TokenizerSpec(folder="tokenizer", make=clip_tokenizer),
+        "clip_g": TokenizerSpec(folder="tokenizer_2", make=_clip_g_tokenizer),
     },
     new_folder=new_folder,
     respell=without_old_average,

@@ -12,7 +12,7 @@ from sfumato.families.sd.names import Layout
 from sfumato.families.sdxl.facts import SIZE_WIDTH
 from sfumato.models import locate
 from sfumato.models.base import Models, NewFolder
-from sfumato.models.components import Config, Source
+from sfumato.models.components import Checkpoint, Config
 from sfumato.models.encoders.clip import ClipText
 from sfumato.models.layers import Shapes
 from sfumato.tensors.noise import DDPM
@@ -55,7 +55,7 @@ def _plain(shapes: Shapes) -> dict[str, tuple[int, ...]]:
     return {name: shape for name, shape in shapes.items() if not name.startswith("label_emb.")}
 
 
-def scheduler(source: Source) -> Mapping[str, Any]:
+def scheduler(source: Checkpoint) -> Mapping[str, Any]:
     """The noise schedule of a folder; empty for single files. Errors: `UserError` if it is of another process than ours."""
     path = source.path / "scheduler" / "scheduler_config.json"
     if not path.is_file():
@@ -80,7 +80,7 @@ def new_folder(models: Models) -> NewFolder:
     if models.vae is not None:
         configs["vae"] = sd.vae_config(models.vae)
     prediction = PREDICTIONS[1 if models.options.v_parameterization else 0]
-    schedule = dict(scheduler(source)) or _schedule(zero_snr="ztsnr" in source.kept)
+    schedule = dict(scheduler(source)) or _schedule(zero_snr="ztsnr" in source.passthrough)
     return NewFolder(
         index=_index(source, str(schedule["_class_name"]), vae=models.vae is not None),
         configs=configs,
@@ -94,7 +94,7 @@ def _schedule(*, zero_snr: bool) -> dict[str, Any]:
     return {**made, "rescale_betas_zero_snr": True} if zero_snr else made
 
 
-def _index(source: Source, schedule: str, *, vae: bool) -> dict[str, Any]:
+def _index(source: Checkpoint, schedule: str, *, vae: bool) -> dict[str, Any]:
     """model_index.json"""
     present = {
         "scheduler": ("diffusers", schedule),

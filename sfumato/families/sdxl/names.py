@@ -9,14 +9,14 @@ from sfumato.families.sd import names as sd
 from sfumato.families.sd.names import NO_NETS, TARGETS, UNET, VAE
 from sfumato.formats.names import KeyMap, rule
 
-__all__ = ["CLIP_G", "CLIP_L", "KEPT", "TARGETS", "UNET", "VAE", "unet_keys"]
+__all__ = ["CLIP_G", "CLIP_L", "PASSTHROUGH", "TARGETS", "UNET", "VAE", "unet_keys"]
 
 CLIP_L = "conditioner.embedders.0.transformer."
 """CLIP-L in transformers' names."""
 CLIP_G = "conditioner.embedders.1.model."
 """OpenCLIP-bigG in its own names; its `text_projection` is of the net."""
 
-KEPT = re.compile(
+PASSTHROUGH = re.compile(
     NO_NETS
     # Only the states of CLIP-L are used, so its projection is of no net; some programs write the scales without a prefix.
     + r"|conditioner\.embedders\.0\.(transformer\.)?(text_model\.embeddings\.position_ids|logit_scale|text_projection(\.weight)?)"

@@ -1,4 +1,4 @@
-"""The nets that families share, as parts of a model: CLIP's text encoders, T5 and the KL autoencoders."""
+"""The nets that families share, as components of a model: CLIP's text encoders, T5 and the KL autoencoders."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch import nn
 
 from sfumato.errors import UserError
 from sfumato.models.autoencoders import DIFFUSERS_MARK, EARLY, EARLY_MARK, LDM_MARK, SD_SCALE, kl_net, vae_keys
-from sfumato.models.components import NATIVE, Config, Part, Spelling, matching
+from sfumato.models.components import NATIVE, Component, Config, KeyFormat, matching
 from sfumato.models.encoders.clip import CLIP_BARE, OPEN_CLIP, clip_net, heads
 from sfumato.models.encoders.t5 import EMBEDDING, TWIN, t5_idle, t5_keys, t5_net
 from sfumato.models.layers import Shapes
@@ -21,7 +21,7 @@ _T5_IDLE = matching(r"(decoder|lm_head)\..*|logit_scale|spiece_model")
 _CLIP_IDLE = r"(text_model\.)?embeddings\.position_ids|logit_scale|(vision_model|visual_projection|visual)\..*|attn_mask"
 
 
-def clip_part(
+def clip_component(
     name: str,
     prefixes: tuple[str, ...],
     folder: str,
@@ -31,12 +31,12 @@ def clip_part(
     openclip: bool = False,
     projected: bool = False,
     bundled: bool = True,
-    idle: Callable[[Collection[str]], Collection[str]] | None = None,
-) -> Part:
+    unused_keys: Callable[[Collection[str]], Collection[str]] | None = None,
+) -> Component:
     """A CLIP text encoder.
 
     `activation`: what is used where no config says it. `openclip`: whether single files spell it as OpenCLIP does. `projected`: whether
-    its text projection is used; else it is kept as it is. `bundled`: whether new single files hold it. `idle`: further names of no net.
+    its text projection is used; else it is kept as it is. `bundled`: whether new single files hold it. `unused_keys`: further names of no net.
     """
     unused = matching(_CLIP_IDLE if projected else _CLIP_IDLE + r"|text_projection(\.weight)?")
 
@@ -48,47 +48,47 @@ def clip_part(
             )
         return clip_net(shapes, str(config.get("hidden_act", "quick_gelu")) if config else activation)
 
-    return Part(
+    return Component(
         name=name,
         title=f"the text encoder {name}",
         prefixes=(*prefixes, ""),
         folder=folder,
         flag=flag,
         net=net,
-        spelling=clip_spelling,
-        single=(lambda names: Spelling("openclip", OPEN_CLIP, inverse=True) if openclip else NATIVE) if bundled else None,
-        idle=lambda names: {*unused(names), *(idle(names) if idle else ())},
+        key_format=clip_key_format,
+        single=(lambda names: KeyFormat("openclip", OPEN_CLIP, inverse=True) if openclip else NATIVE) if bundled else None,
+        unused_keys=lambda names: {*unused(names), *(unused_keys(names) if unused_keys else ())},
     )
 
 
-def clip_spelling(names: Collection[str]) -> Spelling | None:
+def clip_key_format(names: Collection[str]) -> KeyFormat | None:
     """How a file names a CLIP text encoder: as transformers does, the same without `text_model.`, or as OpenCLIP does."""
     if "text_model.embeddings.token_embedding.weight" in names:
         return NATIVE
     if "embeddings.token_embedding.weight" in names:
-        return Spelling("bare", CLIP_BARE)
-    return Spelling("openclip", OPEN_CLIP, inverse=True) if "token_embedding.weight" in names else None
+        return KeyFormat("bare", CLIP_BARE)
+    return KeyFormat("openclip", OPEN_CLIP, inverse=True) if "token_embedding.weight" in names else None
 
 
-def t5_part(prefixes: tuple[str, ...], folder: str) -> Part:
+def t5_component(prefixes: tuple[str, ...], folder: str) -> Component:
     """T5-XXL's encoder, which comes in a file of its own or in a bundle."""
-    return Part(
+    return Component(
         name="t5xxl",
         title="the text encoder t5xxl",
         prefixes=(*prefixes, ""),
         folder=folder,
         flag="t5xxl",
         net=lambda shapes, config: t5_net(shapes),
-        spelling=lambda names: Spelling("hf", t5_keys(names)) if EMBEDDING in names or TWIN in names else None,
+        key_format=lambda names: KeyFormat("hf", t5_keys(names)) if EMBEDDING in names or TWIN in names else None,
         single=None,
-        idle=lambda names: {*t5_idle(names), *_T5_IDLE(names)},
-        copies={TWIN: EMBEDDING},
+        unused_keys=lambda names: {*t5_idle(names), *_T5_IDLE(names)},
+        tied_keys={TWIN: EMBEDDING},
     )
 
 
-def vae_part(
+def vae_component(
     prefixes: tuple[str, ...], scale: float = SD_SCALE, shift: float | None = None, *, channels: int = 4, bundled: bool = True
-) -> Part:
+) -> Component:
     """A KL autoencoder. `scale`, `shift`: what is used where no config says it. `channels`: of its latents."""
 
     def scaling(config: Config) -> tuple[float, float]:
@@ -100,28 +100,28 @@ def vae_part(
         made: nn.Module = kl_net(shapes, float(config.get("scaling_factor", scale)), config.get("shift_factor", shift))
         return made
 
-    def idle(names: Collection[str]) -> Collection[str]:
+    def unused_keys(names: Collection[str]) -> Collection[str]:
         """A VAE's own checkpoint also holds the loss that it was trained with, and an average of the weights."""
         return [name for name in names if not name.startswith(("encoder.", "decoder.", "quant_conv.", "post_quant_conv."))]
 
-    return Part(
+    return Component(
         name="vae",
         title="the VAE",
         prefixes=(*prefixes, ""),
         folder="vae",
         flag="vae",
         net=net,
-        spelling=vae_spelling,
-        single=(lambda names: Spelling("ldm", vae_keys(names))) if bundled else None,
-        idle=idle,
+        key_format=vae_key_format,
+        single=(lambda names: KeyFormat("ldm", vae_keys(names))) if bundled else None,
+        unused_keys=unused_keys,
         scaling=scaling,
     )
 
 
-def vae_spelling(names: Collection[str]) -> Spelling | None:
+def vae_key_format(names: Collection[str]) -> KeyFormat | None:
     """How a file names a KL autoencoder: as LDM does, as diffusers does, or as diffusers did in 2022."""
     if LDM_MARK in names:
-        return Spelling("ldm", vae_keys(names))
+        return KeyFormat("ldm", vae_keys(names))
     if DIFFUSERS_MARK not in names:
         return None
-    return Spelling("diffusers 2022", EARLY) if EARLY_MARK in names else NATIVE
+    return KeyFormat("diffusers 2022", EARLY) if EARLY_MARK in names else NATIVE

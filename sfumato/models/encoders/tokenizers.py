@@ -130,12 +130,12 @@ def t5_tokenizer(folder: Path) -> Any:
 
 
 def t5_home() -> Path:
-    """The hub's T5 tokenizer, downloaded. For `Vocabulary.home`."""
+    """The hub's T5 tokenizer, downloaded. For `TokenizerSpec.home`."""
     return t5_source(None)
 
 
 def t5_vocabulary(folder: Path | None) -> Any:
-    """T5's tokenizer from a folder; None: the hub's. For `Vocabulary.make`."""
+    """T5's tokenizer from a folder; None: the hub's. For `TokenizerSpec.make`."""
     return t5_tokenizer(folder or t5_source(None))
 
 
