@@ -17,7 +17,7 @@ from torch import Tensor
 from sfumato import families
 from sfumato.data.folders import listing
 from sfumato.data.images import flat
-from sfumato.data.scan import open_picture
+from sfumato.data.scan import open_image
 from sfumato.families.detect import detect_file
 from sfumato.models.loading import load
 
@@ -26,7 +26,7 @@ ROOT = Path(__file__).parents[1]
 
 def pixels(path: Path, side: int) -> Tensor:
     """(1, 3, side, side) in [-1, 1]."""
-    image = flat(open_picture(path)).resize((side, side), Image.Resampling.LANCZOS)
+    image = flat(open_image(path)).resize((side, side), Image.Resampling.LANCZOS)
     return torch.from_numpy(np.asarray(image).copy()).permute(2, 0, 1)[None] / 127.5 - 1
 
 

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from run_fixtures import model, pictures, train
+from run_fixtures import images, model, train
 
-__all__ = ["keys", "model", "pictures", "train"]
+__all__ = ["images", "keys", "model", "train"]
 
 # Two test processes share two cores; and one thread adds numbers in the same order each time.
 torch.set_num_threads(1)

@@ -27,13 +27,13 @@ OPTIONS: dict[str, Any] = {
 
 
 def folder(where: Path) -> Path:
-    """`model.safetensors` and two `pictures` in it."""
+    """`model.safetensors` and two `images` in it."""
     tiny.tiny_sd1(where)
-    (where / "pictures").mkdir()
+    (where / "images").mkdir()
     for i in range(2):
         noise = np.random.default_rng(i).integers(0, 256, (8, 8, 3), dtype=np.uint8)
-        Image.fromarray(noise).resize((64, 64)).save(where / "pictures" / f"{i}.png")
-        (where / "pictures" / f"{i}.txt").write_text(f"picture {i}")
+        Image.fromarray(noise).resize((64, 64)).save(where / "images" / f"{i}.png")
+        (where / "images" / f"{i}.txt").write_text(f"picture {i}")
     return where
 
 
@@ -44,8 +44,8 @@ def options(where: Path, **changed: Any) -> Any:
 
 
 def data(where: Path, **changed: Any) -> tuple[DatasetConfig, ...]:
-    """Its pictures, one batch an epoch."""
-    return (DatasetConfig(subsets=(SubsetConfig(image_dir=str(where / "pictures"), **changed),), resolution=(64, 64), batch_size=2),)
+    """Its images, one batch an epoch."""
+    return (DatasetConfig(subsets=(SubsetConfig(image_dir=str(where / "images"), **changed),), resolution=(64, 64), batch_size=2),)
 
 
 def prepare(where: Path, method: Any = "network", subset: dict[str, Any] | None = None, **changed: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Fixtures of whole runs: a tiny model, a few pictures, and a function that trains on them for a few steps."""
+"""Fixtures of whole runs: a tiny model, a few images, and a function that trains on them for a few steps."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def pictures(tmp_path: Path) -> Path:
-    """See `make_pictures`."""
-    return make_pictures(tmp_path)
+def images(tmp_path: Path) -> Path:
+    """See `make_images`."""
+    return make_images(tmp_path)
 
 
-def make_pictures(where: Path) -> Path:
-    """Five pictures of 64 px with captions."""
-    folder = where / "pictures"
+def make_images(where: Path) -> Path:
+    """Five images of 64 px with captions."""
+    folder = where / "images"
     folder.mkdir()
     for i in range(5):
         noise = np.random.default_rng(i).integers(0, 256, (8, 8, 3), dtype=np.uint8)
@@ -39,7 +39,7 @@ def make_pictures(where: Path) -> Path:
 
 
 @pytest.fixture
-def train(model: Path, pictures: Path, tmp_path: Path) -> Train:
+def train(model: Path, images: Path, tmp_path: Path) -> Train:
     """Train with these flat options; returns the output folder."""
 
     def go(name: str, method: Method = "network", *, subset: dict[str, Any] | None = None, **options: Any) -> Path:
@@ -53,7 +53,7 @@ def train(model: Path, pictures: Path, tmp_path: Path) -> Train:
             "network_alpha": 2.0,
             "seed": 7,
         }
-        folder = SubsetConfig(**{"image_dir": str(pictures), **(subset or {})})
+        folder = SubsetConfig(**{"image_dir": str(images), **(subset or {})})
         data = DatasetConfig(subsets=(folder,), resolution=(64, 64), batch_size=2)
         run.train(config(**{**told, **options}), method, (data,))
         return tmp_path / name

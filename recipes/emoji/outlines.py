@@ -6,11 +6,11 @@ import argparse
 from pathlib import Path
 
 import numpy as np
-from pictures import BITMAP_SIZE, COLOUR_FONT, captions, contact_sheet, draw, named, write
+from images import BITMAP_SIZE, COLOUR_FONT, captions, contact_sheet, draw, named, write
 from PIL import Image, ImageChops, ImageDraw, ImageFilter, ImageFont, ImageOps
 
 SIZE = 128
-"""Lines are found at about the font's own size; the picture is made smaller afterwards."""
+"""Lines are found at about the font's own size; the image is made smaller afterwards."""
 INK = 235
 """A pixel is ink if one of its channels is darker than this, of 255."""
 WIDTH = 3
@@ -53,7 +53,7 @@ def main() -> None:
         write(drawn[-1], (name,), args.out / f"{number:03d}_{name.replace(' ', '-')}.png")
     if args.sheet:
         contact_sheet(drawn, 14).save(args.sheet)
-    print(f"{len(drawn)} pictures in {args.out}")
+    print(f"{len(drawn)} images in {args.out}")
 
 
 if __name__ == "__main__":

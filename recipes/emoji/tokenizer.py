@@ -9,7 +9,7 @@ from collections import Counter
 from itertools import pairwise
 from pathlib import Path
 
-from pictures import FORMS, captions
+from images import FORMS, captions
 
 from sfumato.models.encoders.tokenizers import byte_letters
 
@@ -18,7 +18,7 @@ SPECIAL = ("<|startoftext|>", "<|endoftext|>")
 LENGTH = 77
 STYLE_WORDS = """
 line art lines lineart drawing drawn sketch ink pencil pen black white grey gray colour color colourful monochrome outline outlines
-style styled simple flat bright dark light soft photo photograph painting painted watercolour cartoon icon sticker logo emoji picture
+style styled simple flat bright dark light soft photo photograph painting painted watercolour cartoon icon sticker logo emoji image
 image illustration pixel pastel neon minimal detailed background plain beautiful cute happy sad big small large tiny old new
 red green blue yellow orange purple pink brown gold silver
 a an the of in on with and or at by for from to no not is are one two three many sks

@@ -43,12 +43,12 @@ def kind(name: str) -> type[Adapter]:
     raise UserError(f"network_module {name!r} is not known; known: {', '.join(kinds())}{nearest(own, kinds())}")
 
 
-def of_leaves(leaves: Mapping[str, Tensor]) -> tuple[type[Adapter], LayerOptions]:
-    """The kind that a file's leaves are of, with rank and alpha. Errors: `UserError` if none has such leaves."""
+def from_tensors(tensors: Mapping[str, Tensor]) -> tuple[type[Adapter], LayerOptions]:
+    """The kind that a file's tensors are of, with rank and alpha. Errors: `UserError` if none has such tensors."""
     for name in kinds():
-        if options := kind(name).read(leaves):
+        if options := kind(name).read(tensors):
             return kind(name), options
-    raise UserError(f"no kind of adapter has the tensors {', '.join(sorted(leaves))}; known kinds: {', '.join(kinds())}")
+    raise UserError(f"no kind of adapter has the tensors {', '.join(sorted(tensors))}; known kinds: {', '.join(kinds())}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,10 +64,10 @@ class AdapterPlan:
     more: Mapping[str, Any] = field(default_factory=dict)
     """Dropouts and the kind's own options, by their names in `kind.Options`."""
     plus: float | None = None
-    """LoRA+: factor on the rate of `plus_parameters`."""
-    plus_denoiser: float | None = None
+    """LoRA+: factor on the rate of `loraplus_parameters`."""
+    loraplus_denoiser: float | None = None
     """The same for the denoiser, in place of `plus`."""
-    plus_encoders: float | None = None
+    loraplus_encoders: float | None = None
     """The same for text encoders, in place of `plus`."""
     family: Any = None
     """What the family's own network_args say: an instance of its `Facts.network_args`."""
@@ -79,9 +79,9 @@ class AdapterPlan:
             return self.kind.Options(rank=self.conv_rank, alpha=self.conv_alpha, **self.more)
         return self.kind.Options(rank=self.rank, alpha=self.alpha, **self.more)
 
-    def plus_ratio(self, component: str) -> float | None:
+    def loraplus_ratio(self, component: str) -> float | None:
         """LoRA+'s factor for a component; None: no LoRA+."""
-        own = self.plus_denoiser if component == "denoiser" else self.plus_encoders
+        own = self.loraplus_denoiser if component == "denoiser" else self.loraplus_encoders
         return self.plus if own is None else own
 
 
@@ -127,8 +127,8 @@ def parse(network: NetworkConfig, family: type | None = None) -> AdapterPlan:
         conv_rank=args.pop("conv_dim", None) or None,
         conv_alpha=args.pop("conv_alpha", 1.0),
         plus=args.pop("loraplus_lr_ratio", None),
-        plus_denoiser=args.pop("loraplus_unet_lr_ratio", None),
-        plus_encoders=args.pop("loraplus_text_encoder_lr_ratio", None),
+        loraplus_denoiser=args.pop("loraplus_unet_lr_ratio", None),
+        loraplus_encoders=args.pop("loraplus_text_encoder_lr_ratio", None),
         family=None if family is None else family(**{name: args.pop(name) for name in theirs if name in args}),
         more=args,
     )
@@ -172,6 +172,6 @@ def _sense(chosen: type[Adapter], rank: int, args: Mapping[str, Any]) -> list[st
         elif not 0 <= chance < 1:
             errors.append(f"{name} {chance}: expected a chance, 0 up to but not 1")
     plus = [name for name in args if name.startswith("loraplus")]
-    if plus and chosen.plus_parameters is Adapter.plus_parameters:
+    if plus and chosen.loraplus_parameters is Adapter.loraplus_parameters:
         errors.append(f"{plus[0]} has no meaning for {chosen.__name__}: leave it out")
     return errors

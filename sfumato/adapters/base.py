@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from sfumato.errors import UserError
-from sfumato.formats.dialect import Leaves
-from sfumato.tensors.random import Draws, key
+from sfumato.formats.dialect import AdapterTensors
+from sfumato.tensors.random import SampleRandom, key
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,17 +40,17 @@ class LayerOptions:
 
 
 @dataclass(slots=True)
-class Moment:
+class AdapterContext:
     """What holds for the forward passes of now; all adapters of a net share one."""
 
     multiplier: float | Tensor = 1.0
     """Strength of the change: a number, or (b,) one a sample."""
-    draws: Draws | None = None
+    rng: SampleRandom | None = None
     """Where the dropouts of this batch come from; needed only in training mode and only if there are dropouts."""
 
 
 class Adapter(nn.Module):
-    """One layer's change. Subclasses fill in `__init__`, `read`, `forward` and `change`; their parameters are the leaves of a file."""
+    """One layer's change. Subclasses fill in `__init__`, `read`, `forward` and `delta_weight`; their parameters are the tensors of a file."""
 
     Options: ClassVar[type[LayerOptions]] = LayerOptions
     supports: ClassVar[frozenset[str]] = frozenset()
@@ -62,26 +62,26 @@ class Adapter(nn.Module):
         """Starts with no effect. `generator` (CPU) gives the start values, in fp32 on the base layer's device."""
         super().__init__()
         self.options = options
-        self.site = ""
-        self.moment = Moment()
+        self.name = ""
+        self.context = AdapterContext()
         # Of a layer without values, alpha has one all the same: names and scales of files follow from it.
         place = "cpu" if is_meta(base) else device_of(base)
         self.register_buffer("alpha", torch.tensor(options.alpha or options.rank, dtype=torch.float32, device=place))
 
     @classmethod
-    def read(cls, leaves: Mapping[str, Tensor]) -> LayerOptions | None:
-        """Rank and alpha of leaves that are of this kind, or None if they are of another."""
+    def read(cls, tensors: Mapping[str, Tensor]) -> LayerOptions | None:
+        """Rank and alpha of tensors that are of this kind, or None if they are of another."""
         raise NotImplementedError
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         """The layer's input and output -> its new output, in y's shape and dtype."""
         raise NotImplementedError
 
-    def change(self, weight: Tensor) -> Tensor:
+    def delta_weight(self, weight: Tensor) -> Tensor:
         """What merging adds to `weight` at multiplier 1, shaped as it, fp32."""
         raise NotImplementedError
 
-    def plus_parameters(self) -> list[nn.Parameter]:
+    def loraplus_parameters(self) -> list[nn.Parameter]:
         """The parameters that LoRA+ (arXiv:2402.12354) gives a higher rate; none: LoRA+ has no meaning for the kind."""
         return []
 
@@ -89,20 +89,20 @@ class Adapter(nn.Module):
         """Scale the change so that its Frobenius norm is at most `limit`. Returns (norm after, whether it was scaled), 0-d tensors."""
         raise UserError(f"scale_weight_norms has no meaning for {type(self).__name__}: leave it out")
 
-    def leaves(self) -> Leaves:
+    def tensors(self) -> AdapterTensors:
         """The tensors that a file holds, by kohya's names; not copied."""
         return {name: t.detach() for name, t in self.state_dict().items()}
 
-    def load_leaves(self, leaves: Mapping[str, Tensor]) -> None:
-        """The reverse of `leaves`; a file without alpha means alpha = rank. Errors: `UserError` for other names or shapes."""
-        given = {"alpha": torch.tensor(float(self.options.rank)), **leaves}
+    def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
+        """The reverse of `tensors`; a file without alpha means alpha = rank. Errors: `UserError` for other names or shapes."""
+        given = {"alpha": torch.tensor(float(self.options.rank)), **tensors}
         own = self.state_dict()
         if wrong := sorted(own.keys() ^ given.keys()):
-            raise UserError(f"{self.site}: expected {', '.join(sorted(own))}; missing or not known: {', '.join(wrong)}")
+            raise UserError(f"{self.name}: expected {', '.join(sorted(own))}; missing or not known: {', '.join(wrong)}")
         for name, t in own.items():
             if t.numel() != given[name].numel() or (t.ndim and t.shape != given[name].shape):
                 raise UserError(
-                    f"{self.site}.{name} has shape {list(given[name].shape)}, expected {list(t.shape)}; "
+                    f"{self.name}.{name} has shape {list(given[name].shape)}, expected {list(t.shape)}; "
                     "a file of another rank needs its own network_dim, or --dim_from_weights"
                 )
         with torch.no_grad():
@@ -112,27 +112,27 @@ class Adapter(nn.Module):
 
     # What subclasses use.
 
-    def add(self, y: Tensor, change: Tensor, scale: float = 1.0) -> Tensor:
-        """y plus scale times the change of the output, times multiplier and module dropout, in y's dtype."""
-        strength = self.moment.multiplier
+    def add(self, y: Tensor, delta: Tensor, scale: float = 1.0) -> Tensor:
+        """y plus scale times `delta`, the change of the output, times multiplier and module dropout, in y's dtype."""
+        strength = self.context.multiplier
         if self.training and self.options.module_dropout:
-            kept = self.kept("module_dropout", self.options.module_dropout, (change.shape[0],), change.device)
-            change = change * over_samples(kept, change).to(change.dtype)
+            mask = self.dropout_mask("module_dropout", self.options.module_dropout, (delta.shape[0],), delta.device)
+            delta = delta * over_samples(mask, delta).to(delta.dtype)
         if isinstance(strength, Tensor):
-            return torch.addcmul(y, (change * scale).to(y.dtype), over_samples(strength, y).to(y.dtype))
-        return torch.add(y, change.to(y.dtype), alpha=strength * scale)
+            return torch.addcmul(y, (delta * scale).to(y.dtype), over_samples(strength, y).to(y.dtype))
+        return torch.add(y, delta.to(y.dtype), alpha=strength * scale)
 
-    def kept(self, purpose: str, chance: float, shape: Sequence[int], device: torch.device) -> Tensor:
+    def dropout_mask(self, purpose: str, chance: float, shape: Sequence[int], device: torch.device) -> Tensor:
         """A mask of `shape` (rows of one sample next to each other): False with the given chance, by the batch's own draws."""
-        draws = self.moment.draws
-        if draws is None:
-            raise RuntimeError("adapters with dropout in training mode need `Inserted.draws` for every batch")
-        rows, odd = divmod(shape[0], len(draws.keys))
+        rng = self.context.rng
+        if rng is None:
+            raise RuntimeError("adapters with dropout in training mode need `AdapterNetwork.rng` for every batch")
+        rows, odd = divmod(shape[0], len(rng.keys))
         if odd:
-            raise RuntimeError(f"{shape[0]} rows do not share out over {len(draws.keys)} samples")
+            raise RuntimeError(f"{shape[0]} rows do not share out over {len(rng.keys)} samples")
         parts = []
-        for k in draws.keys:
-            generator = torch.Generator(device).manual_seed(key(k, purpose, self.site))
+        for k in rng.keys:
+            generator = torch.Generator(device).manual_seed(key(k, purpose, self.name))
             parts.append(torch.rand((rows, *shape[1:]), generator=generator, device=device))
         return torch.cat(parts) >= chance
 
@@ -156,7 +156,7 @@ def is_meta(base: nn.Module) -> bool:
     return device_of(base).type == "meta"
 
 
-def drawn_on(base: nn.Module) -> torch.device:
+def init_device(base: nn.Module) -> torch.device:
     """Where start values are drawn: on the CPU, so that they are the same on every device."""
     return torch.device("meta" if is_meta(base) else "cpu")
 

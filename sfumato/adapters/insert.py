@@ -10,14 +10,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from sfumato.adapters import AdapterPlan, of_leaves
-from sfumato.adapters.base import Adapter, LayerOptions, Moment
+from sfumato.adapters import AdapterPlan, from_tensors
+from sfumato.adapters.base import Adapter, AdapterContext, LayerOptions
 from sfumato.errors import UserError
-from sfumato.formats.dialect import Leaves, Site
-from sfumato.tensors.random import Draws, generator
+from sfumato.formats.dialect import AdapterTensors, ModulePath
+from sfumato.tensors.random import SampleRandom, generator
 
 
-class Place(NamedTuple):
+class TargetLayer(NamedTuple):
     """A layer that gets an adapter."""
 
     path: str
@@ -31,36 +31,36 @@ def choose(
     component: str,
     targets: Mapping[str, tuple[str, ...]],
     plan: AdapterPlan,
-    layer: Callable[[Place], Place | None] = lambda place: place,
-) -> list[Place]:
+    target_layer: Callable[[TargetLayer], TargetLayer | None] = lambda target: target,
+) -> list[TargetLayer]:
     """The layers of a net that get adapters, in the net's order.
 
     `targets`: patterns (fnmatch on module paths) by layer kind. Layers under "linear" always get one; layers
     under "conv" only if the plan has a rank for convolutions. The rank goes by the layer: `rank` for linear
-    layers and 1x1 convolutions, `conv_rank` (if there is one) for larger ones; `layer` has the last word on each, and may
+    layers and 1x1 convolutions, `conv_rank` (if there is one) for larger ones; `target_layer` has the last word on each, and may
     leave it out.
     Errors: `UserError` if there is nothing to train.
     """
     patterns = targets.get("linear", ()) + (targets.get("conv", ()) if plan.conv_rank else ())
-    places = []
+    chosen = []
     for path, module in net.named_modules():
         if not isinstance(module, nn.Linear | nn.Conv2d) or not any(fnmatchcase(path, p) for p in patterns):
             continue
         large = isinstance(module, nn.Conv2d) and module.kernel_size != (1, 1)
-        if place := layer(Place(path, module, plan.options(conv=large and plan.conv_rank is not None))):
-            places.append(place)
-    if not places:
+        if target := target_layer(TargetLayer(path, module, plan.options(conv=large and plan.conv_rank is not None))):
+            chosen.append(target)
+    if not chosen:
         raise UserError(f"{component}: no layer is left to put an adapter on, of those with paths like {', '.join(patterns) or 'any'}")
-    _check_ranks(component, places)
-    return places
+    _check_ranks(component, chosen)
+    return chosen
 
 
-def _check_ranks(component: str, places: Sequence[Place]) -> None:
+def _check_ranks(component: str, chosen: Sequence[TargetLayer]) -> None:
     """Errors: `UserError` for ranks above what any of these layers can have; a layer of its own may be smaller than the common rank."""
     for name, large in (("network_dim", False), ("conv_dim", True)):
-        chosen = [p for p in places if (isinstance(p.layer, nn.Conv2d) and p.layer.kernel_size != (1, 1)) == large]
-        rank = max((p.options.rank for p in chosen), default=0)
-        most = max((_full_rank(p.layer) for p in chosen), default=0)
+        alike = [p for p in chosen if (isinstance(p.layer, nn.Conv2d) and p.layer.kernel_size != (1, 1)) == large]
+        rank = max((p.options.rank for p in alike), default=0)
+        most = max((_full_rank(p.layer) for p in alike), default=0)
         if rank > most:
             raise UserError(f"{name} {rank}: no change of {component}'s layers has a rank above {most}; choose one below that, such as 32")
 
@@ -72,7 +72,7 @@ def _full_rank(layer: nn.Module) -> int:
 
 
 class Norms(NamedTuple):
-    """What `Inserted.scale_norms` found."""
+    """What `AdapterNetwork.scale_norms` found."""
 
     mean: float
     largest: float
@@ -80,61 +80,61 @@ class Norms(NamedTuple):
     """Layers whose change was scaled down."""
 
 
-class Inserted(nn.Module):
+class AdapterNetwork(nn.Module):
     """Adapters at their layers. An `nn.Module` of the adapters alone: its parameters are what is trained."""
 
-    def __init__(self, places: Mapping[str, Sequence[Place]], kind: type[Adapter], *, seed: int) -> None:
-        """`places`: by component ("denoiser", "clip_l"). Start values depend on the seed and on each layer's own name."""
+    def __init__(self, chosen: Mapping[str, Sequence[TargetLayer]], kind: type[Adapter], *, seed: int) -> None:
+        """`chosen`: by component ("denoiser", "clip_l"). Start values depend on the seed and on each layer's own name."""
         super().__init__()
-        self.moment = Moment()
-        self._sites: dict[Site, tuple[Adapter, nn.Module]] = {}
+        self.context = AdapterContext()
+        self._hooked: dict[ModulePath, tuple[Adapter, nn.Module]] = {}
         self._handles = []
-        self.held = nn.ModuleDict()
-        for component, chosen in places.items():
-            self.held[component] = held = nn.ModuleDict()
-            for path, layer, options in chosen:
+        self.components = nn.ModuleDict()
+        for component, layers in chosen.items():
+            self.components[component] = adapters = nn.ModuleDict()
+            for path, layer, options in layers:
                 adapter = kind(layer, options, generator(seed, "adapter", component, path))
-                adapter.site, adapter.moment = f"{component}.{path}", self.moment
-                held[path.replace(".", "|")] = adapter  # names of parts take no dots
-                self._sites[component, path] = adapter, layer
+                adapter.name, adapter.context = f"{component}.{path}", self.context
+                adapters[path.replace(".", "|")] = adapter  # names of parts take no dots
+                self._hooked[component, path] = adapter, layer
                 self._handles.append(layer.register_forward_hook(_listen(adapter)))
 
     @property
     def multiplier(self) -> float | Tensor:
         """Strength of all adapters: a number, or (b,) one a sample."""
-        return self.moment.multiplier
+        return self.context.multiplier
 
     @multiplier.setter
     def multiplier(self, value: float | Tensor) -> None:
-        self.moment.multiplier = value
+        self.context.multiplier = value
 
     @property
-    def draws(self) -> Draws | None:
+    def rng(self) -> SampleRandom | None:
         """Where the dropouts come from; to be set for every batch if there are any."""
-        return self.moment.draws
+        return self.context.rng
 
-    @draws.setter
-    def draws(self, value: Draws | None) -> None:
-        self.moment.draws = value
+    @rng.setter
+    def rng(self, value: SampleRandom | None) -> None:
+        self.context.rng = value
 
-    def sites(self) -> dict[Site, Adapter]:
+    def by_path(self) -> dict[ModulePath, Adapter]:
         """(component, module path) -> adapter, in the nets' order."""
-        return {site: adapter for site, (adapter, _) in self._sites.items()}
+        return {path: adapter for path, (adapter, _) in self._hooked.items()}
 
-    def state(self) -> dict[Site, Leaves]:
+    def state(self) -> dict[ModulePath, AdapterTensors]:
         """All tensors as a file holds them; not copied."""
-        return {site: adapter.leaves() for site, adapter in self.sites().items()}
+        return {path: adapter.tensors() for path, adapter in self.by_path().items()}
 
-    def load(self, state: Mapping[Site, Leaves]) -> None:
+    def load(self, state: Mapping[ModulePath, AdapterTensors]) -> None:
         """The reverse of `state`. Errors: one `UserError` for missing, unknown or differently shaped layers."""
-        own = self.sites()
+        own = self.by_path()
         missing, unknown = own.keys() - state.keys(), state.keys() - own.keys()
         errors = [f"the file has no adapter for {_names(missing)}"] if missing else []
         if unknown:
             errors.append(f"the file has adapters for {_names(unknown)}, where this run has none")
-        for site in own.keys() & state.keys():
+        for path in own.keys() & state.keys():
             try:
-                own[site].load_leaves(state[site])
+                own[path].load_tensors(state[path])
             except UserError as e:
                 errors += e.messages
         if errors:
@@ -145,10 +145,10 @@ class Inserted(nn.Module):
         """Add `sign * multiplier *` every change to its layer's weight, for good. Call `remove` as well, or it acts twice."""
         if isinstance(self.multiplier, Tensor):
             raise RuntimeError("a multiplier for each sample cannot be merged")
-        for adapter, layer in self._sites.values():
+        for adapter, layer in self._hooked.values():
             weight = layer.weight
             assert isinstance(weight, Tensor)
-            weight.copy_(weight.float() + sign * self.multiplier * adapter.change(weight))
+            weight.copy_(weight.float() + sign * self.multiplier * adapter.delta_weight(weight))
 
     def remove(self) -> None:
         """The nets are again as they were."""
@@ -158,37 +158,39 @@ class Inserted(nn.Module):
 
     def scale_norms(self, limit: float) -> Norms:
         """Scale every change whose norm is above `limit` down to it (max-norm regularisation)."""
-        norms, scaled = zip(*(adapter.scale_norm(limit) for adapter in self.sites().values()), strict=True)
+        norms, scaled = zip(*(adapter.scale_norm(limit) for adapter in self.by_path().values()), strict=True)
         all_norms = torch.stack(norms)
         return Norms(all_norms.mean().item(), all_norms.max().item(), int(torch.stack(scaled).sum().item()))
 
 
-def from_state(nets: Mapping[str, nn.Module], state: Mapping[Site, Leaves], plan: AdapterPlan | None = None, *, seed: int = 0) -> Inserted:
+def from_state(
+    nets: Mapping[str, nn.Module], state: Mapping[ModulePath, AdapterTensors], plan: AdapterPlan | None = None, *, seed: int = 0
+) -> AdapterNetwork:
     """Adapters with the layers, ranks, alphas and values of a file; dropouts and the like come from `plan`.
 
     `nets`: by component. Errors: `UserError` for an empty file, several kinds in one file, or another kind than the plan's.
     """
     if not state:
         raise UserError("the file holds no adapter")
-    read = {site: of_leaves(leaves) for site, leaves in state.items()}
+    read = {path: from_tensors(tensors) for path, tensors in state.items()}
     found = {kind for kind, _ in read.values()} | ({plan.kind} if plan else set())
     if len(found) > 1:
         raise UserError(f"several kinds of adapters where one was expected: {', '.join(sorted(k.__name__ for k in found))}")
-    places: dict[str, list[Place]] = {}
+    chosen: dict[str, list[TargetLayer]] = {}
     for component, net in nets.items():
         for path, layer in net.named_modules():
             if (component, path) in read:
                 options = read[component, path][1]
                 if plan:
                     options = replace(options, **plan.more)
-                places.setdefault(component, []).append(Place(path, layer, options))
-    inserted = Inserted(places, found.pop(), seed=seed)
+                chosen.setdefault(component, []).append(TargetLayer(path, layer, options))
+    network = AdapterNetwork(chosen, found.pop(), seed=seed)
     try:
-        inserted.load(state)
+        network.load(state)
     except UserError:
-        inserted.remove()
+        network.remove()
         raise
-    return inserted
+    return network
 
 
 def _listen(adapter: Adapter) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
@@ -199,7 +201,7 @@ def _listen(adapter: Adapter) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor
     return hook
 
 
-def _names(sites: set[Site]) -> str:
-    names = sorted(".".join(site) for site in sites)
+def _names(paths: set[ModulePath]) -> str:
+    names = sorted(".".join(path) for path in paths)
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
     return ", ".join(names[:3]) + more

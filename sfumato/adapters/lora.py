@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from sfumato.adapters.base import Adapter, LayerOptions, as_input, device_of, drawn_on
+from sfumato.adapters.base import Adapter, LayerOptions, as_input, device_of, init_device
 from sfumato.errors import UserError
-from sfumato.formats.dialect import ALPHA, DOWN, UP, Leaves
+from sfumato.formats.dialect import ALPHA, DOWN, UP, AdapterTensors
 
 
 class LoRA(Adapter):
@@ -30,7 +30,7 @@ class LoRA(Adapter):
         self.lora_up: nn.Linear | nn.Conv2d | Diagonal
         self.lora_down, self.lora_up = _pair(base, options.rank * max(1, len(options.pieces)))
         start = nn.init.kaiming_uniform_(
-            torch.empty(self.lora_down.weight.shape, device=drawn_on(base)), a=math.sqrt(5), generator=generator
+            torch.empty(self.lora_down.weight.shape, device=init_device(base)), a=math.sqrt(5), generator=generator
         )
         self.lora_down.weight = nn.Parameter(start.to(device_of(base)))
         if options.pieces:
@@ -40,11 +40,11 @@ class LoRA(Adapter):
             self.lora_up.weight = nn.Parameter(torch.zeros(self.lora_up.weight.shape, device=device_of(base)))
 
     @classmethod
-    def read(cls, leaves: Mapping[str, Tensor]) -> LayerOptions | None:
-        if leaves.keys() - {"alpha"} != {"lora_down.weight", "lora_up.weight"}:
+    def read(cls, tensors: Mapping[str, Tensor]) -> LayerOptions | None:
+        if tensors.keys() - {"alpha"} != {"lora_down.weight", "lora_up.weight"}:
             return None
-        rank = leaves["lora_down.weight"].shape[0]
-        return LayerOptions(rank=rank, alpha=float(leaves.get("alpha", rank)))
+        rank = tensors["lora_down.weight"].shape[0]
+        return LayerOptions(rank=rank, alpha=float(tensors.get("alpha", rank)))
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         h = self.lora_down(as_input(x, self.lora_down.weight))
@@ -52,27 +52,27 @@ class LoRA(Adapter):
             h = self._drop(h)
         return self.add(y, self.lora_up(h), self.options.scale)
 
-    def change(self, weight: Tensor) -> Tensor:
+    def delta_weight(self, weight: Tensor) -> Tensor:
         up, down = self.lora_up.weight.float(), self.lora_down.weight.float()
         return (up.flatten(1) @ down.flatten(1)).view(weight.shape) * self.options.scale
 
-    def leaves(self) -> Leaves:
+    def tensors(self) -> AdapterTensors:
         if not isinstance(self.lora_up, Diagonal):
-            return super().leaves()
+            return super().tensors()
         return {DOWN: self.lora_down.weight.detach(), UP: self.lora_up.weight.detach(), ALPHA: self.alpha}
 
     @torch.no_grad()
-    def load_leaves(self, leaves: Mapping[str, Tensor]) -> None:
+    def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
         if not isinstance(self.lora_up, Diagonal):
-            return super().load_leaves(leaves)
-        down, up = (leaves.get(name) for name in (DOWN, UP))
+            return super().load_tensors(tensors)
+        down, up = (tensors.get(name) for name in (DOWN, UP))
         if down is None or up is None or down.shape != self.lora_down.weight.shape or not self.lora_up.take(up):
-            raise UserError(f"{self.site}: the file's adapter is not of {len(self.options.pieces)} separate pieces; leave split_qkv out")
+            raise UserError(f"{self.name}: the file's adapter is not of {len(self.options.pieces)} separate pieces; leave split_qkv out")
         self.lora_down.weight.copy_(down)
-        self.alpha.copy_(leaves.get(ALPHA, torch.tensor(float(len(down)))))
+        self.alpha.copy_(tensors.get(ALPHA, torch.tensor(float(len(down)))))
         self.options = replace(self.options, alpha=float(self.alpha) / len(self.options.pieces))
 
-    def plus_parameters(self) -> list[nn.Parameter]:
+    def loraplus_parameters(self) -> list[nn.Parameter]:
         return list(self.lora_up.parameters())
 
     @torch.no_grad()
@@ -88,11 +88,11 @@ class LoRA(Adapter):
     def _drop(self, h: Tensor) -> Tensor:
         """(b, ..., rank) or (b, rank, h, w) with the dropouts of one step."""
         if p := self.options.dropout:
-            h = h * self.kept("dropout", p, h.shape, h.device).to(h.dtype) / (1 - p)
+            h = h * self.dropout_mask("dropout", p, h.shape, h.device).to(h.dtype) / (1 - p)
         if p := self.options.rank_dropout:
-            kept = self.kept("rank_dropout", p, (h.shape[0], len(self.lora_down.weight)), h.device).to(h.dtype) / (1 - p)
+            mask = self.dropout_mask("rank_dropout", p, (h.shape[0], len(self.lora_down.weight)), h.device).to(h.dtype) / (1 - p)
             ones = [1] * (h.ndim - 2)
-            h = h * kept.view(len(h), *((-1, *ones) if isinstance(self.lora_down, nn.Conv2d) else (*ones, -1)))
+            h = h * mask.view(len(h), *((-1, *ones) if isinstance(self.lora_down, nn.Conv2d) else (*ones, -1)))
         return h
 
 

@@ -13,7 +13,7 @@ from typing import Any
 from sfumato.cli import options, paths, rules, toml, values
 from sfumato.cli.report import Given, Report
 from sfumato.config import DatasetConfig, SubsetConfig
-from sfumato.config.data import ONLY_REGULARISATION, CaptionOptions, PictureOptions
+from sfumato.config.data import ONLY_REGULARISATION, CaptionOptions, ImageOptions
 from sfumato.data import folders
 from sfumato.errors import UserError, nearest
 from sfumato.formats.paths import trouble
@@ -22,7 +22,7 @@ FOLDER = re.compile(r"(\d+)_(.*)")
 Found = dict[str, Given]
 Value = Callable[[str], Any]
 
-_SHARED = {f.name for record in (CaptionOptions, PictureOptions) for f in fields(record)} | {"class_tokens"}
+_SHARED = {f.name for record in (CaptionOptions, ImageOptions) for f in fields(record)} | {"class_tokens"}
 _SUBSET = {f.name for f in fields(SubsetConfig)}
 _DATASET = ({f.name for f in fields(DatasetConfig)} - {"subsets"}) | _SHARED
 _FLAGS = {"batch_size": "train_batch_size", "num_repeats": "dataset_repeats"}
@@ -33,7 +33,7 @@ INERT = {
     "validation_seed": "only matters with validation_split",
 }
 REFUSED = {
-    "metadata_file": "is not supported yet: put captions into files beside the pictures (caption_extension)",
+    "metadata_file": "is not supported yet: put captions into files beside the images (caption_extension)",
     "custom_attributes": "is not supported yet",
     "validation_split": "is not supported yet",
 }
@@ -101,7 +101,7 @@ def from_file(path: Path, report: Report, *, lenient: bool = False) -> Tables:
 
 
 def _of_a_training(content: Mapping[str, Any]) -> str:
-    """The first setting of a training that is none of pictures, or nothing."""
+    """The first setting of a training that is none of images, or nothing."""
     tables = [content, *(table for table in content.values() if isinstance(table, dict))]
     return next((name for table in tables for name in table if name in options.known() and name not in _SUBSET | _DATASET), "")
 
@@ -205,7 +205,7 @@ def _folders(key: str, root: Path, given: Mapping[str, Given], report: Report) -
     if not found:
         report.error(
             f"{given.get(key, f'--{key}')}: {root} has no folder `<repeats>_<class tokens>`, such as {root / '10_my cat'}; "
-            "for a folder that holds the pictures itself write a dataset file (dataset_config) with image_dir"
+            "for a folder that holds the images itself write a dataset file (dataset_config) with image_dir"
         )
     return found
 
@@ -304,7 +304,7 @@ def check(datasets: Iterable[DatasetConfig], settings: Mapping[str, Any], given:
     if settings["masked_loss"] and not any(s.alpha_mask or s.conditioning_data_dir for s in subsets):
         report.error(f"{given.get('masked_loss', 'masked_loss')}: no folder has masks: set alpha_mask or conditioning_data_dir")
     if "prior_loss_weight" in given and settings["prior_loss_weight"] != 1.0 and not any(s.is_reg for s in subsets):
-        report.without_effect(given["prior_loss_weight"], "no folder holds regularisation pictures (is_reg, reg_data_dir)")
+        report.without_effect(given["prior_loss_weight"], "no folder holds regularisation images (is_reg, reg_data_dir)")
 
 
 def _check_buckets(dataset: DatasetConfig, report: Report) -> None:
@@ -312,7 +312,7 @@ def _check_buckets(dataset: DatasetConfig, report: Report) -> None:
     idle = [name for name in _BUCKETS if not dataset.enable_bucket and getattr(dataset, name) != getattr(plain, name)]
     if idle:
         report.note(f"{', '.join(idle)}: no effect without enable_bucket")
-    if not dataset.enable_bucket or dataset.bucket_no_upscale:  # which follows from the pictures alone
+    if not dataset.enable_bucket or dataset.bucket_no_upscale:  # which follows from the images alone
         return
     low, high = dataset.bucket_limits
     if low > high:
@@ -329,7 +329,7 @@ def _check_subset(subset: SubsetConfig, settings: Mapping[str, Any], report: Rep
 
     if (settings["cache_latents"] or settings["cache_latents_to_disk"]) and (found := on(_NOT_CACHED)):
         report.error(
-            f"{subset.image_dir}: {', '.join(found)} cannot be used with cache_latents: pictures are encoded only once (flip_aug can)"
+            f"{subset.image_dir}: {', '.join(found)} cannot be used with cache_latents: images are encoded only once (flip_aug can)"
         )
     if (settings["cache_text_encoder_outputs"] or settings["cache_text_encoder_outputs_to_disk"]) and (found := on(_NOT_FINITE)):
         report.error(

@@ -120,7 +120,7 @@ def resolve_all(
 ) -> Resolved:
     """As `resolve`, with the notices returned.
 
-    `data`: whether pictures are needed. `only`: the flags there are; files may say more, for other commands.
+    `data`: whether images are needed. `only`: the flags there are; files may say more, for other commands.
     `kohya`: state what has no effect instead of refusing it. `short`: flags that may be shortened. `defaults`: other defaults than ours.
     `adapt`: changes what was given before it is checked.
     """
@@ -166,7 +166,7 @@ def _datasets(settings: Mapping[str, Any], given: Mapping[str, Given], report: R
     from sfumato.cli import datasets
 
     if not (settings["dataset_config"] or settings["train_data_dir"]):
-        report.error("no pictures: set dataset_config (a dataset file) or train_data_dir (a folder of folders `<repeats>_<class tokens>`)")
+        report.error("no images: set dataset_config (a dataset file) or train_data_dir (a folder of folders `<repeats>_<class tokens>`)")
         return ()
     return datasets.read(settings, given, report)
 

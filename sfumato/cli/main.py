@@ -207,8 +207,8 @@ def _parser(command: str, description: str) -> argparse.ArgumentParser:
 COMMANDS: Mapping[str, Command] = {
     "train": Command(_train, "train an adapter (train network) or a whole model (train full)"),
     "plan": Command(_plan, "check everything and say what a training would do, without training"),
-    "cache": Command(_cache, "encode pictures and captions for later trainings"),
-    "sample": Command(_sample, "draw pictures"),
+    "cache": Command(_cache, "encode images and captions for later trainings"),
+    "sample": Command(_sample, "draw images"),
     "show": Command(_show, "say what a weight file is"),
     "doctor": Command(_doctor, "say what this machine has and whether it can train"),
 }

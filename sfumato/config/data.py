@@ -1,4 +1,4 @@
-"""Pictures, captions and buckets.
+"""Images, captions and buckets.
 
 The options of a subset and of a dataset fall back: subset -> dataset -> [general] -> flag -> default.
 """
@@ -17,7 +17,7 @@ Interpolation = Literal["lanczos", "nearest", "bilinear", "linear", "bicubic", "
 
 @dataclass(frozen=True, kw_only=True)  # no slots: two slotted bases cannot be joined
 class CaptionOptions:
-    """What happens to a caption each time its picture is drawn."""
+    """What happens to a caption each time its image is drawn."""
 
     caption_extension: str = ".txt"
     """Ending of the caption files."""
@@ -50,49 +50,49 @@ class CaptionOptions:
 
 
 @dataclass(frozen=True, kw_only=True)  # no slots: two slotted bases cannot be joined
-class PictureOptions:
-    """What happens to a picture each time it is drawn."""
+class ImageOptions:
+    """What happens to an image each time it is drawn."""
 
     num_repeats: int = 1
-    """Times each picture is seen in an epoch."""
+    """Times each image is seen in an epoch."""
     color_aug: bool = False
     """Vary hue and brightness slightly (not with cached latents)."""
     flip_aug: bool = False
-    """Mirror half of the pictures."""
+    """Mirror half of the images."""
     random_crop: bool = False
     """Crop at a random place instead of the centre (not with cached latents)."""
     face_crop_aug_range: str | None = None
     """Crop around the face named in the file name (`_x_y_w_h`), scaled by "min,max" (not with cached latents)."""
     alpha_mask: bool = False
-    """Weigh the loss by the picture's alpha channel."""
+    """Weigh the loss by the image's alpha channel."""
     resize_interpolation: Interpolation | None = None
-    """How pictures are resized; default: area when shrinking, lanczos when enlarging."""
+    """How images are resized; default: area when shrinking, lanczos when enlarging."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class SubsetConfig(CaptionOptions, PictureOptions):
-    """One folder of pictures."""
+class SubsetConfig(CaptionOptions, ImageOptions):
+    """One folder of images."""
 
     image_dir: str = ""
-    """Folder of the pictures."""
+    """Folder of the images."""
     class_tokens: str | None = None
-    """Caption of pictures that have no caption file."""
+    """Caption of images that have no caption file."""
     is_reg: bool = False
-    """These are regularisation pictures."""
+    """These are regularisation images."""
     conditioning_data_dir: str | None = None
-    """Folder of mask pictures with the same names."""
+    """Folder of mask images with the same names."""
     recursive: bool = False
     """Look into sub-folders as well."""
 
 
 @dataclass(frozen=True, kw_only=True)  # no slots: two slotted bases cannot be joined
 class BucketOptions:
-    """Sizes that pictures are brought to."""
+    """Sizes that images are brought to."""
 
     resolution: tuple[int, int] = (512, 512)
     """Size of training, `512` or `W,H`: the area of a bucket is at most this."""
     enable_bucket: bool = False
-    """Bring each picture to the bucket of the nearest aspect ratio instead of one size."""
+    """Bring each image to the bucket of the nearest aspect ratio instead of one size."""
     min_bucket_reso: int = 256
     """Shortest side of a bucket."""
     max_bucket_reso: int = 1024
@@ -100,7 +100,7 @@ class BucketOptions:
     bucket_reso_steps: int = 64
     """Sides of buckets are multiples of this."""
     bucket_no_upscale: bool = False
-    """Never enlarge a picture."""
+    """Never enlarge an image."""
 
     @property
     def bucket_limits(self) -> tuple[int, int]:
@@ -116,29 +116,29 @@ class DatasetConfig(BucketOptions):
     subsets: tuple[SubsetConfig, ...] = ()
     """The folders."""
     batch_size: int = 1
-    """Pictures a batch."""
+    """Images a batch."""
     network_multiplier: float = 1.0
-    """Strength of the adapter on these pictures."""
+    """Strength of the adapter on these images."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class DataConfig(CaptionOptions, PictureOptions, BucketOptions):
-    """Where pictures come from, and defaults for the datasets."""
+class DataConfig(CaptionOptions, ImageOptions, BucketOptions):
+    """Where images come from, and defaults for the datasets."""
 
     dataset_config: str | None = None
     """Dataset file (TOML or JSON) with [general], [[datasets]] and [[datasets.subsets]]."""
     train_data_dir: str | None = None
     """Folder of folders `<repeats>_<class tokens>` in place of dataset_config."""
     reg_data_dir: str | None = None
-    """Folder of folders `<repeats>_<class tokens>` with regularisation pictures."""
+    """Folder of folders `<repeats>_<class tokens>` with regularisation images."""
     train_batch_size: int = 1
-    """Pictures a batch, where the dataset file says nothing."""
+    """Images a batch, where the dataset file says nothing."""
     dataset_repeats: int = 1
-    """Times each picture is seen in an epoch, where the dataset file says nothing."""
+    """Times each image is seen in an epoch, where the dataset file says nothing."""
     class_tokens: str | None = None
-    """Caption of pictures that have no caption file, where the dataset file says nothing."""
+    """Caption of images that have no caption file, where the dataset file says nothing."""
     cache_latents: bool = False
-    """Encode each picture once and keep the latents."""
+    """Encode each image once and keep the latents."""
     cache_latents_to_disk: bool = False
     """Keep the latents on disk, for later runs (implies cache_latents)."""
     cache_text_encoder_outputs: bool = False
@@ -148,4 +148,4 @@ class DataConfig(CaptionOptions, PictureOptions, BucketOptions):
     cache_dir: str | None = None
     """Where caches on disk live; default: `~/.cache/sfumato`."""
     skip_unreadable: bool = False
-    """Train without the pictures that cannot be read, instead of stopping."""
+    """Train without the images that cannot be read, instead of stopping."""

@@ -1,4 +1,4 @@
-"""What one run is told, apart from its pictures."""
+"""What one run is told, apart from its images."""
 
 from __future__ import annotations
 
@@ -151,7 +151,7 @@ class TrainConfig:
     stop_text_encoder_training: int | None = None
     """Freeze the text encoder after this many optimizer steps (0: do not train it)."""
     max_data_loader_n_workers: int = 0
-    """Worker processes that read pictures; 0: read in the main process. Results do not depend on it."""
+    """Worker processes that read images; 0: read in the main process. Results do not depend on it."""
     persistent_data_loader_workers: bool = False
     """Keep the worker processes between epochs."""
 
@@ -169,7 +169,7 @@ class MemoryConfig:
     no_half_vae: bool = False
     """Run the VAE in fp32 even when the computation is in fp16 or bf16."""
     vae_batch_size: int = 1
-    """Pictures that the VAE encodes at once."""
+    """Images that the VAE encodes at once."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -219,9 +219,9 @@ class LossConfig:
     debiased_estimation_loss: bool = False
     """Debiased estimation weighting (arXiv:2310.08442)."""
     masked_loss: bool = False
-    """Weigh the loss by each picture's mask (its alpha channel or a mask picture)."""
+    """Weigh the loss by each image's mask (its alpha channel or a mask image)."""
     prior_loss_weight: float = 1.0
-    """Weight of regularisation pictures."""
+    """Weight of regularisation images."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -256,7 +256,7 @@ class NetworkConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SampleConfig:
-    """Pictures drawn while training."""
+    """Images drawn while training."""
 
     sample_every_n_steps: int | None = None
     """Draw the sample prompts every n optimizer steps."""

@@ -1,1 +1,1 @@
-"""Floor 2: pictures to batches; knows no family."""
+"""Floor 2: images to batches; knows no family."""

@@ -1,4 +1,4 @@
-"""From a picture to the pixels that a net sees: resize, crop, mirror, colours, and the mask along with them."""
+"""From an image to the pixels that a net sees: resize, crop, mirror, colours, and the mask along with them."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional
 
-from sfumato.config.data import Interpolation, PictureOptions
+from sfumato.config.data import ImageOptions, Interpolation
 from sfumato.data.batch import Size
 from sfumato.data.buckets import Crop, Placement
 from sfumato.data.images import flat
-from sfumato.data.scan import Picture, open_picture
+from sfumato.data.scan import ImageFile, open_image
 
 _PILLOW: Mapping[Interpolation, Image.Resampling] = {
     "lanczos": Image.Resampling.LANCZOS,
@@ -56,7 +56,7 @@ def _opencv() -> Any:
 
 
 def cut(image: Image.Image, placement: Placement, crop: Crop, *, flip: bool, interpolation: Interpolation | None = None) -> Image.Image:
-    """The part of a picture (or of its mask) that belongs to the bucket; `crop` is in the picture that is not mirrored."""
+    """The part of an image (or of its mask) that belongs to the bucket; `crop` is in the image that is not mirrored."""
     kept = resize(image, placement.resized, interpolation).crop(placement.box(crop))
     return kept.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if flip else kept
 
@@ -68,18 +68,18 @@ def pixels(image: Image.Image) -> Tensor:
 
 
 def mask(image: Image.Image, stride: int) -> Tensor:
-    """Grey picture of the bucket -> (1, h, w) in [0, 1] at latent size: the mean over each latent pixel's `stride` x `stride` pixels."""
+    """Grey image of the bucket -> (1, h, w) in [0, 1] at latent size: the mean over each latent pixel's `stride` x `stride` pixels."""
     values = torch.from_numpy(np.array(image, dtype=np.float32))[None] / 255  # (1, H, W)
     return functional.avg_pool2d(values, stride)
 
 
 def random_crop(placement: Placement, rng: random.Random) -> Crop:
-    """Any cut of the bucket out of the resized picture, all as likely."""
+    """Any cut of the bucket out of the resized image, all as likely."""
     return rng.randint(0, placement.trim[0]), rng.randint(0, placement.trim[1])
 
 
 def vary_colours(image: Image.Image, rng: random.Random) -> Image.Image:
-    """One picture in three with another hue (up to 16 degrees) or gamma (0.95 to 1.05): sd-scripts' `color_aug`."""
+    """One image in three with another hue (up to 16 degrees) or gamma (0.95 to 1.05): sd-scripts' `color_aug`."""
     if rng.random() >= 1 / 3:
         return image
     if rng.random() < 0.5:
@@ -91,8 +91,8 @@ def vary_colours(image: Image.Image, rng: random.Random) -> Image.Image:
 
 
 def load(
-    picture: Picture,
-    options: PictureOptions,
+    file: ImageFile,
+    options: ImageOptions,
     placement: Placement,
     crop: Crop,
     *,
@@ -100,18 +100,18 @@ def load(
     flip: bool = False,
     colours: random.Random | None = None,
 ) -> dict[str, Tensor]:
-    """Read a picture as a net sees it: "pixels" (3, H, W) in [-1, 1], and "mask" (1, h, w) in [0, 1] where its folder has masks.
+    """Read an image as a net sees it: "pixels" (3, H, W) in [-1, 1], and "mask" (1, h, w) in [0, 1] where its folder has masks.
 
     `colours`: vary them by these draws. Raises UserError naming the file.
     """
-    image = open_picture(picture.path, picture.digest)
+    image = open_image(file.path, file.digest)
     covering = None
     if options.alpha_mask:
-        # Alpha is a weight here, not transparency: what lies under it is the picture.
+        # Alpha is a weight here, not transparency: what lies under it is the image.
         covering = image.getchannel("A") if image.mode == "RGBA" else Image.new("L", image.size, 255)
         image = image.convert("RGB")
-    elif picture.mask_path:
-        covering = flat(open_picture(picture.mask_path, picture.mask_digest), "black").getchannel("R")
+    elif file.mask_path:
+        covering = flat(open_image(file.mask_path, file.mask_digest), "black").getchannel("R")
     seen = cut(flat(image), placement, crop, flip=flip, interpolation=options.resize_interpolation)
     read = {"pixels": pixels(vary_colours(seen, colours) if colours else seen)}
     if covering is not None:

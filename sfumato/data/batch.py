@@ -29,7 +29,7 @@ class Batch:
     keys: Sequence[int]
     """One random key a sample, of (seed, epoch, sample)."""
     weight: Tensor
-    """(b,) loss weight of the sample: prior_loss_weight for regularisation pictures."""
+    """(b,) loss weight of the sample: prior_loss_weight for regularisation images."""
     multiplier: Tensor
     """(b,) strength of the adapter on the sample."""
     sizes: Tensor

@@ -1,4 +1,4 @@
-"""Sizes that pictures are brought to: pure arithmetic, the same as sd-scripts'."""
+"""Sizes that images are brought to: pure arithmetic, the same as sd-scripts'."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from sfumato.config.data import BucketOptions
 from sfumato.data.batch import Size
 
 Crop = tuple[int, int]
-"""(left, top) of what is kept of the resized picture."""
+"""(left, top) of what is kept of the resized image."""
 
 
 @dataclass(frozen=True, slots=True)
 class Placement:
-    """How a picture comes to its bucket: resized to `resized`, then `bucket` is cut out of it. (width, height), pixels."""
+    """How an image comes to its bucket: resized to `resized`, then `bucket` is cut out of it. (width, height), pixels."""
 
     bucket: Size
     resized: Size
@@ -31,18 +31,18 @@ class Placement:
         return self.trim[0] // 2, self.trim[1] // 2
 
     def box(self, crop: Crop) -> tuple[int, int, int, int]:
-        """(left, top, right, bottom) of a crop, in the resized picture."""
+        """(left, top, right, bottom) of a crop, in the resized image."""
         return crop[0], crop[1], crop[0] + self.bucket[0], crop[1] + self.bucket[1]
 
     def mirrored(self, crop: Crop) -> Crop:
-        """Where the same cut lies when the resized picture is mirrored."""
+        """Where the same cut lies when the resized image is mirrored."""
         return self.trim[0] - crop[0], crop[1]
 
 
 def resolutions(options: BucketOptions) -> tuple[Size, ...]:
     """All buckets, sorted by width, then height: `resolution` is an area that none exceeds.
 
-    With `enable_bucket` off, or with `bucket_no_upscale` (where buckets follow from the pictures), `resolution` alone.
+    With `enable_bucket` off, or with `bucket_no_upscale` (where buckets follow from the images), `resolution` alone.
     """
     if not options.enable_bucket or options.bucket_no_upscale:
         return (options.resolution,)
@@ -58,9 +58,9 @@ def resolutions(options: BucketOptions) -> tuple[Size, ...]:
 
 
 def place(size: Size, options: BucketOptions, buckets: Sequence[Size] | None = None) -> Placement:
-    """The bucket of a picture of this (width, height), and how it gets there. `buckets`: `resolutions(options)`, worked out once.
+    """The bucket of an image of this (width, height), and how it gets there. `buckets`: `resolutions(options)`, worked out once.
 
-    Raises ValueError for a picture that is too small or too long for any bucket.
+    Raises ValueError for an image that is too small or too long for any bucket.
     """
     if options.enable_bucket and options.bucket_no_upscale:
         return _place_without_enlarging(size, options)
@@ -78,7 +78,7 @@ def place(size: Size, options: BucketOptions, buckets: Sequence[Size] | None = N
 
 
 LARGEST = 2**29
-"""Pixels of a picture once it is resized: 1.5 GB. Only a picture a thousand times as long as it is wide comes near."""
+"""Pixels of an image once it is resized: 1.5 GB. Only an image a thousand times as long as it is wide comes near."""
 
 
 def _place_without_enlarging(size: Size, options: BucketOptions) -> Placement:

@@ -1,4 +1,4 @@
-"""Encodes what is not in the store yet, once: the latents of pictures and the text outputs of captions."""
+"""Encodes what is not in the store yet, once: the latents of images and the text outputs of captions."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from sfumato.data.strategies import LatentsCachingStrategy, TextEncoderOutputsCa
 from sfumato.errors import UserError
 
 VERSION = 2
-"""Raised whenever the same picture or caption would give other numbers than before."""
+"""Raised whenever the same image or caption would give other numbers than before."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,7 +36,7 @@ class Report:
     encoded: int = 0
     """Entries that were made now."""
     changed: Sequence[tuple[str, str]] = field(default_factory=tuple)
-    """(picture or caption, why it was encoded), for each entry made."""
+    """(image or caption, why it was encoded), for each entry made."""
 
     @property
     def reasons(self) -> dict[str, int]:
@@ -60,12 +60,12 @@ class _Job:
 
 
 def latent_parts(plan: Plan, item: Item, vae_fingerprint: str, dtype: torch.dtype) -> Parts:
-    """All that the latents of a picture depend on."""
+    """All that the latents of an image depend on."""
     subset, placement = plan.subset(item), item.placement
-    mask = "alpha" if subset.alpha_mask else item.picture.mask_digest
+    mask = "alpha" if subset.alpha_mask else item.image.mask_digest
     return {
         "version": VERSION,
-        "picture": item.picture.digest,
+        "picture": item.image.digest,
         "mask": mask,
         "bucket": list(placement.bucket),
         "resized": list(placement.resized),
@@ -89,10 +89,10 @@ def cache_latents(
     batch_size: int = 1,
     progress: Progress | None = None,
 ) -> Report:
-    """See that the store holds the latents of every picture of the plan; encode those that it lacks.
+    """See that the store holds the latents of every image of the plan; encode those that it lacks.
 
     `encode`: (b, 3, H, W) in [-1, 1], fp32 on the CPU -> (b, c, h, w) raw latents on any device. `vae_fingerprint`: of its weights.
-    Raises UserError for options that cached latents cannot follow, for a picture that cannot be read any more,
+    Raises UserError for options that cached latents cannot follow, for an image that cannot be read any more,
     and for latents that are not finite.
     """
     check_fixed(plan.datasets, latents=True)
@@ -119,18 +119,18 @@ def cache_latents(
 
 
 def latents_shape(plan: Plan, item: Item, strategy: LatentsCachingStrategy) -> tuple[int, int, int]:
-    """(c, h, w) of a picture's latents."""
+    """(c, h, w) of an image's latents."""
     width, height = item.placement.bucket
     return strategy.channels, height // plan.stride, width // plan.stride
 
 
 def latents_misfit(entry: Mapping[str, Tensor], plan: Plan, item: Item, strategy: LatentsCachingStrategy) -> str:
-    """How an entry differs from what is kept of such a picture, or nothing."""
+    """How an entry differs from what is kept of such an image, or nothing."""
     shape, subset = latents_shape(plan, item, strategy), plan.subset(item)
     expected = {"latents": shape}
     if subset.flip_aug:
         expected["latents_flipped"] = shape
-    if subset.alpha_mask or item.picture.mask_path:
+    if subset.alpha_mask or item.image.mask_path:
         expected["mask"] = (1, *shape[1:])
     if {name: tuple(t.shape) for name, t in entry.items()} != expected:
         return "its entry is of another shape"
@@ -143,7 +143,7 @@ def check_fixed(datasets: Iterable[DatasetConfig], *, latents: bool = False, tex
     for subset in (subset for dataset in datasets for subset in dataset.subsets):
         moving = [name for name in ("random_crop", "color_aug") if latents and getattr(subset, name)]
         wrong += [
-            f"{subset.image_dir}: {name} changes the picture each time, so its latents cannot be cached: turn one off" for name in moving
+            f"{subset.image_dir}: {name} changes the image each time, so its latents cannot be cached: turn one off" for name in moving
         ]
         if texts and (names := captions.endless(subset)):
             wrong.append(f"{subset.image_dir}: {', '.join(names)} changes the caption each time, so text outputs cannot be cached")
@@ -178,11 +178,11 @@ def _portions(plan: Plan, jobs: Sequence[_Job], batch_size: int) -> Iterator[lis
 
 
 def _read_ahead(plan: Plan, portions: Iterable[list[_Job]]) -> Iterator[tuple[list[_Job], list[dict[str, Tensor]]]]:
-    """Each portion with its pictures; the next portion's are read while this one's are encoded."""
+    """Each portion with its images; the next portion's are read while this one's are encoded."""
 
     def read(job: _Job) -> dict[str, Tensor]:
         item = plan.items[job.item]
-        return augment.load(item.picture, plan.subset(item), item.placement, item.placement.centre, stride=plan.stride)
+        return augment.load(item.image, plan.subset(item), item.placement, item.placement.centre, stride=plan.stride)
 
     with ThreadPoolExecutor(4) as pool:
         waiting = None
@@ -202,7 +202,7 @@ def _entries(
     encode: Callable[[Tensor], Tensor],
     strategy: LatentsCachingStrategy,
 ) -> list[dict[str, Tensor]]:
-    """What is kept of each picture: latents, those of the mirrored picture where pictures are mirrored, the mask where it has one."""
+    """What is kept of each image: latents, those of the mirrored image where images are mirrored, the mask where it has one."""
     pixels = torch.stack([t["pixels"] for t in tensors])  # (b, 3, H, W)
     entries = [{"latents": latents} for latents in _encoded(plan, portion, pixels, encode, strategy)]
     if plan.subset(plan.items[portion[0].item]).flip_aug:
@@ -216,13 +216,13 @@ def _entries(
 def _encoded(
     plan: Plan, portion: Sequence[_Job], pixels: Tensor, encode: Callable[[Tensor], Tensor], strategy: LatentsCachingStrategy
 ) -> list[Tensor]:
-    """(c, h, w) latents of each picture, as they are kept."""
+    """(c, h, w) latents of each image, as they are kept."""
     with torch.no_grad():
         latents = encode(pixels).detach().cpu().to(strategy.dtype)
     for job, latent in zip(portion, latents, strict=True):
         if not torch.isfinite(latent).all():
             raise UserError(
-                f"{plan.items[job.item].picture.path}: the VAE gives numbers that are not finite; it overflows in half precision: "
+                f"{plan.items[job.item].image.path}: the VAE gives numbers that are not finite; it overflows in half precision: "
                 "use --no_half_vae, or a VAE made for fp16"
             )
     return [latent.clone() for latent in latents]
@@ -273,13 +273,13 @@ def cache_texts(
 
 
 def every_caption(plan: Plan) -> dict[str, str]:
-    """Owner (a picture, and the number of its caption) -> caption, for all captions that the plan can give. Errors: `UserError`."""
+    """Owner (an image, and the number of its caption) -> caption, for all captions that the plan can give. Errors: `UserError`."""
     check_fixed(plan.datasets, texts=True)
     owners: dict[str, str] = {}
     for item in plan.items:
-        found = captions.every(item.picture.captions, plan.subset(item))
+        found = captions.every(item.image.captions, plan.subset(item))
         if found is None:
-            raise UserError(f"{item.picture.path}: its wildcards give too many captions to cache their text outputs: turn that off")
+            raise UserError(f"{item.image.path}: its wildcards give too many captions to cache their text outputs: turn that off")
         owners |= {_owner(item) + (f"#{i}" if i else ""): caption for i, caption in enumerate(found)}
     return owners
 
@@ -293,7 +293,7 @@ def _kept(value: Tensor, dtype: torch.dtype, caption: str) -> Tensor:
 
 
 def _owner(item: Item) -> str:
-    return f"{item.dataset}.{item.picture.subset}:{item.picture.path.absolute()}"
+    return f"{item.dataset}.{item.image.subset}:{item.image.path.absolute()}"
 
 
 def _report(

@@ -1,4 +1,4 @@
-"""The caption of a picture as it is drawn for one step: pure text, and randomness handed in."""
+"""The caption of an image as it is drawn for one step: pure text, and randomness handed in."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _WILDCARD = re.compile(r"\{\{|\}\}|\{([^{}]+)\}")
 
 
 def vary(lines: Sequence[str], options: CaptionOptions, rng: random.Random, *, epoch: int, step: int) -> str:
-    """The caption for one draw of a picture, in sd-scripts' order: affixes, dropout, wildcards, then tags.
+    """The caption for one draw of an image, in sd-scripts' order: affixes, dropout, wildcards, then tags.
 
     `lines`: of the caption file. `epoch` counts from 1, `step` (optimizer steps done) from 0; `options.token_warmup_step` must
     be whole steps (`with_whole_warmup`).
@@ -100,7 +100,7 @@ def with_whole_warmup(options: CaptionOptions, steps: int) -> int:
 
 
 def endless(options: CaptionOptions) -> list[str]:
-    """The options set that make a picture's captions too many to encode beforehand."""
+    """The options set that make an image's captions too many to encode beforehand."""
     names = ("shuffle_caption", "caption_tag_dropout_rate", "token_warmup_step")
     return [name for name in names if getattr(options, name)]
 

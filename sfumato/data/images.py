@@ -1,4 +1,4 @@
-"""A picture file of any kind to upright RGB or RGBA of 8 bits."""
+"""An image file of any kind to upright RGB or RGBA of 8 bits."""
 
 from __future__ import annotations
 
@@ -28,22 +28,22 @@ _UPRIGHT = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-"""EXIF orientation -> what makes the picture upright (EXIF 2.3, tag 0x0112)."""
+"""EXIF orientation -> what makes the image upright (EXIF 2.3, tag 0x0112)."""
 
 
 class Unreadable(Exception):
-    """A picture cannot be read; the message says why."""
+    """An image cannot be read; the message says why."""
 
 
 def oriented_size(path: Path) -> Size:
-    """(width, height) of a picture once it is upright, from its header alone. Raises Unreadable, OSError."""
+    """(width, height) of an image once it is upright, from its header alone. Raises Unreadable, OSError."""
     with _open(path, path.suffix) as image:
         width, height = image.size
         return (height, width) if _orientation(image) >= 5 else (width, height)
 
 
 def read(source: Path | IO[bytes], suffix: str) -> Image.Image:
-    """A whole picture, upright, in RGB, or in RGBA where it has transparency; the first frame of an animation.
+    """A whole image, upright, in RGB, or in RGBA where it has transparency; the first frame of an animation.
 
     `suffix`: of the file's name, for the message. Raises Unreadable, OSError.
     """
@@ -90,7 +90,7 @@ def _unidentified(source: Path | IO[bytes], suffix: str) -> str:
         return "the file is empty"
     if kind := _seems(start):
         return f"{kind}, whatever its name says: save it as PNG or JPEG"
-    return f"not a picture that this Pillow reads (is it really {suffix.lower()}, and whole?)"
+    return f"not an image that this Pillow reads (is it really {suffix.lower()}, and whole?)"
 
 
 def _start(source: Path | IO[bytes]) -> bytes:
@@ -119,11 +119,11 @@ def _seems(start: bytes) -> str:
 
 
 def _orientation(image: Image.Image) -> int:
-    """EXIF orientation, 1 (upright) to 8, without decoding the picture."""
+    """EXIF orientation, 1 (upright) to 8, without decoding the image."""
     if image.format == "TIFF":
         return 1  # Pillow turns these itself, and says their upright size
-    late = _exif_behind_the_picture(image)
-    # A picture with broken EXIF data is still a picture; other readers show it as it lies.
+    late = _exif_behind_the_image(image)
+    # An image with broken EXIF data is still an image; other readers show it as it lies.
     with suppress(Exception):
         if late:
             exif = Image.Exif()
@@ -134,8 +134,8 @@ def _orientation(image: Image.Image) -> int:
     return 1
 
 
-def _exif_behind_the_picture(image: Image.Image) -> bytes:
-    """The eXIf chunk of a PNG that has it after the picture's data, where Pillow would decode the picture to find it."""
+def _exif_behind_the_image(image: Image.Image) -> bytes:
+    """The eXIf chunk of a PNG that has it after the image's data, where Pillow would decode the image to find it."""
     stream = getattr(image, "fp", None)
     if image.format != "PNG" or "exif" in image.info or stream is None:
         return b""
@@ -158,5 +158,5 @@ def _eight_bits(image: Image.Image) -> Image.Image:
         grey = np.asarray(image).astype(np.int64).clip(0, 65535) // 257
         return Image.fromarray(grey.astype(np.uint8)).convert("RGB")
     if image.mode == "F":
-        raise ValueError("pictures of floating-point numbers have no fixed white: save it with 8 or 16 bits a channel")
+        raise ValueError("images of floating-point numbers have no fixed white: save it with 8 or 16 bits a channel")
     return image.convert("RGBA" if image.has_transparency_data else "RGB")

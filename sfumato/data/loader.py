@@ -53,7 +53,7 @@ class _Read:
 
 
 _GONE = 16
-"""So many pictures that cannot be read, one after another, mean that it is not the pictures' fault."""
+"""So many images that cannot be read, one after another, mean that it is not the images' fault."""
 
 
 def _say(line: str) -> None:
@@ -61,8 +61,8 @@ def _say(line: str) -> None:
 
 
 @dataclass(slots=True)
-class _Pictures(Dataset[_Read]):
-    """Reads pictures or their latents: the part of the work that may run in other processes."""
+class _ImageReader(Dataset[_Read]):
+    """Reads images or their latents: the part of the work that may run in other processes."""
 
     plan: Plan
     latents: Report | None
@@ -86,7 +86,7 @@ class _Pictures(Dataset[_Read]):
         if self.latents is not None:
             return sizes | _stored(self.latents, self.plan, draw.item, flip)
         colours = python_random(draw.key, "colours") if options.color_aug else None
-        return sizes | augment.load(item.picture, options, item.placement, crop, stride=self.plan.stride, flip=flip, colours=colours)
+        return sizes | augment.load(item.image, options, item.placement, crop, stride=self.plan.stride, flip=flip, colours=colours)
 
     def _zeros(self, draw: _Draw) -> dict[str, Tensor]:
         """In place of a sample that cannot be read, so that its batch keeps its shape."""
@@ -98,7 +98,7 @@ class _Pictures(Dataset[_Read]):
         return sizes | {"pixels": torch.zeros(3, height, width)}
 
     def _or_ones(self, sample: Mapping[str, Tensor], name: str) -> Tensor:
-        """A picture without a mask among others that have one counts everywhere."""
+        """An image without a mask among others that have one counts everywhere."""
         if name in sample or name != "mask":
             return sample[name]
         height, width = sample["sizes"][4:].tolist()
@@ -112,14 +112,14 @@ def _fate(item: Item, options: SubsetConfig, key: int) -> tuple[Crop, bool]:
 
 
 def _sizes(item: Item, crop: Crop, flip: bool) -> list[int]:
-    """Original height and width, crop top and left as seen in the mirrored picture, target height and width."""
+    """Original height and width, crop top and left as seen in the mirrored image, target height and width."""
     left, top = item.placement.mirrored(crop) if flip else crop
-    return [item.picture.height, item.picture.width, top, left, item.placement.bucket[1], item.placement.bucket[0]]
+    return [item.image.height, item.image.width, top, left, item.placement.bucket[1], item.placement.bucket[0]]
 
 
 def _stored(latents: Report, plan: Plan, place: int, flip: bool) -> dict[str, Tensor]:
     item = plan.items[place]
-    what = f"the cached latents of {item.picture.path}"
+    what = f"the cached latents of {item.image.path}"
     entry = _entry(latents, place, what)
     if wrong := latents_misfit(entry, plan, item, _strategy(latents)):
         raise UserError(f"{what} cannot be used ({wrong}), and are made anew at the next start")
@@ -162,7 +162,7 @@ class _Jobs(Sampler[_Job]):
 class Loader:
     """Makes the batches of a plan.
 
-    Every draw follows from (seed, epoch, picture, repeat) alone; see `Item.key`. Pictures are read by `workers` other
+    Every draw follows from (seed, epoch, image, repeat) alone; see `Item.key`. Images are read by `workers` other
     processes (none when latents are in memory: then there is nothing to read).
     """
 
@@ -185,10 +185,10 @@ class Loader:
     persistent: bool = False
     """Keep the workers between epochs."""
     notice: Callable[[str], object] = _say
-    """Told, once a picture, which ones cannot be read any more."""
+    """Told, once an image, which ones cannot be read any more."""
     _lost: set[int] = field(init=False, default_factory=set)
     _row: set[int] = field(init=False, default_factory=set)
-    """Pictures that could not be read, since one could."""
+    """Images that could not be read, since one could."""
     _queue: _Jobs = field(init=False, default_factory=_Jobs)
     _reader: DataLoader[_Read] = field(init=False)
     _subsets: list[list[SubsetConfig]] = field(init=False)
@@ -197,7 +197,7 @@ class Loader:
         in_memory = self.latents is not None and self.latents.store.root is None
         workers = 0 if in_memory else self.workers
         self._reader = DataLoader(
-            _Pictures(self.plan, self.latents),
+            _ImageReader(self.plan, self.latents),
             batch_size=None,
             sampler=self._queue,
             num_workers=workers,
@@ -253,13 +253,13 @@ class Loader:
             self._row.add(draw.item)
             if len(self._row) >= min(_GONE, len(self.plan.items)):
                 raise UserError(
-                    f"{read.lost[place]}; nor could the {len(self._row) - 1} pictures before it be read: are their folders still there?"
+                    f"{read.lost[place]}; nor could the {len(self._row) - 1} images before it be read: are their folders still there?"
                 )
 
     def _batch(self, job: _Job, read: _Read) -> Batch:
         items = [self.plan.items[draw.item] for draw in job.draws]
         said = [self._caption(item, draw.key, job) for item, draw in zip(items, job.draws, strict=True)]
-        weights = [self.prior_loss_weight if item.picture.is_reg else 1.0 for item in items]
+        weights = [self.prior_loss_weight if item.image.is_reg else 1.0 for item in items]
         weights = [0.0 if job.spare or place in read.lost else weight for place, weight in enumerate(weights)]
         stacked = {name: torch.stack(values) for name, values in read.tensors.items()}
         return Batch(
@@ -276,8 +276,8 @@ class Loader:
         )
 
     def _caption(self, item: Item, key: int, job: _Job) -> str:
-        options = self._subsets[item.dataset][item.picture.subset]
-        return captions.vary(item.picture.captions, options, python_random(key, "caption"), epoch=job.epoch + 1, step=job.step)
+        options = self._subsets[item.dataset][item.image.subset]
+        return captions.vary(item.image.captions, options, python_random(key, "caption"), epoch=job.epoch + 1, step=job.step)
 
 
 def _cond(texts: Report, outputs: TextEncoderOutputsCachingStrategy, said: Sequence[str]) -> Cond:

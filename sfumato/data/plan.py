@@ -1,4 +1,4 @@
-"""Which pictures are seen, in which buckets and batches, and how many steps that makes; known before training."""
+"""Which images are seen, in which buckets and batches, and how many steps that makes; known before training."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from sfumato.config import DatasetConfig, SubsetConfig
 from sfumato.config.data import ONLY_REGULARISATION
 from sfumato.data.batch import Size
 from sfumato.data.buckets import Placement, check, place, resolutions
-from sfumato.data.scan import Picture, Scan, Skipped, scan
+from sfumato.data.scan import ImageFile, Scan, SkippedFile, scan
 from sfumato.data.store import Index, Progress
 from sfumato.errors import UserError
 from sfumato.tensors.random import key, python_random
@@ -20,22 +20,22 @@ from sfumato.tensors.random import key, python_random
 
 @dataclass(frozen=True, slots=True)
 class Item:
-    """A picture in its place in a dataset."""
+    """An image in its place in a dataset."""
 
-    picture: Picture
+    image: ImageFile
     placement: Placement
     dataset: int
     repeats: int
     """Times it is seen in an epoch."""
 
     def key(self, seed: int, epoch: int, repeat: int) -> int:
-        """What all randomness of one draw of this picture follows from."""
-        return key(seed, epoch, self.dataset, self.picture.subset, self.picture.name, repeat)
+        """What all randomness of one draw of this image follows from."""
+        return key(seed, epoch, self.dataset, self.image.subset, self.image.name, repeat)
 
 
 @dataclass(frozen=True, slots=True)
 class SampleRef:
-    """One draw of a picture in an epoch."""
+    """One draw of an image in an epoch."""
 
     item: int
     """Place in `plan.items`."""
@@ -44,18 +44,18 @@ class SampleRef:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """All pictures of a run. Every picture file found is in `items` or in `skipped`."""
+    """All images of a run. Every image file found is in `items` or in `skipped`."""
 
     datasets: tuple[DatasetConfig, ...]
     items: tuple[Item, ...]
-    skipped: tuple[Skipped, ...]
+    skipped: tuple[SkippedFile, ...]
     notes: tuple[str, ...]
     """What the user should know, a line each."""
     stride: int
 
     def subset(self, item: Item) -> SubsetConfig:
-        """The options of a picture's folder."""
-        return self.datasets[item.dataset].subsets[item.picture.subset]
+        """The options of an image's folder."""
+        return self.datasets[item.dataset].subsets[item.image.subset]
 
     def buckets(self) -> dict[tuple[int, Size], list[int]]:
         """(dataset, bucket) -> places in `items`, in a fixed order."""
@@ -68,7 +68,7 @@ class Plan:
         """(dataset, folder in it) -> its items; in one pass, as both may be many."""
         found: dict[tuple[int, int], list[Item]] = defaultdict(list)
         for item in self.items:
-            found[item.dataset, item.picture.subset].append(item)
+            found[item.dataset, item.image.subset].append(item)
         return found
 
     def largest(self) -> list[tuple[str, int, int, str]]:
@@ -100,19 +100,19 @@ class Plan:
 
     @property
     def train_samples(self) -> int:
-        """Draws of training pictures in an epoch."""
-        return sum(item.repeats for item in self.items if not item.picture.is_reg)
+        """Draws of training images in an epoch."""
+        return sum(item.repeats for item in self.items if not item.image.is_reg)
 
     @property
     def reg_samples(self) -> int:
-        """Draws of regularisation pictures in an epoch."""
-        return sum(item.repeats for item in self.items if item.picture.is_reg)
+        """Draws of regularisation images in an epoch."""
+        return sum(item.repeats for item in self.items if item.image.is_reg)
 
     def _samples(self, members: Iterable[int]) -> int:
         return sum(self.items[i].repeats for i in members)
 
     def folder_rows(self) -> list[tuple[str | int, ...]]:
-        """A row a folder: dataset, folder, kind, pictures, repeats, samples an epoch, skipped."""
+        """A row a folder: dataset, folder, kind, images, repeats, samples an epoch, skipped."""
         rows: list[tuple[str | int, ...]] = []
         folders, left = self.folders(), Counter((skip.dataset, skip.subset) for skip in self.skipped)
         for d, dataset in enumerate(self.datasets):
@@ -126,31 +126,31 @@ class Plan:
         return rows
 
     def bucket_rows(self) -> list[tuple[str | int, ...]]:
-        """A row a bucket: dataset, bucket, pictures, samples an epoch, batches, size of the last batch, share cut away, enlarged."""
+        """A row a bucket: dataset, bucket, images, samples an epoch, batches, size of the last batch, share cut away, enlarged."""
         rows: list[tuple[str | int, ...]] = []
         for (dataset, bucket), members in self.buckets().items():
             size, samples = self.datasets[dataset].batch_size, self._samples(members)
             cut = sum(_cut_away(self.items[i].placement) for i in members) / len(members)
-            grown = sum(self.items[i].placement.resized[0] > self.items[i].picture.width for i in members)
+            grown = sum(self.items[i].placement.resized[0] > self.items[i].image.width for i in members)
             last = samples % size or size
             rows.append((dataset + 1, f"{bucket[0]}x{bucket[1]}", len(members), samples, -(-samples // size), last, f"{cut:.1%}", grown))
         return rows
 
     def steps_line(self, accumulation: int = 1, world: int = 1) -> str:
-        """The sum from pictures to the steps of an epoch, in words."""
-        pictures = f"{sum(not item.picture.is_reg for item in self.items)} pictures x repeats = {self.train_samples} samples"
+        """The sum from images to the steps of an epoch, in words."""
+        images = f"{sum(not item.image.is_reg for item in self.items)} images x repeats = {self.train_samples} samples"
         if self.reg_samples:
-            regs = sum(item.picture.is_reg for item in self.items)
-            pictures += f", and {regs} regularisation pictures x repeats = {self.reg_samples} samples"
+            regs = sum(item.image.is_reg for item in self.items)
+            images += f", and {regs} regularisation images x repeats = {self.reg_samples} samples"
         sizes = "/".join(str(dataset.batch_size) for dataset in self.datasets)
         return (
-            f"{pictures}; in batches of {sizes}, cut within each bucket: {self.batches_per_epoch} batches; "
+            f"{images}; in batches of {sizes}, cut within each bucket: {self.batches_per_epoch} batches; "
             f"/ ({accumulation} accumulated x {world} processes) = {self.steps_per_epoch(accumulation, world)} steps an epoch"
         )
 
     def digest(self) -> str:
         """Changes when the batches do: a resumed run compares it."""
-        rows = [[i.dataset, i.picture.subset, i.picture.name, i.repeats, i.placement.bucket] for i in self.items]
+        rows = [[i.dataset, i.image.subset, i.image.name, i.repeats, i.placement.bucket] for i in self.items]
         sizes = [dataset.batch_size for dataset in self.datasets]
         return blake2b(json.dumps([rows, sizes]).encode(), digest_size=16).hexdigest()
 
@@ -174,22 +174,22 @@ def make_plan(
     multiple: int | None = None,
     progress: Progress | None = None,
 ) -> Plan:
-    """Find all pictures and their buckets.
+    """Find all images and their buckets.
 
-    `bodies`: decode each picture once (unless `index` knows it), so that damaged ones show now; False: headers alone.
-    `stride`: picture pixels a latent pixel; `multiple`: what sides are multiples of, if more than that. Raises UserError that
+    `bodies`: decode each image once (unless `index` knows it), so that damaged ones show now; False: headers alone.
+    `stride`: image pixels a latent pixel; `multiple`: what sides are multiples of, if more than that. Raises UserError that
     lists every option that cannot act, or every file that cannot be used, with its reason (those are left out and listed in
     `skipped` instead if `skip_unreadable`).
     """
     _check_options(datasets, multiple or stride)
     items: list[Item] = []
-    skipped: list[Skipped] = []
+    skipped: list[SkippedFile] = []
     notes: list[str] = []
     wrong: list[str] = []
     for d, dataset in enumerate(datasets):
         found = scan(dataset, index, bodies=bodies, progress=progress)
         placed, left = _placed(found, dataset, d)
-        if placed and all(item.picture.is_reg for item in placed):
+        if placed and all(item.image.is_reg for item in placed):
             wrong.append(f"dataset {d + 1}: {ONLY_REGULARISATION}")
         placed, unneeded = _repeat_regularisation(placed)
         items += placed
@@ -206,20 +206,20 @@ def make_plan(
     if wrong:
         raise UserError(*wrong)
     if not items:
-        raise UserError("no picture is left to train on", *([_listed(bad)] if bad else []))
+        raise UserError("no image is left to train on", *([_listed(bad)] if bad else []))
     return Plan(datasets=tuple(datasets), items=tuple(items), skipped=tuple(skipped), notes=tuple(dict.fromkeys(notes)), stride=stride)
 
 
-def _listed(bad: Sequence[Skipped]) -> str:
+def _listed(bad: Sequence[SkippedFile]) -> str:
     lines = list(dict.fromkeys(f"  {skip.path}: {skip.reason}" for skip in bad))  # a folder may stand in several datasets
     advice = "mend or remove them, or train without them by skip_unreadable (--skip_unreadable)"
-    return "\n".join([f"{len(lines)} pictures cannot be used; {advice}:", *lines])
+    return "\n".join([f"{len(lines)} images cannot be used; {advice}:", *lines])
 
 
 def _check_options(datasets: Sequence[DatasetConfig], multiple: int) -> None:
     wrong = []
     if not any(dataset.subsets for dataset in datasets):
-        wrong.append("there are no pictures to train on: name a folder by train_data_dir, or in the file of dataset_config")
+        wrong.append("there are no images to train on: name a folder by train_data_dir, or in the file of dataset_config")
     for d, dataset in enumerate(datasets):
         where = f"dataset {d + 1}"
         wrong += [f"{where}: {message}" for message in check(dataset, multiple)]
@@ -243,23 +243,23 @@ def _check_subset(subset: SubsetConfig) -> list[str]:
     return wrong
 
 
-def _placed(found: Scan, dataset: DatasetConfig, number: int) -> tuple[list[Item], list[Skipped]]:
+def _placed(found: Scan, dataset: DatasetConfig, number: int) -> tuple[list[Item], list[SkippedFile]]:
     buckets = resolutions(dataset)
     items, left = [], []
-    for picture in found.pictures:
+    for image in found.images:
         try:
-            placement = place((picture.width, picture.height), dataset, buckets)
+            placement = place((image.width, image.height), dataset, buckets)
         except ValueError as error:
-            left.append(Skipped(picture.path, str(error), subset=picture.subset))
+            left.append(SkippedFile(image.path, str(error), subset=image.subset))
             continue
-        items.append(Item(picture, placement, number, picture.repeats))
+        items.append(Item(image, placement, number, image.repeats))
     return items, left
 
 
-def _repeat_regularisation(items: Sequence[Item]) -> tuple[list[Item], list[Skipped]]:
-    """Regularisation pictures are repeated until they are as many as the training samples, or cut off there, as sd-scripts does."""
-    train = [item for item in items if not item.picture.is_reg]
-    regs = [item for item in items if item.picture.is_reg]
+def _repeat_regularisation(items: Sequence[Item]) -> tuple[list[Item], list[SkippedFile]]:
+    """Regularisation images are repeated until they are as many as the training samples, or cut off there, as sd-scripts does."""
+    train = [item for item in items if not item.image.is_reg]
+    regs = [item for item in items if item.image.is_reg]
     goal, samples = sum(item.repeats for item in train), 0
     kept: list[Item] = []
     for item in regs:
@@ -271,18 +271,18 @@ def _repeat_regularisation(items: Sequence[Item]) -> tuple[list[Item], list[Skip
         # All are in use: each gets its share of what is missing, the first ones what does not divide.
         share, rest = divmod(goal - samples, len(kept))
         kept = [replace(item, repeats=item.repeats + share + (i < rest)) for i, item in enumerate(kept)]
-    reason = f"regularisation picture not needed: there are {samples} samples of them for {goal} of training"
-    return train + kept, [Skipped(item.picture.path, reason, unreadable=False, subset=item.picture.subset) for item in regs[len(kept) :]]
+    reason = f"regularisation image not needed: there are {samples} samples of them for {goal} of training"
+    return train + kept, [SkippedFile(item.image.path, reason, unreadable=False, subset=item.image.subset) for item in regs[len(kept) :]]
 
 
-def _notes(dataset: DatasetConfig, items: Sequence[Item], unneeded: Sequence[Skipped], number: int) -> list[str]:
+def _notes(dataset: DatasetConfig, items: Sequence[Item], unneeded: Sequence[SkippedFile], number: int) -> list[str]:
     notes = []
     if dataset.bucket_no_upscale and not dataset.enable_bucket:
         notes.append(f"dataset {number + 1}: bucket_no_upscale acts with enable_bucket only")
     if unneeded:
-        notes.append(f"dataset {number + 1}: {len(unneeded)} regularisation pictures are left out: {unneeded[0].reason.partition(': ')[2]}")
-    regs = [item for item in items if item.picture.is_reg]
-    if any(item.repeats != item.picture.repeats for item in regs):
+        notes.append(f"dataset {number + 1}: {len(unneeded)} regularisation images are left out: {unneeded[0].reason.partition(': ')[2]}")
+    regs = [item for item in items if item.image.is_reg]
+    if any(item.repeats != item.image.repeats for item in regs):
         samples = sum(item.repeats for item in regs)
-        notes.append(f"dataset {number + 1}: {len(regs)} regularisation pictures are repeated to {samples} samples, as many as of training")
+        notes.append(f"dataset {number + 1}: {len(regs)} regularisation images are repeated to {samples} samples, as many as of training")
     return notes

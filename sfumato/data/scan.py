@@ -1,4 +1,4 @@
-"""The pictures of a dataset's folders: what they are, found without changing or guessing anything."""
+"""The images of a dataset's folders: what they are, found without changing or guessing anything."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ from sfumato.formats.paths import kind, trouble
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Picture:
-    """A picture as found, with its mask and its caption."""
+class ImageFile:
+    """An image as found, with its mask and its caption."""
 
     path: Path
     name: str
@@ -44,7 +44,7 @@ class Picture:
 
 
 @dataclass(frozen=True, slots=True)
-class Skipped:
+class SkippedFile:
     """A file that was found and is not used."""
 
     path: Path
@@ -58,17 +58,17 @@ class Skipped:
 
 @dataclass(slots=True)
 class Scan:
-    """What the folders of a dataset hold: every picture file is in `pictures` or in `skipped`."""
+    """What the folders of a dataset hold: every image file is in `images` or in `skipped`."""
 
-    pictures: list[Picture] = field(default_factory=list)
-    skipped: list[Skipped] = field(default_factory=list)
+    images: list[ImageFile] = field(default_factory=list)
+    skipped: list[SkippedFile] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     """What the user should know, a line each."""
 
 
 @dataclass(frozen=True, slots=True)
 class Facts:
-    """What a picture file is; `problem` says why it cannot be read."""
+    """What an image file is; `problem` says why it cannot be read."""
 
     width: int = 0
     height: int = 0
@@ -79,7 +79,7 @@ class Facts:
 def scan(dataset: DatasetConfig, index: Index, *, bodies: bool = True, progress: Progress | None = None) -> Scan:
     """Look through the folders of a dataset.
 
-    `bodies`: decode every picture once, so that damaged ones are known now, and hash it; False: read headers alone.
+    `bodies`: decode every image once, so that damaged ones are known now, and hash it; False: read headers alone.
     What is known of a file that has not changed is taken from `index`, without opening it.
     Raises UserError for folders that are missing or empty, all at once.
     """
@@ -93,13 +93,13 @@ def scan(dataset: DatasetConfig, index: Index, *, bodies: bool = True, progress:
     result = Scan()
     for i, subset in enumerate(dataset.subsets):
         result.notes += _left_alone(subset, listings[i])
-        result.skipped += [Skipped(path, reason, subset=i) for path, reason in listings[i].troubles]
+        result.skipped += [SkippedFile(path, reason, subset=i) for path, reason in listings[i].troubles]
         _add_subset(result, i, subset, listings[i].images, masks[i], facts)
     return result
 
 
 def examine(paths: Sequence[Path], index: Index, *, bodies: bool, progress: Progress | None = None) -> dict[Path, Facts]:
-    """What each picture file is, from the index where the file has not changed since (size and times), else from the file."""
+    """What each image file is, from the index where the file has not changed since (size and times), else from the file."""
     paths = list(dict.fromkeys(paths))
     known = index.read("picture", [str(p.absolute()) for p in paths])
     facts: dict[Path, Facts] = {}
@@ -180,7 +180,7 @@ def _suffix(subset: SubsetConfig) -> str:
 
 
 def _masks(subset: SubsetConfig, paths: Sequence[Path]) -> dict[Path, Path]:
-    """Mask picture of each picture that has one: the same relative name, with any picture ending."""
+    """Mask image of each image that has one: the same relative name, with any image ending."""
     if not subset.conditioning_data_dir:
         return {}
     folder, root = Path(subset.conditioning_data_dir), Path(subset.image_dir)
@@ -200,18 +200,18 @@ def _add_subset(
         mask = masks.get(path)
         captions = _captions(path, subset)
         if reason := _problem(subset, facts[path], mask, facts, captions):
-            result.skipped.append(Skipped(path, reason, subset=number))
+            result.skipped.append(SkippedFile(path, reason, subset=number))
             continue
         if subset.num_repeats < 1:
-            result.skipped.append(Skipped(path, f"num_repeats is {subset.num_repeats}", unreadable=False, subset=number))
+            result.skipped.append(SkippedFile(path, f"num_repeats is {subset.num_repeats}", unreadable=False, subset=number))
             continue
         assert not isinstance(captions, str)
         lines = captions if captions is not None else (subset.class_tokens or "",)
         bare += [path] if captions is None and not subset.class_tokens else []
         blank += [path] if captions == ("",) else []
         long += [path] if len(lines) > 1 and not subset.enable_wildcard else []
-        result.pictures.append(
-            Picture(
+        result.images.append(
+            ImageFile(
                 path=path,
                 name=path.as_posix().removeprefix(inside),
                 width=facts[path].width,
@@ -229,29 +229,27 @@ def _add_subset(
 
 
 def _problem(
-    subset: SubsetConfig, picture: Facts, mask: Path | None, facts: dict[Path, Facts], captions: tuple[str, ...] | str | None
+    subset: SubsetConfig, image: Facts, mask: Path | None, facts: dict[Path, Facts], captions: tuple[str, ...] | str | None
 ) -> str:
-    """Why a picture cannot be used, or nothing."""
-    if picture.problem:
-        return picture.problem
+    """Why an image cannot be used, or nothing."""
+    if image.problem:
+        return image.problem
     if isinstance(captions, str):
         return captions
     if subset.conditioning_data_dir:
         if mask is None:
-            return f"no mask picture of this name in conditioning_data_dir {subset.conditioning_data_dir}"
+            return f"no mask image of this name in conditioning_data_dir {subset.conditioning_data_dir}"
         of_mask = facts[mask]
         if of_mask.problem:
             return f"its mask {mask}: {of_mask.problem}"
-        # Masks may be smaller or larger than their pictures, to a pixel's rounding, but not of another shape.
-        if abs(of_mask.width * picture.height - of_mask.height * picture.width) > max(
-            picture.width, picture.height, of_mask.width, of_mask.height
-        ):
-            return f"its mask {mask} is {of_mask.width}x{of_mask.height}: not the shape of the picture, {picture.width}x{picture.height}"
+        # Masks may be smaller or larger than their images, to a pixel's rounding, but not of another shape.
+        if abs(of_mask.width * image.height - of_mask.height * image.width) > max(image.width, image.height, of_mask.width, of_mask.height):
+            return f"its mask {mask} is {of_mask.width}x{of_mask.height}: not the shape of the image, {image.width}x{image.height}"
     return ""
 
 
 def _captions(path: Path, subset: SubsetConfig) -> tuple[str, ...] | str | None:
-    """The lines of a picture's caption file, None when there is no file, or a string that says what is wrong with it."""
+    """The lines of an image's caption file, None when there is no file, or a string that says what is wrong with it."""
     for file in _caption_files(path, subset):
         try:
             status = file.stat()
@@ -264,7 +262,7 @@ def _captions(path: Path, subset: SubsetConfig) -> tuple[str, ...] | str | None:
 
 
 def _caption_files(path: Path, subset: SubsetConfig) -> list[Path]:
-    """Where a picture's caption may stand: `name.txt` serves `name_a_b_c_d.png` too, whose numbers say where a face is."""
+    """Where an image's caption may stand: `name.txt` serves `name_a_b_c_d.png` too, whose numbers say where a face is."""
     names = path.stem.split("_")
     stems = [path.stem, "_".join(names[:-4])] if len(names) >= 5 else [path.stem]
     return [path.with_name(f"{stem}{_suffix(subset)}") for stem in stems]
@@ -295,7 +293,7 @@ def _caption_notes(subset: SubsetConfig, bare: Sequence[Path], blank: Sequence[P
         other = next((s for s in (".txt", ".caption") if s != _suffix(subset) and os.path.exists(bare[0].with_suffix(s))), None)
         hint = f"; there are {other} files: set caption_extension" if other else ""
         notes.append(
-            f"{subset.image_dir}: {len(bare)} pictures have neither a {_suffix(subset)} caption nor class_tokens and train with an empty "
+            f"{subset.image_dir}: {len(bare)} images have neither a {_suffix(subset)} caption nor class_tokens and train with an empty "
             f"caption ({_some(bare)}){hint}"
         )
     if blank:
@@ -311,10 +309,10 @@ def _some(paths: Sequence[Path]) -> str:
     return ", ".join(p.name for p in paths[:5]) + (" ..." if len(paths) > 5 else "")
 
 
-def open_picture(path: Path, digest: str = "") -> Image.Image:
-    """A picture in RGB, or RGBA where it has transparency, upright. Raises UserError naming the file.
+def open_image(path: Path, digest: str = "") -> Image.Image:
+    """An image in RGB, or RGBA where it has transparency, upright. Raises UserError naming the file.
 
-    `digest`: of the bytes that are expected, as in `Picture`; other ones are refused.
+    `digest`: of the bytes that are expected, as in `ImageFile`; other ones are refused.
     """
     if said := trouble(path):
         raise UserError(f"{path}: {said}")

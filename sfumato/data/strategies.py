@@ -62,12 +62,12 @@ class LatentsCachingStrategy:
     """What a family says of its latents; keeping them is the same for all."""
 
     stride: int = 8
-    """Picture pixels a latent pixel."""
+    """Image pixels a latent pixel."""
     channels: int = 4
     dtype: torch.dtype = torch.float16
     """What latents are kept in."""
     patch: int = 1
-    """Latent pixels a side that the denoiser takes together: sides of pictures are multiples of stride x patch."""
+    """Latent pixels a side that the denoiser takes together: sides of images are multiples of stride x patch."""
     suffix: str = "_sd.npz"
     """Ending of sd-scripts' own cache files, for importing them."""
     stored: Literal["raw", "final"] = "raw"
@@ -75,7 +75,7 @@ class LatentsCachingStrategy:
 
     @property
     def multiple(self) -> int:
-        """What the sides of pictures are multiples of, in pixels."""
+        """What the sides of images are multiples of, in pixels."""
         return self.stride * self.patch
 
     def encode(self, vae: nn.Module, pixels: Tensor) -> Tensor:

@@ -333,9 +333,9 @@ def check_finite(tensors: Mapping[str, Tensor], what: str, cast: torch.dtype | N
     bad = []
     for name, t in tensors.items():
         if t.is_floating_point():
-            wide = t.float() if t.element_size() == 1 else t  # isfinite knows no 8-bit floats
-            if not bool(torch.isfinite(wide).all()):
-                bad.append(f"{name} ({int((~torch.isfinite(wide)).sum()):,} of {t.numel():,} values)")
+            per_sample = t.float() if t.element_size() == 1 else t  # isfinite knows no 8-bit floats
+            if not bool(torch.isfinite(per_sample).all()):
+                bad.append(f"{name} ({int((~torch.isfinite(per_sample)).sum()):,} of {t.numel():,} values)")
     if bad:
         more = f" and {len(bad) - 3} more" if len(bad) > 3 else ""
         small = cast is not None and torch.finfo(cast).max < torch.finfo(torch.float32).max / 10

@@ -117,13 +117,13 @@ class DatasetFacts:
 
     config: DatasetConfig
     images: Sequence[int]
-    """Pictures in each subset, without repeats."""
+    """Images in each subset, without repeats."""
     tags: Sequence[Mapping[str, int]] = ()
     """Of each subset, how often each tag stands in its captions."""
     buckets: Mapping[tuple[int, int], int] = field(default_factory=dict)
-    """(width, height) -> pictures, repeats counted."""
+    """(width, height) -> images, repeats counted."""
     mean_ar_error: float = 0.0
-    """Mean difference of aspect ratio between a picture and its bucket."""
+    """Mean difference of aspect ratio between an image and its bucket."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -144,7 +144,7 @@ class RunFacts:
     num_reg_images: int
     num_batches_per_epoch: int
     total_batch_size: int | None = None
-    """Pictures an optimizer step, over all processes."""
+    """Images an optimizer step, over all processes."""
     num_epochs: int
     max_train_steps: int
     steps: int

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from sfumato.adapters import AdapterPlan
-from sfumato.adapters.insert import Place
+from sfumato.adapters.insert import TargetLayer
 from sfumato.config import LossConfig, NoiseConfig
 from sfumato.data.batch import Cond
 from sfumato.data.strategies import (
@@ -28,8 +28,8 @@ from sfumato.models.autoencoders import scale
 from sfumato.models.components import Checkpoint, Component
 from sfumato.models.encoders.tokenizers import MERGES
 from sfumato.models.ondemand import OnDemand
-from sfumato.tensors.noise import Process
-from sfumato.tensors.random import Draws
+from sfumato.tensors.noise import NoiseProcess
+from sfumato.tensors.random import SampleRandom
 
 
 @dataclass(slots=True)
@@ -67,7 +67,7 @@ class Models:
         """The VAE. Errors: `UserError` when the checkpoint came without one and none was given."""
         if self.vae is None:
             where = self.source.path if self.source else "the model"
-            raise UserError(f"{where} has no VAE, which pictures must pass through; give one with --vae")
+            raise UserError(f"{where} has no VAE, which images must pass through; give one with --vae")
         return self.vae
 
     def the_source(self) -> Checkpoint:
@@ -101,8 +101,8 @@ class SampleInfo:
     """(b, 6) original height and width, crop top and left, target height and width, in pixels."""
     guidance: Tensor | None = None
     """(b,) the guidance that a distilled model is told; None: the family's own for training."""
-    draws: Draws | None = None
-    """Where what is left out by chance while training comes from; None when pictures are drawn."""
+    rng: SampleRandom | None = None
+    """Where what is left out by chance while training comes from; None when images are drawn."""
 
 
 def check_sizes(models: Models, sizes: Iterable[tuple[str, int, int, str]]) -> None:
@@ -181,16 +181,16 @@ class Family:
     encode: Callable[[Models], TextEncodingStrategy]
     latents: LatentsCachingStrategy
     outputs: Callable[[Models], TextEncoderOutputsCachingStrategy]
-    process: Callable[[Models, NoiseConfig, LossConfig], Process]
+    process: Callable[[Models, NoiseConfig, LossConfig], NoiseProcess]
     """(models, noise config, loss config) -> how latents are noised, what the net should say, and what an error weighs."""
     condition: Callable[[Models, Cond, SampleInfo], Cond] = as_encoded
     """(models, what the encoders say, setting) -> all that `predict` is told besides x and t."""
     predict: Callable[[nn.Module, Tensor, Tensor, Cond], Tensor]
     """(denoiser, x (b, c, h, w), t (b,), cond) -> what the denoiser says, shaped as x."""
     sigmas: Callable[[Models, int, int], Tensor] | None = None
-    """(models, steps, latent pixels of the picture) -> (steps + 1,) noise levels from 1 to 0 that a picture is drawn along; None: DDPM."""
+    """(models, steps, latent pixels of the image) -> (steps + 1,) noise levels from 1 to 0 that an image is drawn along; None: DDPM."""
     largest: Callable[[Models], int] | None = None
-    """models -> the longest side, in pixels, of a picture that the denoiser can be told of; None: any."""
+    """models -> the longest side, in pixels, of an image that the denoiser can be told of; None: any."""
     blocks: Callable[[nn.Module], Sequence[nn.Module]]
     """The denoiser's repeated blocks, in forward order: what checkpointing, swapping and compiling act on."""
     encoder_blocks: Callable[[nn.Module], Sequence[nn.Module]] = lambda net: list(cast(Any, net).layers)
@@ -199,7 +199,7 @@ class Family:
     """Adapter key names: "kohya", "comfy", "peft"."""
     targets: Mapping[str, Mapping[str, tuple[str, ...]]]
     """component -> layer kind ("linear", "conv") -> path patterns (fnmatch) of the layers that adapters go on."""
-    layer: Callable[[Any, AdapterPlan, Place], Place | None] = lambda options, plan, place: place
+    target_layer: Callable[[Any, AdapterPlan, TargetLayer], TargetLayer | None] = lambda options, plan, target: target
     """(options, plan, a layer that gets an adapter) -> the same with what the options say of this layer; None: no adapter there."""
     trainable: Callable[[Any, AdapterPlan | None], frozenset[str] | None] = lambda options, plan: None
     """(options, the plan of adapters, or None for a whole model) -> the text encoders that training may change; None: all."""

@@ -15,7 +15,7 @@ class FlowOptions:
 
     timestep_sampling: Literal["sigma", "uniform", "sigmoid", "shift", "flux_shift"] = "sigma"
     """How noise levels are drawn. sigma: by weighting_scheme, then shifted; uniform: evenly; sigmoid: the sigmoid of a normal number;
-    shift: the same, then shifted; flux_shift: the same, shifted the more the larger the picture is."""
+    shift: the same, then shifted; flux_shift: the same, shifted the more the larger the image is."""
     sigmoid_scale: float | None = None
     """Spread of timestep_sampling sigmoid, shift and flux_shift; default 1. Below 1: more of the middle."""
     discrete_flow_shift: float | None = None
@@ -29,7 +29,7 @@ class FlowOptions:
     mode_scale: float | None = None
     """Strength of weighting_scheme mode, -1 to 1.75: above 0 more of the middle; default 1.29."""
     model_prediction_type: Literal["raw", "additive", "sigma_scaled"] = "raw"
-    """raw: the model says the velocity, which is what the loss compares. sigma_scaled: the loss compares the picture that follows from it.
+    """raw: the model says the velocity, which is what the loss compares. sigma_scaled: the loss compares the image that follows from it.
     additive: the model learns to say the velocity less its input, which no sampler expects."""
 
 

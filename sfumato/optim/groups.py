@@ -18,15 +18,15 @@ class Group:
     parameters: Sequence[nn.Parameter]
     plus: Sequence[nn.Parameter] = ()
     """Those of `parameters` that LoRA+ gives a higher rate (arXiv:2402.12354)."""
-    plus_ratio: float | None = None
+    loraplus_ratio: float | None = None
     """How many times higher; None: not at all."""
 
     def for_torch(self) -> list[dict[str, Any]]:
         """torch's parameter groups, with names; "NAME.plus" after "NAME" where LoRA+ is on."""
-        if self.plus_ratio is None:
+        if self.loraplus_ratio is None:
             return [{"name": self.name, "lr": self.lr, "params": list(self.parameters)}]
         fast = {id(p) for p in self.plus}
         return [
             {"name": self.name, "lr": self.lr, "params": [p for p in self.parameters if id(p) not in fast]},
-            {"name": f"{self.name}.plus", "lr": self.lr * self.plus_ratio, "params": list(self.plus)},
+            {"name": f"{self.name}.plus", "lr": self.lr * self.loraplus_ratio, "params": list(self.plus)},
         ]

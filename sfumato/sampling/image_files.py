@@ -1,4 +1,4 @@
-"""Drawn pictures on disk: their names, what is written in them, and grids of them."""
+"""Drawn images on disk: their names, what is written in them, and grids of them."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def save(image: Image.Image, path: Path, prompt: Prompt, sampler: str) -> None:
 def grid(
     rows: Sequence[Sequence[Image.Image]], row_titles: Sequence[str] = (), column_titles: Sequence[str] = (), *, enlarge: int = 1
 ) -> Image.Image:
-    """Pictures in rows on white, each in a cell of the largest one's size; `enlarge` repeats pixels of small pictures.
+    """Images in rows on white, each in a cell of the largest one's size; `enlarge` repeats pixels of small images.
 
     Titles, if given, are one a row or one a column, and are wrapped to fit.
     """
@@ -56,8 +56,8 @@ def grid(
         corner = top + MARGIN + y * (height + MARGIN)
         if y < len(row_titles):
             draw.multiline_text((MARGIN, corner), _wrapped(row_titles[y], font, left - MARGIN), "black", font)
-        for x, picture in enumerate(row):
-            large = picture.resize((picture.width * enlarge, picture.height * enlarge), Image.Resampling.NEAREST)
+        for x, image in enumerate(row):
+            large = image.resize((image.width * enlarge, image.height * enlarge), Image.Resampling.NEAREST)
             out.paste(large, (left + MARGIN + x * (width + MARGIN), corner))
     return out
 

@@ -38,7 +38,7 @@ ALIASES = {f"k_{name}": name for name in ("lms", "euler", "euler_a", "dpm_2", "d
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Prompt:
-    """One picture to draw; fields are spelled as the keys of sd-scripts' TOML and JSON prompt files."""
+    """One image to draw; fields are spelled as the keys of sd-scripts' TOML and JSON prompt files."""
 
     prompt: str = ""
     negative_prompt: str = ""

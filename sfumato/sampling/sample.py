@@ -1,4 +1,4 @@
-"""Pictures drawn by a model: the same code while training and for `sfumato sample`."""
+"""Images drawn by a model: the same code while training and for `sfumato sample`."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from sfumato.models.base import Models, SampleInfo, check_sizes
 from sfumato.sampling import image_files
 from sfumato.sampling.prompts import SAMPLERS, Prompt, default
 from sfumato.sampling.prompts import sampler as own_name
-from sfumato.tensors.noise import Process
+from sfumato.tensors.noise import NoiseProcess
 from sfumato.tensors.random import key
 
 Progress = Callable[[int, int], None]
@@ -38,7 +38,7 @@ def sample(
     prompts: Sequence[Prompt],
     folder: Path,
     *,
-    process: Process,
+    process: NoiseProcess,
     name: str,
     sampler: str = "ddim",
     epoch: int | None = None,
@@ -53,7 +53,7 @@ def sample(
 ) -> list[Path]:
     """Draw `prompts` into `folder` and return the files, in the prompts' order.
 
-    A prompt without a seed gets one of (`seed`, its place in the list), the same each time, so that pictures of
+    A prompt without a seed gets one of (`seed`, its place in the list), the same each time, so that images of
     one run can be compared. Process `rank` of `world` draws every world-th prompt. Raises `UserError` for a
     sampler that is unknown or does not fit the process.
     """
@@ -77,7 +77,7 @@ def draw(
     models: Models,
     prompts: Sequence[Prompt],
     *,
-    process: Process,
+    process: NoiseProcess,
     sampler: str = "ddim",
     noise: Tensor | None = None,
     batch_size: int = 1,
@@ -85,7 +85,7 @@ def draw(
     known: Known | None = None,
     device: torch.device | None = None,
 ) -> list[Image.Image]:
-    """One picture a prompt. See `draw_latents`, which does all but the decoding.
+    """One image a prompt. See `draw_latents`, which does all but the decoding.
 
     `known`: of `encode_prompts`; None: the prompts are encoded now. `device`: where the nets are brought while they are used, the text
     encoders, the denoiser and the VAE in turn; None: they are used where they are.
@@ -116,7 +116,7 @@ def draw_latents(
     models: Models,
     prompts: Sequence[Prompt],
     *,
-    process: Process,
+    process: NoiseProcess,
     sampler: str = "ddim",
     noise: Tensor | None = None,
     batch_size: int = 1,
@@ -127,7 +127,7 @@ def draw_latents(
 
     Neighbouring prompts of one size, sampler and number of steps are drawn together, up to `batch_size`. Each
     starts from its own seed's noise (0 if it has none), made on the CPU, so that neither company nor device
-    changes a picture. `noise` (n, c, h, w), of unit deviation, stands in for that of the seeds.
+    changes an image. `noise` (n, c, h, w), of unit deviation, stands in for that of the seeds.
 
     Works under autocast and with nets in 16 bits; nets are in eval mode for the while and get their modes back.
     """
@@ -151,16 +151,16 @@ def draw_latents(
 
 
 def decode(models: Models, latents: Tensor, prompt: Prompt) -> Image.Image:
-    """A latent (c, h, w) as the denoiser gives it -> the picture; the VAE runs in the format that it is held in."""
+    """A latent (c, h, w) as the denoiser gives it -> the image; the VAE runs in the format that it is held in."""
     if models.vae is None:
-        raise UserError("this model has no VAE to draw pictures with; give one with --vae")
+        raise UserError("this model has no VAE to draw images with; give one with --vae")
     device, dtype = _place(models.vae)
     with torch.no_grad(), _evaluating([models.vae]), torch.autocast(device.type, enabled=False):
         raw = unscale(models.vae, latents[None].to(device, torch.float32))
         pixels = models.vae.decode(raw.to(dtype)).sample[0].float()  # type: ignore[operator]
     if not pixels.isfinite().all():
         cause = "the VAE overflowed: try --no_half_vae" if latents.isfinite().all() else "the denoiser gave NaN: the training has diverged"
-        log.warning("the picture of %r is not finite and partly black; %s", prompt.prompt, cause)
+        log.warning("the image of %r is not finite and partly black; %s", prompt.prompt, cause)
     levels = ((pixels.nan_to_num(-1) / 2 + 0.5).clamp(0, 1) * 255).round().to("cpu", torch.uint8)
     return Image.fromarray(levels.permute(1, 2, 0).numpy())
 
@@ -186,7 +186,7 @@ class Euler:
         return (x + (there - here) * said,)
 
 
-def _prepared(models: Models, process: Process, prompt: Prompt, sampler: str) -> Any:
+def _prepared(models: Models, process: NoiseProcess, prompt: Prompt, sampler: str) -> Any:
     """The scheduler that a prompt is drawn along, its steps laid out."""
     name, device = _sampler(models, prompt, sampler), _place(models.denoiser)[0]
     if models.family.sigmas is None:
@@ -197,7 +197,7 @@ def _prepared(models: Models, process: Process, prompt: Prompt, sampler: str) ->
     return Euler(models.family.sigmas(models, prompt.sample_steps, height * width).to(device))
 
 
-def scheduler_for(process: Process, sampler: str) -> Any:
+def scheduler_for(process: NoiseProcess, sampler: str) -> Any:
     """The diffusers scheduler of a sampler's name, set up for the process."""
     import diffusers
 
@@ -217,7 +217,7 @@ def scheduler_for(process: Process, sampler: str) -> Any:
 
 
 def encode_prompts(models: Models, prompts: Sequence[Prompt], device: torch.device | None = None) -> Known:
-    """What the text encoders say of the prompts, those that pictures are guided away from too; `device`: as in `draw`."""
+    """What the text encoders say of the prompts, those that images are guided away from too; `device`: as in `draw`."""
     said = dict.fromkeys(text for p in prompts for text in ([p.negative_prompt] if p.scale > 1 else []) + [p.prompt])
     strategy, nets = models.family.outputs(models), list(models.encoders.values())
     with present(nets, device), torch.no_grad(), _evaluating(nets):
@@ -232,7 +232,7 @@ def encode(models: Models, captions: Sequence[str]) -> Cond:
 
 
 def _setting(models: Models, prompts: Sequence[Prompt]) -> SampleInfo:
-    """What the denoiser is told of prompts besides their text: they are whole pictures of their own size."""
+    """What the denoiser is told of prompts besides their text: they are whole images of their own size."""
     device = _place(models.denoiser)[0]
     guidance = [p.guidance_scale for p in prompts]
     return SampleInfo(
@@ -254,7 +254,7 @@ def _walk(models: Models, prompts: Sequence[Prompt], scheduler: Any, noise: Tens
     told = models.family.condition(models, text, _setting(models, [*prompts, *prompts] if guided else prompts))
     cond = {name: _as_in(t, models.denoiser) for name, t in told.items()}
     scale = torch.tensor([p.scale for p in prompts], device=device).view(-1, 1, 1, 1)
-    # Samplers that add noise on the way draw it from each picture's own generator as well.
+    # Samplers that add noise on the way draw it from each image's own generator as well.
     extra = {"generator": generators} if "generator" in inspect.signature(scheduler.step).parameters else {}
     for t in scheduler.timesteps:
         seen = scheduler.scale_model_input(torch.cat([x, x]) if guided else x, t)
@@ -269,7 +269,7 @@ def _walk(models: Models, prompts: Sequence[Prompt], scheduler: Any, noise: Tens
 
 
 class _Count:
-    """How far all pictures together are."""
+    """How far all images together are."""
 
     def __init__(self, progress: Progress | None) -> None:
         self.done, self.total, self.progress = 0, 0, progress
@@ -281,13 +281,13 @@ class _Count:
 
 
 def check_prompts(models: Models, prompts: Sequence[Prompt], sampler: str) -> None:
-    """Errors: `UserError` for pictures that are too large for the model, and for samplers that it is not drawn with."""
+    """Errors: `UserError` for images that are too large for the model, and for samplers that it is not drawn with."""
     check_sizes(models, ((f"the prompt {p.prompt!r}", p.width, p.height, "lower its width and height") for p in prompts))
     for p in prompts:
         _sampler(models, p, sampler)
 
 
-def check_samplers(models: Models, process: Process, prompts: Sequence[Prompt], sampler: str) -> None:
+def check_samplers(models: Models, process: NoiseProcess, prompts: Sequence[Prompt], sampler: str) -> None:
     """Errors: `UserError` for samplers that cannot walk the process, or need a library that is not installed."""
     if models.family.sigmas is None:
         for name in dict.fromkeys(_sampler(models, p, sampler) for p in prompts):
@@ -313,7 +313,7 @@ def _tell_of_no_effect(prompts: Sequence[Prompt], models: Models) -> None:
 
 
 def _shape(prompt: Prompt, models: Models, sampler: str) -> tuple[object, ...]:
-    """What pictures must share to be drawn together."""
+    """What images must share to be drawn together."""
     return (*_latent_shape(models, prompt), prompt.sample_steps, prompt.sample_sampler or sampler, prompt.scale > 1)
 
 

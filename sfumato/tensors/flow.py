@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from sfumato.errors import UserError
-from sfumato.tensors.noise import Noised, perturbed, refuse_where, wide
-from sfumato.tensors.random import Draws
+from sfumato.tensors.noise import NoisySample, per_sample, perturbed, refuse_where
+from sfumato.tensors.random import SampleRandom
 
 SMALLEST = 1e-3
 """No sigma is drawn below this, the least of diffusers' thousand; the weight sigma_sqrt has no bound at 0."""
@@ -105,19 +105,19 @@ class Flow:
         low = 0 if self.min_timestep is None else self.min_timestep
         return low, self.steps if self.max_timestep is None else self.max_timestep
 
-    def noise(self, latents: Tensor, draws: Draws) -> Noised:
-        """See `Process.noise`."""
+    def noise(self, latents: Tensor, rng: SampleRandom) -> NoisySample:
+        """See `NoiseProcess.noise`."""
         x0 = latents.float()
-        noise = draws.normal("noise", x0.shape[1:]).to(x0.device)
-        sigma = self.sigmas(draws, *x0.shape[-2:])
-        s = wide(sigma, x0)
-        x = (1 - s) * x0 + s * perturbed(noise, draws, self.ip_noise_gamma, self.ip_noise_gamma_random_strength)
+        noise = rng.normal("noise", x0.shape[1:]).to(x0.device)
+        sigma = self.sigmas(rng, *x0.shape[-2:])
+        s = per_sample(sigma, x0)
+        x = (1 - s) * x0 + s * perturbed(noise, rng, self.ip_noise_gamma, self.ip_noise_gamma_random_strength)
         velocity = noise - x0
         target = velocity - x if self.model_prediction_type == "additive" else velocity
         t, weight, ratio = (n.to(x0.device) for n in (sigma * self.steps, self.weight(sigma), sigma / (1 - sigma)))
-        return Noised(x, t, target, weight, ratio)
+        return NoisySample(x, t, target, weight, ratio)
 
-    def sigmas(self, draws: Draws, height: int, width: int) -> Tensor:
+    def sigmas(self, rng: SampleRandom, height: int, width: int) -> Tensor:
         """(b,) how much of x is noise, in (0, 1), fp32 on the CPU; for latents of `height` x `width`."""
         shift = 1.0
         if self.timestep_sampling in ("sigma", "shift"):
@@ -125,16 +125,16 @@ class Flow:
         elif self.timestep_sampling == "flux_shift":
             shift = math.exp(flux_mu((height // 2) * (width // 2)))
         low, high = (edge / self.steps for edge in self._range)
-        s = low + (high - low) * shifted(self._drawn(draws), shift)
+        s = low + (high - low) * shifted(self._drawn(rng), shift)
         return s.clamp(max(low, SMALLEST), min(high, LARGEST))
 
-    def _drawn(self, draws: Draws) -> Tensor:
+    def _drawn(self, rng: SampleRandom) -> Tensor:
         """(b,) numbers in [0, 1], distributed as asked for but for shift and range."""
         if self.timestep_sampling in ("sigmoid", "shift", "flux_shift"):
-            return torch.sigmoid(_or(self.sigmoid_scale, 1.0) * draws.normal("timestep", ()))
+            return torch.sigmoid(_or(self.sigmoid_scale, 1.0) * rng.normal("timestep", ()))
         if self.weighting_scheme == "logit_normal":
-            return torch.sigmoid(_or(self.logit_mean, 0.0) + _or(self.logit_std, 1.0) * draws.normal("timestep", ()))
-        u = draws.uniform("timestep")
+            return torch.sigmoid(_or(self.logit_mean, 0.0) + _or(self.logit_std, 1.0) * rng.normal("timestep", ()))
+        u = rng.uniform("timestep")
         if self.weighting_scheme == "mode":
             return 1 - u - _or(self.mode_scale, 1.29) * (torch.cos(math.pi / 2 * u).square() - 1 + u)
         return u
@@ -149,7 +149,7 @@ class Flow:
         return weight * s.square() if self.model_prediction_type == "sigma_scaled" else weight
 
     def scheduler_config(self) -> dict[str, Any]:
-        """See `Process.scheduler_config`: for FlowMatchEulerDiscreteScheduler, with `prediction_type` for the metadata."""
+        """See `NoiseProcess.scheduler_config`: for FlowMatchEulerDiscreteScheduler, with `prediction_type` for the metadata."""
         return {"num_train_timesteps": self.steps, "shift": self.shift, "prediction_type": "flow"}
 
 
@@ -163,7 +163,7 @@ def shifted(u: Tensor, shift: float) -> Tensor:
 
 
 def flux_mu(tokens: int) -> float:
-    """The logarithm of FLUX.1's shift for pictures of so many tokens, 2 x 2 latent pixels each (Black Forest Labs)."""
+    """The logarithm of FLUX.1's shift for images of so many tokens, 2 x 2 latent pixels each (Black Forest Labs)."""
     (few, low), (many, high) = (256, 0.5), (4096, 1.15)
     return low + (tokens - few) * (high - low) / (many - few)
 

@@ -12,14 +12,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sfumato.errors import UserError
-from sfumato.tensors.random import Draws
+from sfumato.tensors.random import SampleRandom
 
 SNR_LIMIT = 1000.0
 """Debiased and v-scaled weights hold the signal-to-noise ratio below this, as sd-scripts does."""
 
 
 @dataclass(frozen=True, slots=True)
-class Noised:
+class NoisySample:
     """A batch as the denoiser gets it; floats are fp32, all on the latents' device."""
 
     x: Tensor
@@ -34,7 +34,7 @@ class Noised:
     """(b,) noise over signal; infinite where there is no signal."""
 
 
-class Process(Protocol):
+class NoiseProcess(Protocol):
     """A way from data to noise."""
 
     @property
@@ -42,8 +42,8 @@ class Process(Protocol):
         """Length of the clock: t lies in [0, steps)."""
         ...
 
-    def noise(self, latents: Tensor, draws: Draws) -> Noised:
-        """Noise latents (b, c, h, w), scaled as the denoiser takes them; sample i depends on `draws.keys[i]` alone."""
+    def noise(self, latents: Tensor, rng: SampleRandom) -> NoisySample:
+        """Noise latents (b, c, h, w), scaled as the denoiser takes them; sample i depends on `rng.keys[i]` alone."""
         ...
 
     def scheduler_config(self) -> dict[str, Any]:
@@ -113,18 +113,18 @@ class DDPM:
         rescaled: Tensor = ((root - root[-1]) * (root[0] / (root[0] - root[-1]))).square()
         return rescaled
 
-    def noise(self, latents: Tensor, draws: Draws) -> Noised:
-        """See `Process.noise`."""
+    def noise(self, latents: Tensor, rng: SampleRandom) -> NoisySample:
+        """See `NoiseProcess.noise`."""
         x0 = latents.float()
-        noise = self._texture(x0, draws)
+        noise = self._texture(x0, rng)
         low, high = self._range
-        t = draws.integers("timestep", low, max(high, low + 1))
+        t = rng.integers("timestep", low, max(high, low + 1))
         signal = self.alphas_cumprod[t]
-        a, s = (wide(n, x0) for n in (signal.sqrt(), (1 - signal).sqrt()))
-        x = a * x0 + s * perturbed(noise, draws, self.ip_noise_gamma, self.ip_noise_gamma_random_strength)
+        a, s = (per_sample(n, x0) for n in (signal.sqrt(), (1 - signal).sqrt()))
+        x = a * x0 + s * perturbed(noise, rng, self.ip_noise_gamma, self.ip_noise_gamma_random_strength)
         target = noise if self.prediction == "eps" else a * noise - s * x0
         sigma = ((1 - signal) / signal).sqrt()
-        return Noised(x, t.to(x0.device), target, self.weight(t).to(x0.device), sigma.to(x0.device))
+        return NoisySample(x, t.to(x0.device), target, self.weight(t).to(x0.device), sigma.to(x0.device))
 
     def weight(self, t: Tensor) -> Tensor:
         """(b,) whole numbers t on the CPU -> (b,) loss weights: the product of all that are asked for."""
@@ -143,7 +143,7 @@ class DDPM:
         return weight
 
     def scheduler_config(self) -> dict[str, Any]:
-        """See `Process.scheduler_config`; the keys that a scheduler class does not know are not for it."""
+        """See `NoiseProcess.scheduler_config`; the keys that a scheduler class does not know are not for it."""
         config = {
             "num_train_timesteps": self.steps,
             "beta_start": 0.00085,
@@ -159,31 +159,31 @@ class DDPM:
         # Only trailing steps begin at the last timestep, which is what the rescaled schedule is for (arXiv:2305.08891, 3.3).
         return config | ({"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"} if self.zero_terminal_snr else {})
 
-    def _texture(self, x0: Tensor, draws: Draws) -> Tensor:
+    def _texture(self, x0: Tensor, rng: SampleRandom) -> Tensor:
         """The noise of the batch (b, c, h, w), with offset and further resolutions where asked for."""
-        noise = draws.normal("noise", x0.shape[1:]).to(x0.device)
+        noise = rng.normal("noise", x0.shape[1:]).to(x0.device)
         if self.noise_offset:
-            noise = noise + self._offset(x0, draws) * draws.normal("noise offset", (x0.shape[1], 1, 1)).to(x0.device)
+            noise = noise + self._offset(x0, rng) * rng.normal("noise offset", (x0.shape[1], 1, 1)).to(x0.device)
         if self.multires_noise_iterations:
-            noise = torch.stack([self._pyramid(one, Draws([k])) for one, k in zip(noise, draws.keys, strict=True)])
+            noise = torch.stack([self._pyramid(one, SampleRandom([k])) for one, k in zip(noise, rng.keys, strict=True)])
         return noise
 
-    def _offset(self, x0: Tensor, draws: Draws) -> Tensor:
+    def _offset(self, x0: Tensor, rng: SampleRandom) -> Tensor:
         """Strength of the offset: (b or 1, c or 1, 1, 1)."""
         strength = torch.full((1, 1, 1, 1), self.noise_offset or 0.0, device=x0.device)
         if self.noise_offset_random_strength:
-            strength = strength * wide(draws.uniform("noise offset strength"), x0)
+            strength = strength * per_sample(rng.uniform("noise offset strength"), x0)
         if self.adaptive_noise_scale:
             strength = (strength + self.adaptive_noise_scale * x0.mean((2, 3), keepdim=True).abs()).clamp(min=0)
         return strength
 
-    def _pyramid(self, noise: Tensor, draws: Draws) -> Tensor:
+    def _pyramid(self, noise: Tensor, rng: SampleRandom) -> Tensor:
         """Multi-resolution noise of one sample (c, h, w): ever coarser noise on top, then scaled back to unit deviation."""
         c, h, w = noise.shape
         for i in range(self.multires_noise_iterations or 0):
-            shrink = (2 + 2 * float(draws.uniform(f"multires shrink {i}"))) ** i
+            shrink = (2 + 2 * float(rng.uniform(f"multires shrink {i}"))) ** i
             small = (max(1, int(h / shrink)), max(1, int(w / shrink)))
-            coarse = draws.normal(f"multires {i}", (c, *small)).to(noise.device)
+            coarse = rng.normal(f"multires {i}", (c, *small)).to(noise.device)
             noise = noise + F.interpolate(coarse, size=(h, w), mode="bilinear")[0] * self.multires_noise_discount**i
             if 1 in small:
                 break
@@ -196,14 +196,14 @@ def refuse_where(wrong: Mapping[str, bool]) -> None:
         raise UserError(*(f"{message}; change it or leave it out" for message, holds in wrong.items() if holds))
 
 
-def perturbed(noise: Tensor, draws: Draws, gamma: float | None, random_strength: bool) -> Tensor:
+def perturbed(noise: Tensor, rng: SampleRandom, gamma: float | None, random_strength: bool) -> Tensor:
     """Noise (b, c, h, w) as the input gets it: a little more than the target tells of (input perturbation, arXiv:2301.11706)."""
     if not gamma:
         return noise
-    strength = wide(draws.uniform("ip noise strength"), noise) if random_strength else 1.0
-    return noise + gamma * strength * draws.normal("ip noise", noise.shape[1:]).to(noise.device)
+    strength = per_sample(rng.uniform("ip noise strength"), noise) if random_strength else 1.0
+    return noise + gamma * strength * rng.normal("ip noise", noise.shape[1:]).to(noise.device)
 
 
-def wide(per_sample: Tensor, like: Tensor) -> Tensor:
+def per_sample(per_sample: Tensor, like: Tensor) -> Tensor:
     """(b,) -> (b, 1, 1, 1) on the device of `like`."""
     return per_sample.to(like.device).view(-1, *[1] * (like.ndim - 1))

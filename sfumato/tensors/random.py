@@ -35,7 +35,7 @@ def python_random(*parts: int | str) -> random.Random:
 
 
 @dataclass(frozen=True, slots=True)
-class Draws:
+class SampleRandom:
     """The random numbers of a batch; sample i draws from `keys[i]` and a purpose alone."""
 
     keys: Sequence[int]

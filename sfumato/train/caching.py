@@ -1,4 +1,4 @@
-"""What is kept between steps: the pictures of a run, and the caches of their latents and of what text encoders say of captions."""
+"""What is kept between steps: the images of a run, and the caches of their latents and of what text encoders say of captions."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from sfumato.train.trainables import caches_latents, caches_text
 
 @dataclass(frozen=True, slots=True)
 class Data:
-    """The pictures of a run and where what is made of them is kept."""
+    """The images of a run and where what is made of them is kept."""
 
     plan: Plan
     latents: Store
@@ -42,7 +42,7 @@ def open_data(
 ) -> Data:
     """Scan the datasets; memory alone is used unless a cache on disk is asked for.
 
-    `models`: what the pictures must fit; needs no values. `say`: is told what the user should know. Errors: `UserError` for pictures that
+    `models`: what the images must fit; needs no values. `say`: is told what the user should know. Errors: `UserError` for images that
     cannot be used, and for options that cannot act with this model or beside what is kept.
     """
     d = config.data
@@ -50,7 +50,7 @@ def open_data(
     on_disk = d.cache_latents_to_disk or d.cache_text_encoder_outputs_to_disk or d.cache_dir
     root = (Path(d.cache_dir) if d.cache_dir else default_root()) if on_disk else None
     index, latents = Index(root), families.of(config.family).latents
-    with telling("reading pictures", quiet=not world.main) as tell:
+    with telling("reading images", quiet=not world.main) as tell:
         plan = make_plan(
             datasets, index, skip_unreadable=d.skip_unreadable, stride=latents.stride, multiple=latents.multiple, progress=tell
         )
@@ -67,7 +67,7 @@ def open_data(
 
 @dataclass(frozen=True, slots=True)
 class Caches:
-    """What is kept of pictures and captions; None where they are encoded in each step."""
+    """What is kept of images and captions; None where they are encoded in each step."""
 
     latents: Report | None = None
     texts: Report | None = None

@@ -1,4 +1,4 @@
-"""Everything that can be told of a run before a picture or a weight is read; `plan` and `train` ask the same function."""
+"""Everything that can be told of a run before an image or a weight is read; `plan` and `train` ask the same function."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class Checked:
 
 
 def check(config: Config, method: Method, datasets: tuple[DatasetConfig, ...], read: Sequence[Path] = ()) -> Checked:
-    """All that is known before a picture or a weight is read. Errors: one `UserError` with all that was found.
+    """All that is known before an image or a weight is read. Errors: one `UserError` with all that was found.
 
     Every check that needs only settings, headers or shapes has its place here, in one of three steps: what needs the settings alone,
     what needs the model's shapes, and what needs the weights that are trained (without values).
@@ -93,7 +93,7 @@ def check(config: Config, method: Method, datasets: tuple[DatasetConfig, ...], r
 
 
 def check_length(config: Config, steps: int) -> list[str]:
-    """What depends on the number of steps, which max_train_epochs leaves to the pictures: notes. Errors: `UserError`."""
+    """What depends on the number of steps, which max_train_epochs leaves to the images: notes. Errors: `UserError`."""
     resume.check_left(config, steps)
     return for_length(config.optimizer, steps) if _steps(config) is None else []
 
@@ -147,7 +147,7 @@ def _prompts(config: Config, datasets: tuple[DatasetConfig, ...]) -> list[Prompt
 
 def _trained(trainable: Trainable) -> Iterator[Trained]:
     """A row a component."""
-    sites = trainable.inserted.sites() if isinstance(trainable, Adapters) else None
+    by_path = trainable.network.by_path() if isinstance(trainable, Adapters) else None
     rates: dict[str, list[float]] = {}
     numbers: dict[str, int] = {}
     tensors: dict[str, int] = {}
@@ -157,5 +157,5 @@ def _trained(trainable: Trainable) -> Iterator[Trained]:
         numbers[component] = numbers.get(component, 0) + sum(p.numel() for p in group.parameters)
         tensors[component] = tensors.get(component, 0) + len(group.parameters)
     for component in trainable.trained:
-        layers = tensors.get(component, 0) if sites is None else sum(site[0] == component for site in sites)
+        layers = tensors.get(component, 0) if by_path is None else sum(path[0] == component for path in by_path)
         yield Trained(component, layers, numbers.get(component, 0), tuple(rates.get(component, ())))

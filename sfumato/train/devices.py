@@ -75,10 +75,10 @@ def merge_base_weights(config: Config, models: Models) -> None:
     """Merge `base_weights` into the nets, each at its strength."""
     strengths = config.network.base_weights_multiplier
     for i, path in enumerate(config.network.base_weights):
-        inserted = from_state(models.nets(), read_adapter(models, Path(path), "base_weights"))
-        inserted.multiplier = strengths[i] if i < len(strengths) else 1.0
-        inserted.merge()
-        inserted.remove()
+        adapters = from_state(models.nets(), read_adapter(models, Path(path), "base_weights"))
+        adapters.multiplier = strengths[i] if i < len(strengths) else 1.0
+        adapters.merge()
+        adapters.remove()
 
 
 def unloads_text(config: Config) -> bool:

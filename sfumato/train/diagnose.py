@@ -77,12 +77,12 @@ def _of_batch(run: Run, step: Step, batch: Batch) -> str:
     captions = ", ".join(map(repr, batch.captions))
     again = "remove the cache, and it is made anew"
     if _broken(batch.latents):
-        return f"The cached latents of one of the pictures with the captions {captions} are not finite: {again}"
+        return f"The cached latents of one of the images with the captions {captions} are not finite: {again}"
     if batch.cond is not None and any(map(_broken, batch.cond.values())):
         return f"The cached text outputs of one of the captions {captions} are not finite: {again}"
     with autocast(run.world.device, step.precision):
         if batch.pixels is not None and _broken(step.latents(batch.pixels)):
-            return f"The VAE overflows on one of the pictures with the captions {captions}: set no_half_vae"
+            return f"The VAE overflows on one of the images with the captions {captions}: set no_half_vae"
         models, trainable = step.unowned
         still = not any(name in models.encoders for name in trainable.trained)
         if batch.cond is None and still and any(map(_broken, step.cond(batch).values())):

@@ -37,8 +37,8 @@ def _owners(plan: Plan) -> dict[str, list[Path]]:
     owners: dict[str, list[Path]] = defaultdict(list)
     options = [[captions.unvaried(subset) for subset in dataset.subsets] for dataset in plan.datasets]
     for item in plan.items:
-        for text in captions.whole(item.picture.captions, options[item.dataset][item.picture.subset]):
-            owners[text].append(item.picture.path)
+        for text in captions.whole(item.image.captions, options[item.dataset][item.image.subset]):
+            owners[text].append(item.image.path)
     return owners
 
 

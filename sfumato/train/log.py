@@ -1,4 +1,4 @@
-"""What is written down while training: JSON lines always, tensorboard and wandb when asked, the loss as a picture."""
+"""What is written down while training: JSON lines always, tensorboard and wandb when asked, the loss as an image."""
 
 from __future__ import annotations
 
@@ -147,7 +147,7 @@ def smooth(values: list[float], weight: float) -> list[float]:
     return out
 
 
-def curve(log: Path, picture: Path) -> None:
+def curve(log: Path, image: Path) -> None:
     """Draw the loss and the learning rates of a log as a PNG."""
     from matplotlib.figure import Figure
 
@@ -167,5 +167,5 @@ def curve(log: Path, picture: Path) -> None:
     rates.set_ylabel("learning rate")
     handles = [h for a in (axes, rates) for h in a.get_legend_handles_labels()[0]]
     axes.legend(handles=handles, loc="upper right", frameon=False)
-    with files.aside(picture) as path:
+    with files.aside(image) as path:
         figure.savefig(path, format="png")

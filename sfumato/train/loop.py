@@ -1,4 +1,4 @@
-"""The one loop: batches in, optimizer steps, and now and then a picture, a result or the run's state.
+"""The one loop: batches in, optimizer steps, and now and then an image, a result or the run's state.
 
 One clock, the optimizer step: schedule, intervals, file names and resuming read it alone.
 """

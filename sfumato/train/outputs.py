@@ -29,7 +29,7 @@ class Inputs:
     """(setting, file)."""
     folders: list[tuple[str, Path]] = field(default_factory=list)
     """(setting, folder) of models and tokenizers, in which nothing may be written."""
-    pictures: list[tuple[Path, bool, tuple[str, ...]]] = field(default_factory=list)
+    images: list[tuple[Path, bool, tuple[str, ...]]] = field(default_factory=list)
     """(folder, whether with what is in its folders, endings of the files that are read in it)."""
 
 
@@ -89,7 +89,7 @@ def _inputs(config: Config, datasets: Sequence[DatasetConfig], source: Checkpoin
             (found.folders if path.is_dir() else found.files).append((setting, path))
     for subset in (s for dataset in datasets for s in dataset.subsets):
         endings = (*SUFFIXES, subset.caption_extension)
-        found.pictures += [(Path(f), subset.recursive, endings) for f in (subset.image_dir, subset.conditioning_data_dir) if f]
+        found.images += [(Path(f), subset.recursive, endings) for f in (subset.image_dir, subset.conditioning_data_dir) if f]
     return found
 
 
@@ -143,9 +143,9 @@ def _collisions(path: Path, is_folder: bool, inputs: Inputs) -> list[str]:
             return [f"output_name: the result {path} would overwrite what {setting} names; {cure}"]
         if is_folder and _inside(file, path):
             return [f"output_name: the result {path} would take the place of a folder that holds {file}, which {setting} names; {cure}"]
-    for folder, deep, endings in inputs.pictures:
+    for folder, deep, endings in inputs.images:
         if is_folder and _inside(folder, path):
-            return [f"output_name: the result {path} would take the place of a folder that holds pictures of the dataset; {cure}"]
+            return [f"output_name: the result {path} would take the place of a folder that holds images of the dataset; {cure}"]
         if path.suffix in endings and (_inside(path.parent, folder) if deep else _same(path.parent, folder)):
             return [f"output_name: {path} would be written over a file of the dataset's folder {folder}; {cure}"]
     if is_folder:

@@ -17,7 +17,7 @@ from sfumato.models.base import Models
 from sfumato.models.loading import materialize, materialize_vae
 from sfumato.sampling import prompts, sample
 from sfumato.tensors import attention
-from sfumato.tensors.noise import Process
+from sfumato.tensors.noise import NoiseProcess
 from sfumato.train import dist, outputs
 from sfumato.train.devices import load_models, merge_base_weights
 from sfumato.train.progress import telling
@@ -26,16 +26,16 @@ from sfumato.train.trainables import read_adapter
 
 
 @dataclass(frozen=True, slots=True)
-class Drawer:
+class Pipeline:
     """A loaded model that draws prompts."""
 
     models: Models
-    process: Process
+    process: NoiseProcess
     precision: dist.Precision
     device: torch.device
 
     @classmethod
-    def of(cls, config: Config, device: torch.device | None = None) -> Drawer:
+    def of(cls, config: Config, device: torch.device | None = None) -> Pipeline:
         """The base model of a config with its `base_weights` merged. Errors: `UserError` for whatever the user can mend."""
         precision = dist.precision(config.train.mixed_precision)
         attention.choose("xformers" if config.memory.xformers else "sdpa")
@@ -51,21 +51,21 @@ class Drawer:
     @contextmanager
     def adapted(self, *paths: Path, strength: float = 1.0) -> Iterator[None]:
         """Adapter files act for as long as the context lasts."""
-        held = []
+        active = []
         try:
             for path in paths:
-                inserted = from_state(self.models.nets(), read_adapter(self.models, path)).to(self.device).eval()
-                inserted.multiplier = strength
-                held.append(inserted)
+                network = from_state(self.models.nets(), read_adapter(self.models, path)).to(self.device).eval()
+                network.multiplier = strength
+                active.append(network)
             yield
         finally:
-            for inserted in held:
-                inserted.remove()
+            for network in active:
+                network.remove()
 
-    def draw(
+    def sample(
         self, wanted: Sequence[prompts.Prompt], *, sampler: str = "ddim", batch_size: int = 8, progress: sample.Progress | None = None
     ) -> list[Image.Image]:
-        """One picture a prompt."""
+        """One image a prompt."""
         with autocast(self.device, self.precision):
             return sample.draw(self.models, wanted, process=self.process, sampler=sampler, batch_size=batch_size, progress=progress)
 
@@ -84,10 +84,10 @@ def main(config: Config) -> list[Path]:
     outputs.check_drawn(Path(config.output.output_dir))
     world = dist.world()
     try:
-        drawer = Drawer.of(config, world.device)
-        with drawer.adapted(*adapters), autocast(world.device, drawer.precision), telling("drawing samples") as tell:
+        pipeline = Pipeline.of(config, world.device)
+        with pipeline.adapted(*adapters), autocast(world.device, pipeline.precision), telling("drawing samples") as tell:
             return sample.sample(
-                drawer.models, wanted, Path(config.output.output_dir) / "sample", process=drawer.process, name=config.output.output_name,
+                pipeline.models, wanted, Path(config.output.output_dir) / "sample", process=pipeline.process, name=config.output.output_name,
                 sampler=sampler, seed=config.train.seed, rank=world.rank, world=world.size, progress=tell,
             )  # fmt: skip
     finally:

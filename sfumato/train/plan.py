@@ -17,8 +17,8 @@ from sfumato.train.progress import answers, print_table
 from sfumato.train.trainables import caches_latents, caches_text
 
 TRAINED = ("trained", "layers", "numbers", "MiB in fp32", "learning rate")
-FOLDERS = ("dataset", "folder", "kind", "pictures", "repeats", "samples an epoch", "left out")
-BUCKETS = ("dataset", "bucket", "pictures", "samples", "batches", "last batch", "cut away", "enlarged")
+FOLDERS = ("dataset", "folder", "kind", "images", "repeats", "samples an epoch", "left out")
+BUCKETS = ("dataset", "bucket", "images", "samples", "batches", "last batch", "cut away", "enlarged")
 RESULTS = ("after", "files")
 
 
@@ -37,7 +37,7 @@ def show(config: Config, method: Method, datasets: tuple[DatasetConfig, ...], re
     print_table(BUCKETS, data.plan.bucket_rows())
     answers.print(data.plan.steps_line(config.train.gradient_accumulation_steps, dist.outside().size))
     answers.print(f"{budget.steps} steps in all, {budget.epochs} epochs")
-    answers.print(f"kept between steps: {' and '.join(_kept(config)) or 'nothing: pictures and captions are encoded in every step'}")
+    answers.print(f"kept between steps: {' and '.join(_kept(config)) or 'nothing: images and captions are encoded in every step'}")
     print_table(RESULTS, _results(config, budget, checked))
     if other := lock.taken(config):
         answers.print(other)
@@ -104,6 +104,6 @@ def _results(config: Config, budget: StepBudget, checked: Checked) -> list[tuple
         rows.append((f"every {every} epochs", f"{folder / checkpoints.epoch_name(output.output_name, every)}{end}{state}"))
     for every, unit in ((sample.sample_every_n_steps, "steps"), (sample.sample_every_n_epochs, "epochs")):
         if every:
-            rows.append((f"every {every} {unit}", f"{len(checked.prompts)} pictures in {folder / 'sample'}"))
+            rows.append((f"every {every} {unit}", f"{len(checked.prompts)} images in {folder / 'sample'}"))
     rows.append((f"step {budget.steps}", f"{folder / output.output_name}{end}"))
     return rows

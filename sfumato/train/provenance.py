@@ -125,12 +125,12 @@ def datasets(plan: Plan) -> list[metadata.DatasetFacts]:
         buckets: Counter[tuple[int, int]] = Counter()
         for item in items:
             buckets[item.placement.bucket] += item.repeats
-        errors = [abs(i.picture.width / i.picture.height - i.placement.bucket[0] / i.placement.bucket[1]) for i in items]
+        errors = [abs(i.image.width / i.image.height - i.placement.bucket[0] / i.placement.bucket[1]) for i in items]
         out.append(
             metadata.DatasetFacts(
                 config=dataset,
                 images=[len(mine) for mine in by_subset],
-                tags=[Counter(tag for i in mine for tag in captions.tags(i.picture.captions, plan.subset(i))) for mine in by_subset],
+                tags=[Counter(tag for i in mine for tag in captions.tags(i.image.captions, plan.subset(i))) for mine in by_subset],
                 buckets=buckets,
                 mean_ar_error=sum(errors) / max(len(errors), 1),
             )

@@ -26,7 +26,7 @@ from sfumato.optim import build, schedules
 from sfumato.optim.ema import EMA
 from sfumato.sampling.prompts import Prompt
 from sfumato.sampling.sample import Known, encode_prompts, sample
-from sfumato.tensors.noise import Process
+from sfumato.tensors.noise import NoiseProcess
 from sfumato.train import checkpoints, dist, lock, log, loop, provenance, resume, state
 from sfumato.train.caching import Caches, fill_caches, open_data
 from sfumato.train.check import check, check_length, check_model
@@ -75,7 +75,7 @@ def train(config: Config, method: Method, datasets: tuple[DatasetConfig, ...], r
 def prepare(
     config: Config, method: Method, datasets: tuple[DatasetConfig, ...], world: dist.World, began: float, read: Sequence[Path] = ()
 ) -> loop.Run:
-    """Everything up to the first step, in this order: what headers tell, pictures, model, caches, trainable, memory, optimizer, state."""
+    """Everything up to the first step, in this order: what headers tell, images, model, caches, trainable, memory, optimizer, state."""
     precision = dist.precision(config.train.mixed_precision)
     config = resume.settle(config)
     checked = check(config, method, datasets, read)
@@ -154,7 +154,7 @@ def known_prompts(config: Config, models: Models, prompts: list[Prompt], world: 
 def _sample(
     config: Config,
     models: Models,
-    process: Process,
+    process: NoiseProcess,
     prompts: list[Prompt],
     known: Known | None,
     world: dist.World,

@@ -102,7 +102,7 @@ def _load_weights(run: Run, saved: dict[str, Tensor]) -> None:
 
 
 def _differences(run: Run, facts: dict[str, Any]) -> list[str]:
-    """What only the pictures tell, and what a state of an older sfumato says. Errors: `ValueError` if what is not trained is another."""
+    """What only the images tell, and what a state of an older sfumato says. Errors: `ValueError` if what is not trained is another."""
     if facts.get("carried", "") != run.trainable.carries():
         raise ValueError("the parts of network_weights that are not trained are other ones now; give the file of then")
     out = []

@@ -11,8 +11,8 @@ from sfumato.config import LossConfig
 from sfumato.data.batch import Batch, Cond
 from sfumato.models.base import Models, SampleInfo
 from sfumato.tensors import losses
-from sfumato.tensors.noise import Process
-from sfumato.tensors.random import Draws
+from sfumato.tensors.noise import NoiseProcess
+from sfumato.tensors.random import SampleRandom
 from sfumato.train.dist import DTYPES, Precision
 from sfumato.train.trainables import Trainable
 
@@ -31,7 +31,7 @@ class Step(nn.Module):
     the rest.
     """
 
-    def __init__(self, models: Models, trainable: Trainable, process: Process, loss: LossConfig, precision: Precision) -> None:
+    def __init__(self, models: Models, trainable: Trainable, process: NoiseProcess, loss: LossConfig, precision: Precision) -> None:
         super().__init__()
         self.trained = trainable.modules()
         # In a tuple, so that the frozen nets do not become this module's own.
@@ -42,15 +42,15 @@ class Step(nn.Module):
     def forward(self, batch: Batch) -> Tensor:
         models, trainable = self.unowned
         family = models.family
-        draws = Draws(batch.keys)
-        trainable.on_batch(batch.multiplier, draws)
+        rng = SampleRandom(batch.keys)
+        trainable.on_batch(batch.multiplier, rng)
         raw = batch.latents if batch.latents is not None else self.latents(batch.pixels)
         # A VAE gives latents in whatever order its last layer left them in memory, and nets take over the order. With channels last,
         # torch's GroupNorm crashes the process in the backward pass on the CPU where its input needs no gradient.
         latents = models.scaled(raw).contiguous()
         with autocast(latents.device, self.precision):
-            noised = self.process.noise(latents.float(), draws)
-            cond = family.condition(models, self.cond(batch), SampleInfo(sizes=batch.sizes, draws=draws))
+            noised = self.process.noise(latents.float(), rng)
+            cond = family.condition(models, self.cond(batch), SampleInfo(sizes=batch.sizes, rng=rng))
             said = family.predict(models.denoiser, noised.x, noised.t, cond)
         threshold = losses.huber_threshold(
             self.loss.huber_schedule, self.loss.huber_c, self.loss.huber_scale, noised.t, noised.sigma, self.process.steps
@@ -70,7 +70,7 @@ class Step(nn.Module):
 
     @torch.no_grad()
     def latents(self, pixels: Tensor | None) -> Tensor:
-        """Raw latents of pictures, encoded now."""
+        """Raw latents of images, encoded now."""
         models, _ = self.unowned
         if pixels is None:
             raise RuntimeError("a batch without latents and without pixels")

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from sfumato.adapters import AdapterPlan
-from sfumato.adapters.insert import Inserted, choose, from_state
+from sfumato.adapters.insert import AdapterNetwork, choose, from_state
 from sfumato.config import Config
 from sfumato.errors import UserError
 from sfumato.families.detect import CALLED, identify
@@ -21,7 +21,7 @@ from sfumato.formats.metadata import hashes
 from sfumato.models.base import Family, Models
 from sfumato.models.loading import check_folder, save
 from sfumato.optim.groups import Group
-from sfumato.tensors.random import Draws
+from sfumato.tensors.random import SampleRandom
 from sfumato.train import checkpoints
 
 SAVE_DTYPES = {"float": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -53,7 +53,7 @@ class Trainable(Protocol):
         """Dropouts on or off."""
         ...
 
-    def on_batch(self, multiplier: Tensor, draws: Draws) -> None:
+    def on_batch(self, multiplier: Tensor, rng: SampleRandom) -> None:
         """Told before each batch: the strength (b,) of its samples and where their dropouts come from."""
         ...
 
@@ -126,7 +126,7 @@ class Full:
         for name in self.trained:
             self.models.nets()[name].train(mode)
 
-    def on_batch(self, multiplier: Tensor, draws: Draws) -> None:
+    def on_batch(self, multiplier: Tensor, rng: SampleRandom) -> None:
         pass
 
     def after_step(self) -> None:
@@ -162,85 +162,85 @@ class Adapters:
         self.trained: tuple[str, ...] = tuple(self.rates)
         _check(models, config, plan, self.trained)
         given = read_adapter(models, Path(network.network_weights), "network_weights") if network.network_weights else {}
-        mine = {site: leaves for site, leaves in given.items() if site[0] in self.trained}
-        self.carried = _carried(models, config, {site: leaves for site, leaves in given.items() if site not in mine})
+        mine = {path: tensors for path, tensors in given.items() if path[0] in self.trained}
+        self.carried = _carried(models, config, {path: tensors for path, tensors in given.items() if path not in mine})
         self.notices: tuple[str, ...] = ()
         if self.carried:
-            names = ", ".join(self.carried.held)
+            names = ", ".join(self.carried.components)
             self.notices += (f"network_weights: {names} is not trained; the file's part for it acts and goes into the result as it is",)
         if network.dim_from_weights:
             self.trained = _in_file(self.trained, mine, config)
             if lacking := ", ".join(name for name in self.rates if name not in self.trained):
                 self.notices += (f"network_weights has nothing for {lacking}, which dim_from_weights therefore leaves untrained",)
-            self.inserted = from_state(nets, mine, plan, seed=config.train.seed)
+            self.network = from_state(nets, mine, plan, seed=config.train.seed)
         else:
-            layer = partial(models.family.layer, models.options, plan)
-            places = {name: choose(nets[name], name, models.family.targets[name], plan, layer) for name in self.trained}
-            self.inserted = Inserted(places, plan.kind, seed=config.train.seed)
+            target = partial(models.family.target_layer, models.options, plan)
+            layers = {name: choose(nets[name], name, models.family.targets[name], plan, target) for name in self.trained}
+            self.network = AdapterNetwork(layers, plan.kind, seed=config.train.seed)
             if mine:
-                self.inserted.load(mine)
+                self.network.load(mine)
         if config.train.full_bf16:
-            self.inserted.to(torch.bfloat16)
+            self.network.to(torch.bfloat16)
         # What these names cannot hold is told now, not after the training.
         dialect.write(models.family.dialects(models)[config.output.dialect], self.state())
-        sites = self.inserted.sites().items()
-        self._weights = {"|".join((*site, name)): p for site, a in sites for name, p in a.named_parameters() if p.requires_grad}
+        by_path = self.network.by_path().items()
+        self._weights = {"|".join((*path, name)): p for path, a in by_path for name, p in a.named_parameters() if p.requires_grad}
 
     def weights(self) -> dict[str, nn.Parameter]:
         return self._weights
 
     def groups(self) -> list[Group]:
-        sites = self.inserted.sites()
+        by_path = self.network.by_path()
         return [
             Group(
                 name=name,
                 lr=self.rates[name],
-                parameters=[p for site, a in sites.items() if site[0] == name for p in a.parameters() if p.requires_grad],
-                plus=[p for site, a in sites.items() if site[0] == name for p in a.plus_parameters()],
-                plus_ratio=self.plan.plus_ratio(name),
+                parameters=[p for path, a in by_path.items() if path[0] == name for p in a.parameters() if p.requires_grad],
+                plus=[p for path, a in by_path.items() if path[0] == name for p in a.loraplus_parameters()],
+                loraplus_ratio=self.plan.loraplus_ratio(name),
             )
             for name in self.trained
         ]
 
-    def state(self) -> dict[dialect.Site, dialect.Leaves]:
+    def state(self) -> dict[dialect.ModulePath, dialect.AdapterTensors]:
         """All that a result holds: what is trained, and what a file brought besides."""
-        return {**self.inserted.state(), **(self.carried.state() if self.carried else {})}
+        return {**self.network.state(), **(self.carried.state() if self.carried else {})}
 
     def remove(self) -> None:
         """The nets are again as they were."""
-        for each in (self.inserted, self.carried):
+        for each in (self.network, self.carried):
             if each:
                 each.remove()
 
     def modules(self) -> nn.Module:
-        return nn.ModuleList([self.inserted, self.carried]) if self.carried else self.inserted
+        return nn.ModuleList([self.network, self.carried]) if self.carried else self.network
 
     def train(self, mode: bool) -> None:
-        self.inserted.train(mode)
+        self.network.train(mode)
         self._strength(1.0)
 
-    def on_batch(self, multiplier: Tensor, draws: Draws) -> None:
-        self.inserted.draws = draws
+    def on_batch(self, multiplier: Tensor, rng: SampleRandom) -> None:
+        self.network.rng = rng
         self._strength(multiplier)
 
     def _strength(self, multiplier: float | Tensor) -> None:
-        for each in (self.inserted, self.carried):
+        for each in (self.network, self.carried):
             if each:
                 each.multiplier = multiplier
 
     def after_step(self) -> None:
         limit = self.config.network.scale_weight_norms
         if limit:
-            self.inserted.scale_norms(limit)
+            self.network.scale_norms(limit)
 
     def freeze_encoders(self) -> None:
-        for (component, _), adapter in self.inserted.sites().items():
+        for (component, _), adapter in self.network.by_path().items():
             if component != "denoiser":
                 adapter.requires_grad_(False)
 
     def carries(self) -> str:
         state = self.carried.state().items() if self.carried else ()
-        return files.fingerprint({"|".join((*site, name)): t for site, leaves in state for name, t in leaves.items()}) if state else ""
+        return files.fingerprint({"|".join((*path, name)): t for path, tensors in state for name, t in tensors.items()}) if state else ""
 
     def suffix(self) -> str:
         ending = checkpoints.ending(self.config.output, "network", "single_file")
@@ -259,18 +259,18 @@ class Adapters:
         files.save(path, tensors, {**metadata, **hashes(tensors, metadata)})
 
 
-def read_adapter(models: Models, path: Path, flag: str = "adapter") -> dict[dialect.Site, dialect.Leaves]:
-    """An adapter file in any dialect of the family -> {site: leaves}. `flag`: what named it, for messages.
+def read_adapter(models: Models, path: Path, flag: str = "adapter") -> dict[dialect.ModulePath, dialect.AdapterTensors]:
+    """An adapter file in any dialect of the family -> {path: tensors}. `flag`: what named it, for messages.
 
     Errors: `UserError` for keys that name no layer, and for tensors that no adapter can have.
     """
     tensors = files.load(path)
-    sites = [
+    by_path = [
         (name, p) for name, net in models.nets().items() for p, layer in net.named_modules() if isinstance(layer, nn.Linear | nn.Conv2d)
     ]
     try:
         check_adapter(tensors, f"{flag} {path}")
-        return dialect.read(models.family.dialects(models).values(), tensors, sites)
+        return dialect.read(models.family.dialects(models).values(), tensors, by_path)
     except UserError as error:
         if other := _other_kind(tensors):
             raise UserError(f"{flag} {path} is {other}, not an adapter (such as a LoRA)") from error
@@ -285,12 +285,12 @@ def _other_kind(tensors: Mapping[str, Tensor]) -> str:
     return CALLED.get(found.kind, "a base model").partition(",")[0]
 
 
-def _carried(models: Models, config: Config, given: Mapping[dialect.Site, dialect.Leaves]) -> Inserted | None:
+def _carried(models: Models, config: Config, given: Mapping[dialect.ModulePath, dialect.AdapterTensors]) -> AdapterNetwork | None:
     """What `network_weights` brings for components that are not trained: it acts as it is, and goes into the result."""
     if not given:
         return None
-    names = ", ".join(dict.fromkeys(site[0] for site in given))
-    if caches_text(config) and any(site[0] != "denoiser" for site in given):
+    names = ", ".join(dict.fromkeys(path[0] for path in given))
+    if caches_text(config) and any(path[0] != "denoiser" for path in given):
         raise UserError(
             f"network_weights {config.network.network_weights} changes {names}, which cache_text_encoder_outputs cannot take into account: "
             "leave cache_text_encoder_outputs out, or start from a file of the denoiser alone"
@@ -299,9 +299,9 @@ def _carried(models: Models, config: Config, given: Mapping[dialect.Site, dialec
     return carried.eval().requires_grad_(False)
 
 
-def _in_file(trained: tuple[str, ...], given: Mapping[dialect.Site, dialect.Leaves], config: Config) -> tuple[str, ...]:
+def _in_file(trained: tuple[str, ...], given: Mapping[dialect.ModulePath, dialect.AdapterTensors], config: Config) -> tuple[str, ...]:
     """Those of the components that a file has layers for. Errors: `UserError` if there are none."""
-    found, file = {site[0] for site in given}, config.network.network_weights
+    found, file = {path[0] for path in given}, config.network.network_weights
     if not found:
         raise UserError(f"network_weights {file}: nothing for {', '.join(trained)} is in it; leave dim_from_weights out")
     return tuple(name for name in trained if name in found)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from sfumato.adapters import AdapterPlan
-from sfumato.adapters.insert import Inserted, choose
+from sfumato.adapters.insert import AdapterNetwork, choose
 
 TARGETS = {"linear": ("block.to_*", "block.proj"), "conv": ("block.conv*",)}
 
@@ -39,11 +39,11 @@ class Net(nn.Module):
         return self.head(self.block(x).mean((2, 3)))
 
 
-def insert(net: nn.Module, plan: AdapterPlan, *, seed: int = 0) -> Inserted:
-    return Inserted({"denoiser": choose(net, "denoiser", TARGETS, plan)}, plan.kind, seed=seed)
+def insert(net: nn.Module, plan: AdapterPlan, *, seed: int = 0) -> AdapterNetwork:
+    return AdapterNetwork({"denoiser": choose(net, "denoiser", TARGETS, plan)}, plan.kind, seed=seed)
 
 
-def disturb(inserted: Inserted) -> None:
+def disturb(inserted: AdapterNetwork) -> None:
     """Every parameter away from its start."""
     g = torch.Generator().manual_seed(7)
     with torch.no_grad():

@@ -8,7 +8,7 @@ from small import TARGETS, insert
 from torch import nn
 
 from sfumato.adapters import AdapterPlan, kind
-from sfumato.adapters.insert import Inserted, choose, from_state
+from sfumato.adapters.insert import AdapterNetwork, choose, from_state
 from sfumato.errors import UserError
 
 LORA = AdapterPlan(kind=kind("lora"), rank=4, conv_rank=3, conv_alpha=1.5)
@@ -50,17 +50,17 @@ def test_a_rank_that_no_layer_can_have_is_refused_before_memory_is_asked_for(net
 def test_several_components(net):
     encoder = nn.Sequential(nn.Linear(4, 4))
     places = {"denoiser": choose(net, "denoiser", TARGETS, LORA), "clip_l": choose(encoder, "clip_l", {"linear": ("*",)}, LORA)}
-    inserted = Inserted(places, LORA.kind, seed=0)
-    assert list(inserted.sites())[-1] == ("clip_l", "0")
+    inserted = AdapterNetwork(places, LORA.kind, seed=0)
+    assert list(inserted.by_path())[-1] == ("clip_l", "0")
     assert len(list(inserted.parameters())) == 12
 
 
 def test_load_tells_all_that_is_wrong(net):
     state = insert(net, LORA).state()
-    wide = insert(net, AdapterPlan(kind=kind("lora"), rank=8)).state()
+    per_sample = insert(net, AdapterPlan(kind=kind("lora"), rank=8)).state()
     inserted = insert(net, LORA)
     given = {site: leaves for site, leaves in state.items() if "conv1" not in site[1]}
-    given["denoiser", "block.to_q"] = wide["denoiser", "block.to_q"]
+    given["denoiser", "block.to_q"] = per_sample["denoiser", "block.to_q"]
     given["denoiser", "block.to_z"] = state["denoiser", "block.to_q"]
     with pytest.raises(UserError) as e:
         inserted.load(given)
@@ -75,7 +75,7 @@ def test_from_state_takes_dropouts_from_the_plan(net):
     state = insert(net, LORA).state()
     plan = AdapterPlan(kind=kind("lora"), rank=64, more={"dropout": 0.5})
     inserted = from_state({"denoiser": net}, state, plan)
-    options = inserted.sites()["denoiser", "block.conv1"].options
+    options = inserted.by_path()["denoiser", "block.conv1"].options
     assert (options.rank, options.alpha, options.dropout) == (3, 1.5, 0.5)
 
 
@@ -101,6 +101,6 @@ def test_merge_into_bf16_rounds_once(net):
     for p in inserted.parameters():
         nn.init.normal_(p, std=0.1)
     net.bfloat16()
-    exact = net.block.to_q.weight.float() + inserted.sites()["denoiser", "block.to_q"].change(net.block.to_q.weight)
+    exact = net.block.to_q.weight.float() + inserted.by_path()["denoiser", "block.to_q"].delta_weight(net.block.to_q.weight)
     inserted.merge()
     assert torch.equal(net.block.to_q.weight, exact.bfloat16())

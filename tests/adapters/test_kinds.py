@@ -9,10 +9,10 @@ import torch
 from small import Net, disturb, insert
 from torch import nn
 
-from sfumato.adapters import of_leaves
-from sfumato.adapters.insert import Inserted, from_state
+from sfumato.adapters import from_tensors
+from sfumato.adapters.insert import AdapterNetwork, from_state
 from sfumato.memory.checkpoint import checkpoint_blocks
-from sfumato.tensors.random import Draws
+from sfumato.tensors.random import SampleRandom
 
 close = torch.testing.assert_close
 
@@ -20,7 +20,7 @@ close = torch.testing.assert_close
 def test_starts_with_no_effect(net, plan, x):
     before = net(x)
     inserted = insert(net, plan)
-    assert len(inserted.sites()) == 5
+    assert len(inserted.by_path()) == 5
     assert torch.equal(net(x), before)
 
 
@@ -37,8 +37,8 @@ def test_start_values_follow_from_the_seed_and_the_layer(net, plan):
     assert not all(torch.equal(a, b) for a, b in zip(first, other, strict=True))
     alone = insert(net, replace(plan, conv_rank=None), seed=3)
     whole = insert(net, plan, seed=3)
-    for site, adapter in alone.sites().items():
-        for a, b in zip(adapter.parameters(), whole.sites()[site].parameters(), strict=True):
+    for site, adapter in alone.by_path().items():
+        for a, b in zip(adapter.parameters(), whole.by_path()[site].parameters(), strict=True):
             assert torch.equal(a, b), site
 
 
@@ -59,9 +59,9 @@ def test_merged_weights_do_as_the_adapter_does(net, plan, x, multiplier):
 
 def test_change_keeps_the_weights_shape(net, plan):
     inserted = insert(net, plan)
-    for (_, path), adapter in inserted.sites().items():
+    for (_, path), adapter in inserted.by_path().items():
         weight = net.get_submodule(path).weight
-        assert adapter.change(weight).shape == weight.shape
+        assert adapter.delta_weight(weight).shape == weight.shape
 
 
 def test_every_leaf_learns(net, plan, x):
@@ -85,12 +85,12 @@ def test_state_round_trip(net, plan, x):
     assert torch.equal(net(x), said)
     second.remove()
     for leaves in state.values():
-        kind, options = of_leaves(leaves)
+        kind, options = from_tensors(leaves)
         assert kind is plan.kind
         assert (options.rank, options.alpha) in {(4, 2.0), (3, 1.5)}
     third = from_state({"denoiser": net}, state)
     assert torch.equal(net(x), said)
-    assert list(third.sites()) == list(first.sites())
+    assert list(third.by_path()) == list(first.by_path())
 
 
 def test_remove_restores(net, plan, x):
@@ -140,13 +140,13 @@ def test_dropouts(net, plan, x, name):
     whole.remove()
     inserted = insert(net, replace(plan, more={name: 0.5}))
     disturb(inserted)
-    with pytest.raises(RuntimeError, match="draws"):
+    with pytest.raises(RuntimeError, match="rng"):
         net(x)
-    inserted.draws = Draws((11, 12, 13))
+    inserted.rng = SampleRandom((11, 12, 13))
     dropped = net(x)
     assert not torch.allclose(dropped, said)
     assert torch.equal(net(x), dropped), "the same draws drop the same"
-    inserted.draws = Draws((12,))
+    inserted.rng = SampleRandom((12,))
     close(net(x[1:2]), dropped[1:2], atol=1e-6, rtol=1e-5)  # a sample's dropout does not depend on its batch
     inserted.eval()
     assert torch.equal(net(x), said)
@@ -163,7 +163,7 @@ def test_dropouts_keep_the_mean(plan, name):
             p.add_(0.3)
     x = torch.ones(4000, 2, 4)
     whole = adapter.eval()(x, layer(x))
-    adapter.train().moment.draws = Draws(range(4000))
+    adapter.train().context.rng = SampleRandom(range(4000))
     close(adapter(x, layer(x)).mean((0, 1)), whole.mean((0, 1)), atol=0.03, rtol=0.03)
 
 
@@ -171,7 +171,7 @@ def test_checkpointed_gradients_are_equal(net, plan, x):
     more = dict.fromkeys(plan.kind.supports, 0.3)
     inserted = insert(net, replace(plan, more=more))
     disturb(inserted)
-    inserted.draws = Draws((1, 2, 3))
+    inserted.rng = SampleRandom((1, 2, 3))
 
     def gradients() -> list[torch.Tensor]:
         inserted.zero_grad()
@@ -201,7 +201,7 @@ def test_fp32_adapters_on_a_bf16_net(net, plan, x, autocast):
 
 
 def test_bf16_adapters_on_a_bf16_net(net, plan, x):
-    inserted: Inserted = insert(net, plan)
+    inserted: AdapterNetwork = insert(net, plan)
     disturb(inserted)
     exact = net(x)
     net.bfloat16()
@@ -219,8 +219,8 @@ def test_on_the_meta_device(net, plan):
 def test_norms_are_scaled_down_to_the_limit(net, plan):
     inserted = insert(net, plan)
     disturb(inserted)
-    weights = {site: net.get_submodule(site[1]).weight for site in inserted.sites()}
-    before = {site: a.change(weights[site]) for site, a in inserted.sites().items()}
+    weights = {site: net.get_submodule(site[1]).weight for site in inserted.by_path()}
+    before = {site: a.delta_weight(weights[site]) for site, a in inserted.by_path().items()}
     norms = {site: c.norm().item() for site, c in before.items()}
     limit = sorted(norms.values())[2]
     try:
@@ -229,8 +229,8 @@ def test_norms_are_scaled_down_to_the_limit(net, plan):
         pytest.skip(str(e))
     assert found.scaled == 2
     assert found.largest == pytest.approx(limit, rel=1e-3)
-    for site, adapter in inserted.sites().items():
-        close(adapter.change(weights[site]), before[site] * min(1, limit / norms[site]), rtol=1e-3, atol=1e-6)
+    for site, adapter in inserted.by_path().items():
+        close(adapter.delta_weight(weights[site]), before[site] * min(1, limit / norms[site]), rtol=1e-3, atol=1e-6)
 
 
 def test_layers_without_values_are_enough_to_count_and_check(plan):

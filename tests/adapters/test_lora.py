@@ -39,7 +39,7 @@ def test_equals_lycoris(case):
     other.load_state_dict({**adapter.state_dict()}, strict=False)
     close(other.lora_up.weight.reshape(-1), adapter.lora_up.weight.reshape(-1), atol=0, rtol=0)
     mine = adapter(x, layer(x))
-    merged = layer.weight + adapter.change(layer.weight)
+    merged = layer.weight + adapter.delta_weight(layer.weight)
     close(other.get_merged_weight()[0].reshape(merged.shape), merged, atol=1e-6, rtol=1e-5)
     other.apply_to()
     close(layer(x), mine, atol=1e-6, rtol=1e-5)
@@ -73,14 +73,14 @@ def test_alpha(alpha, scale):
     assert options.scale == scale
     adapter = LoRA(nn.Linear(3, 3), options, torch.Generator())
     assert adapter.alpha.item() == (alpha or 4.0)
-    assert set(adapter.leaves()) == {"alpha", "lora_down.weight", "lora_up.weight"}
+    assert set(adapter.tensors()) == {"alpha", "lora_down.weight", "lora_up.weight"}
 
 
 def test_a_file_without_alpha_means_the_rank():
     adapter = LoRA(nn.Linear(3, 3), LayerOptions(rank=4, alpha=1.0), torch.Generator())
-    leaves = adapter.leaves()
+    leaves = adapter.tensors()
     del leaves["alpha"]
-    adapter.load_leaves(leaves)
+    adapter.load_tensors(leaves)
     assert adapter.options.scale == 1.0
     assert LoRA.read(leaves) == LayerOptions(rank=4, alpha=4.0)
 

@@ -13,7 +13,7 @@ from sfumato.errors import UserError
 def test_defaults_are_kohyas():
     plan = parse(NetworkConfig())
     assert (plan.kind, plan.rank, plan.alpha, plan.conv_rank) == (LoRA, 4, 1.0, None)
-    assert plan.plus_ratio("denoiser") is None
+    assert plan.loraplus_ratio("denoiser") is None
 
 
 def test_all_args():
@@ -29,7 +29,7 @@ def test_all_args():
     options, conv = plan.options(conv=False), plan.options(conv=True)
     assert (options.rank, options.alpha, options.dropout, options.rank_dropout, options.module_dropout) == (32, 16, 0.3, 0.1, 0.2)
     assert (conv.rank, conv.alpha, conv.dropout) == (8, 4.0, 0.3)
-    assert (plan.plus_ratio("denoiser"), plan.plus_ratio("clip_l")) == (16.0, 4.0)
+    assert (plan.loraplus_ratio("denoiser"), plan.loraplus_ratio("clip_l")) == (16.0, 4.0)
 
 
 def test_conv_alpha_defaults_to_one():

@@ -24,7 +24,7 @@ def as_on_windows(name: str, names: Mapping[str, Any] | None = None, *rest: Any,
 builtins.__import__ = as_on_windows  # here, so that it is done in workers too, which import this file
 
 
-def main(model: str, pictures: str, out: str) -> None:
+def main(model: str, images: str, out: str) -> None:
     """See the module."""
     import multiprocessing
     import pkgutil
@@ -42,7 +42,7 @@ def main(model: str, pictures: str, out: str) -> None:
         f"train network --pretrained_model_name_or_path={model} --output_dir={out} --output_name=out --max_train_steps=1 --network_dim=1 "
         "--resolution=64,64 --max_data_loader_n_workers=1"
     )
-    raise SystemExit(run([*words.split(), f"--train_data_dir={pictures}"]))
+    raise SystemExit(run([*words.split(), f"--train_data_dir={images}"]))
 
 
 if __name__ == "__main__":

@@ -38,8 +38,8 @@ def test_nothing_is_used_that_only_posix_has(path: Path) -> None:
     assert not used
 
 
-def test_a_training_starts_without_posix_and_with_spawned_workers(model: Path, pictures: Path, tmp_path: Path) -> None:
-    folder = pictures.rename(pictures.with_name("1_pictures")).parent
+def test_a_training_starts_without_posix_and_with_spawned_workers(model: Path, images: Path, tmp_path: Path) -> None:
+    folder = images.rename(images.with_name("1_images")).parent
     done = subprocess.run(
         [sys.executable, str(Path(__file__).with_name("elsewhere.py")), str(model), str(folder), str(tmp_path / "out")],
         env={**os.environ, "PYTHONPATH": str(ROOT), "PYTHONIOENCODING": "cp1252"},

@@ -29,7 +29,7 @@ min_bucket_reso = 64
 keep_tokens = 1
 
   [[datasets.subsets]]
-  image_dir = "pictures"
+  image_dir = "images"
   num_repeats = 5
   class_tokens = "a cat"
   keep_tokens = 0
@@ -41,7 +41,7 @@ keep_tokens = 1
 [[datasets]]
 resolution = 512
   [[datasets.subsets]]
-  image_dir = "pictures"
+  image_dir = "images"
   caption_dropout_rate = 0.5
 """
 
@@ -66,9 +66,9 @@ def test_a_setting_falls_back_from_subset_to_dataset_to_general_to_flag_to_defau
 def test_json_reads_as_toml_does(home: Path) -> None:
     content = {
         "general": {"shuffle_caption": True, "keep_tokens": 1},
-        "datasets": [{"resolution": "64,96", "subsets": [{"image_dir": "pictures", "num_repeats": 2}]}],
+        "datasets": [{"resolution": "64,96", "subsets": [{"image_dir": "images", "num_repeats": 2}]}],
     }
-    toml = '[general]\nshuffle_caption = true\nkeep_tokens = 1\n[[datasets]]\nresolution = "64,96"\n[[datasets.subsets]]\nimage_dir = "pictures"\nnum_repeats = 2\n'
+    toml = '[general]\nshuffle_caption = true\nkeep_tokens = 1\n[[datasets]]\nresolution = "64,96"\n[[datasets.subsets]]\nimage_dir = "images"\nnum_repeats = 2\n'
     assert read(json.dumps(content), name="data.json") == read(toml)
 
 
@@ -78,7 +78,7 @@ def test_what_is_written_reads_back_to_the_same(home: Path) -> None:
 
 
 def test_every_mistake_is_told_with_its_line(home: Path) -> None:
-    text = FULL.replace('image_dir = "more"\n  is_reg', 'image_dir = "picture"\n  is_reg').replace("batch_size = 3", 'batch_size = "3"')
+    text = FULL.replace('image_dir = "more"\n  is_reg', 'image_dir = "image"\n  is_reg').replace("batch_size = 3", 'batch_size = "3"')
     text = (
         text.replace("num_repeats = 5", "num_repeat = 5")
         .replace("keep_tokens = 1\n", "keep_tokens = 1\nis_reg = true\n")
@@ -88,13 +88,13 @@ def test_every_mistake_is_told_with_its_line(home: Path) -> None:
         read(text)
     rows = list(enumerate(text.splitlines(), 1))
     line = {key: next(i for i, row in rows if key in row) for key in ("batch_size", "num_repeat", "is_reg", "1.5")}
-    missing = next(i for i, row in rows if row.endswith('"picture"'))
+    missing = next(i for i, row in rows if row.endswith('"image"'))
     assert sorted(e.value.messages) == sorted(
         [
             f"data.toml:{line['batch_size']}: batch_size: expected a whole number, found the text '3'",
             f"data.toml:{line['num_repeat']}: num_repeat: unknown setting here; did you mean 'num_repeats'?",
             f"data.toml:{line['is_reg']}: is_reg: unknown setting here; it belongs to [[datasets.subsets]]",
-            f"data.toml:{missing}: image_dir: folder picture does not exist; did you mean 'pictures'?",
+            f"data.toml:{missing}: image_dir: folder image does not exist; did you mean 'images'?",
             f"data.toml:{line['1.5']}: caption_dropout_rate: expected between 0 and 1, found 1.5",
         ]
     )
@@ -108,12 +108,12 @@ def test_every_mistake_is_told_with_its_line(home: Path) -> None:
         ("[[dataset]]\n", "data.toml:1: dataset: unknown table"),
         ("[[datasets]]\n[[datasets.subsets]]\nnum_repeats = 1\n", "data.toml:3: image_dir is missing"),
         (
-            '[[datasets]]\n[[datasets.subsets]]\nmetadata_file = "x.json"\nimage_dir = "pictures"\n',
+            '[[datasets]]\n[[datasets.subsets]]\nmetadata_file = "x.json"\nimage_dir = "images"\n',
             "data.toml:3: metadata_file: is not supported yet",
         ),
-        ('[[datasets]]\n[[datasets.subsets]]\nimage_dir = "pictures"\nis_reg = true\n', "dataset 1: all of its folders hold regu"),
-        ('[[datasets]]\nenable_bucket = true\nresolution = 2048\n[[datasets.subsets]]\nimage_dir = "pictures"\n', "above max_bucket_reso"),
-        ('[[datasets]]\n[[datasets.subsets]]\nimage_dir = "pictures"\nconditioning_data_dir = "pictures"\n', "needs masked_loss"),
+        ('[[datasets]]\n[[datasets.subsets]]\nimage_dir = "images"\nis_reg = true\n', "dataset 1: all of its folders hold regu"),
+        ('[[datasets]]\nenable_bucket = true\nresolution = 2048\n[[datasets.subsets]]\nimage_dir = "images"\n', "above max_bucket_reso"),
+        ('[[datasets]]\n[[datasets.subsets]]\nimage_dir = "images"\nconditioning_data_dir = "images"\n', "needs masked_loss"),
         ("[[datasets]]\n[[datasets.subsets]]\nimage_dir = 'C:\\x'\nface_crop_aug_range = 'a'\n", "data.toml:3: image_dir"),
     ],
 )
@@ -124,7 +124,7 @@ def test_what_is_wrong_is_told(text: str, message: str, home: Path) -> None:
 
 
 def test_switched_off_or_idle_keys_of_kohya_are_read(home: Path) -> None:
-    text = '[[datasets]]\nvalidation_split = 0.0\n[[datasets.subsets]]\nimage_dir = "pictures"\ncache_info = true\ncustom_attributes = {}\n'
+    text = '[[datasets]]\nvalidation_split = 0.0\n[[datasets.subsets]]\nimage_dir = "images"\ncache_info = true\ncustom_attributes = {}\n'
     Path("data.toml").write_text(text)
     found = flags.resolve_all(BASE, "network")
     assert len(found.datasets) == 1 and [n for n in found.notices if "cache_info: accepted, no effect" in n]
@@ -145,9 +145,9 @@ def test_folders_of_folders_are_one_dataset(home: Path) -> None:
     assert [n for n in found.notices if "train/notes: left out" in n]
 
 
-def test_a_folder_of_pictures_is_no_folder_of_folders(home: Path) -> None:
+def test_a_folder_of_images_is_no_folder_of_folders(home: Path) -> None:
     with pytest.raises(UserError, match="has no folder `<repeats>_<class tokens>`"):
-        flags.resolve([*MODEL, "--train_data_dir", "pictures"], "network")
+        flags.resolve([*MODEL, "--train_data_dir", "images"], "network")
 
 
 def test_a_flag_that_the_file_overrules_everywhere_is_told(home: Path) -> None:
@@ -164,11 +164,11 @@ def test_only_keep_tokens_is_told_to_need_shuffling(home: Path) -> None:
     text = "[general]\nkeep_tokens = 1\nkeep_tokens_separator = '|||'\nsecondary_separator = ';;;'\n" + Path("data.toml").read_text()
     Path("data.toml").write_text(text)
     notices = [n for n in flags.resolve_all(BASE, "network").notices if "no effect without" in n]
-    assert len(notices) == 1 and "pictures: keep_tokens: " in notices[0]
+    assert len(notices) == 1 and "images: keep_tokens: " in notices[0]
 
 
 def bucketed(limits: str) -> str:
-    return f'[[datasets]]\nenable_bucket = true\n{limits}\n[[datasets.subsets]]\nimage_dir = "pictures"\n'
+    return f'[[datasets]]\nenable_bucket = true\n{limits}\n[[datasets.subsets]]\nimage_dir = "images"\n'
 
 
 @pytest.mark.parametrize(
@@ -205,7 +205,7 @@ def files(*names: str) -> None:
 
 
 SUBSET = '[[datasets.subsets]]\nimage_dir = "{}"\n'
-FOUR = "[[datasets]]\n" + "".join(map(SUBSET.format, ("pictures", "none", "empty", "zero"))) + "num_repeats = 0\n"
+FOUR = "[[datasets]]\n" + "".join(map(SUBSET.format, ("images", "none", "empty", "zero"))) + "num_repeats = 0\n"
 
 
 def test_folders_that_kohyas_scripts_pass_over_are_left_out_of_kohyas_files(home: Path) -> None:
@@ -213,7 +213,7 @@ def test_folders_that_kohyas_scripts_pass_over_are_left_out_of_kohyas_files(home
     Path("data.toml").write_text(FOUR)
     Path("kohya.toml").write_text('dataset_config = "data.toml"\n')
     found = flags.resolve_all([*MODEL, "--config_file", "kohya.toml"], "network")
-    assert [s.image_dir for s in found.datasets[0].subsets] == ["pictures"]
+    assert [s.image_dir for s in found.datasets[0].subsets] == ["images"]
     left = [n for n in found.notices if "left out, as in kohya's scripts" in n]
     assert [n.rpartition(": ")[2] for n in left] == ["does not exist", "no images are in it", "num_repeats is 0"]
 
@@ -238,7 +238,7 @@ def test_a_kohya_file_of_which_no_folder_is_left_is_refused(home: Path) -> None:
 
 
 def test_the_same_folder_is_taken_once_in_a_dataset(home: Path) -> None:
-    twice = "[[datasets]]\nresolution = 64\n" + SUBSET.format("pictures") + "num_repeats = 3\n" + SUBSET.format("./pictures/")
+    twice = "[[datasets]]\nresolution = 64\n" + SUBSET.format("images") + "num_repeats = 3\n" + SUBSET.format("./images/")
     Path("data.toml").write_text(twice + twice.replace("64", "96"))
     found = flags.resolve_all(BASE, "network")
     assert [[s.num_repeats for s in d.subsets] for d in found.datasets] == [[3], [3]]
@@ -247,7 +247,7 @@ def test_the_same_folder_is_taken_once_in_a_dataset(home: Path) -> None:
 
 def test_regularisation_alone_is_refused_with_the_cure(home: Path) -> None:
     files("reg/a.png")
-    text = "[[datasets]]\n" + SUBSET.format("pictures") + "[[datasets]]\n" + SUBSET.format("reg") + "is_reg = true\n"
+    text = "[[datasets]]\n" + SUBSET.format("images") + "[[datasets]]\n" + SUBSET.format("reg") + "is_reg = true\n"
     with pytest.raises(UserError, match=r"dataset 2: all of its folders hold regularisation.*put them into the \[\[datasets\]\] of"):
         read(text)
 
@@ -268,7 +268,7 @@ def test_regularisation_alone_is_refused_with_the_cure(home: Path) -> None:
 )
 def test_settings_that_no_dataset_can_have_are_refused_with_their_line(setting: str, message: str, home: Path) -> None:
     with pytest.raises(UserError) as e:
-        read("[[datasets]]\n" + setting + "\n" + SUBSET.format("pictures"))
+        read("[[datasets]]\n" + setting + "\n" + SUBSET.format("images"))
     assert f"data.toml:2: {message}" in str(e.value)
 
 
@@ -288,7 +288,7 @@ def test_a_path_that_cannot_be_is_told_with_its_line(name: str, home: Path) -> N
 
 def test_text_that_is_no_unicode_is_refused_where_it_would_be_read(home: Path) -> None:
     with pytest.raises(UserError, match="class_tokens: expected text in UTF-8"):
-        read('{"datasets": [{"subsets": [{"image_dir": "pictures", "class_tokens": "\\ud800"}]}]}', name="data.json")
+        read('{"datasets": [{"subsets": [{"image_dir": "images", "class_tokens": "\\ud800"}]}]}', name="data.json")
     with pytest.raises(UserError, match="--caption_prefix: expected text in UTF-8"):
         flags.resolve([*BASE, "--caption_prefix", "\udcff"], "network")
 

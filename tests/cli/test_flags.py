@@ -26,13 +26,13 @@ def errors(argv: list[str], method: flags.Method = "network") -> list[str]:
 
 def test_three_mistakes_are_told_at_once_without_torch(home: Path) -> None:
     Path("run.toml").write_text(
-        "[model]\npretrained_model_name_or_path = 'base.safetensors'\ntrain_data_dir = 'picture'\n\n[x]\nlearning_rat = 1e-4\nmax_train_steps = 'many'\n"
+        "[model]\npretrained_model_name_or_path = 'base.safetensors'\ntrain_data_dir = 'image'\n\n[x]\nlearning_rat = 1e-4\nmax_train_steps = 'many'\n"
     )
     code = "import sys; from sfumato.cli.main import main; code = main(sys.argv[1:]); assert 'torch' not in sys.modules; sys.exit(code)"
     done = subprocess.run([sys.executable, "-c", code, "train", "network", "--config", "run.toml"], capture_output=True, text=True, env=ENV)
     assert done.returncode == 2
     assert sorted(done.stderr.splitlines()) == [
-        "error: run.toml:3: train_data_dir: folder picture does not exist; did you mean 'pictures'?",
+        "error: run.toml:3: train_data_dir: folder image does not exist; did you mean 'images'?",
         "error: run.toml:6: learning_rat: unknown setting; did you mean 'learning_rate'?",
         "error: run.toml:7: max_train_steps: expected a whole number, found the text 'many'",
     ]
@@ -71,7 +71,7 @@ def test_the_resolved_config_reads_back_to_the_same(home: Path) -> None:
         "--max_token_length", "225", "--clip_skip", "2",
     ]  # fmt: skip
     argv[argv.index("data.toml")] = str(home / "data.toml")
-    Path("data.toml").write_text('[[datasets]]\n[[datasets.subsets]]\nimage_dir = "pictures"\n')
+    Path("data.toml").write_text('[[datasets]]\n[[datasets.subsets]]\nimage_dir = "images"\n')
     first = flags.resolve_all(argv, "network")
     Path("resolved.toml").write_text(flags.write_toml(first.config), encoding="utf-8")
     again = flags.resolve_all(["--config", "resolved.toml"], "network")
@@ -110,7 +110,7 @@ def test_every_mistyped_key_stops_the_run_and_most_name_the_right_one(home: Path
         (["--learning_rate"], "expected one argument"),
         (["run.toml"], "'run.toml': a flag was expected"),
         (["--config", "rum.toml"], "config file rum.toml does not exist"),
-        (["--config", "pictures"], "config file pictures is a folder, not a file"),
+        (["--config", "images"], "config file images is a folder, not a file"),
         (["--output_dir", "data.toml"], "--output_dir: data.toml is a file, not a folder; choose another folder"),
         (["--cache_dir", "data.toml/x"], "--cache_dir: data.toml is a file, not a folder; choose another folder"),
         (["--network_weights", "nothing"], "--network_weights: file nothing does not exist"),
@@ -203,19 +203,19 @@ def test_datasets_in_a_config_file_are_told_where_to_go(home: Path) -> None:
     assert any("run.toml" in m and "dataset_config" in m for m in errors([*BASE, "--config", "run.toml"]))
 
 
-def test_no_model_and_no_pictures_are_told_together(home: Path) -> None:
-    assert [m.split(":")[0] for m in errors([])] == ["no base model", "no pictures"]
+def test_no_model_and_no_images_are_told_together(home: Path) -> None:
+    assert [m.split(":")[0] for m in errors([])] == ["no base model", "no images"]
 
 
 def test_paths_may_stand_beside_the_file_that_names_them(home: Path) -> None:
     folder = home / "deep"
     folder.mkdir()
-    (folder / "data.toml").write_text('[[datasets]]\nresolution = 64\n[[datasets.subsets]]\nimage_dir = "../pictures"\n')
+    (folder / "data.toml").write_text('[[datasets]]\nresolution = 64\n[[datasets.subsets]]\nimage_dir = "../images"\n')
     (folder / "run.toml").write_text('dataset_config = "data.toml"\npretrained_model_name_or_path = "base.safetensors"\n')
     (home / "data.toml").unlink()
     config, datasets = flags.resolve(["--config", "deep/run.toml"], "network")
     assert config.data.dataset_config == "deep/data.toml"
-    assert Path(datasets[0].subsets[0].image_dir).samefile(home / "pictures")
+    assert Path(datasets[0].subsets[0].image_dir).samefile(home / "images")
 
 
 def test_a_state_whose_replacement_was_killed_halfway_may_be_resumed(home: Path) -> None:

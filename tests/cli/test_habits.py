@@ -204,7 +204,7 @@ def test_validation_seed_without_a_split_is_stated(home: Path) -> None:
 
 def test_a_config_file_of_a_front_end_is_read_whole(home: Path) -> None:
     (home / "set").mkdir()
-    (home / "pictures").rename(home / "set" / "3_cat")
+    (home / "images").rename(home / "set" / "3_cat")
     found = kohya.resolve("train_network", ["--config_file", str(Path(__file__).parents[1] / "fixtures" / "front_end.toml")])
     config = found.config
     assert (config.network.network_dim, config.network.network_args) == (8, ("loraplus_lr_ratio=16",))

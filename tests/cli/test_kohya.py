@@ -156,7 +156,7 @@ def test_a_command_trains_with_the_resolved_config(home: Path, monkeypatch: pyte
     )
     assert kohya.run("train_db", [*BASE, "--learning_rate=1e-5"]) == 0
     assert called["method"] == "full" and len(called["datasets"]) == 1
-    assert "learning_rate = 1e-05\n" in called["resolved"] and '# image_dir = "pictures"' in called["resolved"]
+    assert "learning_rate = 1e-05\n" in called["resolved"] and '# image_dir = "images"' in called["resolved"]
     Path("resolved.toml").write_text(called["resolved"])
     assert flags.resolve_all(["--config", "resolved.toml"], "full").config.optimizer.learning_rate == 1e-5
 

@@ -1,4 +1,4 @@
-"""Folders of small pictures for the tests of data/, and stand-ins for the VAE and the text encoder."""
+"""Folders of small images for the tests of data/, and stand-ins for the VAE and the text encoder."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ OUTPUTS = TextEncoderOutputsCachingStrategy(fields=("hidden",))
 
 
 def noise(size: tuple[int, int], seed: int, mode: str = "RGB") -> Image.Image:
-    """A picture whose pixels are all different."""
+    """An image whose pixels are all different."""
     bands = len(Image.new(mode, (1, 1)).getbands())
     values = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], bands), dtype=np.uint8)
     return Image.fromarray(values.squeeze(), mode=None).convert(mode) if bands in (1, 3, 4) else Image.new(mode, size)
 
 
 def folder(root: Path, sizes: Sequence[tuple[int, int]] = ((64, 64), (96, 64), (64, 100), (70, 64), (64, 64)), seed: int = 0) -> Path:
-    """Pictures 0.png ... with captions 0.txt ..."""
+    """Images 0.png ... with captions 0.txt ..."""
     root.mkdir(parents=True, exist_ok=True)
     for i, size in enumerate(sizes):
         noise(size, seed + i).save(root / f"{i}.png")

@@ -82,11 +82,11 @@ def test_a_mask_is_resized_as_its_image_is(tmp_path: Path) -> None:
     for kind in ("area", "bicubic", "nearest"):
         of = plan(dataset(subset(tmp_path, alpha_mask=True, resize_interpolation=kind), resolution=(32, 32)))
         [item] = of.items
-        read = augment.load(item.picture, of.subset(item), item.placement, item.placement.centre, stride=1)
+        read = augment.load(item.image, of.subset(item), item.placement, item.placement.centre, stride=1)
         assert torch.allclose(read["mask"][0], (read["pixels"][0] + 1) / 2, atol=1e-6), kind
 
 
-def test_colours_vary_one_picture_in_three_and_slightly() -> None:
+def test_colours_vary_one_image_in_three_and_slightly() -> None:
     image = Image.new("RGB", (2, 2), (200, 90, 40))
     seen = [np.asarray(augment.vary_colours(image, random.Random(seed))) for seed in range(600)]
     changed = [np.abs(a.astype(int) - np.asarray(image)).max() for a in seen if not np.array_equal(a, image)]

@@ -71,7 +71,7 @@ def test_places(size: tuple[int, int], bucket: tuple[int, int], resized: tuple[i
 
 @given(st.integers(20, 4000), st.integers(20, 4000))
 @settings(deadline=None, max_examples=200)
-def test_a_bucket_is_always_within_the_resized_picture(width: int, height: int) -> None:
+def test_a_bucket_is_always_within_the_resized_image(width: int, height: int) -> None:
     placed = place((width, height), SD)
     assert placed.trim[0] >= 0
     assert placed.trim[1] >= 0
@@ -111,7 +111,7 @@ def test_nothing_is_enlarged_then(width: int, height: int) -> None:
     assert placed.bucket[0] * placed.bucket[1] <= 512 * 512
 
 
-def test_a_picture_smaller_than_a_step_is_refused_with_advice() -> None:
+def test_a_image_smaller_than_a_step_is_refused_with_advice() -> None:
     with pytest.raises(ValueError, match="bucket_reso_steps"):
         place((40, 300), FREE)
 

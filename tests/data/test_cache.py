@@ -26,58 +26,58 @@ def cache(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def pictures(tmp_path: Path) -> Path:
+def images(tmp_path: Path) -> Path:
     return folder(tmp_path / "p")
 
 
-def run(pictures: Path, cache: Path, vae: str = "vae", stride: int = 8, **options: Any) -> Report:
+def run(images: Path, cache: Path, vae: str = "vae", stride: int = 8, **options: Any) -> Report:
     """A whole start: a new index and store over the same folder."""
     of_dataset = {k: options.pop(k) for k in ("resolution",) if k in options}
     index = Index(cache)
-    return latents(plan(dataset(subset(pictures, **options), **of_dataset), index=index, stride=stride), Store(cache), index, vae)
+    return latents(plan(dataset(subset(images, **options), **of_dataset), index=index, stride=stride), Store(cache), index, vae)
 
 
-def run_texts(pictures: Path, cache: Path, encoder: str = "clip", settings: dict[str, object] | None = None, **options: Any) -> Report:
+def run_texts(images: Path, cache: Path, encoder: str = "clip", settings: dict[str, object] | None = None, **options: Any) -> Report:
     index = Index(cache)
-    return texts(plan(dataset(subset(pictures, **options)), index=index), Store(cache), index, encoder, **(settings or {"clip_skip": 1}))
+    return texts(plan(dataset(subset(images, **options)), index=index), Store(cache), index, encoder, **(settings or {"clip_skip": 1}))
 
 
 def counts(report: Report) -> tuple[int, int, dict[str, int]]:
     return report.found, report.encoded, report.reasons
 
 
-def test_an_unchanged_second_start_encodes_nothing(pictures: Path, cache: Path) -> None:
-    assert counts(run(pictures, cache)) == (0, 5, {"new": 5})
-    assert counts(run(pictures, cache)) == (5, 0, {})
-    assert str(run(pictures, cache)) == "5 found, 0 encoded"
+def test_an_unchanged_second_start_encodes_nothing(images: Path, cache: Path) -> None:
+    assert counts(run(images, cache)) == (0, 5, {"new": 5})
+    assert counts(run(images, cache)) == (5, 0, {})
+    assert str(run(images, cache)) == "5 found, 0 encoded"
 
 
-def replace_picture(pictures: Path) -> dict[str, Any]:
-    noise((64, 64), 321).save(pictures / "4.png")
+def replace_image(images: Path) -> dict[str, Any]:
+    noise((64, 64), 321).save(images / "4.png")
     return {}
 
 
-def add_picture(pictures: Path) -> dict[str, Any]:
-    noise((64, 64), 322).save(pictures / "9.png")
-    (pictures / "9.txt").write_text("a new one")
+def add_image(images: Path) -> dict[str, Any]:
+    noise((64, 64), 322).save(images / "9.png")
+    (images / "9.txt").write_text("a new one")
     return {}
 
 
-def touch(pictures: Path) -> dict[str, Any]:
-    os.utime(pictures / "0.png", (1, 1))
+def touch(images: Path) -> dict[str, Any]:
+    os.utime(images / "0.png", (1, 1))
     return {}
 
 
-def edit_caption(pictures: Path) -> dict[str, Any]:
-    (pictures / "3.txt").write_text("something else")
+def edit_caption(images: Path) -> dict[str, Any]:
+    (images / "3.txt").write_text("something else")
     return {}
 
 
 @pytest.mark.parametrize(
     ("change", "expected"),
     [
-        (replace_picture, (4, 1, {"picture changed": 1})),
-        (add_picture, (5, 1, {"new": 1})),
+        (replace_image, (4, 1, {"picture changed": 1})),
+        (add_image, (5, 1, {"new": 1})),
         (touch, (5, 0, {})),
         (edit_caption, (5, 0, {})),
         (lambda _: {"vae": "another"}, (0, 5, {"VAE changed": 5})),
@@ -87,38 +87,38 @@ def edit_caption(pictures: Path) -> dict[str, Any]:
     ],
 )
 def test_exactly_the_latents_concerned(
-    pictures: Path, cache: Path, change: Callable[[Path], dict[str, Any]], expected: tuple[int, int, dict[str, int]]
+    images: Path, cache: Path, change: Callable[[Path], dict[str, Any]], expected: tuple[int, int, dict[str, int]]
 ) -> None:
-    run(pictures, cache)
-    options = change(pictures)
-    assert counts(run(pictures, cache, **options)) == expected
-    assert run(pictures, cache, **options).encoded == 0
+    run(images, cache)
+    options = change(images)
+    assert counts(run(images, cache, **options)) == expected
+    assert run(images, cache, **options).encoded == 0
 
 
-def test_another_resolution_keeps_the_first(pictures: Path, cache: Path) -> None:
-    run(pictures, cache)
-    again = run(pictures, cache, resolution=(96, 96))
+def test_another_resolution_keeps_the_first(images: Path, cache: Path) -> None:
+    run(images, cache)
+    again = run(images, cache, resolution=(96, 96))
     assert (again.found, again.encoded) == (0, 5)
     assert all(reason.startswith("bucket ") for reason in again.reasons)
     assert again.reasons["bucket 64x64 -> 96x96"] >= 2
-    assert run(pictures, cache).encoded == 0
+    assert run(images, cache).encoded == 0
 
 
-def test_the_changed_picture_is_named(pictures: Path, cache: Path) -> None:
-    run(pictures, cache)
-    replace_picture(pictures)
-    assert run(pictures, cache).changed == ((str(pictures / "4.png"), "picture changed"),)
+def test_the_changed_image_is_named(images: Path, cache: Path) -> None:
+    run(images, cache)
+    replace_image(images)
+    assert run(images, cache).changed == ((str(images / "4.png"), "picture changed"),)
 
 
-def test_a_lost_entry_is_made_again(pictures: Path, cache: Path) -> None:
-    first = run(pictures, cache)
+def test_a_lost_entry_is_made_again(images: Path, cache: Path) -> None:
+    first = run(images, cache)
     first.store.path(first.keys[2]).unlink()
-    assert counts(run(pictures, cache)) == (4, 1, {"its entry is gone": 1})
+    assert counts(run(images, cache)) == (4, 1, {"its entry is gone": 1})
 
 
 @pytest.mark.parametrize("kind", [run, run_texts])
-def test_bad_entries_are_made_anew_and_told(pictures: Path, cache: Path, kind: Callable[..., Report]) -> None:
-    first = kind(pictures, cache)
+def test_bad_entries_are_made_anew_and_told(images: Path, cache: Path, kind: Callable[..., Report]) -> None:
+    first = kind(images, cache)
     names = list(first.keys.values())
     sound = {name: first.store.get(name) for name in names}
     paths = [first.store.path(name) for name in names]
@@ -128,7 +128,7 @@ def test_bad_entries_are_made_anew_and_told(pictures: Path, cache: Path, kind: C
     paths[1].write_bytes(paths[2].read_bytes())
     first.store.put(names[3], {name: t * float("nan") for name, t in (sound[names[3]] or {}).items()})
     first.store.put(names[4], {"latents": torch.zeros(3, 1, 1)})
-    again = kind(pictures, cache)
+    again = kind(images, cache)
     misfit = "its entry is of another shape" if kind is run else "its entry holds other fields"
     reasons = {"its entry is damaged": 1, "its entry is that of another": 1, "its entry is not finite": 1, misfit: 1}
     assert counts(again) == (1, 4, reasons)
@@ -136,32 +136,32 @@ def test_bad_entries_are_made_anew_and_told(pictures: Path, cache: Path, kind: C
     for name, entry in sound.items():
         now = again.store.get(name) or {}
         assert entry is not None and now.keys() == entry.keys() and all(torch.equal(now[k], entry[k]) for k in entry)
-    assert counts(kind(pictures, cache)) == (5, 0, {})
+    assert counts(kind(images, cache)) == (5, 0, {})
 
 
 @pytest.mark.parametrize("kind", [run, run_texts])
-def test_an_entry_of_another_dtype_is_made_anew(pictures: Path, cache: Path, kind: Callable[..., Report]) -> None:
-    first = kind(pictures, cache)
+def test_an_entry_of_another_dtype_is_made_anew(images: Path, cache: Path, kind: Callable[..., Report]) -> None:
+    first = kind(images, cache)
     name = next(iter(first.keys.values()))
     first.store.put(name, {field: t.float() for field, t in (first.store.get(name) or {}).items()})
-    assert counts(kind(pictures, cache)) == (4, 1, {"its entry is of another dtype": 1})
+    assert counts(kind(images, cache)) == (4, 1, {"its entry is of another dtype": 1})
 
 
-def test_a_picture_replaced_before_it_is_encoded_is_not_kept_as_the_old_one(pictures: Path) -> None:
-    of = plan(dataset(subset(pictures)))
-    replace_picture(pictures)
+def test_a_image_replaced_before_it_is_encoded_is_not_kept_as_the_old_one(images: Path) -> None:
+    of = plan(dataset(subset(images)))
+    replace_image(images)
     with pytest.raises(UserError, match=r"4\.png.*changed"):
         latents(of, Store(), Index())
 
 
-def test_pictures_of_the_same_bytes_share_an_entry(pictures: Path, cache: Path) -> None:
-    (pictures / "copy.png").write_bytes((pictures / "0.png").read_bytes())
-    report = run(pictures, cache)
+def test_images_of_the_same_bytes_share_an_entry(images: Path, cache: Path) -> None:
+    (images / "copy.png").write_bytes((images / "0.png").read_bytes())
+    report = run(images, cache)
     assert report.encoded == 5
     assert report.keys[5] == report.keys[0]
 
 
-def test_latents_are_what_the_vae_says_of_the_cut_picture(tmp_path: Path) -> None:
+def test_latents_are_what_the_vae_says_of_the_cut_image(tmp_path: Path) -> None:
     folder(tmp_path / "p", [(64, 64)])
     report = run(tmp_path / "p", tmp_path / "cache", flip_aug=True)
     entry = report.store.get(report.keys[0]) or {}
@@ -172,8 +172,8 @@ def test_latents_are_what_the_vae_says_of_the_cut_picture(tmp_path: Path) -> Non
     assert entry["latents"].dtype == LATENTS.dtype
 
 
-def test_vae_batches_do_not_change_what_is_kept(pictures: Path, tmp_path: Path) -> None:
-    of = plan(dataset(subset(pictures, flip_aug=True)))
+def test_vae_batches_do_not_change_what_is_kept(images: Path, tmp_path: Path) -> None:
+    of = plan(dataset(subset(images, flip_aug=True)))
     one, three = (latents(of, Store(), Index(), batch_size=n) for n in (1, 3))
     assert one.keys == three.keys
     for name in one.keys.values():
@@ -183,17 +183,17 @@ def test_vae_batches_do_not_change_what_is_kept(pictures: Path, tmp_path: Path) 
 
 
 def test_masks_are_kept_with_the_latents_and_are_part_of_the_key(tmp_path: Path, cache: Path) -> None:
-    pictures = folder(tmp_path / "p", [(64, 64)] * 2)
+    images = folder(tmp_path / "p", [(64, 64)] * 2)
     (tmp_path / "m").mkdir()
     half = Image.new("L", (64, 64), 0)
     half.paste(255, (0, 0, 32, 64))
     for i in range(2):
         half.save(tmp_path / "m" / f"{i}.png")
-    report = run(pictures, cache, conditioning_data_dir=str(tmp_path / "m"))
+    report = run(images, cache, conditioning_data_dir=str(tmp_path / "m"))
     mask = (report.store.get(report.keys[0]) or {})["mask"]
     assert torch.equal(mask, torch.cat([torch.ones(1, 8, 4), torch.zeros(1, 8, 4)], dim=2))
     half.transpose(Image.Transpose.ROTATE_90).save(tmp_path / "m" / "1.png")
-    assert counts(run(pictures, cache, conditioning_data_dir=str(tmp_path / "m"))) == (1, 1, {"mask changed": 1})
+    assert counts(run(images, cache, conditioning_data_dir=str(tmp_path / "m"))) == (1, 1, {"mask changed": 1})
 
 
 def test_alpha_is_the_mask_and_hides_nothing(tmp_path: Path) -> None:
@@ -211,53 +211,53 @@ def test_alpha_is_the_mask_and_hides_nothing(tmp_path: Path) -> None:
     assert torch.equal(entry_of_opaque["mask"], torch.ones(1, 8, 8))
 
 
-def test_latents_that_are_not_finite_name_the_picture_and_the_flag(pictures: Path) -> None:
+def test_latents_that_are_not_finite_name_the_image_and_the_flag(images: Path) -> None:
     def broken(pixels: Tensor) -> Tensor:
         return encode(pixels) * float("nan")
 
     with pytest.raises(UserError, match=r"0\.png.*--no_half_vae"):
-        latents(plan(dataset(subset(pictures))), Store(), Index(), encode=broken)
+        latents(plan(dataset(subset(images))), Store(), Index(), encode=broken)
 
 
 @pytest.mark.parametrize("option", ["random_crop", "color_aug"])
-def test_options_that_change_the_picture_each_time_are_refused(pictures: Path, option: str) -> None:
+def test_options_that_change_the_image_each_time_are_refused(images: Path, option: str) -> None:
     with pytest.raises(UserError, match=option):
-        latents(plan(dataset(subset(pictures, **{option: True}))), Store(), Index())
+        latents(plan(dataset(subset(images, **{option: True}))), Store(), Index())
 
 
-def test_texts_unchanged_changed_and_shared(pictures: Path, cache: Path) -> None:
-    assert counts(run_texts(pictures, cache)) == (0, 5, {"new": 5})
-    assert counts(run_texts(pictures, cache)) == (5, 0, {})
-    edit_caption(pictures)
-    assert counts(run_texts(pictures, cache)) == (4, 1, {"caption changed": 1})
-    replace_picture(pictures)
-    assert counts(run_texts(pictures, cache)) == (5, 0, {})
-    (pictures / "0.txt").write_text("something else")
-    assert counts(run_texts(pictures, cache)) == (4, 0, {})
+def test_texts_unchanged_changed_and_shared(images: Path, cache: Path) -> None:
+    assert counts(run_texts(images, cache)) == (0, 5, {"new": 5})
+    assert counts(run_texts(images, cache)) == (5, 0, {})
+    edit_caption(images)
+    assert counts(run_texts(images, cache)) == (4, 1, {"caption changed": 1})
+    replace_image(images)
+    assert counts(run_texts(images, cache)) == (5, 0, {})
+    (images / "0.txt").write_text("something else")
+    assert counts(run_texts(images, cache)) == (4, 0, {})
 
 
-def test_texts_follow_the_encoder_and_its_settings(pictures: Path, cache: Path) -> None:
-    run_texts(pictures, cache)
-    assert counts(run_texts(pictures, cache, settings={"clip_skip": 2})) == (0, 5, {"setting clip_skip 1 -> 2": 5})
-    assert counts(run_texts(pictures, cache, encoder="other", settings={"clip_skip": 2})) == (0, 5, {"text encoder changed": 5})
-    assert run_texts(pictures, cache).encoded == 0
+def test_texts_follow_the_encoder_and_its_settings(images: Path, cache: Path) -> None:
+    run_texts(images, cache)
+    assert counts(run_texts(images, cache, settings={"clip_skip": 2})) == (0, 5, {"setting clip_skip 1 -> 2": 5})
+    assert counts(run_texts(images, cache, encoder="other", settings={"clip_skip": 2})) == (0, 5, {"text encoder changed": 5})
+    assert run_texts(images, cache).encoded == 0
 
 
-def test_dropout_adds_the_empty_caption_alone(pictures: Path, cache: Path) -> None:
-    run_texts(pictures, cache)
-    assert counts(run_texts(pictures, cache, caption_dropout_rate=0.1)) == (5, 1, {"new": 1})
+def test_dropout_adds_the_empty_caption_alone(images: Path, cache: Path) -> None:
+    run_texts(images, cache)
+    assert counts(run_texts(images, cache, caption_dropout_rate=0.1)) == (5, 1, {"new": 1})
 
 
-def test_only_the_named_fields_are_kept(pictures: Path, cache: Path) -> None:
-    report = run_texts(pictures, cache)
+def test_only_the_named_fields_are_kept(images: Path, cache: Path) -> None:
+    report = run_texts(images, cache)
     entry = report.store.get(next(iter(report.keys.values()))) or {}
     assert entry.keys() == {"hidden"}
     assert entry["hidden"].dtype == torch.float16
 
 
-def test_captions_without_end_are_refused_by_option(pictures: Path, cache: Path) -> None:
+def test_captions_without_end_are_refused_by_option(images: Path, cache: Path) -> None:
     with pytest.raises(UserError, match="shuffle_caption, caption_tag_dropout_rate"):
-        run_texts(pictures, cache, shuffle_caption=True, caption_tag_dropout_rate=0.1)
+        run_texts(images, cache, shuffle_caption=True, caption_tag_dropout_rate=0.1)
 
 
 KILLED = """
@@ -266,7 +266,7 @@ from pathlib import Path
 from folders import dataset, encode, latents, plan, subset
 from sfumato.data.store import Index, Store
 
-pictures, cache, calls = Path(sys.argv[1]), Path(sys.argv[2]), []
+images, cache, calls = Path(sys.argv[1]), Path(sys.argv[2]), []
 
 def dying(pixels):
     calls.append(1)
@@ -275,28 +275,28 @@ def dying(pixels):
     return encode(pixels)
 
 index = Index(cache)
-latents(plan(dataset(subset(pictures)), index=index), Store(cache), index, encode=dying)
+latents(plan(dataset(subset(images)), index=index), Store(cache), index, encode=dying)
 """
 
 
 def test_a_killed_run_goes_on_where_it_was(tmp_path: Path, cache: Path) -> None:
-    pictures = folder(tmp_path / "p", [(64, 64)] * 60)
+    images = folder(tmp_path / "p", [(64, 64)] * 60)
     here = Path(__file__).parent
     path = os.pathsep.join([str(here), str(here.parent.parent)])
-    killed = subprocess.run([sys.executable, "-c", KILLED, str(pictures), str(cache)], env=os.environ | {"PYTHONPATH": path}, check=False)
+    killed = subprocess.run([sys.executable, "-c", KILLED, str(images), str(cache)], env=os.environ | {"PYTHONPATH": path}, check=False)
     assert killed.returncode == -9
     whole = [p for p in cache.rglob("*.safetensors") if not p.name.startswith(".")]
-    again = run(pictures, cache)
+    again = run(images, cache)
     assert 30 <= len(whole) < 40
     assert (again.found, again.encoded) == (len(whole), 60 - len(whole))
     assert all(again.store.get(name) for name in again.keys.values())
 
 
-def test_the_folder_of_the_pictures_is_not_touched(pictures: Path, cache: Path) -> None:
+def test_the_folder_of_the_images_is_not_touched(images: Path, cache: Path) -> None:
     def state() -> dict[Path, tuple[bytes, int]]:
-        return {p: (p.read_bytes(), p.stat().st_mtime_ns) for p in pictures.rglob("*")}
+        return {p: (p.read_bytes(), p.stat().st_mtime_ns) for p in images.rglob("*")}
 
     before = state()
-    run(pictures, cache, flip_aug=True)
-    run_texts(pictures, cache)
+    run(images, cache, flip_aug=True)
+    run_texts(images, cache)
     assert state() == before

@@ -1,4 +1,4 @@
-"""Every kind of picture file, and every way of lying on its side."""
+"""Every kind of image file, and every way of lying on its side."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from folders import noise
 from PIL import Image, ImageOps, PngImagePlugin, features
 
 from sfumato.data.images import Unreadable, flat, oriented_size, read
-from sfumato.data.scan import open_picture
+from sfumato.data.scan import open_image
 from sfumato.errors import UserError
 
 GREY = np.arange(256, dtype=np.uint8).reshape(16, 16)
@@ -32,7 +32,7 @@ def test_modes_keep_what_is_seen(tmp_path: Path) -> None:
     }
     for name, image in files.items():
         image.save(tmp_path / name, **({"lossless": True} if name.endswith("webp") else {}))
-        opened = open_picture(tmp_path / name)
+        opened = open_image(tmp_path / name)
         assert opened.mode == "RGB", name
         assert np.array_equal(opened, image.convert("RGB")), name
 
@@ -40,13 +40,13 @@ def test_modes_keep_what_is_seen(tmp_path: Path) -> None:
 @pytest.mark.parametrize("kind", ["png", "tif"])
 def test_sixteen_bits_of_grey_are_not_clipped(tmp_path: Path, kind: str) -> None:
     Image.fromarray(GREY.astype(np.uint16) * 257).save(tmp_path / f"a.{kind}")
-    assert np.array_equal(np.asarray(open_picture(tmp_path / f"a.{kind}"))[..., 1], GREY)
+    assert np.array_equal(np.asarray(open_image(tmp_path / f"a.{kind}"))[..., 1], GREY)
 
 
 def test_floating_point_is_refused_with_advice(tmp_path: Path) -> None:
     Image.fromarray(GREY.astype(np.float32)).save(tmp_path / "a.tif")
     with pytest.raises(UserError, match=r"a\.tif.*8 or 16 bits"):
-        open_picture(tmp_path / "a.tif")
+        open_image(tmp_path / "a.tif")
 
 
 def test_transparency_shows_white(tmp_path: Path) -> None:
@@ -64,10 +64,10 @@ def test_transparency_shows_white(tmp_path: Path) -> None:
         ("l", Image.new("L", (4, 4), 9), {"transparency": 9}),
     ]:
         image.save(tmp_path / f"{name}.png", **options)
-        opened = open_picture(tmp_path / f"{name}.png")
+        opened = open_image(tmp_path / f"{name}.png")
         assert opened.mode == "RGBA", name
         assert flat(opened).getpixel((3, 3)) == (255, 255, 255), name
-    assert flat(open_picture(tmp_path / "rgba.png")).getpixel((0, 0)) == (0, 0, 255)
+    assert flat(open_image(tmp_path / "rgba.png")).getpixel((0, 0)) == (0, 0, 255)
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
@@ -78,7 +78,7 @@ def test_exif_orientation(tmp_path: Path, orientation: int, name: str) -> None:
     noise((24, 16), 2).save(tmp_path / name, exif=exif)
     with Image.open(tmp_path / name) as raw:
         upright = ImageOps.exif_transpose(raw).convert("RGB")  # Pillow's own, as an oracle
-    opened = open_picture(tmp_path / name)
+    opened = open_image(tmp_path / name)
     assert np.array_equal(opened, upright)
     assert oriented_size(tmp_path / name) == opened.size == ((16, 24) if orientation >= 5 else (24, 16))
 
@@ -98,19 +98,19 @@ def test_exif_behind_the_pixels_counts_as_well(tmp_path: Path) -> None:
     (tmp_path / "a.png").write_bytes(late_exif())
     with Image.open(tmp_path / "a.png") as raw:
         assert ImageOps.exif_transpose(raw).size == (16, 24)
-    assert oriented_size(tmp_path / "a.png") == open_picture(tmp_path / "a.png").size == (16, 24)
+    assert oriented_size(tmp_path / "a.png") == open_image(tmp_path / "a.png").size == (16, 24)
 
 
-def test_broken_exif_does_not_cost_the_picture(tmp_path: Path) -> None:
+def test_broken_exif_does_not_cost_the_image(tmp_path: Path) -> None:
     noise((24, 16), 4).save(tmp_path / "a.jpg", exif=b"Exif\x00\x00MM\x00*\xff\xff")
-    assert open_picture(tmp_path / "a.jpg").size == (24, 16)
+    assert open_image(tmp_path / "a.jpg").size == (24, 16)
 
 
-@pytest.mark.parametrize(("data", "reason"), [(b"", "empty"), (b"hello", "not a picture"), (b"\x89PNG\r\n\x1a\n", "not a picture|damaged")])
-def test_what_is_no_picture_is_told(tmp_path: Path, data: bytes, reason: str) -> None:
+@pytest.mark.parametrize(("data", "reason"), [(b"", "empty"), (b"hello", "not an image"), (b"\x89PNG\r\n\x1a\n", "not an image|damaged")])
+def test_what_is_no_image_is_told(tmp_path: Path, data: bytes, reason: str) -> None:
     (tmp_path / "a.png").write_bytes(data)
     with pytest.raises(UserError, match=rf"a\.png: .*({reason})"):
-        open_picture(tmp_path / "a.png")
+        open_image(tmp_path / "a.png")
 
 
 @pytest.mark.parametrize("name", ["a.png", "a.jpg", "a.tif"])
@@ -120,7 +120,7 @@ def test_what_is_no_picture_is_told(tmp_path: Path, data: bytes, reason: str) ->
         (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 20 10\n%%EndComments\nshowpage\n%%EOF\n", "PostScript"),
         (b"8BPS" + bytes(60), "Photoshop"),
         (b"\x00\x00\x00\x18ftypheic" + bytes(60), "HEIC"),
-        (b"P6\n2 2\n255\n" + bytes(12), "not a picture"),  # Pillow could read it
+        (b"P6\n2 2\n255\n" + bytes(12), "not an image"),  # Pillow could read it
     ],
 )
 def test_only_the_formats_that_are_meant_are_opened(
@@ -131,7 +131,7 @@ def test_only_the_formats_that_are_meant_are_opened(
 
     monkeypatch.setattr(subprocess, "Popen", started)
     (tmp_path / name).write_bytes(data)
-    for attempt in (open_picture, oriented_size):
+    for attempt in (open_image, oriented_size):
         with pytest.raises((UserError, Unreadable), match=seems):
             attempt(tmp_path / name)
 
@@ -142,16 +142,16 @@ def test_every_format_that_is_meant_is_opened_whatever_its_ending(tmp_path: Path
         pytest.skip("this Pillow has no AVIF")
     more = {"save_all": True, "append_images": [noise((24, 16), 7)]} if kind == "MPO" else {}
     noise((24, 16), 6).save(tmp_path / "a.png", format=kind, **more)
-    assert open_picture(tmp_path / "a.png").size == oriented_size(tmp_path / "a.png") == (24, 16)
+    assert open_image(tmp_path / "a.png").size == oriented_size(tmp_path / "a.png") == (24, 16)
 
 
 @pytest.mark.parametrize("name", ["a.png", "a.jpg", "a.webp", "a.bmp", "a.tif", "a.gif"])
-def test_a_truncated_picture_is_told(tmp_path: Path, name: str) -> None:
+def test_a_truncated_image_is_told(tmp_path: Path, name: str) -> None:
     noise((64, 64), 5).save(tmp_path / name)
     data = (tmp_path / name).read_bytes()
     (tmp_path / name).write_bytes(data[: len(data) // 2])
     with pytest.raises(UserError, match=name):
-        open_picture(tmp_path / name)
+        open_image(tmp_path / name)
 
 
 def test_the_first_frame_of_an_animation(tmp_path: Path) -> None:

@@ -25,15 +25,15 @@ from sfumato.errors import UserError
 
 
 @pytest.fixture(scope="module")
-def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return folder(tmp_path_factory.mktemp("pictures"), [(64, 64)] * 5 + [(96, 70)] * 3)
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return folder(tmp_path_factory.mktemp("images"), [(64, 64)] * 5 + [(96, 70)] * 3)
 
 
 MOVING = {"flip_aug": True, "random_crop": True, "color_aug": True, "shuffle_caption": True, "caption_dropout_rate": 0.2, "num_repeats": 2}
 
 
-def moving(pictures: Path, **options: Any) -> Plan:
-    return plan(dataset(subset(pictures, **MOVING), **options))
+def moving(images: Path, **options: Any) -> Plan:
+    return plan(dataset(subset(images, **MOVING), **options))
 
 
 def loader(of: Plan, **options: Any) -> Loader:
@@ -52,28 +52,28 @@ def same(a: list[Batch], b: list[Batch]) -> bool:
     return len(a) == len(b) and all(equal(getattr(x, f.name), getattr(y, f.name)) for x, y in zip(a, b, strict=True) for f in fields(Batch))
 
 
-def test_workers_change_nothing(pictures: Path) -> None:
-    of = moving(pictures)
+def test_workers_change_nothing(images: Path) -> None:
+    of = moving(images)
     none, two = loader(of), loader(of, workers=2, persistent=True)
     for epoch in range(2):
         assert same(list(none.epoch(epoch)), list(two.epoch(epoch)))
 
 
-def test_workers_change_nothing_with_latents_on_disk(pictures: Path, tmp_path: Path) -> None:
-    of = plan(dataset(subset(pictures, flip_aug=True)))
+def test_workers_change_nothing_with_latents_on_disk(images: Path, tmp_path: Path) -> None:
+    of = plan(dataset(subset(images, flip_aug=True)))
     kept = latents(of, Store(tmp_path), Index())
     assert same(list(loader(of, latents=kept).epoch(0)), list(loader(of, latents=kept, workers=2).epoch(0)))
 
 
-def test_epochs_differ_and_come_again(pictures: Path) -> None:
-    of = moving(pictures)
+def test_epochs_differ_and_come_again(images: Path) -> None:
+    of = moving(images)
     first = list(loader(of).epoch(0))
     assert same(first, list(loader(of).epoch(0)))
     assert not same(first, list(loader(of).epoch(1)))
 
 
-def test_an_epoch_can_be_entered_in_the_middle(pictures: Path) -> None:
-    of = moving(pictures)
+def test_an_epoch_can_be_entered_in_the_middle(images: Path) -> None:
+    of = moving(images)
     assert same(list(loader(of).epoch(1))[3:], list(loader(of).epoch(1, start_batch=3)))
 
 
@@ -89,8 +89,8 @@ def samples(batches: list[Batch]) -> Counter[tuple[object, ...]]:
 
 
 @pytest.mark.parametrize("world", [2, 3, 4])
-def test_processes_share_the_samples_of_one(pictures: Path, world: int) -> None:
-    of = moving(pictures)
+def test_processes_share_the_samples_of_one(images: Path, world: int) -> None:
+    of = moving(images)
     alone = list(loader(of).epoch(0))
     shared = [list(loader(of).epoch(0, rank=rank, world=world)) for rank in range(world)]
     assert {len(batches) for batches in shared} == {loader(of).batches_per_epoch(world)}
@@ -98,23 +98,23 @@ def test_processes_share_the_samples_of_one(pictures: Path, world: int) -> None:
     assert alone[1].keys == shared[1][0].keys
 
 
-def test_a_draw_does_not_depend_on_how_batches_are_cut(pictures: Path) -> None:
-    three = samples(list(loader(moving(pictures, batch_size=3)).epoch(0)))
-    assert samples(list(loader(moving(pictures, batch_size=1)).epoch(0))) == three
+def test_a_draw_does_not_depend_on_how_batches_are_cut(images: Path) -> None:
+    three = samples(list(loader(moving(images, batch_size=3)).epoch(0)))
+    assert samples(list(loader(moving(images, batch_size=1)).epoch(0))) == three
 
 
-def test_no_global_generator_is_touched(pictures: Path) -> None:
+def test_no_global_generator_is_touched(images: Path) -> None:
     torch.manual_seed(3)
     before = torch.random.get_rng_state(), random.getstate(), str(np.random.get_state())
-    of = moving(pictures)
+    of = moving(images)
     for workers in (0, 2):
         list(loader(of, workers=workers).epoch(0))
     assert torch.equal(before[0], torch.random.get_rng_state())
     assert before[1:] == (random.getstate(), str(np.random.get_state()))
 
 
-def test_a_batch_of_pixels_says_what_it_is(pictures: Path) -> None:
-    of = plan(dataset(subset(pictures), batch_size=3, network_multiplier=0.5))
+def test_a_batch_of_pixels_says_what_it_is(images: Path) -> None:
+    of = plan(dataset(subset(images), batch_size=3, network_multiplier=0.5))
     for batch in loader(of).epoch(0):
         assert batch.pixels is not None
         assert batch.latents is None
@@ -129,16 +129,16 @@ def test_a_batch_of_pixels_says_what_it_is(pictures: Path) -> None:
         assert equal(batch.tokens, tokenize(batch.captions))
 
 
-def wide(tmp_path: Path) -> Path:
-    """A picture of 96x64 whose red is the column and whose alpha is the column too."""
+def per_sample(tmp_path: Path) -> Path:
+    """An image of 96x64 whose red is the column and whose alpha is the column too."""
     columns = np.tile(np.arange(96, dtype=np.uint8), (64, 1))
     Image.fromarray(np.dstack([columns] * 4)).save(tmp_path / "a.png")
     return tmp_path
 
 
 @pytest.mark.parametrize("cached", [False, True])
-def test_flip_and_crop_take_picture_mask_and_sizes_along(tmp_path: Path, cached: bool) -> None:
-    root = wide(tmp_path)
+def test_flip_and_crop_take_image_mask_and_sizes_along(tmp_path: Path, cached: bool) -> None:
+    root = per_sample(tmp_path)
     options: dict[str, Any] = {"flip_aug": True, "alpha_mask": True, "num_repeats": 24, "random_crop": not cached}
     of = plan(dataset(subset(root, **options), enable_bucket=False, batch_size=24))
     kept = latents(of, Store(), Index()) if cached else None
@@ -154,7 +154,7 @@ def test_flip_and_crop_take_picture_mask_and_sizes_along(tmp_path: Path, cached:
         mirrored = columns[0] > columns[-1]
         turned += mirrored
         left = int(batch.sizes[i, 3])
-        # The first column seen is `left` in the picture, or counted from its right edge when mirrored.
+        # The first column seen is `left` in the image, or counted from its right edge when mirrored.
         first = 95 - left - 3.5 if mirrored else left + 3.5
         assert abs(columns[0] - first) <= 1
         assert batch.sizes[i].tolist() == [64, 96, 0, left, 64, 64]
@@ -162,7 +162,7 @@ def test_flip_and_crop_take_picture_mask_and_sizes_along(tmp_path: Path, cached:
     assert cached or len({int(s) for s in batch.sizes[:, 3]}) > 5
 
 
-def test_pictures_without_a_mask_count_everywhere(tmp_path: Path) -> None:
+def test_images_without_a_mask_count_everywhere(tmp_path: Path) -> None:
     folder(tmp_path / "a", [(64, 64)])
     noise((64, 64), 9, "RGBA").save(tmp_path / "a" / "0.png")
     folder(tmp_path / "b", [(64, 64)])
@@ -174,14 +174,14 @@ def test_pictures_without_a_mask_count_everywhere(tmp_path: Path) -> None:
     assert batch.mask.shape == (2, 1, 8, 8)
 
 
-def test_regularisation_pictures_weigh_as_told(tmp_path: Path) -> None:
+def test_regularisation_images_weigh_as_told(tmp_path: Path) -> None:
     of = plan(dataset(subset(folder(tmp_path / "a")), subset(folder(tmp_path / "b"), is_reg=True, class_tokens="dog")))
     batches = list(loader(of, prior_loss_weight=0.25).epoch(0))
     assert Counter(w for b in batches for w in b.weight.tolist()) == {1.0: 5, 0.25: 5}
 
 
-def test_stored_texts_are_handed_out_by_caption(pictures: Path) -> None:
-    of = plan(dataset(subset(pictures, caption_dropout_rate=0.5)))
+def test_stored_texts_are_handed_out_by_caption(images: Path) -> None:
+    of = plan(dataset(subset(images, caption_dropout_rate=0.5)))
     said = Loader(plan=of, seed=1, latents=latents(of, Store(), Index()), texts=texts(of, Store(), Index()))
     batches = list(said.epoch(0))
     assert "" in [c for b in batches for c in b.captions]
@@ -193,16 +193,16 @@ def test_stored_texts_are_handed_out_by_caption(pictures: Path) -> None:
         assert equal(batch.cond, {"hidden": tokenize(batch.captions)["ids"].half()})  # the step widens it, on the device
 
 
-def test_token_warmup_follows_the_optimizer_step(pictures: Path) -> None:
-    of = plan(dataset(subset(pictures, token_warmup_step=0.5), batch_size=1))
+def test_token_warmup_follows_the_optimizer_step(images: Path) -> None:
+    of = plan(dataset(subset(images, token_warmup_step=0.5), batch_size=1))
     batches = [list(loader(of, accumulation=2, steps=8).epoch(e)) for e in range(2)]
     shown = [len(b.captions[0].split(", ")) for epoch in batches for b in epoch]
     assert shown == [1, 1, 1, 1, 2, 2, 3, 3] + [4] * 8
 
 
-def test_a_share_of_an_unknown_run_is_refused(pictures: Path) -> None:
+def test_a_share_of_an_unknown_run_is_refused(images: Path) -> None:
     with pytest.raises(UserError, match="token_warmup_step"):
-        loader(plan(dataset(subset(pictures, token_warmup_step=0.5))))
+        loader(plan(dataset(subset(images, token_warmup_step=0.5))))
 
 
 def truncate(path: Path) -> None:
@@ -219,7 +219,7 @@ def replace(path: Path) -> None:
     [(Path.unlink, "does not exist"), (replace, "changed"), (truncate, "changed")],
     ids=["deleted", "replaced", "truncated"],
 )
-def test_a_picture_lost_while_training_is_told_once_and_weighs_nothing(
+def test_a_image_lost_while_training_is_told_once_and_weighs_nothing(
     tmp_path: Path, change: Callable[[Path], None], said: str, workers: int
 ) -> None:
     of = plan(dataset(subset(folder(tmp_path), num_repeats=2)))
@@ -237,7 +237,7 @@ def test_a_picture_lost_while_training_is_told_once_and_weighs_nothing(
     assert all(bool(b.pixels.isfinite().all()) for b in batches if b.pixels is not None)
 
 
-def test_a_mask_replaced_while_training_costs_its_picture(tmp_path: Path) -> None:
+def test_a_mask_replaced_while_training_costs_its_image(tmp_path: Path) -> None:
     folder(tmp_path / "p", [(64, 64)] * 3)
     (tmp_path / "m").mkdir()
     for i in range(3):
@@ -252,17 +252,17 @@ def test_a_mask_replaced_while_training_costs_its_picture(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_pictures_that_are_all_gone_end_the_run_plainly(tmp_path: Path, workers: int) -> None:
+def test_images_that_are_all_gone_end_the_run_plainly(tmp_path: Path, workers: int) -> None:
     of = plan(dataset(subset(folder(tmp_path, [(64, 64)] * 20))))
     shutil.rmtree(tmp_path)
-    with pytest.raises(UserError, match=r"png.*does not exist.*15 pictures before it.*folders still there") as caught:
+    with pytest.raises(UserError, match=r"png.*does not exist.*15 images before it.*folders still there") as caught:
         list(loader(of, workers=workers).epoch(0))
     assert "Traceback" not in str(caught.value)
 
 
 @pytest.mark.parametrize("how", ["gone", "damaged", "another shape"])
-def test_an_entry_lost_while_training_is_told_and_weighs_nothing(pictures: Path, tmp_path: Path, how: str) -> None:
-    of, index = plan(dataset(subset(pictures))), Index()
+def test_an_entry_lost_while_training_is_told_and_weighs_nothing(images: Path, tmp_path: Path, how: str) -> None:
+    of, index = plan(dataset(subset(images))), Index()
     kept = latents(of, Store(tmp_path), index)
     path = kept.store.path(kept.keys[0])
     if how == "gone":
@@ -279,16 +279,16 @@ def test_an_entry_lost_while_training_is_told_and_weighs_nothing(pictures: Path,
     assert latents(of, Store(tmp_path), index).encoded == 1
 
 
-def test_text_outputs_lost_while_training_end_it_plainly(pictures: Path, tmp_path: Path) -> None:
-    of = plan(dataset(subset(pictures)))
+def test_text_outputs_lost_while_training_end_it_plainly(images: Path, tmp_path: Path) -> None:
+    of = plan(dataset(subset(images)))
     kept = texts(of, Store(tmp_path), Index())
     kept.store.path(kept.keys["thing 3, red, green, blue"]).write_bytes(b"")
     with pytest.raises(UserError, match=r"thing 3.*damaged.*made anew at the next start"):
         list(loader(of, texts=kept).epoch(0))
 
 
-def test_several_datasets_in_one_run(pictures: Path) -> None:
-    of = plan(dataset(subset(pictures)), dataset(subset(pictures), resolution=(96, 96), batch_size=3, network_multiplier=-1.0))
+def test_several_datasets_in_one_run(images: Path) -> None:
+    of = plan(dataset(subset(images)), dataset(subset(images), resolution=(96, 96), batch_size=3, network_multiplier=-1.0))
     batches = list(loader(of).epoch(0))
     assert Counter(m for b in batches for m in b.multiplier.tolist()) == {1.0: 8, -1.0: 8}
     assert len({key for b in batches for key in b.keys}) == 16
@@ -296,7 +296,7 @@ def test_several_datasets_in_one_run(pictures: Path) -> None:
         assert len(batch) <= (3 if batch.multiplier[0] < 0 else 2)
 
 
-def test_every_second_epoch_is_empty_counted_from_one(pictures: Path) -> None:
-    of = plan(dataset(subset(pictures, caption_dropout_every_n_epochs=2)))
+def test_every_second_epoch_is_empty_counted_from_one(images: Path) -> None:
+    of = plan(dataset(subset(images, caption_dropout_every_n_epochs=2)))
     empty = [{caption == "" for b in loader(of).epoch(epoch) for caption in b.captions} for epoch in range(4)]
     assert empty == [{False}, {True}, {False}, {True}]

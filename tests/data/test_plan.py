@@ -16,12 +16,12 @@ from sfumato.errors import UserError
 
 
 def draws(of: Plan, epoch: int = 0, seed: int = 1) -> Counter[str]:
-    return Counter(str(of.items[ref.item].picture.path) for batch in of.batches(epoch, seed) for ref in batch)
+    return Counter(str(of.items[ref.item].image.path) for batch in of.batches(epoch, seed) for ref in batch)
 
 
-def test_every_picture_comes_as_often_as_it_is_repeated(tmp_path: Path) -> None:
+def test_every_image_comes_as_often_as_it_is_repeated(tmp_path: Path) -> None:
     made = plan(dataset(subset(folder(tmp_path / "a"), num_repeats=3), subset(folder(tmp_path / "b", [(64, 64)]))))
-    assert draws(made) == {str(i.picture.path): 3 if i.picture.subset == 0 else 1 for i in made.items}
+    assert draws(made) == {str(i.image.path): 3 if i.image.subset == 0 else 1 for i in made.items}
 
 
 def test_batches_are_of_one_bucket_and_one_dataset_and_of_its_size(tmp_path: Path) -> None:
@@ -44,12 +44,12 @@ def test_the_order_follows_from_seed_and_epoch(tmp_path: Path) -> None:
     assert made.batches(3, 5) != made.batches(3, 6)
     assert draws(made, 3, 5) == draws(made, 4, 6)
     company = [{frozenset(batch) for batch in made.batches(epoch, 5)} for epoch in (3, 4)]
-    assert company[0] != company[1]  # other pictures together, not only another order
+    assert company[0] != company[1]  # other images together, not only another order
 
 
 @pytest.fixture(scope="module")
-def pictures(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    root = tmp_path_factory.mktemp("pictures")
+def images(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    root = tmp_path_factory.mktemp("images")
     return folder(root / "a"), folder(root / "b", [(64, 64)] * 3, seed=50)
 
 
@@ -62,9 +62,9 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 )
 @settings(deadline=None, max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_the_table_is_what_is_done(
-    pictures: tuple[Path, Path], repeats: tuple[int, int], sizes: tuple[int, int], reg: bool, accumulation: int, world: int
+    images: tuple[Path, Path], repeats: tuple[int, int], sizes: tuple[int, int], reg: bool, accumulation: int, world: int
 ) -> None:
-    a, b = pictures
+    a, b = images
     made = plan(
         dataset(subset(a, num_repeats=repeats[0]), subset(b, num_repeats=repeats[1], is_reg=reg), batch_size=sizes[0]),
         dataset(subset(b, num_repeats=repeats[1]), resolution=(96, 96), batch_size=sizes[1]),
@@ -79,7 +79,7 @@ def test_the_table_is_what_is_done(
 
 
 def sd_scripts(train: int, repeats: list[int]) -> list[int]:
-    """How sd-scripts registers regularisation pictures: one after another, then one more of each, until there are enough."""
+    """How sd-scripts registers regularisation images: one after another, then one more of each, until there are enough."""
     count, registered, first = 0, [0] * len(repeats), True
     while count < train:
         for i, n in enumerate(repeats):
@@ -92,12 +92,12 @@ def sd_scripts(train: int, repeats: list[int]) -> list[int]:
 
 
 @pytest.mark.parametrize(("train", "count", "repeats"), [(5, 2, 1), (5, 3, 1), (5, 3, 2), (5, 4, 2), (3, 5, 1), (12, 5, 1)])
-def test_regularisation_pictures_come_as_often_as_training_pictures(tmp_path: Path, train: int, count: int, repeats: int) -> None:
+def test_regularisation_images_come_as_often_as_training_images(tmp_path: Path, train: int, count: int, repeats: int) -> None:
     folder(tmp_path / "t", [(64, 64)] * train)
     folder(tmp_path / "r", [(64, 64)] * count, seed=90)
     made = plan(dataset(subset(tmp_path / "t"), subset(tmp_path / "r", is_reg=True, num_repeats=repeats)))
     expected = sd_scripts(train, [repeats] * count)
-    assert [i.repeats for i in made.items if i.picture.is_reg] == [n for n in expected if n]
+    assert [i.repeats for i in made.items if i.image.is_reg] == [n for n in expected if n]
     assert len(made.skipped) == expected.count(0)
     assert len(made.items) + len(made.skipped) == train + count
     assert made.notes or expected == [repeats] * count
@@ -129,7 +129,7 @@ def test_no_dataset_is_refused() -> None:
         plan(DatasetConfig())
 
 
-def test_pictures_without_a_bucket_are_listed(tmp_path: Path) -> None:
+def test_images_without_a_bucket_are_listed(tmp_path: Path) -> None:
     folder(tmp_path, [(64, 64), (8, 64)])
     with pytest.raises(UserError, match=r"1\.png: 8x64.*bucket_reso_steps"):
         plan(dataset(subset(tmp_path), bucket_no_upscale=True))
@@ -183,4 +183,4 @@ def test_the_name_of_an_image_is_its_path_inside_the_folder(tmp_path: Path, monk
     monkeypatch.chdir(tmp_path / "a")
     for place in (".", "../a", str(tmp_path / "a"), f"{tmp_path / 'a'}/"):
         made = plan(dataset(SubsetConfig(image_dir=place, recursive=True)))
-        assert [item.picture.name for item in made.items] == ["0.png", "sub/0.png"]
+        assert [item.image.name for item in made.items] == ["0.png", "sub/0.png"]

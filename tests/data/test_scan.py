@@ -23,21 +23,21 @@ def look(path: Path, index: Index | None = None, bodies: bool = True, **options:
     return scan(dataset(subset(path, **options)), index or Index(), bodies=bodies)
 
 
-def test_pictures_come_in_the_order_of_their_names_with_sizes_and_captions(tmp_path: Path) -> None:
+def test_images_come_in_the_order_of_their_names_with_sizes_and_captions(tmp_path: Path) -> None:
     found = look(folder(tmp_path))
-    assert [p.name for p in found.pictures] == ["0.png", "1.png", "2.png", "3.png", "4.png"]
-    assert [(p.width, p.height) for p in found.pictures][1:3] == [(96, 64), (64, 100)]
-    assert found.pictures[2].captions == ("thing 2, red, green, blue",)
+    assert [p.name for p in found.images] == ["0.png", "1.png", "2.png", "3.png", "4.png"]
+    assert [(p.width, p.height) for p in found.images][1:3] == [(96, 64), (64, 100)]
+    assert found.images[2].captions == ("thing 2, red, green, blue",)
     assert found.notes == []
 
 
 def test_captions_fall_back_to_class_tokens_then_to_nothing_with_a_note(tmp_path: Path) -> None:
     folder(tmp_path)
     (tmp_path / "1.txt").unlink()
-    assert look(tmp_path, class_tokens="sks dog").pictures[1].captions == ("sks dog",)
+    assert look(tmp_path, class_tokens="sks dog").images[1].captions == ("sks dog",)
     found = look(tmp_path)
-    assert found.pictures[1].captions == ("",)
-    assert "1 pictures have neither" in found.notes[0]
+    assert found.images[1].captions == ("",)
+    assert "1 images have neither" in found.notes[0]
     assert "1.png" in found.notes[0]
 
 
@@ -52,7 +52,7 @@ def test_caption_files_of_any_make(tmp_path: Path) -> None:
     (tmp_path / "1.txt").write_text("\n one \n\n two\n")
     (tmp_path / "2.txt").write_text("")
     found = look(tmp_path)
-    assert [p.captions for p in found.pictures[:3]] == [("café, b",), ("one", "two"), ("",)]
+    assert [p.captions for p in found.images[:3]] == [("café, b",), ("one", "two"), ("",)]
     assert "several lines" in found.notes[-1]
     assert len(look(tmp_path, enable_wildcard=True).notes) == len(found.notes) - 1
 
@@ -63,9 +63,9 @@ def test_subfolders_only_when_asked_and_other_files_are_named(tmp_path: Path) ->
     (tmp_path / "._0.png").write_bytes(b"a Mac was here")
     (tmp_path / "big.psd").write_bytes(b"8BPS")
     found = look(tmp_path)
-    assert len(found.pictures) == 5
+    assert len(found.images) == 5
     assert found.notes == [f"{tmp_path}: not images, left alone: 1 .psd"]
-    assert [p.name for p in look(tmp_path, recursive=True).pictures][-1] == "more/0.png"
+    assert [p.name for p in look(tmp_path, recursive=True).images][-1] == "more/0.png"
 
 
 def test_all_missing_and_empty_folders_at_once(tmp_path: Path) -> None:
@@ -93,7 +93,7 @@ def test_all_unreadable_files_of_all_datasets_are_listed_at_once(tmp_path: Path)
     with pytest.raises(UserError) as caught:
         plan(dataset(subset(tmp_path / "a")), dataset(subset(tmp_path / "b")))
     said = str(caught.value)
-    assert "6 pictures cannot be used" in said
+    assert "6 images cannot be used" in said
     assert "skip_unreadable" in said
     for name, reason in [("1.png", "damaged"), ("5.jpg", "empty"), ("6.png", "not UTF-8")]:
         assert all(any(f"{d}/{name}: " in line and reason in line for line in said.splitlines()) for d in "ab"), said
@@ -105,57 +105,57 @@ def test_used_and_skipped_are_all_that_was_found(tmp_path: Path) -> None:
     assert len(made.items) == 4
     assert len(made.skipped) == 3
     found = {p for p in tmp_path.iterdir() if p.suffix in (".png", ".jpg")}
-    assert {i.picture.path for i in made.items} | {s.path for s in made.skipped} == found
+    assert {i.image.path for i in made.items} | {s.path for s in made.skipped} == found
     assert all(s.reason for s in made.skipped)
 
 
-def test_headers_alone_give_the_same_pictures(tmp_path: Path) -> None:
+def test_headers_alone_give_the_same_images(tmp_path: Path) -> None:
     folder(tmp_path)
     exif = Image.Exif()
     exif[0x0112] = 6
     noise((80, 40), 3).save(tmp_path / "turned.jpg", exif=exif)
-    whole, headers = look(tmp_path).pictures, look(tmp_path, bodies=False).pictures
+    whole, headers = look(tmp_path).images, look(tmp_path, bodies=False).images
     assert [(p.name, p.width, p.height) for p in whole] == [(p.name, p.width, p.height) for p in headers]
     assert (whole[-1].width, whole[-1].height) == (40, 80)
     assert [p.digest for p in headers] == [""] * 6
     assert len({p.digest for p in whole}) == 6
 
 
-def test_a_second_look_opens_no_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_second_look_opens_no_image(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder(tmp_path / "p")
     index = Index(tmp_path / "cache")
     first = look(tmp_path / "p", index)
     opened: list[Path] = []
     examine = module._examine
     monkeypatch.setattr(module, "_examine", lambda path, bodies: (opened.append(path), examine(path, bodies))[1])
-    assert look(tmp_path / "p", Index(tmp_path / "cache")).pictures == first.pictures
+    assert look(tmp_path / "p", Index(tmp_path / "cache")).images == first.images
     assert opened == []
     noise((64, 64), 77).save(tmp_path / "p" / "0.png")
-    assert look(tmp_path / "p", index).pictures[0].digest != first.pictures[0].digest
+    assert look(tmp_path / "p", index).images[0].digest != first.images[0].digest
     assert opened == [tmp_path / "p" / "0.png"]
 
 
-def test_a_replaced_picture_is_seen_though_size_and_mtime_are_the_same(tmp_path: Path) -> None:
+def test_a_replaced_image_is_seen_though_size_and_mtime_are_the_same(tmp_path: Path) -> None:
     for i in (1, 2):
         noise((8, 8), i).save(tmp_path / f"{i}.bmp")
     index = Index()
-    before = look(tmp_path, index).pictures[0]
+    before = look(tmp_path, index).images[0]
     old = (tmp_path / "1.bmp").stat()
     os.replace(tmp_path / "2.bmp", tmp_path / "1.bmp")
     os.utime(tmp_path / "1.bmp", ns=(old.st_atime_ns, old.st_mtime_ns))
-    assert look(tmp_path, index).pictures[0].digest != before.digest
+    assert look(tmp_path, index).images[0].digest != before.digest
 
 
-def test_masks_are_found_by_name_and_must_have_the_shape_of_their_picture(tmp_path: Path) -> None:
+def test_masks_are_found_by_name_and_must_have_the_shape_of_their_image(tmp_path: Path) -> None:
     folder(tmp_path / "p")
     masks = folder(tmp_path / "m", [(32, 32), (48, 32), (64, 64), (70, 64)])
     found = look(tmp_path / "p", conditioning_data_dir=str(masks))
-    assert [p.mask_path for p in found.pictures] == [masks / "0.png", masks / "1.png", masks / "3.png"]
+    assert [p.mask_path for p in found.images] == [masks / "0.png", masks / "1.png", masks / "3.png"]
     assert "not the shape" in found.skipped[0].reason
-    assert "no mask picture" in found.skipped[1].reason
+    assert "no mask image" in found.skipped[1].reason
 
 
-def test_pictures_of_no_repeats_are_listed(tmp_path: Path) -> None:
+def test_images_of_no_repeats_are_listed(tmp_path: Path) -> None:
     folder(tmp_path / "a")
     folder(tmp_path / "b", [(64, 64)])
     made = plan(dataset(subset(tmp_path / "a", num_repeats=0), subset(tmp_path / "b")))
@@ -178,7 +178,7 @@ def test_pipes_are_told_and_never_opened(tmp_path: Path) -> None:
     masks = folder(tmp_path / "m")
     (masks / "0.png").unlink()
     os.mkfifo(masks / "0.png")
-    assert "no mask picture" in look(tmp_path / "p", conditioning_data_dir=str(masks)).skipped[1].reason
+    assert "no mask image" in look(tmp_path / "p", conditioning_data_dir=str(masks)).skipped[1].reason
 
 
 def test_links_to_nothing_and_captions_that_are_folders_are_told(tmp_path: Path) -> None:
@@ -228,11 +228,11 @@ def test_names_that_are_not_text_are_read_planned_and_remembered(tmp_path: Path)
     os.rename(root / "0.png", os.fsencode(root) + b"/x\xff.png")
     index = Index(tmp_path / "cache")
     made = plan(dataset(subset(root)), index=index)
-    assert [i.picture.digest for i in plan(dataset(subset(root)), index=Index(tmp_path / "cache")).items] == [
-        i.picture.digest for i in made.items
+    assert [i.image.digest for i in plan(dataset(subset(root)), index=Index(tmp_path / "cache")).items] == [
+        i.image.digest for i in made.items
     ]
     assert len({item.key(0, 0, 0) for item in made.items}) == 5 and len(made.digest()) == 32
-    assert "1 pictures have neither" in made.notes[0]
+    assert "1 images have neither" in made.notes[0]
     assert latents(made, Store(tmp_path / "cache"), index).encoded == 5
 
 
@@ -248,7 +248,7 @@ def test_captions_without_text_are_listed_as_missing_ones_are(tmp_path: Path) ->
     (tmp_path / "0.txt").write_bytes(b"")
     (tmp_path / "1.txt").write_bytes("\ufeff \n\t\n".encode())
     found = look(tmp_path)
-    assert [p.captions for p in found.pictures[:2]] == [("",), ("",)]
+    assert [p.captions for p in found.images[:2]] == [("",), ("",)]
     assert found.notes == [f"{tmp_path}: 2 caption files have no text, and their images train with an empty caption (0.png, 1.png)"]
 
 
@@ -257,13 +257,13 @@ def test_a_caption_serves_images_whose_names_say_where_the_face_is(tmp_path: Pat
         noise((64, 64), 1).save(tmp_path / f"{name}.png")
     for name in ("a", "b_c", "d", "e", "e_1_2_3_4"):
         (tmp_path / f"{name}.txt").write_text(name)
-    assert [p.captions[0] for p in look(tmp_path).pictures] == ["a", "b_c", "", "e_1_2_3_4"]
+    assert [p.captions[0] for p in look(tmp_path).images] == ["a", "b_c", "", "e_1_2_3_4"]
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="paths are short here")
 def test_a_name_too_long_for_a_caption_has_none(tmp_path: Path) -> None:
     noise((64, 64), 1).save(tmp_path / f"{'x' * 245}.png")
-    assert look(tmp_path, caption_extension=".a_long_ending").pictures[0].captions == ("",)
+    assert look(tmp_path, caption_extension=".a_long_ending").images[0].captions == ("",)
 
 
 def test_a_caption_of_megabytes_is_told(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ import torch
 
 from sfumato import families
 from sfumato.adapters import AdapterPlan, parse
-from sfumato.adapters.insert import Inserted, Place, choose
+from sfumato.adapters.insert import AdapterNetwork, TargetLayer, choose
 from sfumato.config import NetworkConfig
 from sfumato.models.base import Models
 
@@ -18,10 +18,10 @@ def plan_of(family: str, *args: str, rank: int = 4, **more: Any) -> AdapterPlan:
     return parse(NetworkConfig(network_dim=rank, network_args=args, **more), families.facts(family).network_args)
 
 
-def places(models: Models, plan: AdapterPlan, component: str = "denoiser") -> list[Place]:
+def places(models: Models, plan: AdapterPlan, component: str = "denoiser") -> list[TargetLayer]:
     """The layers that get adapters."""
     net, family = models.nets()[component], models.family
-    return choose(net, component, family.targets[component], plan, lambda place: family.layer(models.options, plan, place))
+    return choose(net, component, family.targets[component], plan, lambda target: family.target_layer(models.options, plan, target))
 
 
 def ranks(models: Models, *args: str) -> dict[str, int]:
@@ -29,9 +29,9 @@ def ranks(models: Models, *args: str) -> dict[str, int]:
     return {place.path: place.options.rank for place in places(models, plan_of(models.family.name, *args))}
 
 
-def inserted(models: Models, plan: AdapterPlan, *components: str) -> Inserted:
+def inserted(models: Models, plan: AdapterPlan, *components: str) -> AdapterNetwork:
     """Adapters with values, at work."""
-    held = Inserted({name: places(models, plan, name) for name in components or ("denoiser",)}, plan.kind, seed=0).eval()
+    held = AdapterNetwork({name: places(models, plan, name) for name in components or ("denoiser",)}, plan.kind, seed=0).eval()
     g = torch.Generator().manual_seed(0)
     for name, p in held.named_parameters():
         if "lora_up" in name:

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from sfumato.adapters import parse
-from sfumato.adapters.insert import Inserted, choose
+from sfumato.adapters.insert import AdapterNetwork, choose
 from sfumato.config import NetworkConfig
 from sfumato.families.flux.names import TARGETS
-from sfumato.formats.dialect import Dialect, Leaves, Site
+from sfumato.formats.dialect import AdapterTensors, Dialect, ModulePath
 from sfumato.formats.names import KeyMap
 
 LEAVES = {"lora_down.weight": "lora_A.weight", "lora_up.weight": "lora_B.weight"}
@@ -39,15 +39,15 @@ def dialects(keys: KeyMap) -> dict[str, Dialect]:
     """The transformer's part of a family's dialects."""
     return {
         "kohya": Dialect(name="kohya", prefix={"denoiser": "lora_unet_"}, separator="_"),
-        "comfy": Dialect(name="comfy", prefix={"denoiser": "diffusion_model."}, leaves=LEAVES),
-        "peft": Dialect(name="peft", prefix={"denoiser": "transformer."}, keys={"denoiser": keys}, leaves=LEAVES, fold_alpha=True),
+        "comfy": Dialect(name="comfy", prefix={"denoiser": "diffusion_model."}, tensor_names=LEAVES),
+        "peft": Dialect(name="peft", prefix={"denoiser": "transformer."}, keys={"denoiser": keys}, tensor_names=LEAVES, fold_alpha=True),
     }
 
 
-def adapters(net: nn.Module) -> Inserted:
+def adapters(net: nn.Module) -> AdapterNetwork:
     """LoRA of rank 4 and alpha 1 at the targets, at work, with values that change the net if it has any."""
     plan = parse(NetworkConfig(network_dim=4, network_alpha=1))
-    inserted = Inserted({"denoiser": choose(net, "denoiser", TARGETS, plan)}, plan.kind, seed=0)
+    inserted = AdapterNetwork({"denoiser": choose(net, "denoiser", TARGETS, plan)}, plan.kind, seed=0)
     g = torch.Generator().manual_seed(0)
     for leaves in inserted.state().values():
         up = leaves["lora_up.weight"]
@@ -56,12 +56,12 @@ def adapters(net: nn.Module) -> Inserted:
     return inserted
 
 
-def state(inserted: Inserted) -> dict[Site, Leaves]:
+def state(inserted: AdapterNetwork) -> dict[ModulePath, AdapterTensors]:
     """As a file holds them. Adapters of layers without values have none; PEFT's names need that of alpha."""
     return {site: {**leaves, "alpha": torch.tensor(1.0)} for site, leaves in inserted.state().items()}
 
 
-def change(leaves: Leaves) -> Tensor:
+def change(leaves: AdapterTensors) -> Tensor:
     """The change of the layer's weight."""
     down, up = leaves["lora_down.weight"], leaves["lora_up.weight"]
     return up @ down * (leaves["alpha"] / down.shape[0])
@@ -74,7 +74,7 @@ def with_peft(model: Any, tensors: Mapping[str, Tensor]) -> Any:
     return model
 
 
-class Place(NamedTuple):
+class TargetLayer(NamedTuple):
     """What ComfyUI puts under a key."""
 
     weight: str
@@ -83,14 +83,14 @@ class Place(NamedTuple):
     function: str | None = None
 
 
-def known_to_comfyui(version: str) -> dict[str, Place]:
+def known_to_comfyui(version: str) -> dict[str, TargetLayer]:
     """Key without leaf -> place."""
     path = Path(__file__).parents[1] / "fixtures" / f"comfy.{version}.json.gz"
     return {key: _place(value) for key, value in json.loads(gzip.decompress(path.read_bytes())).items()}
 
 
-def _place(value: Any) -> Place:
+def _place(value: Any) -> TargetLayer:
     weight, cut, function = [value, None, None] if isinstance(value, str) else [*value, None][:3]
     if cut:
         assert cut[0] == 0
-    return Place(weight, tuple(cut[1:]) if cut else None, function)
+    return TargetLayer(weight, tuple(cut[1:]) if cut else None, function)

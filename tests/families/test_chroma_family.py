@@ -16,7 +16,7 @@ from tinies.encoders import t5_tokenizer
 from torch import Tensor, nn
 
 from sfumato.adapters import AdapterPlan, parse
-from sfumato.adapters.insert import Inserted, Place, choose
+from sfumato.adapters.insert import AdapterNetwork, TargetLayer, choose
 from sfumato.config import LossConfig, NetworkConfig, NoiseConfig
 from sfumato.errors import UserError
 from sfumato.families.chroma.facts import Completed, NetworkArgs
@@ -28,7 +28,7 @@ from sfumato.models.base import Models
 from sfumato.models.meta_init import fill, shapes
 from sfumato.sampling.sample import draw_latents
 from sfumato.tensors.flow import Flow
-from sfumato.tensors.random import Draws
+from sfumato.tensors.random import SampleRandom
 
 (CASE,) = CASES
 Keys = Callable[[str], dict[str, tuple[int, ...]]]
@@ -124,7 +124,7 @@ def test_the_token_of_padding_is_heard(models: Models) -> None:
     [{"scale": 1.0}, {"negative_prompt": ""}, {"width": 64, "height": 96, "sample_steps": 5}, {"prompt": "red " * 30}],
     ids=["unguided", "empty negative", "larger", "longer"],
 )
-def test_pictures_are_those_of_the_pipeline(models: Models, change: dict[str, Any]) -> None:
+def test_images_are_those_of_the_pipeline(models: Models, change: dict[str, Any]) -> None:
     prompt = replace(PROMPT, **change)
     noise = torch.randn(1, 16, prompt.height // 8, prompt.width // 8, generator=torch.Generator().manual_seed(3))
     process = FAMILY.process(models, NoiseConfig(), LossConfig())
@@ -133,7 +133,7 @@ def test_pictures_are_those_of_the_pipeline(models: Models, change: dict[str, An
         torch.testing.assert_close(ours, drawn(pipeline(), prompt, noise), atol=1e-3, rtol=1e-3)
 
 
-def test_the_pipelines_pictures_do_not_depend_on_its_padding_once_its_mask_is_true() -> None:
+def test_the_pipelines_images_do_not_depend_on_its_padding_once_its_mask_is_true() -> None:
     """What `drawn` compares with: the mask that the pipeline makes is right, only its kind is not."""
     noise = torch.randn(1, 16, 4, 6, generator=torch.Generator().manual_seed(3))
     pipe = pipeline()
@@ -146,7 +146,7 @@ def test_the_pipelines_pictures_do_not_depend_on_its_padding_once_its_mask_is_tr
 def test_noise_levels_of_training(models: Models) -> None:
     process = FAMILY.process(models, NoiseConfig(), LossConfig())
     assert isinstance(process, Flow)
-    drawn_ = process.sigmas(Draws(list(range(4000))), 8, 8)
+    drawn_ = process.sigmas(SampleRandom(list(range(4000))), 8, 8)
     # The sigmoid of a normal number: 0.5 at the middle, 0.3363 and 0.6637 at the quartiles.
     quartiles = torch.tensor([0.3375, 0.5, 0.6625])
     torch.testing.assert_close(drawn_.quantile(torch.tensor([0.25, 0.5, 0.75])), quartiles, atol=0.02, rtol=0)
@@ -172,16 +172,16 @@ def planned(*args: str) -> AdapterPlan:
     return parse(NetworkConfig(network_dim=4, network_alpha=1, network_args=args), NetworkArgs)
 
 
-def places(models: Models, *args: str) -> dict[str, list[Place]]:
+def places(models: Models, *args: str) -> dict[str, list[TargetLayer]]:
     plan = planned(*args)
     trained = {"denoiser", *(FAMILY.trainable(models.options, plan) or ())}
-    layer = partial(FAMILY.layer, models.options, plan)
+    layer = partial(FAMILY.target_layer, models.options, plan)
     return {name: choose(net, name, FAMILY.targets[name], plan, layer) for name, net in models.nets().items() if name in trained}
 
 
 def kohya(models: Models, *args: str) -> dict[str, tuple[int, ...]]:
     """Names and shapes of an adapter file."""
-    inserted = Inserted(places(models, *args), planned(*args).kind, seed=0)
+    inserted = AdapterNetwork(places(models, *args), planned(*args).kind, seed=0)
     inserted.remove()
     return shapes(dialect.write(FAMILY.dialects(models)["kohya"], inserted.state()))
 

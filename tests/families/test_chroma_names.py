@@ -104,8 +104,8 @@ def test_fused_layers_are_cut_into_the_slices_of_comfyui(keys: Keys) -> None:
 def test_an_adapter_is_read_back_in_every_dialect(spelling: str) -> None:
     net = native()
     held, adapter_dialects = state(adapters(net)), dialects(chroma_keys(shapes(net.state_dict())))
-    sites = [("denoiser", path) for path, layer in net.named_modules() if isinstance(layer, nn.Linear)]
-    back = dialect.read(adapter_dialects.values(), dialect.write(adapter_dialects[spelling], held), sites)
+    by_path = [("denoiser", path) for path, layer in net.named_modules() if isinstance(layer, nn.Linear)]
+    back = dialect.read(adapter_dialects.values(), dialect.write(adapter_dialects[spelling], held), by_path)
     assert back.keys() == held.keys()
     assert all(torch.equal(change(back[site]), change(leaves)) for site, leaves in held.items())
 

@@ -31,10 +31,10 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     sparse(tmp_path / "chroma.safetensors", {"distilled_guidance_layer.in_proj.weight": (8, 4), "img_in.weight": (8, 64)})
     for name in ("clip_l", "t5xxl", "ae"):
         sparse(tmp_path / f"{name}.safetensors", {"x": (1,)})
-    (tmp_path / "pictures").mkdir()
-    Image.new("RGB", (64, 64)).save(tmp_path / "pictures" / "a.png")
-    (tmp_path / "pictures" / "a.txt").write_text("a")
-    (tmp_path / "data.toml").write_text('[[datasets]]\nresolution = 64\n[[datasets.subsets]]\nimage_dir = "pictures"\n')
+    (tmp_path / "images").mkdir()
+    Image.new("RGB", (64, 64)).save(tmp_path / "images" / "a.png")
+    (tmp_path / "images" / "a.txt").write_text("a")
+    (tmp_path / "data.toml").write_text('[[datasets]]\nresolution = 64\n[[datasets.subsets]]\nimage_dir = "images"\n')
     monkeypatch.chdir(tmp_path)
 
 
@@ -83,7 +83,7 @@ def test_other_ways_to_draw_noise_levels_can_be_chosen() -> None:
     ("argv", "said"),
     [
         (["--clip_l", "clip_l.safetensors"], "--clip_l: would have no effect: Chroma has no CLIP"),
-        (["--guidance_scale", "3.5"], "--guidance_scale: Chroma is told no guidance, so 0 was expected, found 3.5"),
+        (["--guidance_scale", "3.5"], "--guidance_scale: Chroma takes no guidance, so 0 was expected, found 3.5"),
         (["--apply_t5_attn_mask", "false"], "--apply_t5_attn_mask: Chroma was trained with T5's padding hidden"),
         (["--t5xxl_max_token_length", "0"], "--t5xxl_max_token_length: expected 1 or more, found 0"),
         (["--model_type", "flux"], "--model_type: expected one of chroma, found the text 'flux'"),

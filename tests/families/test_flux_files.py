@@ -22,7 +22,7 @@ from sfumato.formats.names import add_prefix
 from sfumato.models import loading
 from sfumato.models.base import Models
 from sfumato.tensors.flow import Flow
-from sfumato.tensors.random import Draws
+from sfumato.tensors.random import SampleRandom
 
 
 def opened(files: Any, model: Path | None = None, dtype: Any = None, **options: Any) -> Models:
@@ -201,7 +201,7 @@ def test_what_is_completed_by_the_file(files: Any, tmp_path: Path) -> None:
 
 
 def test_schnell_is_told_no_guidance(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"guidance_scale: .* is FLUX\.1 schnell, which is told no guidance; leave it out"):
+    with pytest.raises(UserError, match=r"guidance_scale: .* is FLUX\.1 schnell, which takes no guidance; leave it out"):
         opened(flux.write(False, tmp_path), guidance_scale=1.0)
 
 
@@ -209,8 +209,8 @@ def test_the_defaults_train_as_the_recipe_says(files: Any) -> None:
     process = FAMILY.process(opened(files), NoiseConfig(), LossConfig())
     assert isinstance(process, Flow)
     assert (process.timestep_sampling, process.model_prediction_type, process.shift) == ("shift", "raw", SHIFT)
-    draws = Draws(range(4000))
-    sigma = process.sigmas(draws, 16, 16)
+    rng = SampleRandom(range(4000))
+    sigma = process.sigmas(rng, 16, 16)
     # The median of a normal number's sigmoid is 1/2, which the shift moves to 3.1582 / 4.1582.
     assert sigma.median().item() == pytest.approx(SHIFT / (1 + SHIFT), abs=0.02)
     assert sigma.dtype == torch.float32

@@ -19,12 +19,12 @@ from test_flux_net import inputs
 from tinies import flux
 from torch import Tensor, nn
 
-from sfumato.adapters.insert import Inserted, Place, choose, from_state
+from sfumato.adapters.insert import AdapterNetwork, TargetLayer, choose, from_state
 from sfumato.errors import UserError
 from sfumato.families.flux.facts import Completed, Options
 from sfumato.families.flux.family import FAMILY, dialects
 from sfumato.families.flux.net import Flux
-from sfumato.families.flux.network_args import layer
+from sfumato.families.flux.network_args import target_layer
 from sfumato.formats import dialect
 from sfumato.formats.files import save
 from sfumato.models.base import Models
@@ -85,7 +85,7 @@ def test_in_dims_put_adapters_on_what_stands_before_the_blocks(models: Models) -
     }
     assert found == {"img_in": 1, **two}
     plan = plan_of("in_dims=4,4,4,4,4")
-    written = dialect.write(dialects(models)["kohya"], Inserted({"denoiser": places(models, plan)}, plan.kind, seed=0).state())
+    written = dialect.write(dialects(models)["kohya"], AdapterNetwork({"denoiser": places(models, plan)}, plan.kind, seed=0).state())
     assert {"lora_unet_img_in.alpha", "lora_unet_guidance_in_out_layer.alpha", "lora_unet_txt_in.lora_up.weight"} <= written.keys()
 
 
@@ -170,8 +170,8 @@ def test_numbers_beyond_the_models_blocks_are_an_error(models: Models, kind: str
 def test_schnell_has_no_guidance_to_put_an_adapter_on(models: Models) -> None:
     net, plan = models.denoiser, plan_of("in_dims=[4,4,4,4,4]")
     schnell = Completed(guided=False, double_blocks=2, single_blocks=3)
-    with pytest.raises(UserError, match="told no guidance, so the fourth rank must be 0"):
-        choose(net, "denoiser", FAMILY.targets["denoiser"], plan, lambda place: layer(schnell, plan, place))
+    with pytest.raises(UserError, match="takes no guidance, so the fourth rank must be 0"):
+        choose(net, "denoiser", FAMILY.targets["denoiser"], plan, lambda target: target_layer(schnell, plan, target))
 
 
 # --- q, k and v apart ---
@@ -183,7 +183,7 @@ def test_pieces_of_the_real_layers(keys: Keys) -> None:
     options = Completed(guided=True, double_blocks=19, single_blocks=38)
     found = {
         place.path: place.options.pieces
-        for place in choose(Flux.of(table), "denoiser", FAMILY.targets["denoiser"], plan, lambda p: layer(options, plan, p))
+        for place in choose(Flux.of(table), "denoiser", FAMILY.targets["denoiser"], plan, lambda p: target_layer(options, plan, p))
     }
     cut = {path: pieces for path, pieces in found.items() if pieces}
     assert len(cut) == 19 * 2 + 38
@@ -194,7 +194,7 @@ def test_pieces_of_the_real_layers(keys: Keys) -> None:
 def test_split_adapters_are_those_of_separate_layers(models: Models) -> None:
     """Of a fused layer: each piece has a pair of its own at the common rank and strength."""
     held = inserted(models, plan_of("split_qkv=True", network_alpha=2.0))
-    adapter: Any = held.sites()["denoiser", "single_blocks.1.linear1"]
+    adapter: Any = held.by_path()["denoiser", "single_blocks.1.linear1"]
     net_layer = models.denoiser.get_submodule("single_blocks.1.linear1")
     x = torch.randn(2, 5, 64, generator=torch.Generator().manual_seed(2))
     plain = nn.functional.linear(x, net_layer.weight, net_layer.bias)  # type: ignore[arg-type]
@@ -205,7 +205,7 @@ def test_split_adapters_are_those_of_separate_layers(models: Models) -> None:
     held.remove()
 
 
-def saved(models: Models, held: Inserted, path: Path, spelling: str = "kohya") -> Path:
+def saved(models: Models, held: AdapterNetwork, path: Path, spelling: str = "kohya") -> Path:
     save(path, {name: t.contiguous() for name, t in dialect.write(dialects(models)[spelling], held.state()).items()}, {})
     return path
 
@@ -221,22 +221,22 @@ def test_saved_as_one_pair_it_acts_the_same_at_strength_1(models: Models, tmp_pa
     again = from_state(models.nets(), state).eval()
     torch.testing.assert_close(predicted(models), wanted, atol=1e-5, rtol=1e-5)
     again.remove()
-    split = Inserted({"denoiser": places(models, plan_of("split_qkv=True", network_alpha=2.0))}, held_kind(held), seed=1).eval()
+    split = AdapterNetwork({"denoiser": places(models, plan_of("split_qkv=True", network_alpha=2.0))}, held_kind(held), seed=1).eval()
     split.load(state)
     torch.testing.assert_close(predicted(models), wanted, atol=1e-5, rtol=1e-5)
     split.remove()
     assert (predicted(models) - wanted).abs().max() > 0.01
 
 
-def held_kind(held: Inserted) -> Any:
-    return type(next(iter(held.sites().values())))
+def held_kind(held: AdapterNetwork) -> Any:
+    return type(next(iter(held.by_path().values())))
 
 
 def test_a_file_that_is_not_of_pieces_is_refused(models: Models, tmp_path: Path) -> None:
     held = inserted(models, plan_of(rank=12))
     state = read_adapter(models, saved(models, held, tmp_path / "whole.safetensors"))
     held.remove()
-    split = Inserted({"denoiser": places(models, plan_of("split_qkv=True"))}, held_kind(held), seed=0)
+    split = AdapterNetwork({"denoiser": places(models, plan_of("split_qkv=True"))}, held_kind(held), seed=0)
     with pytest.raises(UserError, match="leave split_qkv out"):
         split.load(state)
     split.remove()
@@ -304,9 +304,9 @@ def test_a_single_block_of_the_real_size_in_diffusers(split: bool) -> None:
     big.weight = nn.Parameter(torch.zeros(1).expand(7 * width, width), requires_grad=False)  # takes no room
     plan = plan_of(f"split_qkv={split}", rank=2, network_alpha=1.0)
     options = Completed(guided=True, double_blocks=19, single_blocks=38)
-    place = layer(options, plan, Place(path, big, plan.options(conv=False)))
+    place = target_layer(options, plan, TargetLayer(path, big, plan.options(conv=False)))
     assert place is not None
-    held = Inserted({"denoiser": [place]}, plan.kind, seed=0)
+    held = AdapterNetwork({"denoiser": [place]}, plan.kind, seed=0)
     g = torch.Generator().manual_seed(1)
     for name, p in held.named_parameters():
         if "lora_up" in name:
@@ -332,7 +332,7 @@ def test_files_of_peft_with_q_k_and_v_apart_are_loaded_into_split_layers(models:
             tensors[f"transformer.{name}.lora_B.weight"] = torch.randn(part.out_features, 4, generator=g) / 2
     save(tmp_path / "peft.safetensors", tensors, {})
     plan = plan_of("split_qkv=True", network_alpha=1.0)
-    split = Inserted({"denoiser": places(models, plan)}, plan.kind, seed=0).eval()
+    split = AdapterNetwork({"denoiser": places(models, plan)}, plan.kind, seed=0).eval()
     split.load(read_adapter(models, tmp_path / "peft.safetensors"))
     found = predicted(models)
     split.remove()
@@ -352,12 +352,12 @@ def test_the_table_of_sd_scripts_holds_the_text_encoders_too(keys: Keys) -> None
     nets = {"denoiser": Flux.of(table), "clip_l": clip_net(keys("clip_l.hf"), "quick_gelu"), "t5xxl": t5}
     plan = plan_of("train_t5xxl=True", network_alpha=1.0)
     options = Completed(guided=True, double_blocks=19, single_blocks=38)
-    held = Inserted(
-        {n: choose(net, n, FAMILY.targets[n], plan, lambda p: layer(options, plan, p)) for n, net in nets.items()}, plan.kind, seed=0
+    held = AdapterNetwork(
+        {n: choose(net, n, FAMILY.targets[n], plan, lambda p: target_layer(options, plan, p)) for n, net in nets.items()}, plan.kind, seed=0
     )
     full = Models(FAMILY, options, nets["denoiser"], {"clip_l": nets["clip_l"], "t5xxl": nets["t5xxl"]}, {}, None)
     assert shapes(dialect.write(dialects(full)["kohya"], held.state())) == keys("adapter.flux.lora")
     # And back, from the names alone.
-    sites = [(n, path) for n, net in nets.items() for path, part in net.named_modules() if isinstance(part, nn.Linear)]
-    back = dialect.read(dialects(full).values(), meta(keys("adapter.flux.lora")), sites)
+    by_path = [(n, path) for n, net in nets.items() for path, part in net.named_modules() if isinstance(part, nn.Linear)]
+    back = dialect.read(dialects(full).values(), meta(keys("adapter.flux.lora")), by_path)
     assert back.keys() == held.state().keys()

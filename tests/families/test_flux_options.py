@@ -22,9 +22,9 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 
 @pytest.fixture
-def base(files: Any, pictures: Path) -> list[str]:
-    (pictures.parent / "data.toml").write_text(f'[[datasets]]\nresolution = 64\n[[datasets.subsets]]\nimage_dir = "{pictures}"\n')
-    told = {"pretrained_model_name_or_path": files.model, "dataset_config": pictures.parent / "data.toml", **files.options, "ae": files.vae}
+def base(files: Any, images: Path) -> list[str]:
+    (images.parent / "data.toml").write_text(f'[[datasets]]\nresolution = 64\n[[datasets.subsets]]\nimage_dir = "{images}"\n')
+    told = {"pretrained_model_name_or_path": files.model, "dataset_config": images.parent / "data.toml", **files.options, "ae": files.vae}
     return [word for name, value in told.items() for word in (f"--{name}", str(value))]
 
 

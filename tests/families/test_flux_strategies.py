@@ -130,7 +130,7 @@ def test_schnell_is_told_none_and_says_so_when_a_prompt_asks(schnell: Models, ca
     assert not caplog.records
     with caplog.at_level(logging.WARNING):
         assert set(FAMILY.condition(schnell, cond, SampleInfo(sizes=sizes, guidance=torch.full((3,), 5.0)))) == {"pooled", "t5"}
-    assert "FLUX.1 schnell is told no guidance" in caplog.text
+    assert "FLUX.1 schnell takes no guidance" in caplog.text
 
 
 def test_sigmas_go_by_the_version_and_by_the_size(dev: Models, schnell: Models) -> None:

@@ -137,11 +137,11 @@ def test_t5_in_fp8_is_read_as_what_it_holds(bundle: Files, tmp_path: Path) -> No
     """As in Stability's own bundle, sd3_medium_incl_clips_t5xxlfp8."""
     small = {name: t.to(torch.float8_e4m3fn) if name.startswith(T5) else t.half() for name, t in load(bundle.model).items()}
     save(tmp_path / "fp8.safetensors", small, {})
-    plain, wide = opened(bundle, tmp_path / "fp8.safetensors"), opened(bundle, tmp_path / "fp8.safetensors", dtype=torch.float32)
+    plain, per_sample = opened(bundle, tmp_path / "fp8.safetensors"), opened(bundle, tmp_path / "fp8.safetensors", dtype=torch.float32)
     assert {p.dtype for p in plain.encoders["t5xxl"].parameters()} == {torch.bfloat16}
-    for name, p in wide.encoders["t5xxl"].named_parameters():
+    for name, p in per_sample.encoders["t5xxl"].named_parameters():
         assert torch.equal(p, small[T5 + name].float())
-    cond = FAMILY.encode(wide).encode(wide.encoders, FAMILY.tokenize(wide).tokenize(["a cat"]))
+    cond = FAMILY.encode(per_sample).encode(per_sample.encoders, FAMILY.tokenize(per_sample).tokenize(["a cat"]))
     assert all(t.isfinite().all() for t in cond.values())
 
 
@@ -233,9 +233,9 @@ def test_a_missing_tensor_is_named(apart: Files, tmp_path: Path, name: str) -> N
 
 
 def test_exchanged_and_foreign_encoders_are_refused(apart: Files, tmp_path: Path) -> None:
-    narrow, wide = apart.options["clip_l"], apart.options["clip_g"]
+    narrow, per_sample = apart.options["clip_l"], apart.options["clip_g"]
     with pytest.raises(UserError, match="clip_l, clip_g: the files are exchanged"):
-        opened(apart, clip_l=wide, clip_g=narrow)
+        opened(apart, clip_l=per_sample, clip_g=narrow)
     with pytest.raises(UserError, match="clip_l, clip_g: they say 64 and 64 numbers, the transformer takes 192 of both"):
         opened(apart, clip_g=narrow)
     save(tmp_path / "t5.safetensors", encoders.t5().state_dict(), {})
@@ -252,10 +252,10 @@ def test_another_models_vae_is_refused(apart: Files, tmp_path: Path) -> None:
         opened(apart, vae=str(tmp_path / "vae.safetensors"))
 
 
-def test_models_that_take_more_than_a_picture_are_refused(apart: Files, tmp_path: Path) -> None:
+def test_models_that_take_more_than_a_image_are_refused(apart: Files, tmp_path: Path) -> None:
     tensors = sd3.single_file("3.5_medium", "transformer", "vae")
-    wide = tensors[f"{TRANSFORMER}x_embedder.proj.weight"].repeat(1, 2, 1, 1)
-    save(tmp_path / "fill.safetensors", {**tensors, f"{TRANSFORMER}x_embedder.proj.weight": wide}, {})
+    per_sample = tensors[f"{TRANSFORMER}x_embedder.proj.weight"].repeat(1, 2, 1, 1)
+    save(tmp_path / "fill.safetensors", {**tensors, f"{TRANSFORMER}x_embedder.proj.weight": per_sample}, {})
     with pytest.raises(UserError, match="takes 32 channels, not 16"):
         opened(apart, tmp_path / "fill.safetensors")
 

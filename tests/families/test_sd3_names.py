@@ -19,7 +19,7 @@ from tinies import sd3
 from torch import Tensor, nn
 
 from sfumato.adapters import parse
-from sfumato.adapters.insert import Inserted, choose
+from sfumato.adapters.insert import AdapterNetwork, choose
 from sfumato.config import NetworkConfig
 from sfumato.errors import UserError
 from sfumato.families.sd3.facts import Completed
@@ -108,10 +108,10 @@ def test_a_tensor_of_no_part_is_refused_by_name(keys: Keys) -> None:
 # --- adapters ---
 
 
-def adapters(net: MMDiT) -> Inserted:
+def adapters(net: MMDiT) -> AdapterNetwork:
     """LoRA of rank 4 and alpha 1 at the targets, at work, with values that change the net if it has any."""
     plan = parse(NetworkConfig(network_dim=4, network_alpha=1))
-    inserted = Inserted({"denoiser": choose(net, "denoiser", TARGETS, plan)}, plan.kind, seed=0)
+    inserted = AdapterNetwork({"denoiser": choose(net, "denoiser", TARGETS, plan)}, plan.kind, seed=0)
     g = torch.Generator().manual_seed(0)
     for leaves in inserted.state().values():
         if not (up := leaves["lora_up.weight"]).is_meta:
@@ -119,12 +119,12 @@ def adapters(net: MMDiT) -> Inserted:
     return inserted
 
 
-def state(inserted: Inserted) -> dict[dialect.Site, dialect.Leaves]:
+def state(inserted: AdapterNetwork) -> dict[dialect.ModulePath, dialect.AdapterTensors]:
     """As a file holds them. Adapters of layers without values have none; PEFT's names need that of alpha."""
     return {site: {**leaves, "alpha": torch.tensor(1.0)} for site, leaves in inserted.state().items()}
 
 
-def change(leaves: dialect.Leaves) -> Tensor:
+def change(leaves: dialect.AdapterTensors) -> Tensor:
     """The change of the layer's weight."""
     down, up = leaves["lora_down.weight"], leaves["lora_up.weight"]
     return up @ down * (leaves["alpha"] / down.shape[0])
@@ -143,13 +143,13 @@ def chosen(nets: Mapping[str, nn.Module], *args: str) -> dict[str, Tensor]:
     plan = parse(NetworkConfig(network_dim=4, network_alpha=1, network_args=args), NetworkArgs)
     options = Completed(version="medium", blocks=24, has_t5="t5xxl" in nets)
     may = FAMILY.trainable(options, plan)
-    layer = partial(FAMILY.layer, options, plan)
+    layer = partial(FAMILY.target_layer, options, plan)
     places = {
         name: choose(net, name, FAMILY.targets[name], plan, layer)
         for name, net in nets.items()
         if name == "denoiser" or may is None or name in may
     }
-    inserted = Inserted(places, plan.kind, seed=0)
+    inserted = AdapterNetwork(places, plan.kind, seed=0)
     inserted.remove()
     return dialect.write(FAMILY.dialects(Models(FAMILY, options, nets["denoiser"], {}, {}, None))["kohya"], state(inserted))
 
@@ -207,8 +207,8 @@ def test_every_name_of_every_layer_is_known_to_comfyui(keys: Keys, version: str,
 def test_an_adapter_is_read_back_in_every_dialect(kind: sd3.Kind, spelling: str) -> None:
     net = native(kind)
     held, adapter_dialects = state(adapters(net)), dialects(tensors(kind))
-    sites = [("denoiser", path) for path, layer in net.named_modules() if isinstance(layer, nn.Linear | nn.Conv2d)]
-    back = dialect.read(adapter_dialects.values(), dialect.write(adapter_dialects[spelling], held), sites)
+    by_path = [("denoiser", path) for path, layer in net.named_modules() if isinstance(layer, nn.Linear | nn.Conv2d)]
+    back = dialect.read(adapter_dialects.values(), dialect.write(adapter_dialects[spelling], held), by_path)
     assert back.keys() == held.keys()
     for site, leaves in held.items():
         if spelling == "peft":  # alpha is multiplied into lora_up

@@ -87,8 +87,8 @@ def test_larger_and_odd_sizes_are_refused() -> None:
 
 
 @torch.no_grad()
-def test_a_crop_puts_the_picture_elsewhere_in_the_table() -> None:
-    """diffusers has the middle alone: there the table is moved under the picture."""
+def test_a_crop_puts_the_image_elsewhere_in_the_table() -> None:
+    """diffusers has the middle alone: there the table is moved under the image."""
     net, told, crops = native(), inputs(), [(0, 0), (8, 5)]  # of 4 x 7 patches in 12 x 12
     alone = []
     for top, left in crops:

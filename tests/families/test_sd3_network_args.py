@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from training import config
 
 from sfumato.adapters.base import Adapter
-from sfumato.adapters.insert import Inserted, choose, from_state
+from sfumato.adapters.insert import AdapterNetwork, choose, from_state
 from sfumato.errors import UserError
 from sfumato.families.sd3.facts import Completed, Options
 from sfumato.families.sd3.family import FAMILY, dialects
@@ -186,7 +186,7 @@ def test_what_shapes_adapters_is_refused_where_a_file_shapes_them(arg: str) -> N
 def test_pieces_of_the_real_layers(keys: Keys) -> None:
     net, plan = MMDiT.of(keys("sd3.5_large.transformer")), plan_of("split_qkv=True")
     options = Completed(version="3.5-large", blocks=38, has_t5=True)
-    found = choose(net, "denoiser", FAMILY.targets["denoiser"], plan, lambda place: FAMILY.layer(options, plan, place))
+    found = choose(net, "denoiser", FAMILY.targets["denoiser"], plan, lambda place: FAMILY.target_layer(options, plan, place))
     cut = {place.path: place.options.pieces for place in found if place.options.pieces}
     assert len(cut) == 38 * 2
     assert all(path.endswith(".attn.qkv") and pieces == (2432,) * 3 for path, pieces in cut.items())
@@ -195,7 +195,7 @@ def test_pieces_of_the_real_layers(keys: Keys) -> None:
 def test_split_adapters_are_those_of_separate_layers(models: Models) -> None:
     """Each of q, k and v has a pair of its own at the common rank and strength."""
     held = inserted(models, plan_of("split_qkv=True", network_alpha=2.0))
-    adapter: Any = held.sites()["denoiser", "joint_blocks.1.x_block.attn2.qkv"]
+    adapter: Any = held.by_path()["denoiser", "joint_blocks.1.x_block.attn2.qkv"]
     layer = models.denoiser.get_submodule("joint_blocks.1.x_block.attn2.qkv")
     x = torch.randn(2, 5, 128, generator=torch.Generator().manual_seed(2))
     plain = nn.functional.linear(x, layer.weight, layer.bias)  # type: ignore[arg-type]
@@ -205,7 +205,7 @@ def test_split_adapters_are_those_of_separate_layers(models: Models) -> None:
     held.remove()
 
 
-def saved(models: Models, held: Inserted, path: Path, spelling: str = "kohya") -> Path:
+def saved(models: Models, held: AdapterNetwork, path: Path, spelling: str = "kohya") -> Path:
     save(path, {name: t.contiguous() for name, t in dialect.write(dialects(models)[spelling], held.state()).items()}, {})
     return path
 
@@ -226,7 +226,7 @@ def test_saved_as_one_pair_it_acts_the_same_at_strength_1(models: Models, tmp_pa
     again = from_state(models.nets(), state).eval()
     torch.testing.assert_close(predicted(models), wanted, atol=1e-5, rtol=1e-5)
     again.remove()
-    split = Inserted({"denoiser": places(models, plan)}, plan.kind, seed=1).eval()
+    split = AdapterNetwork({"denoiser": places(models, plan)}, plan.kind, seed=1).eval()
     split.load(state)
     torch.testing.assert_close(predicted(models), wanted, atol=1e-5, rtol=1e-5)
     split.remove()
@@ -245,10 +245,10 @@ def test_a_peft_file_of_separate_layers_is_loaded_into_pieces(models: Models, tm
             file[f"transformer.transformer_blocks.0.{path}.{name}.lora_B.weight"] = torch.randn(128, 4, generator=g)
     save(tmp_path / "peft.safetensors", file, {})
     state = read_adapter(models, tmp_path / "peft.safetensors")
-    held = Inserted({"denoiser": [place for path, place in wanted.items() if ".attn" in path]}, plan.kind, seed=0).eval()
+    held = AdapterNetwork({"denoiser": [place for path, place in wanted.items() if ".attn" in path]}, plan.kind, seed=0).eval()
     held.load(state)
     for path in ("attn", "attn2"):
-        adapter: Any = held.sites()["denoiser", f"joint_blocks.0.x_block.{path}.qkv"]
+        adapter: Any = held.by_path()["denoiser", f"joint_blocks.0.x_block.{path}.qkv"]
         for block, name in zip(adapter.lora_up.blocks, ("to_q", "to_k", "to_v"), strict=True):
             assert torch.equal(block, file[f"transformer.transformer_blocks.0.{path}.{name}.lora_B.weight"])
     pieces = predicted(models)
@@ -263,7 +263,7 @@ def test_a_file_that_is_not_of_pieces_is_refused(models: Models, tmp_path: Path)
     state = read_adapter(models, saved(models, whole, tmp_path / "whole.safetensors"))
     whole.remove()
     plan = plan_of("split_qkv=True")
-    split = Inserted({"denoiser": places(models, plan)}, plan.kind, seed=0)
+    split = AdapterNetwork({"denoiser": places(models, plan)}, plan.kind, seed=0)
     with pytest.raises(UserError, match="leave split_qkv out"):
         split.load(state)
     split.remove()

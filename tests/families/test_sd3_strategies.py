@@ -16,7 +16,7 @@ from sfumato.families.sd3.facts import Options
 from sfumato.families.sd3.family import FAMILY
 from sfumato.models import loading
 from sfumato.models.base import Models, SampleInfo
-from sfumato.tensors.random import Draws
+from sfumato.tensors.random import SampleRandom
 
 CAPTIONS = ["a cat on a mat", "", "red " * 30 + "end"]
 COMPONENTS = ("clip_l", "clip_g", "t5")
@@ -37,9 +37,9 @@ def said(models: Models, captions: list[str] = CAPTIONS) -> dict[str, Tensor]:
 
 
 def told(models: Models, cond: Mapping[str, Tensor], keys: list[int] | None = None, size: tuple[int, int] = (64, 96)) -> dict[str, Tensor]:
-    """`keys`: of the samples while training; None: pictures are drawn. `size`: height, width."""
+    """`keys`: of the samples while training; None: images are drawn. `size`: height, width."""
     b = len(cond["clip_l"])
-    setting = SampleInfo(sizes=torch.tensor([[*size, 0, 0, *size]] * b), draws=None if keys is None else Draws(keys))
+    setting = SampleInfo(sizes=torch.tensor([[*size, 0, 0, *size]] * b), rng=None if keys is None else SampleRandom(keys))
     return dict(FAMILY.condition(models, cond, setting))
 
 
@@ -144,10 +144,10 @@ RATES = {"clip_l": "clip_l_dropout_rate", "clip_g": "clip_g_dropout_rate", "t5":
 
 def rows(context: Tensor, y: Tensor) -> dict[str, Tensor]:
     """What each encoder says in what the transformer is told: (b, numbers)."""
-    wide = sd3.L_WIDTH
+    per_sample = sd3.L_WIDTH
     return {
-        "clip_l": torch.cat([context[:, :77, :wide].flatten(1), y[:, :wide]], 1),
-        "clip_g": torch.cat([context[:, :77, wide : sd3.POOLED].flatten(1), y[:, wide:]], 1),
+        "clip_l": torch.cat([context[:, :77, :per_sample].flatten(1), y[:, :per_sample]], 1),
+        "clip_g": torch.cat([context[:, :77, per_sample : sd3.POOLED].flatten(1), y[:, per_sample:]], 1),
         "t5": context[:, 77:].flatten(1),
     }
 
@@ -176,7 +176,7 @@ def test_dropouts_of_the_encoders_are_independent_and_go_by_the_sample_alone(fil
         assert torch.equal(alone[part], together[part][17:18])
 
 
-def test_dropout_is_the_same_from_kept_outputs_and_leaves_drawn_pictures_alone(files: Files) -> None:
+def test_dropout_is_the_same_from_kept_outputs_and_leaves_drawn_images_alone(files: Files) -> None:
     models = opened(files, clip_l_dropout_rate=0.5, t5_dropout_rate=0.5, apply_t5_attn_mask=True)
     strategy, cond = FAMILY.outputs(models), said(models)
     kept = strategy.join([strategy.keep(cond, i) for i in range(len(CAPTIONS))])
@@ -191,7 +191,7 @@ def test_dropout_is_the_same_from_kept_outputs_and_leaves_drawn_pictures_alone(f
 # --- place ---
 
 
-def test_some_pictures_lie_elsewhere_in_the_table(files: Files) -> None:
+def test_some_images_lie_elsewhere_in_the_table(files: Files) -> None:
     models = opened(files, pos_emb_random_crop_rate=0.5)
     cond = {part: t[:1].expand(200, *t.shape[1:]) for part, t in said(models).items()}
     crops = told(models, cond, list(range(200)), (64, 96))["crop"]  # 4 x 6 patches in 12 x 12
@@ -200,12 +200,12 @@ def test_some_pictures_lie_elsewhere_in_the_table(files: Files) -> None:
     assert 70 < int(middle.sum()) < 130
     alone = told(models, {part: t[:1] for part, t in cond.items()}, [42], (64, 96))["crop"]
     assert torch.equal(alone, crops[42:43])
-    assert "crop" not in told(models, cond, None), "not where pictures are drawn"
+    assert "crop" not in told(models, cond, None), "not where images are drawn"
     assert "crop" not in told(opened(files), cond, list(range(200)))
 
 
 @torch.no_grad()
-def test_a_picture_in_the_middle_is_as_without_a_crop(files: Files) -> None:
+def test_a_image_in_the_middle_is_as_without_a_crop(files: Files) -> None:
     """At a rate that never strikes the crops are those of the middle, for sizes of odd and even patches."""
     models = opened(files, pos_emb_random_crop_rate=1e-9)
     cond = said(models, ["a cat"])

@@ -14,7 +14,7 @@ from sparse import sparse
 from torch import Tensor, nn
 
 from sfumato.adapters import parse
-from sfumato.adapters.insert import Inserted, choose
+from sfumato.adapters.insert import AdapterNetwork, choose
 from sfumato.config import NetworkConfig
 from sfumato.errors import UserError
 from sfumato.families.sd.facts import Options
@@ -95,10 +95,10 @@ def full_size(keys: Keys, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
     return {name: empty(source, name) for name in ("denoiser", "clip_l")}
 
 
-def adapter(nets: dict[str, nn.Module], *args: str) -> tuple[Models, dict[dialect.Site, dialect.Leaves]]:
+def adapter(nets: dict[str, nn.Module], *args: str) -> tuple[Models, dict[dialect.ModulePath, dialect.AdapterTensors]]:
     plan = parse(NetworkConfig(network_dim=4, network_alpha=1, network_args=args))
     places = {name: choose(net, name, FAMILY.targets[name], plan) for name, net in nets.items()}
-    inserted = Inserted(places, plan.kind, seed=0)
+    inserted = AdapterNetwork(places, plan.kind, seed=0)
     inserted.remove()
     denoiser, encoder = nets.values()
     # The layers have no values, and so their adapters have none; PEFT's names need that of alpha.
@@ -138,7 +138,7 @@ def test_every_name_of_an_adapter_is_known_to_comfyui(full_size: dict[str, nn.Mo
 def test_an_adapter_is_read_back_in_every_dialect(full_size: dict[str, nn.Module], spelling: str) -> None:
     models, state = adapter(full_size, "conv_dim=4")
     dialects = FAMILY.dialects(models)
-    sites = [(name, p) for name, net in full_size.items() for p, layer in net.named_modules() if isinstance(layer, nn.Linear | nn.Conv2d)]
-    back = dialect.read(dialects.values(), dialect.write(dialects[spelling], state), sites)
+    by_path = [(name, p) for name, net in full_size.items() for p, layer in net.named_modules() if isinstance(layer, nn.Linear | nn.Conv2d)]
+    back = dialect.read(dialects.values(), dialect.write(dialects[spelling], state), by_path)
     assert back.keys() == state.keys()
     assert all(back[site]["lora_down.weight"] is leaves["lora_down.weight"] for site, leaves in state.items())

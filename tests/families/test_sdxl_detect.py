@@ -114,7 +114,7 @@ def test_stable_diffusion_leaves_them_alone(keys: Keys, name: str) -> None:
     assert sd.detect(keys(name)) is None
 
 
-def test_a_model_of_2x_that_is_told_of_pictures_is_none(keys: Keys) -> None:
+def test_a_model_of_2x_that_is_told_of_images_is_none(keys: Keys) -> None:
     """unCLIP has a label as well."""
     table = {**keys("sd2.single_file"), f"{UNET}label_emb.0.0.weight": (1280, 2048)}
     assert facts.detect(table) is None

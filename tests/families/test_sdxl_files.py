@@ -131,7 +131,7 @@ def test_a_single_file_becomes_a_folder(single: Path, folder: Path, tmp_path: Pa
     ours, theirs = (StableDiffusionXLPipeline.from_pretrained(f) for f in (out, folder))
     for part in ("unet", "vae", "text_encoder", "text_encoder_2"):
         assert_same(getattr(ours, part).state_dict(), getattr(theirs, part).state_dict())
-    # The real model's size of pictures; this one's VAE is made for none.
+    # The real model's size of images; this one's VAE is made for none.
     told = {"set_alpha_to_one", "clip_sample", "skip_prk_steps"}  # for samplers other than this one
     other = {"unet": {"sample_size"}, "vae": {"sample_size"}, "scheduler": told}
     for part in ("unet", "vae", "scheduler"):

@@ -17,7 +17,7 @@ from tinies import sdxl
 from torch import Tensor, nn
 
 from sfumato.adapters import parse
-from sfumato.adapters.insert import Inserted, choose
+from sfumato.adapters.insert import AdapterNetwork, choose
 from sfumato.config import NetworkConfig
 from sfumato.errors import UserError
 from sfumato.families.sdxl.facts import Options
@@ -25,7 +25,7 @@ from sfumato.families.sdxl.family import FAMILY
 from sfumato.families.sdxl.folder import transformer_layers, unet_config
 from sfumato.families.sdxl.names import CLIP_G, PASSTHROUGH, UNET, unet_keys
 from sfumato.formats import dialect
-from sfumato.formats.dialect import Leaves, Site
+from sfumato.formats.dialect import AdapterTensors, ModulePath
 from sfumato.models.base import Models
 from sfumato.models.components import Checkpoint, open_model, single_file
 from sfumato.models.meta_init import check, shapes
@@ -161,10 +161,10 @@ def test_what_does_not_fit_is_named(keys: Keys, tmp_path: Path) -> None:
 # --- adapters ---
 
 
-def adapter(nets: dict[str, nn.Module], *args: str) -> tuple[Models, dict[Site, Leaves]]:
+def adapter(nets: dict[str, nn.Module], *args: str) -> tuple[Models, dict[ModulePath, AdapterTensors]]:
     plan = parse(NetworkConfig(network_dim=4, network_alpha=1, network_args=args))
     places = {name: choose(nets[name], name, FAMILY.targets[name], plan) for name in ("denoiser", "clip_l", "clip_g")}
-    inserted = Inserted(places, plan.kind, seed=0)
+    inserted = AdapterNetwork(places, plan.kind, seed=0)
     inserted.remove()
     # The layers have no values, and so their adapters have none; PEFT's names need that of alpha.
     state = {site: {**leaves, "alpha": torch.tensor(1.0)} for site, leaves in inserted.state().items()}
@@ -226,9 +226,9 @@ def test_every_name_of_an_adapter_is_known_to_comfyui(nets: dict[str, nn.Module]
 def test_an_adapter_is_read_back_in_every_dialect(nets: dict[str, nn.Module], spelling: str) -> None:
     models, state = adapter(nets, *CONV)
     dialects = FAMILY.dialects(models)
-    sites = [
+    by_path = [
         (c, path) for c, net in models.nets().items() for path, layer in net.named_modules() if isinstance(layer, nn.Linear | nn.Conv2d)
     ]
-    back = dialect.read(dialects.values(), dialect.write(dialects[spelling], state), sites)
+    back = dialect.read(dialects.values(), dialect.write(dialects[spelling], state), by_path)
     assert back.keys() == state.keys()
     assert all(back[site]["lora_down.weight"] is leaves["lora_down.weight"] for site, leaves in state.items())

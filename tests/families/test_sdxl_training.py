@@ -1,4 +1,4 @@
-"""What only Stable Diffusion XL has in training: rates by block and by text encoder, sizes of pictures, v prediction, adapters in diffusers."""
+"""What only Stable Diffusion XL has in training: rates by block and by text encoder, sizes of images, v prediction, adapters in diffusers."""
 
 from __future__ import annotations
 
@@ -151,11 +151,11 @@ def test_an_adapters_text_encoders_have_rates_of_their_own(go: Callable[..., Pat
 
 
 @pytest.fixture
-def home(keys: Keys, tmp_path: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def home(keys: Keys, tmp_path: Path, images: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The current folder, with a base model of full size that is only a header."""
     sparse(tmp_path / "base.safetensors", keys("sdxl.single_file"))
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "data.toml").write_text(f'[[datasets]]\nresolution = 64\n[[datasets.subsets]]\nimage_dir = "{pictures}"\n')
+    (tmp_path / "data.toml").write_text(f'[[datasets]]\nresolution = 64\n[[datasets.subsets]]\nimage_dir = "{images}"\n')
     return tmp_path
 
 
@@ -263,9 +263,9 @@ def test_a_model_that_predicts_v_trains_on_pure_noise(train: Train, tmp_path: Pa
 
 
 @pytest.mark.parametrize("size", [(72, 56), (88, 40)])
-def test_sides_are_multiples_of_8(go: Callable[..., Path], single: Path, pictures: Path, tmp_path: Path, size: tuple[int, int]) -> None:
+def test_sides_are_multiples_of_8(go: Callable[..., Path], single: Path, images: Path, tmp_path: Path, size: tuple[int, int]) -> None:
     """sd-scripts asks for multiples of 32."""
-    data = DatasetConfig(subsets=(SubsetConfig(image_dir=str(pictures)),), resolution=size, batch_size=2)
+    data = DatasetConfig(subsets=(SubsetConfig(image_dir=str(images)),), resolution=size, batch_size=2)
     told = {"pretrained_model_name_or_path": str(single), "output_dir": str(tmp_path / "out"), "max_train_steps": 1, "network_dim": 2}
     run.train(config(**told, output_name="out", family=Options()), "network", (data,))
     (line,) = (tmp_path / "out" / "out.jsonl").read_text().splitlines()
@@ -284,7 +284,7 @@ def test_a_whole_model_is_saved_as_a_folder(go: Callable[..., Path], single: Pat
 
 # --- adapters in diffusers ---
 
-PROMPT = Prompt(prompt="picture 1, red", negative_prompt="blue", width=64, height=64, sample_steps=3, scale=5.0)
+PROMPT = Prompt(prompt="image 1, red", negative_prompt="blue", width=64, height=64, sample_steps=3, scale=5.0)
 
 
 @pytest.mark.parametrize("dialect", ["kohya", "peft"])
@@ -311,5 +311,5 @@ def test_an_adapter_does_the_same_in_diffusers(go: Callable[..., Path], single: 
         }
     finally:
         pipe.unload_lora_weights()
-    sites = read_adapter(models, adapter)
-    assert inside == {part: sum(component == part for component, _ in sites) for part in inside}
+    by_path = read_adapter(models, adapter)
+    assert inside == {part: sum(component == part for component, _ in by_path) for part in inside}

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from sfumato.errors import UserError
 from sfumato.formats import dialect
-from sfumato.formats.dialect import Dialect, Leaves, Site
+from sfumato.formats.dialect import AdapterTensors, Dialect, ModulePath
 from sfumato.formats.names import SWAP_HALVES, TRANSPOSE, Change, KeyMap, rule
 
 quick = settings(deadline=None, max_examples=25, derandomize=True)
@@ -27,12 +27,12 @@ PEFT = Dialect(
     name="peft",
     prefix={"denoiser": "unet.", "clip_l": "text_encoder."},
     keys={"denoiser": TABLE},
-    leaves={"lora_down.weight": "lora_A.weight", "lora_up.weight": "lora_B.weight"},
+    tensor_names={"lora_down.weight": "lora_A.weight", "lora_up.weight": "lora_B.weight"},
     fold_alpha=True,
 )
 SPLIT = Dialect(name="split", prefix={"denoiser": "lora_unet_"}, keys={"denoiser": TABLE}, separator="_")
 ALL = (KOHYA, COMFY, PEFT)
-SITES: list[Site] = [("denoiser", f"blocks.{i}.attn.{name}") for i in range(12) for name in ("qkv", "proj")]
+SITES: list[ModulePath] = [("denoiser", f"blocks.{i}.attn.{name}") for i in range(12) for name in ("qkv", "proj")]
 SITES += [
     ("denoiser", "conv_in"),
     ("denoiser", "final.1"),
@@ -41,7 +41,7 @@ SITES += [
 ]
 
 
-def lora(site: Site, rank: int = 2, alpha: float = 1.0, seed: int = 0) -> Leaves:
+def lora(site: ModulePath, rank: int = 2, alpha: float = 1.0, seed: int = 0) -> AdapterTensors:
     g = torch.Generator().manual_seed(seed)
     out = 9 if site[1].endswith("qkv") else 4
     kernel = (3, 3) if "conv" in site[1] else ()
@@ -49,36 +49,36 @@ def lora(site: Site, rank: int = 2, alpha: float = 1.0, seed: int = 0) -> Leaves
     return {"lora_down.weight": torch.randn(rank, 5, *kernel, generator=g), "lora_up.weight": up, "alpha": torch.tensor(alpha)}
 
 
-def loha() -> Leaves:
+def loha() -> AdapterTensors:
     return {leaf: torch.rand(2, 2) for leaf in ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")} | {"alpha": torch.tensor(1.0)}
 
 
-def change(leaves: Leaves) -> Tensor:
+def change(leaves: AdapterTensors) -> Tensor:
     """The change of the layer's weight, flattened."""
     down, up = leaves["lora_down.weight"], leaves["lora_up.weight"]
     return up.flatten(1) @ down.flatten(1) * (leaves["alpha"] / down.shape[0])
 
 
-def same(a: dict[Site, Leaves], b: dict[Site, Leaves]) -> bool:
+def same(a: dict[ModulePath, AdapterTensors], b: dict[ModulePath, AdapterTensors]) -> bool:
     return a.keys() == b.keys() and all(
         x.keys() == b[s].keys() and all(torch.equal(t, b[s][k]) for k, t in x.items()) for s, x in a.items()
     )
 
 
-@pytest.mark.parametrize("spoken", [KOHYA, COMFY, SPLIT], ids=lambda d: d.name)
+@pytest.mark.parametrize("dialect_of", [KOHYA, COMFY, SPLIT], ids=lambda d: d.name)
 @quick
 @given(chosen=st.sets(st.sampled_from(SITES), min_size=1), rank=st.integers(1, 4), alpha=st.sampled_from([1.0, 4.0, 0.5]))
-def test_round_trip_bit_for_bit(adapter_dialects: Dialect, chosen: set[Site], rank: int, alpha: float) -> None:
-    adapters = {s: lora(s, rank, alpha, seed) for seed, s in enumerate(SITES) if s in chosen and s[0] in adapter_dialects.prefix}
-    written = dialect.write(adapter_dialects, adapters)
-    assert same(dialect.read([adapter_dialects], written, SITES), adapters)
+def test_round_trip_bit_for_bit(dialect_of: Dialect, chosen: set[ModulePath], rank: int, alpha: float) -> None:
+    adapters = {s: lora(s, rank, alpha, seed) for seed, s in enumerate(SITES) if s in chosen and s[0] in dialect_of.prefix}
+    written = dialect.write(dialect_of, adapters)
+    assert same(dialect.read([dialect_of], written, SITES), adapters)
     backwards = dict(reversed(written.items()))
-    assert list(dialect.read([adapter_dialects], backwards, SITES)) == list(adapters), "the order is that of the sites"
+    assert list(dialect.read([dialect_of], backwards, SITES)) == list(adapters), "the order is that of the sites"
 
 
 @quick
 @given(chosen=st.sets(st.sampled_from(SITES), min_size=1), alpha=st.sampled_from([1.0, 4.0, 0.5]))
-def test_peft_keeps_the_change(chosen: set[Site], alpha: float) -> None:
+def test_peft_keeps_the_change(chosen: set[ModulePath], alpha: float) -> None:
     adapters = {s: lora(s, 2, alpha, seed) for seed, s in enumerate(SITES) if s in chosen}
     written = dialect.write(PEFT, adapters)
     assert not any("alpha" in key for key in written)
@@ -130,12 +130,12 @@ def test_rows_that_change_places_do_so_in_lora_up() -> None:
 
 def test_rows_of_a_fused_layer_change_places_before_it_is_cut() -> None:
     table = KeyMap(rule("both", "a", "b", change=SWAP_HALVES))
-    adapter_dialects, site = Dialect(name="turned", prefix={"denoiser": ""}, keys={"denoiser": table}), ("denoiser", "both")
+    dialect_of, site = Dialect(name="turned", prefix={"denoiser": ""}, keys={"denoiser": table}), ("denoiser", "both")
     leaves = lora(site)
-    written = dialect.write(adapter_dialects, {site: leaves})
+    written = dialect.write(dialect_of, {site: leaves})
     pieces = table.to_foreign({"both.weight": change(leaves)})
     assert all(torch.equal(change({leaf: written[f"{n}.{leaf}"] for leaf in leaves}), pieces[f"{n}.weight"]) for n in ("a", "b"))
-    assert same(dialect.read([adapter_dialects], written, [site]), {site: leaves})
+    assert same(dialect.read([dialect_of], written, [site]), {site: leaves})
 
 
 def test_several_dialects_may_stand_in_one_file() -> None:
@@ -161,8 +161,8 @@ def test_leaves_of_peft_and_diffusers_are_read_under_any_path(down: str, up: str
 
 def test_other_adapters_pass_through_by_their_leaves() -> None:
     adapters = {SITES[0]: loha(), SITES[1]: loha()}
-    for adapter_dialects in (KOHYA, COMFY):
-        assert same(dialect.read(ALL, dialect.write(adapter_dialects, adapters), SITES), adapters)
+    for dialect_of in (KOHYA, COMFY):
+        assert same(dialect.read(ALL, dialect.write(dialect_of, adapters), SITES), adapters)
     with pytest.raises(UserError, match=r"the peft names hold LoRA alone, not 'hada_w1_a' .* --dialect kohya"):
         dialect.write(PEFT, adapters)
     with pytest.raises(UserError, match="of a fused layer cannot be cut into 3"):
@@ -190,7 +190,7 @@ def test_one_place_is_filled_once() -> None:
 
 
 def test_two_layers_of_one_name_are_refused() -> None:
-    twins: list[Site] = [("denoiser", "a.b_c"), ("denoiser", "a_b.c")]
+    twins: list[ModulePath] = [("denoiser", "a.b_c"), ("denoiser", "a_b.c")]
     with pytest.raises(UserError, match="two layers share the kohya name"):
         dialect.write(KOHYA, {s: lora(s) for s in twins})
     with pytest.raises(ValueError, match="names both"):
@@ -203,7 +203,7 @@ def test_what_a_dialect_has_no_place_for() -> None:
 
 
 @pytest.mark.parametrize(("turn", "leaves"), [(TRANSPOSE, lora(SITES[1])), (SWAP_HALVES, loha())], ids=["transposed", "not LoRA"])
-def test_an_adapter_without_an_exact_form_on_the_other_side_is_refused(turn: Change, leaves: Leaves) -> None:
+def test_an_adapter_without_an_exact_form_on_the_other_side_is_refused(turn: Change, leaves: AdapterTensors) -> None:
     turned = Dialect(name="turned", prefix={"denoiser": ""}, keys={"denoiser": KeyMap(rule("conv_in", "x", change=turn))})
     with pytest.raises(UserError, match="no exact form"):
         dialect.write(turned, {("denoiser", "conv_in"): leaves})
@@ -221,8 +221,8 @@ def test_peft_reads_and_writes_the_same() -> None:
     config = peft.LoraConfig(r=2, lora_alpha=8, target_modules=["conv_in", "proj"], init_lora_weights=False)
     model = peft.inject_adapter_in_model(config, net)
     theirs = {f"unet.{k}": t for k, t in peft.get_peft_model_state_dict(model).items()}
-    sites: list[Site] = [("denoiser", "conv_in"), ("denoiser", "proj")]
-    plain = Dialect(name="peft", prefix={"denoiser": "unet."}, leaves=PEFT.leaves, fold_alpha=True)
+    sites: list[ModulePath] = [("denoiser", "conv_in"), ("denoiser", "proj")]
+    plain = Dialect(name="peft", prefix={"denoiser": "unet."}, tensor_names=PEFT.tensor_names, fold_alpha=True)
     read = dialect.read([plain], theirs, sites)
     for (_, path), leaves in read.items():
         # PEFT keeps alpha in its config, not among the tensors: here 8 / 2.

@@ -119,9 +119,9 @@ def test_pieces_do_not_share_memory_with_the_whole() -> None:
 def test_changes() -> None:
     t = torch.arange(4.0)
     assert SWAP_HALVES.into(t).tolist() == [2, 3, 0, 1]
-    wide = torch.arange(6.0).reshape(2, 3)
-    assert TRANSPOSE.into(wide).tolist() == [[0, 3], [1, 4], [2, 5]]
-    assert TRANSPOSE.into(wide).is_contiguous()
+    per_sample = torch.arange(6.0).reshape(2, 3)
+    assert TRANSPOSE.into(per_sample).tolist() == [[0, 3], [1, 4], [2, 5]]
+    assert TRANSPOSE.into(per_sample).is_contiguous()
     conv = torch.rand(4, 3, 1, 1)
     assert CONV_TO_LINEAR.into(conv).shape == (4, 3)
     assert torch.equal(CONV_TO_LINEAR.back(CONV_TO_LINEAR.into(conv)), conv)

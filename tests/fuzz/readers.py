@@ -49,7 +49,7 @@ class Stage:
     """A base model of a few tensors, as far as a header goes."""
     model: Path
     """A tiny model of Stable Diffusion 1.x."""
-    pictures: Path
+    images: Path
 
     def file(self, name: str, content: bytes | str) -> Path:
         path = self.folder / name
@@ -249,7 +249,7 @@ network_args = ["conv_dim=4", "dropout=0.1"]
 text_encoder_lr = [1e-5]
 lr_scheduler = "cosine"
 lr_warmup_steps = 0.1
-train_data_dir = '{pictures}'
+train_data_dir = '{images}'
 output_dir = "out"
 save_every_n_steps = 5
 resolution = "512,512"
@@ -262,11 +262,11 @@ caption_extension = ".txt"
 resolution = [512, 768]
 batch_size = 2
   [[datasets.subsets]]
-  image_dir = '{pictures}'
+  image_dir = '{images}'
   num_repeats = 2
   class_tokens = "a cat"
   [[datasets.subsets]]
-  image_dir = '{pictures}'
+  image_dir = '{images}'
   is_reg = true
 """
 DATASET_JSON = {
@@ -286,7 +286,7 @@ OPTIMIZERS = ("AdamW", "Lion", "Prodigy", "AdaFactor", "SGDNesterov", "AdamWSche
 
 
 def _placed(text: str, stage: Stage) -> str:
-    return text.replace("{base}", stage.base.as_posix()).replace("{pictures}", stage.pictures.as_posix())
+    return text.replace("{base}", stage.base.as_posix()).replace("{images}", stage.images.as_posix())
 
 
 def _config(stage: Stage, text: str) -> None:
@@ -294,7 +294,7 @@ def _config(stage: Stage, text: str) -> None:
 
 
 def _base_words(stage: Stage) -> list[str]:
-    return ["--pretrained_model_name_or_path", str(stage.base), "--train_data_dir", str(stage.pictures)]
+    return ["--pretrained_model_name_or_path", str(stage.base), "--train_data_dir", str(stage.images)]
 
 
 def _datasets(suffix: str, stage: Stage, text: bytes | str) -> None:
@@ -383,23 +383,23 @@ ROW = {"stamp": "@stamp@", "width": 8, "height": 8, "digest": "ab"}
 
 
 def _row(stage: Stage, text: bytes) -> None:
-    """What the index says of a picture, of any shape: it is worked out again."""
-    picture = next(stage.pictures.rglob("*.png"))
+    """What the index says of an image, of any shape: it is worked out again."""
+    image = next(stage.images.rglob("*.png"))
     index = Index(stage.folder / "index")
-    index.write("picture", {str(picture.absolute()): ROW})
-    value = text.replace(b'"@stamp@"', json.dumps(stamp(picture)).encode())
+    index.write("image", {str(image.absolute()): ROW})
+    value = text.replace(b'"@stamp@"', json.dumps(stamp(image)).encode())
     with closing(sqlite3.connect(stage.folder / "index" / "index.sqlite")) as connection, connection:
         connection.execute("UPDATE known SET value = ?", (value if text[:1] < b"Z" else value.decode("utf-8", "replace"),))
-    found = scan.examine([picture], index, bodies=True)[picture]
+    found = scan.examine([image], index, bodies=True)[image]
     assert type(found.width) is int and found.width > 0 and isinstance(found.digest, str)
-    assert why(index.read("picture", [str(picture.absolute())]).get(str(picture.absolute())), {"picture": "x"})
+    assert why(index.read("picture", [str(image.absolute())]).get(str(image.absolute())), {"image": "x"})
 
 
 def _index_file(stage: Stage, content: bytes) -> None:
     index = Index(stage.folder / "damaged")
     stage.file("damaged/index.sqlite", content)
     index.read("picture", ["a", "b"])
-    index.write("picture", {"a": [1]})
+    index.write("image", {"a": [1]})
 
 
 @cache
@@ -407,7 +407,7 @@ def _sqlite() -> bytes:
     import tempfile
 
     with tempfile.TemporaryDirectory() as folder:
-        Index(Path(folder)).write("picture", {"a": ROW, "b": 3})
+        Index(Path(folder)).write("image", {"a": ROW, "b": 3})
         return (Path(folder) / "index.sqlite").read_bytes()
 
 
@@ -426,7 +426,7 @@ def _known(stage: Stage) -> Any:
     return {str(stage.base): [status.st_size, status.st_mtime_ns, "ab"]}
 
 
-# --- pictures and captions ---
+# --- images and captions ---
 
 
 @cache
@@ -442,25 +442,25 @@ def _images() -> tuple[bytes, ...]:
     return tuple(out)
 
 
-def _picture(stage: Stage, content: bytes) -> None:
+def _image(stage: Stage, content: bytes) -> None:
     for suffix in (".png", ".jpg"):
         path = stage.file(f"x{suffix}", content)
         for bodies in (False, True):
             scan._examine(path, bodies)
-    scan.open_picture(path)
+    scan.open_image(path)
 
 
 CAPTION = "a {red|blue} cat, sitting ||| tree, {{x}}, (bold:1.2)\nsecond line, [dull]\n"
 
 
 def _caption(stage: Stage, content: bytes) -> None:
-    picture = stage.file("c/x.png", _images()[0])
+    image = stage.file("c/x.png", _images()[0])
     stage.file("c/x.txt", content)
     subset = SubsetConfig(
-        image_dir=str(picture.parent), shuffle_caption=True, keep_tokens_separator="|||", enable_wildcard=True, caption_tag_dropout_rate=0.5
+        image_dir=str(image.parent), shuffle_caption=True, keep_tokens_separator="|||", enable_wildcard=True, caption_tag_dropout_rate=0.5
     )
     found = scan.scan(DatasetConfig(subsets=(subset,)), Index(), bodies=False)
-    for each in found.pictures:
+    for each in found.images:
         captions.vary(each.captions, subset, random.Random(0), epoch=1, step=0)
         captions.every(each.captions, subset)
 
@@ -519,7 +519,7 @@ READERS: tuple[Reader, ...] = (
     Reader("file of the index", lambda stage: turned(_sqlite()), _index_file, 100),
     Reader("log", lambda stage: turned(b'{"step": 4, "loss": 0.5}\n{"step": 6, "loss": NaN, "lr/x": 1}\n'), _log, 150),
     Reader("remembered hashes", lambda stage: tree(_known(stage)), _memo, 100),
-    Reader("picture", lambda stage: turned(*_images()), _picture, 450),
+    Reader("image", lambda stage: turned(*_images()), _image, 450),
     Reader(
         "caption", lambda stage: turned(CAPTION.encode()) | written(CAPTION).map(lambda t: t.encode("utf-8", "surrogatepass")), _caption
     ),

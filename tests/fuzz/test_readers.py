@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from cli.cli_files import SHAPES, safetensors
 from hypothesis import HealthCheck, Phase, given, settings
-from run_fixtures import make_pictures
+from run_fixtures import make_images
 
 from fuzz.readers import READERS, Reader, Stage
 from fuzz.survive import survives
@@ -21,8 +21,8 @@ ENOUGH = 5000
 def stage(tmp_path_factory: pytest.TempPathFactory, model: Path) -> Stage:
     folder = tmp_path_factory.mktemp("fuzz")
     (folder / "data").mkdir()
-    pictures = make_pictures(folder / "data").rename(folder / "data" / "2_cat").parent
-    return Stage(folder, safetensors(folder / "base.safetensors", SHAPES), model, pictures)
+    images = make_images(folder / "data").rename(folder / "data" / "2_cat").parent
+    return Stage(folder, safetensors(folder / "base.safetensors", SHAPES), model, images)
 
 
 @pytest.mark.parametrize("reader", READERS, ids=lambda reader: reader.name)

@@ -17,7 +17,7 @@ def test_one_group():
 
 def test_lora_plus_parts_it():
     a, b, c = (nn.Parameter(torch.zeros(2)) for _ in range(3))
-    slow, fast = Group(name="denoiser", lr=0.1, parameters=[a, b, c], plus=[b], plus_ratio=16).for_torch()
+    slow, fast = Group(name="denoiser", lr=0.1, parameters=[a, b, c], plus=[b], loraplus_ratio=16).for_torch()
     assert [id(p) for p in slow["params"]] == [id(a), id(c)]
     assert [id(p) for p in fast["params"]] == [id(b)]
     assert (slow["name"], slow["lr"], fast["name"], fast["lr"]) == ("denoiser", 0.1, "denoiser.plus", 1.6)

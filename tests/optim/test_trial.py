@@ -65,7 +65,7 @@ def test_the_usual_gives_no_notice_but_of_what_was_set(kind):
     assert not trial(config, groups, steps=100).notices
 
 
-def test_a_length_that_pictures_decide_is_looked_at_later():
+def test_a_length_that_images_decide_is_looked_at_later():
     config = OptimizerConfig(lr_scheduler="warmup_stable_decay", lr_warmup_steps=80, lr_decay_steps=30)
     assert not trial(config, [stand_in("denoiser", 1e-4)]).notices
     with pytest.raises(UserError, match="more than the 100 steps"):
@@ -74,7 +74,7 @@ def test_a_length_that_pictures_decide_is_looked_at_later():
 
 
 def test_the_weights_of_the_run_are_not_touched():
-    group = stand_in("denoiser", 1e-4, plus_ratio=4.0, vectors=True)
+    group = stand_in("denoiser", 1e-4, loraplus_ratio=4.0, vectors=True)
     tried = trial(OptimizerConfig(), [group])
     assert [g["name"] for g in tried.optimizer.param_groups] == ["denoiser", "denoiser.plus"]
     assert all((p == 1).all() and p.grad is None for p in group.parameters)

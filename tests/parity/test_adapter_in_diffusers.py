@@ -13,9 +13,9 @@ from training import Train, config
 from sfumato.formats.files import load
 from sfumato.sampling.prompts import Prompt
 from sfumato.sampling.sample import draw_latents
-from sfumato.train.pipeline import Drawer
+from sfumato.train.pipeline import Pipeline
 
-PROMPT = Prompt(prompt="picture 1, red", negative_prompt="blue", width=64, height=64, sample_steps=4, scale=5.0, seed=3)
+PROMPT = Prompt(prompt="image 1, red", negative_prompt="blue", width=64, height=64, sample_steps=4, scale=5.0, seed=3)
 
 
 def theirs(adapter: Path | None, noise: torch.Tensor) -> torch.Tensor:
@@ -44,7 +44,7 @@ def theirs(adapter: Path | None, noise: torch.Tensor) -> torch.Tensor:
 def test_the_same_latents(train: Train, model: Path, dialect: str) -> None:
     adapter = train("a", dialect=dialect, network_alpha=1.0, learning_rate=2e-2, max_train_steps=6) / "out.safetensors"
     noise = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
-    drawer = Drawer.of(config(pretrained_model_name_or_path=str(model)), torch.device("cpu"))
+    drawer = Pipeline.of(config(pretrained_model_name_or_path=str(model)), torch.device("cpu"))
 
     def ours() -> torch.Tensor:
         return draw_latents(drawer.models, [PROMPT], process=drawer.process, sampler="ddim", noise=noise)[0]

@@ -29,9 +29,9 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Files:
     return CASE.write(tmp_path_factory.mktemp("model"))
 
 
-def adapted(files: Files, pictures: Path, out: Path, **told: Any) -> tuple[Adapters, Models, Path]:
+def adapted(files: Files, images: Path, out: Path, **told: Any) -> tuple[Adapters, Models, Path]:
     """An adapter trained for three steps and saved."""
-    a_run = prepared(CASE, files, pictures, out, "network", **told)
+    a_run = prepared(CASE, files, images, out, "network", **told)
     assert isinstance(a_run.trainable, Adapters)
     models = trained(a_run)
     a_run.save_result(out / "out.safetensors", 3, 0)
@@ -40,15 +40,15 @@ def adapted(files: Files, pictures: Path, out: Path, **told: Any) -> tuple[Adapt
 
 
 @pytest.mark.parametrize("dialect", ["kohya", "comfy"])
-def test_adapters_on_t5_where_they_are_asked_for(files: Files, pictures: Path, tmp_path: Path, dialect: str) -> None:
+def test_adapters_on_t5_where_they_are_asked_for(files: Files, images: Path, tmp_path: Path, dialect: str) -> None:
     before = states(CASE.models(files))
-    trainable, models, path = adapted(files, pictures, tmp_path, network_args=("train_t5xxl=True",), dialect=dialect)
+    trainable, models, path = adapted(files, images, tmp_path, network_args=("train_t5xxl=True",), dialect=dialect)
     assert trainable.trained == ("denoiser", "t5xxl")
     after = states(models)
     assert all(torch.equal(after[name], t) for name, t in before.items())
-    sites = trainable.inserted.sites()
-    assert {component for component, _ in sites} == {"denoiser", "t5xxl"}
-    assert all(adapter.lora_up.weight.any() for adapter in sites.values())  # type: ignore[union-attr]
+    by_path = trainable.network.by_path()
+    assert {component for component, _ in by_path} == {"denoiser", "t5xxl"}
+    assert all(adapter.lora_up.weight.any() for adapter in by_path.values())  # type: ignore[union-attr]
     starts = {"kohya": ("lora_unet_", "lora_te3_"), "comfy": ("diffusion_model.", "text_encoders.t5xxl.transformer.encoder.")}[dialect]
     tensors = load(path)
     assert all(any(name.startswith(start) for name in tensors) for start in starts)
@@ -60,18 +60,18 @@ def test_adapters_on_t5_where_they_are_asked_for(files: Files, pictures: Path, t
     assert (says(fresh) - plain).abs().max() > 1e-4
 
 
-def test_the_text_encoder_alone(files: Files, pictures: Path, tmp_path: Path) -> None:
+def test_the_text_encoder_alone(files: Files, images: Path, tmp_path: Path) -> None:
     told = {"network_train_text_encoder_only": True}
-    trainable, _, _ = adapted(files, pictures, tmp_path / "t5", network_args=("train_t5xxl=True",), **told)
+    trainable, _, _ = adapted(files, images, tmp_path / "t5", network_args=("train_t5xxl=True",), **told)
     assert trainable.trained == ("t5xxl",)
     with pytest.raises(UserError, match="nothing is left to train"):
-        prepared(CASE, files, pictures, tmp_path / "nothing", "network", **told)
+        prepared(CASE, files, images, tmp_path / "nothing", "network", **told)
 
 
 @pytest.mark.parametrize("args", [(), ("split_qkv=True",)], ids=["fused", "split"])
-def test_diffusers_pipeline_reads_the_adapter(files: Files, pictures: Path, tmp_path: Path, args: tuple[str, ...]) -> None:
+def test_diffusers_pipeline_reads_the_adapter(files: Files, images: Path, tmp_path: Path, args: tuple[str, ...]) -> None:
     """Through `ChromaPipeline`'s own reader."""
-    _, models, path = adapted(files, pictures, tmp_path, network_args=args, dialect="peft", learning_rate=0.02)
+    _, models, path = adapted(files, images, tmp_path, network_args=args, dialect="peft", learning_rate=0.02)
     model = deepcopy(pipeline().transformer)
     tensors = ChromaPipeline.lora_state_dict(str(path))
     model.load_lora_adapter(tensors, prefix="transformer")
@@ -99,10 +99,10 @@ def said_by_diffusers(model: Any, x: Tensor, t5: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("told", [{"mixed_precision": "bf16"}, {"mixed_precision": "bf16", "full_bf16": True}], ids=["mixed", "full"])
-def test_bf16(files: Files, pictures: Path, tmp_path: Path, told: dict[str, Any]) -> None:
-    trainable, _, path = adapted(files, pictures, tmp_path, cache_text_encoder_outputs=True, **told)
+def test_bf16(files: Files, images: Path, tmp_path: Path, told: dict[str, Any]) -> None:
+    trainable, _, path = adapted(files, images, tmp_path, cache_text_encoder_outputs=True, **told)
     assert all(t.isfinite().all() for t in load(path).values())
-    assert all(adapter.lora_up.weight.any() for adapter in trainable.inserted.sites().values())  # type: ignore[union-attr]
+    assert all(adapter.lora_up.weight.any() for adapter in trainable.network.by_path().values())  # type: ignore[union-attr]
 
 
 def test_the_net_that_makes_modulations_is_left_out_of_whole_models(files: Files) -> None:
@@ -111,8 +111,8 @@ def test_the_net_that_makes_modulations_is_left_out_of_whole_models(files: Files
     assert set(Full(models, config()).weights()) == {name for name in names if "distilled_guidance_layer" not in name} < names
 
 
-def test_the_result_says_what_it_is_of(files: Files, pictures: Path, tmp_path: Path) -> None:
-    said = read_header(adapted(files, pictures, tmp_path)[2]).metadata
+def test_the_result_says_what_it_is_of(files: Files, images: Path, tmp_path: Path) -> None:
+    said = read_header(adapted(files, images, tmp_path)[2]).metadata
     wanted = {
         "modelspec.architecture": "chroma/lora",
         "ss_base_model_version": "chroma",

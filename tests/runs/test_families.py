@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from run_fixtures import make_pictures
+from run_fixtures import make_images
 from tinies.cases import Case, Files, cases
 from torch import Tensor
 from training import config
@@ -44,7 +44,7 @@ def files(case: Case, tmp_path_factory: pytest.TempPathFactory) -> Files:
     return case.write(tmp_path_factory.mktemp("model"))
 
 
-def prepared(case: Case, files: Files, pictures: Path, out: Path, method: Method, **told: Any) -> loop.Run:
+def prepared(case: Case, files: Files, images: Path, out: Path, method: Method, **told: Any) -> loop.Run:
     """A run of three steps, ready to go."""
     facts = families.facts(case.family)
     options = {**files.options, **case.options, **told.pop("options", {})}
@@ -61,7 +61,7 @@ def prepared(case: Case, files: Files, pictures: Path, out: Path, method: Method
         **facts.defaults,
         **told,
     }
-    data = DatasetConfig(subsets=(SubsetConfig(image_dir=str(pictures)),), resolution=(128, 64), batch_size=2)
+    data = DatasetConfig(subsets=(SubsetConfig(image_dir=str(images)),), resolution=(128, 64), batch_size=2)
     made: Config = config(**flat, family=facts.options(**options))
     return run.prepare(made, method, (data,), dist.world(), 0.0)
 
@@ -80,7 +80,7 @@ def says(models: Models) -> Tensor:
     sizes = torch.tensor([[64, 64, 0, 0, 64, 64]] * n)
     materialize(models)  # where text outputs are kept, the encoders were not even read
     with torch.no_grad():
-        cond = models.family.condition(models, encode(models, ["picture 1, red", "blue"]), SampleInfo(sizes=sizes))
+        cond = models.family.condition(models, encode(models, ["image 1, red", "blue"]), SampleInfo(sizes=sizes))
         return models.family.predict(models.denoiser, x, torch.tensor([100.0, 700.0]), cond)
 
 
@@ -95,20 +95,20 @@ def changed(before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> set[st
     return {name for name in before if not torch.equal(before[name], after[name])}
 
 
-def test_a_whole_model_without_its_text_encoders(case: Case, files: Files, pictures: Path, tmp_path: Path) -> None:
+def test_a_whole_model_without_its_text_encoders(case: Case, files: Files, images: Path, tmp_path: Path) -> None:
     """With all that is kept and recomputed in a run; without, in the next test."""
-    whole(case, files, pictures, tmp_path, {"denoiser"}, gradient_checkpointing=True, **CACHED)
+    whole(case, files, images, tmp_path, {"denoiser"}, gradient_checkpointing=True, **CACHED)
 
 
-def test_a_whole_model_with_its_text_encoders(case: Case, files: Files, pictures: Path, tmp_path: Path) -> None:
+def test_a_whole_model_with_its_text_encoders(case: Case, files: Files, images: Path, tmp_path: Path) -> None:
     options = families.facts(case.family).options(**{**files.options, **case.options})
     may = families.family(case.family).trainable(options, None)
     encoders = set(case.models(files).encoders) & (may if may is not None else set(case.models(files).encoders))
-    whole(case, files, pictures, tmp_path, {"denoiser", *encoders}, train_text_encoder=True)
+    whole(case, files, images, tmp_path, {"denoiser", *encoders}, train_text_encoder=True)
 
 
-def whole(case: Case, files: Files, pictures: Path, out: Path, components: set[str], **told: Any) -> None:
-    a_run = prepared(case, files, pictures, out, "full", **told)
+def whole(case: Case, files: Files, images: Path, out: Path, components: set[str], **told: Any) -> None:
+    a_run = prepared(case, files, images, out, "full", **told)
     before = states(a_run.trainable.models)  # type: ignore[attr-defined]
     models = trained(a_run)
     moved = changed(before, states(models))
@@ -137,8 +137,8 @@ class Adapted:
     out: Path
 
     @classmethod
-    def by(cls, case: Case, files: Files, pictures: Path, out: Path, kind: str, **told: Any) -> Adapted:
-        a_run = prepared(case, files, pictures, out, "network", network_module=kind, **told)
+    def by(cls, case: Case, files: Files, images: Path, out: Path, kind: str, **told: Any) -> Adapted:
+        a_run = prepared(case, files, images, out, "network", network_module=kind, **told)
         before = states(a_run.trainable.models)  # type: ignore[attr-defined]
         trained(a_run)
         return cls(a_run, before, out)
@@ -149,27 +149,27 @@ class Adapted:
 
 @pytest.fixture(scope="module")
 def kept(case: Case, files: Files, tmp_path_factory: pytest.TempPathFactory) -> Adapted:
-    """Adapters on the denoiser, 20 steps on what is kept of pictures and captions."""
+    """Adapters on the denoiser, 20 steps on what is kept of images and captions."""
     where = tmp_path_factory.mktemp("kept")
-    return Adapted.by(case, files, make_pictures(where), where / "out", KINDS[0], **KEPT)
+    return Adapted.by(case, files, make_images(where), where / "out", KINDS[0], **KEPT)
 
 
 def test_adapters_on_what_is_kept(case: Case, files: Files, kept: Adapted) -> None:
     adapted(case, files, kept, {"denoiser"})
 
 
-def test_adapters_with_text_encoders(case: Case, files: Files, pictures: Path, tmp_path: Path) -> None:
-    run = Adapted.by(case, files, pictures, tmp_path / "out", KINDS[0])
+def test_adapters_with_text_encoders(case: Case, files: Files, images: Path, tmp_path: Path) -> None:
+    run = Adapted.by(case, files, images, tmp_path / "out", KINDS[0])
     may = families.family(case.family).trainable(run.a_run.trainable.models.options, run.a_run.trainable.plan)  # type: ignore[attr-defined]
     encoders = run.a_run.trainable.models.encoders  # type: ignore[attr-defined]
     adapted(case, files, run, {"denoiser", *(encoders if may is None else may)})
 
 
 @pytest.mark.parametrize(("kind", "other"), [(kind, cases()[i % len(cases())]) for i, kind in enumerate(KINDS) if i], ids=KINDS[1:])
-def test_every_kind_of_adapter(kind: str, other: Case, pictures: Path, tmp_path: Path) -> None:
+def test_every_kind_of_adapter(kind: str, other: Case, images: Path, tmp_path: Path) -> None:
     """On one family each, in turn; tests/adapters/ tries all kinds on all sorts of layers."""
     files = other.write(tmp_path / "model")
-    adapted(other, files, Adapted.by(other, files, pictures, tmp_path / "out", kind, network_train_unet_only=True), {"denoiser"})
+    adapted(other, files, Adapted.by(other, files, images, tmp_path / "out", kind, network_train_unet_only=True), {"denoiser"})
 
 
 def adapted(case: Case, files: Files, run: Adapted, components: set[str]) -> None:
@@ -177,8 +177,10 @@ def adapted(case: Case, files: Files, run: Adapted, components: set[str]) -> Non
     a_run, models = run.a_run, run.a_run.trainable.models  # type: ignore[attr-defined]
     assert not changed(run.before, states(models))
     assert set(a_run.trainable.trained) == components
-    inserted = a_run.trainable.inserted.sites()  # type: ignore[attr-defined]
-    still = [".".join(site) for site, adapter in inserted.items() if not adapter.change(torch.zeros_like(weight_of(models, site))).any()]
+    inserted = a_run.trainable.network.by_path()  # type: ignore[attr-defined]
+    still = [
+        ".".join(site) for site, adapter in inserted.items() if not adapter.delta_weight(torch.zeros_like(weight_of(models, site))).any()
+    ]
     assert not [site for site in still if not re.fullmatch(case.unmoved, f"{site}.weight")]
     result = run.out / "saved.safetensors"
     a_run.save_result(result, a_run.step, 0)
@@ -198,9 +200,9 @@ def weight_of(models: Models, site: tuple[str, str]) -> Tensor:
     return weight
 
 
-def curve(case: Case, files: Files, pictures: Path, out: Path) -> list[float]:
+def curve(case: Case, files: Files, images: Path, out: Path) -> list[float]:
     """Losses of 20 steps."""
-    return Adapted.by(case, files, pictures, out, KINDS[0], **KEPT).losses()
+    return Adapted.by(case, files, images, out, KINDS[0], **KEPT).losses()
 
 
 def test_twenty_steps_are_what_they_were(case: Case, kept: Adapted) -> None:

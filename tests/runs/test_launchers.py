@@ -17,11 +17,11 @@ ROOT = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent
 
 
-def launch(launcher: list[str], model: Path, pictures: Path, out: Path, *flags: str) -> dict[str, torch.Tensor]:
+def launch(launcher: list[str], model: Path, images: Path, out: Path, *flags: str) -> dict[str, torch.Tensor]:
     """Run scripts/train_network.py with the flags of a usual command line, without a launcher in this process; returns the adapter."""
-    dataset = pictures.parent / "data.toml"
+    dataset = images.parent / "data.toml"
     dataset.write_text(
-        f'[general]\ncaption_extension = ".txt"\n[[datasets]]\nresolution = 64\nbatch_size = 2\n[[datasets.subsets]]\nimage_dir = "{pictures}"\n'
+        f'[general]\ncaption_extension = ".txt"\n[[datasets]]\nresolution = 64\nbatch_size = 2\n[[datasets.subsets]]\nimage_dir = "{images}"\n'
     )
     command = f"""
         --pretrained_model_name_or_path {model} --dataset_config {dataset} --output_dir {out} --output_name out
@@ -33,7 +33,7 @@ def launch(launcher: list[str], model: Path, pictures: Path, out: Path, *flags: 
         --persistent_data_loader_workers --xformers --save_every_n_epochs 1 --training_comment test --loss_type l2
     """.split()
     if not launcher:
-        launching.launch("train_network", [*command, *flags], pictures.parent)
+        launching.launch("train_network", [*command, *flags], images.parent)
         return load(out / "out.safetensors")
     env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     ran = subprocess.run([*launcher, str(ROOT / "scripts" / "train_network.py"), *command, *flags], capture_output=True, text=True, env=env)
@@ -43,16 +43,16 @@ def launch(launcher: list[str], model: Path, pictures: Path, out: Path, *flags: 
 
 @pytest.fixture(scope="module")
 def lone(model: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, torch.Tensor]]:
-    """Five pictures and the adapter that is trained on them without a launcher."""
+    """Five images and the adapter that is trained on them without a launcher."""
     import numpy as np
     from PIL import Image
 
-    folder = tmp_path_factory.mktemp("set") / "pictures"
+    folder = tmp_path_factory.mktemp("set") / "images"
     folder.mkdir()
     for i in range(5):
         noise = np.random.default_rng(i).integers(0, 256, (64, 64, 3), dtype=np.uint8)
         Image.fromarray(noise).save(folder / f"{i}.png")
-        (folder / f"{i}.txt").write_text(f"picture {i}")
+        (folder / f"{i}.txt").write_text(f"image {i}")
     return folder, launch([], model, folder, folder.parent / "alone")
 
 

@@ -27,10 +27,10 @@ def files(tmp_path: Path) -> Files:
     return sd3.write("3.5_medium", tmp_path / "model")
 
 
-def trained(script: str, files: Files, pictures: Path, command: str) -> Path:
+def trained(script: str, files: Files, images: Path, command: str) -> Path:
     """Run a launcher in the folder of the model; returns the folder of the results."""
     folder = files.model.parent
-    (folder / "data.toml").write_text(f'[[datasets]]\nresolution = 64\nbatch_size = 2\n[[datasets.subsets]]\nimage_dir = "{pictures}"\n')
+    (folder / "data.toml").write_text(f'[[datasets]]\nresolution = 64\nbatch_size = 2\n[[datasets.subsets]]\nimage_dir = "{images}"\n')
     (folder / "prompts.txt").write_text("a cat --n dull --w 64 --h 32 --d 1 --s 2 --l 4.0\n")
     encoders = " ".join(f"--{name} {path}" for name, path in files.options.items())
     named = (
@@ -42,12 +42,12 @@ def trained(script: str, files: Files, pictures: Path, command: str) -> Path:
     return folder / "out"
 
 
-def test_an_adapter_with_its_text_encoders(files: Files, pictures: Path) -> None:
+def test_an_adapter_with_its_text_encoders(files: Files, images: Path) -> None:
     command = """
         --network_module networks.lora_sd3 --network_dim 2 --network_alpha 1 --optimizer_type AdamW --learning_rate 1e-3
         --text_encoder_lr 5e-4 2e-4 --network_args x_attn_dim=4 emb_dims=[2,0,0,0,0,2] train_block_indices=0-1 split_qkv=True
     """
-    out = trained("sd3_train_network", files, pictures, command)
+    out = trained("sd3_train_network", files, images, command)
     saved, header = load(out / "out.safetensors"), read_header(out / "out.safetensors")
     found = identify({name: info.shape for name, info in header.tensors.items()})
     assert found is not None and (found.family, found.kind, found.dialect) == ("sd3", "adapter", "kohya")
@@ -61,12 +61,12 @@ def test_an_adapter_with_its_text_encoders(files: Files, pictures: Path) -> None
     assert (meta["ss_base_model_version"], meta["ss_weighting_scheme"], meta["ss_apply_t5_attn_mask"]) == ("sd3.5_m", "uniform", "True")
 
 
-def test_a_whole_model_with_its_text_encoders(files: Files, pictures: Path) -> None:
+def test_a_whole_model_with_its_text_encoders(files: Files, images: Path) -> None:
     command = """
         --train_text_encoder --learning_rate_te1 1e-3 --learning_rate_te2 0 --learning_rate 1e-2 --save_precision float --save_clip
         --optimizer_type adafactor --optimizer_args relative_step=False scale_parameter=False warmup_init=False
     """
-    out = trained("sd3_train", files, pictures, command)
+    out = trained("sd3_train", files, images, command)
     before, after = load(files.model), load(out / "out.safetensors")
     assert before.keys() == after.keys()
     changed = {name for name in before if not torch.equal(before[name], after[name])}

@@ -31,13 +31,13 @@ FULL = f"""
 
 
 @pytest.fixture
-def trained(pictures: Path, tmp_path: Path, request: pytest.FixtureRequest) -> tuple[Path, Path]:
+def trained(images: Path, tmp_path: Path, request: pytest.FixtureRequest) -> tuple[Path, Path]:
     """(the base model, what the script made of it)"""
     script, flags = request.param
     model = sdxl.write(tmp_path / "model").model
     folder = tmp_path / "set"
     folder.mkdir()
-    pictures.rename(folder / "1_pictures")
+    images.rename(folder / "1_images")
     command = f"--pretrained_model_name_or_path {model} --train_data_dir {folder} --output_dir {tmp_path / 'out'} {COMMON} {flags}".split()
     launch(script, command, tmp_path)
     return model, tmp_path / "out" / "out.safetensors"

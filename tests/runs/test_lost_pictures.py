@@ -1,4 +1,4 @@
-"""Pictures that are deleted or replaced while a run goes on do not end it."""
+"""Images that are deleted or replaced while a run goes on do not end it."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from training import Train
 from sfumato.train import loop
 
 
-def test_a_picture_deleted_and_one_replaced_while_training_are_told_and_the_run_goes_on(
-    train: Train, pictures: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_a_image_deleted_and_one_replaced_while_training_are_told_and_the_run_goes_on(
+    train: Train, images: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     step = loop._optimizer_step
 
     def losing(a_run: loop.Run, *args: Any) -> Any:
         if a_run.step == 1:
-            (pictures / "1.png").unlink(missing_ok=True)
-            Image.new("RGB", (64, 64)).save(pictures / "3.png")
+            (images / "1.png").unlink(missing_ok=True)
+            Image.new("RGB", (64, 64)).save(images / "3.png")
         return step(a_run, *args)
 
     monkeypatch.setattr(loop, "_optimizer_step", losing)

@@ -62,12 +62,12 @@ def test_what_was_not_trained_cannot_be_resumed(train: Train) -> None:
         train("c", resume=str(first / "out-state"), network_dim=2)
 
 
-def test_a_model_without_its_parts_is_told_before_pictures_are_read(
+def test_a_model_without_its_parts_is_told_before_images_are_read(
     train: Train, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tensors = files.load(model)
     files.save(tmp_path / "part.safetensors", {n: t for n, t in tensors.items() if not n.startswith("cond_stage_model.")}, {})
-    monkeypatch.setattr(run, "open_data", lambda *_: pytest.fail("pictures were read"))
+    monkeypatch.setattr(run, "open_data", lambda *_: pytest.fail("images were read"))
     with pytest.raises(UserError, match="no text_encoder"):
         train("a", pretrained_model_name_or_path=str(tmp_path / "part.safetensors"))
     with pytest.raises(UserError, match="no text_encoder"):

@@ -16,7 +16,7 @@ from sfumato.train import loop
 
 @pytest.fixture(scope="module")
 def where(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model, pictures and `both.safetensors`, an adapter of U-Net and text encoder that changes both."""
+    """A model, images and `both.safetensors`, an adapter of U-Net and text encoder that changes both."""
     where = prepared.folder(tmp_path_factory.mktemp("where"))
     made = prepared.prepare(where, output_dir=str(where), network_train_unet_only=False)
     with torch.no_grad():
@@ -46,7 +46,7 @@ def test_what_network_weights_holds_of_a_part_that_is_not_trained_stays(
     a_run = prepared.prepare(where, output_dir=str(tmp_path), network_weights=str(where / "both.safetensors"), **options)
     assert "clip_l is not trained; the file" in capsys.readouterr().err
     assert all(name.startswith("denoiser") for name in a_run.trainable.weights())
-    assert {site[0] for site in a_run.trainable.carried.sites()} == {"clip_l"}
+    assert {site[0] for site in a_run.trainable.carried.by_path()} == {"clip_l"}
     if not options.get("dim_from_weights"):
         return
     loop.train(a_run)

@@ -18,7 +18,7 @@ from sfumato.train import run
 
 @pytest.fixture(scope="module")
 def before(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a model, pictures and, in `first`, the state of a run of two steps."""
+    """A folder with a model, images and, in `first`, the state of a run of two steps."""
     where = prepared.folder(tmp_path_factory.mktemp("before"))
     run.train(prepared.options(where), "network", prepared.data(where))
     return where

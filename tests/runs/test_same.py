@@ -1,4 +1,4 @@
-"""The same run gives the same bytes, however its pictures are read and whether or not it was interrupted."""
+"""The same run gives the same bytes, however its images are read and whether or not it was interrupted."""
 
 from __future__ import annotations
 
@@ -88,6 +88,6 @@ def test_how_batches_are_cut_does_not_matter(train: Train) -> None:
 
 
 def test_an_incomplete_last_group_is_a_step(train: Train) -> None:
-    """5 pictures in batches of 2, two accumulated: 3 batches make 2 steps an epoch."""
+    """5 images in batches of 2, two accumulated: 3 batches make 2 steps an epoch."""
     folder = train("a", gradient_accumulation_steps=2, max_train_epochs=2)
     assert len((folder / "out.jsonl").read_text().splitlines()) == 4

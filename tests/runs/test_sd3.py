@@ -34,9 +34,9 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Files:
 
 
 @pytest.fixture
-def prepare(files: Files, pictures: Path, tmp_path: Path) -> Prepare:
+def prepare(files: Files, images: Path, tmp_path: Path) -> Prepare:
     def go(method: Method = "network", **told: Any) -> loop.Run:
-        return prepared(CASE, files, pictures, tmp_path / "out", method, **told)
+        return prepared(CASE, files, images, tmp_path / "out", method, **told)
 
     return go
 
@@ -44,15 +44,15 @@ def prepare(files: Files, pictures: Path, tmp_path: Path) -> Prepare:
 # --- told before the first step ---
 
 
-def test_pictures_larger_than_the_table_are_told_before_anything_is_encoded(
-    files: Files, pictures: Path, monkeypatch: pytest.MonkeyPatch
+def test_images_larger_than_the_table_are_told_before_anything_is_encoded(
+    files: Files, images: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def encoded(*_: Any, **__: Any) -> Any:
-        raise AssertionError("a picture was encoded")
+        raise AssertionError("an image was encoded")
 
     monkeypatch.setattr(caching, "cache_latents", encoded)
     made: Config = config(pretrained_model_name_or_path=str(files.model), cache_latents=True, family=Options())
-    large = DatasetConfig(subsets=(SubsetConfig(image_dir=str(pictures)),), resolution=(192, 208))
+    large = DatasetConfig(subsets=(SubsetConfig(image_dir=str(images)),), resolution=(192, 208))
     with pytest.raises(UserError) as told:
         run.prepare(made, "network", (large,), dist.world(), 0.0)
     assert told.value.messages == (
@@ -143,19 +143,19 @@ def losses(folder: Path) -> list[float]:
     ],
     ids=lambda options: next(iter(options)),
 )
-def test_what_a_user_sets_acts(files: Files, pictures: Path, tmp_path: Path, options: dict[str, Any]) -> None:
+def test_what_a_user_sets_acts(files: Files, images: Path, tmp_path: Path, options: dict[str, Any]) -> None:
     """Live and cached alike: the same loss, up to what 16 bits keep, and another than without the option."""
     found = {}
     for name, more in (("plain", {}), ("live", options), ("cached", options)):
         kept = {"cache_text_encoder_outputs": name == "cached", "network_train_unet_only": True}
-        trained(prepared(CASE, files, pictures, tmp_path / name, "network", max_train_steps=2, options=more, **kept))
+        trained(prepared(CASE, files, images, tmp_path / name, "network", max_train_steps=2, options=more, **kept))
         found[name] = losses(tmp_path / name)
     assert found["live"] == pytest.approx(found["cached"], rel=2e-3)
     assert found["live"] != pytest.approx(found["plain"], rel=1e-5), "two live runs without it would be equal to the last bit"
 
 
 def test_cached_runs_equal_live_ones_in_every_weight_where_nothing_is_rounded(
-    files: Files, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    files: Files, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Dropouts, masks and crops go by the sample: with outputs kept in fp32 the very same weights come out."""
     exact = replace(FAMILY, outputs=lambda models: replace(family.outputs_strategy(models), dtype=torch.float32))
@@ -165,7 +165,7 @@ def test_cached_runs_equal_live_ones_in_every_weight_where_nothing_is_rounded(
     for cached in (False, True):
         # Not Adam: it divides by a gradient's own size, so that a processor's last bit may be as much as the step.
         told = {"optimizer_type": "SGDNesterov", "learning_rate": 1.0, "network_train_unet_only": True, "options": options}
-        a_run = prepared(CASE, files, pictures, tmp_path / str(cached), "network", cache_text_encoder_outputs=cached, **told)
+        a_run = prepared(CASE, files, images, tmp_path / str(cached), "network", cache_text_encoder_outputs=cached, **told)
         start = {name: p.detach().clone() for name, p in a_run.trainable.weights().items()}
         trained(a_run)
         results.append({name: p.detach().clone() for name, p in a_run.trainable.weights().items()})

@@ -140,7 +140,7 @@ def test_metadata_says_how_it_was_made(train: Train) -> None:
     assert said["ss_training_comment"] == "hello" and said["ss_base_model_version"] == "sd_v1"
     assert said["modelspec.architecture"] == "stable-diffusion-v1/lora"
     assert len(said["sshs_model_hash"]) == 64
-    assert json.loads(said["ss_tag_frequency"])["pictures"]["red"] == 5
+    assert json.loads(said["ss_tag_frequency"])["images"]["red"] == 5
 
 
 def test_a_whole_models_metadata_says_nothing_of_adapters(train: Train) -> None:
@@ -216,11 +216,11 @@ def test_a_second_start_makes_neither_vae_nor_text_encoder(train: Train, tmp_pat
     assert read[1:] == ["denoiser", "vae", "clip_l"]
 
 
-def test_what_is_cached_beforehand_is_what_training_would_cache(train: Train, model: Path, pictures: Path, tmp_path: Path) -> None:
+def test_what_is_cached_beforehand_is_what_training_would_cache(train: Train, model: Path, images: Path, tmp_path: Path) -> None:
     """`sfumato cache` merges base_weights as training does: text encoders say something else with them."""
     adapter = train("a", learning_rate=1e-1) / "out.safetensors"
     told = {"pretrained_model_name_or_path": str(model), "base_weights": (str(adapter),), "cache_dir": str(tmp_path / "cache")}
-    data = DatasetConfig(subsets=(SubsetConfig(image_dir=str(pictures)),), resolution=(64, 64))
+    data = DatasetConfig(subsets=(SubsetConfig(image_dir=str(images)),), resolution=(64, 64))
 
     def cached(folder: Path) -> dict[str, bytes]:
         return {p.name: p.read_bytes() for p in (folder / "entries").rglob("*.safetensors")}

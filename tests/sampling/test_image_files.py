@@ -1,4 +1,4 @@
-"""Names, metadata and grids of drawn pictures."""
+"""Names, metadata and grids of drawn images."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ def test_names_are_sd_scripts() -> None:
     assert re.fullmatch(r"cat_00_\d{14}_0\.png", file_name("cat", 0, seed=0))
 
 
-def test_a_picture_says_how_it_was_drawn(tmp_path: Path) -> None:
+def test_a_image_says_how_it_was_drawn(tmp_path: Path) -> None:
     path = tmp_path / "new" / "a.png"
     save(Image.new("RGB", (8, 16), "red"), path, Prompt(prompt="ein Kätzchen 🐱", negative_prompt="dull", seed=5), "euler")
-    with Image.open(path) as picture:
-        assert picture.getpixel((0, 0)) == (255, 0, 0)
-        said = picture.info["parameters"]
+    with Image.open(path) as image:
+        assert image.getpixel((0, 0)) == (255, 0, 0)
+        said = image.info["parameters"]
     assert said == "ein Kätzchen 🐱\nNegative prompt: dull\nSteps: 30, Sampler: euler, CFG scale: 7.5, Seed: 5, Size: 8x16"
     assert list(path.parent.iterdir()) == [path]
 
@@ -35,7 +35,7 @@ def test_a_grid_keeps_every_pixel_and_its_place() -> None:
     assert out.getpixel((8, 8)) == (255, 0, 0) and out.getpixel((8 + 72, 8)) == (0, 255, 0) and out.getpixel((8, 8 + 72)) == (0, 0, 255)
 
 
-def test_titles_stand_beside_the_pictures() -> None:
+def test_titles_stand_beside_the_images() -> None:
     red = Image.new("RGB", (64, 64), "red")
     plain = grid([[red, red]])
     titled = grid([[red, red]], ["before the training of it"], ["a cat with a hat", "a dog"])

@@ -41,8 +41,8 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Models:
 
 
 def read(path: Path) -> tuple[np.ndarray[Any, Any], str]:
-    with Image.open(path) as picture:
-        return np.asarray(picture, float), picture.info["parameters"]
+    with Image.open(path) as image:
+        return np.asarray(image, float), image.info["parameters"]
 
 
 def pipeline(v2: bool, process: Any, sampler: str) -> Any:
@@ -75,7 +75,7 @@ def test_a_fixed_latent_becomes_diffusers_latents(models: Models, sampler: str, 
 
 
 @pytest.mark.parametrize("sampler", ["pndm", "lms", "euler_a", "heun", "dpm_2", "dpm_2_a", "dpmsolver", "dpmsolver++", "dpmsingle"])
-def test_a_seed_gives_diffusers_picture_with_every_sampler(models: Models, sampler: str) -> None:
+def test_a_seed_gives_diffusers_image_with_every_sampler(models: Models, sampler: str) -> None:
     """The first noise and, for the ancestral ones, the noise on the way."""
     if sampler == "lms":
         pytest.importorskip("scipy")
@@ -203,7 +203,7 @@ def test_files_and_seeds(models: Models, tmp_path: Path) -> None:
     assert "Seed: 1," in read(first[0])[1]
 
 
-def test_a_picture_that_is_not_finite_is_told_and_still_written(models: Models, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_image_that_is_not_finite_is_told_and_still_written(models: Models, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING):
         image = decode(models, torch.full((4, 2, 2), torch.nan), PROMPT)
     assert image.size == (16, 16) and "diverged" in caplog.text and "'a cat'" in caplog.text
@@ -254,7 +254,7 @@ def lora(folder: Path) -> Path:
 
 
 def run(folder: Path, name: str, network: NetworkConfig, precision: Literal["no", "bf16"] = "no") -> np.ndarray[Any, Any]:
-    """`sfumato sample` with a tiny model and one prompt -> the picture."""
+    """`sfumato sample` with a tiny model and one prompt -> the image."""
     (folder / "prompts.txt").write_text("a cat --w 64 --h 64 --s 2 --d 1\n")
     config = Config(
         model=ModelConfig(pretrained_model_name_or_path=str(tiny.tiny_sd1(folder))),

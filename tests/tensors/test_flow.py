@@ -23,12 +23,12 @@ from sfumato.errors import UserError
 from sfumato.models.flow_options import REFUSED, FlowOptions
 from sfumato.tensors import losses
 from sfumato.tensors.flow import LARGEST, SMALLEST, Flow, flux_mu, schedule
-from sfumato.tensors.noise import DDPM, Noised
-from sfumato.tensors.random import Draws, generator
+from sfumato.tensors.noise import DDPM, NoisySample
+from sfumato.tensors.random import SampleRandom, generator
 
 LATENTS = torch.randn(64, 4, 6, 8, generator=torch.Generator().manual_seed(1))
-DRAWS = Draws(range(64))
-MANY = Draws(range(4000))
+DRAWS = SampleRandom(range(64))
+MANY = SampleRandom(range(4000))
 CLOSE = {"atol": 1e-6, "rtol": 1e-6}
 KINDS = ("sigma", "uniform", "sigmoid", "shift", "flux_shift")
 
@@ -74,7 +74,7 @@ def test_everything_is_fp32_whatever_the_latents_and_the_autocast() -> None:
     wanted = Flow().noise(half.float(), DRAWS)
     with torch.autocast("cpu", torch.bfloat16):
         noised = Flow().noise(half, DRAWS)
-    for field in fields(Noised):
+    for field in fields(NoisySample):
         assert getattr(noised, field.name).dtype == torch.float32, field.name
         assert torch.equal(getattr(noised, field.name), getattr(wanted, field.name)), field.name
     assert len(noised.t.bfloat16().unique()) < len(noised.t.unique()) == 64
@@ -96,8 +96,8 @@ TOLD = st.fixed_dictionaries(
 @settings(max_examples=40, deadline=None)
 def test_a_sample_does_not_depend_on_its_batch(told: dict[str, Any], order: list[int]) -> None:
     process = Flow(**told)
-    whole = process.noise(LATENTS[:5], Draws(range(5)))
-    parts = [process.noise(LATENTS[order[a:b]], Draws(order[a:b])) for a, b in ((0, 2), (2, 5))]
+    whole = process.noise(LATENTS[:5], SampleRandom(range(5)))
+    parts = [process.noise(LATENTS[order[a:b]], SampleRandom(order[a:b])) for a, b in ((0, 2), (2, 5))]
     for field in fields(whole):
         joined = torch.cat([getattr(part, field.name) for part in parts])
         assert torch.equal(joined, getattr(whole, field.name)[list(order)]), field.name
@@ -207,7 +207,7 @@ def test_mode_has_the_papers_density() -> None:
 def test_all_numbers_are_finite_and_the_clock_is_in_its_range(told: dict[str, Any], u: float, n: float) -> None:
     """Also where the draws are extreme."""
 
-    class Extreme(Draws):
+    class Extreme(SampleRandom):
         def uniform(self, purpose: str, shape: Any = ()) -> torch.Tensor:
             return torch.full((2, *shape), u)
 
@@ -216,7 +216,7 @@ def test_all_numbers_are_finite_and_the_clock_is_in_its_range(told: dict[str, An
 
     process = Flow(**told)
     noised = process.noise(LATENTS[:2], Extreme([0, 1]))
-    assert all(getattr(noised, field.name).isfinite().all() for field in fields(Noised))
+    assert all(getattr(noised, field.name).isfinite().all() for field in fields(NoisySample))
     assert (noised.t >= max(told.get("min_timestep", 0), 1) - 1e-4).all() and (noised.t < process.steps).all()
     assert (noised.t <= told.get("max_timestep", 1000) + 1e-4).all()
     assert (noised.weight > 0).all()
@@ -247,7 +247,7 @@ def gradient(said: torch.Tensor, cost: torch.Tensor) -> torch.Tensor:
     return found
 
 
-def ours(noised: Noised, said: torch.Tensor) -> torch.Tensor:
+def ours(noised: NoisySample, said: torch.Tensor) -> torch.Tensor:
     error = losses.loss("l2", said, noised.target)
     return losses.per_sample(error, None, noised.weight, torch.ones(len(said)))
 

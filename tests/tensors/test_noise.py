@@ -15,10 +15,10 @@ from hypothesis import strategies as st
 from sfumato.config import LossConfig, NoiseConfig
 from sfumato.errors import UserError
 from sfumato.tensors.noise import DDPM
-from sfumato.tensors.random import Draws
+from sfumato.tensors.random import SampleRandom
 
 LATENTS = torch.randn(64, 4, 6, 8, generator=torch.Generator().manual_seed(1))
-DRAWS = Draws(range(64))
+DRAWS = SampleRandom(range(64))
 CLOSE = {"atol": 1e-6, "rtol": 1e-6}
 EVERY = torch.arange(1000)
 CASES: list[tuple[Literal["eps", "v"], bool]] = [("eps", False), ("v", False), ("v", True)]
@@ -102,15 +102,15 @@ def test_weights_use_the_rescaled_schedule_and_are_finite(told: dict[str, Any]) 
 @settings(max_examples=25, deadline=None)
 def test_a_sample_does_not_depend_on_its_batch(told: dict[str, Any], order: list[int]) -> None:
     process = DDPM(**told)
-    whole = process.noise(LATENTS[:5], Draws(range(5)))
-    parts = [process.noise(LATENTS[order[a:b]], Draws(order[a:b])) for a, b in ((0, 2), (2, 5))]
+    whole = process.noise(LATENTS[:5], SampleRandom(range(5)))
+    parts = [process.noise(LATENTS[order[a:b]], SampleRandom(order[a:b])) for a, b in ((0, 2), (2, 5))]
     for field in fields(whole):
         joined = torch.cat([getattr(part, field.name) for part in parts])
         assert torch.equal(joined, getattr(whole, field.name)[list(order)]), field.name
 
 
 def test_timesteps_fill_their_range() -> None:
-    many = Draws(range(4000))
+    many = SampleRandom(range(4000))
     t = DDPM(min_timestep=200, max_timestep=210).noise(torch.zeros(4000, 1, 1, 1), many).t
     assert set(t.tolist()) == set(range(200, 210))
     assert torch.bincount(t)[200:].min() > 300

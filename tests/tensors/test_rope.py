@@ -12,7 +12,7 @@ WIDTHS = (16, 56, 56)
 
 
 def positions() -> torch.Tensor:
-    """As in a picture of 2048 x 2048, the largest in use, at some places."""
+    """As in an image of 2048 x 2048, the largest in use, at some places."""
     return torch.tensor([[0, 0, 0], [0, 0, 1], [0, 1, 0], [0, 5, 93], [0, 127, 64], [3, 127, 127]])
 
 

@@ -35,7 +35,7 @@ AXES = (4, 14, 14)
 
 @cache
 def transformer(*, guidance: bool = True) -> Any:
-    """As dev, or as schnell, which is told no guidance."""
+    """As dev, or as schnell, which takes no guidance."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = FluxTransformer2DModel(

@@ -26,8 +26,8 @@ from sfumato.train.caching import open_data
 Refused = Callable[..., str]
 
 
-def data(pictures: Path, **subset: Any) -> tuple[DatasetConfig, ...]:
-    folder = SubsetConfig(image_dir=str(pictures), **subset)
+def data(images: Path, **subset: Any) -> tuple[DatasetConfig, ...]:
+    folder = SubsetConfig(image_dir=str(images), **subset)
     return (DatasetConfig(subsets=(folder,), resolution=(64, 64), batch_size=2),)
 
 
@@ -43,13 +43,13 @@ def _outline(model: ModelConfig, family: Any) -> Models:
 
 
 @pytest.fixture
-def refused(model: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Refused:
+def refused(model: Path, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Refused:
     """What `plan` says of these options; `train` says the same, and neither reads a weight."""
     monkeypatch.setattr(check, "outline_models", lambda given: _outline(given.model, given.family))
     monkeypatch.setattr(devices, "read_values", lambda *_, **__: pytest.fail("weights were read"))
 
     def ask(method: Method = "network", subset: dict[str, Any] | None = None, **options: Any) -> str:
-        given, datasets = told(model, tmp_path, **options), data(pictures, **(subset or {}))
+        given, datasets = told(model, tmp_path, **options), data(images, **(subset or {}))
         with pytest.raises(UserError) as by_plan:
             plan.show(given, method, datasets)
         with pytest.raises(UserError) as by_train:
@@ -132,11 +132,11 @@ def test_what_cannot_be_kept(refused: Refused, options: dict[str, Any], subset: 
     assert words in refused(subset=subset, **options)
 
 
-def test_a_truncated_jpeg(refused: Refused, pictures: Path) -> None:
+def test_a_truncated_jpeg(refused: Refused, images: Path) -> None:
     from PIL import Image
 
-    Image.open(pictures / "0.png").save(pictures / "cut.jpg")
-    (pictures / "cut.jpg").write_bytes((pictures / "cut.jpg").read_bytes()[:-200])
+    Image.open(images / "0.png").save(images / "cut.jpg")
+    (images / "cut.jpg").write_bytes((images / "cut.jpg").read_bytes()[:-200])
     assert "cut.jpg: damaged" in refused()
 
 
@@ -148,17 +148,17 @@ def test_weights_in_a_format_of_whole_numbers(refused: Refused, model: Path, tmp
     assert "'time_embed.0.weight' is in the format I32" in said and "F32" in said
 
 
-def test_pictures_that_are_too_large_for_the_model(model: Path, pictures: Path, tmp_path: Path) -> None:
+def test_images_that_are_too_large_for_the_model(model: Path, images: Path, tmp_path: Path) -> None:
     given = told(model, tmp_path)
     models = devices.outline_models(given)
     models.family = dataclasses.replace(models.family, largest=lambda _: 32)
     with pytest.raises(UserError, match="dataset 1: 64 x 64 pixels are too large"):
-        open_data(given, data(pictures), dist.outside(), models)
+        open_data(given, data(images), dist.outside(), models)
 
 
-def test_what_is_trained_is_counted_without_values(model: Path, pictures: Path, tmp_path: Path) -> None:
+def test_what_is_trained_is_counted_without_values(model: Path, images: Path, tmp_path: Path) -> None:
     given = told(model, tmp_path, network_args=("conv_dim=2",), text_encoder_lr=(1e-5,))
-    checked = check.check(given, "network", data(pictures))
+    checked = check.check(given, "network", data(images))
     denoiser, text = checked.trained
     assert all(p.is_meta for net in checked.models.nets().values() for p in net.parameters())
     models = load(checked.models.family, str(model), given.family)
@@ -170,12 +170,12 @@ def test_what_is_trained_is_counted_without_values(model: Path, pictures: Path, 
     assert not any(m._forward_hooks for net in models.nets().values() for m in net.modules())
 
 
-def test_results_are_named_with_their_ending(model: Path, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    plan.show(told(model, tmp_path, save_every_n_steps=2), "network", data(pictures))
+def test_results_are_named_with_their_ending(model: Path, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    plan.show(told(model, tmp_path, save_every_n_steps=2), "network", data(images))
     said = "".join(capsys.readouterr().out.split())
     assert "lora-step00000002.safetensors" in said and "lora.safetensors" in said
-    found = json.loads(json.dumps(plan.facts(told(model, tmp_path, save_model_as="ckpt"), "full", data(pictures))))
+    found = json.loads(json.dumps(plan.facts(told(model, tmp_path, save_model_as="ckpt"), "full", data(images))))
     assert found["results"][-1]["files"].endswith("lora.ckpt")
-    assert isinstance(found["folders"][0]["pictures"], int)
+    assert isinstance(found["folders"][0]["images"], int)
     assert found["steps"] == 4 and found["trained"][0]["component"] == "denoiser"
     assert not (tmp_path / "out").exists()

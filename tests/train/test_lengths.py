@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import tiny
 from PIL import Image
-from run_fixtures import make_pictures
+from run_fixtures import make_images
 from training import config
 
 from sfumato.config import Config, DatasetConfig, SubsetConfig
@@ -84,7 +84,7 @@ def test_each_family_counts_as_its_tokens_are_cut() -> None:
 def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Config, tuple[DatasetConfig, ...]]:
     """A tiny model, and five images of which one has a caption that is too long for it."""
     root = tmp_path_factory.mktemp("long")
-    images = make_pictures(root)
+    images = make_images(root)
     (images / "3.txt").write_text("red " * 90)
     model = tiny.tiny_sd1(root / "model")
     told = config(

@@ -148,13 +148,13 @@ def test_a_result_folder_takes_no_place_of_inputs(check: Check, model: Path, tmp
         check(method="full", save_model_as="diffusers")
     shutil.rmtree(folder)
     (folder / "images").mkdir(parents=True)
-    with pytest.raises(UserError, match="holds pictures of the dataset"):
+    with pytest.raises(UserError, match="holds images of the dataset"):
         check(method="full", save_model_as="diffusers", folder=str(folder / "images"))
     with pytest.raises(UserError, match=r"would take the place of a folder that holds .* which vae names"):
         check(method="full", save_model_as="diffusers", vae=base(model, folder / "images" / "vae.safetensors"))
 
 
-def test_a_picture_of_the_dataset_is_not_overwritten(check: Check, tmp_path: Path) -> None:
+def test_a_image_of_the_dataset_is_not_overwritten(check: Check, tmp_path: Path) -> None:
     (tmp_path / "out" / "me-loss.png").write_text("")
     with pytest.raises(UserError, match="would be written over a file of the dataset"):
         check(folder=str(tmp_path / "out"))
@@ -188,9 +188,9 @@ def test_a_state_of_sd_scripts_is_not_replaced(check: Check, tmp_path: Path) -> 
 
 
 @pytest.fixture
-def mine(model: Path, pictures: Path, tmp_path: Path) -> Path:
+def mine(model: Path, images: Path, tmp_path: Path) -> Path:
     """`me.toml`, a config of a run that writes `out/me`."""
-    shutil.copytree(pictures, tmp_path / "data" / "1_cat")
+    shutil.copytree(images, tmp_path / "data" / "1_cat")
     said = {
         "pretrained_model_name_or_path": model,
         "output_dir": tmp_path / "out",

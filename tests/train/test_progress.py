@@ -48,7 +48,7 @@ def test_only_the_longest_cells_of_a_table_are_broken_and_nothing_is_lost(
 ) -> None:
     monkeypatch.setattr(progress.answers, "_width", width)
     folder = "/home/someone/写真/" + "x" * 80
-    columns = ("dataset", "folder", "kind", "pictures", "repeats", "samples an epoch", "enlarged")
+    columns = ("dataset", "folder", "kind", "images", "repeats", "samples an epoch", "enlarged")
     progress.print_table(columns, [("1", folder, "regularisation", "12345", "10", "123450", "0")])
     lines = [[cell.strip() for cell in re.split("[│┃]", line)[1:-1]] for line in capsys.readouterr().out.splitlines()]
     heading = [" ".join(cells).split() for cells in zip(*[line for line in lines if line][:3], strict=True)]

@@ -22,7 +22,7 @@ class Options(FlowOptions):
 
     timestep_sampling: Literal["sigma", "uniform", "sigmoid", "shift", "flux_shift"] = "sigmoid"
     """How noise levels are drawn. sigma: by weighting_scheme, then shifted; uniform: evenly; sigmoid: the sigmoid of a normal number;
-    shift: the same, then shifted; flux_shift: the same, shifted the more the larger the picture is."""
+    shift: the same, then shifted; flux_shift: the same, shifted the more the larger the image is."""
     discrete_flow_shift: float | None = None
     """Shift of timestep_sampling sigma and shift, above 1 towards more noise; default 3.1582."""
     clip_l: str | None = None
@@ -52,8 +52,8 @@ def check(options: Options) -> list[str]:
     wrong = flow_options.check(options)
     if options.guidance_scale != 0:
         wrong.append(
-            f"guidance_scale: Chroma is told no guidance, so 0 was expected, found {options.guidance_scale:g}; leave it out "
-            "(pictures are guided by the scale of their prompts, --l)"
+            f"guidance_scale: Chroma takes no guidance, so 0 was expected, found {options.guidance_scale:g}; leave it out "
+            "(images are guided by the scale of their prompts, --l)"
         )
     if not options.apply_t5_attn_mask:
         wrong.append("apply_t5_attn_mask: Chroma was trained with T5's padding hidden and is always told so; leave it out")

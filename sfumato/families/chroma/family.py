@@ -17,7 +17,7 @@ from sfumato.families.chroma.strategies import OUTPUTS, ChromaEncode, ChromaToke
 from sfumato.families.flux.facts import T5XXL, VAE
 from sfumato.families.flux.family import PASSTHROUGH, SCALE, VAE_SHIFT, adapter_dialects, check_config, check_patches, counts, process
 from sfumato.families.flux.net import PATCH, blocks
-from sfumato.families.flux.network_args import INPUT_TARGETS, layer
+from sfumato.families.flux.network_args import INPUT_TARGETS, target_layer
 from sfumato.families.flux.strategies import LATENTS
 from sfumato.formats.dialect import Dialect
 from sfumato.models.base import Family, Models, TokenizerSpec
@@ -86,7 +86,7 @@ def predict(net: nn.Module, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
 
 
 def sigmas(models: Models, steps: int, latent_pixels: int) -> Tensor:
-    """As FLUX.1 dev, the larger the picture, the longer with noise."""
+    """As FLUX.1 dev, the larger the image, the longer with noise."""
     return schedule(steps, mu=flux_mu(latent_pixels // PATCH**2))
 
 
@@ -125,7 +125,7 @@ FAMILY = Family(
     blocks=blocks,
     dialects=dialects,
     targets={"denoiser": {"linear": (*TARGETS["linear"], *INPUT_TARGETS)}, "t5xxl": T5_TARGETS},
-    layer=layer,
+    target_layer=target_layer,
     trainable=trainable,
     rate=rate,
     encoder_lr_order=("t5xxl",),

@@ -25,7 +25,7 @@ class Options(FlowOptions):
 
     timestep_sampling: Literal["sigma", "uniform", "sigmoid", "shift", "flux_shift"] = "shift"
     """How noise levels are drawn. sigma: by weighting_scheme, then shifted; uniform: evenly; sigmoid: the sigmoid of a normal number;
-    shift: the same, then shifted; flux_shift: the same, shifted the more the larger the picture is."""
+    shift: the same, then shifted; flux_shift: the same, shifted the more the larger the image is."""
     discrete_flow_shift: float | None = None
     """Shift of timestep_sampling sigma and shift, above 1 towards more noise; default 3.1582."""
     clip_l: str | None = None
@@ -117,7 +117,7 @@ _DIFFUSERS = (
     "transformer_blocks.0.norm1_context.linear.weight",
 )
 PATCH_CHANNELS = 64
-"""16 channels of 2 x 2 latents: a picture alone."""
+"""16 channels of 2 x 2 latents: an image alone."""
 _CONTROL = re.compile(r"controlnet_(single_)?blocks\..*|controlnet_x_embedder\..*|input_hint_block\..*")
 _WIDER = (
     "a FLUX.1 model that takes {} channels a patch, not {} (one for filling, editing or control, such as Fill, Depth or Canny), "

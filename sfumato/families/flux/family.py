@@ -19,7 +19,7 @@ from sfumato.errors import UserError
 from sfumato.families.flux.facts import CLIP_L, DRAWN_GUIDANCE, GUIDANCE, PATCH_CHANNELS, PREFIX, T5XXL, VAE, Completed, Options
 from sfumato.families.flux.names import TARGETS, flux_keys
 from sfumato.families.flux.net import PATCH, Flux, blocks, numbered
-from sfumato.families.flux.network_args import INPUT_TARGETS, layer
+from sfumato.families.flux.network_args import INPUT_TARGETS, target_layer
 from sfumato.families.flux.strategies import LATENTS, FluxEncode, FluxTokenize, outputs
 from sfumato.formats.dialect import Dialect, usual
 from sfumato.formats.names import KeyMap
@@ -31,10 +31,10 @@ from sfumato.models.encoders.tokenizers import clip_tokenizer, t5_home, t5_vocab
 from sfumato.models.flow_options import REFUSED
 from sfumato.models.layers import Shapes
 from sfumato.tensors.flow import Flow, flux_mu, schedule
-from sfumato.tensors.noise import Process
+from sfumato.tensors.noise import NoiseProcess
 
 SHIFT = 3.1582
-"""Shift towards noise while training: e^1.15, which samplers use for pictures of 1024 x 1024."""
+"""Shift towards noise while training: e^1.15, which samplers use for images of 1024 x 1024."""
 SCALE, VAE_SHIFT = 0.3611, 0.1159
 """From raw latents to those of the transformer: (x - shift) * scale."""
 LENGTHS = {True: 512, False: 256}
@@ -56,7 +56,7 @@ def transformer(shapes: Shapes, config: Config) -> Flux:
 
 
 def check_patches(channels: int) -> None:
-    """Errors: `UserError` if a patch of latents has other channels than those of a picture alone."""
+    """Errors: `UserError` if a patch of latents has other channels than those of an image alone."""
     if channels != PATCH_CHANNELS:
         raise UserError(f"the transformer takes {channels} channels a patch, not {PATCH_CHANNELS} (for filling, editing or control)")
 
@@ -105,7 +105,7 @@ def complete(options: Options, source: Checkpoint) -> tuple[Completed, Checkpoin
     guided = any(name.startswith("guidance_in.") for name in shapes)
     wrong = width_mismatches(source, {"clip_l": shapes["vector_in.in_layer.weight"][1], "t5xxl": shapes["txt_in.weight"][1]})
     if not guided and options.guidance_scale is not None:
-        wrong.append(f"guidance_scale: {source.path} is FLUX.1 schnell, which is told no guidance; leave it out")
+        wrong.append(f"guidance_scale: {source.path} is FLUX.1 schnell, which takes no guidance; leave it out")
     if wrong:
         raise UserError(*wrong)
     guidance = GUIDANCE if options.guidance_scale is None else options.guidance_scale
@@ -149,7 +149,7 @@ def outputs_strategy(models: Models) -> TextEncoderOutputsCachingStrategy:
     return outputs(masked=models.options.apply_t5_attn_mask)
 
 
-def process(models: Models, noise: NoiseConfig, loss: LossConfig) -> Process:
+def process(models: Models, noise: NoiseConfig, loss: LossConfig) -> NoiseProcess:
     """Rectified flow."""
     return Flow.of(models.options, noise, loss, refused=REFUSED, shift=SHIFT)
 
@@ -161,7 +161,7 @@ def condition(models: Models, cond: Cond, setting: SampleInfo) -> Cond:
         common = torch.full((len(pooled),), options.guidance_scale, device=pooled.device)
         return {**cond, "guidance": common if setting.guidance is None else setting.guidance}
     if setting.guidance is not None and bool((setting.guidance != DRAWN_GUIDANCE).any()):
-        log.warning("guidance_scale (--g) has no effect: FLUX.1 schnell is told no guidance")
+        log.warning("guidance_scale (--g) has no effect: FLUX.1 schnell takes no guidance")
     return cond
 
 
@@ -172,7 +172,7 @@ def predict(net: nn.Module, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
 
 
 def sigmas(models: Models, steps: int, latent_pixels: int) -> Tensor:
-    """The larger the picture, the longer dev stays with noise; schnell's steps are even."""
+    """The larger the image, the longer dev stays with noise; schnell's steps are even."""
     return schedule(steps, mu=flux_mu(latent_pixels // PATCH**2) if models.options.guided else None)
 
 
@@ -229,7 +229,7 @@ FAMILY = Family(
         "clip_l": CLIP_TARGETS,
         "t5xxl": T5_TARGETS,
     },
-    layer=layer,
+    target_layer=target_layer,
     trainable=trainable,
     rate=rate,
     encoder_lr_order=("clip_l", "t5xxl"),

@@ -12,7 +12,7 @@ from sfumato.models.block_choices import check_split, indices, is_chosen, rank_o
 
 if TYPE_CHECKING:
     from sfumato.adapters import AdapterPlan
-    from sfumato.adapters.insert import Place
+    from sfumato.adapters.insert import TargetLayer
 
 DIMS: Mapping[str, str] = {
     "img_attn_dim": "double_blocks.*.img_attn.*",
@@ -80,48 +80,48 @@ def mistakes(args: NetworkArgs) -> list[str]:
     return wrong
 
 
-def layer(options: Any, plan: AdapterPlan, place: Place) -> Place | None:
-    """For `Family.layer`. `options`: say how many blocks there are, as double_blocks and single_blocks, and whether it is `guided`.
+def target_layer(options: Any, plan: AdapterPlan, target: TargetLayer) -> TargetLayer | None:
+    """For `Family.target_layer`. `options`: say how many blocks there are, as double_blocks and single_blocks, and whether it is `guided`.
 
     Errors: `UserError` for numbers of blocks and for inputs that the model does not have.
     """
     args: NetworkArgs | None = plan.family
-    name = place.path.partition(".")[0]
+    name = target.path.partition(".")[0]
     rank: int | None
     if name in INPUTS:
         rank = _input_rank(options, args, name)
-    elif found := re.match(r"(double|single)_blocks\.(\d+)\.", place.path):
+    elif found := re.match(r"(double|single)_blocks\.(\d+)\.", target.path):
         if args is None:
-            return place
+            return target
         kind, i = found[1], int(found[2])
         chosen = args.train_blocks in (None, "all", kind) and is_chosen(
             args, f"train_{kind}_block_indices", i, getattr(options, f"{kind}_blocks")
         )
-        rank = rank_of(args, DIMS, place.path) if chosen else 0
+        rank = rank_of(args, DIMS, target.path) if chosen else 0
     else:
-        return place  # a text encoder's
+        return target  # a text encoder's
     if rank == 0:
         return None
-    told = place.options if rank is None else replace(place.options, rank=rank)
-    if args is not None and args.split_qkv and (pieces := _pieces(plan, place)):
-        told = replace(told, pieces=pieces)
-    return place._replace(options=told)
+    layer_options = target.options if rank is None else replace(target.options, rank=rank)
+    if args is not None and args.split_qkv and (pieces := _pieces(plan, target)):
+        layer_options = replace(layer_options, pieces=pieces)
+    return target._replace(options=layer_options)
 
 
 def _input_rank(options: Any, args: NetworkArgs | None, name: str) -> int:
-    told = None if args is None or args.in_dims is None else ranks(args.in_dims)
-    if args is None or told is None:
+    inputs = None if args is None or args.in_dims is None else ranks(args.in_dims)
+    if args is None or inputs is None:
         return 0
-    rank = dict(zip(INPUTS, told, strict=True))
+    rank = dict(zip(INPUTS, inputs, strict=True))
     if rank["guidance_in"] and not getattr(options, "guided", True):
-        raise UserError(f"network_args in_dims={args.in_dims}: the model is told no guidance, so the fourth rank must be 0")
+        raise UserError(f"network_args in_dims={args.in_dims}: the model takes no guidance, so the fourth rank must be 0")
     return rank[name]
 
 
-def _pieces(plan: AdapterPlan, place: Place) -> tuple[int, ...]:
+def _pieces(plan: AdapterPlan, target: TargetLayer) -> tuple[int, ...]:
     """Output rows of what is fused in a layer; nothing for any other. Errors: as `check_split`."""
     check_split(plan)
-    wide, out = (int(n) for n in (cast(Any, place.layer).in_features, cast(Any, place.layer).out_features))
-    if place.path.endswith(".qkv"):
-        return (wide,) * 3
-    return (wide, wide, wide, out - 3 * wide) if place.path.endswith(".linear1") else ()
+    per_sample, out = (int(n) for n in (cast(Any, target.layer).in_features, cast(Any, target.layer).out_features))
+    if target.path.endswith(".qkv"):
+        return (per_sample,) * 3
+    return (per_sample, per_sample, per_sample, out - 3 * per_sample) if target.path.endswith(".linear1") else ()

@@ -25,7 +25,7 @@ from sfumato.models.encoders.clip import LAYERS, count_layers
 from sfumato.models.encoders.components import CLIP_TARGETS, clip_component, vae_component
 from sfumato.models.encoders.tokenizers import clip_tokenizer
 from sfumato.models.layers import Shapes
-from sfumato.tensors.noise import DDPM, Process
+from sfumato.tensors.noise import DDPM, NoiseProcess
 
 LAYERS_USED = 23
 """Layers of OpenCLIP-H that 2.x uses; files hold one more."""
@@ -141,7 +141,7 @@ def encode(models: Models) -> SdEncode:
     return SdEncode(name, models.options.clip_skip or 1)
 
 
-def process(models: Models, noise: NoiseConfig, loss: LossConfig) -> Process:
+def process(models: Models, noise: NoiseConfig, loss: LossConfig) -> NoiseProcess:
     """DDPM with what the model predicts."""
     return DDPM.of("v" if models.options.v_parameterization else "eps", noise, loss)
 

@@ -143,7 +143,7 @@ class Transformer(nn.Module):
         y = self.proj_in(_pixels(y)) if self.linear else _pixels(self.proj_in(y))
         for block in self.transformer_blocks:
             y = block(y, context)
-        y = _picture(self.proj_out(y), x) if self.linear else self.proj_out(_picture(y, x))
+        y = _image(self.proj_out(y), x) if self.linear else self.proj_out(_image(y, x))
         return x + y
 
 
@@ -275,7 +275,7 @@ def _pixels(x: Tensor) -> Tensor:
     return x.flatten(2).transpose(1, 2)
 
 
-def _picture(x: Tensor, like: Tensor) -> Tensor:
+def _image(x: Tensor, like: Tensor) -> Tensor:
     """(b, h * w, c) -> (b, c, h, w)"""
     return x.transpose(1, 2).reshape(*x.shape[:1], -1, *like.shape[-2:])
 

@@ -50,7 +50,7 @@ class Options(FlowOptions):
     pos_emb_random_crop_rate: float = 0.0
     """Chance that a sample is trained elsewhere than in the middle of the table of positions (as 3.5 medium was)."""
     enable_scaled_pos_embed: bool = False
-    """Let pictures of any size span the positions of one of 1024 x 1024 while training, and not those of its middle."""
+    """Let images of any size span the positions of one of 1024 x 1024 while training, and not those of its middle."""
     train_t5xxl: bool = False
     """Train T5 as well where text encoders are trained."""
     learning_rate_te1: float | None = None

@@ -21,7 +21,7 @@ from sfumato.errors import UserError
 from sfumato.families.sd3 import facts, names
 from sfumato.families.sd3.facts import Completed, Options
 from sfumato.families.sd3.net import HEAD_WIDTH, MMDiT, blocks
-from sfumato.families.sd3.network_args import EMBEDDER_TARGETS, layer
+from sfumato.families.sd3.network_args import EMBEDDER_TARGETS, target_layer
 from sfumato.families.sd3.positions import embedded, places, scaled
 from sfumato.families.sd3.strategies import CLIPS, LATENTS, Sd3Encode, Sd3Tokenize, outputs
 from sfumato.formats.dialect import Dialect
@@ -33,8 +33,8 @@ from sfumato.models.encoders.tokenizers import clip_tokenizer, t5_home, t5_vocab
 from sfumato.models.flow_options import REFUSED
 from sfumato.models.layers import Shapes
 from sfumato.tensors.flow import Flow, schedule
-from sfumato.tensors.noise import Process
-from sfumato.tensors.random import Draws
+from sfumato.tensors.noise import NoiseProcess
+from sfumato.tensors.random import SampleRandom
 
 SHIFT = 3.0
 """Towards noise, of training and of samplers (arXiv:2403.03206, 5.3.2)."""
@@ -50,7 +50,7 @@ log = logging.getLogger(__name__)
 
 
 def transformer(shapes: Shapes, config: Config) -> MMDiT:
-    """A net without values for tensors of these shapes. Errors: `UserError` for models that take more than a picture and a text."""
+    """A net without values for tensors of these shapes. Errors: `UserError` for models that take more than an image and a text."""
     channels = shapes["x_embedder.proj.weight"][1]
     if channels != LATENTS.channels:
         raise UserError(
@@ -134,7 +134,7 @@ def _misfits(shapes: Shapes, source: Checkpoint) -> list[str]:
 
 
 def _without_clips_own(source: Checkpoint) -> Checkpoint:
-    """CLIP-L's file without the projection that compares texts with pictures, which files for other uses hold.
+    """CLIP-L's file without the projection that compares texts with images, which files for other uses hold.
 
     Stable Diffusion 3 is told what CLIP-L pools as it is: the projection in its own files is the identity, or near it where it was trained.
     """
@@ -163,7 +163,7 @@ def outputs_strategy(models: Models) -> TextEncoderOutputsCachingStrategy:
     return outputs(t5=o.has_t5, length=o.t5xxl_max_token_length, masked=o.apply_t5_attn_mask)
 
 
-def process(models: Models, noise: NoiseConfig, loss: LossConfig) -> Process:
+def process(models: Models, noise: NoiseConfig, loss: LossConfig) -> NoiseProcess:
     """Rectified flow."""
     return Flow.of(models.options, noise, loss, refused=REFUSED, shift=SHIFT)
 
@@ -171,13 +171,13 @@ def process(models: Models, noise: NoiseConfig, loss: LossConfig) -> Process:
 def condition(models: Models, cond: Cond, setting: SampleInfo) -> Cond:
     """{"context": (b, 77 + n, 4096), "y": (b, 2048)}: both CLIPs side by side and T5 below them, as StableDiffusion3Pipeline has it.
 
-    While training also what chance takes away, and where pictures lie, if that may differ: {"crop": (b, 2)} in the table of positions,
+    While training also what chance takes away, and where images lie, if that may differ: {"crop": (b, 2)} in the table of positions,
     or {"scaled": (b, 3)} in one that fits their size.
     """
     net, o = cast(MMDiT, models.denoiser), models.options
-    if setting.draws is not None:
+    if setting.rng is not None:
         rates = {"clip_l": o.clip_l_dropout_rate, "clip_g": o.clip_g_dropout_rate, "t5": o.t5_dropout_rate}
-        cond = _dropped(cond, rates, setting.draws)
+        cond = _dropped(cond, rates, setting.rng)
     width = net.context_embedder.in_features
     clips = torch.cat([cond[name] for name in CLIPS], -1)
     if "t5" not in cond:  # as diffusers' pipeline has it
@@ -188,22 +188,22 @@ def condition(models: Models, cond: Cond, setting: SampleInfo) -> Cond:
         t5 = cond["t5"]
     context = torch.cat([F.pad(clips, (0, width - clips.shape[-1])), t5], 1)
     told = {"context": context, "y": torch.cat([cond[f"{name}_pooled"] for name in CLIPS], -1)}
-    if setting.draws is not None and (o.enable_scaled_pos_embed or o.pos_emb_random_crop_rate):
+    if setting.rng is not None and (o.enable_scaled_pos_embed or o.pos_emb_random_crop_rate):
         patches, rate = setting.sizes[:, 4:] // LATENTS.multiple, o.pos_emb_random_crop_rate  # (b, 2) rows and columns
         told |= (
-            {"scaled": scaled(patches, rate, setting.draws)}
+            {"scaled": scaled(patches, rate, setting.rng)}
             if o.enable_scaled_pos_embed
-            else {"crop": places(patches, net.side, rate, setting.draws)}
+            else {"crop": places(patches, net.side, rate, setting.rng)}
         )
     return told
 
 
-def _dropped(cond: Cond, rates: Mapping[str, float], draws: Draws) -> Cond:
+def _dropped(cond: Cond, rates: Mapping[str, float], rng: SampleRandom) -> Cond:
     """What the encoders say, each for some samples zero, by its own chance."""
     told = dict(cond)
     for name, rate in rates.items():
         if rate:
-            gone = draws.uniform(f"{name} dropout") < rate
+            gone = rng.uniform(f"{name} dropout") < rate
             for part in told.keys() & {name, f"{name}_pooled"}:
                 told[part] = told[part].masked_fill(gone.to(told[part].device).view(-1, *[1] * (told[part].ndim - 1)), 0)
     return told
@@ -220,12 +220,12 @@ def predict(net: nn.Module, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
 
 
 def sigmas(models: Models, steps: int, latent_pixels: int) -> Tensor:
-    """The same for pictures of all sizes."""
+    """The same for images of all sizes."""
     return schedule(steps, shift=SHIFT)
 
 
 def largest(models: Models) -> int:
-    """The longest side of a picture that there are positions for, in pixels."""
+    """The longest side of an image that there are positions for, in pixels."""
     return cast(MMDiT, models.denoiser).largest * LATENTS.stride
 
 
@@ -283,7 +283,7 @@ FAMILY = Family(
         "clip_g": CLIP_TARGETS,
         "t5xxl": T5_TARGETS,
     },
-    layer=layer,
+    target_layer=target_layer,
     trainable=trainable,
     rate=rate,
     encoder_lr_order=("clip_l", "clip_g", "t5xxl"),

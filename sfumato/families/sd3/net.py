@@ -22,7 +22,7 @@ from sfumato.models.layers import Shapes, linear, timestep_embedding
 from sfumato.tensors.attention import attention
 
 Crop = Tensor | tuple[int, int]
-"""Where in the table of positions a picture lies: the row and column of its first patch; (b, 2), or one for all samples."""
+"""Where in the table of positions an image lies: the row and column of its first patch; (b, 2), or one for all samples."""
 
 HEAD_WIDTH = 64
 """Channels of an attention head in every published model."""
@@ -65,9 +65,9 @@ class MMDiT(nn.Module):
     def forward(
         self, x: Tensor, t: Tensor, context: Tensor, y: Tensor, crop: Crop | None = None, positions: Tensor | None = None
     ) -> Tensor:
-        """The velocity from picture to noise at x, shaped as x.
+        """The velocity from image to noise at x, shaped as x.
 
-        context: states of the text's tokens; y: the pooled text; crop: None puts the picture in the middle of the
+        context: states of the text's tokens; y: the pooled text; crop: None puts the image in the middle of the
         table of positions; positions (1 or b, h * w, c): those of the patches, in place of the table's.
         Errors: `UserError` for sizes that are no whole number of patches, or larger than the table.
         """
@@ -108,7 +108,7 @@ def blocks(net: nn.Module) -> Sequence[nn.Module]:
 
 
 class JointBlock(nn.Module):
-    """Text and picture attend to both together; all else each does by itself."""
+    """Text and image attend to both together; all else each does by itself."""
 
     def __init__(self, shapes: Shapes, path: str, *, last: bool) -> None:
         super().__init__()
@@ -128,7 +128,7 @@ class JointBlock(nn.Module):
 
 
 class Stream(nn.Module):
-    """What a block does to the text, or to the picture.
+    """What a block does to the text, or to the image.
 
     Its modulation is made of the clock and the pooled text: shift, scale and gate of the attention, those of the
     two-layer net, and those of a second attention within the stream where it has one (3.5 medium), each (b, 1, c).

@@ -12,7 +12,7 @@ from sfumato.models.block_choices import check_split, indices, is_chosen, rank_o
 
 if TYPE_CHECKING:
     from sfumato.adapters import AdapterPlan
-    from sfumato.adapters.insert import Place
+    from sfumato.adapters.insert import TargetLayer
 
 DIMS: Mapping[str, str] = {
     "context_attn_dim": "joint_blocks.*.context_block.attn.*",
@@ -60,28 +60,28 @@ class NetworkArgs:
             raise UserError(*(f"network_args {message}" for message in wrong))
 
 
-def layer(options: Any, plan: AdapterPlan, place: Place) -> Place | None:
-    """For `Family.layer`. `options`: say how many blocks there are, as `blocks`.
+def target_layer(options: Any, plan: AdapterPlan, target: TargetLayer) -> TargetLayer | None:
+    """For `Family.target_layer`. `options`: say how many blocks there are, as `blocks`.
 
     Errors: `UserError` for numbers of blocks that the model does not have, and for what would do nothing.
     """
     if plan.conv_rank is not None:
         raise UserError("network_args conv_dim: does nothing, as this model has no blocks of convolutions; leave it out (see emb_dims)")
     args: NetworkArgs = plan.family or NetworkArgs()
-    if found := re.match(r"joint_blocks\.(\d+)\.", place.path):
+    if found := re.match(r"joint_blocks\.(\d+)\.", target.path):
         chosen = is_chosen(args, "train_block_indices", int(found[1]), options.blocks)
-        rank = rank_of(args, DIMS, place.path) if chosen else 0
-    elif name := next((name for name in EMBEDDERS if f"{place.path}.".startswith(f"{name}.")), None):
+        rank = rank_of(args, DIMS, target.path) if chosen else 0
+    elif name := next((name for name in EMBEDDERS if f"{target.path}.".startswith(f"{name}.")), None):
         rank = 0 if args.emb_dims is None else dict(zip(EMBEDDERS, ranks(args.emb_dims) or (), strict=True))[name]
     else:
-        return place  # a text encoder's
+        return target  # a text encoder's
     if rank == 0:
         return None
-    told = place.options if rank is None else replace(place.options, rank=rank)
-    return place._replace(options=replace(told, pieces=_pieces(plan, place)) if args.split_qkv else told)
+    layer_options = target.options if rank is None else replace(target.options, rank=rank)
+    return target._replace(options=replace(layer_options, pieces=_pieces(plan, target)) if args.split_qkv else layer_options)
 
 
-def _pieces(plan: AdapterPlan, place: Place) -> tuple[int, ...]:
+def _pieces(plan: AdapterPlan, target: TargetLayer) -> tuple[int, ...]:
     """Output rows of q, k and v in a layer that fuses them. Errors: as `check_split`."""
     check_split(plan)
-    return (int(cast(Any, place.layer).out_features) // 3,) * 3 if place.path.endswith(".qkv") else ()
+    return (int(cast(Any, target.layer).out_features) // 3,) * 3 if target.path.endswith(".qkv") else ()

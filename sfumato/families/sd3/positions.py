@@ -1,38 +1,38 @@
-"""Where pictures lie while training: places in the model's table of positions, or positions of their own that fit their size."""
+"""Where images lie while training: places in the model's table of positions, or positions of their own that fit their size."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from sfumato.tensors.random import Draws
+from sfumato.tensors.random import SampleRandom
 
 SPAN = 16.0
-"""What the rows and columns of a picture of 1024 x 1024 are counted up to in the published tables."""
+"""What the rows and columns of an image of 1024 x 1024 are counted up to in the published tables."""
 ROOM = 1.5
-"""A table of positions of its own has this times a picture's side, within which pictures may lie anywhere (as in sd-scripts)."""
+"""A table of positions of its own has this times an image's side, within which images may lie anywhere (as in sd-scripts)."""
 
 
-def places(patches: Tensor, side: Tensor | int, rate: float, draws: Draws) -> Tensor:
-    """(b, 2) row and column of each picture's first patch in a table: anywhere, by chance, else that of the middle.
+def places(patches: Tensor, side: Tensor | int, rate: float, rng: SampleRandom) -> Tensor:
+    """(b, 2) row and column of each image's first patch in a table: anywhere, by chance, else that of the middle.
 
-    `patches` (b, 2): rows and columns of the pictures; `side`: of the table, one for both or (b, 2).
+    `patches` (b, 2): rows and columns of the images; `side`: of the table, one for both or (b, 2).
     """
     room = side - patches
-    anywhere = (draws.uniform("position", (2,)).to(room.device) * (room + 1)).long()
-    return torch.where((draws.uniform("position crop") < rate)[:, None].to(room.device), anywhere, room // 2)
+    anywhere = (rng.uniform("position", (2,)).to(room.device) * (room + 1)).long()
+    return torch.where((rng.uniform("position crop") < rate)[:, None].to(room.device), anywhere, room // 2)
 
 
-def scaled(patches: Tensor, rate: float, draws: Draws) -> Tensor:
-    """(b, 3) row and column of each picture's first patch and the step from patch to patch, so that the whole of a picture spans what
+def scaled(patches: Tensor, rate: float, rng: SampleRandom) -> Tensor:
+    """(b, 3) row and column of each image's first patch and the step from patch to patch, so that the whole of an image spans what
     one of 1024 x 1024 does.
 
-    So small pictures are seen as a large one is, and not as its middle (sd-scripts' enable_scaled_pos_embed, by KohakuBlueleaf).
-    A picture's scale follows from its own area. `patches`, `rate`: as for `places`.
+    So small images are seen as a large one is, and not as its middle (sd-scripts' enable_scaled_pos_embed, by KohakuBlueleaf).
+    An image's scale follows from its own area. `patches`, `rate`: as for `places`.
     """
     side = patches.prod(1, keepdim=True).sqrt()  # (b, 1) of the square of the same area
-    table = torch.maximum((ROOM * side).long(), patches)  # (b, 2), for a long picture as long as itself
-    first = places(patches, table, rate, draws) - (table - side) / 2
+    table = torch.maximum((ROOM * side).long(), patches)  # (b, 2), for a long image as long as itself
+    first = places(patches, table, rate, rng) - (table - side) / 2
     return torch.cat([first, torch.ones_like(side)], 1) * (SPAN / side)
 
 

@@ -121,8 +121,8 @@ _OTHERS = re.compile(r".*(double|joint|single_transformer)_blocks.*|(transformer
 def _adapter(shapes: Shapes) -> Detected | None:
     if not any(LEAF.fullmatch(name) for name in shapes) or any(_OTHERS.fullmatch(name) for name in shapes):
         return None
-    wide = text_width(shapes, _ATTENTION + r"\.(lora_down|lora_A|lora\.down)\.(default\.)?weight") == CONTEXT_XL
-    if not (wide or _is_deep(shapes) or any(_SECOND.fullmatch(name) for name in shapes)):
+    per_sample = text_width(shapes, _ATTENTION + r"\.(lora_down|lora_A|lora\.down)\.(default\.)?weight") == CONTEXT_XL
+    if not (per_sample or _is_deep(shapes) or any(_SECOND.fullmatch(name) for name in shapes)):
         return None
     for dialect, pattern in _ADAPTERS.items():
         if any(re.fullmatch(pattern, name) for name in shapes):

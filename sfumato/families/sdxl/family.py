@@ -75,7 +75,7 @@ def complete(options: Options, source: Checkpoint) -> tuple[Options, Checkpoint]
     if label != pooled + SIZES * SIZE_WIDTH:
         raise UserError(
             f"{source.path}: the U-Net is told {label} numbers beside the text, where {pooled} of the pooled text and "
-            f"{SIZES} x {SIZE_WIDTH} of the picture's sizes were expected: it is no base model of Stable Diffusion XL"
+            f"{SIZES} x {SIZE_WIDTH} of the image's sizes were expected: it is no base model of Stable Diffusion XL"
         )
     scheduler(source)
     v = options.v_parameterization or prediction(source) == "v"

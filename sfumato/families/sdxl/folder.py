@@ -24,7 +24,7 @@ UNET_FACTS: dict[str, Any] = {
 }
 """What a config must say, where it says anything, for the net to be the one we have."""
 SAMPLE_SIZE = 128
-"""Latent pixels a side of the pictures that the base model is made for."""
+"""Latent pixels a side of the images that the base model is made for."""
 PREDICTIONS = ("epsilon", "v_prediction")
 
 
