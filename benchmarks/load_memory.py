@@ -1,8 +1,8 @@
 """Peak host memory of loading a single file, for files and nets of several number formats.
 
-Writes a Stable Diffusion 1.x file of full size with random values (2.1 GB in 16 bits) into a temporary folder, loads it in a
-process of its own for each target format, and compares how far that process's memory grew with the size of the file's numbers in
-the target format. Needs 5 GB of disk and of memory for a while, and about three minutes.
+Writes a Stable Diffusion 1.x file of full size with random values (2.1 GB in 16 bits) into a temporary folder, loads it
+in a process of its own for each target format, and compares how far that process's memory grew with the size of the
+file's numbers in the target format. Needs 5 GB of disk and of memory for a while, and about three minutes.
 """
 
 from __future__ import annotations
@@ -24,9 +24,16 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 KEYS = ROOT / "tests" / "fixtures" / "keys" / "sd1.single_file.json.gz"
 RESULTS = Path(__file__).with_name("results") / "load_memory.json"
-FORMATS = {"fp16": ("F16", "float16"), "bf16": ("BF16", "bfloat16"), "fp32": ("F32", "float32"), "fp8": ("F8_E4M3", "float8_e4m3fn")}
+FORMATS = {
+    "fp16": ("F16", "float16"),
+    "bf16": ("BF16", "bfloat16"),
+    "fp32": ("F32", "float32"),
+    "fp8": ("F8_E4M3", "float8_e4m3fn"),
+}
 """What people call a format: what safetensors and torch call it."""
-CASES = [(stored, target) for stored in ("fp16", "bf16", "fp32") for target in ("fp16", "bf16", "fp32")] + [("fp8", None)]
+CASES = [(stored, target) for stored in ("fp16", "bf16", "fp32") for target in ("fp16", "bf16", "fp32")] + [
+    ("fp8", None)
+]
 """Format of the file, format asked for; None: none is, so fp8 is held in bf16."""
 ALLOWED = 1.10
 """Growth of memory as a part of the target's size."""
@@ -121,7 +128,12 @@ def rows() -> list[dict[str, Any]]:
             if written != stored:
                 write(path, stored)
                 written = stored
-            found = {"file": stored, "file_gb": path.stat().st_size / GB, "target": target or "bf16", **run(path, target)}
+            found = {
+                "file": stored,
+                "file_gb": path.stat().st_size / GB,
+                "target": target or "bf16",
+                **run(path, target),
+            }
             found["ratio"] = found["growth_gb"] / found["target_gb"]
             found["used_ratio"] = found["used_growth_gb"] / found["target_gb"]
             made.append({name: round(value, 3) if isinstance(value, float) else value for name, value in found.items()})
@@ -169,7 +181,9 @@ def main() -> None:
     print("".join(f"{name:>{max(len(name), 6) + 2}}" for name in COLUMNS))
     made = rows()
     given.out.parent.mkdir(parents=True, exist_ok=True)
-    given.out.write_text(json.dumps({"machine": machine(), "allowed": ALLOWED, "rows": made}, indent=1) + "\n", encoding="utf-8")
+    given.out.write_text(
+        json.dumps({"machine": machine(), "allowed": ALLOWED, "rows": made}, indent=1) + "\n", encoding="utf-8"
+    )
     if over := [row for row in made if max(row["ratio"], row["used_ratio"]) > ALLOWED]:
         raise SystemExit(f"more than {ALLOWED} times the target's size:\n{table(over)}")
 

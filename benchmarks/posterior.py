@@ -1,7 +1,7 @@
 """How far a latent drawn from a VAE's posterior lies from the posterior's mean, which sfumato trains on.
 
-sd-scripts draws latents from the posterior (once, where they are cached), sfumato takes its mean. Prints the deviation of the draw
-beside the deviation of the latents themselves, and how much the decoded images differ.
+sd-scripts draws latents from the posterior (once, where they are cached), sfumato takes its mean. Prints the deviation
+of the draw beside the deviation of the latents themselves, and how much the decoded images differ.
 """
 
 from __future__ import annotations
@@ -51,7 +51,10 @@ def main() -> None:
         changes.append((vae.decode(drawn).sample - vae.decode(posterior.mean).sample).abs().mean() * 127.5)
     latents, spread = torch.cat(means).std().item(), torch.cat(spreads).square().mean().sqrt().item()
     print(f"{len(means)} images of {args.side} px: latents' deviation {latents:.4f}, posterior's {spread:.4f}")
-    print(f"a draw is off by {spread / latents:.2%} of the latents' deviation, {(spread / latents) ** 2:.4%} of their variance")
+    print(
+        f"a draw is off by {spread / latents:.2%} of the latents' deviation, {(spread / latents) ** 2:.4%} of their "
+        "variance"
+    )
     print(f"decoded, it differs by {torch.stack(changes).mean():.2f} of 255 levels on average")
 
 

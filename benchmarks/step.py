@@ -1,10 +1,11 @@
-"""Seconds a step and peak memory of training an adapter on nets of full size with random weights, on the accelerator at hand.
+"""Seconds a step and peak memory of training an adapter on nets of full size with random weights, on the accelerator at
+hand.
 
-Names and shapes come from the key tables of the real checkpoints. Latents and text are random and count as kept beforehand, so this is
-the training step alone: forward, backward, clipping and AdamW, as `train/loop.py` does them. `--tiny` keeps two blocks of
-each kind, which shows on a CPU that the script runs.
+Names and shapes come from the key tables of the real checkpoints. Latents and text are random and count as kept
+beforehand, so this is the training step alone: forward, backward, clipping and AdamW, as `train/loop.py` does them.
+`--tiny` keeps two blocks of each kind, which shows on a CPU that the script runs.
 
-    python benchmarks/step.py                       # SDXL, SD3.5 medium, FLUX.1 dev: rank 16, 1024 px, batch 1, bf16, checkpointing
+    python benchmarks/step.py    # SDXL, SD3.5 medium, FLUX.1 dev: rank 16, 1024 px, batch 1, bf16, checkpointing
     python benchmarks/step.py --families sdxl --resolution 512 --no-checkpointing
 """
 
@@ -47,7 +48,8 @@ def cases(length: int = 512) -> dict[str, dict[str, Any]]:
         "sd3": {
             "table": "sd3.5_medium.transformer",
             "text": {
-                "clip_l": (77, 768), "clip_l_pooled": (768,), "clip_g": (77, 1280), "clip_g_pooled": (1280,), "t5": (256, 4096),
+                "clip_l": (77, 768), "clip_l_pooled": (768,), "clip_g": (77, 1280), "clip_g_pooled": (1280,),
+                "t5": (256, 4096),
             },
         },
         "flux": {"table": "flux_dev.transformer", "text": {"pooled": (768,), "t5": (length, 4096)}},
@@ -177,10 +179,16 @@ def main() -> None:
     parser.add_argument("--resolution", type=int, default=1024)
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--checkpointing", action=argparse.BooleanOptionalAction, default=True)
-    parser.add_argument("--tiny", action="store_true", help="two blocks of each kind and two steps, to see that it runs")
+    parser.add_argument(
+        "--tiny", action="store_true", help="two blocks of each kind and two steps, to see that it runs"
+    )
     parser.add_argument("--out", type=Path, help="default: benchmarks/results/step.DEVICE.json")
     args = parser.parse_args()
-    device = torch.accelerator.current_accelerator() or torch.device("cpu") if torch.accelerator.is_available() else torch.device("cpu")
+    device = (
+        torch.accelerator.current_accelerator() or torch.device("cpu")
+        if torch.accelerator.is_available()
+        else torch.device("cpu")
+    )
     rows = []
     for name in args.families:
         if device.type == "cuda":
@@ -188,7 +196,13 @@ def main() -> None:
             torch.cuda.reset_peak_memory_stats()
         rows.append(measure(name, args, device))
         print("  ".join(f"{key} {value}" for key, value in rows[-1].items()), flush=True)
-    told = {**machine(device), "resolution": args.resolution, "rank": args.rank, "checkpointing": args.checkpointing, "rows": rows}
+    told = {
+        **machine(device),
+        "resolution": args.resolution,
+        "rank": args.rank,
+        "checkpointing": args.checkpointing,
+        "rows": rows,
+    }
     if not args.tiny:
         out = args.out or ROOT / "benchmarks" / "results" / f"step.{re.sub(r'[^A-Za-z0-9]+', '-', told['device'])}.json"
         out.write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")

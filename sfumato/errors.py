@@ -30,7 +30,9 @@ class Mistakes:
     def __enter__(self) -> Mistakes:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> bool:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> bool:
         if isinstance(error, UserError):
             self.messages += error.messages
         return isinstance(error, UserError)

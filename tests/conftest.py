@@ -29,4 +29,6 @@ def pytest_collection_finish() -> None:
 @pytest.fixture(scope="session")
 def keys() -> Callable[[str], dict[str, tuple[int, ...]]]:
     """Name of a real file -> {tensor name: shape}."""
-    return lambda name: {k: tuple(v) for k, v in json.loads(gzip.decompress((KEYS / f"{name}.json.gz").read_bytes())).items()}
+    return lambda name: {
+        k: tuple(v) for k, v in json.loads(gzip.decompress((KEYS / f"{name}.json.gz").read_bytes())).items()
+    }

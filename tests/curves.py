@@ -17,6 +17,8 @@ found = json.loads(CURVES.read_text()) if CURVES.exists() else {}
 for case in cases():
     if case.name in sys.argv[1:] or len(sys.argv) == 1:
         with tempfile.TemporaryDirectory() as folder:
-            found[case.name] = curve(case, case.write(Path(folder) / "model"), make_images(Path(folder)), Path(folder) / "out")
+            found[case.name] = curve(
+                case, case.write(Path(folder) / "model"), make_images(Path(folder)), Path(folder) / "out"
+            )
             print(case.name, f"{found[case.name][0]:.4f} -> {found[case.name][-1]:.4f}")
 CURVES.write_text(json.dumps(found, indent=1) + "\n")

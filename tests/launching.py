@@ -18,7 +18,11 @@ def launch(script: str, words: Sequence[str], folder: Path) -> str:
     """`python scripts/SCRIPT.py WORDS` as from `folder`, which takes the place of the home folder; returns what it printed on stderr."""
     path, said, here = str(SCRIPTS / f"{script}.py"), io.StringIO(), Path.cwd()
     home = {"HOME": str(folder), "USERPROFILE": str(folder), "CUDA_VISIBLE_DEVICES": ""}
-    with patch.object(sys, "argv", [path, *words]), patch.object(sys, "path", [*sys.path]), patch.dict(os.environ, home):
+    with (
+        patch.object(sys, "argv", [path, *words]),
+        patch.object(sys, "path", [*sys.path]),
+        patch.dict(os.environ, home),
+    ):
         os.chdir(folder)
         try:
             with contextlib.redirect_stderr(said):

@@ -45,12 +45,18 @@ def options(where: Path, **changed: Any) -> Any:
 
 def data(where: Path, **changed: Any) -> tuple[DatasetConfig, ...]:
     """Its images, one batch an epoch."""
-    return (DatasetConfig(subsets=(SubsetConfig(image_dir=str(where / "images"), **changed),), resolution=(64, 64), batch_size=2),)
+    return (
+        DatasetConfig(
+            subsets=(SubsetConfig(image_dir=str(where / "images"), **changed),), resolution=(64, 64), batch_size=2
+        ),
+    )
 
 
 def prepare(where: Path, method: Any = "network", subset: dict[str, Any] | None = None, **changed: Any) -> Any:
     """The run, ready for its first step; its log is closed."""
-    a_run = run.prepare(options(where, **changed), method, data(where, **(subset or {})), dist.World(0, 1, torch.device("cpu")), 0.0)
+    a_run = run.prepare(
+        options(where, **changed), method, data(where, **(subset or {})), dist.World(0, 1, torch.device("cpu")), 0.0
+    )
     with a_run.log:
         a_run.log, log = None, a_run.log
     assert log

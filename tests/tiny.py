@@ -103,13 +103,21 @@ def parts(*, v2: bool, seed: int = 0) -> Parts:
 def vocabulary() -> dict[str, int]:
     """CLIP's bytes and first merges, and the marks."""
     letters = byte_letters()
-    tokens = [*letters, *(letter + "</w>" for letter in letters), *(a + b for a, b in stock_vocabulary()[1][:200]), BOS, EOS]
+    tokens = [
+        *letters,
+        *(letter + "</w>" for letter in letters),
+        *(a + b for a, b in stock_vocabulary()[1][:200]),
+        BOS,
+        EOS,
+    ]
     return {token: i for i, token in enumerate(tokens)}
 
 
 def tokenizer(*, v2: bool = False) -> Any:
     """A CLIP tokenizer with a small vocabulary."""
-    return CLIPTokenizer(vocab=vocabulary(), merges=stock_vocabulary()[1][:200], pad_token="!" if v2 else EOS, model_max_length=77)
+    return CLIPTokenizer(
+        vocab=vocabulary(), merges=stock_vocabulary()[1][:200], pad_token="!" if v2 else EOS, model_max_length=77
+    )
 
 
 def pipeline(*, v2: bool, prediction: str = "epsilon") -> StableDiffusionPipeline:
@@ -152,7 +160,9 @@ def single_file(*, v2: bool, dtype: torch.dtype = torch.float32) -> dict[str, Te
     if v2:
         last = f"{CLIP_H}transformer.resblocks.{LAYERS - 1}."
         others |= {
-            name.replace(last, f"{CLIP_H}transformer.resblocks.{LAYERS}."): t + 1 for name, t in nets.items() if name.startswith(last)
+            name.replace(last, f"{CLIP_H}transformer.resblocks.{LAYERS}."): t + 1
+            for name, t in nets.items()
+            if name.startswith(last)
         }
         others |= {f"{CLIP_H}text_projection": torch.eye(WIDTH), f"{CLIP_H}logit_scale": torch.tensor(4.6)}
     else:

@@ -1,8 +1,8 @@
 """The quickstart: train a LoRA of a drawing style on the model in the box, then show and measure what it does.
 
-Writes into runs/quickstart: lineart.safetensors (the adapter), before-after.png (same prompts and seeds, without
-and with it), lineart-loss.png (the loss curve), effect.json (mean colour saturation without and with it, and how much of the
-shape is kept).
+Writes into runs/quickstart: lineart.safetensors (the adapter), before-after.png (same prompts and seeds, without and
+with it), lineart-loss.png (the loss curve), effect.json (mean colour saturation without and with it, and how much of
+the shape is kept).
 """
 
 from __future__ import annotations
@@ -41,17 +41,17 @@ def show(adapter: Path) -> None:
     from sfumato.families.detect import detect_file
     from sfumato.sampling.image_files import grid
     from sfumato.sampling.prompts import read_prompts
-    from sfumato.train.pipeline import Drawer
+    from sfumato.train.pipeline import Pipeline
     from sfumato.train.progress import console, telling
 
     model = str(HERE / "model.safetensors")
     options = families.facts(detect_file(model).family).options()
-    drawer = Drawer.of(Config(model=ModelConfig(pretrained_model_name_or_path=model), family=options))
+    pipeline = Pipeline.of(Config(model=ModelConfig(pretrained_model_name_or_path=model), family=options))
     prompts = read_prompts(HERE / "prompts.txt")
     with telling("drawing before and after") as tell:
-        before = drawer.draw(prompts, progress=tell)
-        with drawer.adapted(adapter):
-            after = drawer.draw(prompts, progress=tell)
+        before = pipeline.sample(prompts, progress=tell)
+        with pipeline.adapted(adapter):
+            after = pipeline.sample(prompts, progress=tell)
     titles = [p.prompt for p in prompts]
     grid([before, after], ["before", "after"], titles, enlarge=2).save(OUT / "before-after.png")
     effect = {"saturation_before": saturation(before), "saturation_after": saturation(after)}
@@ -60,12 +60,15 @@ def show(adapter: Path) -> None:
     effect["shape_by_chance"] = sum(map(overlap, before, after[1:] + after[:1])) / len(prompts)  # with another prompt's
     (OUT / "effect.json").write_text(json.dumps(effect, indent=1) + "\n", encoding="utf-8")
     console.print(
-        f"{len(prompts)} prompts that the LoRA never saw: mean colour saturation {effect['saturation_before']:.3f} without it, "
+        f"{len(prompts)} prompts that the LoRA never saw: mean colour saturation {effect['saturation_before']:.3f} "
+        "without it, "
         f"{effect['saturation_after']:.3f} with it ({effect['fold']:.1f} times less); "
         f"silhouettes without and with it share {effect['shape_kept']:.0%} of their area "
         f"(those of different prompts {effect['shape_by_chance']:.0%})"
     )
-    console.print(f"look at {(OUT / 'before-after.png').relative_to(ROOT)} and {(OUT / 'lineart-loss.png').relative_to(ROOT)}")
+    console.print(
+        f"look at {(OUT / 'before-after.png').relative_to(ROOT)} and {(OUT / 'lineart-loss.png').relative_to(ROOT)}"
+    )
 
 
 def saturation(images: list[Image]) -> float:

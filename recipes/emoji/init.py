@@ -1,4 +1,5 @@
-"""Write the checkpoint from which the model in the box is trained: Stable Diffusion 1.x in small, random but for its VAE."""
+"""Write the checkpoint from which the model in the box is trained: Stable Diffusion 1.x in small, random but for its
+VAE."""
 
 from __future__ import annotations
 
@@ -74,7 +75,11 @@ def main() -> None:
     }
     for prefix, tensors in parts.items():
         print(f"{prefix:40} {sum(t.numel() for t in tensors.values()) / 1e6:6.2f} M parameters")
-    save(args.out, {k: t.contiguous() for prefix, tensors in parts.items() for k, t in add_prefix(tensors, prefix).items()}, {})
+    save(
+        args.out,
+        {k: t.contiguous() for prefix, tensors in parts.items() for k, t in add_prefix(tensors, prefix).items()},
+        {},
+    )
 
 
 if __name__ == "__main__":

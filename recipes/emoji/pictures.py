@@ -1,4 +1,4 @@
-"""Draw the glyphs of Noto Color Emoji as small images with captions: what the model in the box is trained on."""
+"""Draw the glyphs of Noto Color Emoji as small pictures with captions: what the model in the box is trained on."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ COLOUR_FONT = "/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf"
 BITMAP_SIZE = 109
 """The one size at which the font holds its bitmaps (136 x 128 px)."""
 
-FORMS = ("{}", "{}, emoji", "{}, colour image", "a image of {}")
-"""Captions of one image: training draws one each time, so that further words beside a name do not surprise the model."""
+FORMS = ("{}", "{}, emoji", "{}, colour picture", "a picture of {}")
+"""Captions of one picture: training draws one each time, so that further words beside a name do not surprise the
+model."""
 
 
 def captions(path: Path = HERE / "captions.txt") -> list[tuple[str, str]]:
@@ -28,7 +29,8 @@ def named(paths: list[Path]) -> list[str]:
 
 
 def draw(font: ImageFont.FreeTypeFont, character: str, em: int, size: int) -> Image.Image:
-    """A glyph on white, (size, size) px RGB: `em` px of the font fill the image but for a margin of 1/24, ink centred."""
+    """A glyph on white, (size, size) px RGB: `em` px of the font fill the picture but for a margin of 1/24, ink
+    centred."""
     room = 2 * em
     ink = Image.new("RGBA", (room, room), (255, 255, 255, 0))
     ImageDraw.Draw(ink).text((em // 2, em // 2), character, font=font, fill="black", embedded_color=True)
@@ -42,18 +44,18 @@ def draw(font: ImageFont.FreeTypeFont, character: str, em: int, size: int) -> Im
     return sheet.resize((size, size), Image.Resampling.LANCZOS)
 
 
-def write(image: Image.Image, lines: tuple[str, ...], path: Path) -> None:
-    """The image as PNG, its captions in a .txt beside it, one a line."""
-    image.save(path, optimize=True)
+def write(picture: Image.Image, lines: tuple[str, ...], path: Path) -> None:
+    """The picture as PNG, its captions in a .txt beside it, one a line."""
+    picture.save(path, optimize=True)
     path.with_suffix(".txt").write_text("\n".join(lines) + "\n")
 
 
-def contact_sheet(images: list[Image.Image], columns: int) -> Image.Image:
-    """Images of one size side by side, row after row."""
-    width, height = images[0].size
-    sheet = Image.new("RGB", (columns * width, -(-len(images) // columns) * height), "white")
-    for i, image in enumerate(images):
-        sheet.paste(image, (i % columns * width, i // columns * height))
+def contact_sheet(pictures: list[Image.Image], columns: int) -> Image.Image:
+    """Pictures of one size side by side, row after row."""
+    width, height = pictures[0].size
+    sheet = Image.new("RGB", (columns * width, -(-len(pictures) // columns) * height), "white")
+    for i, picture in enumerate(pictures):
+        sheet.paste(picture, (i % columns * width, i // columns * height))
     return sheet
 
 
@@ -62,7 +64,7 @@ def main() -> None:
     parser.add_argument("--font", default=COLOUR_FONT)
     parser.add_argument("--names", type=Path, nargs="+", help="files of names; default: every name in captions.txt")
     parser.add_argument("--size", type=int, default=64)
-    parser.add_argument("--out", type=Path, default=Path("runs/emoji/images"))
+    parser.add_argument("--out", type=Path, default=Path("runs/emoji/pictures"))
     args = parser.parse_args()
     font = ImageFont.truetype(args.font, BITMAP_SIZE)
     args.out.mkdir(parents=True, exist_ok=True)
@@ -74,7 +76,7 @@ def main() -> None:
         drawn.append(draw(font, character, 128, args.size))
         write(drawn[-1], tuple(form.format(caption) for form in FORMS), args.out / f"{ord(character):05x}.png")
     contact_sheet(drawn, 32).save(args.out.with_suffix(".png"))
-    print(f"{len(drawn)} images in {args.out}")
+    print(f"{len(drawn)} pictures in {args.out}")
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 import torch
-from images import captions
+from pictures import captions
 
 from sfumato.config import LossConfig, NoiseConfig
 from sfumato.families.sd.facts import Options
@@ -17,7 +17,8 @@ from sfumato.sampling.prompts import Prompt
 from sfumato.sampling.sample import draw
 
 NAMES = """
-red apple, banana, strawberry, watermelon, pineapple, carrot, mushroom, hamburger, slice of pizza, birthday cake, doughnut, beer mug,
+red apple, banana, strawberry, watermelon, pineapple, carrot, mushroom, hamburger, slice of pizza, birthday cake,
+doughnut, beer mug,
 cat face, dog face, panda face, pig face, frog face, penguin, owl, turtle, butterfly, ladybug, octopus, tropical fish,
 red car, bus, bicycle, rocket, airplane, sailboat, helicopter, tractor, house, castle, tent, rainbow,
 sunflower, rose, cactus, christmas tree, red heart, star, crown, balloon, guitar, soccer ball, camera, smiling face
@@ -32,7 +33,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("docs/emoji-sheet.png"))
     parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--scale", type=float, default=2.0)
-    parser.add_argument("--seed", type=int, default=1, help="of the first image; each further one has the next")
+    parser.add_argument("--seed", type=int, default=1, help="of the first picture; each further one has the next")
     args = parser.parse_args()
     names = [name.strip() for name in NAMES.split(",")]
     unknown = set(names) - {caption for _, caption in captions()}
@@ -46,11 +47,14 @@ def main() -> None:
     ]
     process = FAMILY.process(models, NoiseConfig(), LossConfig())
     drawn = draw(models, prompts, process=process, sampler="ddim", batch_size=BATCH)
-    # `grid` titles whole columns; here each image has a name of its own, so each row is a grid.
-    rows = [grid([drawn[i : i + COLUMNS]], column_titles=names[i : i + COLUMNS], enlarge=2) for i in range(0, len(names), COLUMNS)]
+    # `grid` titles whole columns; here each picture has a name of its own, so each row is a grid.
+    rows = [
+        grid([drawn[i : i + COLUMNS]], column_titles=names[i : i + COLUMNS], enlarge=2)
+        for i in range(0, len(names), COLUMNS)
+    ]
     args.out.parent.mkdir(parents=True, exist_ok=True)
     grid([[row] for row in rows]).save(args.out, optimize=True)
-    print(f"{len(drawn)} images in {args.out}")
+    print(f"{len(drawn)} pictures in {args.out}")
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from images import captions, contact_sheet, draw, write
+from pictures import captions, contact_sheet, draw, write
 from PIL import ImageFont
 
 SCALE = 8
@@ -25,7 +25,7 @@ def main() -> None:
         drawn.append(draw(font, character, em, args.size))
         write(drawn[-1], (name,), args.out / f"{number:03d}_{name.replace(' ', '-')}.png")
     contact_sheet(drawn, 32).save(args.out.with_suffix(".png"))
-    print(f"{len(drawn)} images in {args.out}")
+    print(f"{len(drawn)} pictures in {args.out}")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,5 @@
-"""Make the model in the box's tokenizer: CLIP's format, with the captions' words as whole tokens and letters for all others."""
+"""Make the model in the box's tokenizer: CLIP's format, with the captions' words as whole tokens and letters for all
+others."""
 
 from __future__ import annotations
 
@@ -9,7 +10,7 @@ from collections import Counter
 from itertools import pairwise
 from pathlib import Path
 
-from images import FORMS, captions
+from pictures import FORMS, captions
 
 from sfumato.models.encoders.tokenizers import byte_letters
 
@@ -17,9 +18,12 @@ END = "</w>"
 SPECIAL = ("<|startoftext|>", "<|endoftext|>")
 LENGTH = 77
 STYLE_WORDS = """
-line art lines lineart drawing drawn sketch ink pencil pen black white grey gray colour color colourful monochrome outline outlines
-style styled simple flat bright dark light soft photo photograph painting painted watercolour cartoon icon sticker logo emoji image
-image illustration pixel pastel neon minimal detailed background plain beautiful cute happy sad big small large tiny old new
+line art lines lineart drawing drawn sketch ink pencil pen black white grey gray colour color colourful monochrome
+outline outlines
+style styled simple flat bright dark light soft photo photograph painting painted watercolour cartoon icon sticker
+logo emoji picture
+image illustration pixel pastel neon minimal detailed background plain beautiful cute happy sad big small large tiny
+old new
 red green blue yellow orange purple pink brown gold silver
 a an the of in on with and or at by for from to no not is are one two three many sks
 """
@@ -33,7 +37,8 @@ def words() -> list[str]:
 
 
 def merges(vocabulary: list[str]) -> list[tuple[str, str]]:
-    """Byte-pair merges that make one token of each word: the most frequent pair first, of equals the first in the alphabet."""
+    """Byte-pair merges that make one token of each word: the most frequent pair first, of equals the first in the
+    alphabet."""
     pieces = [[*word[:-1], word[-1] + END] for word in vocabulary]
     out = []
     while pairs := Counter(pair for word in pieces for pair in pairwise(word)):
@@ -66,7 +71,9 @@ def main() -> None:
     files = {
         "vocab.json": json.dumps({token: i for i, token in enumerate(tokens)}, ensure_ascii=False),
         "merges.txt": "\n".join(["#version: 0.2", *(f"{a} {b}" for a, b in pairs)]) + "\n",
-        "special_tokens_map.json": json.dumps({"bos_token": start, "eos_token": end, "pad_token": end, "unk_token": end}, indent=2),
+        "special_tokens_map.json": json.dumps(
+            {"bos_token": start, "eos_token": end, "pad_token": end, "unk_token": end}, indent=2
+        ),
         "tokenizer_config.json": json.dumps(
             {
                 "tokenizer_class": "CLIPTokenizer",

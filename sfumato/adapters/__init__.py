@@ -17,11 +17,22 @@ from sfumato.config.pairs import several
 from sfumato.errors import UserError, nearest
 
 _HELPERS = {"__init__", "base", "insert"}
-_KOHYA = {f"lora_{family}": "lora" for family in ("flux", "sd3", "lumina", "hunyuan_image", "anima")} | {"oft_flux": "oft"}
+_KOHYA = {f"lora_{family}": "lora" for family in ("flux", "sd3", "lumina", "hunyuan_image", "anima")} | {
+    "oft_flux": "oft"
+}
 _LATER = (
     *("block_dims", "block_alphas", "conv_block_dims", "conv_block_alphas"),
     *("down_lr_weight", "mid_lr_weight", "up_lr_weight", "block_lr_zero_threshold"),
-    *("network_reg_dims", "network_reg_lrs", "include_patterns", "exclude_patterns", "split_qkv", "ggpo_beta", "ggpo_sigma", "use_tucker"),
+    *(
+        "network_reg_dims",
+        "network_reg_lrs",
+        "include_patterns",
+        "exclude_patterns",
+        "split_qkv",
+        "ggpo_beta",
+        "ggpo_sigma",
+        "use_tucker",
+    ),
 )
 """network_args of sd-scripts that sfumato does not have yet."""
 
@@ -33,13 +44,17 @@ def kinds() -> tuple[str, ...]:
 
 
 def kind(name: str) -> type[Adapter]:
-    """A kind by its name, or by kohya's (`networks.lora`, `networks.lora_flux`). Errors: `UserError` for an unknown one."""
+    """A kind by its name, or by kohya's (`networks.lora`, `networks.lora_flux`). Errors: `UserError` for an unknown
+    one."""
     own = name.removeprefix("networks.")
     own = _KOHYA.get(own, own)
     if own in kinds():
         return cast("type[Adapter]", import_module(f"sfumato.adapters.{own}").ADAPTER)
     if name.startswith("lycoris"):
-        raise UserError(f"network_module {name!r}: name the algorithm itself, one of {', '.join(kinds())} (locon: lora with conv_dim)")
+        raise UserError(
+            f"network_module {name!r}: name the algorithm itself, one of {', '.join(kinds())} (locon: lora with "
+            "conv_dim)"
+        )
     raise UserError(f"network_module {name!r} is not known; known: {', '.join(kinds())}{nearest(own, kinds())}")
 
 
@@ -48,7 +63,9 @@ def from_tensors(tensors: Mapping[str, Tensor]) -> tuple[type[Adapter], LayerOpt
     for name in kinds():
         if options := kind(name).read(tensors):
             return kind(name), options
-    raise UserError(f"no kind of adapter has the tensors {', '.join(sorted(tensors))}; known kinds: {', '.join(kinds())}")
+    raise UserError(
+        f"no kind of adapter has the tensors {', '.join(sorted(tensors))}; known kinds: {', '.join(kinds())}"
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -117,7 +134,10 @@ def parse(network: NetworkConfig, family: type | None = None) -> AdapterPlan:
     if network.dim_from_weights and network.network_weights:
         shaping = {name for name, kind_of in theirs.items() if kind_of != "bool" or name == "split_qkv"}
         given = [name for name in args if name.startswith("conv_") or name in shaping]
-        errors += [f"network_args {name}: does nothing, as dim_from_weights takes layers and ranks from network_weights" for name in given]
+        errors += [
+            f"network_args {name}: does nothing, as dim_from_weights takes layers and ranks from network_weights"
+            for name in given
+        ]
     if errors:
         raise UserError(*errors)
     return AdapterPlan(
@@ -149,7 +169,12 @@ def _types(record: type) -> dict[str, str]:
 
 def _typed(name: str, text: str, kind_of: str, errors: list[str]) -> Any:
     """The value of `text`, or None and an error."""
-    read = {"int": int, "float": float, "bool": {"true": True, "false": False, "1": True, "0": False}.__getitem__, "str": str}[kind_of]
+    read = {
+        "int": int,
+        "float": float,
+        "bool": {"true": True, "false": False, "1": True, "0": False}.__getitem__,
+        "str": str,
+    }[kind_of]
     try:
         return read(text.strip().lower() if kind_of == "bool" else text)  # type: ignore[operator]
     except (ValueError, KeyError):

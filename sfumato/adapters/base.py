@@ -32,7 +32,8 @@ class LayerOptions:
     module_dropout: float = 0.0
     """Chance that the whole change of a layer is dropped, for a sample at a time."""
     pieces: tuple[int, ...] = ()
-    """Output rows that have an adapter of their own within the layer (q, k and v of a fused one); none: all rows share one."""
+    """Output rows that have an adapter of their own within the layer (q, k and v of a fused one); none: all rows share
+    one."""
 
     @property
     def scale(self) -> float:
@@ -50,7 +51,8 @@ class AdapterContext:
 
 
 class Adapter(nn.Module):
-    """One layer's change. Subclasses fill in `__init__`, `read`, `forward` and `delta_weight`; their parameters are the tensors of a file."""
+    """One layer's change. Subclasses fill in `__init__`, `read`, `forward` and `delta_weight`; their parameters are the
+    tensors of a file."""
 
     Options: ClassVar[type[LayerOptions]] = LayerOptions
     supports: ClassVar[frozenset[str]] = frozenset()
@@ -86,7 +88,8 @@ class Adapter(nn.Module):
         return []
 
     def scale_norm(self, limit: float) -> tuple[Tensor, Tensor]:
-        """Scale the change so that its Frobenius norm is at most `limit`. Returns (norm after, whether it was scaled), 0-d tensors."""
+        """Scale the change so that its Frobenius norm is at most `limit`. Returns (norm after, whether it was scaled),
+        0-d tensors."""
         raise UserError(f"scale_weight_norms has no meaning for {type(self).__name__}: leave it out")
 
     def tensors(self) -> AdapterTensors:
@@ -94,7 +97,8 @@ class Adapter(nn.Module):
         return {name: t.detach() for name, t in self.state_dict().items()}
 
     def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
-        """The reverse of `tensors`; a file without alpha means alpha = rank. Errors: `UserError` for other names or shapes."""
+        """The reverse of `tensors`; a file without alpha means alpha = rank. Errors: `UserError` for other names or
+        shapes."""
         given = {"alpha": torch.tensor(float(self.options.rank)), **tensors}
         own = self.state_dict()
         if wrong := sorted(own.keys() ^ given.keys()):
@@ -123,7 +127,8 @@ class Adapter(nn.Module):
         return torch.add(y, delta.to(y.dtype), alpha=strength * scale)
 
     def dropout_mask(self, purpose: str, chance: float, shape: Sequence[int], device: torch.device) -> Tensor:
-        """A mask of `shape` (rows of one sample next to each other): False with the given chance, by the batch's own draws."""
+        """A mask of `shape` (rows of one sample next to each other): False with the given chance, by the batch's own
+        draws."""
         rng = self.context.rng
         if rng is None:
             raise RuntimeError("adapters with dropout in training mode need `AdapterNetwork.rng` for every batch")
@@ -138,7 +143,8 @@ class Adapter(nn.Module):
 
 
 def over_samples(values: Tensor, like: Tensor) -> Tensor:
-    """(b,) -> (b * n, 1, ...) for `like` (b * n, ...): samples may have several rows each, as the chunks of a long caption."""
+    """(b,) -> (b * n, 1, ...) for `like` (b * n, ...): samples may have several rows each, as the chunks of a long
+    caption."""
     rows, odd = divmod(like.shape[0], values.shape[0])
     if odd:
         raise RuntimeError(f"{like.shape[0]} rows do not share out over the multipliers of {values.shape[0]} samples")
@@ -152,7 +158,8 @@ def as_input(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def is_meta(base: nn.Module) -> bool:
-    """Whether a layer has no values: its adapter is there to be counted and checked, and start values need no memory."""
+    """Whether a layer has no values: its adapter is there to be counted and checked, and start values need no
+    memory."""
     return device_of(base).type == "meta"
 
 

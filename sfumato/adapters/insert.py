@@ -1,4 +1,5 @@
-"""Chooses layers by path, gives each an adapter, and listens at its door; the net's own tensors and keys stay as they are."""
+"""Chooses layers by path, gives each an adapter, and listens at its door; the net's own tensors and keys stay as they
+are."""
 
 from __future__ import annotations
 
@@ -35,11 +36,10 @@ def choose(
 ) -> list[TargetLayer]:
     """The layers of a net that get adapters, in the net's order.
 
-    `targets`: patterns (fnmatch on module paths) by layer kind. Layers under "linear" always get one; layers
-    under "conv" only if the plan has a rank for convolutions. The rank goes by the layer: `rank` for linear
-    layers and 1x1 convolutions, `conv_rank` (if there is one) for larger ones; `target_layer` has the last word on each, and may
-    leave it out.
-    Errors: `UserError` if there is nothing to train.
+    `targets`: patterns (fnmatch on module paths) by layer kind. Layers under "linear" always get one; layers under
+    "conv" only if the plan has a rank for convolutions. The rank goes by the layer: `rank` for linear layers and 1x1
+    convolutions, `conv_rank` (if there is one) for larger ones; `target_layer` has the last word on each, and may leave
+    it out. Errors: `UserError` if there is nothing to train.
     """
     patterns = targets.get("linear", ()) + (targets.get("conv", ()) if plan.conv_rank else ())
     chosen = []
@@ -50,19 +50,26 @@ def choose(
         if target := target_layer(TargetLayer(path, module, plan.options(conv=large and plan.conv_rank is not None))):
             chosen.append(target)
     if not chosen:
-        raise UserError(f"{component}: no layer is left to put an adapter on, of those with paths like {', '.join(patterns) or 'any'}")
+        raise UserError(
+            f"{component}: no layer is left to put an adapter on, of those with paths like "
+            f"{', '.join(patterns) or 'any'}"
+        )
     _check_ranks(component, chosen)
     return chosen
 
 
 def _check_ranks(component: str, chosen: Sequence[TargetLayer]) -> None:
-    """Errors: `UserError` for ranks above what any of these layers can have; a layer of its own may be smaller than the common rank."""
+    """Errors: `UserError` for ranks above what any of these layers can have; a layer of its own may be smaller than the
+    common rank."""
     for name, large in (("network_dim", False), ("conv_dim", True)):
         alike = [p for p in chosen if (isinstance(p.layer, nn.Conv2d) and p.layer.kernel_size != (1, 1)) == large]
         rank = max((p.options.rank for p in alike), default=0)
         most = max((_full_rank(p.layer) for p in alike), default=0)
         if rank > most:
-            raise UserError(f"{name} {rank}: no change of {component}'s layers has a rank above {most}; choose one below that, such as 32")
+            raise UserError(
+                f"{name} {rank}: no change of {component}'s layers has a rank above {most}; choose one below that, "
+                "such as 32"
+            )
 
 
 def _full_rank(layer: nn.Module) -> int:
@@ -84,7 +91,8 @@ class AdapterNetwork(nn.Module):
     """Adapters at their layers. An `nn.Module` of the adapters alone: its parameters are what is trained."""
 
     def __init__(self, chosen: Mapping[str, Sequence[TargetLayer]], kind: type[Adapter], *, seed: int) -> None:
-        """`chosen`: by component ("denoiser", "clip_l"). Start values depend on the seed and on each layer's own name."""
+        """`chosen`: by component ("denoiser", "clip_l"). Start values depend on the seed and on each layer's own
+        name."""
         super().__init__()
         self.context = AdapterContext()
         self._hooked: dict[ModulePath, tuple[Adapter, nn.Module]] = {}
@@ -142,7 +150,8 @@ class AdapterNetwork(nn.Module):
 
     @torch.no_grad()
     def merge(self, sign: float = 1.0) -> None:
-        """Add `sign * multiplier *` every change to its layer's weight, for good. Call `remove` as well, or it acts twice."""
+        """Add `sign * multiplier *` every change to its layer's weight, for good. Call `remove` as well, or it acts
+        twice."""
         if isinstance(self.multiplier, Tensor):
             raise RuntimeError("a multiplier for each sample cannot be merged")
         for adapter, layer in self._hooked.values():
@@ -164,18 +173,25 @@ class AdapterNetwork(nn.Module):
 
 
 def from_state(
-    nets: Mapping[str, nn.Module], state: Mapping[ModulePath, AdapterTensors], plan: AdapterPlan | None = None, *, seed: int = 0
+    nets: Mapping[str, nn.Module],
+    state: Mapping[ModulePath, AdapterTensors],
+    plan: AdapterPlan | None = None,
+    *,
+    seed: int = 0,
 ) -> AdapterNetwork:
     """Adapters with the layers, ranks, alphas and values of a file; dropouts and the like come from `plan`.
 
-    `nets`: by component. Errors: `UserError` for an empty file, several kinds in one file, or another kind than the plan's.
+    `nets`: by component. Errors: `UserError` for an empty file, several kinds in one file, or another kind than the
+    plan's.
     """
     if not state:
         raise UserError("the file holds no adapter")
     read = {path: from_tensors(tensors) for path, tensors in state.items()}
     found = {kind for kind, _ in read.values()} | ({plan.kind} if plan else set())
     if len(found) > 1:
-        raise UserError(f"several kinds of adapters where one was expected: {', '.join(sorted(k.__name__ for k in found))}")
+        raise UserError(
+            f"several kinds of adapters where one was expected: {', '.join(sorted(k.__name__ for k in found))}"
+        )
     chosen: dict[str, list[TargetLayer]] = {}
     for component, net in nets.items():
         for path, layer in net.named_modules():

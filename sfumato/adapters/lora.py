@@ -1,7 +1,7 @@
 """LoRA: the change is a product of two thin matrices (arXiv:2106.09685); for convolutions, LoCon as LyCORIS has it.
 
-A fused layer's pieces may have pairs of their own. In a file they are one pair: the `down`s stacked, the `up`s on a diagonal of
-blocks, and alpha times their number, as the rank has grown so.
+A fused layer's pieces may have pairs of their own. In a file they are one pair: the `down`s stacked, the `up`s on a
+diagonal of blocks, and alpha times their number, as the rank has grown so.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ from sfumato.formats.dialect import ALPHA, DOWN, UP, AdapterTensors
 
 
 class LoRA(Adapter):
-    """`y + multiplier * alpha / rank * up(down(x))`. A convolution's `down` has its kernel, stride and padding; its `up` is 1x1."""
+    """`y + multiplier * alpha / rank * up(down(x))`. A convolution's `down` has its kernel, stride and padding; its
+    `up` is 1x1."""
 
     supports = frozenset({"dropout", "rank_dropout", "module_dropout"})
 
@@ -67,7 +68,10 @@ class LoRA(Adapter):
             return super().load_tensors(tensors)
         down, up = (tensors.get(name) for name in (DOWN, UP))
         if down is None or up is None or down.shape != self.lora_down.weight.shape or not self.lora_up.take(up):
-            raise UserError(f"{self.name}: the file's adapter is not of {len(self.options.pieces)} separate pieces; leave split_qkv out")
+            raise UserError(
+                f"{self.name}: the file's adapter is not of {len(self.options.pieces)} separate pieces; leave "
+                "split_qkv out"
+            )
         self.lora_down.weight.copy_(down)
         self.alpha.copy_(tensors.get(ALPHA, torch.tensor(float(len(down)))))
         self.options = replace(self.options, alpha=float(self.alpha) / len(self.options.pieces))
@@ -90,7 +94,9 @@ class LoRA(Adapter):
         if p := self.options.dropout:
             h = h * self.dropout_mask("dropout", p, h.shape, h.device).to(h.dtype) / (1 - p)
         if p := self.options.rank_dropout:
-            mask = self.dropout_mask("rank_dropout", p, (h.shape[0], len(self.lora_down.weight)), h.device).to(h.dtype) / (1 - p)
+            mask = self.dropout_mask("rank_dropout", p, (h.shape[0], len(self.lora_down.weight)), h.device).to(
+                h.dtype
+            ) / (1 - p)
             ones = [1] * (h.ndim - 2)
             h = h * mask.view(len(h), *((-1, *ones) if isinstance(self.lora_down, nn.Conv2d) else (*ones, -1)))
         return h
@@ -109,7 +115,8 @@ class Diagonal(nn.Module):
         return _diagonal(self.blocks)
 
     def take(self, weight: Tensor) -> bool:
-        """Take the blocks of such a weight; False, and nothing is taken, if it has another shape or is not zero elsewhere."""
+        """Take the blocks of such a weight; False, and nothing is taken, if it has another shape or is not zero
+        elsewhere."""
         if weight.shape != self.weight.shape:
             return False
         rows = torch.split(weight, [len(block) for block in self.blocks])
@@ -123,7 +130,9 @@ class Diagonal(nn.Module):
     def forward(self, h: Tensor) -> Tensor:
         """(..., all ranks) -> (..., all rows)"""
         shares = h.chunk(len(self.blocks), -1)
-        return torch.cat([functional.linear(share, block) for share, block in zip(shares, self.blocks, strict=True)], -1)
+        return torch.cat(
+            [functional.linear(share, block) for share, block in zip(shares, self.blocks, strict=True)], -1
+        )
 
 
 def _diagonal(blocks: Iterable[Tensor]) -> Tensor:

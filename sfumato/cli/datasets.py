@@ -1,4 +1,5 @@
-"""Dataset files (TOML or JSON) and kohya's folders of folders -> `DatasetConfig`s; subset -> dataset -> [general] -> flag."""
+"""Dataset files (TOML or JSON) and kohya's folders of folders -> `DatasetConfig`s; subset -> dataset -> [general] ->
+flag."""
 
 from __future__ import annotations
 
@@ -57,7 +58,9 @@ def read(settings: Mapping[str, Any], given: Mapping[str, Given], report: Report
     for said in left_out:
         report.note(said)
     if lenient and found and not made and not report.errors:
-        report.error(f"{source}: no folder of images is left to train on:" + "".join(f"\n  {said}" for said in left_out))
+        report.error(
+            f"{source}: no folder of images is left to train on:" + "".join(f"\n  {said}" for said in left_out)
+        )
     if made:
         _unused_flags(settings, given, used, report)
         check(made, settings, given, report)
@@ -71,7 +74,8 @@ Tables = list[tuple[Found, list[Found]]]
 
 
 def from_file(path: Path, report: Report, *, lenient: bool = False) -> Tables:
-    """The settings of a dataset file, each with its line and of the right type. `lenient`: it was made for kohya's scripts."""
+    """The settings of a dataset file, each with its line and of the right type. `lenient`: it was made for kohya's
+    scripts."""
     if not os.path.isfile(path):
         return []  # reported with the other paths
     try:
@@ -84,12 +88,16 @@ def from_file(path: Path, report: Report, *, lenient: bool = False) -> Tables:
         return _table(path, at, content, lines, known, report, lenient)
 
     if "datasets" not in content and (setting := _of_a_training(content)):
-        report.error(f"{path}: is a config file (it sets {setting}), not a dataset file with [[datasets]]: name it with --config")
+        report.error(
+            f"{path}: is a config file (it sets {setting}), not a dataset file with [[datasets]]: name it with --config"
+        )
         return []
     for name in sorted(set(content) - {"general", "datasets"}):
         line = lines.get((name,)) or lines.get((name, 0))
         near = nearest(name, ("general", "datasets"))
-        report.error(f"{path}{f':{line}' if line else ''}: {name}: unknown table; expected [general] and [[datasets]]{near}")
+        report.error(
+            f"{path}{f':{line}' if line else ''}: {name}: unknown table; expected [general] and [[datasets]]{near}"
+        )
     general = table(("general",), content.get("general", {}), _DATASET)
     found: Tables = []
     for d, dataset in enumerate(_tables(path, "datasets", content.get("datasets"), report)):
@@ -103,13 +111,17 @@ def from_file(path: Path, report: Report, *, lenient: bool = False) -> Tables:
 def _of_a_training(content: Mapping[str, Any]) -> str:
     """The first setting of a training that is none of images, or nothing."""
     tables = [content, *(table for table in content.values() if isinstance(table, dict))]
-    return next((name for table in tables for name in table if name in options.known() and name not in _SUBSET | _DATASET), "")
+    return next(
+        (name for table in tables for name in table if name in options.known() and name not in _SUBSET | _DATASET), ""
+    )
 
 
 def _tables(path: Path, name: str, content: Any, report: Report) -> list[dict[str, Any]]:
     if isinstance(content, list) and content and all(isinstance(c, dict) for c in content):
         return content
-    report.error(f"{path}: expected at least one [[{name}]]" + (f", found {name} = {_some(content)}" if content else ""))
+    report.error(
+        f"{path}: expected at least one [[{name}]]" + (f", found {name} = {_some(content)}" if content else "")
+    )
     return []
 
 
@@ -119,7 +131,13 @@ def _some(content: object) -> str:
 
 
 def _table(
-    path: Path, at: toml.Path_, content: Any, lines: Mapping[toml.Path_, int], known: set[str], report: Report, lenient: bool
+    path: Path,
+    at: toml.Path_,
+    content: Any,
+    lines: Mapping[toml.Path_, int],
+    known: set[str],
+    report: Report,
+    lenient: bool,
 ) -> Found:
     if not isinstance(content, dict):
         report.error(f"{path}: {'.'.join(map(str, at))}: expected a table, found {_some(content)}")
@@ -174,13 +192,20 @@ def _kinds() -> dict[str, Any]:
 
 def from_folders(settings: Mapping[str, Any], given: Mapping[str, Given], report: Report) -> Tables:
     """One dataset of the folders `<repeats>_<class tokens>` in train_data_dir and reg_data_dir."""
-    subsets = [s for key in ("train_data_dir", "reg_data_dir") if settings[key] for s in _folders(key, Path(settings[key]), given, report)]
+    subsets = [
+        s
+        for key in ("train_data_dir", "reg_data_dir")
+        if settings[key]
+        for s in _folders(key, Path(settings[key]), given, report)
+    ]
     return [({}, subsets)] if subsets else []
 
 
 def _folders(key: str, root: Path, given: Mapping[str, Given], report: Report) -> list[Found]:
     try:
-        inside = sorted(p for p in paths.expanded(str(root)).iterdir() if os.path.isdir(p) and not p.name.startswith("."))
+        inside = sorted(
+            p for p in paths.expanded(str(root)).iterdir() if os.path.isdir(p) and not p.name.startswith(".")
+        )
     except OSError as error:
         if os.path.isdir(root):  # else it is reported with the other paths
             report.error(f"{given.get(key, f'--{key}')}: {root} cannot be read: {error.strerror}")
@@ -204,7 +229,8 @@ def _folders(key: str, root: Path, given: Mapping[str, Given], report: Report) -
         found.append({name: Given(name, value, str(folder), False) for name, value in told.items()})
     if not found:
         report.error(
-            f"{given.get(key, f'--{key}')}: {root} has no folder `<repeats>_<class tokens>`, such as {root / '10_my cat'}; "
+            f"{given.get(key, f'--{key}')}: {root} has no folder `<repeats>_<class tokens>`, such as "
+            f"{root / '10_my cat'}; "
             "for a folder that holds the images itself write a dataset file (dataset_config) with image_dir"
         )
     return found
@@ -222,7 +248,10 @@ def _acting(subsets: Iterable[SubsetConfig], lenient: bool, left_out: list[str])
     for subset in subsets:
         place = subset.image_dir if trouble(subset.image_dir, "folder") else os.path.realpath(subset.image_dir)
         if place in kept:
-            left_out.append(f"{subset.image_dir}: stands twice in one dataset, and is taken once, with the settings that stand first")
+            left_out.append(
+                f"{subset.image_dir}: stands twice in one dataset, and is taken once, with the settings that stand "
+                "first"
+            )
         elif lenient and (why := _passed_over(subset)):
             left_out.append(f"{subset.image_dir}: left out, as in kohya's scripts: {why}")
         else:
@@ -242,7 +271,9 @@ def _passed_over(subset: SubsetConfig) -> str:
 # --- falling back ---------------------------------------------------------------------------------
 
 
-def _dataset(table: Found, subsets: list[Found], settings: Mapping[str, Any], used: dict[str, set[Any]], report: Report) -> DatasetConfig:
+def _dataset(
+    table: Found, subsets: list[Found], settings: Mapping[str, Any], used: dict[str, set[Any]], report: Report
+) -> DatasetConfig:
     def value(name: str, *levels: Found) -> Any:
         for level in levels:
             if name in level and level[name].value is not None:
@@ -260,7 +291,10 @@ def _dataset(table: Found, subsets: list[Found], settings: Mapping[str, Any], us
     for subset in subsets:
         if "image_dir" not in subset:
             first = next(iter(subset.values()), None)
-            report.error(f"{first.where if first else 'a [[datasets.subsets]]'}: image_dir is missing in this [[datasets.subsets]]")
+            report.error(
+                f"{first.where if first else 'a [[datasets.subsets]]'}: image_dir is missing in this "
+                "[[datasets.subsets]]"
+            )
         made.append(SubsetConfig(**{f.name: note(f.name, value(f.name, subset, table)) for f in fields(SubsetConfig)}))
     own = {f.name: note(f.name, value(f.name, table)) for f in fields(DatasetConfig) if f.name != "subsets"}
     return DatasetConfig(**own, subsets=tuple(made))
@@ -270,7 +304,9 @@ def _default(name: str) -> Any:
     return next(o[name].default for o in (options.of(SubsetConfig, ""), options.of(DatasetConfig, "")) if name in o)
 
 
-def _unused_flags(settings: Mapping[str, Any], given: Mapping[str, Given], used: Mapping[str, set[Any]], report: Report) -> None:
+def _unused_flags(
+    settings: Mapping[str, Any], given: Mapping[str, Given], used: Mapping[str, set[Any]], report: Report
+) -> None:
     """Flags that every dataset overrules."""
     for name, found in used.items():
         flag = _FLAGS.get(name, name)
@@ -280,7 +316,9 @@ def _unused_flags(settings: Mapping[str, Any], given: Mapping[str, Given], used:
             continue
         if each.flag or settings[flag] != options.common()[flag].default:
             source = settings["dataset_config"] or settings["train_data_dir"]
-            report.without_effect(each, f"{source} says {name} itself, for every {'dataset' if name in _DATASET - _SHARED else 'folder'}")
+            report.without_effect(
+                each, f"{source} says {name} itself, for every {'dataset' if name in _DATASET - _SHARED else 'folder'}"
+            )
 
 
 # --- checks across settings -----------------------------------------------------------------------
@@ -291,7 +329,9 @@ _NOT_CACHED = ("color_aug", "random_crop", "face_crop_aug_range")
 _NOT_FINITE = ("shuffle_caption", "caption_tag_dropout_rate", "token_warmup_step", "enable_wildcard")
 
 
-def check(datasets: Iterable[DatasetConfig], settings: Mapping[str, Any], given: Mapping[str, Given], report: Report) -> None:
+def check(
+    datasets: Iterable[DatasetConfig], settings: Mapping[str, Any], given: Mapping[str, Given], report: Report
+) -> None:
     """Report what does not go together in the datasets."""
     datasets = tuple(datasets)
     for number, dataset in enumerate(datasets, 1):
@@ -302,9 +342,13 @@ def check(datasets: Iterable[DatasetConfig], settings: Mapping[str, Any], given:
             _check_subset(subset, settings, report)
     subsets = [s for d in datasets for s in d.subsets]
     if settings["masked_loss"] and not any(s.alpha_mask or s.conditioning_data_dir for s in subsets):
-        report.error(f"{given.get('masked_loss', 'masked_loss')}: no folder has masks: set alpha_mask or conditioning_data_dir")
+        report.error(
+            f"{given.get('masked_loss', 'masked_loss')}: no folder has masks: set alpha_mask or conditioning_data_dir"
+        )
     if "prior_loss_weight" in given and settings["prior_loss_weight"] != 1.0 and not any(s.is_reg for s in subsets):
-        report.without_effect(given["prior_loss_weight"], "no folder holds regularisation images (is_reg, reg_data_dir)")
+        report.without_effect(
+            given["prior_loss_weight"], "no folder holds regularisation images (is_reg, reg_data_dir)"
+        )
 
 
 def _check_buckets(dataset: DatasetConfig, report: Report) -> None:
@@ -318,9 +362,15 @@ def _check_buckets(dataset: DatasetConfig, report: Report) -> None:
     if low > high:
         report.error(f"min_bucket_reso {dataset.min_bucket_reso} is above max_bucket_reso {dataset.max_bucket_reso}")
     if max(dataset.resolution) > high:
-        report.error(f"resolution {max(dataset.resolution)} is above max_bucket_reso {dataset.max_bucket_reso}: raise max_bucket_reso")
+        report.error(
+            f"resolution {max(dataset.resolution)} is above max_bucket_reso {dataset.max_bucket_reso}: raise "
+            "max_bucket_reso"
+        )
     if min(dataset.resolution) < min(low, dataset.min_bucket_reso):
-        report.error(f"resolution {min(dataset.resolution)} is below min_bucket_reso {dataset.min_bucket_reso}: lower min_bucket_reso")
+        report.error(
+            f"resolution {min(dataset.resolution)} is below min_bucket_reso {dataset.min_bucket_reso}: lower "
+            "min_bucket_reso"
+        )
 
 
 def _check_subset(subset: SubsetConfig, settings: Mapping[str, Any], report: Report) -> None:
@@ -329,18 +379,27 @@ def _check_subset(subset: SubsetConfig, settings: Mapping[str, Any], report: Rep
 
     if (settings["cache_latents"] or settings["cache_latents_to_disk"]) and (found := on(_NOT_CACHED)):
         report.error(
-            f"{subset.image_dir}: {', '.join(found)} cannot be used with cache_latents: images are encoded only once (flip_aug can)"
+            f"{subset.image_dir}: {', '.join(found)} cannot be used with cache_latents: images are encoded only once "
+            "(flip_aug can)"
         )
-    if (settings["cache_text_encoder_outputs"] or settings["cache_text_encoder_outputs_to_disk"]) and (found := on(_NOT_FINITE)):
+    if (settings["cache_text_encoder_outputs"] or settings["cache_text_encoder_outputs_to_disk"]) and (
+        found := on(_NOT_FINITE)
+    ):
         report.error(
-            f"{subset.image_dir}: {', '.join(found)} cannot be used with cache_text_encoder_outputs: captions are encoded only once"
+            f"{subset.image_dir}: {', '.join(found)} cannot be used with cache_text_encoder_outputs: captions are "
+            "encoded only once"
         )
     if not on(_CUTS) and subset.keep_tokens:
         report.note(f"{subset.image_dir}: keep_tokens: no effect without {', '.join(_CUTS[:2])} or {_CUTS[2]}")
     if subset.conditioning_data_dir and not settings["masked_loss"]:
-        report.error(f"{subset.image_dir}: conditioning_data_dir needs masked_loss: set it, or leave conditioning_data_dir out")
+        report.error(
+            f"{subset.image_dir}: conditioning_data_dir needs masked_loss: set it, or leave conditioning_data_dir out"
+        )
     if subset.face_crop_aug_range and not re.fullmatch(r"[\d.]+,[\d.]+", subset.face_crop_aug_range):
-        report.error(f'{subset.image_dir}: face_crop_aug_range: expected "min,max" such as "2.0,4.0", found {subset.face_crop_aug_range!r}')
+        report.error(
+            f'{subset.image_dir}: face_crop_aug_range: expected "min,max" such as "2.0,4.0", '
+            f"found {subset.face_crop_aug_range!r}"
+        )
 
 
 def write(datasets: Iterable[DatasetConfig]) -> str:

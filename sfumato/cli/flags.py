@@ -25,9 +25,10 @@ CONFIGS = {
     "config_file": "The same for a file made for kohya's scripts: settings without effect are stated, not refused.",
 }
 _ZERO_IS_OFF = """
-    save_every_n_epochs save_every_n_steps save_n_epoch_ratio save_last_n_epochs save_last_n_steps save_last_n_epochs_state
-    save_last_n_steps_state sample_every_n_steps sample_every_n_epochs multires_noise_iterations max_train_epochs
-    min_snr_gamma v_pred_like_loss noise_offset adaptive_noise_scale ip_noise_gamma scale_weight_norms network_dropout
+    save_every_n_epochs save_every_n_steps save_n_epoch_ratio save_last_n_epochs save_last_n_steps
+    save_last_n_epochs_state save_last_n_steps_state sample_every_n_steps sample_every_n_epochs
+    multires_noise_iterations max_train_epochs min_snr_gamma v_pred_like_loss noise_offset adaptive_noise_scale
+    ip_noise_gamma scale_weight_norms network_dropout
 """
 """Kohya's files write 0 where nothing is meant, and its scripts take 0 for off."""
 
@@ -44,7 +45,12 @@ def parser(prog: str, *, names: Iterable[str] | None = None) -> Parser:
 
     Values stay strings: they are checked together with those of the files.
     """
-    made = Parser(prog=prog, usage=f"{prog} [--config FILE] [--flag value ...]", allow_abbrev=False, argument_default=argparse.SUPPRESS)
+    made = Parser(
+        prog=prog,
+        usage=f"{prog} [--config FILE] [--flag value ...]",
+        allow_abbrev=False,
+        argument_default=argparse.SUPPRESS,
+    )
     for name, said in CONFIGS.items():
         made.add_argument(f"--{name}", metavar="FILE", help=said)
     wanted = None if names is None else set(names)
@@ -89,7 +95,9 @@ class Resolved:
     """The config files that said it."""
 
 
-def resolve(argv: Sequence[str], method: Method, *, say: Say | None = None, **options: Any) -> tuple[Config, tuple[DatasetConfig, ...]]:
+def resolve(
+    argv: Sequence[str], method: Method, *, say: Say | None = None, **options: Any
+) -> tuple[Config, tuple[DatasetConfig, ...]]:
     """The config and datasets of a command line; notices go to `say` (default: stderr of the first process).
 
     Errors: one `UserError` with all mistakes, each with its file, line and key. For `options` see `resolve_all`.
@@ -121,7 +129,8 @@ def resolve_all(
     """As `resolve`, with the notices returned.
 
     `data`: whether images are needed. `only`: the flags there are; files may say more, for other commands.
-    `kohya`: state what has no effect instead of refusing it. `short`: flags that may be shortened. `defaults`: other defaults than ours.
+    `kohya`: state what has no effect instead of refusing it. `short`: flags that may be shortened. `defaults`: other
+    defaults than ours.
     `adapt`: changes what was given before it is checked.
     """
     report = Report()
@@ -146,7 +155,12 @@ def resolve_all(
 
 
 def _of_family(
-    facts: Facts, settings: Mapping[str, Any], plain: Mapping[str, Any], given: Mapping[str, Given], method: Method, report: Report
+    facts: Facts,
+    settings: Mapping[str, Any],
+    plain: Mapping[str, Any],
+    given: Mapping[str, Given],
+    method: Method,
+    report: Report,
 ) -> None:
     """Report what the family has no use for, and what is wrong with its own options."""
     for name, why in facts.refused.items():
@@ -166,7 +180,10 @@ def _datasets(settings: Mapping[str, Any], given: Mapping[str, Given], report: R
     from sfumato.cli import datasets
 
     if not (settings["dataset_config"] or settings["train_data_dir"]):
-        report.error("no images: set dataset_config (a dataset file) or train_data_dir (a folder of folders `<repeats>_<class tokens>`)")
+        report.error(
+            "no images: set dataset_config (a dataset file) or train_data_dir (a folder of folders `<repeats>_<class "
+            "tokens>`)"
+        )
         return ()
     return datasets.read(settings, given, report)
 
@@ -181,7 +198,9 @@ def gather(
     short: Collection[str] = (),
 ) -> dict[str, Given]:
     """What the command line and the files that it names say, by setting; flags win."""
-    parsed, strange = parser(prog, names=only).parse_known_args([habits.full_name(word, short, report) for word in argv])
+    parsed, strange = parser(prog, names=only).parse_known_args(
+        [habits.full_name(word, short, report) for word in argv]
+    )
     said, flag_names = vars(parsed), every_name() if only is None else [*only, *CONFIGS]
     for word in strange:
         if word.startswith("--"):
@@ -218,7 +237,8 @@ def _own_words(settings: Iterable[Given], report: Report) -> list[Given]:
 
 
 def from_file(name: str, report: Report, *, key: str, lenient: bool) -> dict[str, Given]:
-    """The settings of a config file, which `key` names: sections are free, keys are not. Errors: `UserError` if it cannot be read."""
+    """The settings of a config file, which `key` names: sections are free, keys are not. Errors: `UserError` if it
+    cannot be read."""
     path = Path(name).expanduser()
     if not os.path.exists(path) and Path(f"{path}.toml").is_file():
         path = Path(f"{path}.toml")
@@ -250,7 +270,10 @@ def _dataset_file(content: Mapping[str, Any], key: str) -> str:
         return ""
     if set(content) <= {"general", "datasets"}:
         return f"is a dataset file, with [[datasets]], not a config file: name it with --dataset_config, not --{key}"
-    return "[[datasets]] stand in a file of their own, with [general]: move them there, and name that file with dataset_config"
+    return (
+        "[[datasets]] stand in a file of their own, with [general]: move them there, and name that file with "
+        "dataset_config"
+    )
 
 
 def _flat(content: Mapping[str, Any], at: tuple[str | int, ...] = ()) -> Iterable[tuple[tuple[str | int, ...], Any]]:
@@ -264,22 +287,31 @@ def _flat(content: Mapping[str, Any], at: tuple[str | int, ...] = ()) -> Iterabl
 def _not_a_setting(given: Given, found: Mapping[str, Given]) -> str:
     if given.key in found:
         return f"was set before, at {found[given.key].where}"
-    if given.key in options.known() or given.key in kohya_settings.names() or (given.lenient and given.key in habits.network_args()):
+    if (
+        given.key in options.known()
+        or given.key in kohya_settings.names()
+        or (given.lenient and given.key in habits.network_args())
+    ):
         return ""
     return f"unknown setting{nearest(given.key, every_name())}"
 
 
 def find_family(given: Mapping[str, Given], report: Report) -> str:
-    """The family of the base model, from its header; a stand-in while the path is wrong, so that the rest can be checked."""
+    """The family of the base model, from its header; a stand-in while the path is wrong, so that the rest can be
+    checked."""
     from sfumato.families.detect import detect_file
 
     stand_in = next((options.owners()[k][0] for k in given if k in options.owners()), families.names()[0])
     base = given.get("pretrained_model_name_or_path")
     if base is None or not isinstance(base.value, str) or not base.value:
-        report.error("no base model: set pretrained_model_name_or_path to a .safetensors or .ckpt file, a diffusers folder or a hub id")
+        report.error(
+            "no base model: set pretrained_model_name_or_path to a .safetensors or .ckpt file, a diffusers folder or a "
+            "hub id"
+        )
         return stand_in
     if report.errors and (paths.is_hub_id(base.value) or trouble(paths.expanded(base.value), "file or folder")):
-        return stand_in  # nothing is fetched from the hub for a run that cannot start, and what is wrong with a path was said
+        # Nothing is fetched from the hub for a run that cannot start, and what is wrong with a path was reported.
+        return stand_in
     try:
         family = detect_file(base.value).family
     except UserError as e:

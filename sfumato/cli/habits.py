@@ -1,4 +1,5 @@
-"""What kohya's lines and front ends write otherwise: shortened flags, network_args at the top of a file, "" for nothing."""
+"""What kohya's lines and front ends write otherwise: shortened flags, network_args at the top of a file, "" for
+nothing."""
 
 from __future__ import annotations
 
@@ -11,8 +12,9 @@ from sfumato.cli import kohya_settings, options
 from sfumato.cli.report import Given, Report
 
 _LORA_ARGS = """
-    loraplus_lr_ratio loraplus_unet_lr_ratio loraplus_text_encoder_lr_ratio conv_dim conv_alpha rank_dropout module_dropout
-    block_dims block_alphas conv_block_dims conv_block_alphas down_lr_weight mid_lr_weight up_lr_weight block_lr_zero_threshold
+    loraplus_lr_ratio loraplus_unet_lr_ratio loraplus_text_encoder_lr_ratio conv_dim conv_alpha rank_dropout
+    module_dropout block_dims block_alphas conv_block_dims conv_block_alphas down_lr_weight mid_lr_weight up_lr_weight
+    block_lr_zero_threshold
 """
 
 _SILENT = ("verbose",)
@@ -20,7 +22,8 @@ _SILENT = ("verbose",)
 
 
 def full_name(word: str, names: Collection[str], report: Report) -> str:
-    """A word of a command line, with a flag that is the beginning of one name alone written out, as argparse reads it."""
+    """A word of a command line, with a flag that is the beginning of one name alone written out, as argparse reads
+    it."""
     short, equals, value = word.removeprefix("--").partition("=")
     if not word.startswith("--") or not short or short in names:
         return word
@@ -39,11 +42,14 @@ def beginning(short: str, names: Collection[str]) -> list[str]:
 def network_args() -> frozenset[str]:
     """Arguments of adapters that front ends write as settings of their own."""
     theirs = [record for name in families.names() if (record := families.facts(name).network_args)]
-    return frozenset({*_LORA_ARGS.split(), *(f.name for record in theirs for f in fields(record))} - set(options.known()))
+    return frozenset(
+        {*_LORA_ARGS.split(), *(f.name for record in theirs for f in fields(record))} - set(options.known())
+    )
 
 
 def gathered(found: Mapping[str, Given], report: Report) -> dict[str, Given]:
-    """The settings of a file with those that belong there put into network_args; sd-scripts does not read them, which users do not know."""
+    """The settings of a file with those that belong there put into network_args; sd-scripts does not read them, which
+    users do not know."""
     out = {key: each for key, each in found.items() if key not in network_args()}
     for key, each in found.items():
         if key in network_args() and not kohya_settings.off(each):

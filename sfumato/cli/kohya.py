@@ -1,4 +1,5 @@
-"""Command lines of kohya's sd-scripts: an old script's name -> what it trains, its defaults, its ways of saying things."""
+"""Command lines of kohya's sd-scripts: an old script's name -> what it trains, its defaults, its ways of saying
+things."""
 
 from __future__ import annotations
 
@@ -66,20 +67,28 @@ def resolve(script: str, argv: Sequence[str]) -> flags.Resolved:
     def adapt(given: dict[str, Given], report: Report) -> None:
         _adapt(what, given, report)
 
-    found = flags.resolve_all(argv, what.method, prog=f"{script}.py", kohya=True, short=flags_of(what), defaults=DEFAULTS, adapt=adapt)
+    found = flags.resolve_all(
+        argv, what.method, prog=f"{script}.py", kohya=True, short=flags_of(what), defaults=DEFAULTS, adapt=adapt
+    )
     found = _without_idle_defaults(found)
     family = type(found.config.family).__module__.split(".")[-2]
     if family not in what.families:
-        theirs = [f"{name}.py" for name, other in scripts().items() if other.method == what.method and family in other.families]
+        theirs = [
+            f"{name}.py"
+            for name, other in scripts().items()
+            if other.method == what.method and family in other.families
+        ]
         raise UserError(
-            f"{script}.py is for the family {' or '.join(what.families)}, but the base model is of the family {family}: "
+            f"{script}.py is for the family {' or '.join(what.families)}, but the base model is of the family "
+            f"{family}: "
             f"use {' or '.join([*theirs, f'`sfumato train {what.method}`'])}"
         )
     return found
 
 
 def flags_of(script: Script) -> frozenset[str]:
-    """The flags of a script, as far as its families have them; each may be shortened to what no other one begins with."""
+    """The flags of a script, as far as its families have them; each may be shortened to what no other one begins
+    with."""
     theirs = {name for family in script.families for name in options.of_family(family)}
     return frozenset({"config_file", *kohya_settings.flags(), *theirs, *options.common()} - OURS)
 
@@ -130,10 +139,13 @@ def _number(given: Given | None) -> int | None:
 def _log_folder(given: dict[str, Given], report: Report) -> None:
     """kohya's logging_dir alone switches tensorboard on."""
     if find_spec("tensorboard"):
-        given["log_with"] = replace(given["logging_dir"], key="log_with", value="tensorboard", flag=False, where=str(given["logging_dir"]))
+        given["log_with"] = replace(
+            given["logging_dir"], key="log_with", value="tensorboard", flag=False, where=str(given["logging_dir"])
+        )
     else:
         report.note(
-            f"{given.pop('logging_dir')}: accepted, no effect: tensorboard is not installed (pip install tensorboard); LOG.jsonl is written"
+            f"{given.pop('logging_dir')}: accepted, no effect: tensorboard is not installed (pip install tensorboard); "
+            "LOG.jsonl is written"
         )
 
 

@@ -103,7 +103,7 @@ REFUSED: Mapping[str, str] = {
     "metadata_thumbnail": _LATER,
     "no_token_padding": f"{_LATER}: captions are padded to the encoder's length, as inference does",
     "num_last_block_to_freeze": f"{_LATER}: network_args train_block_indices chooses blocks for an adapter",
-    "output_config": "is not needed: the resolved config is written beside every result, and `sfumato plan` checks it without training",
+    "output_config": "is not needed: the resolved config is written beside every result, `sfumato plan` checks it",
     "resume_from_huggingface": f"{_LATER}: download the state and name its folder with resume",
     "save_state_to_huggingface": _HUB,
     "single_blocks_to_swap": _MEMORY,

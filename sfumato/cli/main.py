@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 
 METHODS: tuple[Method, ...] = ("network", "full")
 SAMPLE = """
-    sample_prompts sample_sampler output_dir output_name network_weights base_weights base_weights_multiplier seed mixed_precision
-    xformers sdpa no_half_vae zero_terminal_snr
+    sample_prompts sample_sampler output_dir output_name network_weights base_weights base_weights_multiplier seed
+    mixed_precision xformers sdpa no_half_vae zero_terminal_snr
 """
 """What `sfumato sample` reads, besides the model and the family's own settings."""
 
@@ -45,7 +45,9 @@ def guarded(job: Callable[[], int]) -> int:
     """Run a job; a user's mistake is told on stderr without a traceback."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")  # a file's name may have no letter in the terminal's alphabet, or be no text
+            stream.reconfigure(
+                errors="backslashreplace"
+            )  # a file's name may have no letter in the terminal's alphabet, or be no text
     try:
         return job()
     except UserError as e:
@@ -53,7 +55,8 @@ def guarded(job: Callable[[], int]) -> int:
             print(f"error: {message}", file=sys.stderr)
         return 2
     except BrokenPipeError:
-        # The reader, `head` say, has seen enough. What is still buffered must go nowhere, or Python complains at its end.
+        # The reader, `head` say, has seen enough. What is still buffered must go nowhere, or Python complains at its
+        # end.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except OSError as e:
@@ -75,7 +78,9 @@ def _dispatch(words: list[str]) -> int:
         print(f"sfumato {__version__}")
         return 0
     if words[0] not in COMMANDS:
-        raise UserError(f"{words[0]!r} is no command of sfumato{nearest(words[0], COMMANDS)} (there are {', '.join(COMMANDS)})")
+        raise UserError(
+            f"{words[0]!r} is no command of sfumato{nearest(words[0], COMMANDS)} (there are {', '.join(COMMANDS)})"
+        )
     return COMMANDS[words[0]].run(words[1:])
 
 
@@ -84,7 +89,13 @@ def usage() -> str:
     width = max(map(len, COMMANDS))
     lines = [f"  {name:{width}}  {command.help}" for name, command in COMMANDS.items()]
     return "\n".join(
-        ["sfumato: a trainer for image diffusion models", "", *lines, "", "`sfumato COMMAND --help` lists the flags of a command."]
+        [
+            "sfumato: a trainer for image diffusion models",
+            "",
+            *lines,
+            "",
+            "`sfumato COMMAND --help` lists the flags of a command.",
+        ]
     )
 
 
@@ -99,13 +110,17 @@ def _train(words: list[str]) -> int:
 
 def train(method: Method, resolved: Resolved) -> None:
     """Train what was resolved; the config, with what the dataset file said, is written beside the result."""
-    # By default it walks through what is imported, again and again while it grows: a fifth of the time to the first step.
+    # By default it walks through what is imported, again and again while it grows: a fifth of the time to the first
+    # step.
     gc.set_threshold(50_000, 20, 20)
     from sfumato.cli import datasets, flags
     from sfumato.train import run
 
     said = "".join(f"# {line}\n" for line in datasets.write(resolved.datasets).splitlines())
-    text = f"# sfumato {__version__}, train {method}\n{flags.write_toml(resolved.config)}\n# The datasets of this run:\n{said}"
+    text = (
+        f"# sfumato {__version__}, train {method}\n{flags.write_toml(resolved.config)}\n# The datasets of this "
+        f"run:\n{said}"
+    )
     run.train(resolved.config, method, resolved.datasets, resolved=text, read=resolved.read)
 
 
@@ -117,7 +132,11 @@ def _plan(words: list[str]) -> int:
     from sfumato.train import plan
 
     if as_json:
-        print(json.dumps(plan.facts(resolved.config, method, resolved.datasets, resolved.read), indent=2, ensure_ascii=False))
+        print(
+            json.dumps(
+                plan.facts(resolved.config, method, resolved.datasets, resolved.read), indent=2, ensure_ascii=False
+            )
+        )
     else:
         plan.show(resolved.config, method, resolved.datasets, resolved.read)
     return 0
@@ -127,7 +146,10 @@ def _cache(words: list[str]) -> int:
     method = _method(words, "cache", "network")
     resolved = _resolved(words, method, f"sfumato cache {method}")
     if not (resolved.config.data.cache_latents_to_disk or resolved.config.data.cache_text_encoder_outputs_to_disk):
-        raise UserError("sfumato cache: nothing would be kept: set cache_latents_to_disk, cache_text_encoder_outputs_to_disk or both")
+        raise UserError(
+            "sfumato cache: nothing would be kept: set cache_latents_to_disk, cache_text_encoder_outputs_to_disk or "
+            "both"
+        )
     from sfumato.train import run
 
     run.cache(resolved.config, resolved.datasets)
@@ -138,7 +160,9 @@ def _sample(words: list[str]) -> int:
     from sfumato.cli import options
 
     read = [
-        name for name, option in options.known().items() if option.section == "model" or name in SAMPLE.split() or name in options.owners()
+        name
+        for name, option in options.known().items()
+        if option.section == "model" or name in SAMPLE.split() or name in options.owners()
     ]
     resolved = _resolved(words, "network", "sfumato sample", data=False, only=read)
     if not resolved.config.sample.sample_prompts:
@@ -160,12 +184,15 @@ def _method(words: list[str], command: str, default: Method | None) -> Method:
         raise UserError(f"sfumato {command} {words[0]}: expected {' or '.join(METHODS)}{nearest(words[0], METHODS)}")
     if default is None and not {"-h", "--help"} & set(words):
         raise UserError(
-            f"sfumato {command}: say what to train: `sfumato {command} network` (an adapter) or `sfumato {command} full` (the whole model)"
+            f"sfumato {command}: say what to train: `sfumato {command} network` (an adapter) or `sfumato {command} "
+            "full` (the whole model)"
         )
     return default or "network"
 
 
-def _resolved(words: list[str], method: Method, prog: str, *, data: bool = True, only: Sequence[str] | None = None) -> Resolved:
+def _resolved(
+    words: list[str], method: Method, prog: str, *, data: bool = True, only: Sequence[str] | None = None
+) -> Resolved:
     from sfumato.cli import flags
 
     resolved = flags.resolve_all(words, method, data=data, prog=prog, only=only)

@@ -49,7 +49,12 @@ def expanded(name: str) -> Path:
 
 def settle(given: Given, report: Report) -> Given:
     """A setting with its paths checked; those of a file may stand beside that file as well as in the current folder."""
-    if given.key in MADE and isinstance(given.value, str) and given.value and (said := _in_the_way(expanded(given.value))):
+    if (
+        given.key in MADE
+        and isinstance(given.value, str)
+        and given.value
+        and (said := _in_the_way(expanded(given.value)))
+    ):
         report.error(f"{given}: {said}; choose another folder")
     if given.key not in FOLDERS | FILES | _either() | {"resume"}:
         return given
@@ -66,7 +71,9 @@ def _settled(given: Given, value: object, beside: Path | None, report: Report) -
     if beside is not None and not path.is_absolute() and not os.path.exists(path) and os.path.exists(beside / path):
         value, path = str(beside / path), beside / path
     if given.key == "resume":
-        leftovers.restore(path.parent, lambda name: name == path.name)  # if a run was killed while it replaced this state
+        leftovers.restore(
+            path.parent, lambda name: name == path.name
+        )  # if a run was killed while it replaced this state
     if said := _wrong(given.key, value, path, beside):
         report.error(f"{given}: {said}")
     return value
@@ -85,7 +92,11 @@ def _missing(what: str, path: Path, beside: Path | None) -> str:
         return f"expected a {what}, but {name} {said.partition(',')[0]}"
     if said != "does not exist":
         return f"{what} {name} {said}"
-    start = "" if path.is_absolute() else f" (looked for in {Path.cwd()}{f' and {beside}' if beside and str(beside) != '.' else ''})"
+    start = (
+        ""
+        if path.is_absolute()
+        else f" (looked for in {Path.cwd()}{f' and {beside}' if beside and str(beside) != '.' else ''})"
+    )
     return f"{what} {name} does not exist{near(path) or start}"
 
 

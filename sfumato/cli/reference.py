@@ -1,4 +1,5 @@
-"""Prints docs/options.md, the page of all settings, from the config's dataclasses: `python -m sfumato.cli.reference`."""
+"""Prints docs/options.md, the page of all settings, from the config's dataclasses: `python -m
+sfumato.cli.reference`."""
 
 from __future__ import annotations
 
@@ -11,9 +12,10 @@ HEAD = """# Options
 
 Made by `python -m sfumato.cli.reference > docs/options.md` from the dataclasses in `sfumato/config/`; do not edit.
 
-Each setting is a flag (`--learning_rate 1e-4`) and a key of the config file (`learning_rate = 1e-4`, in a section of any name).
-Defaults give way to `--config FILE`, and that to flags. A switch is turned on by its name (`--flip_aug`) and off again by
-`--flip_aug false`. A relative path is looked for in the current folder, then beside the file that names it.
+Each setting is a flag (`--learning_rate 1e-4`) and a key of the config file (`learning_rate = 1e-4`, in a section of
+any name). Defaults give way to `--config FILE`, and that to flags. A switch is turned on by its name (`--flip_aug`)
+and off again by `--flip_aug false`. A relative path is looked for in the current folder, then beside the file that
+names it.
 
 A setting that is unknown, or that would have no effect beside the others, is an error. With kohya's scripts and with
 `--config_file FILE` (a file made for them) settings without effect are stated and passed over.
@@ -27,14 +29,18 @@ def page() -> str:
         parts.append(_section(section, (record.__doc__ or "").split("\n")[0], options.of(record, section).values()))
     for family in families.names():
         record = families.facts(family).options
-        parts.append(_section(f"family {family}", (record.__doc__ or "").split("\n")[0], options.of_family(family).values()))
+        parts.append(
+            _section(f"family {family}", (record.__doc__ or "").split("\n")[0], options.of_family(family).values())
+        )
     parts.append(_kohya())
     return "\n".join(parts)
 
 
 def _section(title: str, said: str, found: Iterable[options.Option]) -> str:
     rows = [f"| `{o.name}` | {_cell(values.expected(o.kind))} | {_shown(o.default)} | {_cell(o.help)} |" for o in found]
-    return "\n".join([f"## {title}", "", said, "", "| setting | value | default | meaning |", "|---|---|---|---|", *rows, ""])
+    return "\n".join(
+        [f"## {title}", "", said, "", "| setting | value | default | meaning |", "|---|---|---|---|", *rows, ""]
+    )
 
 
 def _shown(default: object) -> str:
@@ -59,7 +65,14 @@ def _kohya() -> str:
 
 
 def _pairs(title: str, rows: Mapping[str, str]) -> list[str]:
-    return [f"### {title}", "", "| setting | |", "|---|---|", *(f"| `{name}` | {_cell(said)} |" for name, said in sorted(rows.items())), ""]
+    return [
+        f"### {title}",
+        "",
+        "| setting | |",
+        "|---|---|",
+        *(f"| `{name}` | {_cell(said)} |" for name, said in sorted(rows.items())),
+        "",
+    ]
 
 
 if __name__ == "__main__":

@@ -63,7 +63,9 @@ _NO_WARMUP = ("constant", "piecewise_constant", "adafactor")
 def _only_with(key: str, *schedulers: str) -> Idle:
     """A setting that only some schedulers have."""
     return Idle(
-        (key,), lambda v: v.lr_scheduler_type or v.lr_scheduler not in schedulers, f"only lr_scheduler {' and '.join(schedulers)} has it"
+        (key,),
+        lambda v: v.lr_scheduler_type or v.lr_scheduler not in schedulers,
+        f"only lr_scheduler {' and '.join(schedulers)} has it",
     )
 
 
@@ -96,7 +98,11 @@ IDLE: tuple[Idle, ...] = (
         lambda v: v.stop_text_encoder_training == 0 and any(v.text_encoder_lr),
         "stop_text_encoder_training 0 leaves the text encoder alone",
     ),
-    Idle(("unet_lr",), lambda v: v.network_train_text_encoder_only, "network_train_text_encoder_only leaves the denoiser alone"),
+    Idle(
+        ("unet_lr",),
+        lambda v: v.network_train_text_encoder_only,
+        "network_train_text_encoder_only leaves the denoiser alone",
+    ),
     Idle(("dim_from_weights",), lambda v: not v.network_weights, "it needs network_weights"),
     Idle(
         ("network_dim", "network_alpha"),
@@ -104,27 +110,49 @@ IDLE: tuple[Idle, ...] = (
         "dim_from_weights takes them from network_weights",
     ),
     Idle(("base_weights_multiplier",), lambda v: not v.base_weights, "it needs base_weights"),
-    Idle(("save_last_n_epochs",), lambda v: not (v.save_every_n_epochs or v.save_n_epoch_ratio), "it needs save_every_n_epochs"),
+    Idle(
+        ("save_last_n_epochs",),
+        lambda v: not (v.save_every_n_epochs or v.save_n_epoch_ratio),
+        "it needs save_every_n_epochs",
+    ),
     Idle(("save_last_n_steps",), lambda v: not v.save_every_n_steps, "it needs save_every_n_steps"),
     Idle(
         ("save_last_n_epochs_state",),
         lambda v: not (v.save_state and (v.save_every_n_epochs or v.save_n_epoch_ratio)),
         "it needs save_state and save_every_n_epochs",
     ),
-    Idle(("save_last_n_steps_state",), lambda v: not (v.save_state and v.save_every_n_steps), "it needs save_state and save_every_n_steps"),
+    Idle(
+        ("save_last_n_steps_state",),
+        lambda v: not (v.save_state and v.save_every_n_steps),
+        "it needs save_state and save_every_n_steps",
+    ),
     Idle(("save_every_n_epochs",), lambda v: v.save_n_epoch_ratio, "save_n_epoch_ratio decides when results are saved"),
     Idle(("save_state_on_train_end",), lambda v: v.save_state, "save_state saves the state at the end as well"),
     Idle(("max_train_steps",), lambda v: v.max_train_epochs, "max_train_epochs decides how long training takes"),
-    Idle(("persistent_data_loader_workers",), lambda v: not v.max_data_loader_n_workers, "it needs max_data_loader_n_workers"),
+    Idle(
+        ("persistent_data_loader_workers",),
+        lambda v: not v.max_data_loader_n_workers,
+        "it needs max_data_loader_n_workers",
+    ),
     Idle(("lr_scheduler",), lambda v: v.lr_scheduler_type, "lr_scheduler_type takes its place"),
     _only_with("lr_scheduler_num_cycles", "cosine_with_restarts", "cosine_with_min_lr", "warmup_stable_decay"),
     _only_with("lr_scheduler_power", "polynomial"),
     _only_with("lr_scheduler_timescale", "inverse_sqrt"),
     _only_with("lr_scheduler_min_lr_ratio", "cosine_with_min_lr", "warmup_stable_decay"),
     _only_with("lr_decay_steps", "warmup_stable_decay"),
-    Idle(("lr_warmup_steps",), lambda v: v.lr_scheduler in _NO_WARMUP, "this lr_scheduler has no warm-up; constant_with_warmup has"),
-    Idle(("lr_warmup_steps",), lambda v: v.lr_scheduler_type, "a scheduler class of your own has its own arguments, lr_scheduler_args"),
-    Idle(("noise_offset_random_strength", "adaptive_noise_scale"), lambda v: not v.noise_offset, "it needs noise_offset"),
+    Idle(
+        ("lr_warmup_steps",),
+        lambda v: v.lr_scheduler in _NO_WARMUP,
+        "this lr_scheduler has no warm-up; constant_with_warmup has",
+    ),
+    Idle(
+        ("lr_warmup_steps",),
+        lambda v: v.lr_scheduler_type,
+        "a scheduler class of your own has its own arguments, lr_scheduler_args",
+    ),
+    Idle(
+        ("noise_offset_random_strength", "adaptive_noise_scale"), lambda v: not v.noise_offset, "it needs noise_offset"
+    ),
     Idle(("multires_noise_discount",), lambda v: not v.multires_noise_iterations, "it needs multires_noise_iterations"),
     Idle(("ip_noise_gamma_random_strength",), lambda v: not v.ip_noise_gamma, "it needs ip_noise_gamma"),
     Idle(
@@ -137,11 +165,25 @@ IDLE: tuple[Idle, ...] = (
         lambda v: not (v.sample_every_n_steps or v.sample_every_n_epochs or v.sample_at_first),
         "it needs sample_every_n_steps, sample_every_n_epochs or sample_at_first",
     ),
-    Idle(("sample_every_n_steps", "sample_every_n_epochs", "sample_at_first"), lambda v: not v.sample_prompts, "it needs sample_prompts"),
-    Idle(("logging_dir", "log_prefix"), lambda v: v.log_with not in ("tensorboard", "all"), "it needs log_with tensorboard"),
-    Idle(("log_tracker_name", "wandb_run_name"), lambda v: v.log_with not in ("wandb", "all"), "it needs log_with wandb"),
+    Idle(
+        ("sample_every_n_steps", "sample_every_n_epochs", "sample_at_first"),
+        lambda v: not v.sample_prompts,
+        "it needs sample_prompts",
+    ),
+    Idle(
+        ("logging_dir", "log_prefix"),
+        lambda v: v.log_with not in ("tensorboard", "all"),
+        "it needs log_with tensorboard",
+    ),
+    Idle(
+        ("log_tracker_name", "wandb_run_name"), lambda v: v.log_with not in ("wandb", "all"), "it needs log_with wandb"
+    ),
     Idle(("vae_batch_size",), lambda v: not (v.cache_latents or v.cache_latents_to_disk), "it needs cache_latents"),
-    Idle(("cache_dir",), lambda v: not _on_disk(v), "it needs cache_latents_to_disk or cache_text_encoder_outputs_to_disk"),
+    Idle(
+        ("cache_dir",),
+        lambda v: not _on_disk(v),
+        "it needs cache_latents_to_disk or cache_text_encoder_outputs_to_disk",
+    ),
     Idle(("train_data_dir", "reg_data_dir"), lambda v: v.dataset_config, "dataset_config names the folders"),
     Idle(("reg_data_dir",), lambda v: not v.train_data_dir, "it needs train_data_dir"),
     Idle(
@@ -223,16 +265,19 @@ CLASHES: tuple[Clash, ...] = (
 )
 
 _COUNTS = """
-    train_batch_size batch_size num_repeats dataset_repeats gradient_accumulation_steps max_train_steps max_train_epochs save_every_n_epochs
-    save_every_n_steps save_n_epoch_ratio save_last_n_epochs save_last_n_steps vae_batch_size sample_every_n_steps sample_every_n_epochs
-    network_dim clip_skip multires_noise_iterations lr_scheduler_num_cycles
+    train_batch_size batch_size num_repeats dataset_repeats gradient_accumulation_steps max_train_steps max_train_epochs
+    save_every_n_epochs save_every_n_steps save_n_epoch_ratio save_last_n_epochs save_last_n_steps vae_batch_size
+    sample_every_n_steps sample_every_n_epochs network_dim clip_skip multires_noise_iterations lr_scheduler_num_cycles
 """
 _SIDES = "resolution min_bucket_reso max_bucket_reso"
-_SHARES = "caption_dropout_rate caption_tag_dropout_rate network_dropout ema_decay multires_noise_discount lr_scheduler_min_lr_ratio"
+_SHARES = (
+    "caption_dropout_rate caption_tag_dropout_rate network_dropout ema_decay multires_noise_discount "
+    "lr_scheduler_min_lr_ratio"
+)
 _RATES = "learning_rate unet_lr text_encoder_lr learning_rate_te"
 _AMOUNTS = """
-    max_grad_norm max_data_loader_n_workers keep_tokens seed network_alpha
-    caption_dropout_every_n_epochs token_warmup_min token_warmup_step lr_warmup_steps lr_decay_steps scale_weight_norms prior_loss_weight
+    max_grad_norm max_data_loader_n_workers keep_tokens seed network_alpha caption_dropout_every_n_epochs
+    token_warmup_min token_warmup_step lr_warmup_steps lr_decay_steps scale_weight_norms prior_loss_weight
     stop_text_encoder_training save_last_n_epochs_state save_last_n_steps_state
 """
 RANGES: Mapping[str, tuple[float, float | None]] = {
@@ -262,7 +307,11 @@ def in_range(key: str, value: object) -> str:
     if said := _badly_written(key, value):
         return said
     low, high = RANGES.get(key, (None, None))
-    numbers = [v for v in (value if isinstance(value, tuple) else (value,)) if isinstance(v, (int, float)) and not isinstance(v, bool)]
+    numbers = [
+        v
+        for v in (value if isinstance(value, tuple) else (value,))
+        if isinstance(v, (int, float)) and not isinstance(v, bool)
+    ]
     if any(abs(v) > WHOLE for v in numbers if isinstance(v, int)):
         return f"expected a number of at most {high or WHOLE}"
     wrong = [v for v in numbers if (low is not None and v < low) or (high is not None and v > high)]
@@ -273,7 +322,8 @@ def in_range(key: str, value: object) -> str:
 
 
 def _badly_written(key: str, value: object) -> str:
-    """What is wrong with a text, or nothing. Paths may hold bytes that are no text; what gets into captions and files may not."""
+    """What is wrong with a text, or nothing. Paths may hold bytes that are no text; what gets into captions and files
+    may not."""
     texts = [v for v in (value if isinstance(value, tuple) else (value,)) if isinstance(v, str)]
     if key not in paths.names() and not all(map(is_text, texts)):
         return "expected text in UTF-8"
@@ -291,7 +341,9 @@ def clashes(values: Mapping[str, Any], given: Mapping[str, Given], method: str, 
             report.error(f"{first or rule.keys[0]}: {rule.why}")
 
 
-def idle(values: Mapping[str, Any], defaults: Mapping[str, Any], given: Mapping[str, Given], method: str, report: Report) -> None:
+def idle(
+    values: Mapping[str, Any], defaults: Mapping[str, Any], given: Mapping[str, Given], method: str, report: Report
+) -> None:
     """Report what a user set that has no effect."""
     view, found = View(values, method), set()
     for rule in IDLE:

@@ -34,7 +34,8 @@ def read(path: str | Path) -> tuple[dict[str, Any], dict[Path_, int]]:
 
 
 _ENDS = ("]", "}", '"""', "'''")
-"""What the last line of a value over several lines holds; without it a long list would be parsed anew with each of its lines."""
+"""What the last line of a value over several lines holds; without it a long list would be parsed anew with each of its
+lines."""
 
 
 def lines(text: str) -> dict[Path_, int]:
@@ -91,7 +92,9 @@ def _paths(content: dict[str, Any]) -> Iterable[Path_]:
 
 def write(tables: Mapping[str, object]) -> str:
     """Dataclass records as TOML tables, in order; a field that is None is left out."""
-    return "\n".join("\n".join([f"[{name}]", *_rows(record), ""]) for name, record in tables.items() if record is not None)
+    return "\n".join(
+        "\n".join([f"[{name}]", *_rows(record), ""]) for name, record in tables.items() if record is not None
+    )
 
 
 def write_array(name: str, records: Iterable[tuple[object, Mapping[str, Iterable[object]]]]) -> str:
@@ -121,5 +124,7 @@ def _literal(value: object) -> str:
     if isinstance(value, (list, tuple)):
         return f"[{', '.join(_literal(v) for v in value)}]"
     if isinstance(value, str):
-        return json.dumps(printable(value), ensure_ascii=False).replace("\x7f", "\\u007f")  # JSON's escapes are TOML's, but for DEL
+        return json.dumps(printable(value), ensure_ascii=False).replace(
+            "\x7f", "\\u007f"
+        )  # JSON's escapes are TOML's, but for DEL
     return repr(value)

@@ -1,4 +1,5 @@
-"""What a user wrote -> a value of the setting's type, or a sentence that says what was expected. pydantic's one place."""
+"""What a user wrote -> a value of the setting's type, or a sentence that says what was expected. pydantic's one
+place."""
 
 from __future__ import annotations
 
@@ -16,7 +17,8 @@ PERCENT = re.compile(r"\d+(\.\d+)?%")
 def convert(kind: Any, value: object, *, text: bool, lax: bool = False) -> object:
     """A value of type `kind`.
 
-    `text`: the value comes from the command line, as a string or a list of strings; otherwise from TOML or JSON, whose types count.
+    `text`: the value comes from the command line, as a string or a list of strings; otherwise from TOML or JSON, whose
+    types count.
     `lax`: types do not count, as front ends of kohya's scripts write 1 for true, 2.0 for 2 and numbers as texts.
     Raises ValueError with what was expected and what was found.
     """
@@ -49,7 +51,9 @@ def _shaped(inner: tuple[Any, ...], value: object, *, text: bool) -> object:
 def _pair(value: object) -> tuple[object, ...]:
     """`512`, `"512,768"`, `[512, 768]`, `["512", "768"]` -> two whole numbers."""
     found = value if isinstance(value, (list, tuple)) else (value,)
-    numbers = [int(p) if isinstance(p, str) else p for v in found for p in (v.split(",") if isinstance(v, str) else [v])]
+    numbers = [
+        int(p) if isinstance(p, str) else p for v in found for p in (v.split(",") if isinstance(v, str) else [v])
+    ]
     return tuple(numbers * 2 if len(numbers) == 1 else numbers)
 
 

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 ONLY_REGULARISATION = (
-    "all of its folders hold regularisation images (is_reg), which are seen only beside training images of the same dataset: "
+    "all of its folders hold regularisation images (is_reg), which are seen only beside training images of the same "
+    "dataset: "
     "put them into the [[datasets]] of the folder that they go with, or leave is_reg out"
 )
 Interpolation = Literal["lanczos", "nearest", "bilinear", "linear", "bicubic", "cubic", "area", "box"]
@@ -104,7 +105,8 @@ class BucketOptions:
 
     @property
     def bucket_limits(self) -> tuple[int, int]:
-        """(shortest side, longest side) of buckets; sides that are no multiples of the step are widened to the next, as in sd-scripts."""
+        """(shortest side, longest side) of buckets; sides that are no multiples of the step are widened to the next, as
+        in sd-scripts."""
         step = self.bucket_reso_steps
         return max(step, self.min_bucket_reso // step * step), -(-self.max_bucket_reso // step) * step
 

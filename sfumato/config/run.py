@@ -20,7 +20,8 @@ class ModelConfig:
     vae: str | None = None
     """A VAE to use in place of the checkpoint's own: file, folder or hub id."""
     tokenizer: str | None = None
-    """Tokenizer folder; default: `tokenizer` beside the checkpoint if there is one, else the CLIP vocabulary that comes with sfumato."""
+    """Tokenizer folder; default: `tokenizer` beside the checkpoint if there is one, else the CLIP vocabulary that comes
+    with sfumato."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,12 +45,13 @@ class OutputConfig:
     save_last_n_epochs: int | None = None
     """Of the results saved by epoch, keep the last n: a number of results, as in sd-scripts."""
     save_last_n_steps: int | None = None
-    """Of the results saved by step, keep those that are at most n optimizer steps old: a span, not a number of results, as in sd-scripts
-    (save_every_n_steps 10 and 30 here keep four)."""
+    """Of the results saved by step, keep those that are at most n optimizer steps old: a span, not a number of results,
+    as in sd-scripts (save_every_n_steps 10 and 30 here keep four)."""
     save_last_n_epochs_state: int | None = None
     """Of the run states saved by epoch, keep the last n; default: as save_last_n_epochs."""
     save_last_n_steps_state: int | None = None
-    """Of the run states saved by step, keep those that are at most n optimizer steps old; default: as save_last_n_steps."""
+    """Of the run states saved by step, keep those that are at most n optimizer steps old; default: as
+    save_last_n_steps."""
     save_state: bool = False
     """Save the whole state of the run beside each result, to resume from."""
     save_state_on_train_end: bool = False
@@ -237,7 +239,8 @@ class NetworkConfig:
     network_dropout: float | None = None
     """Chance that a neuron of the adapter is dropped in a step."""
     network_args: tuple[str, ...] = ()
-    """Further arguments of the adapter, as `key=value`: conv_dim, conv_alpha, rank_dropout, module_dropout, loraplus_lr_ratio ..."""
+    """Further arguments of the adapter, as `key=value`: conv_dim, conv_alpha, rank_dropout, module_dropout,
+    loraplus_lr_ratio ..."""
     network_weights: str | None = None
     """Start from this adapter file."""
     dim_from_weights: bool = False
@@ -265,8 +268,8 @@ class SampleConfig:
     sample_at_first: bool = False
     """Draw the sample prompts before the first step."""
     sample_prompts: str | None = None
-    """File of prompts: .txt (one a line, with `--w --h --d --s --l --n`), .toml or .json. One without a size is drawn at the resolution of
-    the run, by `sfumato sample` at the one that the file says it was trained at."""
+    """File of prompts: .txt (one a line, with `--w --h --d --s --l --n`), .toml or .json. One without a size is drawn
+    at the resolution of the run, by `sfumato sample` at the one that the file says it was trained at."""
     sample_sampler: str = "ddim"
     """ddim, pndm, lms, euler, euler_a, heun, dpm_2, dpm_2_a, dpmsolver, dpmsolver++, dpmsingle."""
 

@@ -31,7 +31,8 @@ _OPENCV: Mapping[Interpolation, str] = {
     "bicubic": "INTER_CUBIC",
     "cubic": "INTER_CUBIC",
 }
-"""Which library resizes how: as in sd-scripts. Pillow has no average of areas that is exact when a side shrinks by a fraction."""
+"""Which library resizes how: as in sd-scripts. Pillow has no average of areas that is exact when a side shrinks by a
+fraction."""
 
 
 def resize(image: Image.Image, size: Size, interpolation: Interpolation | None = None) -> Image.Image:
@@ -55,7 +56,9 @@ def _opencv() -> Any:
     return cv2
 
 
-def cut(image: Image.Image, placement: Placement, crop: Crop, *, flip: bool, interpolation: Interpolation | None = None) -> Image.Image:
+def cut(
+    image: Image.Image, placement: Placement, crop: Crop, *, flip: bool, interpolation: Interpolation | None = None
+) -> Image.Image:
     """The part of an image (or of its mask) that belongs to the bucket; `crop` is in the image that is not mirrored."""
     kept = resize(image, placement.resized, interpolation).crop(placement.box(crop))
     return kept.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if flip else kept
@@ -68,7 +71,8 @@ def pixels(image: Image.Image) -> Tensor:
 
 
 def mask(image: Image.Image, stride: int) -> Tensor:
-    """Grey image of the bucket -> (1, h, w) in [0, 1] at latent size: the mean over each latent pixel's `stride` x `stride` pixels."""
+    """Grey image of the bucket -> (1, h, w) in [0, 1] at latent size: the mean over each latent pixel's `stride` x
+    `stride` pixels."""
     values = torch.from_numpy(np.array(image, dtype=np.float32))[None] / 255  # (1, H, W)
     return functional.avg_pool2d(values, stride)
 
@@ -100,7 +104,8 @@ def load(
     flip: bool = False,
     colours: random.Random | None = None,
 ) -> dict[str, Tensor]:
-    """Read an image as a net sees it: "pixels" (3, H, W) in [-1, 1], and "mask" (1, h, w) in [0, 1] where its folder has masks.
+    """Read an image as a net sees it: "pixels" (3, H, W) in [-1, 1], and "mask" (1, h, w) in [0, 1] where its folder
+    has masks.
 
     `colours`: vary them by these draws. Raises UserError naming the file.
     """
@@ -115,5 +120,7 @@ def load(
     seen = cut(flat(image), placement, crop, flip=flip, interpolation=options.resize_interpolation)
     read = {"pixels": pixels(vary_colours(seen, colours) if colours else seen)}
     if covering is not None:
-        read["mask"] = mask(cut(covering, placement, crop, flip=flip, interpolation=options.resize_interpolation), stride)
+        read["mask"] = mask(
+            cut(covering, placement, crop, flip=flip, interpolation=options.resize_interpolation), stride
+        )
     return read

@@ -15,7 +15,8 @@ Crop = tuple[int, int]
 
 @dataclass(frozen=True, slots=True)
 class Placement:
-    """How an image comes to its bucket: resized to `resized`, then `bucket` is cut out of it. (width, height), pixels."""
+    """How an image comes to its bucket: resized to `resized`, then `bucket` is cut out of it. (width, height),
+    pixels."""
 
     bucket: Size
     resized: Size
@@ -58,7 +59,8 @@ def resolutions(options: BucketOptions) -> tuple[Size, ...]:
 
 
 def place(size: Size, options: BucketOptions, buckets: Sequence[Size] | None = None) -> Placement:
-    """The bucket of an image of this (width, height), and how it gets there. `buckets`: `resolutions(options)`, worked out once.
+    """The bucket of an image of this (width, height), and how it gets there. `buckets`: `resolutions(options)`, worked
+    out once.
 
     Raises ValueError for an image that is too small or too long for any bucket.
     """
@@ -87,14 +89,16 @@ def _place_without_enlarging(size: Size, options: BucketOptions) -> Placement:
     bucket = resized[0] // step * step, resized[1] // step * step
     if not all(bucket):
         raise ValueError(
-            f"{size[0]}x{size[1]} would be {resized[0]}x{resized[1]}, and no side of a bucket is below bucket_reso_steps ({step}); "
+            f"{size[0]}x{size[1]} would be {resized[0]}x{resized[1]}, and no side of a bucket is below "
+            f"bucket_reso_steps ({step}); "
             "enlarge or crop it, lower bucket_reso_steps, or leave bucket_no_upscale out"
         )
     return Placement(bucket, resized)
 
 
 def _shrunk(size: Size, area: int, step: int) -> Size:
-    """The size of at most `area` with one side a multiple of `step`: the side that changes the aspect ratio of the bucket less."""
+    """The size of at most `area` with one side a multiple of `step`: the side that changes the aspect ratio of the
+    bucket less."""
 
     def to_steps(x: float) -> int:
         return int(x + 0.5) // step * step
@@ -128,7 +132,11 @@ def check(options: BucketOptions, multiple: int) -> list[str]:
         return wrong
     low, high = options.bucket_limits
     if min(width, height) < min(low, options.min_bucket_reso):
-        wrong.append(f"resolution {width},{height} is below min_bucket_reso {options.min_bucket_reso}: lower min_bucket_reso")
+        wrong.append(
+            f"resolution {width},{height} is below min_bucket_reso {options.min_bucket_reso}: lower min_bucket_reso"
+        )
     if max(width, height) > high:
-        wrong.append(f"resolution {width},{height} is above max_bucket_reso {options.max_bucket_reso}: raise max_bucket_reso")
+        wrong.append(
+            f"resolution {width},{height} is above max_bucket_reso {options.max_bucket_reso}: raise max_bucket_reso"
+        )
     return wrong

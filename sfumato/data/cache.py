@@ -91,9 +91,9 @@ def cache_latents(
 ) -> Report:
     """See that the store holds the latents of every image of the plan; encode those that it lacks.
 
-    `encode`: (b, 3, H, W) in [-1, 1], fp32 on the CPU -> (b, c, h, w) raw latents on any device. `vae_fingerprint`: of its weights.
-    Raises UserError for options that cached latents cannot follow, for an image that cannot be read any more,
-    and for latents that are not finite.
+    `encode`: (b, 3, H, W) in [-1, 1], fp32 on the CPU -> (b, c, h, w) raw latents on any device. `vae_fingerprint`: of
+    its weights. Raises UserError for options that cached latents cannot follow, for an image that cannot be read any
+    more, and for latents that are not finite.
     """
     check_fixed(plan.datasets, latents=True)
     parts = [latent_parts(plan, item, vae_fingerprint, strategy.dtype) for item in plan.items]
@@ -143,10 +143,14 @@ def check_fixed(datasets: Iterable[DatasetConfig], *, latents: bool = False, tex
     for subset in (subset for dataset in datasets for subset in dataset.subsets):
         moving = [name for name in ("random_crop", "color_aug") if latents and getattr(subset, name)]
         wrong += [
-            f"{subset.image_dir}: {name} changes the image each time, so its latents cannot be cached: turn one off" for name in moving
+            f"{subset.image_dir}: {name} changes the image each time, so its latents cannot be cached: turn one off"
+            for name in moving
         ]
         if texts and (names := captions.endless(subset)):
-            wrong.append(f"{subset.image_dir}: {', '.join(names)} changes the caption each time, so text outputs cannot be cached")
+            wrong.append(
+                f"{subset.image_dir}: {', '.join(names)} changes the caption each time, so text outputs cannot be "
+                "cached"
+            )
     if wrong:
         raise UserError(*wrong)
 
@@ -202,7 +206,8 @@ def _entries(
     encode: Callable[[Tensor], Tensor],
     strategy: LatentsCachingStrategy,
 ) -> list[dict[str, Tensor]]:
-    """What is kept of each image: latents, those of the mirrored image where images are mirrored, the mask where it has one."""
+    """What is kept of each image: latents, those of the mirrored image where images are mirrored, the mask where it has
+    one."""
     pixels = torch.stack([t["pixels"] for t in tensors])  # (b, 3, H, W)
     entries = [{"latents": latents} for latents in _encoded(plan, portion, pixels, encode, strategy)]
     if plan.subset(plan.items[portion[0].item]).flip_aug:
@@ -214,7 +219,11 @@ def _entries(
 
 
 def _encoded(
-    plan: Plan, portion: Sequence[_Job], pixels: Tensor, encode: Callable[[Tensor], Tensor], strategy: LatentsCachingStrategy
+    plan: Plan,
+    portion: Sequence[_Job],
+    pixels: Tensor,
+    encode: Callable[[Tensor], Tensor],
+    strategy: LatentsCachingStrategy,
 ) -> list[Tensor]:
     """(c, h, w) latents of each image, as they are kept."""
     with torch.no_grad():
@@ -222,7 +231,8 @@ def _encoded(
     for job, latent in zip(portion, latents, strict=True):
         if not torch.isfinite(latent).all():
             raise UserError(
-                f"{plan.items[job.item].image.path}: the VAE gives numbers that are not finite; it overflows in half precision: "
+                f"{plan.items[job.item].image.path}: the VAE gives numbers that are not finite; it overflows in half "
+                "precision: "
                 "use --no_half_vae, or a VAE made for fp16"
             )
     return [latent.clone() for latent in latents]
@@ -243,8 +253,8 @@ def cache_texts(
 ) -> Report:
     """See that the store holds the text outputs of every caption that the plan can give; encode those that it lacks.
 
-    `fingerprint`: of the encoders' weights. `settings`: all that tokens and outputs depend on besides (JSON values). Raises
-    UserError when an option makes captions too many to encode beforehand, and for outputs that are not finite.
+    `fingerprint`: of the encoders' weights. `settings`: all that tokens and outputs depend on besides (JSON values).
+    Raises UserError when an option makes captions too many to encode beforehand, and for outputs that are not finite.
     """
     owners = every_caption(plan)
     common = {"version": VERSION, "text encoder": fingerprint, "dtype": str(strategy.dtype).removeprefix("torch.")}
@@ -256,7 +266,11 @@ def cache_texts(
     def misfit(_: str, entry: Mapping[str, Tensor]) -> str:
         if entry.keys() != kept:
             return "its entry holds other fields"
-        return "" if all(t.dtype == strategy.dtype for t in entry.values() if t.is_floating_point()) else "its entry is of another dtype"
+        return (
+            ""
+            if all(t.dtype == strategy.dtype for t in entry.values() if t.is_floating_point())
+            else "its entry is of another dtype"
+        )
 
     wanted = [_Job(keys[caption], owner, parts[owner], "") for owner, caption in owners.items()]
     jobs = _missing(store, index, "texts", wanted, misfit, progress)
@@ -266,20 +280,26 @@ def cache_texts(
             with torch.no_grad():
                 cond = encode(tokenize([owners[job.owner] for job in portion]))
             for i, job in enumerate(portion):
-                put(job.key, {name: _kept(t, strategy.dtype, owners[job.owner]) for name, t in strategy.keep(cond, i).items()})
+                put(
+                    job.key,
+                    {name: _kept(t, strategy.dtype, owners[job.owner]) for name, t in strategy.keep(cond, i).items()},
+                )
             if progress:
                 progress(start + len(portion), len(jobs))
     return _report(store, index, "texts", keys, parts, jobs)
 
 
 def every_caption(plan: Plan) -> dict[str, str]:
-    """Owner (an image, and the number of its caption) -> caption, for all captions that the plan can give. Errors: `UserError`."""
+    """Owner (an image, and the number of its caption) -> caption, for all captions that the plan can give. Errors:
+    `UserError`."""
     check_fixed(plan.datasets, texts=True)
     owners: dict[str, str] = {}
     for item in plan.items:
         found = captions.every(item.image.captions, plan.subset(item))
         if found is None:
-            raise UserError(f"{item.image.path}: its wildcards give too many captions to cache their text outputs: turn that off")
+            raise UserError(
+                f"{item.image.path}: its wildcards give too many captions to cache their text outputs: turn that off"
+            )
         owners |= {_owner(item) + (f"#{i}" if i else ""): caption for i, caption in enumerate(found)}
     return owners
 
@@ -288,7 +308,9 @@ def _kept(value: Tensor, dtype: torch.dtype, caption: str) -> Tensor:
     value = value.detach().cpu()
     value = value.to(dtype) if value.is_floating_point() else value
     if value.is_floating_point() and not torch.isfinite(value).all():
-        raise UserError(f"the text encoder's output for {caption!r} is not finite in {dtype}: compute it in bf16 or fp32")
+        raise UserError(
+            f"the text encoder's output for {caption!r} is not finite in {dtype}: compute it in bf16 or fp32"
+        )
     return value.clone()
 
 
@@ -297,7 +319,12 @@ def _owner(item: Item) -> str:
 
 
 def _report(
-    store: Store, index: Index, kind: str, keys: Mapping[Hashable, str], parts: Mapping[str, Parts], jobs: Sequence[_Job]
+    store: Store,
+    index: Index,
+    kind: str,
+    keys: Mapping[Hashable, str],
+    parts: Mapping[str, Parts],
+    jobs: Sequence[_Job],
 ) -> Report:
     """Remember what every owner now depends on, those found by another's entry too."""
     trust(store, index, [job.key for job in jobs])

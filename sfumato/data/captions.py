@@ -17,8 +17,8 @@ _WILDCARD = re.compile(r"\{\{|\}\}|\{([^{}]+)\}")
 def vary(lines: Sequence[str], options: CaptionOptions, rng: random.Random, *, epoch: int, step: int) -> str:
     """The caption for one draw of an image, in sd-scripts' order: affixes, dropout, wildcards, then tags.
 
-    `lines`: of the caption file. `epoch` counts from 1, `step` (optimizer steps done) from 0; `options.token_warmup_step` must
-    be whole steps (`with_whole_warmup`).
+    `lines`: of the caption file. `epoch` counts from 1, `step` (optimizer steps done) from 0;
+    `options.token_warmup_step` must be whole steps (`with_whole_warmup`).
     """
     # Each draw below is made only when its option is set, so a chance of 0 changes nothing for the draws that follow.
     if options.caption_dropout_rate > 0 and rng.random() < options.caption_dropout_rate:
@@ -59,7 +59,8 @@ def _varied_tags(caption: str, options: CaptionOptions, rng: random.Random, step
 
 
 def _joint(separator: str) -> str:
-    """What stands between tags that were parted: the separator and a space; a separator of blanks alone stays as it is."""
+    """What stands between tags that were parted: the separator and a space; a separator of blanks alone stays as it
+    is."""
     return f"{separator.rstrip()} " if separator.strip() else separator
 
 
@@ -79,7 +80,8 @@ def _split(text: str, options: CaptionOptions) -> list[str]:
 
 
 def tags(lines: Sequence[str], options: CaptionOptions) -> list[str]:
-    """The tags of an image for counts, in lower case as sd-scripts counts them: of lines that can be drawn, parted by all separators."""
+    """The tags of an image for counts, in lower case as sd-scripts counts them: of lines that can be drawn, parted by
+    all separators."""
     found: list[str] = []
     for line in lines if options.enable_wildcard else lines[:1]:
         for mark in (options.keep_tokens_separator, options.secondary_separator):
@@ -106,7 +108,8 @@ def endless(options: CaptionOptions) -> list[str]:
 
 
 def every(lines: Sequence[str], options: CaptionOptions, limit: int = 256) -> list[str] | None:
-    """All captions that `vary` can give when nothing is `endless`, in a fixed order; None when they are more than `limit`."""
+    """All captions that `vary` can give when nothing is `endless`, in a fixed order; None when they are more than
+    `limit`."""
     drops = options.caption_dropout_rate > 0 or options.caption_dropout_every_n_epochs > 0
     chosen = list(lines) if options.enable_wildcard else [lines[0]]
     found: list[str] = []
@@ -120,7 +123,8 @@ def every(lines: Sequence[str], options: CaptionOptions, limit: int = 256) -> li
 
 
 def whole(lines: Sequence[str], options: CaptionOptions) -> list[str]:
-    """The captions of an image with all of their tags and the longest wildcards. `options`: as `unvaried` gives them."""
+    """The captions of an image with all of their tags and the longest wildcards. `options`: as `unvaried` gives
+    them."""
     texts = [affixed(line, options) for line in (lines if options.enable_wildcard else lines[:1])]
     if options.enable_wildcard:
         texts = [_WILDCARD.sub(_longest, text) for text in texts]

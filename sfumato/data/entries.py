@@ -1,4 +1,5 @@
-"""The bytes of a kept entry: a safetensors file that says whose it is, with a checksum, so that it is verified whenever it is read."""
+"""The bytes of a kept entry: a safetensors file that says whose it is, with a checksum, so that it is verified whenever
+it is read."""
 
 from __future__ import annotations
 

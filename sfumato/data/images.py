@@ -15,9 +15,13 @@ from sfumato.data.batch import Size
 
 _FORMATS: tuple[str, ...] = (
     *("PNG", "JPEG", "BMP", "DIB", "GIF"),
-    *(plugin.format for plugin in (TiffImagePlugin.TiffImageFile, WebPImagePlugin.WebPImageFile, AvifImagePlugin.AvifImageFile)),
+    *(
+        plugin.format
+        for plugin in (TiffImagePlugin.TiffImageFile, WebPImagePlugin.WebPImageFile, AvifImagePlugin.AvifImageFile)
+    ),
 )
-"""What Pillow may open, whatever the ending says: it would start other programs for some other formats (Ghostscript for EPS)."""
+"""What Pillow may open, whatever the ending says: it would start other programs for some other formats (Ghostscript for
+EPS)."""
 
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -52,7 +56,15 @@ def read(source: Path | IO[bytes], suffix: str) -> Image.Image:
         try:
             image.load()
             plain = _eight_bits(image)
-        except (OSError, ValueError, SyntaxError, EOFError, IndexError, struct.error, Image.DecompressionBombError) as error:
+        except (
+            OSError,
+            ValueError,
+            SyntaxError,
+            EOFError,
+            IndexError,
+            struct.error,
+            Image.DecompressionBombError,
+        ) as error:
             # Pillow's decoders raise all of these on damaged data.
             raise Unreadable(f"damaged: {error}") from error
     return plain.transpose(turn) if turn is not None else plain

@@ -86,7 +86,9 @@ class _ImageReader(Dataset[_Read]):
         if self.latents is not None:
             return sizes | _stored(self.latents, self.plan, draw.item, flip)
         colours = python_random(draw.key, "colours") if options.color_aug else None
-        return sizes | augment.load(item.image, options, item.placement, crop, stride=self.plan.stride, flip=flip, colours=colours)
+        return sizes | augment.load(
+            item.image, options, item.placement, crop, stride=self.plan.stride, flip=flip, colours=colours
+        )
 
     def _zeros(self, draw: _Draw) -> dict[str, Tensor]:
         """In place of a sample that cannot be read, so that its batch keeps its shape."""
@@ -107,7 +109,11 @@ class _ImageReader(Dataset[_Read]):
 
 def _fate(item: Item, options: SubsetConfig, key: int) -> tuple[Crop, bool]:
     """Where a draw is cut out, and whether it is mirrored."""
-    crop = augment.random_crop(item.placement, python_random(key, "crop")) if options.random_crop else item.placement.centre
+    crop = (
+        augment.random_crop(item.placement, python_random(key, "crop"))
+        if options.random_crop
+        else item.placement.centre
+    )
     return crop, options.flip_aug and python_random(key, "flip").random() < 0.5
 
 
@@ -174,7 +180,9 @@ class Loader:
     """Of `cache_latents`; None: batches carry pixels."""
     texts: Report | None = None
     """Of `cache_texts`; None: batches carry tokens."""
-    outputs: TextEncoderOutputsCachingStrategy = field(default_factory=lambda: TextEncoderOutputsCachingStrategy(fields=()))
+    outputs: TextEncoderOutputsCachingStrategy = field(
+        default_factory=lambda: TextEncoderOutputsCachingStrategy(fields=())
+    )
     """How text outputs are kept."""
     prior_loss_weight: float = 1.0
     accumulation: int = 1
@@ -211,7 +219,8 @@ class Loader:
     def _whole_warmup(self, subset: SubsetConfig) -> SubsetConfig:
         if 0 < subset.token_warmup_step < 1 and not self.steps:
             raise UserError(
-                f"{subset.image_dir}: token_warmup_step {subset.token_warmup_step} is a share of the run: its steps must be known"
+                f"{subset.image_dir}: token_warmup_step {subset.token_warmup_step} is a share of the run: its steps "
+                "must be known"
             )
         return replace(subset, token_warmup_step=captions.with_whole_warmup(subset, self.steps))
 
@@ -253,7 +262,8 @@ class Loader:
             self._row.add(draw.item)
             if len(self._row) >= min(_GONE, len(self.plan.items)):
                 raise UserError(
-                    f"{read.lost[place]}; nor could the {len(self._row) - 1} images before it be read: are their folders still there?"
+                    f"{read.lost[place]}; nor could the {len(self._row) - 1} images before it be read: are their "
+                    "folders still there?"
                 )
 
     def _batch(self, job: _Job, read: _Read) -> Batch:
@@ -277,7 +287,9 @@ class Loader:
 
     def _caption(self, item: Item, key: int, job: _Job) -> str:
         options = self._subsets[item.dataset][item.image.subset]
-        return captions.vary(item.image.captions, options, python_random(key, "caption"), epoch=job.epoch + 1, step=job.step)
+        return captions.vary(
+            item.image.captions, options, python_random(key, "caption"), epoch=job.epoch + 1, step=job.step
+        )
 
 
 def _cond(texts: Report, outputs: TextEncoderOutputsCachingStrategy, said: Sequence[str]) -> Cond:
@@ -289,5 +301,6 @@ def _as_it_is(read: Any) -> Any:
 
 
 def _leave_interrupts(_: int) -> None:
-    """Ctrl+C reaches all processes of a terminal; the main one decides what it means, and needs its workers until then."""
+    """Ctrl+C reaches all processes of a terminal; the main one decides what it means, and needs its workers until
+    then."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)

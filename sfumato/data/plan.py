@@ -92,10 +92,14 @@ class Plan:
     @property
     def batches_per_epoch(self) -> int:
         """Batches in an epoch, over all processes."""
-        return sum(-(-self._samples(members) // self.datasets[dataset].batch_size) for (dataset, _), members in self.buckets().items())
+        return sum(
+            -(-self._samples(members) // self.datasets[dataset].batch_size)
+            for (dataset, _), members in self.buckets().items()
+        )
 
     def steps_per_epoch(self, accumulation: int = 1, world: int = 1) -> int:
-        """Optimizer steps in an epoch: `world` processes take batches in turn, `accumulation` each, the last step what is left."""
+        """Optimizer steps in an epoch: `world` processes take batches in turn, `accumulation` each, the last step what
+        is left."""
         return -(-self.batches_per_epoch // (accumulation * world))
 
     @property
@@ -126,14 +130,26 @@ class Plan:
         return rows
 
     def bucket_rows(self) -> list[tuple[str | int, ...]]:
-        """A row a bucket: dataset, bucket, images, samples an epoch, batches, size of the last batch, share cut away, enlarged."""
+        """A row a bucket: dataset, bucket, images, samples an epoch, batches, size of the last batch, share cut away,
+        enlarged."""
         rows: list[tuple[str | int, ...]] = []
         for (dataset, bucket), members in self.buckets().items():
             size, samples = self.datasets[dataset].batch_size, self._samples(members)
             cut = sum(_cut_away(self.items[i].placement) for i in members) / len(members)
             grown = sum(self.items[i].placement.resized[0] > self.items[i].image.width for i in members)
             last = samples % size or size
-            rows.append((dataset + 1, f"{bucket[0]}x{bucket[1]}", len(members), samples, -(-samples // size), last, f"{cut:.1%}", grown))
+            rows.append(
+                (
+                    dataset + 1,
+                    f"{bucket[0]}x{bucket[1]}",
+                    len(members),
+                    samples,
+                    -(-samples // size),
+                    last,
+                    f"{cut:.1%}",
+                    grown,
+                )
+            )
         return rows
 
     def steps_line(self, accumulation: int = 1, world: int = 1) -> str:
@@ -145,7 +161,8 @@ class Plan:
         sizes = "/".join(str(dataset.batch_size) for dataset in self.datasets)
         return (
             f"{images}; in batches of {sizes}, cut within each bucket: {self.batches_per_epoch} batches; "
-            f"/ ({accumulation} accumulated x {world} processes) = {self.steps_per_epoch(accumulation, world)} steps an epoch"
+            f"/ ({accumulation} accumulated x {world} processes) = {self.steps_per_epoch(accumulation, world)} steps "
+            "an epoch"
         )
 
     def digest(self) -> str:
@@ -177,9 +194,9 @@ def make_plan(
     """Find all images and their buckets.
 
     `bodies`: decode each image once (unless `index` knows it), so that damaged ones show now; False: headers alone.
-    `stride`: image pixels a latent pixel; `multiple`: what sides are multiples of, if more than that. Raises UserError that
-    lists every option that cannot act, or every file that cannot be used, with its reason (those are left out and listed in
-    `skipped` instead if `skip_unreadable`).
+    `stride`: image pixels a latent pixel; `multiple`: what sides are multiples of, if more than that. Raises UserError
+    that lists every option that cannot act, or every file that cannot be used, with its reason (those are left out and
+    listed in `skipped` instead if `skip_unreadable`).
     """
     _check_options(datasets, multiple or stride)
     items: list[Item] = []
@@ -200,18 +217,27 @@ def make_plan(
         wrong.append(_listed(bad))
     if (samples := sum(item.repeats for item in items)) > LARGEST_EPOCH:
         wrong.append(
-            f"images x num_repeats are {samples:,} samples an epoch, and each is drawn by itself: at most {LARGEST_EPOCH:,} are possible; "
+            f"images x num_repeats are {samples:,} samples an epoch, and each is drawn by itself: at most "
+            f"{LARGEST_EPOCH:,} are possible; "
             "lower num_repeats (dataset_repeats), and train longer by max_train_epochs or max_train_steps"
         )
     if wrong:
         raise UserError(*wrong)
     if not items:
         raise UserError("no image is left to train on", *([_listed(bad)] if bad else []))
-    return Plan(datasets=tuple(datasets), items=tuple(items), skipped=tuple(skipped), notes=tuple(dict.fromkeys(notes)), stride=stride)
+    return Plan(
+        datasets=tuple(datasets),
+        items=tuple(items),
+        skipped=tuple(skipped),
+        notes=tuple(dict.fromkeys(notes)),
+        stride=stride,
+    )
 
 
 def _listed(bad: Sequence[SkippedFile]) -> str:
-    lines = list(dict.fromkeys(f"  {skip.path}: {skip.reason}" for skip in bad))  # a folder may stand in several datasets
+    lines = list(
+        dict.fromkeys(f"  {skip.path}: {skip.reason}" for skip in bad)
+    )  # a folder may stand in several datasets
     advice = "mend or remove them, or train without them by skip_unreadable (--skip_unreadable)"
     return "\n".join([f"{len(lines)} images cannot be used; {advice}:", *lines])
 
@@ -219,7 +245,9 @@ def _listed(bad: Sequence[SkippedFile]) -> str:
 def _check_options(datasets: Sequence[DatasetConfig], multiple: int) -> None:
     wrong = []
     if not any(dataset.subsets for dataset in datasets):
-        wrong.append("there are no images to train on: name a folder by train_data_dir, or in the file of dataset_config")
+        wrong.append(
+            "there are no images to train on: name a folder by train_data_dir, or in the file of dataset_config"
+        )
     for d, dataset in enumerate(datasets):
         where = f"dataset {d + 1}"
         wrong += [f"{where}: {message}" for message in check(dataset, multiple)]
@@ -257,7 +285,8 @@ def _placed(found: Scan, dataset: DatasetConfig, number: int) -> tuple[list[Item
 
 
 def _repeat_regularisation(items: Sequence[Item]) -> tuple[list[Item], list[SkippedFile]]:
-    """Regularisation images are repeated until they are as many as the training samples, or cut off there, as sd-scripts does."""
+    """Regularisation images are repeated until they are as many as the training samples, or cut off there, as
+    sd-scripts does."""
     train = [item for item in items if not item.image.is_reg]
     regs = [item for item in items if item.image.is_reg]
     goal, samples = sum(item.repeats for item in train), 0
@@ -272,7 +301,9 @@ def _repeat_regularisation(items: Sequence[Item]) -> tuple[list[Item], list[Skip
         share, rest = divmod(goal - samples, len(kept))
         kept = [replace(item, repeats=item.repeats + share + (i < rest)) for i, item in enumerate(kept)]
     reason = f"regularisation image not needed: there are {samples} samples of them for {goal} of training"
-    return train + kept, [SkippedFile(item.image.path, reason, unreadable=False, subset=item.image.subset) for item in regs[len(kept) :]]
+    return train + kept, [
+        SkippedFile(item.image.path, reason, unreadable=False, subset=item.image.subset) for item in regs[len(kept) :]
+    ]
 
 
 def _notes(dataset: DatasetConfig, items: Sequence[Item], unneeded: Sequence[SkippedFile], number: int) -> list[str]:
@@ -280,9 +311,15 @@ def _notes(dataset: DatasetConfig, items: Sequence[Item], unneeded: Sequence[Ski
     if dataset.bucket_no_upscale and not dataset.enable_bucket:
         notes.append(f"dataset {number + 1}: bucket_no_upscale acts with enable_bucket only")
     if unneeded:
-        notes.append(f"dataset {number + 1}: {len(unneeded)} regularisation images are left out: {unneeded[0].reason.partition(': ')[2]}")
+        notes.append(
+            f"dataset {number + 1}: {len(unneeded)} regularisation images are left out: "
+            f"{unneeded[0].reason.partition(': ')[2]}"
+        )
     regs = [item for item in items if item.image.is_reg]
     if any(item.repeats != item.image.repeats for item in regs):
         samples = sum(item.repeats for item in regs)
-        notes.append(f"dataset {number + 1}: {len(regs)} regularisation images are repeated to {samples} samples, as many as of training")
+        notes.append(
+            f"dataset {number + 1}: {len(regs)} regularisation images are repeated to {samples} samples, as many as of "
+            "training"
+        )
     return notes

@@ -98,8 +98,11 @@ def scan(dataset: DatasetConfig, index: Index, *, bodies: bool = True, progress:
     return result
 
 
-def examine(paths: Sequence[Path], index: Index, *, bodies: bool, progress: Progress | None = None) -> dict[Path, Facts]:
-    """What each image file is, from the index where the file has not changed since (size and times), else from the file."""
+def examine(
+    paths: Sequence[Path], index: Index, *, bodies: bool, progress: Progress | None = None
+) -> dict[Path, Facts]:
+    """What each image file is, from the index where the file has not changed since (size and times), else from the
+    file."""
     paths = list(dict.fromkeys(paths))
     known = index.read("picture", [str(p.absolute()) for p in paths])
     facts: dict[Path, Facts] = {}
@@ -128,7 +131,11 @@ def _remembered(row: Mapping[str, object], now: list[int]) -> Facts | None:
     width, height, digest = row.get("width"), row.get("height"), row.get("digest")
     if row.get("stamp") != now or not isinstance(digest, str):
         return None
-    return Facts(width, height, digest) if type(width) is int and type(height) is int and width > 0 and height > 0 else None
+    return (
+        Facts(width, height, digest)
+        if type(width) is int and type(height) is int and width > 0 and height > 0
+        else None
+    )
 
 
 def _row(facts: Facts, of: list[int]) -> dict[str, object]:
@@ -167,7 +174,9 @@ def _listing(subset: SubsetConfig) -> Listing | str:
 
 
 def _left_alone(subset: SubsetConfig, found: Listing) -> list[str]:
-    unknown = [f"{n} {suffix}" for suffix, n in found.others.most_common() if suffix not in (*_EXPECTED, _suffix(subset))]
+    unknown = [
+        f"{n} {suffix}" for suffix, n in found.others.most_common() if suffix not in (*_EXPECTED, _suffix(subset))
+    ]
     return [f"{subset.image_dir}: not images, left alone: {', '.join(unknown)}"] if unknown else []
 
 
@@ -192,7 +201,12 @@ def _masks(subset: SubsetConfig, paths: Sequence[Path]) -> dict[Path, Path]:
 
 
 def _add_subset(
-    result: Scan, number: int, subset: SubsetConfig, paths: Sequence[Path], masks: dict[Path, Path], facts: dict[Path, Facts]
+    result: Scan,
+    number: int,
+    subset: SubsetConfig,
+    paths: Sequence[Path],
+    masks: dict[Path, Path],
+    facts: dict[Path, Facts],
 ) -> None:
     bare, blank, long = [], [], []
     inside = Path(subset.image_dir).as_posix().rstrip("/") + "/"  # `relative_to` takes long for many images
@@ -203,7 +217,9 @@ def _add_subset(
             result.skipped.append(SkippedFile(path, reason, subset=number))
             continue
         if subset.num_repeats < 1:
-            result.skipped.append(SkippedFile(path, f"num_repeats is {subset.num_repeats}", unreadable=False, subset=number))
+            result.skipped.append(
+                SkippedFile(path, f"num_repeats is {subset.num_repeats}", unreadable=False, subset=number)
+            )
             continue
         assert not isinstance(captions, str)
         lines = captions if captions is not None else (subset.class_tokens or "",)
@@ -229,7 +245,11 @@ def _add_subset(
 
 
 def _problem(
-    subset: SubsetConfig, image: Facts, mask: Path | None, facts: dict[Path, Facts], captions: tuple[str, ...] | str | None
+    subset: SubsetConfig,
+    image: Facts,
+    mask: Path | None,
+    facts: dict[Path, Facts],
+    captions: tuple[str, ...] | str | None,
 ) -> str:
     """Why an image cannot be used, or nothing."""
     if image.problem:
@@ -243,8 +263,13 @@ def _problem(
         if of_mask.problem:
             return f"its mask {mask}: {of_mask.problem}"
         # Masks may be smaller or larger than their images, to a pixel's rounding, but not of another shape.
-        if abs(of_mask.width * image.height - of_mask.height * image.width) > max(image.width, image.height, of_mask.width, of_mask.height):
-            return f"its mask {mask} is {of_mask.width}x{of_mask.height}: not the shape of the image, {image.width}x{image.height}"
+        if abs(of_mask.width * image.height - of_mask.height * image.width) > max(
+            image.width, image.height, of_mask.width, of_mask.height
+        ):
+            return (
+                f"its mask {mask} is {of_mask.width}x{of_mask.height}: not the shape of the image, "
+                f"{image.width}x{image.height}"
+            )
     return ""
 
 
@@ -262,14 +287,16 @@ def _captions(path: Path, subset: SubsetConfig) -> tuple[str, ...] | str | None:
 
 
 def _caption_files(path: Path, subset: SubsetConfig) -> list[Path]:
-    """Where an image's caption may stand: `name.txt` serves `name_a_b_c_d.png` too, whose numbers say where a face is."""
+    """Where an image's caption may stand: `name.txt` serves `name_a_b_c_d.png` too, whose numbers say where a face
+    is."""
     names = path.stem.split("_")
     stems = [path.stem, "_".join(names[:-4])] if len(names) >= 5 else [path.stem]
     return [path.with_name(f"{stem}{_suffix(subset)}") for stem in stems]
 
 
 def _lines(file: Path, status: os.stat_result) -> tuple[str, ...] | str:
-    """A caption file's lines that are not blank, an empty one if there is none; or a string that says what is wrong with it."""
+    """A caption file's lines that are not blank, an empty one if there is none; or a string that says what is wrong
+    with it."""
     if (found := kind(status.st_mode)) != "file":
         return f"its caption {file} is a {found}, not a file"
     if status.st_size > LONGEST_CAPTION:
@@ -287,13 +314,18 @@ LONGEST_CAPTION = 2**20
 """Bytes of a caption file; more is something else under its name."""
 
 
-def _caption_notes(subset: SubsetConfig, bare: Sequence[Path], blank: Sequence[Path], long: Sequence[Path]) -> list[str]:
+def _caption_notes(
+    subset: SubsetConfig, bare: Sequence[Path], blank: Sequence[Path], long: Sequence[Path]
+) -> list[str]:
     notes = []
     if bare:
-        other = next((s for s in (".txt", ".caption") if s != _suffix(subset) and os.path.exists(bare[0].with_suffix(s))), None)
+        other = next(
+            (s for s in (".txt", ".caption") if s != _suffix(subset) and os.path.exists(bare[0].with_suffix(s))), None
+        )
         hint = f"; there are {other} files: set caption_extension" if other else ""
         notes.append(
-            f"{subset.image_dir}: {len(bare)} images have neither a {_suffix(subset)} caption nor class_tokens and train with an empty "
+            f"{subset.image_dir}: {len(bare)} images have neither a {_suffix(subset)} caption nor class_tokens and "
+            "train with an empty "
             f"caption ({_some(bare)}){hint}"
         )
     if blank:

@@ -42,7 +42,8 @@ _TABLE = "CREATE TABLE IF NOT EXISTS known (kind TEXT, name TEXT, value TEXT, PR
 
 @dataclass(slots=True)
 class Store:
-    """Named tensors by key: one safetensors file an entry below `root`, or the memory of this process when `root` is None.
+    """Named tensors by key: one safetensors file an entry below `root`, or the memory of this process when `root` is
+    None.
 
     A file is written aside and renamed, so an entry is whole or absent, however the run ends.
     """
@@ -90,7 +91,8 @@ class Store:
 
 @contextmanager
 def writing(store: Store, ahead: int = 8) -> Iterator[Callable[[str, Mapping[str, Tensor]], None]]:
-    """`store.put` beside other work: the disk is waited for only when more than `ahead` entries are on their way, and at the end.
+    """`store.put` beside other work: the disk is waited for only when more than `ahead` entries are on their way, and
+    at the end.
 
     Raises what `put` raises, at a later `put` or at the end.
     """
@@ -126,9 +128,13 @@ class Index:
         found: dict[str, Any] = {}
         with self._connection() as connection:
             for name in names:
-                row = connection.execute("SELECT value FROM known WHERE kind = ? AND name = ?", (kind, printable(name))).fetchone()
+                row = connection.execute(
+                    "SELECT value FROM known WHERE kind = ? AND name = ?", (kind, printable(name))
+                ).fetchone()
                 if row:
-                    with suppress(ValueError, TypeError, RecursionError):  # a damaged row is not known, and worked out again
+                    with suppress(
+                        ValueError, TypeError, RecursionError
+                    ):  # a damaged row is not known, and worked out again
                         found[name] = json.loads(row[0])
         return found
 
@@ -155,16 +161,22 @@ class Index:
                 yield connection
         except (sqlite3.Error, OSError) as error:
             raise UserError(
-                f"{file}: the cache's index cannot be used: {error}; delete it if it is damaged, or choose another cache_dir"
+                f"{file}: the cache's index cannot be used: {error}; delete it if it is damaged, or choose another "
+                "cache_dir"
             ) from error
 
 
 def unusable(
-    store: Store, index: Index, names: Iterable[str], misfit: Callable[[str, Mapping[str, Tensor]], str], progress: Progress | None = None
+    store: Store,
+    index: Index,
+    names: Iterable[str],
+    misfit: Callable[[str, Mapping[str, Tensor]], str],
+    progress: Progress | None = None,
 ) -> dict[str, str]:
     """Entry -> why it cannot be used ("" for one that is not there), for those of `names` that cannot.
 
-    An entry on the disk is read and verified once; then `index` knows its file's stamp, and it is read again only when that changes.
+    An entry on the disk is read and verified once; then `index` knows its file's stamp, and it is read again only when
+    that changes.
     `misfit`: name and tensors -> how they differ from what their key stands for, or nothing.
     """
     names = list(dict.fromkeys(names))
@@ -175,7 +187,9 @@ def unusable(
     todo = [name for name in stamps if known.get(name) != stamps[name]]
     found = {name: "" for name in names if name not in stamps}
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        for start in range(0, len(todo), 256):  # in portions, so that a run that is killed here has kept most of what it learnt
+        for start in range(
+            0, len(todo), 256
+        ):  # in portions, so that a run that is killed here has kept most of what it learnt
             portion = todo[start : start + 256]
             wrong = dict(zip(portion, pool.map(lambda name: _wrong(store, name, misfit), portion), strict=True))
             found |= {name: reason for name, reason in wrong.items() if reason is not None}

@@ -91,8 +91,9 @@ class TextEncoderOutputsCachingStrategy:
     fields: tuple[str, ...]
     """Names in cond that are kept."""
     ragged: Mapping[str, str] = field(default_factory=dict)
-    """Field (n, d) -> the field (n,), true for its used rows, which come first: such a field is kept without the others. In a cond
-    of any `length` the second field may be missing, which means that all rows are used: attention is faster without a mask."""
+    """Field (n, d) -> the field (n,), true for its used rows, which come first: such a field is kept without the
+    others. In a cond of any `length` the second field may be missing, which means that all rows are used: attention is
+    faster without a mask."""
     length: int | None = None
     """Rows that ragged fields are padded to with zeros when they are read; None: to the longest of a batch."""
     dtype: torch.dtype = torch.float16

@@ -15,7 +15,8 @@ from sfumato.models import locate
 from sfumato.models.facts import WHOLE, Detected, Kind, Shapes
 
 CALLED: Mapping[Kind, str] = {
-    "adapter": "an adapter (such as a LoRA), not a base model: give it as --network_weights, and the model it was trained on here",
+    "adapter": "an adapter (such as a LoRA), not a base model: give it as --network_weights, "
+    "and the model it was trained on here",
     "vae": "a VAE, not a base model: give it as --vae",
     "text_encoder": "a text encoder alone, not a base model",
     "embedding": "a textual inversion embedding, not a base model",
@@ -71,7 +72,8 @@ def detect_file(name: str | Path, flag: str = "pretrained_model_name_or_path") -
         raise UserError(f"{flag}: {path} is {found.refused}")
     if lacking := set(families.facts(found.family).needed) - set(found.parts):
         raise UserError(
-            f"{flag}: {path} holds no {' and no '.join(sorted(lacking))}; a whole model is needed, as a single file or a diffusers folder"
+            f"{flag}: {path} holds no {' and no '.join(sorted(lacking))}; a whole model is needed, as a single file or "
+            "a diffusers folder"
         )
     return found
 
@@ -102,7 +104,9 @@ def _shapes(paths: Sequence[Path], flag: str) -> Shapes:
 def _folder(path: Path, flag: str) -> Detected:
     index = path / "model_index.json"
     if not index.is_file():
-        raise UserError(f"{flag}: the folder {path} has no model_index.json: expected a diffusers folder, or a single file")
+        raise UserError(
+            f"{flag}: the folder {path} has no model_index.json: expected a diffusers folder, or a single file"
+        )
     pipeline = str(locate.read_json(index).get("_class_name"))
     for name in families.names():
         if pipeline in families.facts(name).pipelines:

@@ -54,14 +54,21 @@ class Dialect:
         """Foreign names of a layer, without leaf: one, or one a piece of a fused layer; and the rule that cuts it."""
         component, module = path
         if component not in self.prefix:
-            raise UserError(f"the {self.name} names have no place for {component!r}; they hold {', '.join(self.prefix)}")
+            raise UserError(
+                f"the {self.name} names have no place for {component!r}; they hold {', '.join(self.prefix)}"
+            )
         match = self.keys[component].match(module, native=True) if component in self.keys else None
         paths = match.foreign() if match else (module,)
-        return tuple(self.prefix[component] + p.replace(".", self.separator) for p in paths), match.rule if match else None
+        return tuple(
+            self.prefix[component] + p.replace(".", self.separator) for p in paths
+        ), match.rule if match else None
 
 
-def usual(kohya: Mapping[str, str], comfy: Mapping[str, str], peft: Mapping[str, str], keys: Mapping[str, KeyMap]) -> dict[str, Dialect]:
-    """The dialects of a family, by name: the prefixes of each, and the tables to diffusers' names, on which PEFT's are built.
+def usual(
+    kohya: Mapping[str, str], comfy: Mapping[str, str], peft: Mapping[str, str], keys: Mapping[str, KeyMap]
+) -> dict[str, Dialect]:
+    """The dialects of a family, by name: the prefixes of each, and the tables to diffusers' names, on which PEFT's are
+    built.
 
     kohya's and ComfyUI's are built on native names.
     """
@@ -87,8 +94,11 @@ def write(dialect: Dialect, adapters: Mapping[ModulePath, AdapterTensors]) -> di
     return out
 
 
-def read(dialects: Iterable[Dialect], tensors: Mapping[str, Tensor], paths: Iterable[ModulePath]) -> dict[ModulePath, AdapterTensors]:
-    """Tensors of an adapter file -> native tensors, in the order of `paths` (all layers of the nets, not only adapted ones).
+def read(
+    dialects: Iterable[Dialect], tensors: Mapping[str, Tensor], paths: Iterable[ModulePath]
+) -> dict[ModulePath, AdapterTensors]:
+    """Tensors of an adapter file -> native tensors, in the order of `paths` (all layers of the nets, not only adapted
+    ones).
 
     Keys of several dialects may stand in one file. A LoRA without alpha gets its rank as alpha. Errors:
     `UserError` listing the keys that name no layer, with the nearest names.
@@ -107,7 +117,9 @@ def read(dialects: Iterable[Dialect], tensors: Mapping[str, Tensor], paths: Iter
         native = layer.tensor_names.get(leaf, _READ_AS.get(leaf, leaf))
         if native in piece or rule != layer.rule:
             raise UserError(f"two tensors for one place of {layer.path[1]}, the second of them {key!r}")
-        if (native in (DOWN, UP) and (tensor.ndim < 2 or not tensor.numel())) or (native == ALPHA and tensor.numel() != 1):
+        if (native in (DOWN, UP) and (tensor.ndim < 2 or not tensor.numel())) or (
+            native == ALPHA and tensor.numel() != 1
+        ):
             expected = "one number" if native == ALPHA else "rows and columns"
             raise UserError(f"{key!r} of the adapter has the shape {list(tensor.shape)}, expected {expected}")
         piece[native] = tensor
@@ -130,7 +142,9 @@ class _NamedLayer:
     """foreign leaf -> native leaf"""
 
 
-def _named_layers(dialects: tuple[Dialect, ...], paths: Iterable[ModulePath]) -> tuple[dict[str, _NamedLayer], list[ModulePath]]:
+def _named_layers(
+    dialects: tuple[Dialect, ...], paths: Iterable[ModulePath]
+) -> tuple[dict[str, _NamedLayer], list[ModulePath]]:
     """What every layer's names in every dialect stand for, and the layers in order."""
     layers: dict[str, _NamedLayer] = {}
     order = list(paths)
@@ -158,7 +172,8 @@ def _split(key: str, layers: Mapping[str, _NamedLayer]) -> tuple[str, str]:
 
 
 def _unclaimed(strange: list[str], layers: Mapping[str, _NamedLayer], total: int) -> str:
-    """The message for keys that name no layer: a key of each of the first five unknown names, and the nearest known ones."""
+    """The message for keys that name no layer: a key of each of the first five unknown names, and the nearest known
+    ones."""
     first: dict[str, str] = {}
     for key in strange:
         first.setdefault(key.split(".lora_")[0] if ".lora_" in key else key.rpartition(".")[0], key)
@@ -173,7 +188,9 @@ def _unclaimed(strange: list[str], layers: Mapping[str, _NamedLayer], total: int
 def _folded(dialect: Dialect, name: str, tensors: AdapterTensors) -> AdapterTensors:
     """The tensors with alpha / rank multiplied into `lora_up`."""
     if strange := tensors.keys() - {DOWN, UP, ALPHA}:
-        raise UserError(f"the {dialect.name} names hold LoRA alone, not {min(strange)!r} of {name}; save with --dialect kohya")
+        raise UserError(
+            f"the {dialect.name} names hold LoRA alone, not {min(strange)!r} of {name}; save with --dialect kohya"
+        )
     up = tensors[UP]
     scale = float(tensors[ALPHA]) / tensors[DOWN].shape[0] if ALPHA in tensors else 1.0
     return {DOWN: tensors[DOWN], UP: (up.float() * scale).to(up.dtype)}
@@ -186,19 +203,24 @@ def _cut(names: tuple[str, ...], rule: Rule | None, tensors: AdapterTensors) -> 
     if len(names) == 1:
         return [tensors]
     if strange := tensors.keys() - {DOWN, UP, ALPHA}:
-        raise UserError(f"{names[0]}: {min(strange)!r} of a fused layer cannot be cut into {len(names)}; save with native names (comfy)")
+        raise UserError(
+            f"{names[0]}: {min(strange)!r} of a fused layer cannot be cut into {len(names)}; save with native names "
+            "(comfy)"
+        )
     up = tensors[UP]
     rows = list(rule.rows) if rule and rule.rows else [up.shape[0] // len(names)] * len(names)
     return [{leaf: part if leaf == UP else t for leaf, t in tensors.items()} for part in torch.split(up, rows)]
 
 
 def _moved(name: str, change: Change, move: Callable[[Tensor], Tensor], tensors: AdapterTensors) -> AdapterTensors:
-    """The tensors of a layer whose weight goes through `move`: exact for LoRA if that is a matter of rows, those of `lora_up`."""
+    """The tensors of a layer whose weight goes through `move`: exact for LoRA if that is a matter of rows, those of
+    `lora_up`."""
     if not change.moves_rows:
         raise UserError(f"{name}: the layer's values differ between the two sides; its adapter has no exact form there")
     if strange := tensors.keys() - {DOWN, UP, ALPHA}:
         raise UserError(
-            f"{name}: the layer's rows stand in another order there, in which {min(strange)!r} has no exact form; only LoRA has"
+            f"{name}: the layer's rows stand in another order there, in which {min(strange)!r} has no exact form; only "
+            "LoRA has"
         )
     return {leaf: move(t) if leaf == UP else t for leaf, t in tensors.items()}
 
@@ -213,12 +235,17 @@ def _joined(path: ModulePath, rule: Rule | None, pieces: dict[int, AdapterTensor
 
 
 def _fused(path: ModulePath, rule: Rule, pieces: dict[int, AdapterTensors]) -> AdapterTensors:
-    """The tensors of a fused layer: at the same rank when all pieces share one `lora_down`, else at the sum of their ranks."""
+    """The tensors of a fused layer: at the same rank when all pieces share one `lora_down`, else at the sum of their
+    ranks."""
     if any(tensors.keys() != {DOWN, UP, ALPHA} for tensors in pieces.values()):
-        raise UserError(f"{path[1]}: only LoRA, with lora_down and lora_up in every piece, can be joined to a fused layer")
+        raise UserError(
+            f"{path[1]}: only LoRA, with lora_down and lora_up in every piece, can be joined to a fused layer"
+        )
     parts = [pieces[i] for i in sorted(pieces)]
     downs, ups = [p[DOWN] for p in parts], [p[UP] for p in parts]
-    if len(parts) == len(rule.foreign) and all(torch.equal(p[DOWN], downs[0]) and p[ALPHA] == parts[0][ALPHA] for p in parts):
+    if len(parts) == len(rule.foreign) and all(
+        torch.equal(p[DOWN], downs[0]) and p[ALPHA] == parts[0][ALPHA] for p in parts
+    ):
         return {DOWN: downs[0], UP: torch.cat(ups), ALPHA: parts[0][ALPHA]}
     rows = rule.rows or (ups[0].shape[0],) * len(rule.foreign)
     rank = sum(d.shape[0] for d in downs)

@@ -71,7 +71,8 @@ def load(
     else:
         check_known(path, read_header(path))
         with mapped(path, str(device)) as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys() if names is None or names(name)}  # noqa: SIM118
+            wanted = [name for name in file.keys() if names is None or names(name)]  # noqa: SIM118
+            tensors = {name: file.get_tensor(name) for name in wanted}
     if dtype is None:
         return tensors
     return {name: t.to(dtype) if t.is_floating_point() else t for name, t in tensors.items()}
@@ -81,7 +82,10 @@ def check_known(path: Path, found: Header) -> None:
     """Errors: `UserError` for tensors in formats that cannot be read."""
     if odd := [f"{name!r} ({info.dtype})" for name, info in found.tensors.items() if info.dtype not in DTYPES]:
         more = f" and {len(odd) - 3} more" if len(odd) > 3 else ""
-        raise UserError(f"{path}: holds tensors in formats that cannot be read: {', '.join(odd[:3])}{more}; known are {', '.join(DTYPES)}")
+        raise UserError(
+            f"{path}: holds tensors in formats that cannot be read: {', '.join(odd[:3])}{more}; known are "
+            f"{', '.join(DTYPES)}"
+        )
 
 
 def mapped(path: Path, device: str = "cpu") -> Any:
@@ -129,7 +133,10 @@ def _not_safetensors(path: Path, size: int, length: int) -> str:
     if start.startswith((b"PK\x03\x04", b"\x80\x02")):
         return f"{path}: a pickled file; rename it to {path.with_suffix('.ckpt').name}"
     if length <= LARGEST and start[8:9] == b"{":
-        return f"{path}: truncated: the header alone has {length:,} bytes, the file has {size:,}; download or copy it again"
+        return (
+            f"{path}: truncated: the header alone has {length:,} bytes, the file has {size:,}; download or copy it "
+            "again"
+        )
     return f"{path}: not a safetensors file"
 
 
@@ -169,7 +176,10 @@ def _unpickle(path: Path) -> dict[str, Tensor]:
     except RecursionError:
         raise UserError(f"{path}: its tables are nested too deeply for a weight file") from None
     if odd := [name for name, t in tensors.items() if t.layout != torch.strided or t.is_meta or t.is_quantized]:
-        raise UserError(f"{path}: tensor {odd[0]!r} is sparse, quantised or without values, which cannot be read; save it as plain numbers")
+        raise UserError(
+            f"{path}: tensor {odd[0]!r} is sparse, quantised or without values, which cannot be read; save it as plain "
+            "numbers"
+        )
     if not tensors:
         raise UserError(f"{path}: holds no tensors")
     return tensors
@@ -228,7 +238,10 @@ def aside(path: str | Path, needed: int = 0) -> Iterator[Path]:
 
 
 def save(
-    path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None, check: Callable[[], None] | None = None
+    path: str | Path,
+    tensors: Mapping[str, Tensor],
+    metadata: Mapping[str, str] | None = None,
+    check: Callable[[], None] | None = None,
 ) -> None:
     """Write a weight file, atomically; the ending chooses safetensors or a pickle (which holds no metadata).
 
@@ -250,7 +263,8 @@ def save(
 
 
 def serialise(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> Iterator[bytes | memoryview]:
-    """A safetensors file: first its header, then the bytes of one tensor after another, laid out as the safetensors library does.
+    """A safetensors file: first its header, then the bytes of one tensor after another, laid out as the safetensors
+    library does.
 
     The library itself needs all tensors in memory at once, writes metadata in random order, and makes files
     that only their owner can read.
@@ -306,7 +320,10 @@ def is_full(error: BaseException | None) -> bool:
 def full_disk(path: Path, needed: int) -> str:
     """The message for a full disk: what was needed and what is free."""
     free = shutil.disk_usage(path.parent).free
-    return f"{path}: the disk is full: {needed:,} bytes needed, {free:,} free; nothing was written: make room or choose another folder"
+    return (
+        f"{path}: the disk is full: {needed:,} bytes needed, {free:,} free; nothing was written: make room or choose "
+        "another folder"
+    )
 
 
 def _sync(path: Path) -> None:
@@ -339,7 +356,11 @@ def check_finite(tensors: Mapping[str, Tensor], what: str, cast: torch.dtype | N
     if bad:
         more = f" and {len(bad) - 3} more" if len(bad) > 3 else ""
         small = cast is not None and torch.finfo(cast).max < torch.finfo(torch.float32).max / 10
-        advice = f"; save_precision {str(cast).removeprefix('torch.')} may be too small for them: choose bf16 or float" if small else ""
+        advice = (
+            f"; save_precision {str(cast).removeprefix('torch.')} may be too small for them: choose bf16 or float"
+            if small
+            else ""
+        )
         raise UserError(f"{what}: NaN or infinite values in {', '.join(bad[:3])}{more}{advice}")
 
 

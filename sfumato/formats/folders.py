@@ -18,7 +18,8 @@ def aside_folder(path: Path, needed: int = 0) -> Iterator[Path]:
     """A temporary folder beside `path` that takes its place when the block ends well.
 
     `path` is the old folder or the whole new one; killed between two renames, the old one waits as `.NAME.PID.old` and
-    `leftovers.restore` brings it back. Errors: `WriteError` when the disk is full or the folder cannot be written or replaced.
+    `leftovers.restore` brings it back. Errors: `WriteError` when the disk is full or the folder cannot be written or
+    replaced.
     """
     temp, old = leftovers.folder_beside(path, "part"), leftovers.folder_beside(path, "old")
     try:
@@ -49,7 +50,8 @@ def aside_folder(path: Path, needed: int = 0) -> Iterator[Path]:
 
 
 def irreplaceable(path: Path) -> str:
-    """Why a new folder may not take the place of `path`: only one that sfumato wrote is replaced; nothing when it may."""
+    """Why a new folder may not take the place of `path`: only one that sfumato wrote is replaced; nothing when it
+    may."""
     if not os.path.lexists(path):
         return ""
     if path.is_symlink() or not path.is_dir():
@@ -57,7 +59,10 @@ def irreplaceable(path: Path) -> str:
     ours = leftovers.made_here(path) and ((path / "manifest.json").is_file() or _model(path))
     if ours or not any(path.iterdir()):
         return ""
-    return f"{path}: a folder is to be written here, and this one is not sfumato's; move it away or choose another output_name"
+    return (
+        f"{path}: a folder is to be written here, and this one is not sfumato's; move it away or choose another "
+        "output_name"
+    )
 
 
 def _model(folder: Path) -> bool:

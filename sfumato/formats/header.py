@@ -1,7 +1,8 @@
-"""The header of a safetensors file: read strictly, so that what is wrong with a file is known before a weight is needed.
+"""The header of a safetensors file: read strictly, so that what is wrong with a file is known before a weight is
+needed.
 
-Layout: 8 bytes of length, a JSON object {name: {dtype, shape, data_offsets}, "__metadata__": {text: text}}, then the tensors' bytes
-without gaps (https://huggingface.co/docs/safetensors).
+Layout: 8 bytes of length, a JSON object {name: {dtype, shape, data_offsets}, "__metadata__": {text: text}}, then the
+tensors' bytes without gaps (https://huggingface.co/docs/safetensors).
 """
 
 from __future__ import annotations
@@ -36,7 +37,9 @@ DTYPES = {  # safetensors' spelling: torch's; in the order in which the safetens
 }
 LARGEST = 100_000_000
 """Bytes of the largest header: the safetensors library's own limit."""
-_BYTES = dict.fromkeys(("BOOL", "U8", "I8", "F8_E5M2", "F8_E4M3", "F8_E8M0"), 1) | dict.fromkeys(("I16", "U16", "F16", "BF16"), 2)
+_BYTES = dict.fromkeys(("BOOL", "U8", "I8", "F8_E5M2", "F8_E4M3", "F8_E8M0"), 1) | dict.fromkeys(
+    ("I16", "U16", "F16", "BF16"), 2
+)
 _BYTES |= dict.fromkeys(("I32", "U32", "F32"), 4) | dict.fromkeys(("C64", "F64", "I64", "U64"), 8)
 _LONGEST_SIDE = 2**31  # what torch's kernels count with
 _MOST_NUMBERS = 2**62
@@ -65,7 +68,8 @@ class Header:
 
 
 def parse(text: bytes, file_size: int, where: str) -> Header:
-    """The header whose JSON is `text`, of a file of `file_size` bytes. Errors: `UserError` that says what is damaged; `where`: the file."""
+    """The header whose JSON is `text`, of a file of `file_size` bytes. Errors: `UserError` that says what is damaged;
+    `where`: the file."""
     try:
         entries = json.loads(text.decode(), object_pairs_hook=_once, parse_constant=_no_constant)
         if not isinstance(entries, dict) or not text.startswith(b"{"):
@@ -75,7 +79,9 @@ def parse(text: bytes, file_size: int, where: str) -> Header:
     except RecursionError:
         raise UserError(f"{where}: not a safetensors file (its header is nested too deeply)") from None
     except ValueError as error:
-        raise UserError(f"{where}: not a safetensors file, or a damaged one: its header is no table of tensors ({error})") from None
+        raise UserError(
+            f"{where}: not a safetensors file, or a damaged one: its header is no table of tensors ({error})"
+        ) from None
     tensors = dict(sorted(tensors.items(), key=lambda item: (item[1].start, item[0])))
     _check_layout(where, tensors, file_size - 8 - len(text))
     return Header(tensors, metadata, 8 + len(text))
@@ -123,7 +129,12 @@ def _tensor(name: str, entry: object) -> TensorInfo:
         raise ValueError(f"tensor {name!r} has the shape {_shown(shape)}; expected a list of whole numbers")
     if math.prod(max(n, 1) for n in shape) >= _MOST_NUMBERS:
         raise ValueError(f"tensor {name!r} has the shape {_shown(shape)}, which no file can hold")
-    if not isinstance(offsets, list) or len(offsets) != 2 or not all(map(_is_count, offsets)) or offsets[0] > offsets[1]:
+    if (
+        not isinstance(offsets, list)
+        or len(offsets) != 2
+        or not all(map(_is_count, offsets))
+        or offsets[0] > offsets[1]
+    ):
         raise ValueError(f"tensor {name!r} has the data_offsets {_shown(offsets)}; expected its first byte and its end")
     return TensorInfo(dtype, tuple(shape), *offsets)
 
@@ -144,9 +155,14 @@ def _check_layout(where: str, tensors: Mapping[str, TensorInfo], size: int) -> N
     for name, info in tensors.items():
         fits = info.dtype not in _BYTES or info.end - info.start == math.prod(info.shape) * _BYTES[info.dtype]
         if info.start != at or not fits:
-            raise UserError(f"{where}: damaged: the header's place for {name!r} does not fit its shape {list(info.shape)} of {info.dtype}")
+            raise UserError(
+                f"{where}: damaged: the header's place for {name!r} does not fit its shape {list(info.shape)} of "
+                f"{info.dtype}"
+            )
         at = info.end
     if size < at:
-        raise UserError(f"{where}: truncated: {at:,} bytes of tensors expected, {size:,} found; download or copy it again")
+        raise UserError(
+            f"{where}: truncated: {at:,} bytes of tensors expected, {size:,} found; download or copy it again"
+        )
     if size > at:
         raise UserError(f"{where}: damaged: {size - at:,} bytes follow the last tensor; download or copy it again")

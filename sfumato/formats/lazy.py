@@ -22,14 +22,16 @@ STORED = ("F8_E4M3", "F8_E5M2")
 """Formats that nothing is computed in; bf16 holds their values exactly."""
 FLOATS = ("F64", "F32", "F16", "BF16", *STORED)
 PIECE = 1 << 16
-"""Numbers that are read at once where they are cast; buffers of some MB leave holes in the heap, a tenth of a model in all."""
+"""Numbers that are read at once where they are cast; buffers of some MB leave holes in the heap, a tenth of a model in
+all."""
 
 PROBES = 16
 """Places of a file that are compared where its times alone do not tell whether it was changed."""
 
 
 class _File:
-    """A weight file that stays open, so that all that is read of it is of one file, whatever comes to stand under its name."""
+    """A weight file that stays open, so that all that is read of it is of one file, whatever comes to stand under its
+    name."""
 
     def __init__(self, path: Path) -> None:
         self.path, self.header = path, files.read_header(path)
@@ -38,7 +40,10 @@ class _File:
         weakref.finalize(self, os.close, self._handle)
         self._raw = open(self._handle, "rb", buffering=0, closefd=False)  # noqa: SIM115
         self._opened, self._probe, self._warned = os.fstat(self._handle), self._probes(), False
-        if max((t.end for t in self.header.tensors.values()), default=0) > self._opened.st_size - self.header.size and not self._pickle:
+        if (
+            max((t.end for t in self.header.tensors.values()), default=0) > self._opened.st_size - self.header.size
+            and not self._pickle
+        ):
             raise UserError(f"{path}: changed while it was opened; start again when nothing writes it any longer")
         self._pickled = files.load(path) if self._pickle else None
         self._mapped: Any = None
@@ -55,17 +60,20 @@ class _File:
             return False
 
     def check(self) -> None:
-        """Errors: `UserError` if the content was changed since it was opened. One that was renamed, or replaced by another file, is as
-        it was: it is open here.
+        """Errors: `UserError` if the content was changed since it was opened. One that was renamed, or replaced by
+        another file, is as it was: it is open here.
 
-        What is mapped cannot be guarded wholly: a file cut short between this check and the use of its pages ends the process by
-        SIGBUS, which Python cannot catch. So training on the CPU maps nothing, and elsewhere the maps are left before the first step.
+        What is mapped cannot be guarded wholly: a file cut short between this check and the use of its pages ends the
+        process by SIGBUS, which Python cannot catch. So training on the CPU maps nothing, and elsewhere the maps are
+        left before the first step.
         """
         then = self._opened
         try:
             now = os.fstat(self._handle)
             same = (now.st_size, now.st_mtime_ns) == (then.st_size, then.st_mtime_ns)
-            if same and now.st_ctime_ns != then.st_ctime_ns:  # renamed, linked, other rights; or rewritten and its time set back
+            if (
+                same and now.st_ctime_ns != then.st_ctime_ns
+            ):  # renamed, linked, other rights; or rewritten and its time set back
                 same = self._probes() == self._probe
         except OSError:
             same = False
@@ -100,7 +108,8 @@ class _File:
         return tensor
 
     def read(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
-        """The tensor in memory of its own, cast to `dtype`; no page of the file stays mapped, and no second copy is ever whole."""
+        """The tensor in memory of its own, cast to `dtype`; no page of the file stays mapped, and no second copy is
+        ever whole."""
         if self._pickled is not None:
             self.check()
             return self._pickled[name].to(dtype, copy=True)
@@ -138,7 +147,8 @@ class Lazy(Mapping[str, Tensor]):
     dtype: torch.dtype | None = None
     """What floating tensors are cast to as they are read; None: as in the file, fp8 as bf16."""
     map: bool | Callable[[str], bool] = True
-    """Whether a tensor, or that of this name, that is wanted as it stands may be backed by the file; False where it is copied anyway."""
+    """Whether a tensor, or that of this name, that is wanted as it stands may be backed by the file; False where it is
+    copied anyway."""
 
     @classmethod
     def of(cls, paths: Iterable[Path]) -> Lazy:
@@ -170,7 +180,9 @@ class Lazy(Mapping[str, Tensor]):
 
     def below(self, prefix: str) -> Lazy:
         """Those whose names start with `prefix`, without it."""
-        return Lazy({n[len(prefix) :]: place for n, place in self.places.items() if n.startswith(prefix)}, self.dtype, self.map)
+        return Lazy(
+            {n[len(prefix) :]: place for n, place in self.places.items() if n.startswith(prefix)}, self.dtype, self.map
+        )
 
     def only(self, wanted: Callable[[str], bool]) -> Lazy:
         """Those whose names are wanted."""

@@ -1,4 +1,5 @@
-"""What killed processes left half-written: known by name and content, never taken from a process that lives or from a user."""
+"""What killed processes left half-written: known by name and content, never taken from a process that lives or from a
+user."""
 
 from __future__ import annotations
 
@@ -15,8 +16,8 @@ from pathlib import Path
 from typing import Literal
 
 STALE = 600
-"""Seconds untouched after which a file of a dead process is removed while others may write beside it: a process of another machine
-or container may live although its number says nothing here."""
+"""Seconds untouched after which a file of a dead process is removed while others may write beside it: a process of
+another machine or container may live although its number says nothing here."""
 KINDS = (".safetensors", ".json", ".txt", ".model", ".jinja")
 """Endings of what sfumato writes into folders; a folder that holds anything else is not removed."""
 _DESKTOP = (".DS_Store", "Thumbs.db", "desktop.ini")  # what file managers put into every folder
@@ -48,7 +49,8 @@ class Leftover:
 
 
 def found(parent: Path, fits: Callable[[str], object], age: float = 0) -> Iterator[Leftover]:
-    """Leftovers of dead processes whose names fit, untouched for `age` seconds; a folder that cannot be read has none."""
+    """Leftovers of dead processes whose names fit, untouched for `age` seconds; a folder that cannot be read has
+    none."""
     try:
         entries = [(Path(e.path), e.stat(follow_symlinks=False)) for e in os.scandir(parent) if e.name.startswith(".")]
     except OSError:
@@ -77,7 +79,8 @@ def restore(parent: Path, fits: Callable[[str], object]) -> list[Path]:
 
 
 def clear(parent: Path, fits: Callable[[str], object], age: float = 0) -> list[Path]:
-    """Remove unfinished files and folders, and old folders whose successors stand; returns what old folders came back."""
+    """Remove unfinished files and folders, and old folders whose successors stand; returns what old folders came
+    back."""
     back = restore(parent, fits)
     for left in found(parent, fits, age):
         if left.kind == "file":

@@ -1,4 +1,5 @@
-"""What a saved file says of itself: modelspec 1.0.1 and kohya's `ss_*` fields, with hashes as sd-scripts computes them."""
+"""What a saved file says of itself: modelspec 1.0.1 and kohya's `ss_*` fields, with hashes as sd-scripts computes
+them."""
 
 from __future__ import annotations
 
@@ -22,7 +23,14 @@ if TYPE_CHECKING:
 
 LEGACY_START, LEGACY_LENGTH = 0x100000, 0x10000
 """The bytes that the old, short hash looks at."""
-NEEDED = ("ss_v2", "ss_base_model_version", "ss_network_module", "ss_network_dim", "ss_network_alpha", "ss_network_args")
+NEEDED = (
+    "ss_v2",
+    "ss_base_model_version",
+    "ss_network_module",
+    "ss_network_dim",
+    "ss_network_alpha",
+    "ss_network_args",
+)
 """What `no_metadata` leaves, because loaders read it."""
 
 _FIXED: Mapping[str, object] = {
@@ -39,14 +47,23 @@ _FIXED: Mapping[str, object] = {
     "validate_every_n_steps": None,
 }
 """Fields of sd-scripts for what sfumato does not do; programs that show a file's metadata look for them."""
-_OF_ADAPTERS = ("network_module", "network_dim", "network_alpha", "network_args", "network_dropout", "scale_weight_norms")
+_OF_ADAPTERS = (
+    "network_module",
+    "network_dim",
+    "network_alpha",
+    "network_args",
+    "network_dropout",
+    "scale_weight_norms",
+)
 """Fields that a whole model does not have."""
 _OF_WHOLE_MODELS = ("train_text_encoder", "learning_rate_te")
-"""Fields that an adapter does not have: its text encoder goes by other settings, and may be trained where these say "False"."""
+"""Fields that an adapter does not have: its text encoder goes by other settings, and may be trained where these say
+"False"."""
 
 _OPTIONS = {  # section of the config -> its fields that are written, as ss_<field>
     "optimizer": (
-        "learning_rate text_encoder_lr unet_lr lr_warmup_steps lr_scheduler lr_scheduler_args max_grad_norm ema_decay learning_rate_te"
+        "learning_rate text_encoder_lr unet_lr lr_warmup_steps lr_scheduler lr_scheduler_args max_grad_norm ema_decay "
+        "learning_rate_te"
     ),
     "train": "gradient_accumulation_steps seed full_bf16 stop_text_encoder_training train_text_encoder",
     "memory": "gradient_checkpointing",
@@ -55,7 +72,8 @@ _OPTIONS = {  # section of the config -> its fields that are written, as ss_<fie
         "face_crop_aug_range resize_interpolation"
     ),
     "noise": (
-        "noise_offset noise_offset_random_strength adaptive_noise_scale multires_noise_iterations multires_noise_discount "
+        "noise_offset noise_offset_random_strength adaptive_noise_scale multires_noise_iterations "
+        "multires_noise_discount "
         "ip_noise_gamma ip_noise_gamma_random_strength zero_terminal_snr min_timestep max_timestep"
     ),
     "loss": (
@@ -161,7 +179,8 @@ class RunFacts:
 
 
 def training(config: Config, run: RunFacts, datasets: Sequence[DatasetFacts] = ()) -> dict[str, str]:
-    """The `ss_*` fields, all as text, "None" where there is nothing (as sd-scripts writes them and others read them)."""
+    """The `ss_*` fields, all as text, "None" where there is nothing (as sd-scripts writes them and others read
+    them)."""
     values: dict[str, object] = {
         name: getattr(getattr(config, section), name) for section, names in _OPTIONS.items() for name in names.split()
     }
@@ -227,7 +246,8 @@ def _dataset_fields(datasets: Sequence[DatasetFacts]) -> dict[str, object]:
 
 
 def _flat(dataset: DatasetConfig) -> dict[str, object]:
-    """Of a single dataset: its limits of buckets, and what all its folders have in common, as old programs read them."""
+    """Of a single dataset: its limits of buckets, and what all its folders have in common, as old programs read
+    them."""
     low, high = dataset.bucket_limits
     buckets = {"bucket_no_upscale": dataset.bucket_no_upscale, "min_bucket_reso": low, "max_bucket_reso": high}
     folders = {
@@ -263,7 +283,9 @@ def _folder(path: str) -> str:
 
 
 def _bucket_info(facts: DatasetFacts) -> dict[str, object]:
-    buckets = {str(i): {"resolution": list(size), "count": n} for i, (size, n) in enumerate(sorted(facts.buckets.items()))}
+    buckets = {
+        str(i): {"resolution": list(size), "count": n} for i, (size, n) in enumerate(sorted(facts.buckets.items()))
+    }
     return {"buckets": buckets, "mean_img_ar_error": facts.mean_ar_error}
 
 
@@ -312,7 +334,8 @@ def model_hash(path: str | Path, memo: Path | None = None) -> str:
 def remembered(name: str, paths: Sequence[Path], make: Callable[[], str], memo: Path | None = None) -> str:
     """What `make` says of some files, read once and not in each run: it is remembered by the files' stamps.
 
-    `memo`: the JSON file that remembers; default `~/.cache/sfumato/hashes.json`. When it cannot be written, nothing is remembered.
+    `memo`: the JSON file that remembers; default `~/.cache/sfumato/hashes.json`. When it cannot be written, nothing is
+    remembered.
     """
     memo = memo or Path("~/.cache/sfumato/hashes.json").expanduser()
     state = [number for path in paths for number in stamp(path)]

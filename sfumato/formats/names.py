@@ -35,7 +35,9 @@ SWAP_HALVES = Change(_swap, _swap, moves_rows=True)
 """The two halves of the rows change places (scale and shift)."""
 TRANSPOSE = Change(lambda t: t.T.contiguous(), lambda t: t.T.contiguous())
 """(in, out) on one side, (out, in) on the other."""
-CONV_TO_LINEAR = Change(lambda t: t[:, :, 0, 0] if t.ndim == 4 else t, lambda t: t[:, :, None, None] if t.ndim == 2 else t)
+CONV_TO_LINEAR = Change(
+    lambda t: t[:, :, 0, 0] if t.ndim == 4 else t, lambda t: t[:, :, None, None] if t.ndim == 2 else t
+)
 """A 1x1 convolution on the foreign side, a linear layer on the native one."""
 
 

@@ -1,4 +1,5 @@
-"""Paths as users have them: a name as text that can be printed and kept, and what stands there, found without opening it."""
+"""Paths as users have them: a name as text that can be printed and kept, and what stands there, found without opening
+it."""
 
 from __future__ import annotations
 
@@ -7,11 +8,18 @@ import re
 import stat
 
 _NOT_TEXT = re.compile("[\ud800-\udfff]")
-_KINDS = ((stat.S_ISDIR, "folder"), (stat.S_ISFIFO, "pipe"), (stat.S_ISSOCK, "socket"), (stat.S_ISCHR, "device"), (stat.S_ISBLK, "device"))
+_KINDS = (
+    (stat.S_ISDIR, "folder"),
+    (stat.S_ISFIFO, "pipe"),
+    (stat.S_ISSOCK, "socket"),
+    (stat.S_ISCHR, "device"),
+    (stat.S_ISBLK, "device"),
+)
 
 
 def printable(path: str | os.PathLike[str]) -> str:
-    """A path's text with `\\xff` for each byte that is not UTF-8: Python's own marks for them can be neither printed nor kept."""
+    """A path's text with `\\xff` for each byte that is not UTF-8: Python's own marks for them can be neither printed
+    nor kept."""
     return _NOT_TEXT.sub(lambda found: _spelt(ord(found[0])), os.fspath(path))
 
 

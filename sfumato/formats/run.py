@@ -51,10 +51,11 @@ def save_run(folder: str | Path, tensors: Mapping[str, Mapping[str, Tensor]], fa
 
 
 def load_run(folder: str | Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
-    """(part name -> tensors, facts), every file checked against the manifest. Errors: `UserError` naming what is damaged.
+    """(part name -> tensors, facts), every file checked against the manifest. Errors: `UserError` naming what is
+    damaged.
 
-    The tensors are in memory of their own: a state that a run goes on from is replaced by that run, and neither may a file that is
-    mapped be replaced on Windows, nor one that changes change what is trained.
+    The tensors are in memory of their own: a state that a run goes on from is replaced by that run, and neither may a
+    file that is mapped be replaced on Windows, nor one that changes change what is trained.
     """
     folder = Path(folder)
     leftovers.restore(folder.parent, lambda name: name == folder.name)
@@ -62,14 +63,18 @@ def load_run(folder: str | Path) -> tuple[dict[str, dict[str, Tensor]], dict[str
         before, damage = _manifest(folder), damages(folder)
         with suppress(OSError, UserError, ValueError):
             if not damage:
-                parts = {p.stem: {n: t.clone() for n, t in load(p).items()} for p in sorted(folder.glob("*.safetensors"))}
+                parts = {
+                    p.stem: {n: t.clone() for n, t in load(p).items()} for p in sorted(folder.glob("*.safetensors"))
+                }
                 facts = json.loads((folder / "facts.json").read_text(encoding="utf-8"))
                 if _manifest(folder) == before:
                     return parts, facts
         if damage and _manifest(folder) == before and folder.is_dir():
             break  # nobody is replacing it: it is damaged
         time.sleep(0.05 * wait)
-    raise UserError(f"{folder}: cannot resume from this state: {'; '.join(damage) or 'other processes keep replacing it'}")
+    raise UserError(
+        f"{folder}: cannot resume from this state: {'; '.join(damage) or 'other processes keep replacing it'}"
+    )
 
 
 def check_whole(folder: Path) -> None:
@@ -86,14 +91,19 @@ def check_whole(folder: Path) -> None:
 
 
 def damages(folder: Path, *, content: bool = True) -> list[str]:
-    """What keeps a state from being whole; empty when it is. `content`: whether to read all files, to compare their digests."""
+    """What keeps a state from being whole; empty when it is. `content`: whether to read all files, to compare their
+    digests."""
     if not folder.is_dir():
         return ["no such folder"]
     manifest = _manifest(folder)
     if manifest is None:
         return ["it has no manifest.json, so sfumato did not write it or did not finish"]
     files = manifest.get("files")
-    if not isinstance(files, dict) or "facts.json" not in files or not all(_is_entry(name, fact) for name, fact in files.items()):
+    if (
+        not isinstance(files, dict)
+        or "facts.json" not in files
+        or not all(_is_entry(name, fact) for name, fact in files.items())
+    ):
         return ["manifest.json is damaged"]
     found = [_damage(folder / name, fact, content) for name, fact in files.items()]
     if not any(found) and not isinstance(_json(folder / "facts.json"), dict):
@@ -105,7 +115,9 @@ def damages(folder: Path, *, content: bool = True) -> list[str]:
 def _is_entry(name: str, fact: object) -> bool:
     """Whether a line of a manifest names a file in the folder with its size and digest."""
     plain = re.fullmatch(r"\w[\w.-]*", name)
-    return bool(plain) and isinstance(fact, dict) and type(fact.get("size")) is int and isinstance(fact.get("sha256"), str)
+    return (
+        bool(plain) and isinstance(fact, dict) and type(fact.get("size")) is int and isinstance(fact.get("sha256"), str)
+    )
 
 
 def _damage(path: Path, fact: Mapping[str, Any], content: bool) -> str:
@@ -115,13 +127,18 @@ def _damage(path: Path, fact: Mapping[str, Any], content: bool) -> str:
             return f"{path.name} is missing"
         if size != fact["size"]:
             return f"{path.name} has {size:,} bytes, {fact['size']:,} were written"
-        return "" if not content or file_digest(path) == fact["sha256"] else f"{path.name} was changed since it was written"
+        return (
+            ""
+            if not content or file_digest(path) == fact["sha256"]
+            else f"{path.name} was changed since it was written"
+        )
     except OSError as error:
         return f"{path.name} cannot be read ({error.strerror})"
 
 
 def newest(parent: str | Path, named: str) -> Path | None:
-    """The whole state of the highest step in `parent`, of several the one written last, whose name fits the pattern `named`.
+    """The whole state of the highest step in `parent`, of several the one written last, whose name fits the pattern
+    `named`.
 
     Damaged ones are logged and passed over. A clock that was set back does not matter: the step decides.
     """
@@ -139,7 +156,9 @@ def newest(parent: str | Path, named: str) -> Path | None:
                 _tell(bad)
                 return folder
             bad[folder] = "; ".join(damage)
-        if states == {p: _manifest(p) for p in _folders(parent) if fits(p.name)} and not leftovers.exchanging(parent, fits):
+        if states == {p: _manifest(p) for p in _folders(parent) if fits(p.name)} and not leftovers.exchanging(
+            parent, fits
+        ):
             break  # nobody is replacing one: they are damaged
     _tell(bad)
     return None
@@ -239,4 +258,6 @@ def _pack(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
         if all(type(k) is str and not k.startswith("$") for k, _ in pairs):
             return dict(pairs)
         return {"$dict": [[_pack(k, path, tensors), v] for k, v in pairs]}
-    raise TypeError(f"{path or 'value'}: a {type(value).__module__}.{type(value).__qualname__} cannot be kept in a run's state")
+    raise TypeError(
+        f"{path or 'value'}: a {type(value).__module__}.{type(value).__qualname__} cannot be kept in a run's state"
+    )

@@ -16,7 +16,8 @@ else:
     import tomli as tomllib
 
 DEEPEST = 50
-"""Levels of tables and lists in each other; no file that means something has more, and parsers fail beyond some hundreds."""
+"""Levels of tables and lists in each other; no file that means something has more, and parsers fail beyond some
+hundreds."""
 _LONG_KEY = re.compile(rf"^[\s\[]*(?:[\w\"'-]+\s*\.\s*){{{DEEPEST}}}", re.MULTILINE)
 """A key of very many parts, which takes a parser gigabytes."""
 
@@ -26,7 +27,9 @@ def read_text(path: str | Path) -> str:
     try:
         return Path(path).read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as e:
-        raise UserError(f"{path}: is not a text file in UTF-8 ({e.reason} at byte {e.start}); save it as UTF-8") from None
+        raise UserError(
+            f"{path}: is not a text file in UTF-8 ({e.reason} at byte {e.start}); save it as UTF-8"
+        ) from None
     except (OSError, ValueError) as e:  # ValueError: a name that no file can have
         raise UserError(f"{path}: cannot be read: {getattr(e, 'strerror', None) or e}") from None
 
@@ -62,7 +65,9 @@ def parse_json(path: str | Path, text: str) -> Any:
 def _check_depth(path: str | Path, content: Any, kind: str) -> None:
     level = [content]
     for _ in range(DEEPEST):
-        level = [inner for c in level if isinstance(c, (dict, list)) for inner in (c.values() if isinstance(c, dict) else c)]
+        level = [
+            inner for c in level if isinstance(c, (dict, list)) for inner in (c.values() if isinstance(c, dict) else c)
+        ]
     if level:
         raise _too_deep(path, kind)
 
@@ -78,5 +83,9 @@ def _broken(path: str | Path, text: str, said: str) -> str:
         return f"{path}: is not TOML: {said}"
     number = int(found.group(1))
     line = text.splitlines()[number - 1] if number <= len(text.splitlines()) else ""
-    hint = "; in double quotes a backslash starts an escape: write the path with / or in single quotes" if "\\" in line else ""
+    hint = (
+        "; in double quotes a backslash starts an escape: write the path with / or in single quotes"
+        if "\\" in line
+        else ""
+    )
     return f"{path}:{number}: is not TOML: {said.replace(found.group(0), '')}: {line.strip()[:200]}{hint}"

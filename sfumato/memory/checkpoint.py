@@ -1,4 +1,5 @@
-"""Activation checkpointing from outside: a block's forward is run again in the backward pass instead of being remembered."""
+"""Activation checkpointing from outside: a block's forward is run again in the backward pass instead of being
+remembered."""
 
 from __future__ import annotations
 
@@ -27,7 +28,8 @@ class Handle:
 def checkpoint_blocks(blocks: Iterable[nn.Module]) -> Handle:
     """Wrap each block's `forward`. Gradients are the same; hooks on layers within a block (adapters) run again too.
 
-    Where no gradient is wanted, blocks run as they would without. Errors: `RuntimeError` for a block that is wrapped already.
+    Where no gradient is wanted, blocks run as they would without. Errors: `RuntimeError` for a block that is wrapped
+    already.
     """
     wrapped: list[nn.Module] = []
     for block in blocks:

@@ -21,7 +21,8 @@ EARLY_MARK = "encoder.mid_block.attentions.0.query.weight"
 def kl_net(shapes: Mapping[str, tuple[int, ...]], scale: float, shift: float | None = None) -> Any:
     """diffusers' AutoencoderKL without values (on the meta device) for tensors of these shapes, in diffusers' names.
 
-    `scale`, `shift`: from raw latents to those of the denoiser; they stand in its config. Errors: `KeyError` for a missing tensor.
+    `scale`, `shift`: from raw latents to those of the denoiser; they stand in its config. Errors: `KeyError` for a
+    missing tensor.
     """
     from diffusers import AutoencoderKL
 
@@ -31,7 +32,9 @@ def kl_net(shapes: Mapping[str, tuple[int, ...]], scale: float, shift: float | N
             in_channels=shapes["encoder.conv_in.weight"][1],
             out_channels=shapes["decoder.conv_out.weight"][0],
             latent_channels=shapes["decoder.conv_in.weight"][1],
-            block_out_channels=tuple(shapes[f"encoder.down_blocks.{i}.resnets.0.conv1.weight"][0] for i in range(levels)),
+            block_out_channels=tuple(
+                shapes[f"encoder.down_blocks.{i}.resnets.0.conv1.weight"][0] for i in range(levels)
+            ),
             layers_per_block=count_layers(shapes, r"encoder\.down_blocks\.0\.resnets\.(\d+)\."),
             down_block_types=("DownEncoderBlock2D",) * levels,
             up_block_types=("UpDecoderBlock2D",) * levels,

@@ -106,7 +106,8 @@ class SampleInfo:
 
 
 def check_sizes(models: Models, sizes: Iterable[tuple[str, int, int, str]]) -> None:
-    """`sizes`: whose it is, width and height in pixels, what to do. Errors: `UserError` for each that the denoiser is too small for."""
+    """`sizes`: whose it is, width and height in pixels, what to do. Errors: `UserError` for each that the denoiser is
+    too small for."""
     if models.family.largest is None:
         return
     most = models.family.largest(models)
@@ -182,13 +183,15 @@ class Family:
     latents: LatentsCachingStrategy
     outputs: Callable[[Models], TextEncoderOutputsCachingStrategy]
     process: Callable[[Models, NoiseConfig, LossConfig], NoiseProcess]
-    """(models, noise config, loss config) -> how latents are noised, what the net should say, and what an error weighs."""
+    """(models, noise config, loss config) -> how latents are noised, what the net should say, and what an error
+    weighs."""
     condition: Callable[[Models, Cond, SampleInfo], Cond] = as_encoded
     """(models, what the encoders say, setting) -> all that `predict` is told besides x and t."""
     predict: Callable[[nn.Module, Tensor, Tensor, Cond], Tensor]
     """(denoiser, x (b, c, h, w), t (b,), cond) -> what the denoiser says, shaped as x."""
     sigmas: Callable[[Models, int, int], Tensor] | None = None
-    """(models, steps, latent pixels of the image) -> (steps + 1,) noise levels from 1 to 0 that an image is drawn along; None: DDPM."""
+    """(models, steps, latent pixels of the image) -> (steps + 1,) noise levels from 1 to 0 that an image is drawn
+    along; None: DDPM."""
     largest: Callable[[Models], int] | None = None
     """models -> the longest side, in pixels, of an image that the denoiser can be told of; None: any."""
     blocks: Callable[[nn.Module], Sequence[nn.Module]]
@@ -200,10 +203,13 @@ class Family:
     targets: Mapping[str, Mapping[str, tuple[str, ...]]]
     """component -> layer kind ("linear", "conv") -> path patterns (fnmatch) of the layers that adapters go on."""
     target_layer: Callable[[Any, AdapterPlan, TargetLayer], TargetLayer | None] = lambda options, plan, target: target
-    """(options, plan, a layer that gets an adapter) -> the same with what the options say of this layer; None: no adapter there."""
+    """(options, plan, a layer that gets an adapter) -> the same with what the options say of this layer; None: no
+    adapter there."""
     trainable: Callable[[Any, AdapterPlan | None], frozenset[str] | None] = lambda options, plan: None
-    """(options, the plan of adapters, or None for a whole model) -> the text encoders that training may change; None: all."""
+    """(options, the plan of adapters, or None for a whole model) -> the text encoders that training may change; None:
+    all."""
     rate: Callable[[Any, str, str], float | None] = common_rate
-    """(options, component, path of a weight) -> its rate when a whole model is trained; None: the common one; 0: it is not trained."""
+    """(options, component, path of a weight) -> its rate when a whole model is trained; None: the common one; 0: it is
+    not trained."""
     encoder_lr_order: tuple[str, ...] = ()
     """Encoders in the order of kohya's text_encoder_lr values."""

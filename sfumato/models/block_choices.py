@@ -20,7 +20,8 @@ def ranks(text: str) -> tuple[int, ...] | None:
 
 
 def indices(text: str) -> frozenset[int] | None:
-    """ "0-2,5" -> {0, 1, 2, 5}; "none" -> {}; None if it cannot be read. "all" is for the caller, who knows how many there are."""
+    """ "0-2,5" -> {0, 1, 2, 5}; "none" -> {}; None if it cannot be read. "all" is for the caller, who knows how many
+    there are."""
     if text.strip() == "none":
         return frozenset()
     chosen: set[int] = set()
@@ -38,7 +39,8 @@ def rank_of(args: Any, dims: Mapping[str, str], path: str) -> int | None:
 
 
 def is_chosen(args: Any, name: str, i: int, count: int) -> bool:
-    """Whether the argument `name`, as `indices` reads it, chooses block `i` of `count`. Errors: `UserError` for blocks beyond."""
+    """Whether the argument `name`, as `indices` reads it, chooses block `i` of `count`. Errors: `UserError` for blocks
+    beyond."""
     text = getattr(args, name)
     if text is None or text.strip() == "all":
         return True

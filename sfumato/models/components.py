@@ -78,7 +78,8 @@ class Component:
     key_format: Callable[[Shapes], KeyFormat | None]
     """How tensors of these names (prefix off) and shapes are spelled; None: they are not this component's."""
     prefixes: tuple[str, ...] = ("",)
-    """What stands before its names in files that hold several components, the usual one first; "": it may stand bare."""
+    """What stands before its names in files that hold several components, the usual one first; "": it may stand
+    bare."""
     folder: str = ""
     """Its folder in a diffusers folder."""
     flag: str = ""
@@ -124,11 +125,13 @@ class ComponentWeights:
         return f"{self.where} ({self.component.title})"
 
     def natives(self, dtype: torch.dtype | None = None, *, map: bool = True) -> Iterator[tuple[str, Tensor]]:
-        """(native name, tensor), one after another, floats cast to `dtype`; `map`: whether they may be backed by the file."""
+        """(native name, tensor), one after another, floats cast to `dtype`; `map`: whether they may be backed by the
+        file."""
         return self.key_format.read(self.tensors.cast(dtype, map=map and self.key_format.renames))
 
     def empty(self) -> nn.Module:
-        """The net without values (on the meta device). Errors: `UserError` for tensors whose names or shapes do not fit it."""
+        """The net without values (on the meta device). Errors: `UserError` for tensors whose names or shapes do not fit
+        it."""
         what, found = self._what, self.shapes()
         with locate.understood(what):
             net = self.component.net(found, self.config)
@@ -145,9 +148,13 @@ class ComponentWeights:
             if kind not in FLOATS
         ]
         if wrong:
-            raise UserError(*wrong[:SHOWN], *([f"... and {len(wrong) - SHOWN} more such tensors"] if len(wrong) > SHOWN else []))
+            raise UserError(
+                *wrong[:SHOWN], *([f"... and {len(wrong) - SHOWN} more such tensors"] if len(wrong) > SHOWN else [])
+            )
 
-    def build(self, dtype: torch.dtype | None = None, read: Callable[[int], None] = lambda numbers: None, map: bool = True) -> nn.Module:
+    def build(
+        self, dtype: torch.dtype | None = None, read: Callable[[int], None] = lambda numbers: None, map: bool = True
+    ) -> nn.Module:
         """The net with its tensors, frozen and in eval mode. Names and shapes are checked before a value is read.
 
         `read` is told of each tensor how many numbers it has; `map`: whether tensors may be backed by the file.
@@ -155,7 +162,11 @@ class ComponentWeights:
         return self.put_into(self.empty(), dtype, read, map)
 
     def put_into(
-        self, net: nn.Module, dtype: torch.dtype | None = None, read: Callable[[int], None] = lambda numbers: None, map: bool = True
+        self,
+        net: nn.Module,
+        dtype: torch.dtype | None = None,
+        read: Callable[[int], None] = lambda numbers: None,
+        map: bool = True,
     ) -> nn.Module:
         """The tensors as those of a net that `empty` made."""
         tensors = {}
@@ -207,12 +218,18 @@ def matching(pattern: str) -> Callable[[Collection[str]], Collection[str]]:
 
 
 def open_model(
-    path: Path, components: Sequence[Component], title: str, *, given: Mapping[str, str | None], passthrough_keys: re.Pattern[str]
+    path: Path,
+    components: Sequence[Component],
+    title: str,
+    *,
+    given: Mapping[str, str | None],
+    passthrough_keys: re.Pattern[str],
 ) -> Checkpoint:
-    """The components of a single file or a diffusers folder, those in files of their own (`given`: flag -> path) put over them.
+    """The components of a single file or a diffusers folder, those in files of their own (`given`: flag -> path) put
+    over them.
 
-    `passthrough_keys`: pattern of full names that belong to no net. Nothing but headers is read. Errors: `UserError` for tensors
-    of no component, for missing files and for files that do not hold the component that they are named for.
+    `passthrough_keys`: pattern of full names that belong to no net. Nothing but headers is read. Errors: `UserError`
+    for tensors of no component, for missing files and for files that do not hold the component that they are named for.
     """
     with locate.understood(str(path)):
         source = _folder(path, components) if path.is_dir() else _single(path, components, title, passthrough_keys)
@@ -236,7 +253,9 @@ def _single(path: Path, components: Sequence[Component], title: str, passthrough
         unused = set(component.unused_keys(list(mine)))
         used = mine.only(lambda name, unused=unused: name not in unused)  # type: ignore[misc]
         if key_format := component.key_format(used.shapes):
-            found[component.name] = ComponentWeights(component=component, tensors=used, key_format=key_format, prefix=prefix, where=path)
+            found[component.name] = ComponentWeights(
+                component=component, tensors=used, key_format=key_format, prefix=prefix, where=path
+            )
             others |= {prefix + name for name in unused}
             left = left.only(lambda name, prefix=prefix: not name.startswith(prefix))  # type: ignore[misc]
     if left:
@@ -244,7 +263,10 @@ def _single(path: Path, components: Sequence[Component], title: str, passthrough
         more = f" and {len(strange) - SHOWN} more" if len(strange) > SHOWN else ""
         raise UserError(f"{path}: tensors that belong to no part of {title}: {', '.join(strange[:SHOWN])}{more}")
     return Checkpoint(
-        path=path, components=found, passthrough=tensors.only(lambda n: n in others), metadata=files.read_header(path).metadata
+        path=path,
+        components=found,
+        passthrough=tensors.only(lambda n: n in others),
+        metadata=files.read_header(path).metadata,
     )
 
 
@@ -271,7 +293,8 @@ def _component(component: Component, folder: Path) -> ComponentWeights:
 
 
 def open_component(component: Component, name: str) -> ComponentWeights:
-    """A component from a file of its own, from any file that holds it, from a folder or from the hub. Errors: `UserError` naming its flag."""
+    """A component from a file of its own, from any file that holds it, from a folder or from the hub. Errors:
+    `UserError` naming its flag."""
     path = locate.local(name, component.flag)
     with locate.understood(_asked(component, path)):
         return _opened(component, path)
@@ -304,7 +327,9 @@ def _bare(component: Component, tensors: Lazy, where: Path) -> ComponentWeights:
     key_format = component.key_format(used.shapes)
     if key_format is None:
         first = ", ".join(repr(name) for name in list(tensors)[:2])
-        raise UserError(f"{_asked(component, where)} does not hold {component.title} (its tensors: {len(tensors)}, {first} ...)")
+        raise UserError(
+            f"{_asked(component, where)} does not hold {component.title} (its tensors: {len(tensors)}, {first} ...)"
+        )
     return ComponentWeights(component=component, tensors=used, key_format=key_format, prefix=None, where=where)
 
 
@@ -322,9 +347,11 @@ def lacking(source: Checkpoint, components: Sequence[Component]) -> list[str]:
 # --- writing ---
 
 
-def values(net: nn.Module | None, weights: ComponentWeights, instead: Mapping[str, Tensor], dtype: torch.dtype | None) -> dict[str, Tensor]:
-    """Native tensors of a net as they are saved: those of the file, in its number formats (fp8 as bf16), where the net has their values
-    or was never given any (None: was not even made)."""
+def values(
+    net: nn.Module | None, weights: ComponentWeights, instead: Mapping[str, Tensor], dtype: torch.dtype | None
+) -> dict[str, Tensor]:
+    """Native tensors of a net as they are saved: those of the file, in its number formats (fp8 as bf16), where the net
+    has their values or was never given any (None: was not even made)."""
     own = {**(net.state_dict() if net else {}), **instead}
     if net is None or any(t.is_meta for t in own.values()) or unchanged(own, weights):
         own = dict(weights.natives())
@@ -339,7 +366,8 @@ def unchanged(own: Mapping[str, Tensor], weights: ComponentWeights) -> bool:
 
 
 def single_file(source: Checkpoint, components: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    """The tensors of a single file as the source spells them, or as new ones are spelled. `components`: native tensors by component."""
+    """The tensors of a single file as the source spells them, or as new ones are spelled. `components`: native tensors
+    by component."""
     out: dict[str, Tensor] = {}
     tied: dict[str, Tensor] = {}
     for name, tensors in components.items():
@@ -350,6 +378,8 @@ def single_file(source: Checkpoint, components: Mapping[str, Mapping[str, Tensor
         if (weights.alone or source.path.is_dir()) and weights.component.single is not None:
             key_format = weights.component.single(shapes(tensors))
         out |= add_prefix(key_format.write(tensors), weights.prefix)
-        pairs = [(weights.prefix + copy, weights.prefix + original) for copy, original in weights.component.tied_keys.items()]
+        pairs = [
+            (weights.prefix + copy, weights.prefix + original) for copy, original in weights.component.tied_keys.items()
+        ]
         tied |= {copy: out[original] for copy, original in pairs if copy in source.passthrough and original in out}
     return {**out, **source.passthrough, **tied}

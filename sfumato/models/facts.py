@@ -10,7 +10,9 @@ from typing import Any, Literal
 Shapes = Mapping[str, tuple[int, ...]]
 Kind = Literal["checkpoint", "adapter", "vae", "text_encoder", "embedding", "controlnet"]
 WHOLE = ("denoiser", "text_encoder", "vae")
-LEAF = re.compile(r".*\.((lora|hada|lokr)_\w+(\.\w+)*|lora\.(up|down)\.weight|oft_blocks|oft_diag|diff|diff_b|dora_scale|alpha)")
+LEAF = re.compile(
+    r".*\.((lora|hada|lokr)_\w+(\.\w+)*|lora\.(up|down)\.weight|oft_blocks|oft_diag|diff|diff_b|dora_scale|alpha)"
+)
 """Names of an adapter's tensors."""
 
 
@@ -74,8 +76,10 @@ class Facts:
     idle: tuple[Idle, ...] = ()
     """Options that do nothing beside others."""
     check: Callable[[Any], Sequence[str]] = lambda options: ()
-    """options -> a message, beginning with an option's name, for each one that is out of range or contradicts another."""
+    """options -> a message, beginning with an option's name, for each one that is out of range or contradicts
+    another."""
     network_args: type | None = None
-    """The dataclass of network_args that only this family has; its fields are int, float, bool or str, or None where not set."""
+    """The dataclass of network_args that only this family has; its fields are int, float, bool or str, or None where
+    not set."""
     metadata: tuple[str, ...] = ()
     """Options that are written into results, as `ss_<option>`."""

@@ -1,4 +1,5 @@
-"""Options of the families that are trained by rectified flow, and the settings that mean nothing to them; imports no torch."""
+"""Options of the families that are trained by rectified flow, and the settings that mean nothing to them; imports no
+torch."""
 
 from __future__ import annotations
 
@@ -8,20 +9,23 @@ from typing import Literal
 
 from sfumato.models.facts import Idle
 
+Scheme = Literal["sigma_sqrt", "logit_normal", "mode", "cosmap", "none", "uniform"]
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FlowOptions:
     """What a run can be told about timesteps and loss of a rectified flow; a family's `Options` extend it."""
 
     timestep_sampling: Literal["sigma", "uniform", "sigmoid", "shift", "flux_shift"] = "sigma"
-    """How noise levels are drawn. sigma: by weighting_scheme, then shifted; uniform: evenly; sigmoid: the sigmoid of a normal number;
-    shift: the same, then shifted; flux_shift: the same, shifted the more the larger the image is."""
+    """How noise levels are drawn. sigma: by weighting_scheme, then shifted; uniform: evenly; sigmoid: the sigmoid of a
+    normal number; shift: the same, then shifted; flux_shift: the same, shifted the more the larger the image is."""
     sigmoid_scale: float | None = None
     """Spread of timestep_sampling sigmoid, shift and flux_shift; default 1. Below 1: more of the middle."""
     discrete_flow_shift: float | None = None
     """Shift of timestep_sampling sigma and shift, above 1 towards more noise; default: the model's own."""
-    weighting_scheme: Literal["sigma_sqrt", "logit_normal", "mode", "cosmap", "none", "uniform"] = "uniform"
-    """logit_normal and mode: the density of timestep_sampling sigma. sigma_sqrt and cosmap: weights of the loss. none, uniform: neither."""
+    weighting_scheme: Scheme = "uniform"
+    """logit_normal and mode: the density of timestep_sampling sigma. sigma_sqrt and cosmap: weights of the loss. none,
+    uniform: neither."""
     logit_mean: float | None = None
     """Mean of weighting_scheme logit_normal, above 0 towards more noise; default 0."""
     logit_std: float | None = None
@@ -29,8 +33,8 @@ class FlowOptions:
     mode_scale: float | None = None
     """Strength of weighting_scheme mode, -1 to 1.75: above 0 more of the middle; default 1.29."""
     model_prediction_type: Literal["raw", "additive", "sigma_scaled"] = "raw"
-    """raw: the model says the velocity, which is what the loss compares. sigma_scaled: the loss compares the image that follows from it.
-    additive: the model learns to say the velocity less its input, which no sampler expects."""
+    """raw: the model says the velocity, which is what the loss compares. sigma_scaled: the loss compares the image that
+    follows from it. additive: the model learns to say the velocity less its input, which no sampler expects."""
 
 
 _PLAIN = "a flow is sampled from plain noise, so it is trained on that"
@@ -51,7 +55,11 @@ REFUSED: Mapping[str, str] = {
 """Settings of noise and loss that a flow has no use for, and why."""
 
 IDLE = (
-    Idle(("sigmoid_scale",), lambda o: o.timestep_sampling in ("sigma", "uniform"), "timestep_sampling sigma and uniform have no spread"),
+    Idle(
+        ("sigmoid_scale",),
+        lambda o: o.timestep_sampling in ("sigma", "uniform"),
+        "timestep_sampling sigma and uniform have no spread",
+    ),
     Idle(
         ("discrete_flow_shift",),
         lambda o: o.timestep_sampling not in ("sigma", "shift"),
@@ -62,7 +70,11 @@ IDLE = (
         lambda o: o.weighting_scheme in ("logit_normal", "mode") and o.timestep_sampling != "sigma",
         "as a density it acts with timestep_sampling sigma alone",
     ),
-    Idle(("logit_mean", "logit_std"), lambda o: o.weighting_scheme != "logit_normal", "only weighting_scheme logit_normal has it"),
+    Idle(
+        ("logit_mean", "logit_std"),
+        lambda o: o.weighting_scheme != "logit_normal",
+        "only weighting_scheme logit_normal has it",
+    ),
     Idle(("sample_sampler",), lambda v: v.sample_sampler != "euler", "this model is drawn with euler"),
     Idle(("mode_scale",), lambda o: o.weighting_scheme != "mode", "only weighting_scheme mode has it"),
 )

@@ -26,12 +26,15 @@ from sfumato.models.ondemand import LaterTokenizer, OnDemand
 NAME = "pretrained_model_name_or_path"
 Dtypes = torch.dtype | Mapping[str, torch.dtype | None] | None
 Detect = Callable[[Path, str], object]
-"""(file or folder, the setting that names it): `families.detect.detect_file`, which refuses what is not a whole model, with
-what it seems to be. Handed in, as families are above this floor."""
+"""(file or folder, the setting that names it): `families.detect.detect_file`, which refuses what is not a whole model,
+with what it seems to be. Handed in, as families are above this floor."""
 
 
-def examine(family: Family, path: str, options: Any, *, detect: Detect | None = None, vae: str | None = None) -> tuple[Any, Checkpoint]:
-    """The options with what the files say, and where the components of a checkpoint are; headers are read and nothing else.
+def examine(
+    family: Family, path: str, options: Any, *, detect: Detect | None = None, vae: str | None = None
+) -> tuple[Any, Checkpoint]:
+    """The options with what the files say, and where the components of a checkpoint are; headers are read and nothing
+    else.
 
     Errors: `UserError` for what is missing, of no component, or contradicts the options.
     """
@@ -43,7 +46,9 @@ def examine(family: Family, path: str, options: Any, *, detect: Detect | None = 
         for component in family.components
         if component.flag
     }
-    source = components.open_model(where, family.components, family.title, given=given, passthrough_keys=family.passthrough_keys)
+    source = components.open_model(
+        where, family.components, family.title, given=given, passthrough_keys=family.passthrough_keys
+    )
     if missing := components.lacking(source, [p for p in family.components if p.name not in family.optional]):
         raise UserError(*missing)
     with locate.understood(str(where)):
@@ -60,10 +65,11 @@ def outline(
     tokenizer: str | None = None,
     later: Collection[str] = (),
 ) -> Models:
-    """The model without values: its nets on the meta device, for all that can be told from headers. `read_values` fills it.
+    """The model without values: its nets on the meta device, for all that can be told from headers. `read_values` fills
+    it.
 
-    `later`: text encoders and VAE that are made when they are asked for, with their tokenizers, if they are needed at all: their
-    libraries take seconds to import. Errors: as `examine`, and for tensors that do not fit their net.
+    `later`: text encoders and VAE that are made when they are asked for, with their tokenizers, if they are needed at
+    all: their libraries take seconds to import. Errors: as `examine`, and for tensors that do not fit their net.
     """
     options, source = examine(family, path, options, detect=detect, vae=vae)
     tokenizers = {
@@ -82,7 +88,13 @@ def outline(
     denoiser = makers.pop("denoiser")()
     vaes = OnDemand({"vae": makers.pop("vae")}) if "vae" in makers else None
     models = Models(
-        family=family, options=options, denoiser=denoiser, encoders=OnDemand(makers), tokenizers=tokenizers, vaes=vaes, source=source
+        family=family,
+        options=options,
+        denoiser=denoiser,
+        encoders=OnDemand(makers),
+        tokenizers=tokenizers,
+        vaes=vaes,
+        source=source,
     )
     models.make(name for name in source.components if name not in later)
     return models
@@ -102,7 +114,8 @@ def load(
     map: bool = True,
     progress: Callable[[int, int], None] | None = None,
 ) -> Models:
-    """A checkpoint (file, folder or hub id), with the components that the options name files for: `outline`, then `read_values`.
+    """A checkpoint (file, folder or hub id), with the components that the options name files for: `outline`, then
+    `read_values`.
 
     Everything is checked from headers before a value is read.
     """
@@ -122,14 +135,18 @@ def read_values(
 ) -> None:
     """Give the nets of an `outline` their values; no tensor is in memory twice.
 
-    `dtype`: what denoiser and encoders are held in, one for all or by component; None: as in the file. The VAE stays in the
-    format of its file where nothing else is said. `later`: those that get their values by `materialize` or `materialize_vae`, if at all.
-    `map`: whether tensors that need no change may be backed by the file; False for nets that are used from the CPU's memory for as
-    long as a training lasts. `progress` is told (done, all) numbers.
+    `dtype`: what denoiser and encoders are held in, one for all or by component; None: as in the file. The VAE stays in
+    the format of its file where nothing else is said. `later`: those that get their values by `materialize` or
+    `materialize_vae`, if at all.
+    `map`: whether tensors that need no change may be backed by the file; False for nets that are used from the CPU's
+    memory for as long as a training lasts. `progress` is told (done, all) numbers.
     """
     source = models.source
     assert source is not None
-    models.dtypes = dtypes = {"vae": None, **(dtype if isinstance(dtype, Mapping) else dict.fromkeys(models.nets(), dtype))}
+    models.dtypes = dtypes = {
+        "vae": None,
+        **(dtype if isinstance(dtype, Mapping) else dict.fromkeys(models.nets(), dtype)),
+    }
     now = {name: weights for name, weights in source.components.items() if name not in later}
     done, total = 0, sum(math.prod(shape) for weights in now.values() for shape in weights.shapes().values())
 
@@ -171,7 +188,8 @@ def unload(models: Models) -> None:
 
 
 def _tokenizer(vocabulary: TokenizerSpec, source: Checkpoint, given: str | None, *, later: bool) -> Any:
-    """The tokenizer given, else the one in the folder or beside the file, else the family's own; `later`: made when it is used."""
+    """The tokenizer given, else the one in the folder or beside the file, else the family's own; `later`: made when it
+    is used."""
     folder = _tokenizer_folder(vocabulary, source, given)
     return LaterTokenizer(vocabulary.make, folder, folder or vocabulary.home()) if later else vocabulary.make(folder)
 
@@ -191,7 +209,8 @@ def _check_vocabulary(name: str, tokenizer: Any, encoder: nn.Module) -> None:
     rows = cast(Any, encoder).config.vocab_size
     if len(tokenizer) > rows:
         raise UserError(
-            f"tokenizer: it knows {len(tokenizer)} tokens, the text encoder {name} only {rows}; give this model's own with tokenizer"
+            f"tokenizer: it knows {len(tokenizer)} tokens, the text encoder {name} only {rows}; give this model's own "
+            "with tokenizer"
         )
 
 
@@ -203,7 +222,9 @@ def _put_beside(vocabulary: TokenizerSpec, tokenizer: Any, beside: Path) -> None
         with aside_folder(beside) as temp:
             tokenizer.save_pretrained(temp)
     elif vocabulary.make(beside).get_vocab() != tokenizer.get_vocab():
-        raise UserError(f"{beside}: another model's tokenizer stands where this model's must; choose another output_dir")
+        raise UserError(
+            f"{beside}: another model's tokenizer stands where this model's must; choose another output_dir"
+        )
 
 
 def save(
@@ -218,18 +239,25 @@ def save(
 ) -> None:
     """Write a whole model, laid out as "single_file" or "diffusers".
 
-    `state`: {component: native tensors} to write in place of the nets' own (an average, say). A component that is as it was read is
-    written in its first number format, not as it was run in. `trained`: components that changed; such an encoder that has no place
-    in the single file is written beside it, as `NAME_ENCODER`.
+    `state`: {component: native tensors} to write in place of the nets' own (an average, say). A component that is as it
+    was read is written in its first number format, not as it was run in. `trained`: components that changed; such an
+    encoder that has no place in the single file is written beside it, as `NAME_ENCODER`.
     """
     source = models.source
     assert source is not None
     source.check()
     beside = {n for n in trained if layout == "single_file" and source.components[n].prefix is None}
-    wanted = {n for n, weights in source.components.items() if layout == "diffusers" or weights.prefix is not None or n in beside}
+    wanted = {
+        n
+        for n, weights in source.components.items()
+        if layout == "diffusers" or weights.prefix is not None or n in beside
+    }
     made = models.made()
     each = {name: weights for name, weights in source.components.items() if name in wanted}
-    values = {name: components.values(made.get(name), weights, (state or {}).get(name, {}), dtype) for name, weights in each.items()}
+    values = {
+        name: components.values(made.get(name), weights, (state or {}).get(name, {}), dtype)
+        for name, weights in each.items()
+    }
     for name, tensors in values.items():
         files.check_finite(tensors, f"{path.name} ({name})", dtype)
     if layout == "diffusers":
@@ -240,7 +268,9 @@ def save(
             _put_beside(vocabulary, models.tokenizers[name], path.parent / vocabulary.folder)
     for name in beside:
         weights = source.components[name]
-        files.save(path.with_name(f"{path.stem}_{name}{path.suffix}"), weights.key_format.write(values.pop(name)), metadata)
+        files.save(
+            path.with_name(f"{path.stem}_{name}{path.suffix}"), weights.key_format.write(values.pop(name)), metadata
+        )
     files.save(path, models.family.respell(models, components.single_file(source, values)), metadata, source.check)
 
 
@@ -250,10 +280,15 @@ def save(
 def check_folder(models: Models) -> None:
     """Errors: `UserError` if the model cannot be saved as a diffusers folder."""
     if models.family.new_folder is None and (models.source is None or models.source.layout != "diffusers"):
-        raise UserError(f"save_model_as: {models.family.title} is saved as a diffusers folder only if it came as one; choose safetensors")
+        raise UserError(
+            f"save_model_as: {models.family.title} is saved as a diffusers folder only if it came as one; choose "
+            "safetensors"
+        )
 
 
-def _write_folder(models: Models, path: Path, values: Mapping[str, Mapping[str, Tensor]], metadata: Mapping[str, str]) -> None:
+def _write_folder(
+    models: Models, path: Path, values: Mapping[str, Mapping[str, Tensor]], metadata: Mapping[str, str]
+) -> None:
     """A folder that diffusers' pipeline reads; it appears whole or not at all."""
     check_folder(models)
     source = models.source

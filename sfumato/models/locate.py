@@ -28,7 +28,9 @@ def local(name: str, flag: str, patterns: Sequence[str] = PIPELINE_FILES) -> Pat
         path = Path(name).expanduser()
         there = path.exists()
     except (OSError, ValueError, RuntimeError) as error:  # a name of thousands of characters, a home that is unknown
-        raise UserError(f"{flag}: {name[:200]!r} cannot be looked for: {getattr(error, 'strerror', None) or error}") from None
+        raise UserError(
+            f"{flag}: {name[:200]!r} cannot be looked for: {getattr(error, 'strerror', None) or error}"
+        ) from None
     if there:
         return path
     if not HUB_ID.fullmatch(name):
@@ -55,10 +57,16 @@ def weight_files(folder: Path) -> list[Path]:
         shards = read_json(index).get("weight_map")
         if not isinstance(shards, dict):
             raise UserError(f"{index}: no list of shards (weight_map) is in it; download or copy it again")
-        if odd := [shard for shard in shards.values() if not isinstance(shard, str) or not shard or Path(shard).name != shard]:
-            raise UserError(f"{index}: its list of shards (weight_map) names {odd[0]!r}, expected the name of a file beside it")
+        if odd := [
+            shard for shard in shards.values() if not isinstance(shard, str) or not shard or Path(shard).name != shard
+        ]:
+            raise UserError(
+                f"{index}: its list of shards (weight_map) names {odd[0]!r}, expected the name of a file beside it"
+            )
         return sorted({folder / shard for shard in shards.values()})
-    raise UserError(f"{folder}: no weights in it; expected {' or '.join(name + '.safetensors' for name in WEIGHTS[:2])}")
+    raise UserError(
+        f"{folder}: no weights in it; expected {' or '.join(name + '.safetensors' for name in WEIGHTS[:2])}"
+    )
 
 
 QUANTISED = re.compile(
@@ -72,12 +80,15 @@ QUANTISED = re.compile(
 
 
 def refuse_quantised(where: Path | str, names: Iterable[str] = ()) -> None:
-    """Errors: `UserError` if a file is quantised: GGUF, which is seen from its ending, or weights with scales beside them."""
+    """Errors: `UserError` if a file is quantised: GGUF, which is seen from its ending, or weights with scales beside
+    them."""
     again = "take the file in fp16 or bf16 (plain fp8 without scales is read as well)"
     if str(where).lower().endswith(".gguf"):
         raise UserError(f"{where}: weights quantised to GGUF cannot be read; {again}")
     if found := next((name for name in names if QUANTISED.fullmatch(name)), None):
-        raise UserError(f"{where}: its weights are quantised (it has the tensor {found!r}), which cannot be read; {again}")
+        raise UserError(
+            f"{where}: its weights are quantised (it has the tensor {found!r}), which cannot be read; {again}"
+        )
 
 
 @contextmanager

@@ -33,7 +33,9 @@ def check(net: nn.Module, given: Mapping[str, tuple[int, ...]], what: str) -> No
     wanted = shapes(net.state_dict())
     wrong = [f"{what} lacks the tensor {name!r} {shape}" for name, shape in wanted.items() if name not in given]
     wrong += [
-        f"{what} has the tensor {name!r}, which has no place in the net{nearest(name, wanted)}" for name in given if name not in wanted
+        f"{what} has the tensor {name!r}, which has no place in the net{nearest(name, wanted)}"
+        for name in given
+        if name not in wanted
     ]
     wrong += [
         f"{what}: tensor {name!r} has shape {given[name]}, expected {shape}"

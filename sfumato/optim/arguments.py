@@ -1,4 +1,5 @@
-"""`key=value` arguments for classes and functions that sfumato does not define: read as Python literals, checked against the signature."""
+"""`key=value` arguments for classes and functions that sfumato does not define: read as Python literals, checked
+against the signature."""
 
 from __future__ import annotations
 
@@ -31,7 +32,9 @@ def literals(flag: str, texts: Iterable[str]) -> dict[str, Any]:
     return args
 
 
-def check(flag: str, args: Iterable[str], taker: Callable[..., Any], *, taken: Iterable[str] = (), lax: bool = False) -> None:
+def check(
+    flag: str, args: Iterable[str], taker: Callable[..., Any], *, taken: Iterable[str] = (), lax: bool = False
+) -> None:
     """That `taker` has all these arguments by name, apart from `taken`, which are given otherwise.
 
     `lax`: a taker with `**kwargs` takes anything. Errors: one `UserError` with all unknown names.
@@ -42,7 +45,11 @@ def check(flag: str, args: Iterable[str], taker: Callable[..., Any], *, taken: I
     variadic = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
     known = [p.name for p in parameters if p.kind not in variadic and p.name not in taken]
     name = getattr(taker, "__name__", str(taker)).strip("_")
-    errors = [f"{flag}: {name} has no argument {a!r}; it has {', '.join(known)}{nearest(a, known)}" for a in args if a not in known]
+    errors = [
+        f"{flag}: {name} has no argument {a!r}; it has {', '.join(known)}{nearest(a, known)}"
+        for a in args
+        if a not in known
+    ]
     if errors:
         raise UserError(*errors)
 
@@ -54,13 +61,16 @@ def renamed(args: Mapping[str, Any], spellings: Mapping[str, str], taker: Callab
 
 
 def find(flag: str, path: str, hint: str = "") -> Any:
-    """The object at `module.Name`. Errors: `UserError` if the module is not installed (`hint`: how to) or has no such name."""
+    """The object at `module.Name`. Errors: `UserError` if the module is not installed (`hint`: how to) or has no such
+    name."""
     module_name, _, name = path.rpartition(".")
     try:
         module = import_module(module_name)
     # A module of the user's own may fail in any way.
     except Exception as e:
-        raise UserError(f"{flag} needs the module {module_name!r}, which cannot be imported ({e}){'; ' + hint if hint else ''}") from e
+        raise UserError(
+            f"{flag} needs the module {module_name!r}, which cannot be imported ({e}){'; ' + hint if hint else ''}"
+        ) from e
     if not hasattr(module, name):
         public = [n for n in dir(module) if not n.startswith("_")]
         raise UserError(f"{flag}: {module_name} has no {name!r}{nearest(name, public)}")

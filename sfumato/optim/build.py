@@ -27,7 +27,8 @@ NAMES: dict[str, str] = {
     "PagedLion8bit": f"{_BITS}.PagedLion8bit",
     "SGDNesterov": "torch.optim.SGD",
     "SGDNesterov8bit": f"{_BITS}.SGD8bit",
-    # The first form of the method, and both Adans: pytorch_optimizer has the first one not at all, and others give other results.
+    # The first form of the method, and both Adans: pytorch_optimizer has the first one not at all, and others give
+    # other results.
     "DAdaptation": f"{_DADAPT}.experimental.DAdaptAdamPreprint",
     "DAdaptAdamPreprint": f"{_DADAPT}.experimental.DAdaptAdamPreprint",
     "DAdaptAdaGrad": f"{_MORE}.DAdaptAdaGrad",
@@ -37,7 +38,8 @@ NAMES: dict[str, str] = {
     "DAdaptLion": f"{_MORE}.DAdaptLion",
     "DAdaptSGD": f"{_MORE}.DAdaptSGD",
     "Prodigy": f"{_MORE}.Prodigy",
-    # Not pytorch_optimizer's: that is another variant, with momentum and other argument names than kohya's command lines have.
+    # Not pytorch_optimizer's: that is another variant, with momentum and other argument names than kohya's command
+    # lines have.
     "AdaFactor": "transformers.optimization.Adafactor",
     "AdamWScheduleFree": f"{_MORE}.ScheduleFreeAdamW",
     "SGDScheduleFree": f"{_MORE}.ScheduleFreeSGD",
@@ -64,14 +66,17 @@ _SPELLINGS = {"decouple": "weight_decouple", "use_bias_correction": "bias_correc
 def optimizer(config: OptimizerConfig, groups: Sequence[Group]) -> torch.optim.Optimizer:
     """The optimizer that `optimizer_type` and `optimizer_args` ask for.
 
-    Errors: `UserError` for an unknown name or argument, a value that the class refuses, or a library that is not installed.
+    Errors: `UserError` for an unknown name or argument, a value that the class refuses, or a library that is not
+    installed.
     """
     name, path = _resolve(config.optimizer_type)
     flag = f"optimizer_type {config.optimizer_type}"
     kind = arguments.find(flag, path, _HINTS.get(path.partition(".")[0], ""))
     # Asked before it is called: what is called here may run any code.
     if not (isinstance(kind, type) and issubclass(kind, torch.optim.Optimizer)) or kind is torch.optim.Optimizer:
-        raise UserError(f"{flag}: expected the class of an optimizer, a subclass of torch.optim.Optimizer; {path} is not one")
+        raise UserError(
+            f"{flag}: expected the class of an optimizer, a subclass of torch.optim.Optimizer; {path} is not one"
+        )
     args = settings(config, kind)
     try:
         made: torch.optim.Optimizer = cast(Any, kind)(
@@ -86,13 +91,16 @@ def optimizer(config: OptimizerConfig, groups: Sequence[Group]) -> torch.optim.O
 
 
 def settings(config: OptimizerConfig, kind: type[torch.optim.Optimizer]) -> dict[str, Any]:
-    """`optimizer_args` in the names that the class has. Errors: `UserError` for what it does not have, or what would do nothing."""
+    """`optimizer_args` in the names that the class has. Errors: `UserError` for what it does not have, or what would do
+    nothing."""
     args = spelled(arguments.literals("optimizer_args", config.optimizer_args), kind)
     if "lr" in args:
         raise UserError("optimizer_args lr: set learning_rate instead")
     arguments.check("optimizer_args", args, kind, taken=("self", "params", "lr"), lax="." in config.optimizer_type)
     if kind.__name__ == "Prodigy" and args.get("weight_decay") and args.get("weight_decouple") is False:
-        raise UserError("optimizer_args decouple=False: Prodigy would decay nothing; leave decouple=False or weight_decay out")
+        raise UserError(
+            "optimizer_args decouple=False: Prodigy would decay nothing; leave decouple=False or weight_decay out"
+        )
     return args
 
 
@@ -102,9 +110,12 @@ def spelled(args: Mapping[str, Any], kind: type[torch.optim.Optimizer]) -> dict[
 
 
 def in_low_bits(optimizer: torch.optim.Optimizer, seed: int) -> torch.optim.Optimizer:
-    """The same optimizer for weights held in bf16: it computes in fp32, and what it computed is rounded stochastically."""
+    """The same optimizer for weights held in bf16: it computes in fp32, and what it computed is rounded
+    stochastically."""
     if has_modes(optimizer):
-        raise UserError(f"full_bf16 does not go with {type(optimizer).__name__}: its averaged weights would be lost in rounding")
+        raise UserError(
+            f"full_bf16 does not go with {type(optimizer).__name__}: its averaged weights would be lost in rounding"
+        )
     stochastic_rounding.attach(optimizer, seed)
     return optimizer
 
@@ -139,13 +150,18 @@ def training(optimizer: torch.optim.Optimizer) -> None:
 
 
 def rates(optimizer: torch.optim.Optimizer) -> list[float]:
-    """The learning rate of each group as it acts: with the factor that Prodigy and D-Adaptation found, or AdaFactor's own."""
+    """The learning rate of each group as it acts: with the factor that Prodigy and D-Adaptation found, or AdaFactor's
+    own."""
     return [_rate(optimizer, group) for group in optimizer.param_groups]
 
 
 def finds_own_rate(kind: type[torch.optim.Optimizer], args: dict[str, Any]) -> bool:
     """Whether it is AdaFactor without a given rate."""
-    return kind.__name__ == "Adafactor" and kind.__module__.startswith("transformers") and bool(args.get("relative_step", True))
+    return (
+        kind.__name__ == "Adafactor"
+        and kind.__module__.startswith("transformers")
+        and bool(args.get("relative_step", True))
+    )
 
 
 def takes_one_rate(kind: type[torch.optim.Optimizer]) -> bool:
@@ -155,7 +171,9 @@ def takes_one_rate(kind: type[torch.optim.Optimizer]) -> bool:
 
 def _rate(optimizer: torch.optim.Optimizer, group: dict[str, Any]) -> float:
     if finds_own_rate(type(optimizer), group):
-        steps = max((int(optimizer.state[p].get("step", 1)) for p in group["params"] if p in optimizer.state), default=1)
+        steps = max(
+            (int(optimizer.state[p].get("step", 1)) for p in group["params"] if p in optimizer.state), default=1
+        )
         return float(min(1e-6 * steps if group["warmup_init"] else 1e-2, steps**-0.5))
     lead = optimizer.param_groups[0] if takes_one_rate(type(optimizer)) else group
     return float(lead["lr"]) * float(group.get("d", 1.0))
@@ -174,4 +192,6 @@ def _resolve(name: str) -> tuple[str, str]:
 
     if isinstance(getattr(pytorch_optimizer, name, None), type):
         return name, f"{_MORE}.{name}"
-    raise UserError(f"optimizer_type {name!r} is not known; there are {', '.join(NAMES)}, or `module.Class`{nearest(name, NAMES)}")
+    raise UserError(
+        f"optimizer_type {name!r} is not known; there are {', '.join(NAMES)}, or `module.Class`{nearest(name, NAMES)}"
+    )

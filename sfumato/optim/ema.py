@@ -59,5 +59,7 @@ class EMA:
         self.updates = int(state["updates"])
         for name, own in self.average.items():
             if own.shape != state[name].shape:
-                raise ValueError(f"the average of {name} has shape {tuple(state[name].shape)} there and {tuple(own.shape)} here")
+                raise ValueError(
+                    f"the average of {name} has shape {tuple(state[name].shape)} there and {tuple(own.shape)} here"
+                )
             own.copy_(state[name])

@@ -41,14 +41,19 @@ def schedule(config: OptimizerConfig, optimizer: torch.optim.Optimizer, steps: i
 
     Errors: `UserError` for arguments that the schedule does not have, and for a schedule that another optimizer has.
     """
-    if config.lr_scheduler == "adafactor" and not config.lr_scheduler_type and not finds_own_rate(type(optimizer), optimizer.defaults):
+    if (
+        config.lr_scheduler == "adafactor"
+        and not config.lr_scheduler_type
+        and not finds_own_rate(type(optimizer), optimizer.defaults)
+    ):
         raise UserError("lr_scheduler adafactor is for optimizer_type AdaFactor with relative_step=True")
     config = acting(config, optimizer)
     return _Class(config, optimizer) if config.lr_scheduler_type else _Curve(curve(config, steps), optimizer)
 
 
 def acting(config: OptimizerConfig, optimizer: torch.optim.Optimizer) -> OptimizerConfig:
-    """The config with the schedule that acts: none with an optimizer that finds its own rate, or averages where others lower the rate."""
+    """The config with the schedule that acts: none with an optimizer that finds its own rate, or averages where others
+    lower the rate."""
     if not (finds_own_rate(type(optimizer), optimizer.defaults) or has_modes(optimizer)) or not has_schedule(config):
         return config
     return replace(config, lr_scheduler="constant", lr_scheduler_type=None, lr_scheduler_args=())
@@ -92,10 +97,16 @@ def share(flag: str, value: int | float | str, steps: int) -> int:
     try:
         text = str(value).strip()
         number = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
-        if number < 0 or not math.isfinite(number) or (number > 1 if text.endswith("%") else number >= 1 and number % 1):
+        if (
+            number < 0
+            or not math.isfinite(number)
+            or (number > 1 if text.endswith("%") else number >= 1 and number % 1)
+        ):
             raise ValueError
     except ValueError:
-        raise UserError(f'{flag} {value!r}: expected steps (100), a share of the run (0.1) or a percentage ("10%")') from None
+        raise UserError(
+            f'{flag} {value!r}: expected steps (100), a share of the run (0.1) or a percentage ("10%")'
+        ) from None
     return int(number * steps) if number < 1 or text.endswith("%") else int(number)
 
 
@@ -164,13 +175,21 @@ def _inverse_sqrt(warmup: int, timescale: int | None = None) -> Curve:
 
 
 def _cosine_with_min_lr(
-    steps: int, warmup: int, rate: float, num_cycles: float = 0.5, min_lr_rate: float | None = None, min_lr: float | None = None
+    steps: int,
+    warmup: int,
+    rate: float,
+    num_cycles: float = 0.5,
+    min_lr_rate: float | None = None,
+    min_lr: float | None = None,
 ) -> Curve:
     if (min_lr is None) == (min_lr_rate is None):
         raise ValueError("set one of lr_scheduler_min_lr_ratio and min_lr in lr_scheduler_args")
     floor = min_lr_rate if min_lr is None else min_lr / rate
     assert floor is not None
-    return _warmed(warmup, lambda step: max(0.0, _cosine((step - warmup) / max(1, steps - warmup), num_cycles) * (1 - floor) + floor))
+    return _warmed(
+        warmup,
+        lambda step: max(0.0, _cosine((step - warmup) / max(1, steps - warmup), num_cycles) * (1 - floor) + floor),
+    )
 
 
 def _warmup_stable_decay(
@@ -212,7 +231,9 @@ def _warmup_stable_decay(
 def _piecewise_constant(step_rules: str = "") -> Curve:
     """`1:10,0.1:20,0.01`: factor 1 up to step 10, then 0.1 up to step 20, then 0.01."""
     if not step_rules:
-        raise ValueError('set lr_scheduler_args step_rules="1:10,0.1:20,0.01": factor 1 up to step 10, 0.1 up to step 20, then 0.01')
+        raise ValueError(
+            'set lr_scheduler_args step_rules="1:10,0.1:20,0.01": factor 1 up to step 10, 0.1 up to step 20, then 0.01'
+        )
     *rules, last = step_rules.split(",")
     ends = sorted((int(end), float(factor)) for factor, end in (r.split(":") for r in rules))
     return lambda step: next((factor for end, factor in ends if step < end), float(last))
@@ -257,8 +278,14 @@ class _Class:
     def __init__(self, config: OptimizerConfig, optimizer: torch.optim.Optimizer) -> None:
         name = config.lr_scheduler_type or ""
         kind = arguments.find(f"lr_scheduler_type {name}", name if "." in name else f"torch.optim.lr_scheduler.{name}")
-        if not (isinstance(kind, type) and issubclass(kind, LRScheduler)) or kind is torch.optim.lr_scheduler.ReduceLROnPlateau:
-            raise UserError(f"lr_scheduler_type {name}: expected a schedule that goes by the step (a subclass of torch's LRScheduler)")
+        if (
+            not (isinstance(kind, type) and issubclass(kind, LRScheduler))
+            or kind is torch.optim.lr_scheduler.ReduceLROnPlateau
+        ):
+            raise UserError(
+                f"lr_scheduler_type {name}: expected a schedule that goes by the step (a subclass of torch's "
+                "LRScheduler)"
+            )
         args = arguments.literals("lr_scheduler_args", config.lr_scheduler_args)
         arguments.check("lr_scheduler_args", args, kind, taken=("self", "optimizer"), lax=True)
         self.optimizer = optimizer
@@ -268,7 +295,8 @@ class _Class:
             self.to(0)
         except Exception as e:
             raise UserError(
-                f"lr_scheduler_type {name} with lr_scheduler_args {' '.join(config.lr_scheduler_args) or 'of its own'}: {e}"
+                f"lr_scheduler_type {name} with lr_scheduler_args "
+                f"{' '.join(config.lr_scheduler_args) or 'of its own'}: {e}"
             ) from e
 
     def step(self) -> None:

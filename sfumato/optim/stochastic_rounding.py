@@ -18,7 +18,8 @@ _CLOCK = "rounded_steps"
 
 
 def attach(optimizer: torch.optim.Optimizer, seed: int) -> None:
-    """Hook an optimizer. Its state stays in fp32, over saving and loading as well. Weights of other dtypes are left alone."""
+    """Hook an optimizer. Its state stays in fp32, over saving and loading as well. Weights of other dtypes are left
+    alone."""
     held: dict[Tensor, Tensor] = {}
 
     def widen(*_: Any) -> None:

@@ -30,11 +30,13 @@ class Trial:
     """What a user should know."""
 
 
-def trial(config: OptimizerConfig, groups: Sequence[Group], *, low_bits: bool = False, steps: int | None = None) -> Trial:
+def trial(
+    config: OptimizerConfig, groups: Sequence[Group], *, low_bits: bool = False, steps: int | None = None
+) -> Trial:
     """Build the optimizer, let it make a step, look whether its state can be kept, and put the schedule on it.
 
-    `groups`: those of the run or `stand_in`s of them; their weights are not touched. `steps`: of the run, if that is known.
-    Errors: `UserError` for whatever the user asked for that cannot work.
+    `groups`: those of the run or `stand_in`s of them; their weights are not touched. `steps`: of the run, if that is
+    known. Errors: `UserError` for whatever the user asked for that cannot work.
     """
     optimizer = build.optimizer(config, [_copied(group) for group in groups])
     if low_bits:
@@ -43,11 +45,16 @@ def trial(config: OptimizerConfig, groups: Sequence[Group], *, low_bits: bool = 
     stepped = not type(optimizer).__module__.startswith("bitsandbytes")
     if stepped:
         _step(config, optimizer)
-    return Trial(optimizer=optimizer, stepped=stepped, notices=(*_rates(config, optimizer, groups), *_schedule(config, optimizer, steps)))
+    return Trial(
+        optimizer=optimizer,
+        stepped=stepped,
+        notices=(*_rates(config, optimizer, groups), *_schedule(config, optimizer, steps)),
+    )
 
 
 def for_length(config: OptimizerConfig, steps: int) -> list[str]:
-    """Notices on a run of so many steps, for one whose length was not known to `trial`. Errors: `UserError` as there."""
+    """Notices on a run of so many steps, for one whose length was not known to `trial`. Errors: `UserError` as
+    there."""
     optimizer = build.optimizer(config, [stand_in("", config.learning_rate)])
     schedules.schedule(config, optimizer, steps)
     return _warmup(schedules.acting(config, optimizer), optimizer, steps)
@@ -64,7 +71,10 @@ def _copied(group: Group) -> Group:
     """The same with small weights of its own, one for each number of dimensions."""
     chosen = {p.ndim: p for p in reversed(group.parameters)}
     fast = {id(p) for p in group.plus}
-    made = [(nn.Parameter(torch.ones([min(n, 4) for n in p.shape])), id(p) in fast) for p in [*chosen.values(), *group.plus[:1]]]
+    made = [
+        (nn.Parameter(torch.ones([min(n, 4) for n in p.shape])), id(p) in fast)
+        for p in [*chosen.values(), *group.plus[:1]]
+    ]
     return replace(group, parameters=[p for p, _ in made], plus=[p for p, plus in made if plus])
 
 
@@ -80,7 +90,8 @@ def _step(config: OptimizerConfig, optimizer: torch.optim.Optimizer) -> None:
     # Classes of any library fail in ways of their own.
     except Exception as e:
         raise UserError(
-            f"optimizer_type {config.optimizer_type}: it cannot make a plain step whose state can be kept ({e}); choose another one"
+            f"optimizer_type {config.optimizer_type}: it cannot make a plain step whose state can be kept ({e}); "
+            "choose another one"
         ) from e
 
 
@@ -89,16 +100,25 @@ def _rates(config: OptimizerConfig, optimizer: torch.optim.Optimizer, groups: Se
     kind, name = type(optimizer), config.optimizer_type
     used = {each["name"]: each["lr"] for group in groups for each in group.for_torch()}
     values = set(used.values())
-    said = f"{next(iter(values)):g}" if len(values) == 1 else ", ".join(f"{rate:g} ({part})" for part, rate in used.items())
+    said = (
+        f"{next(iter(values)):g}"
+        if len(values) == 1
+        else ", ".join(f"{rate:g} ({part})" for part, rate in used.items())
+    )
     if build.finds_own_rate(kind, optimizer.defaults):
-        return [f"{name} finds its own learning rate (relative_step=True); {said} does not act, it would with relative_step=False"]
+        return [
+            f"{name} finds its own learning rate (relative_step=True); {said} does not act, it would with "
+            "relative_step=False"
+        ]
     out = []
     if build.takes_one_rate(kind):
         first = next(iter(used.values()))
         if len(values) > 1:
             out.append(f"{name} has one learning rate for all that is trained: of {said} it is the first that acts")
         if first <= 0.1:
-            out.append(f"{name} scales the learning rate by a factor that it finds itself; {first:g} is low, 1.0 is usual")
+            out.append(
+                f"{name} scales the learning rate by a factor that it finds itself; {first:g} is low, 1.0 is usual"
+            )
     return out
 
 
@@ -106,8 +126,16 @@ def _schedule(config: OptimizerConfig, optimizer: torch.optim.Optimizer, steps: 
     """Of schedules that do not act, and of warm-ups that do not end."""
     acting, out = schedules.acting(config, optimizer), []
     if acting != config:
-        why = "it finds its own learning rate" if not build.has_modes(optimizer) else "its average takes the place of a schedule"
-        flag = f"lr_scheduler_type {config.lr_scheduler_type}" if config.lr_scheduler_type else f"lr_scheduler {config.lr_scheduler}"
+        why = (
+            "it finds its own learning rate"
+            if not build.has_modes(optimizer)
+            else "its average takes the place of a schedule"
+        )
+        flag = (
+            f"lr_scheduler_type {config.lr_scheduler_type}"
+            if config.lr_scheduler_type
+            else f"lr_scheduler {config.lr_scheduler}"
+        )
         own = "; a warm-up goes by optimizer_args warmup_steps=" if "warmup_steps" in optimizer.defaults else ""
         out.append(f"{flag} does not act with {config.optimizer_type}: {why}; the run goes without{own}")
     return out if steps is None else out + _warmup(acting, optimizer, steps)

@@ -15,7 +15,9 @@ from sfumato.sampling.prompts import Prompt
 MARGIN = 8
 
 
-def file_name(name: str, index: int, *, epoch: int | None = None, step: int | None = None, seed: int | None = None) -> str:
+def file_name(
+    name: str, index: int, *, epoch: int | None = None, step: int | None = None, seed: int | None = None
+) -> str:
     """`{name}_{e000001|000100}_{index:02d}_{timestamp}{_seed}.png`, as sd-scripts names its samples."""
     when = f"e{epoch:06d}" if epoch is not None else f"{step:06d}" if step is not None else ""
     parts = [name, when, f"{index:02d}", time.strftime("%Y%m%d%H%M%S"), "" if seed is None else str(seed)]
@@ -27,7 +29,8 @@ def save(image: Image.Image, path: Path, prompt: Prompt, sampler: str) -> None:
     info = PngInfo()
     info.add_itxt(
         "parameters",
-        f"{prompt.prompt}\nNegative prompt: {prompt.negative_prompt}\nSteps: {prompt.sample_steps}, Sampler: {sampler}, "
+        f"{prompt.prompt}\nNegative prompt: {prompt.negative_prompt}\nSteps: {prompt.sample_steps}, Sampler: "
+        f"{sampler}, "
         f"CFG scale: {prompt.scale}, Seed: {prompt.seed}, Size: {image.width}x{image.height}",
     )
     with files.aside(path) as temporary:
@@ -35,7 +38,11 @@ def save(image: Image.Image, path: Path, prompt: Prompt, sampler: str) -> None:
 
 
 def grid(
-    rows: Sequence[Sequence[Image.Image]], row_titles: Sequence[str] = (), column_titles: Sequence[str] = (), *, enlarge: int = 1
+    rows: Sequence[Sequence[Image.Image]],
+    row_titles: Sequence[str] = (),
+    column_titles: Sequence[str] = (),
+    *,
+    enlarge: int = 1,
 ) -> Image.Image:
     """Images in rows on white, each in a cell of the largest one's size; `enlarge` repeats pixels of small images.
 
@@ -48,7 +55,9 @@ def grid(
     heads = [_wrapped(title, font, width) for title in column_titles]
     top = max((_text_height(text, font) for text in heads), default=-MARGIN) + MARGIN
     columns = max(len(row) for row in rows)
-    out = Image.new("RGB", (left + columns * (width + MARGIN) + MARGIN, top + len(rows) * (height + MARGIN) + MARGIN), "white")
+    out = Image.new(
+        "RGB", (left + columns * (width + MARGIN) + MARGIN, top + len(rows) * (height + MARGIN) + MARGIN), "white"
+    )
     draw = ImageDraw.Draw(out)
     for x, text in enumerate(heads):
         draw.multiline_text((left + MARGIN + x * (width + MARGIN), MARGIN), text, "black", font)

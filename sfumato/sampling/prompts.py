@@ -107,10 +107,13 @@ def of_run(config: Config, datasets: Sequence[DatasetConfig]) -> list[Prompt]:
 
 
 def sized(default: Prompt, *paths: Path | str) -> Prompt:
-    """`default` at the size that the first of these weight files that says one (modelspec.resolution) was trained at."""
+    """`default` at the size that the first of these weight files that says one (modelspec.resolution) was trained
+    at."""
     for path in map(Path, paths):
         if path.suffix.lower() == ".safetensors" and path.is_file():
-            said = re.fullmatch(r"([0-9]{1,5})x([0-9]{1,5})", read_header(path).metadata.get("modelspec.resolution", ""))
+            said = re.fullmatch(
+                r"([0-9]{1,5})x([0-9]{1,5})", read_header(path).metadata.get("modelspec.resolution", "")
+            )
             width, height = map(int, said.groups()) if said else (0, 0)
             low, high = LIMITS["width"]
             if low <= min(width, height) and max(width, height) <= high:
@@ -124,7 +127,11 @@ def read_prompts(path: Path | str, default: Prompt | None = None) -> list[Prompt
     Raises one `UserError` that tells every mistake in the file, each with its line or its place.
     """
     path, default = Path(path), default or Prompt()
-    readers: Mapping[str, Callable[[Path, str], Iterable[tuple[str, Any]]]] = {".txt": _lines, ".toml": _toml, ".json": _json}
+    readers: Mapping[str, Callable[[Path, str], Iterable[tuple[str, Any]]]] = {
+        ".txt": _lines,
+        ".toml": _toml,
+        ".json": _json,
+    }
     reader = readers.get(path.suffix.lower())
     if reader is None:
         raise UserError(f"{path}: a prompt file ends in .txt, .toml or .json")
@@ -132,7 +139,9 @@ def read_prompts(path: Path | str, default: Prompt | None = None) -> list[Prompt
     mistakes: list[str] = []
     for place, entry in reader(path, read_text(path)):
         try:
-            prompts.append(parse_line(entry, place, default) if isinstance(entry, str) else _checked(entry, place, default))
+            prompts.append(
+                parse_line(entry, place, default) if isinstance(entry, str) else _checked(entry, place, default)
+            )
         except UserError as error:
             mistakes += error.messages
     if mistakes:
@@ -145,7 +154,8 @@ def read_prompts(path: Path | str, default: Prompt | None = None) -> list[Prompt
 def parse_line(line: str, place: str = "prompt", default: Prompt | None = None) -> Prompt:
     """`a cat --w 512 --h 768 --d 1 --s 20 --l 7 --n blurry --ss euler` -> a prompt.
 
-    An option is `--` and letters after a space or at the start; any other `--` is text. `place` begins the messages of `UserError`.
+    An option is `--` and letters after a space or at the start; any other `--` is text. `place` begins the messages of
+    `UserError`.
     """
     text, *parts = re.split(r"(?:^|\s+)--(?=[A-Za-z])", line.strip())
     for dash, name in _LONG_DASH.findall(line):
@@ -190,7 +200,9 @@ def _toml(path: Path, text: str) -> Iterable[tuple[str, Any]]:
 def _json(path: Path, text: str) -> Iterable[tuple[str, Any]]:
     data = parse_json(path, text)
     if not isinstance(data, list) or not all(isinstance(entry, str | dict) for entry in data):
-        raise UserError(f'{path}: a list of prompts was expected, each a table such as {{"prompt": "a cat"}} or a prompt line')
+        raise UserError(
+            f'{path}: a list of prompts was expected, each a table such as {{"prompt": "a cat"}} or a prompt line'
+        )
     for number, entry in enumerate(data, 1):
         yield f"{path}: entry {number}", entry
 
@@ -198,7 +210,9 @@ def _json(path: Path, text: str) -> Iterable[tuple[str, Any]]:
 def _checked(said: Mapping[str, Any], place: str, default: Prompt) -> Prompt:
     """Fields with their right types and within their limits, put over `default`."""
     known = {f.name for f in fields(Prompt)}
-    mistakes = [_unknown(place, f"key {key!r}", key, {v: v for v in LATER.values()}, known) for key in said if key not in known]
+    mistakes = [
+        _unknown(place, f"key {key!r}", key, {v: v for v in LATER.values()}, known) for key in said if key not in known
+    ]
     if "prompt" not in said:
         mistakes.append(f'{place}: `prompt` is missing; "" draws without one')
     values: dict[str, Any] = {}
@@ -217,9 +231,15 @@ def _checked(said: Mapping[str, Any], place: str, default: Prompt) -> Prompt:
 
 def _value(name: str, value: Any) -> Any:
     kind = KINDS[name]
-    wrong = f"{'a whole number' if kind is int else 'a number' if kind is float else 'text'} was expected, not {value!r}"
+    wrong = (
+        f"{'a whole number' if kind is int else 'a number' if kind is float else 'text'} was expected, not {value!r}"
+    )
     # Lines give text for everything; TOML and JSON give types, and True is not a number there.
-    if isinstance(value, bool) or (kind is str and not isinstance(value, str)) or (kind is int and isinstance(value, float)):
+    if (
+        isinstance(value, bool)
+        or (kind is str and not isinstance(value, str))
+        or (kind is int and isinstance(value, float))
+    ):
         raise ValueError(wrong)
     try:
         value = kind(value)
@@ -235,7 +255,9 @@ def sampler(name: str) -> str:
     """A sampler's own name for a name or alias; `UserError` for one that is not known."""
     name = ALIASES.get(name, name)
     if name not in SAMPLERS:
-        raise UserError(f"sample_sampler: there is no {name!r}{nearest(name, SAMPLERS)}; there are {', '.join(SAMPLERS)}")
+        raise UserError(
+            f"sample_sampler: there is no {name!r}{nearest(name, SAMPLERS)}; there are {', '.join(SAMPLERS)}"
+        )
     return name
 
 

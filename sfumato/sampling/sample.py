@@ -59,7 +59,16 @@ def sample(
     """
     places = range(rank, len(prompts), world)
     seeded = [replace(prompts[i], seed=seed_of(prompts[i], i, seed)) for i in places]
-    images = draw(models, seeded, process=process, sampler=sampler, batch_size=batch_size, progress=progress, known=known, device=device)
+    images = draw(
+        models,
+        seeded,
+        process=process,
+        sampler=sampler,
+        batch_size=batch_size,
+        progress=progress,
+        known=known,
+        device=device,
+    )
     paths = []
     for place, prompt, image in zip(places, seeded, images, strict=True):
         path = folder / image_files.file_name(name, place, epoch=epoch, step=step, seed=prompts[place].seed)
@@ -87,13 +96,20 @@ def draw(
 ) -> list[Image.Image]:
     """One image a prompt. See `draw_latents`, which does all but the decoding.
 
-    `known`: of `encode_prompts`; None: the prompts are encoded now. `device`: where the nets are brought while they are used, the text
-    encoders, the denoiser and the VAE in turn; None: they are used where they are.
+    `known`: of `encode_prompts`; None: the prompts are encoded now. `device`: where the nets are brought while they are
+    used, the text encoders, the denoiser and the VAE in turn; None: they are used where they are.
     """
     known = known or encode_prompts(models, prompts, device)
     with present([models.denoiser], device):
         latents = draw_latents(
-            models, prompts, process=process, sampler=sampler, noise=noise, batch_size=batch_size, progress=progress, known=known
+            models,
+            prompts,
+            process=process,
+            sampler=sampler,
+            noise=noise,
+            batch_size=batch_size,
+            progress=progress,
+            known=known,
         )
     with present([models.vae] if models.vae is not None else [], device):
         return [decode(models, one, prompt) for one, prompt in zip(latents, prompts, strict=True)]
@@ -159,7 +175,11 @@ def decode(models: Models, latents: Tensor, prompt: Prompt) -> Image.Image:
         raw = unscale(models.vae, latents[None].to(device, torch.float32))
         pixels = models.vae.decode(raw.to(dtype)).sample[0].float()  # type: ignore[operator]
     if not pixels.isfinite().all():
-        cause = "the VAE overflowed: try --no_half_vae" if latents.isfinite().all() else "the denoiser gave NaN: the training has diverged"
+        cause = (
+            "the VAE overflowed: try --no_half_vae"
+            if latents.isfinite().all()
+            else "the denoiser gave NaN: the training has diverged"
+        )
         log.warning("the image of %r is not finite and partly black; %s", prompt.prompt, cause)
     levels = ((pixels.nan_to_num(-1) / 2 + 0.5).clamp(0, 1) * 255).round().to("cpu", torch.uint8)
     return Image.fromarray(levels.permute(1, 2, 0).numpy())
@@ -206,7 +226,8 @@ def scheduler_for(process: NoiseProcess, sampler: str) -> Any:
     known = inspect.signature(kind).parameters
     if config.get("rescale_betas_zero_snr") and "rescale_betas_zero_snr" not in known:
         raise UserError(
-            f"sample_sampler {sampler}: cannot begin at zero signal, as zero_terminal_snr asks; take ddim, euler or dpmsolver++"
+            f"sample_sampler {sampler}: cannot begin at zero signal, as zero_terminal_snr asks; take ddim, euler or "
+            "dpmsolver++"
         )
     try:
         with warnings.catch_warnings():
@@ -241,16 +262,23 @@ def _setting(models: Models, prompts: Sequence[Prompt]) -> SampleInfo:
     )
 
 
-def _walk(models: Models, prompts: Sequence[Prompt], scheduler: Any, noise: Tensor | None, known: Known, count: _Count) -> list[Tensor]:
+def _walk(
+    models: Models, prompts: Sequence[Prompt], scheduler: Any, noise: Tensor | None, known: Known, count: _Count
+) -> list[Tensor]:
     """From noise to latents, along the scheduler's timesteps."""
     device = _place(models.denoiser)[0]
     generators = [torch.Generator().manual_seed(p.seed or 0) for p in prompts]
     if noise is None:
-        noise = torch.cat([torch.randn((1, *_latent_shape(models, p)), generator=g) for p, g in zip(prompts, generators, strict=True)])
+        noise = torch.cat(
+            [torch.randn((1, *_latent_shape(models, p)), generator=g) for p, g in zip(prompts, generators, strict=True)]
+        )
     x = noise.to(device, torch.float32) * scheduler.init_noise_sigma
     guided = prompts[0].scale > 1
     captions = ([p.negative_prompt for p in prompts] if guided else []) + [p.prompt for p in prompts]
-    text = {name: t.to(device) for name, t in models.family.outputs(models).join([known[caption] for caption in captions]).items()}
+    text = {
+        name: t.to(device)
+        for name, t in models.family.outputs(models).join([known[caption] for caption in captions]).items()
+    }
     told = models.family.condition(models, text, _setting(models, [*prompts, *prompts] if guided else prompts))
     cond = {name: _as_in(t, models.denoiser) for name, t in told.items()}
     scale = torch.tensor([p.scale for p in prompts], device=device).view(-1, 1, 1, 1)
@@ -282,7 +310,9 @@ class _Count:
 
 def check_prompts(models: Models, prompts: Sequence[Prompt], sampler: str) -> None:
     """Errors: `UserError` for images that are too large for the model, and for samplers that it is not drawn with."""
-    check_sizes(models, ((f"the prompt {p.prompt!r}", p.width, p.height, "lower its width and height") for p in prompts))
+    check_sizes(
+        models, ((f"the prompt {p.prompt!r}", p.width, p.height, "lower its width and height") for p in prompts)
+    )
     for p in prompts:
         _sampler(models, p, sampler)
 
@@ -309,7 +339,10 @@ def _tell_of_no_effect(prompts: Sequence[Prompt], models: Models) -> None:
         if p.width % multiple or p.height % multiple:
             log.warning("%dx%d: sides are cut to multiples of %d", p.width, p.height, multiple)
         if p.guidance_scale is not None and not hears:
-            log.warning("guidance_scale (--g) has no effect: it is for models distilled with guidance; scale (--l) guides this one")
+            log.warning(
+                "guidance_scale (--g) has no effect: it is for models distilled with guidance; scale (--l) guides this "
+                "one"
+            )
 
 
 def _shape(prompt: Prompt, models: Models, sampler: str) -> tuple[object, ...]:

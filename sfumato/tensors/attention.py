@@ -37,14 +37,22 @@ def _xformers() -> Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]:
     try:
         from xformers.ops import memory_efficient_attention  # type: ignore[import-not-found, unused-ignore]
     except ImportError as error:
-        raise UserError("--xformers: the library is not installed; run `pip install xformers`, or leave the flag out") from error
+        raise UserError(
+            "--xformers: the library is not installed; run `pip install xformers`, or leave the flag out"
+        ) from error
 
     def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         # xformers wants (b, n, heads, d), a mask that is added to the scores, and one dtype for all.
         if mask is not None:
-            added = torch.zeros_like(mask, dtype=q.dtype).masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else mask.to(q.dtype)
+            added = (
+                torch.zeros_like(mask, dtype=q.dtype).masked_fill(~mask, -torch.inf)
+                if mask.dtype == torch.bool
+                else mask.to(q.dtype)
+            )
             mask = added.expand(*q.shape[:3], k.shape[2])
-        out: Tensor = memory_efficient_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), attn_bias=mask)
+        out: Tensor = memory_efficient_attention(
+            q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), attn_bias=mask
+        )
         return out.transpose(1, 2)
 
     return attend

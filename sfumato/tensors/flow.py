@@ -22,7 +22,8 @@ LARGEST = 1 - 2**-24
 
 @dataclass(frozen=True, kw_only=True)
 class Flow:
-    """Rectified flow (arXiv:2209.03003, arXiv:2403.03206): x = (1 - s) * x0 + s * noise; fields are spelled as kohya's flags.
+    """Rectified flow (arXiv:2209.03003, arXiv:2403.03206): x = (1 - s) * x0 + s * noise; fields are spelled as kohya's
+    flags.
 
     The net says the velocity, noise - x0. The clock t is s * steps, in fp32. s is continuous, where
     sd-scripts takes one of a thousand for `sigma`, which differs by less than 1/1000 before the shift.
@@ -64,7 +65,9 @@ class Flow:
         configs = (options, noise, loss)
         told = {f.name: getattr(c, f.name) for c in configs for f in fields(cls) if hasattr(c, f.name)}
         # What is 0 or false is switched off.
-        given = [f.name for c in configs for f in fields(c) if f.name in refused and getattr(c, f.name) not in (f.default, 0)]
+        given = [
+            f.name for c in configs for f in fields(c) if f.name in refused and getattr(c, f.name) not in (f.default, 0)
+        ]
         wrong = [f"{name}: {refused[name]}; leave it out" for name in given]
         try:
             flow = cls(**(told | {"shift": shift}))
@@ -79,14 +82,16 @@ class Flow:
         normal = scheme == "logit_normal"
         above_0 = {name: getattr(self, name) for name in ("sigmoid_scale", "discrete_flow_shift", "logit_std", "shift")}
         wrong = {
-            f"sigmoid_scale: does nothing with timestep_sampling {kind}": self.sigmoid_scale is not None and kind in ("sigma", "uniform"),
+            f"sigmoid_scale: does nothing with timestep_sampling {kind}": self.sigmoid_scale is not None
+            and kind in ("sigma", "uniform"),
             f"discrete_flow_shift: does nothing with timestep_sampling {kind}": (
                 self.discrete_flow_shift is not None and kind not in ("sigma", "shift")
             ),
             f"weighting_scheme {scheme}: does nothing with timestep_sampling {kind}, only with sigma": (
                 scheme in ("logit_normal", "mode") and kind != "sigma"
             ),
-            "logit_mean: does nothing without weighting_scheme logit_normal": self.logit_mean is not None and not normal,
+            "logit_mean: does nothing without weighting_scheme logit_normal": self.logit_mean is not None
+            and not normal,
             "logit_std: does nothing without weighting_scheme logit_normal": self.logit_std is not None and not normal,
             "mode_scale: does nothing without weighting_scheme mode": self.mode_scale is not None and scheme != "mode",
             "ip_noise_gamma_random_strength: does nothing without ip_noise_gamma": (
@@ -149,7 +154,8 @@ class Flow:
         return weight * s.square() if self.model_prediction_type == "sigma_scaled" else weight
 
     def scheduler_config(self) -> dict[str, Any]:
-        """See `NoiseProcess.scheduler_config`: for FlowMatchEulerDiscreteScheduler, with `prediction_type` for the metadata."""
+        """See `NoiseProcess.scheduler_config`: for FlowMatchEulerDiscreteScheduler, with `prediction_type` for the
+        metadata."""
         return {"num_train_timesteps": self.steps, "shift": self.shift, "prediction_type": "flow"}
 
 
@@ -158,7 +164,8 @@ def _or(value: float | None, default: float) -> float:
 
 
 def shifted(u: Tensor, shift: float) -> Tensor:
-    """Numbers in [0, 1], moved towards 1 by a shift above 1: their odds u / (1 - u) times `shift` (arXiv:2403.03206)."""
+    """Numbers in [0, 1], moved towards 1 by a shift above 1: their odds u / (1 - u) times `shift`
+    (arXiv:2403.03206)."""
     return u * shift / (1 + (shift - 1) * u)
 
 

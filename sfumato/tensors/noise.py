@@ -83,14 +83,18 @@ class DDPM:
         v, (low, high) = self.prediction == "v", self._range
         wrong = {
             "zero_terminal_snr: needs a model that predicts v": self.zero_terminal_snr and not v,
-            "scale_v_pred_loss_like_noise_pred: is for models that predict v": self.scale_v_pred_loss_like_noise_pred and not v,
+            "scale_v_pred_loss_like_noise_pred: is for models that predict v": self.scale_v_pred_loss_like_noise_pred
+            and not v,
             "v_pred_like_loss: is for models that predict noise, not v": bool(self.v_pred_like_loss) and v,
-            "noise_offset_random_strength: does nothing without noise_offset": self.noise_offset_random_strength and not self.noise_offset,
-            "adaptive_noise_scale: does nothing without noise_offset": bool(self.adaptive_noise_scale) and not self.noise_offset,
+            "noise_offset_random_strength: does nothing without noise_offset": self.noise_offset_random_strength
+            and not self.noise_offset,
+            "adaptive_noise_scale: does nothing without noise_offset": bool(self.adaptive_noise_scale)
+            and not self.noise_offset,
             "ip_noise_gamma_random_strength: does nothing without ip_noise_gamma": (
                 self.ip_noise_gamma_random_strength and not self.ip_noise_gamma
             ),
-            f"min_snr_gamma {self.min_snr_gamma}: must be above 0": self.min_snr_gamma is not None and self.min_snr_gamma <= 0,
+            f"min_snr_gamma {self.min_snr_gamma}: must be above 0": self.min_snr_gamma is not None
+            and self.min_snr_gamma <= 0,
             f"min_timestep {low}: must be 0 to {self.steps - 1}": not 0 <= low < self.steps,
             f"max_timestep {high}: must be min_timestep ({low}) to {self.steps}": not low <= high <= self.steps,
         }
@@ -133,7 +137,9 @@ class DDPM:
         limited = snr.clamp(max=SNR_LIMIT)
         weight = torch.ones_like(snr)
         if self.min_snr_gamma is not None:  # arXiv:2303.09556
-            weight = weight * (snr.clamp(max=self.min_snr_gamma) / (snr + 1) if v else (self.min_snr_gamma / snr).clamp(max=1))
+            weight = weight * (
+                snr.clamp(max=self.min_snr_gamma) / (snr + 1) if v else (self.min_snr_gamma / snr).clamp(max=1)
+            )
         if self.scale_v_pred_loss_like_noise_pred:
             weight = weight * limited / (limited + 1)
         if self.v_pred_like_loss:
@@ -156,8 +162,11 @@ class DDPM:
             "steps_offset": 1,
             "skip_prk_steps": True,
         }
-        # Only trailing steps begin at the last timestep, which is what the rescaled schedule is for (arXiv:2305.08891, 3.3).
-        return config | ({"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"} if self.zero_terminal_snr else {})
+        # Only trailing steps begin at the last timestep, which is what the rescaled schedule is for (arXiv:2305.08891,
+        # 3.3).
+        return config | (
+            {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"} if self.zero_terminal_snr else {}
+        )
 
     def _texture(self, x0: Tensor, rng: SampleRandom) -> Tensor:
         """The noise of the batch (b, c, h, w), with offset and further resolutions where asked for."""
@@ -178,7 +187,8 @@ class DDPM:
         return strength
 
     def _pyramid(self, noise: Tensor, rng: SampleRandom) -> Tensor:
-        """Multi-resolution noise of one sample (c, h, w): ever coarser noise on top, then scaled back to unit deviation."""
+        """Multi-resolution noise of one sample (c, h, w): ever coarser noise on top, then scaled back to unit
+        deviation."""
         c, h, w = noise.shape
         for i in range(self.multires_noise_iterations or 0):
             shrink = (2 + 2 * float(rng.uniform(f"multires shrink {i}"))) ** i
@@ -197,7 +207,8 @@ def refuse_where(wrong: Mapping[str, bool]) -> None:
 
 
 def perturbed(noise: Tensor, rng: SampleRandom, gamma: float | None, random_strength: bool) -> Tensor:
-    """Noise (b, c, h, w) as the input gets it: a little more than the target tells of (input perturbation, arXiv:2301.11706)."""
+    """Noise (b, c, h, w) as the input gets it: a little more than the target tells of (input perturbation,
+    arXiv:2301.11706)."""
     if not gamma:
         return noise
     strength = per_sample(rng.uniform("ip noise strength"), noise) if random_strength else 1.0

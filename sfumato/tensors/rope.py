@@ -26,7 +26,8 @@ def rope(positions: Tensor, widths: Sequence[int], theta: float) -> Tensor:
 
 
 def rotate(x: Tensor, table: Tensor) -> Tensor:
-    """x (..., n, d) with its neighbouring channels 2i and 2i + 1 turned as a pair; `table` as `rope` gives it. Shaped and typed as x."""
+    """x (..., n, d) with its neighbouring channels 2i and 2i + 1 turned as a pair; `table` as `rope` gives it. Shaped
+    and typed as x."""
     cos, sin = table
     a, b = torch.unflatten(x.float(), -1, (-1, 2)).unbind(-1)
     return torch.stack([a * cos - b * sin, a * sin + b * cos], -1).flatten(-2).to(x.dtype)

@@ -40,7 +40,8 @@ _MARKS = {"ok": "ok  ", "warning": "note", "problem": "FAIL"}
 
 
 def examine() -> dict[str, Any]:
-    """JSON-able facts of this machine; `verdicts`: list of {"level": "ok" | "warning" | "problem", "text"}. Sizes in bytes."""
+    """JSON-able facts of this machine; `verdicts`: list of {"level": "ok" | "warning" | "problem", "text"}. Sizes in
+    bytes."""
     facts: dict[str, Any] = {
         "sfumato": __version__,
         "python": platform.python_version(),
@@ -52,7 +53,9 @@ def examine() -> dict[str, Any]:
         "libraries": {name: installed(name) for name in NEEDED},
         "optional": {name: installed(name) for name in OPTIONAL},
         "launcher": {
-            k: os.environ[k] for k in ("RANK", "WORLD_SIZE", "ACCELERATE_MIXED_PRECISION", "CUDA_VISIBLE_DEVICES") if k in os.environ
+            k: os.environ[k]
+            for k in ("RANK", "WORLD_SIZE", "ACCELERATE_MIXED_PRECISION", "CUDA_VISIBLE_DEVICES")
+            if k in os.environ
         },
     }
     facts |= _torch()
@@ -94,7 +97,12 @@ def _device(i: int) -> dict[str, Any]:
     import torch
 
     card = torch.cuda.get_device_properties(i)
-    facts: dict[str, Any] = {"name": card.name, "memory": card.total_memory, "capability": f"{card.major}.{card.minor}", "error": None}
+    facts: dict[str, Any] = {
+        "name": card.name,
+        "memory": card.total_memory,
+        "capability": f"{card.major}.{card.minor}",
+        "error": None,
+    }
     try:
         facts["memory_free"] = torch.cuda.mem_get_info(i)[0]
         facts["bf16"] = torch.cuda.is_bf16_supported()
@@ -118,14 +126,19 @@ def _say(level: str, text: str) -> dict[str, str]:
 def _software(facts: dict[str, Any]) -> list[dict[str, str]]:
     said = []
     if facts["bits"] == 32:
-        said.append(_say("problem", "this Python is a 32-bit build, which torch does not support: install a 64-bit one"))
+        said.append(
+            _say("problem", "this Python is a 32-bit build, which torch does not support: install a 64-bit one")
+        )
     if missing := [name for name, found in facts["libraries"].items() if found is None]:
         said.append(_say("problem", f"not installed: {', '.join(missing)}; run `pip install -e .` in sfumato's folder"))
     if "torch_error" in facts:
         said.append(_say("problem", f"torch does not start: {facts['torch_error']}"))
     elif tuple(int(n) for n in facts["libraries"]["torch"].split(".")[:2]) < LEAST_TORCH:
         said.append(
-            _say("problem", f"torch {facts['libraries']['torch']} is too old: {'.'.join(map(str, LEAST_TORCH))} or newer is needed")
+            _say(
+                "problem",
+                f"torch {facts['libraries']['torch']} is too old: {'.'.join(map(str, LEAST_TORCH))} or newer is needed",
+            )
         )
     for name, found in facts["optional"].items():
         if found is None:
@@ -141,11 +154,15 @@ def _cards(facts: dict[str, Any]) -> list[dict[str, str]]:
             said.append(
                 _say(
                     "problem",
-                    f"{name}: torch cannot compute on it ({card['error']}); install a torch built for {card['capability']}",
+                    f"{name}: torch cannot compute on it ({card['error']}); install a torch built for "
+                    f"{card['capability']}",
                 )
             )
         else:
-            free, precision = card["memory_free"], "mixed_precision bf16" if card["bf16"] else "mixed_precision fp16 (it has no bf16)"
+            free, precision = (
+                card["memory_free"],
+                "mixed_precision bf16" if card["bf16"] else "mixed_precision fp16 (it has no bf16)",
+            )
             said.append(_say("ok", f"{name}: {size(free)} of {size(card['memory'])} free; use {precision}"))
             if free < card["memory"] / 2:
                 said.append(_say("warning", f"{name}: more than half of its memory is taken by other programs"))
@@ -163,7 +180,10 @@ def _room(facts: dict[str, Any]) -> list[dict[str, str]]:
         said.append(_say("warning" if free < LEAST_DISK else "ok", f"{size(free)} free on the disk of {folder}"))
     if facts["memory"]:
         said.append(
-            _say("warning" if facts["memory"] < LEAST_MEMORY else "ok", f"{size(facts['memory'])} of main memory, {facts['cpus']} CPUs")
+            _say(
+                "warning" if facts["memory"] < LEAST_MEMORY else "ok",
+                f"{size(facts['memory'])} of main memory, {facts['cpus']} CPUs",
+            )
         )
     return said
 
@@ -180,7 +200,9 @@ def broken(facts: dict[str, Any]) -> bool:
 
 def text(facts: dict[str, Any]) -> str:
     """The facts for a reader: versions, then verdicts."""
-    libraries = ", ".join(f"{name} {found or 'missing'}" for name, found in (facts["libraries"] | facts["optional"]).items())
+    libraries = ", ".join(
+        f"{name} {found or 'missing'}" for name, found in (facts["libraries"] | facts["optional"]).items()
+    )
     head = [f"sfumato {facts['sfumato']}, Python {facts['python']}, {facts['platform']}", libraries]
     if facts["launcher"]:
         head.append("launched with " + ", ".join(f"{k}={v}" for k, v in facts["launcher"].items()))

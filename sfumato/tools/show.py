@@ -43,7 +43,9 @@ def describe(path: str | Path) -> dict[str, Any]:
         "parameters": sum(math.prod(i.shape) for header in headers.values() for i in header.tensors.values()),
         "bytes": sum(file.stat().st_size for file in headers),
         "dtypes": dict(Counter(i.dtype for header in headers.values() for i in header.tensors.values()).most_common()),
-        "ranks": dict(sorted(Counter(i.shape[0] for name, i in tensors.items() if name.endswith(_DOWN) and i.shape).items())),
+        "ranks": dict(
+            sorted(Counter(i.shape[0] for name, i in tensors.items() if name.endswith(_DOWN) and i.shape).items())
+        ),
         "metadata": {key: value for header in headers.values() for key, value in header.metadata.items()},
     }
     return facts if found else facts | {"seems": seems}
@@ -68,7 +70,10 @@ def text(facts: dict[str, Any]) -> str:
     if facts["metadata"]:
         lines.append("  metadata")
     for key, value in sorted(facts["metadata"].items()):
-        lines.append(f"    {key} = {value if len(value) <= 200 else f'{value[:200]} ... ({len(value):,} characters; whole with --json)'}")
+        lines.append(
+            f"    {key} = "
+            f"{value if len(value) <= 200 else f'{value[:200]} ... ({len(value):,} characters; whole with --json)'}"
+        )
     return "\n".join(lines)
 
 

@@ -1,4 +1,5 @@
-"""What is kept between steps: the images of a run, and the caches of their latents and of what text encoders say of captions."""
+"""What is kept between steps: the images of a run, and the caches of their latents and of what text encoders say of
+captions."""
 
 from __future__ import annotations
 
@@ -38,12 +39,16 @@ class Data:
 
 
 def open_data(
-    config: Config, datasets: tuple[DatasetConfig, ...], world: dist.World, models: Models, say: Callable[[str], None] = console.print
+    config: Config,
+    datasets: tuple[DatasetConfig, ...],
+    world: dist.World,
+    models: Models,
+    say: Callable[[str], None] = console.print,
 ) -> Data:
     """Scan the datasets; memory alone is used unless a cache on disk is asked for.
 
-    `models`: what the images must fit; needs no values. `say`: is told what the user should know. Errors: `UserError` for images that
-    cannot be used, and for options that cannot act with this model or beside what is kept.
+    `models`: what the images must fit; needs no values. `say`: is told what the user should know. Errors: `UserError`
+    for images that cannot be used, and for options that cannot act with this model or beside what is kept.
     """
     d = config.data
     check_fixed(datasets, latents=caches_latents(config), texts=caches_text(config))
@@ -52,7 +57,12 @@ def open_data(
     index, latents = Index(root), families.of(config.family).latents
     with telling("reading images", quiet=not world.main) as tell:
         plan = make_plan(
-            datasets, index, skip_unreadable=d.skip_unreadable, stride=latents.stride, multiple=latents.multiple, progress=tell
+            datasets,
+            index,
+            skip_unreadable=d.skip_unreadable,
+            stride=latents.stride,
+            multiple=latents.multiple,
+            progress=tell,
         )
     if world.main:
         for line in dict.fromkeys([*plan.notes, *(f"left out: {skip.path}: {skip.reason}" for skip in plan.skipped)]):
@@ -61,7 +71,10 @@ def open_data(
     if caches_text(config):
         every_caption(plan)
     return Data(
-        plan, Store(root if d.cache_latents_to_disk else None), Store(root if d.cache_text_encoder_outputs_to_disk else None), index
+        plan,
+        Store(root if d.cache_latents_to_disk else None),
+        Store(root if d.cache_text_encoder_outputs_to_disk else None),
+        index,
     )
 
 
@@ -74,7 +87,8 @@ class Caches:
 
 
 def fingerprint(config: Config, models: Models, component: str) -> str:
-    """Changes when what a net says does: with its file, with what is merged into it and with the format that it runs in.
+    """Changes when what a net says does: with its file, with what is merged into it and with the format that it runs
+    in.
 
     Files are read for it once; later runs remember.
     """
@@ -82,7 +96,9 @@ def fingerprint(config: Config, models: Models, component: str) -> str:
     weights = models.source.components[component]
     paths = weights.tensors.paths
     dtype = models.dtypes[component]
-    digest = remembered(f"{component} of {' '.join(map(str, paths))}", paths, lambda: files.fingerprint(dict(weights.natives())))
+    digest = remembered(
+        f"{component} of {' '.join(map(str, paths))}", paths, lambda: files.fingerprint(dict(weights.natives()))
+    )
     network = config.network
     merged = [file_digest(path) for path in network.base_weights] if component != "vae" else []
     return " ".join([digest, *merged, *(map(str, network.base_weights_multiplier) if merged else ()), f"in {dtype}"])

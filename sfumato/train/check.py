@@ -1,4 +1,5 @@
-"""Everything that can be told of a run before an image or a weight is read; `plan` and `train` ask the same function."""
+"""Everything that can be told of a run before an image or a weight is read; `plan` and `train` ask the same
+function."""
 
 from __future__ import annotations
 
@@ -54,8 +55,8 @@ class Checked:
 def check(config: Config, method: Method, datasets: tuple[DatasetConfig, ...], read: Sequence[Path] = ()) -> Checked:
     """All that is known before an image or a weight is read. Errors: one `UserError` with all that was found.
 
-    Every check that needs only settings, headers or shapes has its place here, in one of three steps: what needs the settings alone,
-    what needs the model's shapes, and what needs the weights that are trained (without values).
+    Every check that needs only settings, headers or shapes has its place here, in one of three steps: what needs the
+    settings alone, what needs the model's shapes, and what needs the weights that are trained (without values).
     `read`: the config files that the settings came from, which no result may overwrite.
     """
     wrong, prompts, plan, models = Mistakes(), list[Prompt](), None, None
@@ -71,7 +72,11 @@ def check(config: Config, method: Method, datasets: tuple[DatasetConfig, ...], r
     with wrong:
         prompts = _prompts(config, datasets)
     with wrong:
-        plan = adapters.parse(config.network, families.facts_of(config.family).network_args) if method == "network" else None
+        plan = (
+            adapters.parse(config.network, families.facts_of(config.family).network_args)
+            if method == "network"
+            else None
+        )
     with wrong:
         models = outline_models(config)
         check_model(config, models)
@@ -104,10 +109,16 @@ def _steps(config: Config) -> int | None:
 
 
 def _rates_notes(config: Config, models: Models) -> list[str]:
-    order, rates = [name for name in models.family.encoder_lr_order if name in models.encoders], config.optimizer.text_encoder_lr
+    order, rates = (
+        [name for name in models.family.encoder_lr_order if name in models.encoders],
+        config.optimizer.text_encoder_lr,
+    )
     if len(rates) <= len(order):
         return []
-    return [f"text_encoder_lr: {len(rates)} rates for {len(order)} text encoders ({', '.join(order)}); the others do nothing"]
+    return [
+        f"text_encoder_lr: {len(rates)} rates for {len(order)} text encoders ({', '.join(order)}); the others do "
+        "nothing"
+    ]
 
 
 def check_model(config: Config, models: Models) -> None:
@@ -123,7 +134,8 @@ def check_model(config: Config, models: Models) -> None:
 
 @contextmanager
 def outlined(models: Models, config: Config, plan: AdapterPlan | None) -> Iterator[Trainable]:
-    """What will be trained, without values; the nets are as before when the context ends. Errors: as the trainable itself."""
+    """What will be trained, without values; the nets are as before when the context ends. Errors: as the trainable
+    itself."""
     if plan is None:
         yield Full(models, config)
         return

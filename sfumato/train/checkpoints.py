@@ -18,7 +18,8 @@ from sfumato.train.progress import console
 
 
 def ending(output: OutputConfig, method: Method, layout: str) -> str:
-    """What follows a result's name; nothing for a folder. `layout`: the base model's own, "single_file" or "diffusers"."""
+    """What follows a result's name; nothing for a folder. `layout`: the base model's own, "single_file" or
+    "diffusers"."""
     asked = output.save_model_as or ("diffusers" if method == "full" and layout == "diffusers" else "safetensors")
     return "" if asked.startswith("diffusers") else f".{asked}"
 
@@ -84,7 +85,9 @@ def after_epoch(output: OutputConfig, epoch: int, epochs: int) -> SaveEvent | No
         return epoch_name(output.output_name, number) if number > 0 else None
 
     state = output.save_last_n_epochs if output.save_last_n_epochs_state is None else output.save_last_n_epochs_state
-    return SaveEvent(epoch_name(output.output_name, epoch), output.save_state, old(output.save_last_n_epochs), old(state))
+    return SaveEvent(
+        epoch_name(output.output_name, epoch), output.save_state, old(output.save_last_n_epochs), old(state)
+    )
 
 
 def clean(event: SaveEvent, folder: Path, suffix: str) -> None:
@@ -96,7 +99,8 @@ def clean(event: SaveEvent, folder: Path, suffix: str) -> None:
 
 
 def _remove(path: Path) -> None:
-    """Remove an old result or state. What is not sfumato's stays; what cannot be removed is told, and does not end a run."""
+    """Remove an old result or state. What is not sfumato's stays; what cannot be removed is told, and does not end a
+    run."""
     try:
         if not path.is_dir():
             path.unlink(missing_ok=True)

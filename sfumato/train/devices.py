@@ -1,4 +1,5 @@
-"""Models on devices: loaded in the number formats in which they are used, placed where they work, and away when they do not."""
+"""Models on devices: loaded in the number formats in which they are used, placed where they work, and away when they do
+not."""
 
 from __future__ import annotations
 
@@ -21,7 +22,8 @@ from sfumato.train.trainables import Trainable, caches_latents, caches_text, rea
 
 
 def outline_models(config: Config) -> Models:
-    """The base model without values, from the headers of its files. Errors: `UserError` for what is missing, or does not fit."""
+    """The base model without values, from the headers of its files. Errors: `UserError` for what is missing, or does
+    not fit."""
     model = config.model
     family = families.of(config.family)
     return outline(
@@ -33,13 +35,15 @@ def outline_models(config: Config) -> Models:
 def load_models(
     config: Config, precision: dist.Precision, method: Method | None, models: Models | None = None, *, map: bool = True
 ) -> Models:
-    """The base model, each net read straight into the format that it is used in: frozen ones in that of the computation, trained ones
-    as they are trained, the VAE in fp32 where that is safer. `method`: None when nothing is trained. `models`: its outline, if there
-    is one. `map`: whether tensors may stay backed by the files; not where they are used from the CPU's memory, or a file that
-    changes meanwhile would change the training, or end it."""
+    """The base model, each net read straight into the format that it is used in: frozen ones in that of the
+    computation, trained ones as they are trained, the VAE in fp32 where that is safer. `method`: None when nothing is
+    trained. `models`: its outline, if there is one. `map`: whether tensors may stay backed by the files; not where they
+    are used from the CPU's memory, or a file that changes meanwhile would change the training, or end it."""
     models = models or outline_models(config)
     family = models.family
-    trained = whole_nets(family, config, [component.name for component in family.components]) if method == "full" else ()
+    trained = (
+        whole_nets(family, config, [component.name for component in family.components]) if method == "full" else ()
+    )
     dtype = dict.fromkeys([component.name for component in family.components], dist.DTYPES[precision])
     dtype |= dict.fromkeys(trained, torch.bfloat16 if config.train.full_bf16 else torch.float32)
     # fp16 overflows in these VAEs, so it is never what they run in.
@@ -51,7 +55,11 @@ def load_models(
 
 def _later(config: Config, family: Family) -> list[str]:
     """What may not be needed at all, because what it says is kept: it is made and read when it is used."""
-    texts = [component.name for component in family.components if component.name not in ("denoiser", "vae")] if unloads_text(config) else []
+    texts = (
+        [component.name for component in family.components if component.name not in ("denoiser", "vae")]
+        if unloads_text(config)
+        else []
+    )
     return [*texts, "vae"] if caches_latents(config) and not config.sample.sample_prompts else texts
 
 
@@ -67,7 +75,9 @@ def _misfit(models: Models, path: str) -> tuple[str, ...]:
         from_state(models.nets(), read_adapter(models, Path(path), "base_weights")).remove()
     except UserError as error:
         named = (f"base_weights {path}", f"{path}: ")
-        return tuple(m if m.startswith(named[0]) else f"base_weights {path}: {m.removeprefix(named[1])}" for m in error.messages)
+        return tuple(
+            m if m.startswith(named[0]) else f"base_weights {path}: {m.removeprefix(named[1])}" for m in error.messages
+        )
     return ()
 
 
@@ -88,7 +98,8 @@ def unloads_text(config: Config) -> bool:
 
 
 def place(config: Config, models: Models, trainable: Trainable, world: dist.World) -> None:
-    """Nets to the device they are used on, those that leave it first; checkpointing around what gradients pass through."""
+    """Nets to the device they are used on, those that leave it first; checkpointing around what gradients pass
+    through."""
     family = models.family
     if unloads_text(config):
         unload(models)

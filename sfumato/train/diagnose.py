@@ -23,14 +23,17 @@ if TYPE_CHECKING:
 
 
 def lost(run: Run, step: int, loss: float, rates: Mapping[str, float]) -> UserError:
-    """What to raise when the loss of a step is not finite: one message, with the cause. `rates`: by group, as they acted."""
+    """What to raise when the loss of a step is not finite: one message, with the cause. `rates`: by group, as they
+    acted."""
     said = f"the loss of step {step} is {loss}; nothing was saved after it, earlier results in output_dir are sound"
     inner = getattr(run.training_step, "module", run.training_step)
     assert isinstance(inner, Step)
     models, trainable = inner.unowned
     # Training in place changes what was unpickled; a mapped file is read anew.
     files_of = {name: weights.tensors.paths for name, weights in models.the_source().components.items()}
-    unchanged = [n for n, paths in files_of.items() if n not in trainable.trained or not any(p.suffix in PICKLES for p in paths)]
+    unchanged = [
+        n for n, paths in files_of.items() if n not in trainable.trained or not any(p.suffix in PICKLES for p in paths)
+    ]
     for causes in (damaged(models, unchanged), _of_batches(run, inner, step)):
         if causes:
             return UserError(f"{said}. {causes[0]}")
@@ -39,7 +42,8 @@ def lost(run: Run, step: int, loss: float, rates: Mapping[str, float]) -> UserEr
 
 @contextmanager
 def blaming(models: Models, components: Iterable[str]) -> Iterator[None]:
-    """Within, a message on numbers that are not finite gives way to one on the file of the net that made them, if that is the cause."""
+    """Within, a message on numbers that are not finite gives way to one on the file of the net that made them, if that
+    is the cause."""
     try:
         yield
     except UserError as error:
@@ -49,13 +53,18 @@ def blaming(models: Models, components: Iterable[str]) -> Iterator[None]:
 
 
 def damaged(models: Models, components: Iterable[str]) -> list[str]:
-    """A message for each net whose file holds numbers that are not finite. The files are read for it, one tensor after another."""
+    """A message for each net whose file holds numbers that are not finite. The files are read for it, one tensor after
+    another."""
     components, out = models.the_source().components, []
     for name in components:
-        bad = next((key for key, tensor in components[name].tensors.cast(None, map=False).items() if _broken(tensor)), None)
+        bad = next(
+            (key for key, tensor in components[name].tensors.cast(None, map=False).items() if _broken(tensor)), None
+        )
         if bad is not None:
             where, title = components[name].where, components[name].component.title
-            out.append(f"{where} ({title}): {bad} holds NaN or infinity, so the file is damaged; download or copy it again")
+            out.append(
+                f"{where} ({title}): {bad} holds NaN or infinity, so the file is damaged; download or copy it again"
+            )
     return out
 
 
@@ -86,7 +95,10 @@ def _of_batch(run: Run, step: Step, batch: Batch) -> str:
         models, trainable = step.unowned
         still = not any(name in models.encoders for name in trainable.trained)
         if batch.cond is None and still and any(map(_broken, step.cond(batch).values())):
-            return f"A text encoder overflows in {step.precision} on one of the captions {captions}: use mixed_precision bf16 or no"
+            return (
+                f"A text encoder overflows in {step.precision} on one of the captions {captions}: use mixed_precision "
+                "bf16 or no"
+            )
     return ""
 
 
@@ -94,10 +106,16 @@ def _of_training(run: Run, number: int, rates: Mapping[str, float]) -> str:
     """Model and batch are sound: what is left is how they were trained."""
     half = dist.precision(run.config.train.mixed_precision) == "fp16"
     if number == run.start_step + 1:
-        cure = "use mixed_precision bf16 or no" if half else "look at network_alpha, noise and loss settings, which scale what is trained"
+        cure = (
+            "use mixed_precision bf16 or no"
+            if half
+            else "look at network_alpha, noise and loss settings, which scale what is trained"
+        )
         return f"It is the first step, the model's files and the batch are sound: {cure}"
     said = ", ".join(f"{rate:g} ({name})" for name, rate in rates.items())
-    return f"Lower the learning rate, which was {said}{', or use mixed_precision bf16 in place of fp16' if half else ''}"
+    return (
+        f"Lower the learning rate, which was {said}{', or use mixed_precision bf16 in place of fp16' if half else ''}"
+    )
 
 
 def _broken(tensor: Tensor | None) -> bool:

@@ -51,7 +51,8 @@ class World:
 
 
 def outside() -> World:
-    """This process's place among those that a launcher started, by the environment alone: nothing is joined and no device is taken."""
+    """This process's place among those that a launcher started, by the environment alone: nothing is joined and no
+    device is taken."""
     return World(int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1")), torch.device("cpu"))
 
 

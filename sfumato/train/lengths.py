@@ -1,4 +1,5 @@
-"""Captions that are longer than the text encoders take: counted before training, with examples, as what is cut is not learnt."""
+"""Captions that are longer than the text encoders take: counted before training, with examples, as what is cut is not
+learnt."""
 
 from __future__ import annotations
 
@@ -46,4 +47,7 @@ def _line(limit: Limit, long: Sequence[tuple[Path, int]], total: int) -> str:
     longest = sorted(long, key=lambda each: (-each[1], each[0]))
     examples = ", ".join(f"{path.name} ({count})" for path, count in longest[:5]) + (" ..." if len(long) > 5 else "")
     cure = f"; {limit.raised_by} makes it take more" if limit.raised_by else ""
-    return f"{len(long)} of {total} captions have more than the {limit.tokens} tokens that {limit.encoder} reads: {examples}{cure}"
+    return (
+        f"{len(long)} of {total} captions have more than the {limit.tokens} tokens that {limit.encoder} reads: "
+        f"{examples}{cure}"
+    )

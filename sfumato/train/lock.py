@@ -1,7 +1,8 @@
 """One run at a time writes results of one name into one folder: the second is refused.
 
-The lock is the operating system's, on a hidden file beside the results: it ends with the process, however that ends, and holds for
-every process that sees the folder, other containers' too. The file goes when the run ends; after a kill, with the next run of the name.
+The lock is the operating system's, on a hidden file beside the results: it ends with the process, however that ends,
+and holds for every process that sees the folder, other containers' too. The file goes when the run ends; after a kill,
+with the next run of the name.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ from sfumato.train.progress import console
 
 @contextmanager
 def alone(folder: Path, name: str, *, main: bool = True) -> Iterator[None]:
-    """No other run writes results called `name` into `folder` while this lasts; what a killed one left is cleared away first.
+    """No other run writes results called `name` into `folder` while this lasts; what a killed one left is cleared away
+    first.
 
     `main`: whether this is the process of its run that writes. Errors: `UserError` when another run does.
     """
@@ -63,7 +65,10 @@ def _taken(folder: Path, name: str) -> str:
     who = "a process of unknown number"
     with suppress(OSError, ValueError):
         who = f"process {int(_path(folder, name).read_text(encoding='ascii'))}"
-    return f"output_name: another run ({who}) writes {name!r} into {folder} just now; wait for it, or choose another output_name"
+    return (
+        f"output_name: another run ({who}) writes {name!r} into {folder} just now; wait for it, or choose another "
+        "output_name"
+    )
 
 
 def _path(folder: Path, name: str) -> Path:

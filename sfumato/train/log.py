@@ -62,7 +62,9 @@ class Tensorboard:
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError as error:
-            raise UserError("--log_with tensorboard: the library is not installed; run `pip install tensorboard`") from error
+            raise UserError(
+                "--log_with tensorboard: the library is not installed; run `pip install tensorboard`"
+            ) from error
         try:
             self.writer: Any = SummaryWriter(str(folder))  # type: ignore[no-untyped-call]
         except OSError as error:
@@ -85,7 +87,9 @@ class Wandb:
         try:
             self.run: Any = wandb.init(project=project, name=name, config=dict(settings))
         except Exception as error:  # it has many kinds: no key, no network, no such project
-            raise UserError(f"--log_with wandb: it cannot be started ({error}); run `wandb login`, or set WANDB_MODE=offline") from error
+            raise UserError(
+                f"--log_with wandb: it cannot be started ({error}); run `wandb login`, or set WANDB_MODE=offline"
+            ) from error
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         self.run.log(dict(values), step=step)
@@ -98,11 +102,14 @@ def check(config: LogConfig) -> None:
     """Errors: `UserError` for a tracker that is not installed."""
     missing = [name for name in ("tensorboard", "wandb") if config.log_with in (name, "all") and not find_spec(name)]
     if missing:
-        raise UserError(*(f"--log_with {config.log_with}: {name} is not installed; run `pip install {name}`" for name in missing))
+        raise UserError(
+            *(f"--log_with {config.log_with}: {name} is not installed; run `pip install {name}`" for name in missing)
+        )
 
 
 class Log:
-    """All sinks of a run. One that fails is told of once and tried again with the next line: no training ends for its log."""
+    """All sinks of a run. One that fails is told of once and tried again with the next line: no training ends for its
+    log."""
 
     def __init__(self, config: Config, start: int, settings: Mapping[str, Any]) -> None:
         folder, name, asked = Path(config.output.output_dir), config.output.output_name, config.log.log_with
@@ -112,7 +119,9 @@ class Log:
             base = Path(config.log.logging_dir) if config.log.logging_dir else folder / "logs"
             self.sinks.append(Tensorboard(base / f"{config.log.log_prefix or ''}{name}"))
         if asked in ("wandb", "all"):
-            self.sinks.append(Wandb(config.log.log_tracker_name or "sfumato", config.log.wandb_run_name or name, settings))
+            self.sinks.append(
+                Wandb(config.log.log_tracker_name or "sfumato", config.log.wandb_run_name or name, settings)
+            )
 
     def write(self, step: int, **values: float) -> None:
         for sink in self.sinks:
@@ -158,7 +167,13 @@ def curve(log: Path, image: Path) -> None:
     figure = Figure(figsize=(8, 4.5), dpi=120, layout="constrained")
     axes = figure.add_subplot()
     axes.plot(steps, loss, color="#c8c8d8", linewidth=0.7, label="loss of a step")
-    axes.plot(steps, smooth([float(v) for v in loss], 0.98 if len(loss) > 200 else 0.9), color="#2040c0", linewidth=1.8, label="smoothed")
+    axes.plot(
+        steps,
+        smooth([float(v) for v in loss], 0.98 if len(loss) > 200 else 0.9),
+        color="#2040c0",
+        linewidth=1.8,
+        label="smoothed",
+    )
     axes.set_xlabel("optimizer step")
     axes.set_ylabel("loss")
     rates = axes.twinx()

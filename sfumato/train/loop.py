@@ -59,7 +59,10 @@ class StepBudget:
         t = config.train
         group = t.gradient_accumulation_steps * processes
         if batches < processes:
-            raise UserError(f"{batches} batches an epoch are too few for {processes} processes; start fewer, or lower the batch size")
+            raise UserError(
+                f"{batches} batches an epoch are too few for {processes} processes; start fewer, or lower the batch "
+                "size"
+            )
         steps = math.ceil(batches / group) * t.max_train_epochs if t.max_train_epochs else (t.max_train_steps or 1600)
         return cls(batches, group, steps)
 
@@ -115,7 +118,9 @@ class PendingMetrics:
         """Read, check and write what has gathered."""
         if not self.values:
             return
-        numbers = torch.stack([torch.stack((loss.detach().float(), norm.detach().float())) for _, loss, norm, _ in self.values]).tolist()
+        numbers = torch.stack(
+            [torch.stack((loss.detach().float(), norm.detach().float())) for _, loss, norm, _ in self.values]
+        ).tolist()
         for (step, _, _, rates), (loss, norm) in zip(self.values, numbers, strict=True):
             named = dict(zip([g["name"] for g in run.optimizer.param_groups], rates, strict=True))
             if not math.isfinite(loss):
@@ -188,7 +193,8 @@ def train(run: Run) -> bool:
 
 
 def _epoch(run: Run, epoch: int) -> Iterator[tuple[Tensor, Tensor, list[float]]]:
-    """The optimizer steps of an epoch that are still to do: mean loss, gradient norm and rates of each, once it is done."""
+    """The optimizer steps of an epoch that are still to do: mean loss, gradient norm and rates of each, once it is
+    done."""
     budget = run.budget
     batches = run.plan.batches(epoch, run.config.train.seed)
     first = run.step - epoch * budget.steps_per_epoch
@@ -269,12 +275,16 @@ def _due_actions(run: Run, epoch: int) -> Callable[[], None] | None:
 
 
 def _save(run: Run, event: checkpoints.SaveEvent, epoch: int, *, last: bool = False) -> None:
-    """Save what is due. What cannot be written (a full disk) is told, and training goes on: the old results are untouched, none is
-    removed, and there may be room when the next is due. `last`: nothing comes after it, so errors are raised, once all is tried."""
+    """Save what is due. What cannot be written (a full disk) is told, and training goes on: the old results are
+    untouched, none is removed, and there may be room when the next is due. `last`: nothing comes after it, so errors
+    are raised, once all is tried."""
     folder = Path(run.config.output.output_dir)
     if run.world.main:
         suffix, failed = run.trainable.suffix(), list[WriteError]()
-        for job in (partial(_save_result, run, folder / f"{event.name}{suffix}", epoch), partial(_save_state, run, event)):
+        for job in (
+            partial(_save_result, run, folder / f"{event.name}{suffix}", epoch),
+            partial(_save_state, run, event),
+        ):
             try:
                 job()
             except WriteError as error:
@@ -299,7 +309,8 @@ def _save_state(run: Run, event: checkpoints.SaveEvent) -> None:
 
 
 def save_what_is_done(run: Run, *, anyway: bool = False) -> None:
-    """After an error: the state of the run, if states are asked for and there are whole steps that none holds yet. Says where it is.
+    """After an error: the state of the run, if states are asked for and there are whole steps that none holds yet. Says
+    where it is.
 
     `anyway`: even if none is asked for.
     """
@@ -320,7 +331,8 @@ def save_what_is_done(run: Run, *, anyway: bool = False) -> None:
 
 
 def _sample(run: Run, epoch: int) -> None:
-    """Sample images. A failure ends the run only before its first step, when nothing is lost and the settings may be wrong."""
+    """Sample images. A failure ends the run only before its first step, when nothing is lost and the settings may be
+    wrong."""
     if run.world.main:
         with run.mishaps.survived("sample images not drawn") if run.step else nullcontext(), evaluation_weights(run):
             run.sample(run.step, epoch)

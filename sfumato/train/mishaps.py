@@ -1,4 +1,5 @@
-"""What goes wrong beside the training itself (a log line, a sample image, an old file): told once, and the training goes on."""
+"""What goes wrong beside the training itself (a log line, a sample image, an old file): told once, and the training
+goes on."""
 
 from __future__ import annotations
 

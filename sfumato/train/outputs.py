@@ -1,4 +1,5 @@
-"""What a run would write, held against what it reads: nothing of the user's is overwritten, and every name can be written.
+"""What a run would write, held against what it reads: nothing of the user's is overwritten, and every name can be
+written.
 
 Only paths that exist can be lost, so the folder of the results is looked through for names that this run may write.
 """
@@ -33,10 +34,18 @@ class Inputs:
     """(folder, whether with what is in its folders, endings of the files that are read in it)."""
 
 
-def check(config: Config, method: Method, datasets: Sequence[DatasetConfig], source: Checkpoint | None, read: Sequence[Path] = ()) -> None:
-    """Errors: `UserError` with every output that would overwrite an input or a file of the user's, or cannot be written.
+def check(
+    config: Config,
+    method: Method,
+    datasets: Sequence[DatasetConfig],
+    source: Checkpoint | None,
+    read: Sequence[Path] = (),
+) -> None:
+    """Errors: `UserError` with every output that would overwrite an input or a file of the user's, or cannot be
+    written.
 
-    `source`: the base model's files; None: they could not be opened. `read`: the config files that the settings came from.
+    `source`: the base model's files; None: they could not be opened. `read`: the config files that the settings came
+    from.
     """
     folder = Path(config.output.output_dir)
     layout = source.layout if source else "single_file"
@@ -44,11 +53,15 @@ def check(config: Config, method: Method, datasets: Sequence[DatasetConfig], sou
     wrong = _where(folder)
     # A model's folder comes before those in it, so the first that fits says it all.
     if inside := next(((setting, path) for setting, path in inputs.folders if _inside(folder, path)), None):
-        wrong.append(f"output_dir: {folder} is in the model that {inside[0]} names ({inside[1]}); choose a folder outside of it")
+        wrong.append(
+            f"output_dir: {folder} is in the model that {inside[0]} names ({inside[1]}); choose a folder outside of it"
+        )
     components = list(source.components) if source and method == "full" else []
     for path, is_folder in _existing(config, checkpoints.ending(config.output, method, layout), components):
         wrong += _collisions(path, is_folder, inputs)
-    wrong += _not_folders(folder, (["sample"] if config.sample.sample_prompts else []) + (["logs"] if _logs_here(config) else []))
+    wrong += _not_folders(
+        folder, (["sample"] if config.sample.sample_prompts else []) + (["logs"] if _logs_here(config) else [])
+    )
     if wrong:
         raise UserError(*dict.fromkeys(wrong))
 
@@ -68,7 +81,9 @@ def _not_folders(folder: Path, names: Sequence[str]) -> list[str]:
     ]
 
 
-def _inputs(config: Config, datasets: Sequence[DatasetConfig], source: Checkpoint | None, read: Sequence[Path]) -> Inputs:
+def _inputs(
+    config: Config, datasets: Sequence[DatasetConfig], source: Checkpoint | None, read: Sequence[Path]
+) -> Inputs:
     model, network = config.model, config.network
     named: list[tuple[str, str | Path | None]] = [
         ("pretrained_model_name_or_path", source.path if source else model.pretrained_model_name_or_path),
@@ -89,7 +104,9 @@ def _inputs(config: Config, datasets: Sequence[DatasetConfig], source: Checkpoin
             (found.folders if path.is_dir() else found.files).append((setting, path))
     for subset in (s for dataset in datasets for s in dataset.subsets):
         endings = (*SUFFIXES, subset.caption_extension)
-        found.images += [(Path(f), subset.recursive, endings) for f in (subset.image_dir, subset.conditioning_data_dir) if f]
+        found.images += [
+            (Path(f), subset.recursive, endings) for f in (subset.image_dir, subset.conditioning_data_dir) if f
+        ]
     return found
 
 
@@ -124,7 +141,9 @@ def _written(output: OutputConfig, rest: str, suffix: str, components: Sequence[
     if rest in (".toml", ".jsonl", "-loss.png"):
         return False
     beside = "|".join(re.escape(f"_{name}") for name in components)
-    match = re.fullmatch(rf"(-(?P<epoch>\d{{6}})|-step\d{{8}})?(?P<beside>{beside})?(?P<kind>{re.escape(suffix)}|-state)", rest)
+    match = re.fullmatch(
+        rf"(-(?P<epoch>\d{{6}})|-step\d{{8}})?(?P<beside>{beside})?(?P<kind>{re.escape(suffix)}|-state)", rest
+    )
     if not match or (match["beside"] and (match["kind"] == "-state" or not suffix)):
         return None
     every = 1 if output.save_n_epoch_ratio else output.save_every_n_epochs
@@ -142,10 +161,16 @@ def _collisions(path: Path, is_folder: bool, inputs: Inputs) -> list[str]:
         if _same(path, file):
             return [f"output_name: the result {path} would overwrite what {setting} names; {cure}"]
         if is_folder and _inside(file, path):
-            return [f"output_name: the result {path} would take the place of a folder that holds {file}, which {setting} names; {cure}"]
+            return [
+                f"output_name: the result {path} would take the place of a folder that holds {file}, which {setting} "
+                f"names; {cure}"
+            ]
     for folder, deep, endings in inputs.images:
         if is_folder and _inside(folder, path):
-            return [f"output_name: the result {path} would take the place of a folder that holds images of the dataset; {cure}"]
+            return [
+                f"output_name: the result {path} would take the place of a folder that holds images of the dataset; "
+                f"{cure}"
+            ]
         if path.suffix in endings and (_inside(path.parent, folder) if deep else _same(path.parent, folder)):
             return [f"output_name: {path} would be written over a file of the dataset's folder {folder}; {cure}"]
     if is_folder:
@@ -154,7 +179,10 @@ def _collisions(path: Path, is_folder: bool, inputs: Inputs) -> list[str]:
         return [f"output_name: {path} is a folder, and a file is to be written there; {cure}"]
     if path.suffix in (".toml", ".jsonl") and not _own_text(path):
         what = "the resolved settings" if path.suffix == ".toml" else "the log"
-        return [f"output_name: {what} would be written over {path}, which sfumato did not write; {cure}, or rename that file"]
+        return [
+            f"output_name: {what} would be written over {path}, which sfumato did not write; {cure}, or rename that "
+            "file"
+        ]
     return []
 
 

@@ -36,7 +36,8 @@ class Pipeline:
 
     @classmethod
     def of(cls, config: Config, device: torch.device | None = None) -> Pipeline:
-        """The base model of a config with its `base_weights` merged. Errors: `UserError` for whatever the user can mend."""
+        """The base model of a config with its `base_weights` merged. Errors: `UserError` for whatever the user can
+        mend."""
         precision = dist.precision(config.train.mixed_precision)
         attention.choose("xformers" if config.memory.xformers else "sdpa")
         device = dist.device_of() if device is None else device
@@ -63,15 +64,23 @@ class Pipeline:
                 network.remove()
 
     def sample(
-        self, wanted: Sequence[prompts.Prompt], *, sampler: str = "ddim", batch_size: int = 8, progress: sample.Progress | None = None
+        self,
+        wanted: Sequence[prompts.Prompt],
+        *,
+        sampler: str = "ddim",
+        batch_size: int = 8,
+        progress: sample.Progress | None = None,
     ) -> list[Image.Image]:
         """One image a prompt."""
         with autocast(self.device, self.precision):
-            return sample.draw(self.models, wanted, process=self.process, sampler=sampler, batch_size=batch_size, progress=progress)
+            return sample.draw(
+                self.models, wanted, process=self.process, sampler=sampler, batch_size=batch_size, progress=progress
+            )
 
 
 def main(config: Config) -> list[Path]:
-    """`sfumato sample`: draw `sample_prompts` with the base model, its `base_weights` and `network_weights`, into `output_dir/sample`.
+    """`sfumato sample`: draw `sample_prompts` with the base model, its `base_weights` and `network_weights`, into
+    `output_dir/sample`.
 
     Errors: `UserError` for whatever the user can mend.
     """
@@ -85,9 +94,14 @@ def main(config: Config) -> list[Path]:
     world = dist.world()
     try:
         pipeline = Pipeline.of(config, world.device)
-        with pipeline.adapted(*adapters), autocast(world.device, pipeline.precision), telling("drawing samples") as tell:
+        with (
+            pipeline.adapted(*adapters),
+            autocast(world.device, pipeline.precision),
+            telling("drawing samples") as tell,
+        ):
             return sample.sample(
-                pipeline.models, wanted, Path(config.output.output_dir) / "sample", process=pipeline.process, name=config.output.output_name,
+                pipeline.models, wanted, Path(config.output.output_dir) / "sample", process=pipeline.process,
+                name=config.output.output_name,
                 sampler=sampler, seed=config.train.seed, rank=world.rank, world=world.size, progress=tell,
             )  # fmt: skip
     finally:

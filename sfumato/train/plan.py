@@ -23,7 +23,8 @@ RESULTS = ("after", "files")
 
 
 def show(config: Config, method: Method, datasets: tuple[DatasetConfig, ...], read: Sequence[Path] = ()) -> None:
-    """`sfumato plan`: print what a training would do. Errors: `UserError`, as the training itself would give before its first step."""
+    """`sfumato plan`: print what a training would do. Errors: `UserError`, as the training itself would give before its
+    first step."""
     config = resume.settle(config)
     checked = _checked(config, method, datasets, read)
     data = open_data(config, datasets, dist.outside(), checked.models, answers.print)
@@ -37,13 +38,17 @@ def show(config: Config, method: Method, datasets: tuple[DatasetConfig, ...], re
     print_table(BUCKETS, data.plan.bucket_rows())
     answers.print(data.plan.steps_line(config.train.gradient_accumulation_steps, dist.outside().size))
     answers.print(f"{budget.steps} steps in all, {budget.epochs} epochs")
-    answers.print(f"kept between steps: {' and '.join(_kept(config)) or 'nothing: images and captions are encoded in every step'}")
+    answers.print(
+        f"kept between steps: {' and '.join(_kept(config)) or 'nothing: images and captions are encoded in every step'}"
+    )
     print_table(RESULTS, _results(config, budget, checked))
     if other := lock.taken(config):
         answers.print(other)
 
 
-def facts(config: Config, method: Method, datasets: tuple[DatasetConfig, ...], read: Sequence[Path] = ()) -> dict[str, Any]:
+def facts(
+    config: Config, method: Method, datasets: tuple[DatasetConfig, ...], read: Sequence[Path] = ()
+) -> dict[str, Any]:
     """`sfumato plan --json`: the same, for scripts. Errors: as `show`."""
     config, notes = resume.settle(config), list[str]()
     checked = _checked(config, method, datasets, read)
@@ -81,7 +86,10 @@ def _budget(config: Config, data: Data) -> StepBudget:
 
 def _model(config: Config) -> str:
     found = detect_file(config.model.pretrained_model_name_or_path)
-    return f"{config.model.pretrained_model_name_or_path}: {found.family} {found.variant} {found.kind}, {found.dialect} names"
+    return (
+        f"{config.model.pretrained_model_name_or_path}: {found.family} {found.variant} {found.kind}, {found.dialect} "
+        "names"
+    )
 
 
 def _trained_row(each: Trained) -> tuple[str, ...]:
@@ -90,7 +98,9 @@ def _trained_row(each: Trained) -> tuple[str, ...]:
 
 
 def _kept(config: Config) -> list[str]:
-    return [name for name, cached in (("latents", caches_latents(config)), ("text outputs", caches_text(config))) if cached]
+    return [
+        name for name, cached in (("latents", caches_latents(config)), ("text outputs", caches_text(config))) if cached
+    ]
 
 
 def _results(config: Config, budget: StepBudget, checked: Checked) -> list[tuple[str, str]]:
@@ -99,9 +109,13 @@ def _results(config: Config, budget: StepBudget, checked: Checked) -> list[tuple
     folder, rows = Path(output.output_dir), []
     state = f" and {checkpoints.state_name('...')}" if output.save_state else ""
     if every := output.save_every_n_steps:
-        rows.append((f"every {every} steps", f"{folder / checkpoints.step_name(output.output_name, every)}{end}{state}"))
+        rows.append(
+            (f"every {every} steps", f"{folder / checkpoints.step_name(output.output_name, every)}{end}{state}")
+        )
     if every := checkpoints.every_n_epochs(output, budget.epochs):
-        rows.append((f"every {every} epochs", f"{folder / checkpoints.epoch_name(output.output_name, every)}{end}{state}"))
+        rows.append(
+            (f"every {every} epochs", f"{folder / checkpoints.epoch_name(output.output_name, every)}{end}{state}")
+        )
     for every, unit in ((sample.sample_every_n_steps, "steps"), (sample.sample_every_n_epochs, "epochs")):
         if every:
             rows.append((f"every {every} {unit}", f"{len(checked.prompts)} images in {folder / 'sample'}"))

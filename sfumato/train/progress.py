@@ -1,4 +1,5 @@
-"""What a run says on the terminal: lines and tables as they are, progress with speed and ETA (plain lines now and then in a file)."""
+"""What a run says on the terminal: lines and tables as they are, progress with speed and ETA (plain lines now and then
+in a file)."""
 
 from __future__ import annotations
 
@@ -10,7 +11,15 @@ from typing import Any
 
 from rich.cells import cell_len
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskProgressColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.segment import Segments
 from rich.table import Table
 from rich.text import Text
@@ -27,7 +36,8 @@ class _Steady(Console):
 
 
 def _literal(kind: type[Console], *, stderr: bool) -> Console:
-    """A console that prints text as it is: `[v2]` or `:cat:` in the name of a file is no markup. All printing goes through one of these."""
+    """A console that prints text as it is: `[v2]` or `:cat:` in the name of a file is no markup. All printing goes
+    through one of these."""
     return kind(stderr=stderr, markup=False, emoji=False, highlight=False, soft_wrap=True)
 
 
@@ -41,7 +51,8 @@ Tell = Callable[[int, int], None]
 
 
 def print_table(columns: Sequence[str], rows: Sequence[Sequence[str | int]]) -> None:
-    """Print a table on stdout; no cell is cut: where the terminal is narrow, headings and the longest cells are broken into lines."""
+    """Print a table on stdout; no cell is cut: where the terminal is narrow, headings and the longest cells are broken
+    into lines."""
     words = [tuple(map(str, row)) for row in rows]
     longest = [max(map(cell_len, cells)) for cells in zip(*words, strict=True)] or [0] * len(columns)
     whole = [max(cells, cell_len(column)) for column, cells in zip(columns, longest, strict=True)]
@@ -76,7 +87,8 @@ class Bar:
         if console.is_terminal and not quiet:
             self.bar = Progress(
                 _words("{task.description}"), BarColumn(), MofNCompleteColumn(), TaskProgressColumn(),
-                TimeElapsedColumn(), _words("left"), TimeRemainingColumn(), _words("{task.fields[note]}"), console=console,
+                TimeElapsedColumn(), _words("left"), TimeRemainingColumn(), _words("{task.fields[note]}"),
+                console=console,
             )  # fmt: skip
             self.bar.start()
             self.task = self.bar.add_task(title, total=total, completed=start, note="")
@@ -93,7 +105,9 @@ class Bar:
         elif not self.quiet and time.monotonic() - self.spoke > 15:
             self.spoke = time.monotonic()
             left = (self.total - done) / max(self.speed(), 1e-9)
-            console.print(f"{self.title} {done}/{self.total}  {self.speed():.2f}/s  {_clock(left)} left  {note}".rstrip())
+            console.print(
+                f"{self.title} {done}/{self.total}  {self.speed():.2f}/s  {_clock(left)} left  {note}".rstrip()
+            )
 
     def close(self) -> None:
         if self.bar:

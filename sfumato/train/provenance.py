@@ -23,7 +23,8 @@ from sfumato.train.loop import StepBudget
 
 
 def now() -> float:
-    """Seconds since 1970; SOURCE_DATE_EPOCH if it is set, so that the same run can give the same file, byte for byte."""
+    """Seconds since 1970; SOURCE_DATE_EPOCH if it is set, so that the same run can give the same file, byte for
+    byte."""
     return float(os.environ.get("SOURCE_DATE_EPOCH") or time.time())
 
 
@@ -68,7 +69,9 @@ class Facts:
             date=datetime.fromtimestamp(self.started),
             adapter=self.adapter.kind.__name__.lower() if self.adapter else "",
             encoder_layer=getattr(options, "clip_skip", None),
-            timestep_range=(noise.min_timestep or 0, noise.max_timestep or 1000) if noise.min_timestep or noise.max_timestep else None,
+            timestep_range=(noise.min_timestep or 0, noise.max_timestep or 1000)
+            if noise.min_timestep or noise.max_timestep
+            else None,
         )
 
     def _prediction(self) -> str:
@@ -130,7 +133,10 @@ def datasets(plan: Plan) -> list[metadata.DatasetFacts]:
             metadata.DatasetFacts(
                 config=dataset,
                 images=[len(mine) for mine in by_subset],
-                tags=[Counter(tag for i in mine for tag in captions.tags(i.image.captions, plan.subset(i))) for mine in by_subset],
+                tags=[
+                    Counter(tag for i in mine for tag in captions.tags(i.image.captions, plan.subset(i)))
+                    for mine in by_subset
+                ],
                 buckets=buckets,
                 mean_ar_error=sum(errors) / max(len(errors), 1),
             )

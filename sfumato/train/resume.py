@@ -1,4 +1,5 @@
-"""What a run is, kept in its states, and whether another run may take a state up: told or refused from `facts.json` alone, early."""
+"""What a run is, kept in its states, and whether another run may take a state up: told or refused from `facts.json`
+alone, early."""
 
 from __future__ import annotations
 
@@ -27,7 +28,13 @@ from sfumato.train.progress import console
 _SILENT = ("model", "data", "output", "memory", "sample", "log")
 """Sections that do not change what is trained, or are compared by what they name: the base model, the datasets."""
 _ELSEWHERE = (
-    *("max_train_steps", "max_train_epochs", "max_data_loader_n_workers", "persistent_data_loader_workers", "mixed_precision"),
+    *(
+        "max_train_steps",
+        "max_train_epochs",
+        "max_data_loader_n_workers",
+        "persistent_data_loader_workers",
+        "mixed_precision",
+    ),
     *("optimizer_type", "optimizer_args", "ema_decay"),
     *("network_module", "network_dim", "network_weights", "dim_from_weights"),
 )
@@ -37,7 +44,8 @@ _START = ("d0",)
 
 
 def settle(config: Config) -> Config:
-    """The config with the state's folder in place of `auto`: the newest one, or None where there is none yet, which is said."""
+    """The config with the state's folder in place of `auto`: the newest one, or None where there is none yet, which is
+    said."""
     output = config.output
     if output.resume != "auto":
         return config
@@ -61,7 +69,8 @@ def identity(config: Config, plan: AdapterPlan | None, source: Checkpoint) -> di
 
 
 def check(config: Config, plan: AdapterPlan | None, source: Checkpoint, tried: Trial) -> list[str]:
-    """What is other than in the state that `resume` names, a line each. Errors: `UserError` for what a resumed run cannot change."""
+    """What is other than in the state that `resume` names, a line each. Errors: `UserError` for what a resumed run
+    cannot change."""
     if config.output.resume is None:
         return []
     folder = Path(config.output.resume)
@@ -71,7 +80,10 @@ def check(config: Config, plan: AdapterPlan | None, source: Checkpoint, tried: T
     saved, now = facts.get("identity"), identity(config, plan, source)
     notices = []
     if not isinstance(saved, dict):
-        notices.append("the state is of an older sfumato, which did not keep the settings: what has changed since then is not known")
+        notices.append(
+            "the state is of an older sfumato, which did not keep the settings: what has changed since then is not "
+            "known"
+        )
     else:
         try:
             refused += _other_base(config, saved, now, source) + _other_adapter(config, saved, now, facts, tried)
@@ -103,7 +115,8 @@ def check_left(config: Config, steps: int) -> None:
     done = read_facts(Path(config.output.resume)).get("step")
     if isinstance(done, int) and done >= steps:
         raise UserError(
-            f"resume {config.output.resume}: {done} steps are done, of {steps} in all; raise --max_train_steps or --max_train_epochs"
+            f"resume {config.output.resume}: {done} steps are done, of {steps} in all; raise --max_train_steps or "
+            "--max_train_epochs"
         )
 
 
@@ -123,7 +136,9 @@ def _other_optimizer(config: Config, facts: Mapping[str, Any], tried: Trial) -> 
         return ["what it says of the optimizer is damaged"]
     needed = {key for each in tried.optimizer.state.values() for key in each}
     if tried.stepped and kept and (lacking := sorted(needed - kept)):
-        return [f"{name} needs {', '.join(lacking)} in it; was it of another optimizer, or were other optimizer_args used?"]
+        return [
+            f"{name} needs {', '.join(lacking)} in it; was it of another optimizer, or were other optimizer_args used?"
+        ]
     return []
 
 
@@ -141,25 +156,36 @@ def _other_base(config: Config, saved: Mapping[str, Any], now: Mapping[str, Any]
         return []
     where = ", ".join(dict.fromkeys(str(source.components[name].where) for name in other))
     cure = "with the result as network_weights" if now["adapter"] else "from the result"
-    return [f"{where} is not the model that the run began with ({', '.join(other)}); give that one, or start anew {cure}"]
+    return [
+        f"{where} is not the model that the run began with ({', '.join(other)}); give that one, or start anew {cure}"
+    ]
 
 
-def _other_adapter(config: Config, saved: Mapping[str, Any], now: Mapping[str, Any], facts: Mapping[str, Any], tried: Trial) -> list[str]:
+def _other_adapter(
+    config: Config, saved: Mapping[str, Any], now: Mapping[str, Any], facts: Mapping[str, Any], tried: Trial
+) -> list[str]:
     then, adapter = saved["adapter"], now["adapter"]
     if (then is None) != (adapter is None):
         return [f"it is of a run that trained {'a whole model' if then is None else 'an adapter'}"]
     if adapter is None:
         return []
     flags = {"kind": "network_module", "rank": "network_dim", "conv_rank": "conv_dim"}
-    fixed = ("kind",) if config.network.dim_from_weights or saved["config"]["network"]["dim_from_weights"] else tuple(flags)
+    fixed = (
+        ("kind",) if config.network.dim_from_weights or saved["config"]["network"]["dim_from_weights"] else tuple(flags)
+    )
     out = [
         f"{flags[key]} was {_shown(then[key])} and is now {_shown(adapter[key])}; it cannot change"
         for key in fixed
         if then[key] != adapter[key]
     ]
-    names, groups = [[g.get("name") for g in gs] for gs in (facts["optimizer"]["param_groups"], tried.optimizer.param_groups)]
+    names, groups = [
+        [g.get("name") for g in gs] for gs in (facts["optimizer"]["param_groups"], tried.optimizer.param_groups)
+    ]
     if names != groups and not config.network.dim_from_weights:
-        out.append(f"{', '.join(map(str, names))} was trained, {', '.join(map(str, groups))} is to be trained now; that cannot change")
+        out.append(
+            f"{', '.join(map(str, names))} was trained, {', '.join(map(str, groups))} is to be trained now; that "
+            "cannot change"
+        )
     return out
 
 
@@ -171,7 +197,9 @@ def changes(saved: Mapping[str, Any], now: Mapping[str, Any], kind: type[torch.o
     then, here = saved["config"], now["config"]
     said = partial("{} was {} and is now {}: it acts from here on".format)
     lines = [said(name, _shown(a), _shown(b)) for name, a, b in _differing(then, here)]
-    lines += [said(f"optimizer_args {name}", *map(_shown, pair)) for name, pair in changed_args(then, here, kind).items()]
+    lines += [
+        said(f"optimizer_args {name}", *map(_shown, pair)) for name, pair in changed_args(then, here, kind).items()
+    ]
     if (a := saved["precision"]) != (b := now["precision"]):
         lines.append(said("mixed_precision", a, b))
     if then["network"]["network_weights"] != (file := here["network"]["network_weights"]) and file:
@@ -197,7 +225,9 @@ def _differing(then: Mapping[str, Any], here: Mapping[str, Any]) -> Iterator[tup
                 yield name, a[name], b[name]
 
 
-def changed_args(then: Mapping[str, Any] | None, here: Mapping[str, Any], kind: type[torch.optim.Optimizer]) -> dict[str, tuple[Any, Any]]:
+def changed_args(
+    then: Mapping[str, Any] | None, here: Mapping[str, Any], kind: type[torch.optim.Optimizer]
+) -> dict[str, tuple[Any, Any]]:
     """Argument of the optimizer -> (old, new value), None: the optimizer's own. `then`: None when it is not known.
 
     Errors: `UserError` for one that acts only when a run begins.
@@ -214,7 +244,8 @@ def _args(optimizer: Mapping[str, Any], kind: type[torch.optim.Optimizer]) -> di
 
 
 def dataset_changes(saved: Sequence[Any], datasets: Sequence[DatasetConfig]) -> list[str]:
-    """A line for each option of a dataset or folder that is other than in the state; [] where they cannot be compared."""
+    """A line for each option of a dataset or folder that is other than in the state; [] where they cannot be
+    compared."""
     here = as_json([asdict(d) for d in datasets])
     if len(saved) != len(here) or any(len(a["subsets"]) != len(b["subsets"]) for a, b in zip(saved, here, strict=True)):
         return []
@@ -234,7 +265,10 @@ def length_change(saved: object, steps: int, config: Config) -> list[str]:
     """A schedule that goes over another number of steps than before."""
     if not isinstance(saved, int) or saved == steps or not schedules.has_schedule(config.optimizer):
         return []
-    return [f"the run had {saved} steps in all and has {steps} now: {config.optimizer.lr_scheduler} goes over the new number"]
+    return [
+        f"the run had {saved} steps in all and has {steps} now: {config.optimizer.lr_scheduler} goes over the new "
+        "number"
+    ]
 
 
 # --- values ---
@@ -257,7 +291,8 @@ def _shown(value: Any) -> str:
 
 
 def _sampled(weights: ComponentWeights) -> str:
-    """Hash of a net's names, shapes, formats and first numbers: it tells trainings apart without reading all of a file."""
+    """Hash of a net's names, shapes, formats and first numbers: it tells trainings apart without reading all of a
+    file."""
     tensors, shapes, digest = weights.tensors, weights.tensors.shapes, blake2b(digest_size=16)
     for name in sorted(tensors):
         first = _first(tensors, name)

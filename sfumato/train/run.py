@@ -50,7 +50,9 @@ def cache(config: Config, datasets: tuple[DatasetConfig, ...]) -> Caches:
         world.close()
 
 
-def train(config: Config, method: Method, datasets: tuple[DatasetConfig, ...], resolved: str = "", read: Sequence[Path] = ()) -> None:
+def train(
+    config: Config, method: Method, datasets: tuple[DatasetConfig, ...], resolved: str = "", read: Sequence[Path] = ()
+) -> None:
     """Train and save. `resolved` is the whole config as TOML; it is written beside the result before the first step.
 
     `read`: the config files that the settings came from. Errors: `UserError` for whatever the user can mend.
@@ -73,9 +75,15 @@ def train(config: Config, method: Method, datasets: tuple[DatasetConfig, ...], r
 
 
 def prepare(
-    config: Config, method: Method, datasets: tuple[DatasetConfig, ...], world: dist.World, began: float, read: Sequence[Path] = ()
+    config: Config,
+    method: Method,
+    datasets: tuple[DatasetConfig, ...],
+    world: dist.World,
+    began: float,
+    read: Sequence[Path] = (),
 ) -> loop.Run:
-    """Everything up to the first step, in this order: what headers tell, images, model, caches, trainable, memory, optimizer, state."""
+    """Everything up to the first step, in this order: what headers tell, images, model, caches, trainable, memory,
+    optimizer, state."""
     precision = dist.precision(config.train.mixed_precision)
     config = resume.settle(config)
     checked = check(config, method, datasets, read)
@@ -100,24 +108,19 @@ def prepare(
         optimizer = build.in_low_bits(optimizer, config.train.seed)
     step = _shared(Step(models, trainable, process, config.loss, precision), trainable, world)
     loader = Loader(
-        plan=data.plan,
-        seed=config.train.seed,
-        tokenize=models.family.tokenize(models).tokenize,
-        latents=caches.latents,
-        texts=caches.texts,
-        outputs=models.family.outputs(models),
-        prior_loss_weight=config.loss.prior_loss_weight,
-        accumulation=config.train.gradient_accumulation_steps,
-        steps=budget.steps,
-        workers=config.train.max_data_loader_n_workers,
-        persistent=config.train.persistent_data_loader_workers,
-        notice=console.print,
-    )
+        plan=data.plan, seed=config.train.seed, tokenize=models.family.tokenize(models).tokenize,
+        latents=caches.latents, texts=caches.texts, outputs=models.family.outputs(models),
+        prior_loss_weight=config.loss.prior_loss_weight, accumulation=config.train.gradient_accumulation_steps,
+        steps=budget.steps, workers=config.train.max_data_loader_n_workers,
+        persistent=config.train.persistent_data_loader_workers, notice=console.print,
+    )  # fmt: skip
     sample_prompts = partial(_sample, config, models, process, prompts, known, world, precision)
-    facts = provenance.Facts(config=config, models=models, plan=data.plan, budget=budget, adapter=plan, optimizer=type(optimizer))
+    facts = provenance.Facts(
+        config=config, models=models, plan=data.plan, budget=budget, adapter=plan, optimizer=type(optimizer)
+    )
     run = loop.Run(
-        config=config, world=world, budget=budget, plan=data.plan, loader=loader, trainable=trainable, training_step=step,
-        optimizer=optimizer, schedule=schedules.schedule(config.optimizer, optimizer, budget.steps),
+        config=config, world=world, budget=budget, plan=data.plan, loader=loader, trainable=trainable,
+        training_step=step, optimizer=optimizer, schedule=schedules.schedule(config.optimizer, optimizer, budget.steps),
         ema=EMA(trainable.weights(), config.optimizer.ema_decay) if config.optimizer.ema_decay else None,
         scaler=torch.amp.GradScaler(world.device.type, enabled=precision == "fp16"),
         log=None, sample=sample_prompts, began=began,
@@ -142,7 +145,9 @@ def _shared(step: Step, trainable: Trainable, world: dist.World) -> nn.Module:
     return DistributedDataParallel(step, find_unused_parameters=trainable.trained != ("denoiser",))
 
 
-def known_prompts(config: Config, models: Models, prompts: list[Prompt], world: dist.World, precision: dist.Precision) -> Known | None:
+def known_prompts(
+    config: Config, models: Models, prompts: list[Prompt], world: dist.World, precision: dist.Precision
+) -> Known | None:
     """What the text encoders say of the prompts, where their outputs are kept, so that they are not needed again."""
     if not prompts or not caches_text(config):
         return None
@@ -192,12 +197,14 @@ def _finish(run: loop.Run, ended: bool) -> None:
     speed = (step - run.start_step - 1) / max(seconds - first, 1e-9)
     console.print(
         f"{result}: {'done' if ended else f'stopped after step {step}; go on with --resume auto'}. "
-        f"First step after {first:.1f} s, {speed:.2f} steps/s, peak memory {peak_memory(run.world.device) / 2**20:.0f} MiB"
+        f"First step after {first:.1f} s, {speed:.2f} steps/s, peak memory {peak_memory(run.world.device) / 2**20:.0f} "
+        "MiB"
     )
 
 
 def _save_last(run: loop.Run, result: Path, epoch: int) -> None:
-    """Save the result of the whole run: where it belongs, or else anywhere. Errors: `UserError`, saying where it is if it is anywhere."""
+    """Save the result of the whole run: where it belongs, or else anywhere. Errors: `UserError`, saying where it is if
+    it is anywhere."""
     try:
         with loop.evaluation_weights(run):
             run.save_result(result, run.step, epoch)
@@ -213,4 +220,6 @@ def _save_last(run: loop.Run, result: Path, epoch: int) -> None:
         except UserError:
             shutil.rmtree(spare, ignore_errors=True)
             raise error from None
-        raise WriteError(f"{error}\nThe result was saved as {spare / result.name} instead; move it away soon") from error
+        raise WriteError(
+            f"{error}\nThe result was saved as {spare / result.name} instead; move it away soon"
+        ) from error

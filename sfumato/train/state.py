@@ -65,7 +65,9 @@ def resume(run: Run) -> None:
         run.step = run.start_step = int(facts["step"])
         notices = _differences(run, facts)
     except (LookupError, ValueError, TypeError, AttributeError, RuntimeError) as error:
-        raise UserError(f"resume {folder}: the state does not fit this run ({error}); was the optimizer or the network changed?") from error
+        raise UserError(
+            f"resume {folder}: the state does not fit this run ({error}); was the optimizer or the network changed?"
+        ) from error
     run.schedule.to(run.step)
     for notice in notices:
         console.print(f"resume: {notice}")
@@ -102,12 +104,16 @@ def _load_weights(run: Run, saved: dict[str, Tensor]) -> None:
 
 
 def _differences(run: Run, facts: dict[str, Any]) -> list[str]:
-    """What only the images tell, and what a state of an older sfumato says. Errors: `ValueError` if what is not trained is another."""
+    """What only the images tell, and what a state of an older sfumato says. Errors: `ValueError` if what is not trained
+    is another."""
     if facts.get("carried", "") != run.trainable.carries():
         raise ValueError("the parts of network_weights that are not trained are other ones now; give the file of then")
     out = []
     if facts["dataset"] != run.plan.digest():
-        out.append(f"the dataset has changed ({facts['steps_per_epoch']} steps an epoch then, {run.budget.steps_per_epoch} now)")
+        out.append(
+            f"the dataset has changed ({facts['steps_per_epoch']} steps an epoch then, {run.budget.steps_per_epoch} "
+            "now)"
+        )
     if "identity" not in facts and facts["seed"] != run.config.train.seed:
         out.append(f"the seed was {facts['seed']} and is now {run.config.train.seed}")
     out += resuming.dataset_changes(facts.get("datasets", []), run.plan.datasets)

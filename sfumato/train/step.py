@@ -31,7 +31,9 @@ class Step(nn.Module):
     the rest.
     """
 
-    def __init__(self, models: Models, trainable: Trainable, process: NoiseProcess, loss: LossConfig, precision: Precision) -> None:
+    def __init__(
+        self, models: Models, trainable: Trainable, process: NoiseProcess, loss: LossConfig, precision: Precision
+    ) -> None:
         super().__init__()
         self.trained = trainable.modules()
         # In a tuple, so that the frozen nets do not become this module's own.
@@ -45,15 +47,21 @@ class Step(nn.Module):
         rng = SampleRandom(batch.keys)
         trainable.on_batch(batch.multiplier, rng)
         raw = batch.latents if batch.latents is not None else self.latents(batch.pixels)
-        # A VAE gives latents in whatever order its last layer left them in memory, and nets take over the order. With channels last,
-        # torch's GroupNorm crashes the process in the backward pass on the CPU where its input needs no gradient.
+        # A VAE gives latents in whatever order its last layer left them in memory, and nets take over the order. With
+        # channels last, torch's GroupNorm crashes the process in the backward pass on the CPU where its input needs no
+        # gradient.
         latents = models.scaled(raw).contiguous()
         with autocast(latents.device, self.precision):
             noised = self.process.noise(latents.float(), rng)
             cond = family.condition(models, self.cond(batch), SampleInfo(sizes=batch.sizes, rng=rng))
             said = family.predict(models.denoiser, noised.x, noised.t, cond)
         threshold = losses.huber_threshold(
-            self.loss.huber_schedule, self.loss.huber_c, self.loss.huber_scale, noised.t, noised.sigma, self.process.steps
+            self.loss.huber_schedule,
+            self.loss.huber_c,
+            self.loss.huber_scale,
+            noised.t,
+            noised.sigma,
+            self.process.steps,
         )
         error = losses.loss(self.loss.loss_type, said.float(), noised.target.float(), c=threshold)
         return losses.per_sample(error, batch.mask, noised.weight, batch.weight).sum()
@@ -65,7 +73,9 @@ class Step(nn.Module):
         if batch.tokens is None:
             raise RuntimeError("a batch without cond and without tokens")
         models, trainable = self.unowned
-        with torch.set_grad_enabled(torch.is_grad_enabled() and any(name in models.encoders for name in trainable.trained)):
+        with torch.set_grad_enabled(
+            torch.is_grad_enabled() and any(name in models.encoders for name in trainable.trained)
+        ):
             return self.encode.encode(models.encoders, batch.tokens)
 
     @torch.no_grad()

@@ -81,7 +81,11 @@ class Trainable(Protocol):
 def whole_nets(family: Family, config: Config, encoders: Iterable[str]) -> tuple[str, ...]:
     """The components that change when a whole model is trained; `encoders`: those that there are."""
     may = family.trainable(config.family, None)
-    text = [n for n in encoders if n not in ("denoiser", "vae") and (may is None or n in may)] if config.train.train_text_encoder else []
+    text = (
+        [n for n in encoders if n not in ("denoiser", "vae") and (may is None or n in may)]
+        if config.train.train_text_encoder
+        else []
+    )
     return ("denoiser", *text)
 
 
@@ -161,21 +165,30 @@ class Adapters:
         self.rates = adapter_rates(models.family, models.options, models.encoders, config, plan)
         self.trained: tuple[str, ...] = tuple(self.rates)
         _check(models, config, plan, self.trained)
-        given = read_adapter(models, Path(network.network_weights), "network_weights") if network.network_weights else {}
+        given = (
+            read_adapter(models, Path(network.network_weights), "network_weights") if network.network_weights else {}
+        )
         mine = {path: tensors for path, tensors in given.items() if path[0] in self.trained}
         self.carried = _carried(models, config, {path: tensors for path, tensors in given.items() if path not in mine})
         self.notices: tuple[str, ...] = ()
         if self.carried:
             names = ", ".join(self.carried.components)
-            self.notices += (f"network_weights: {names} is not trained; the file's part for it acts and goes into the result as it is",)
+            self.notices += (
+                f"network_weights: {names} is not trained; the file's part for it acts and goes into the result as it "
+                "is",
+            )
         if network.dim_from_weights:
             self.trained = _in_file(self.trained, mine, config)
             if lacking := ", ".join(name for name in self.rates if name not in self.trained):
-                self.notices += (f"network_weights has nothing for {lacking}, which dim_from_weights therefore leaves untrained",)
+                self.notices += (
+                    f"network_weights has nothing for {lacking}, which dim_from_weights therefore leaves untrained",
+                )
             self.network = from_state(nets, mine, plan, seed=config.train.seed)
         else:
             target = partial(models.family.target_layer, models.options, plan)
-            layers = {name: choose(nets[name], name, models.family.targets[name], plan, target) for name in self.trained}
+            layers = {
+                name: choose(nets[name], name, models.family.targets[name], plan, target) for name in self.trained
+            }
             self.network = AdapterNetwork(layers, plan.kind, seed=config.train.seed)
             if mine:
                 self.network.load(mine)
@@ -184,7 +197,9 @@ class Adapters:
         # What these names cannot hold is told now, not after the training.
         dialect.write(models.family.dialects(models)[config.output.dialect], self.state())
         by_path = self.network.by_path().items()
-        self._weights = {"|".join((*path, name)): p for path, a in by_path for name, p in a.named_parameters() if p.requires_grad}
+        self._weights = {
+            "|".join((*path, name)): p for path, a in by_path for name, p in a.named_parameters() if p.requires_grad
+        }
 
     def weights(self) -> dict[str, nn.Parameter]:
         return self._weights
@@ -195,7 +210,9 @@ class Adapters:
             Group(
                 name=name,
                 lr=self.rates[name],
-                parameters=[p for path, a in by_path.items() if path[0] == name for p in a.parameters() if p.requires_grad],
+                parameters=[
+                    p for path, a in by_path.items() if path[0] == name for p in a.parameters() if p.requires_grad
+                ],
                 plus=[p for path, a in by_path.items() if path[0] == name for p in a.loraplus_parameters()],
                 loraplus_ratio=self.plan.loraplus_ratio(name),
             )
@@ -240,13 +257,19 @@ class Adapters:
 
     def carries(self) -> str:
         state = self.carried.state().items() if self.carried else ()
-        return files.fingerprint({"|".join((*path, name)): t for path, tensors in state for name, t in tensors.items()}) if state else ""
+        return (
+            files.fingerprint({"|".join((*path, name)): t for path, tensors in state for name, t in tensors.items()})
+            if state
+            else ""
+        )
 
     def suffix(self) -> str:
         ending = checkpoints.ending(self.config.output, "network", "single_file")
         if not ending:
             asked = self.config.output.save_model_as
-            raise UserError(f"save_model_as = {asked!r} is for whole models; an adapter is saved as safetensors, ckpt or pt")
+            raise UserError(
+                f"save_model_as = {asked!r} is for whole models; an adapter is saved as safetensors, ckpt or pt"
+            )
         return ending
 
     def save(self, path: Path, metadata: Mapping[str, str]) -> None:
@@ -266,7 +289,10 @@ def read_adapter(models: Models, path: Path, flag: str = "adapter") -> dict[dial
     """
     tensors = files.load(path)
     by_path = [
-        (name, p) for name, net in models.nets().items() for p, layer in net.named_modules() if isinstance(layer, nn.Linear | nn.Conv2d)
+        (name, p)
+        for name, net in models.nets().items()
+        for p, layer in net.named_modules()
+        if isinstance(layer, nn.Linear | nn.Conv2d)
     ]
     try:
         check_adapter(tensors, f"{flag} {path}")
@@ -285,38 +311,49 @@ def _other_kind(tensors: Mapping[str, Tensor]) -> str:
     return CALLED.get(found.kind, "a base model").partition(",")[0]
 
 
-def _carried(models: Models, config: Config, given: Mapping[dialect.ModulePath, dialect.AdapterTensors]) -> AdapterNetwork | None:
+def _carried(
+    models: Models, config: Config, given: Mapping[dialect.ModulePath, dialect.AdapterTensors]
+) -> AdapterNetwork | None:
     """What `network_weights` brings for components that are not trained: it acts as it is, and goes into the result."""
     if not given:
         return None
     names = ", ".join(dict.fromkeys(path[0] for path in given))
     if caches_text(config) and any(path[0] != "denoiser" for path in given):
         raise UserError(
-            f"network_weights {config.network.network_weights} changes {names}, which cache_text_encoder_outputs cannot take into account: "
+            f"network_weights {config.network.network_weights} changes {names}, which cache_text_encoder_outputs "
+            "cannot take into account: "
             "leave cache_text_encoder_outputs out, or start from a file of the denoiser alone"
         )
     carried = from_state(models.nets(), given)
     return carried.eval().requires_grad_(False)
 
 
-def _in_file(trained: tuple[str, ...], given: Mapping[dialect.ModulePath, dialect.AdapterTensors], config: Config) -> tuple[str, ...]:
+def _in_file(
+    trained: tuple[str, ...], given: Mapping[dialect.ModulePath, dialect.AdapterTensors], config: Config
+) -> tuple[str, ...]:
     """Those of the components that a file has layers for. Errors: `UserError` if there are none."""
     found, file = {path[0] for path in given}, config.network.network_weights
     if not found:
-        raise UserError(f"network_weights {file}: nothing for {', '.join(trained)} is in it; leave dim_from_weights out")
+        raise UserError(
+            f"network_weights {file}: nothing for {', '.join(trained)} is in it; leave dim_from_weights out"
+        )
     return tuple(name for name in trained if name in found)
 
 
 def _check(models: Models, config: Config, plan: AdapterPlan, trained: tuple[str, ...]) -> None:
-    """Errors: `UserError` for a dialect that has no names for what is trained, and for what is said of encoders that are not trained."""
+    """Errors: `UserError` for a dialect that has no names for what is trained, and for what is said of encoders that
+    are not trained."""
     dialect, rates = config.output.dialect, config.optimizer.text_encoder_lr
     nameless = [name for name in trained if name not in models.family.dialects(models)[dialect].prefix]
-    wrong = [f"dialect {dialect}: it has no names for {name}, which is trained; choose kohya or comfy" for name in nameless]
+    wrong = [
+        f"dialect {dialect}: it has no names for {name}, which is trained; choose kohya or comfy" for name in nameless
+    ]
     encoders = [n for n in models.family.encoder_lr_order if n in models.encoders]
     if any(rates) and not set(encoders) & set(trained):
         wrong.append("text_encoder_lr: no text encoder is trained in this run; leave it out")
     wrong += [
-        f"network_args train_{name}: does nothing beside network_train_unet_only, cache_text_encoder_outputs or a text_encoder_lr of 0"
+        f"network_args train_{name}: does nothing beside network_train_unet_only, cache_text_encoder_outputs or a "
+        "text_encoder_lr of 0"
         for name in encoders
         if getattr(plan.family, f"train_{name}", False) and name not in trained
     ]
@@ -324,7 +361,9 @@ def _check(models: Models, config: Config, plan: AdapterPlan, trained: tuple[str
         raise UserError(*wrong)
 
 
-def adapter_rates(family: Family, options: Any, encoders: Collection[str], config: Config, plan: AdapterPlan) -> dict[str, float]:
+def adapter_rates(
+    family: Family, options: Any, encoders: Collection[str], config: Config, plan: AdapterPlan
+) -> dict[str, float]:
     """Component -> learning rate, of those that adapters are trained on; a rate of 0 leaves a component out.
 
     `encoders`: the text encoders that there are. Errors: `UserError` if nothing is left.
@@ -337,7 +376,8 @@ def adapter_rates(family: Family, options: Any, encoders: Collection[str], confi
     rates = {name: _adapter_lr(name, order, config) for name in names}
     if not any(rates.values()):
         raise UserError(
-            "nothing is left to train: network_train_unet_only, network_train_text_encoder_only and the rates exclude everything"
+            "nothing is left to train: network_train_unet_only, network_train_text_encoder_only and the rates exclude "
+            "everything"
         )
     return {name: rate for name, rate in rates.items() if rate}
 

@@ -31,14 +31,19 @@ def test_no_convolutions_without_a_rank_for_them(net):
 
 
 def test_nothing_to_train_is_an_error(net):
-    with pytest.raises(UserError, match=r"denoiser: no layer is left to put an adapter on, of those with paths like nothing\.\*"):
+    with pytest.raises(
+        UserError, match=r"denoiser: no layer is left to put an adapter on, of those with paths like nothing\.\*"
+    ):
         choose(net, "denoiser", {"linear": ("nothing.*",)}, LORA)
 
 
 @pytest.mark.parametrize(
     ("plan", "says"),
     [
-        (AdapterPlan(kind=kind("lora"), rank=1_000_000_000), "network_dim 1000000000: no change of denoiser's layers has a rank above"),
+        (
+            AdapterPlan(kind=kind("lora"), rank=1_000_000_000),
+            "network_dim 1000000000: no change of denoiser's layers has a rank above",
+        ),
         (AdapterPlan(kind=kind("lora"), conv_rank=1_000_000_000), "conv_dim 1000000000: no change"),
     ],
 )
@@ -49,7 +54,10 @@ def test_a_rank_that_no_layer_can_have_is_refused_before_memory_is_asked_for(net
 
 def test_several_components(net):
     encoder = nn.Sequential(nn.Linear(4, 4))
-    places = {"denoiser": choose(net, "denoiser", TARGETS, LORA), "clip_l": choose(encoder, "clip_l", {"linear": ("*",)}, LORA)}
+    places = {
+        "denoiser": choose(net, "denoiser", TARGETS, LORA),
+        "clip_l": choose(encoder, "clip_l", {"linear": ("*",)}, LORA),
+    }
     inserted = AdapterNetwork(places, LORA.kind, seed=0)
     assert list(inserted.by_path())[-1] == ("clip_l", "0")
     assert len(list(inserted.parameters())) == 12
@@ -101,6 +109,8 @@ def test_merge_into_bf16_rounds_once(net):
     for p in inserted.parameters():
         nn.init.normal_(p, std=0.1)
     net.bfloat16()
-    exact = net.block.to_q.weight.float() + inserted.by_path()["denoiser", "block.to_q"].delta_weight(net.block.to_q.weight)
+    exact = net.block.to_q.weight.float() + inserted.by_path()["denoiser", "block.to_q"].delta_weight(
+        net.block.to_q.weight
+    )
     inserted.merge()
     assert torch.equal(net.block.to_q.weight, exact.bfloat16())

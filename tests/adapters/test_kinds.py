@@ -197,7 +197,9 @@ def test_fp32_adapters_on_a_bf16_net(net, plan, x, autocast):
     assert said.dtype is torch.bfloat16
     close(said.float(), exact, atol=0.03, rtol=0.05)
     said.float().sum().backward()
-    assert all(p.grad is not None and p.grad.dtype is torch.float32 and p.grad.isfinite().all() for p in inserted.parameters())
+    assert all(
+        p.grad is not None and p.grad.dtype is torch.float32 and p.grad.isfinite().all() for p in inserted.parameters()
+    )
 
 
 def test_bf16_adapters_on_a_bf16_net(net, plan, x):
@@ -213,7 +215,9 @@ def test_on_the_meta_device(net, plan):
     with torch.device("meta"):
         large = type(net)()
     shapes = {site: {k: t.shape for k, t in leaves.items()} for site, leaves in insert(large, plan).state().items()}
-    assert shapes == {site: {k: t.shape for k, t in leaves.items()} for site, leaves in insert(net, plan).state().items()}
+    assert shapes == {
+        site: {k: t.shape for k, t in leaves.items()} for site, leaves in insert(net, plan).state().items()
+    }
 
 
 def test_norms_are_scaled_down_to_the_limit(net, plan):

@@ -25,9 +25,19 @@ def test_all_args():
         "loraplus_lr_ratio=16",
         "loraplus_text_encoder_lr_ratio=4",
     )
-    plan = parse(NetworkConfig(network_module="networks.lora", network_dim=32, network_alpha=16, network_dropout=0.3, network_args=args))
+    plan = parse(
+        NetworkConfig(
+            network_module="networks.lora", network_dim=32, network_alpha=16, network_dropout=0.3, network_args=args
+        )
+    )
     options, conv = plan.options(conv=False), plan.options(conv=True)
-    assert (options.rank, options.alpha, options.dropout, options.rank_dropout, options.module_dropout) == (32, 16, 0.3, 0.1, 0.2)
+    assert (options.rank, options.alpha, options.dropout, options.rank_dropout, options.module_dropout) == (
+        32,
+        16,
+        0.3,
+        0.1,
+        0.2,
+    )
     assert (conv.rank, conv.alpha, conv.dropout) == (8, 4.0, 0.3)
     assert (plan.loraplus_ratio("denoiser"), plan.loraplus_ratio("clip_l")) == (16.0, 4.0)
 
@@ -42,7 +52,12 @@ def test_kohyas_names(name):
 
 
 @pytest.mark.parametrize(
-    ("name", "says"), [("networks.lorra", "did you mean 'lora'"), ("lycoris.kohya", "name the algorithm itself"), ("base", "is not known")]
+    ("name", "says"),
+    [
+        ("networks.lorra", "did you mean 'lora'"),
+        ("lycoris.kohya", "name the algorithm itself"),
+        ("base", "is not known"),
+    ],
 )
 def test_unknown_kinds(name, says):
     with pytest.raises(UserError, match=says):

@@ -32,7 +32,9 @@ def test_nothing_is_used_that_only_posix_has(path: Path) -> None:
     used = [
         f"line {node.lineno}: {node.value.id}.{node.attr}"
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
-        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.attr in ONLY_POSIX.get(node.value.id, "").split()
+        if isinstance(node, ast.Attribute)
+        and isinstance(node.value, ast.Name)
+        and node.attr in ONLY_POSIX.get(node.value.id, "").split()
         if (path.relative_to(ROOT).as_posix(), node.attr) not in CAUGHT
     ]
     assert not used

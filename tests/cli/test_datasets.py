@@ -55,7 +55,12 @@ def test_a_setting_falls_back_from_subset_to_dataset_to_general_to_flag_to_defau
     first, second = read(FULL, "--train_batch_size", "2", "--flip_aug", "--class_tokens", "thing")
     cat, reg = first.subsets
     assert (first.resolution, first.batch_size, first.min_bucket_reso, first.enable_bucket) == ((128, 192), 3, 64, True)
-    assert (second.resolution, second.batch_size, second.min_bucket_reso, second.enable_bucket) == ((512, 512), 2, 256, True)
+    assert (second.resolution, second.batch_size, second.min_bucket_reso, second.enable_bucket) == (
+        (512, 512),
+        2,
+        256,
+        True,
+    )
     assert (cat.keep_tokens, reg.keep_tokens, second.subsets[0].keep_tokens) == (0, 1, 2)
     assert (cat.num_repeats, reg.num_repeats, cat.is_reg, reg.is_reg) == (5, 1, False, True)
     assert (cat.class_tokens, reg.class_tokens) == ("a cat", "thing")
@@ -78,7 +83,9 @@ def test_what_is_written_reads_back_to_the_same(home: Path) -> None:
 
 
 def test_every_mistake_is_told_with_its_line(home: Path) -> None:
-    text = FULL.replace('image_dir = "more"\n  is_reg', 'image_dir = "image"\n  is_reg').replace("batch_size = 3", 'batch_size = "3"')
+    text = FULL.replace('image_dir = "more"\n  is_reg', 'image_dir = "image"\n  is_reg').replace(
+        "batch_size = 3", 'batch_size = "3"'
+    )
     text = (
         text.replace("num_repeats = 5", "num_repeat = 5")
         .replace("keep_tokens = 1\n", "keep_tokens = 1\nis_reg = true\n")
@@ -111,10 +118,22 @@ def test_every_mistake_is_told_with_its_line(home: Path) -> None:
             '[[datasets]]\n[[datasets.subsets]]\nmetadata_file = "x.json"\nimage_dir = "images"\n',
             "data.toml:3: metadata_file: is not supported yet",
         ),
-        ('[[datasets]]\n[[datasets.subsets]]\nimage_dir = "images"\nis_reg = true\n', "dataset 1: all of its folders hold regu"),
-        ('[[datasets]]\nenable_bucket = true\nresolution = 2048\n[[datasets.subsets]]\nimage_dir = "images"\n', "above max_bucket_reso"),
-        ('[[datasets]]\n[[datasets.subsets]]\nimage_dir = "images"\nconditioning_data_dir = "images"\n', "needs masked_loss"),
-        ("[[datasets]]\n[[datasets.subsets]]\nimage_dir = 'C:\\x'\nface_crop_aug_range = 'a'\n", "data.toml:3: image_dir"),
+        (
+            '[[datasets]]\n[[datasets.subsets]]\nimage_dir = "images"\nis_reg = true\n',
+            "dataset 1: all of its folders hold regu",
+        ),
+        (
+            '[[datasets]]\nenable_bucket = true\nresolution = 2048\n[[datasets.subsets]]\nimage_dir = "images"\n',
+            "above max_bucket_reso",
+        ),
+        (
+            '[[datasets]]\n[[datasets.subsets]]\nimage_dir = "images"\nconditioning_data_dir = "images"\n',
+            "needs masked_loss",
+        ),
+        (
+            "[[datasets]]\n[[datasets.subsets]]\nimage_dir = 'C:\\x'\nface_crop_aug_range = 'a'\n",
+            "data.toml:3: image_dir",
+        ),
     ],
 )
 def test_what_is_wrong_is_told(text: str, message: str, home: Path) -> None:
@@ -133,7 +152,17 @@ def test_switched_off_or_idle_keys_of_kohya_are_read(home: Path) -> None:
 def test_folders_of_folders_are_one_dataset(home: Path) -> None:
     for name in ("train/10_my cat", "train/2_dog", "train/notes", "reg/1_cat"):
         Path(name).mkdir(parents=True)
-    argv = [*MODEL, "--train_data_dir", "train", "--reg_data_dir", "reg", "--resolution", "64", "--train_batch_size", "4"]
+    argv = [
+        *MODEL,
+        "--train_data_dir",
+        "train",
+        "--reg_data_dir",
+        "reg",
+        "--resolution",
+        "64",
+        "--train_batch_size",
+        "4",
+    ]
     found = flags.resolve_all(argv, "network")
     [dataset] = found.datasets
     assert (dataset.resolution, dataset.batch_size) == ((64, 64), 4)
@@ -151,7 +180,10 @@ def test_a_folder_of_images_is_no_folder_of_folders(home: Path) -> None:
 
 
 def test_a_flag_that_the_file_overrules_everywhere_is_told(home: Path) -> None:
-    with pytest.raises(UserError, match=r"--train_batch_size: would have no effect: data\.toml says batch_size itself, for every dataset"):
+    with pytest.raises(
+        UserError,
+        match=r"--train_batch_size: would have no effect: data\.toml says batch_size itself, for every dataset",
+    ):
         read(FULL.replace("resolution = 512", "resolution = 512\nbatch_size = 1"), "--train_batch_size", "2")
 
 
@@ -161,7 +193,10 @@ def test_dataset_repeats_is_the_fallback_of_num_repeats(home: Path) -> None:
 
 
 def test_only_keep_tokens_is_told_to_need_shuffling(home: Path) -> None:
-    text = "[general]\nkeep_tokens = 1\nkeep_tokens_separator = '|||'\nsecondary_separator = ';;;'\n" + Path("data.toml").read_text()
+    text = (
+        "[general]\nkeep_tokens = 1\nkeep_tokens_separator = '|||'\nsecondary_separator = ';;;'\n"
+        + Path("data.toml").read_text()
+    )
     Path("data.toml").write_text(text)
     notices = [n for n in flags.resolve_all(BASE, "network").notices if "no effect without" in n]
     assert len(notices) == 1 and "images: keep_tokens: " in notices[0]
@@ -232,13 +267,16 @@ def test_a_kohya_file_of_which_no_folder_is_left_is_refused(home: Path) -> None:
     Path("data.toml").write_text("[[datasets]]\n" + SUBSET.format("none"))
     Path("kohya.toml").write_text('dataset_config = "data.toml"\n')
     with pytest.raises(
-        UserError, match=r"kohya\.toml:1: dataset_config: no folder of images is left to train on:\n  none: left out.*does not exist"
+        UserError,
+        match=r"kohya\.toml:1: dataset_config: no folder of images is left to train on:\n  none: left out.*does not exist",
     ):
         flags.resolve_all([*MODEL, "--config_file", "kohya.toml"], "network")
 
 
 def test_the_same_folder_is_taken_once_in_a_dataset(home: Path) -> None:
-    twice = "[[datasets]]\nresolution = 64\n" + SUBSET.format("images") + "num_repeats = 3\n" + SUBSET.format("./images/")
+    twice = (
+        "[[datasets]]\nresolution = 64\n" + SUBSET.format("images") + "num_repeats = 3\n" + SUBSET.format("./images/")
+    )
     Path("data.toml").write_text(twice + twice.replace("64", "96"))
     found = flags.resolve_all(BASE, "network")
     assert [[s.num_repeats for s in d.subsets] for d in found.datasets] == [[3], [3]]
@@ -248,7 +286,9 @@ def test_the_same_folder_is_taken_once_in_a_dataset(home: Path) -> None:
 def test_regularisation_alone_is_refused_with_the_cure(home: Path) -> None:
     files("reg/a.png")
     text = "[[datasets]]\n" + SUBSET.format("images") + "[[datasets]]\n" + SUBSET.format("reg") + "is_reg = true\n"
-    with pytest.raises(UserError, match=r"dataset 2: all of its folders hold regularisation.*put them into the \[\[datasets\]\] of"):
+    with pytest.raises(
+        UserError, match=r"dataset 2: all of its folders hold regularisation.*put them into the \[\[datasets\]\] of"
+    ):
         read(text)
 
 

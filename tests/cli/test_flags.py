@@ -29,7 +29,12 @@ def test_three_mistakes_are_told_at_once_without_torch(home: Path) -> None:
         "[model]\npretrained_model_name_or_path = 'base.safetensors'\ntrain_data_dir = 'image'\n\n[x]\nlearning_rat = 1e-4\nmax_train_steps = 'many'\n"
     )
     code = "import sys; from sfumato.cli.main import main; code = main(sys.argv[1:]); assert 'torch' not in sys.modules; sys.exit(code)"
-    done = subprocess.run([sys.executable, "-c", code, "train", "network", "--config", "run.toml"], capture_output=True, text=True, env=ENV)
+    done = subprocess.run(
+        [sys.executable, "-c", code, "train", "network", "--config", "run.toml"],
+        capture_output=True,
+        text=True,
+        env=ENV,
+    )
     assert done.returncode == 2
     assert sorted(done.stderr.splitlines()) == [
         "error: run.toml:3: train_data_dir: folder image does not exist; did you mean 'images'?",
@@ -93,7 +98,9 @@ def test_every_mistyped_key_stops_the_run_and_most_name_the_right_one(home: Path
     found = errors([*BASE, "--config", "run.toml", *(f"--{wrong}=1" for wrong in mistyped)])
     assert len(found) == 2 * len(mistyped)
     for line, (wrong, name) in enumerate(mistyped.items(), 1):
-        messages = [m for m in found if m.startswith((f"run.toml:{line}: {wrong}: unknown setting", f"--{wrong}: unknown flag"))]
+        messages = [
+            m for m in found if m.startswith((f"run.toml:{line}: {wrong}: unknown setting", f"--{wrong}: unknown flag"))
+        ]
         assert len(messages) == 2
         assert all("; did you mean '" in m for m in messages) or len(name) < 4
 
@@ -121,7 +128,10 @@ def test_every_mistyped_key_stops_the_run_and_most_name_the_right_one(home: Path
         (["--save_model_as", "diffusers"], "--save_model_as: an adapter is saved as"),
         (["--masked_loss"], "--masked_loss: no folder has masks"),
         (["--cache_latents", "--random_crop"], "random_crop cannot be used with cache_latents"),
-        (["--cache_text_encoder_outputs", "--shuffle_caption"], "shuffle_caption cannot be used with cache_text_encoder_outputs"),
+        (
+            ["--cache_text_encoder_outputs", "--shuffle_caption"],
+            "shuffle_caption cannot be used with cache_text_encoder_outputs",
+        ),
     ],
 )
 def test_mistakes_are_told(argv: list[str], message: str, home: Path) -> None:
@@ -156,7 +166,9 @@ def test_a_setting_without_effect_is_refused(method: flags.Method, argv: list[st
 
 
 @pytest.mark.parametrize(("method", "argv", "key"), IDLE)
-def test_in_a_kohya_command_it_is_stated_and_has_its_default(method: flags.Method, argv: list[str], key: str, home: Path) -> None:
+def test_in_a_kohya_command_it_is_stated_and_has_its_default(
+    method: flags.Method, argv: list[str], key: str, home: Path
+) -> None:
     found = flags.resolve_all([*BASE, *argv], method, kohya=True)
     assert any(n.startswith(f"--{key}: accepted, no effect: ") for n in found.notices)
     option = options.known()[key]
@@ -184,13 +196,17 @@ def test_a_family_is_read_from_the_header_and_others_are_told(home: Path) -> Non
     safetensors(home / "lumina.safetensors", {"cap_embedder.0.weight": (24,)})
     (home / "cut.safetensors").write_bytes((home / "base.safetensors").read_bytes()[:-10])
     for name, said in (("lora", "an adapter"), ("lumina", "Lumina"), ("cut", "")):
-        found = errors(["--pretrained_model_name_or_path", f"{name}.safetensors", "--dataset_config", "data.toml", "--seed", "x"])
+        found = errors(
+            ["--pretrained_model_name_or_path", f"{name}.safetensors", "--dataset_config", "data.toml", "--seed", "x"]
+        )
         assert len(found) == 2 and found[0].startswith("--pretrained_model_name_or_path: ") and said in found[0]
         assert found[1] == "--seed: expected a whole number, found the text 'x'"
 
 
 def test_another_familys_setting_says_whose_it_is(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    given = {"pretrained_model_name_or_path": flags.Given("pretrained_model_name_or_path", "base.safetensors", "", True)}
+    given = {
+        "pretrained_model_name_or_path": flags.Given("pretrained_model_name_or_path", "base.safetensors", "", True)
+    }
     given["guidance"] = flags.Given("guidance", "3.5", "", True)
     monkeypatch.setattr(options, "owners", lambda: {"guidance": ("flux",)})
     report = flags.Report()
@@ -211,7 +227,9 @@ def test_paths_may_stand_beside_the_file_that_names_them(home: Path) -> None:
     folder = home / "deep"
     folder.mkdir()
     (folder / "data.toml").write_text('[[datasets]]\nresolution = 64\n[[datasets.subsets]]\nimage_dir = "../images"\n')
-    (folder / "run.toml").write_text('dataset_config = "data.toml"\npretrained_model_name_or_path = "base.safetensors"\n')
+    (folder / "run.toml").write_text(
+        'dataset_config = "data.toml"\npretrained_model_name_or_path = "base.safetensors"\n'
+    )
     (home / "data.toml").unlink()
     config, datasets = flags.resolve(["--config", "deep/run.toml"], "network")
     assert config.data.dataset_config == "deep/data.toml"

@@ -29,18 +29,33 @@ def test_front_ends_write_0_and_1_for_switches_and_numbers_of_any_type(home: Pat
         "persistent_data_loader_workers = 1\nmax_data_loader_n_workers = 1.0\ngradient_checkpointing = 0\nno_half_vae = 'true'\n"
         "clip_skip = 2.0\nnetwork_dim = '8'\nnetwork_alpha = '4'\nmax_token_length = '150'\nmem_eff_attn = 1\nuse_8bit_adam = 0\n"
     ).config
-    assert (found.train.persistent_data_loader_workers, found.memory.gradient_checkpointing, found.memory.no_half_vae) == (
+    assert (
+        found.train.persistent_data_loader_workers,
+        found.memory.gradient_checkpointing,
+        found.memory.no_half_vae,
+    ) == (
         True,
         False,
         True,
     )
-    assert (found.train.max_data_loader_n_workers, found.network.network_dim, found.network.network_alpha) == (1, 8, 4.0)
+    assert (found.train.max_data_loader_n_workers, found.network.network_dim, found.network.network_alpha) == (
+        1,
+        8,
+        4.0,
+    )
     assert (found.family.clip_skip, found.family.max_token_length, found.memory.sdpa) == (2, 150, True)  # type: ignore[attr-defined]
     assert found.optimizer.optimizer_type == "AdamW"
 
 
 @pytest.mark.parametrize(
-    "line", ["gradient_checkpointing = 2", "gradient_checkpointing = 'maybe'", "clip_skip = 1.5", "clip_skip = true", "network_module = 3"]
+    "line",
+    [
+        "gradient_checkpointing = 2",
+        "gradient_checkpointing = 'maybe'",
+        "clip_skip = 1.5",
+        "clip_skip = true",
+        "network_module = 3",
+    ],
 )
 def test_what_is_no_value_of_a_setting_stays_a_mistake_in_any_file(line: str, home: Path) -> None:
     with pytest.raises(UserError, match=rf"gui\.toml:1: {line.split()[0]}: expected "):
@@ -55,7 +70,9 @@ def test_types_count_in_our_own_files(home: Path) -> None:
 
 
 def test_loraplus_at_the_top_of_a_file_acts_and_is_told(home: Path) -> None:
-    found = from_file('network_args = ["conv_dim=4"]\nloraplus_lr_ratio = 16\nloraplus_unet_lr_ratio = 0\nblock_dims = ""\n')
+    found = from_file(
+        'network_args = ["conv_dim=4"]\nloraplus_lr_ratio = 16\nloraplus_unet_lr_ratio = 0\nblock_dims = ""\n'
+    )
     assert found.config.network.network_args == ("conv_dim=4", "loraplus_lr_ratio=16")
     assert "gui.toml:2: loraplus_lr_ratio: taken as network_args loraplus_lr_ratio=16" in found.notices
 
@@ -89,7 +106,13 @@ OFF = {
     "loss": ("min_snr_gamma", "v_pred_like_loss"),
     "noise": ("noise_offset", "adaptive_noise_scale", "ip_noise_gamma", "multires_noise_iterations"),
     "network": ("scale_weight_norms", "network_dropout"),
-    "output": ("save_every_n_epochs", "save_every_n_steps", "save_last_n_epochs", "save_last_n_steps", "save_n_epoch_ratio"),
+    "output": (
+        "save_every_n_epochs",
+        "save_every_n_steps",
+        "save_last_n_epochs",
+        "save_last_n_steps",
+        "save_n_epoch_ratio",
+    ),
     "sample": ("sample_every_n_epochs", "sample_every_n_steps"),
 }
 
@@ -110,7 +133,10 @@ def test_what_front_ends_write_as_0_is_off(home: Path) -> None:
 )
 def test_a_flag_may_be_shortened_to_what_no_other_begins_with(short: str, flag: str) -> None:
     names, report = kohya.flags_of(kohya.scripts()["train_network"]), Report()
-    assert habits.full_name(f"--{short}=3", names, report) == f"--{flag}=3" and habits.full_name(f"--{short}", names, report) == f"--{flag}"
+    assert (
+        habits.full_name(f"--{short}=3", names, report) == f"--{flag}=3"
+        and habits.full_name(f"--{short}", names, report) == f"--{flag}"
+    )
     assert report.notices == [f"--{short}: read as --{flag}"]
 
 
@@ -126,10 +152,14 @@ def test_shortened_flags_act_in_kohyas_lines(home: Path) -> None:
 
 def test_a_shortened_flag_that_could_be_several_is_refused_with_all_of_them(home: Path) -> None:
     with pytest.raises(UserError) as e:
-        kohya.resolve("train_network", [*BASE, "--cache_lat", "--network_train", "--save_last_n_steps_stat=1", "--nonsense"])
+        kohya.resolve(
+            "train_network", [*BASE, "--cache_lat", "--network_train", "--save_last_n_steps_stat=1", "--nonsense"]
+        )
     said = dict(m.split(": ", 1) for m in e.value.messages)
     assert said["--cache_lat"] == "could be --cache_latents, --cache_latents_to_disk: write it out"
-    assert said["--network_train"] == "could be --network_train_text_encoder_only, --network_train_unet_only: write it out"
+    assert (
+        said["--network_train"] == "could be --network_train_text_encoder_only, --network_train_unet_only: write it out"
+    )
     assert said["--nonsense"].startswith("unknown flag")
 
 
@@ -150,7 +180,9 @@ def test_our_own_commands_take_no_shortened_flags(home: Path) -> None:
         flags.resolve_all([*BASE, "--save_every_n_step", "3"], "network")
 
 
-@pytest.mark.parametrize("argv", [["--config", "run.toml"], ["--config_file", "run.toml"], ["--config", "run.toml", "--seed", "x"]])
+@pytest.mark.parametrize(
+    "argv", [["--config", "run.toml"], ["--config_file", "run.toml"], ["--config", "run.toml", "--seed", "x"]]
+)
 def test_after_a_syntax_error_only_that_is_told(argv: list[str], home: Path) -> None:
     Path("run.toml").write_text("seed = 1\nvae = \n")
     with pytest.raises(UserError) as e:
@@ -174,7 +206,9 @@ def test_a_dataset_file_given_as_config_is_told_in_one_sentence(key: str, home: 
 
 
 def test_a_training_config_given_as_dataset_config_is_told_in_one_sentence(home: Path) -> None:
-    Path("run.toml").write_text("[model]\npretrained_model_name_or_path = 'base.safetensors'\n[train]\nmax_train_steps = 3\nseed = 1\n")
+    Path("run.toml").write_text(
+        "[model]\npretrained_model_name_or_path = 'base.safetensors'\n[train]\nmax_train_steps = 3\nseed = 1\n"
+    )
     with pytest.raises(UserError) as e:
         flags.resolve_all(["--pretrained_model_name_or_path=base.safetensors", "--dataset_config=run.toml"], "network")
     assert e.value.messages == (
@@ -205,10 +239,16 @@ def test_validation_seed_without_a_split_is_stated(home: Path) -> None:
 def test_a_config_file_of_a_front_end_is_read_whole(home: Path) -> None:
     (home / "set").mkdir()
     (home / "images").rename(home / "set" / "3_cat")
-    found = kohya.resolve("train_network", ["--config_file", str(Path(__file__).parents[1] / "fixtures" / "front_end.toml")])
+    found = kohya.resolve(
+        "train_network", ["--config_file", str(Path(__file__).parents[1] / "fixtures" / "front_end.toml")]
+    )
     config = found.config
     assert (config.network.network_dim, config.network.network_args) == (8, ("loraplus_lr_ratio=16",))
-    assert (config.noise.adaptive_noise_scale, config.loss.min_snr_gamma, config.output.save_last_n_steps) == (None, None, None)
+    assert (config.noise.adaptive_noise_scale, config.loss.min_snr_gamma, config.output.save_last_n_steps) == (
+        None,
+        None,
+        None,
+    )
     assert config.noise.max_timestep == 1000 and config.optimizer.text_encoder_lr == (1e-4,)
     said = {n.split(": ")[1] for n in found.notices if "accepted, no effect" in n}
     assert {"epoch", "noise_offset_type", "lowvram", "highvram", "dynamo_backend", "wandb_run_name"} <= said

@@ -101,7 +101,11 @@ def test_kohyas_config_files_are_read_as_they_are(home: Path) -> None:
         """
     )
     found = kohya.resolve("train_network", ["--config_file", "kohya", "--dataset_config", "data.toml"])
-    assert (found.config.output.save_every_n_steps, found.config.train.max_train_epochs, found.config.model.vae) == (None, 3, None)
+    assert (found.config.output.save_every_n_steps, found.config.train.max_train_epochs, found.config.model.vae) == (
+        None,
+        3,
+        None,
+    )
     said = {n.split(":")[2].strip() for n in found.notices if "accepted, no effect" in n}
     assert said == {"epoch", "noise_offset_type", "lr_scheduler_power", "max_train_steps"}
 
@@ -152,7 +156,9 @@ def test_a_command_trains_with_the_resolved_config(home: Path, monkeypatch: pyte
     monkeypatch.setattr(
         run,
         "train",
-        lambda config, method, datasets, resolved="", read=(): called.update(method=method, resolved=resolved, datasets=datasets),
+        lambda config, method, datasets, resolved="", read=(): called.update(
+            method=method, resolved=resolved, datasets=datasets
+        ),
     )
     assert kohya.run("train_db", [*BASE, "--learning_rate=1e-5"]) == 0
     assert called["method"] == "full" and len(called["datasets"]) == 1

@@ -43,7 +43,11 @@ def test_mistakes_exit_with_2(argv: list[str], message: str, home: Path, capsys:
 
 def test_commands_hand_over_the_config(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[Any] = []
-    monkeypatch.setattr(run, "train", lambda config, method, datasets, resolved="", read=(): calls.append(("train", method, len(datasets))))
+    monkeypatch.setattr(
+        run,
+        "train",
+        lambda config, method, datasets, resolved="", read=(): calls.append(("train", method, len(datasets))),
+    )
     monkeypatch.setattr(
         train,
         "plan",
@@ -89,7 +93,9 @@ def test_show_says_what_a_file_is(home: Path, capsys: pytest.CaptureFixture[str]
 
 def test_the_page_of_options_is_up_to_date() -> None:
     page = Path(__file__).parents[2] / "docs" / "options.md"
-    assert page.read_text(encoding="utf-8") == reference.page(), "run `python -m sfumato.cli.reference > docs/options.md`"
+    assert page.read_text(encoding="utf-8") == reference.page(), (
+        "run `python -m sfumato.cli.reference > docs/options.md`"
+    )
 
 
 def test_names_that_the_terminal_has_no_letters_for_are_printed(monkeypatch: pytest.MonkeyPatch) -> None:

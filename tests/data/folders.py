@@ -30,7 +30,9 @@ def noise(size: tuple[int, int], seed: int, mode: str = "RGB") -> Image.Image:
     return Image.fromarray(values.squeeze(), mode=None).convert(mode) if bands in (1, 3, 4) else Image.new(mode, size)
 
 
-def folder(root: Path, sizes: Sequence[tuple[int, int]] = ((64, 64), (96, 64), (64, 100), (70, 64), (64, 64)), seed: int = 0) -> Path:
+def folder(
+    root: Path, sizes: Sequence[tuple[int, int]] = ((64, 64), (96, 64), (64, 100), (70, 64), (64, 64)), seed: int = 0
+) -> Path:
     """Images 0.png ... with captions 0.txt ..."""
     root.mkdir(parents=True, exist_ok=True)
     for i, size in enumerate(sizes):
@@ -41,7 +43,13 @@ def folder(root: Path, sizes: Sequence[tuple[int, int]] = ((64, 64), (96, 64), (
 
 def dataset(*subsets: SubsetConfig, **options: Any) -> DatasetConfig:
     """Buckets of about 64x64 in steps of 16."""
-    buckets = {"resolution": (64, 64), "enable_bucket": True, "min_bucket_reso": 32, "max_bucket_reso": 128, "bucket_reso_steps": 16}
+    buckets = {
+        "resolution": (64, 64),
+        "enable_bucket": True,
+        "min_bucket_reso": 32,
+        "max_bucket_reso": 128,
+        "bucket_reso_steps": 16,
+    }
     return DatasetConfig(subsets=subsets, **{**buckets, "batch_size": 2, **options})
 
 
@@ -58,7 +66,9 @@ def encode(pixels: Tensor) -> Tensor:
     return functional.avg_pool2d(pixels, 8)
 
 
-def latents(of: Plan, store: Store, index: Index, vae: str = "vae", encode: Callable[[Tensor], Tensor] = encode, **options: Any) -> Report:
+def latents(
+    of: Plan, store: Store, index: Index, vae: str = "vae", encode: Callable[[Tensor], Tensor] = encode, **options: Any
+) -> Report:
     return cache_latents(of, store, index, encode, vae, LATENTS, **options)
 
 

@@ -38,7 +38,8 @@ def test_a_side_that_grows_asks_for_lanczos(size: tuple[int, int]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "kind"), [("nearest", Image.Resampling.NEAREST), ("lanczos", Image.Resampling.LANCZOS), ("box", Image.Resampling.BOX)]
+    ("name", "kind"),
+    [("nearest", Image.Resampling.NEAREST), ("lanczos", Image.Resampling.LANCZOS), ("box", Image.Resampling.BOX)],
 )
 def test_interpolation_as_told(name: Any, kind: Image.Resampling) -> None:
     image = noise((64, 32), 3)
@@ -54,7 +55,9 @@ def test_images_are_resized_as_sd_scripts_resizes_them() -> None:
     assert sum(kind == "area" and name.startswith("shrink") for name, kind, *_ in cases) == 50
     for name, kind, before, after in cases:
         # The default is the average of areas where both sides shrink.
-        seen = augment.resize(Image.fromarray(resizing.image(before)), after, None if name.startswith("shrink") else cast(Any, kind))
+        seen = augment.resize(
+            Image.fromarray(resizing.image(before)), after, None if name.startswith("shrink") else cast(Any, kind)
+        )
         assert np.abs(np.asarray(seen).astype(int) - expected[name]).max() <= 1, (name, kind, before, after)
 
 

@@ -38,7 +38,9 @@ def brute_force(resolution: tuple[int, int], low: int, high: int, step: int) -> 
     ],
 )
 def test_buckets_are_those_of_the_rules(resolution: tuple[int, int], low: int, high: int, step: int) -> None:
-    options = BucketOptions(enable_bucket=True, resolution=resolution, min_bucket_reso=low, max_bucket_reso=high, bucket_reso_steps=step)
+    options = BucketOptions(
+        enable_bucket=True, resolution=resolution, min_bucket_reso=low, max_bucket_reso=high, bucket_reso_steps=step
+    )
     assert list(resolutions(options)) == brute_force(resolution, low, high, step)
 
 
@@ -61,7 +63,9 @@ def test_buckets_of_512() -> None:
         ((333, 100), (832, 256), (852, 256), (10, 0)),
     ],
 )
-def test_places(size: tuple[int, int], bucket: tuple[int, int], resized: tuple[int, int], centre: tuple[int, int]) -> None:
+def test_places(
+    size: tuple[int, int], bucket: tuple[int, int], resized: tuple[int, int], centre: tuple[int, int]
+) -> None:
     ratio = Fraction(*size)
     nearest = min(resolutions(SD), key=lambda b: abs(Fraction(*b) - ratio))
     placed = place(size, SD)
@@ -88,7 +92,11 @@ def test_a_bucket_is_always_within_the_resized_image(width: int, height: int) ->
         ((64, 4000), (64, 3968), (64, 4000)),  # no clamp to max_bucket_reso
         ((1024, 1024), (512, 512), (512, 512)),
         ((999, 1000), (512, 512), (512, 513)),  # 511.7 counts as 512
-        ((1920, 1080), (640, 384), (683, 384)),  # width to steps: 640x320 (2.0); height to steps: 640x384 (1.67), nearer to 1.78
+        (
+            (1920, 1080),
+            (640, 384),
+            (683, 384),
+        ),  # width to steps: 640x320 (2.0); height to steps: 640x384 (1.67), nearer to 1.78
     ],
 )
 def test_places_without_enlarging(size: tuple[int, int], bucket: tuple[int, int], resized: tuple[int, int]) -> None:

@@ -34,12 +34,22 @@ def run(images: Path, cache: Path, vae: str = "vae", stride: int = 8, **options:
     """A whole start: a new index and store over the same folder."""
     of_dataset = {k: options.pop(k) for k in ("resolution",) if k in options}
     index = Index(cache)
-    return latents(plan(dataset(subset(images, **options), **of_dataset), index=index, stride=stride), Store(cache), index, vae)
+    return latents(
+        plan(dataset(subset(images, **options), **of_dataset), index=index, stride=stride), Store(cache), index, vae
+    )
 
 
-def run_texts(images: Path, cache: Path, encoder: str = "clip", settings: dict[str, object] | None = None, **options: Any) -> Report:
+def run_texts(
+    images: Path, cache: Path, encoder: str = "clip", settings: dict[str, object] | None = None, **options: Any
+) -> Report:
     index = Index(cache)
-    return texts(plan(dataset(subset(images, **options)), index=index), Store(cache), index, encoder, **(settings or {"clip_skip": 1}))
+    return texts(
+        plan(dataset(subset(images, **options)), index=index),
+        Store(cache),
+        index,
+        encoder,
+        **(settings or {"clip_skip": 1}),
+    )
 
 
 def counts(report: Report) -> tuple[int, int, dict[str, int]]:
@@ -166,7 +176,11 @@ def test_latents_are_what_the_vae_says_of_the_cut_image(tmp_path: Path) -> None:
     report = run(tmp_path / "p", tmp_path / "cache", flip_aug=True)
     entry = report.store.get(report.keys[0]) or {}
     with Image.open(tmp_path / "p" / "0.png") as image:
-        pixels = torch.tensor(list(image.convert("RGB").tobytes()), dtype=torch.float32).view(64, 64, 3).permute(2, 0, 1) / 127.5 - 1
+        pixels = (
+            torch.tensor(list(image.convert("RGB").tobytes()), dtype=torch.float32).view(64, 64, 3).permute(2, 0, 1)
+            / 127.5
+            - 1
+        )
     assert torch.equal(entry["latents"], encode(pixels[None])[0].half())
     assert torch.equal(entry["latents_flipped"], encode(pixels[None].flip(3))[0].half())
     assert entry["latents"].dtype == LATENTS.dtype
@@ -239,7 +253,11 @@ def test_texts_unchanged_changed_and_shared(images: Path, cache: Path) -> None:
 def test_texts_follow_the_encoder_and_its_settings(images: Path, cache: Path) -> None:
     run_texts(images, cache)
     assert counts(run_texts(images, cache, settings={"clip_skip": 2})) == (0, 5, {"setting clip_skip 1 -> 2": 5})
-    assert counts(run_texts(images, cache, encoder="other", settings={"clip_skip": 2})) == (0, 5, {"text encoder changed": 5})
+    assert counts(run_texts(images, cache, encoder="other", settings={"clip_skip": 2})) == (
+        0,
+        5,
+        {"text encoder changed": 5},
+    )
     assert run_texts(images, cache).encoded == 0
 
 
@@ -283,7 +301,9 @@ def test_a_killed_run_goes_on_where_it_was(tmp_path: Path, cache: Path) -> None:
     images = folder(tmp_path / "p", [(64, 64)] * 60)
     here = Path(__file__).parent
     path = os.pathsep.join([str(here), str(here.parent.parent)])
-    killed = subprocess.run([sys.executable, "-c", KILLED, str(images), str(cache)], env=os.environ | {"PYTHONPATH": path}, check=False)
+    killed = subprocess.run(
+        [sys.executable, "-c", KILLED, str(images), str(cache)], env=os.environ | {"PYTHONPATH": path}, check=False
+    )
     assert killed.returncode == -9
     whole = [p for p in cache.rglob("*.safetensors") if not p.name.startswith(".")]
     again = run(images, cache)

@@ -30,7 +30,10 @@ def test_the_first_line_counts_without_wildcards() -> None:
 
 def test_prefix_and_suffix_have_a_space_and_go_before_the_tags_are_parted() -> None:
     assert say("a, b", caption_prefix="pre", caption_suffix="suf") == "pre a, b suf"
-    assert many("a, b, c", caption_prefix="pre,", shuffle_caption=True, keep_tokens=1) >= {"pre, b, a, c", "pre, c, b, a"}
+    assert many("a, b, c", caption_prefix="pre,", shuffle_caption=True, keep_tokens=1) >= {
+        "pre, b, a, c",
+        "pre, c, b, a",
+    }
 
 
 def test_dropout_takes_prefix_and_suffix_too() -> None:
@@ -96,7 +99,13 @@ def test_the_marks_of_tags_act_without_shuffling() -> None:
 
 def test_counted_tags_follow_the_separators() -> None:
     marks = CaptionOptions(caption_separator=";", keep_tokens_separator="|||", secondary_separator="+")
-    assert tags(("A Cat, sitting ||| Red+blue; ; green ||| end", "second"), marks) == ["a cat, sitting", "red", "blue", "green", "end"]
+    assert tags(("A Cat, sitting ||| Red+blue; ; green ||| end", "second"), marks) == [
+        "a cat, sitting",
+        "red",
+        "blue",
+        "green",
+        "end",
+    ]
     assert tags(("one, Two", "three"), CaptionOptions(enable_wildcard=True)) == ["one", "two", "three"]
 
 
@@ -106,7 +115,9 @@ def test_the_secondary_separator_keeps_tags_together_while_shuffling() -> None:
 
 
 def test_warmup_shows_more_and_more_tags_and_takes_them_before_the_shuffle() -> None:
-    shown = [say("k, a, b, c, d", step=s, keep_tokens=1, token_warmup_min=1, token_warmup_step=6) for s in (0, 2, 4, 6, 100)]
+    shown = [
+        say("k, a, b, c, d", step=s, keep_tokens=1, token_warmup_min=1, token_warmup_step=6) for s in (0, 2, 4, 6, 100)
+    ]
     assert shown == ["k, a", "k, a, b", "k, a, b, c", "k, a, b, c, d", "k, a, b, c, d"]
     assert many("a, b, c", step=0, token_warmup_step=10, shuffle_caption=True) == {"a"}
 
@@ -117,7 +128,10 @@ def test_a_share_of_the_run_becomes_steps() -> None:
 
 
 def test_endless_options_are_named() -> None:
-    assert endless(CaptionOptions(shuffle_caption=True, token_warmup_step=3)) == ["shuffle_caption", "token_warmup_step"]
+    assert endless(CaptionOptions(shuffle_caption=True, token_warmup_step=3)) == [
+        "shuffle_caption",
+        "token_warmup_step",
+    ]
     assert endless(CaptionOptions(caption_dropout_rate=0.5, enable_wildcard=True)) == []
 
 

@@ -106,7 +106,9 @@ def test_broken_exif_does_not_cost_the_image(tmp_path: Path) -> None:
     assert open_image(tmp_path / "a.jpg").size == (24, 16)
 
 
-@pytest.mark.parametrize(("data", "reason"), [(b"", "empty"), (b"hello", "not an image"), (b"\x89PNG\r\n\x1a\n", "not an image|damaged")])
+@pytest.mark.parametrize(
+    ("data", "reason"), [(b"", "empty"), (b"hello", "not an image"), (b"\x89PNG\r\n\x1a\n", "not an image|damaged")]
+)
 def test_what_is_no_image_is_told(tmp_path: Path, data: bytes, reason: str) -> None:
     (tmp_path / "a.png").write_bytes(data)
     with pytest.raises(UserError, match=rf"a\.png: .*({reason})"):

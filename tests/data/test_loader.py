@@ -29,7 +29,14 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder(tmp_path_factory.mktemp("images"), [(64, 64)] * 5 + [(96, 70)] * 3)
 
 
-MOVING = {"flip_aug": True, "random_crop": True, "color_aug": True, "shuffle_caption": True, "caption_dropout_rate": 0.2, "num_repeats": 2}
+MOVING = {
+    "flip_aug": True,
+    "random_crop": True,
+    "color_aug": True,
+    "shuffle_caption": True,
+    "caption_dropout_rate": 0.2,
+    "num_repeats": 2,
+}
 
 
 def moving(images: Path, **options: Any) -> Plan:
@@ -49,7 +56,9 @@ def equal(a: object, b: object) -> bool:
 
 
 def same(a: list[Batch], b: list[Batch]) -> bool:
-    return len(a) == len(b) and all(equal(getattr(x, f.name), getattr(y, f.name)) for x, y in zip(a, b, strict=True) for f in fields(Batch))
+    return len(a) == len(b) and all(
+        equal(getattr(x, f.name), getattr(y, f.name)) for x, y in zip(a, b, strict=True) for f in fields(Batch)
+    )
 
 
 def test_workers_change_nothing(images: Path) -> None:
@@ -84,7 +93,13 @@ def samples(batches: list[Batch]) -> Counter[tuple[object, ...]]:
         assert batch.pixels is not None
         for i, key in enumerate(batch.keys):
             if batch.weight[i]:
-                found[key, batch.captions[i], tuple(batch.sizes[i].tolist()), float(batch.weight[i]), batch.pixels[i].sum().item()] += 1
+                found[
+                    key,
+                    batch.captions[i],
+                    tuple(batch.sizes[i].tolist()),
+                    float(batch.weight[i]),
+                    batch.pixels[i].sum().item(),
+                ] += 1
     return found
 
 
@@ -190,7 +205,9 @@ def test_stored_texts_are_handed_out_by_caption(images: Path) -> None:
         assert batch.latents is not None
         assert batch.latents.dtype == torch.float32
         assert batch.latents.shape[1] == LATENTS.channels
-        assert equal(batch.cond, {"hidden": tokenize(batch.captions)["ids"].half()})  # the step widens it, on the device
+        assert equal(
+            batch.cond, {"hidden": tokenize(batch.captions)["ids"].half()}
+        )  # the step widens it, on the device
 
 
 def test_token_warmup_follows_the_optimizer_step(images: Path) -> None:
@@ -288,7 +305,9 @@ def test_text_outputs_lost_while_training_end_it_plainly(images: Path, tmp_path:
 
 
 def test_several_datasets_in_one_run(images: Path) -> None:
-    of = plan(dataset(subset(images)), dataset(subset(images), resolution=(96, 96), batch_size=3, network_multiplier=-1.0))
+    of = plan(
+        dataset(subset(images)), dataset(subset(images), resolution=(96, 96), batch_size=3, network_multiplier=-1.0)
+    )
     batches = list(loader(of).epoch(0))
     assert Counter(m for b in batches for m in b.multiplier.tolist()) == {1.0: 8, -1.0: 8}
     assert len({key for b in batches for key in b.keys}) == 16

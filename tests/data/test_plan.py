@@ -62,7 +62,12 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 )
 @settings(deadline=None, max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_the_table_is_what_is_done(
-    images: tuple[Path, Path], repeats: tuple[int, int], sizes: tuple[int, int], reg: bool, accumulation: int, world: int
+    images: tuple[Path, Path],
+    repeats: tuple[int, int],
+    sizes: tuple[int, int],
+    reg: bool,
+    accumulation: int,
+    world: int,
 ) -> None:
     a, b = images
     made = plan(
@@ -91,8 +96,12 @@ def sd_scripts(train: int, repeats: list[int]) -> list[int]:
     return registered
 
 
-@pytest.mark.parametrize(("train", "count", "repeats"), [(5, 2, 1), (5, 3, 1), (5, 3, 2), (5, 4, 2), (3, 5, 1), (12, 5, 1)])
-def test_regularisation_images_come_as_often_as_training_images(tmp_path: Path, train: int, count: int, repeats: int) -> None:
+@pytest.mark.parametrize(
+    ("train", "count", "repeats"), [(5, 2, 1), (5, 3, 1), (5, 3, 2), (5, 4, 2), (3, 5, 1), (12, 5, 1)]
+)
+def test_regularisation_images_come_as_often_as_training_images(
+    tmp_path: Path, train: int, count: int, repeats: int
+) -> None:
     folder(tmp_path / "t", [(64, 64)] * train)
     folder(tmp_path / "r", [(64, 64)] * count, seed=90)
     made = plan(dataset(subset(tmp_path / "t"), subset(tmp_path / "r", is_reg=True, num_repeats=repeats)))
@@ -140,7 +149,11 @@ def test_the_digest_changes_when_the_batches_do(tmp_path: Path) -> None:
     same = plan(dataset(subset(root))).digest()
     (root / "0.txt").write_text("another caption")
     assert plan(dataset(subset(root))).digest() == same
-    for other in (dataset(subset(root), batch_size=3), dataset(subset(root, num_repeats=2)), dataset(subset(root), resolution=(80, 80))):
+    for other in (
+        dataset(subset(root), batch_size=3),
+        dataset(subset(root, num_repeats=2)),
+        dataset(subset(root), resolution=(80, 80)),
+    ):
         assert plan(other).digest() != same
 
 

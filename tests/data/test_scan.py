@@ -199,7 +199,9 @@ def test_what_may_not_be_read_is_told_by_file_and_folder(tmp_path: Path, monkeyp
 
     def refuse(error: PermissionError, of: str) -> Callable[..., Any]:
         real = getattr(os, of)
-        return lambda path=".", *rest, **more: (_ for _ in ()).throw(error) if str(path) == error.filename else real(path, *rest, **more)
+        return lambda path=".", *rest, **more: (
+            (_ for _ in ()).throw(error) if str(path) == error.filename else real(path, *rest, **more)
+        )
 
     denied = "Permission denied"
     monkeypatch.setattr(os, "scandir", refuse(PermissionError(errno.EACCES, denied, str(locked)), "scandir"))
@@ -208,7 +210,9 @@ def test_what_may_not_be_read_is_told_by_file_and_folder(tmp_path: Path, monkeyp
     with pytest.raises(UserError, match="locked: cannot be read: Permission denied"):
         look(locked)
     monkeypatch.undo()
-    monkeypatch.setattr(os, "stat", refuse(PermissionError(errno.EACCES, denied, str(tmp_path / "a" / "2.png")), "stat"))
+    monkeypatch.setattr(
+        os, "stat", refuse(PermissionError(errno.EACCES, denied, str(tmp_path / "a" / "2.png")), "stat")
+    )
     [skipped] = look(tmp_path / "a").skipped
     assert (skipped.path.name, skipped.reason) == ("2.png", "cannot be read: Permission denied")
 
@@ -249,7 +253,9 @@ def test_captions_without_text_are_listed_as_missing_ones_are(tmp_path: Path) ->
     (tmp_path / "1.txt").write_bytes("\ufeff \n\t\n".encode())
     found = look(tmp_path)
     assert [p.captions for p in found.images[:2]] == [("",), ("",)]
-    assert found.notes == [f"{tmp_path}: 2 caption files have no text, and their images train with an empty caption (0.png, 1.png)"]
+    assert found.notes == [
+        f"{tmp_path}: 2 caption files have no text, and their images train with an empty caption (0.png, 1.png)"
+    ]
 
 
 def test_a_caption_serves_images_whose_names_say_where_the_face_is(tmp_path: Path) -> None:

@@ -137,7 +137,10 @@ def test_entries_are_verified_once_and_again_when_their_file_changes(tmp_path: P
     assert found() == ({names[3]: ""}, set())
     store.put(names[0], {"x": torch.zeros(4)})
     store.path(names[1]).write_bytes(b"")
-    assert found() == ({names[3]: "", names[0]: "its entry is of another shape", names[1]: "its entry is damaged"}, {names[0]})
+    assert found() == (
+        {names[3]: "", names[0]: "its entry is of another shape", names[1]: "its entry is damaged"},
+        {names[0]},
+    )
     store.put(names[0], {"x": torch.zeros(3)})
     trust(store, index, names)
     assert found() == ({names[3]: "", names[1]: ""}, set())
@@ -191,7 +194,11 @@ def test_the_index_waits_for_another_run(tmp_path: Path) -> None:
         ({"a": 1}, {"a": 1}, "its entry is gone"),
         ({"VAE": "x"}, {"VAE": "y"}, "VAE changed"),
         ({"bucket": [512, 512], "crop": [0, 1]}, {"bucket": [448, 576], "crop": [0, 0]}, "bucket 512x512 -> 448x576"),
-        ({"picture": "x", "dtype": "float16"}, {"picture": "y", "dtype": "bfloat16"}, "picture changed, dtype float16 -> bfloat16"),
+        (
+            {"picture": "x", "dtype": "float16"},
+            {"picture": "y", "dtype": "bfloat16"},
+            "picture changed, dtype float16 -> bfloat16",
+        ),
     ],
 )
 def test_reasons(old: dict[str, object] | None, new: dict[str, object], reason: str) -> None:

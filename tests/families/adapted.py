@@ -21,7 +21,13 @@ def plan_of(family: str, *args: str, rank: int = 4, **more: Any) -> AdapterPlan:
 def places(models: Models, plan: AdapterPlan, component: str = "denoiser") -> list[TargetLayer]:
     """The layers that get adapters."""
     net, family = models.nets()[component], models.family
-    return choose(net, component, family.targets[component], plan, lambda target: family.target_layer(models.options, plan, target))
+    return choose(
+        net,
+        component,
+        family.targets[component],
+        plan,
+        lambda target: family.target_layer(models.options, plan, target),
+    )
 
 
 def ranks(models: Models, *args: str) -> dict[str, int]:
@@ -31,7 +37,9 @@ def ranks(models: Models, *args: str) -> dict[str, int]:
 
 def inserted(models: Models, plan: AdapterPlan, *components: str) -> AdapterNetwork:
     """Adapters with values, at work."""
-    held = AdapterNetwork({name: places(models, plan, name) for name in components or ("denoiser",)}, plan.kind, seed=0).eval()
+    held = AdapterNetwork(
+        {name: places(models, plan, name) for name in components or ("denoiser",)}, plan.kind, seed=0
+    ).eval()
     g = torch.Generator().manual_seed(0)
     for name, p in held.named_parameters():
         if "lora_up" in name:

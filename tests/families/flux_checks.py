@@ -32,7 +32,9 @@ def within(got: Mapping[str, Tensor], want: Mapping[str, Tensor], part: float = 
     for name, t in want.items():
         largest = t.abs().max()
         assert 0 < largest < torch.inf, name
-        torch.testing.assert_close(got[name] / largest, t / largest, atol=part, rtol=0, msg=lambda text, name=name: f"{name}: {text}")
+        torch.testing.assert_close(
+            got[name] / largest, t / largest, atol=part, rtol=0, msg=lambda text, name=name: f"{name}: {text}"
+        )
 
 
 def dialects(keys: KeyMap) -> dict[str, Dialect]:
@@ -40,7 +42,13 @@ def dialects(keys: KeyMap) -> dict[str, Dialect]:
     return {
         "kohya": Dialect(name="kohya", prefix={"denoiser": "lora_unet_"}, separator="_"),
         "comfy": Dialect(name="comfy", prefix={"denoiser": "diffusion_model."}, tensor_names=LEAVES),
-        "peft": Dialect(name="peft", prefix={"denoiser": "transformer."}, keys={"denoiser": keys}, tensor_names=LEAVES, fold_alpha=True),
+        "peft": Dialect(
+            name="peft",
+            prefix={"denoiser": "transformer."},
+            keys={"denoiser": keys},
+            tensor_names=LEAVES,
+            fold_alpha=True,
+        ),
     }
 
 

@@ -61,7 +61,9 @@ def assert_same(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
 
 def cond_of(models: Models, captions: list[str]) -> dict[str, Tensor]:
     with torch.no_grad():
-        return dict(models.family.encode(models).encode(models.encoders, models.family.tokenize(models).tokenize(captions)))
+        return dict(
+            models.family.encode(models).encode(models.encoders, models.family.tokenize(models).tokenize(captions))
+        )
 
 
 def test_every_family_has_cases() -> None:
@@ -99,7 +101,9 @@ def test_a_folder_comes_back_as_the_pipeline_reads_it(case: Case, folder: Files,
 
 def test_only_what_the_file_holds_is_read_and_cast(case: Case, files: Files) -> None:
     models = case.models(files, dtype=torch.bfloat16)
-    assert {p.dtype for net in models.nets().values() for p in net.parameters() if p.is_floating_point()} == {torch.bfloat16}
+    assert {p.dtype for net in models.nets().values() for p in net.parameters() if p.is_floating_point()} == {
+        torch.bfloat16
+    }
     assert next(models.the_vae().parameters()).dtype == torch.float32
 
 
@@ -157,7 +161,9 @@ def predict(models: Models, x: Tensor, t: Tensor, cond: Any) -> Tensor:
     side = models.family.latents.stride
     sizes = torch.tensor([[x.shape[2] * side, x.shape[3] * side, 0, 0, x.shape[2] * side, x.shape[3] * side]] * len(x))
     with torch.no_grad():
-        return models.family.predict(models.denoiser, x, t, models.family.condition(models, cond, SampleInfo(sizes=sizes)))
+        return models.family.predict(
+            models.denoiser, x, t, models.family.condition(models, cond, SampleInfo(sizes=sizes))
+        )
 
 
 def test_a_fixed_latent_becomes_the_pipelines_latents(case: Case, models: Models) -> None:
@@ -179,7 +185,9 @@ def test_latents_are_scaled_as_by_the_pipeline(case: Case, models: Models) -> No
         raw = models.family.latents.encode(models.the_vae(), pixels)
         config, theirs = vae.config, vae.encode(pixels).latent_dist.mode()
         shift = getattr(config, "shift_factor", None) or 0.0
-        torch.testing.assert_close(scale(models.the_vae(), raw), (theirs - shift) * config.scaling_factor, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(
+            scale(models.the_vae(), raw), (theirs - shift) * config.scaling_factor, atol=1e-5, rtol=1e-5
+        )
         torch.testing.assert_close(unscale(models.the_vae(), scale(models.the_vae(), raw)), raw, atol=1e-5, rtol=1e-5)
         decoded, wanted = models.the_vae().decode(raw).sample, vae.decode(theirs).sample  # type: ignore[operator]
     torch.testing.assert_close(decoded, wanted, atol=1e-4, rtol=1e-4)
@@ -194,11 +202,15 @@ def test_blocks_hold_nearly_all_weights(case: Case, models: Models) -> None:
 
 
 @pytest.mark.parametrize("method", ["network", "full"])
-def test_a_run_is_checked_on_nets_without_values(case: Case, files: Files, method: Method, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_is_checked_on_nets_without_values(
+    case: Case, files: Files, method: Method, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """`plan` and `train` see every layer and count what is trained before a weight is read."""
     monkeypatch.setattr(components.ComponentWeights, "put_into", lambda *_: pytest.fail("weights were read"))
     told = families.facts(case.family).options(**{**files.options, **case.options})
-    checked = check(config(pretrained_model_name_or_path=str(files.model), vae=files.vae, network_dim=2, family=told), method, ())
+    checked = check(
+        config(pretrained_model_name_or_path=str(files.model), vae=files.vae, network_dim=2, family=told), method, ()
+    )
     assert checked.trained[0].component == "denoiser" and all(each.numbers and each.layers for each in checked.trained)
     assert checked.suffix == ".safetensors"
     assert all(p.is_meta for net in checked.models.nets().values() for p in net.parameters())

@@ -137,7 +137,9 @@ def test_the_pipelines_images_do_not_depend_on_its_padding_once_its_mask_is_true
     """What `drawn` compares with: the mask that the pipeline makes is right, only its kind is not."""
     noise = torch.randn(1, 16, 4, 6, generator=torch.Generator().manual_seed(3))
     pipe = pipeline()
-    draw = partial(pipe, "a cat", height=32, width=48, num_inference_steps=2, latents=pipe._pack_latents(noise, *noise.shape))
+    draw = partial(
+        pipe, "a cat", height=32, width=48, num_inference_steps=2, latents=pipe._pack_latents(noise, *noise.shape)
+    )
     with torch.no_grad(), true_mask(pipe.transformer):
         few, many = (draw(max_sequence_length=n, output_type="latent").images for n in (16, 128))
     torch.testing.assert_close(few, many, atol=1e-4, rtol=1e-4)
@@ -176,7 +178,11 @@ def places(models: Models, *args: str) -> dict[str, list[TargetLayer]]:
     plan = planned(*args)
     trained = {"denoiser", *(FAMILY.trainable(models.options, plan) or ())}
     layer = partial(FAMILY.target_layer, models.options, plan)
-    return {name: choose(net, name, FAMILY.targets[name], plan, layer) for name, net in models.nets().items() if name in trained}
+    return {
+        name: choose(net, name, FAMILY.targets[name], plan, layer)
+        for name, net in models.nets().items()
+        if name in trained
+    }
 
 
 def kohya(models: Models, *args: str) -> dict[str, tuple[int, ...]]:
@@ -249,5 +255,7 @@ def test_the_net_that_makes_modulations_is_not_trained(models: Models) -> None:
 
 
 def test_every_layer_of_every_block_gets_an_adapter(models: Models) -> None:
-    layers = {path for path, layer in models.denoiser.named_modules() if isinstance(layer, nn.Linear) and "_blocks." in path}
+    layers = {
+        path for path, layer in models.denoiser.named_modules() if isinstance(layer, nn.Linear) and "_blocks." in path
+    }
     assert {p.path for p in places(models)["denoiser"]} == layers

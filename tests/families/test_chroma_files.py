@@ -73,7 +73,9 @@ def test_checkpoints_are_known(keys: Keys) -> None:
     assert known(identify(foreign)) == ("chroma", "checkpoint", "diffusers", ("denoiser",))
 
 
-@pytest.mark.parametrize("name", ["flux_dev.transformer", "flux_schnell.transformer", "flux.vae", "t5xxl.hf", "adapter.flux.lora"])
+@pytest.mark.parametrize(
+    "name", ["flux_dev.transformer", "flux_schnell.transformer", "flux.vae", "t5xxl.hf", "adapter.flux.lora"]
+)
 def test_files_of_flux_are_not_claimed(keys: Keys, name: str) -> None:
     assert families.facts("chroma").detect(keys(name)) is None
 
@@ -98,7 +100,11 @@ def test_an_adapter_is_known_by_the_net_that_is_chromas_own(keys: Keys, name: st
 
 def claimed(path: Path, table: dict[str, tuple[int, ...]]) -> Checkpoint:
     return open_model(
-        sparse(path / "model.safetensors", table), FAMILY.components, FAMILY.title, given={}, passthrough_keys=FAMILY.passthrough_keys
+        sparse(path / "model.safetensors", table),
+        FAMILY.components,
+        FAMILY.title,
+        given={},
+        passthrough_keys=FAMILY.passthrough_keys,
     )
 
 
@@ -120,7 +126,9 @@ def test_every_tensor_of_a_file_is_claimed_and_written_again(keys: Keys, prefix:
 
 def test_every_tensor_of_a_bundle_is_claimed(keys: Keys, tmp_path: Path) -> None:
     placed = {PREFIX: "chroma.transformer", T5XXL: "t5xxl.hf", VAE: "flux.vae"}
-    source = claimed(tmp_path, {prefix + name: shape for prefix, file in placed.items() for name, shape in keys(file).items()})
+    source = claimed(
+        tmp_path, {prefix + name: shape for prefix, file in placed.items() for name, shape in keys(file).items()}
+    )
     assert set(source.components) == {"denoiser", "t5xxl", "vae"}
     # The second name of T5's embedding is the first one's.
     assert set(source.passthrough) == {f"{T5XXL}encoder.embed_tokens.weight"}
@@ -222,7 +230,10 @@ def test_what_is_not_there_is_asked_for_by_its_flag(tmp_path: Path) -> None:
     made = write(tmp_path)
     with pytest.raises(UserError) as error:
         opened(made.model)
-    assert [message.rpartition("; ")[2] for message in error.value.messages] == ["name its file with --t5xxl", "name its file with --vae"]
+    assert [message.rpartition("; ")[2] for message in error.value.messages] == [
+        "name its file with --t5xxl",
+        "name its file with --vae",
+    ]
     with pytest.raises(UserError, match=r"t5xxl: .*ae\.safetensors does not hold the text encoder t5xxl"):
         opened(made.model, t5xxl=str(made.vae), vae=str(made.vae))
 

@@ -47,7 +47,9 @@ def test_values_go_over_and_back_unchanged() -> None:
     assert all(torch.equal(back[name], t) for name, t in foreign.items())
 
 
-@pytest.mark.parametrize("name", ["mystery.weight", "double_blocks.0.img_mod.lin.weight", "guidance_in.in_layer.weight"])
+@pytest.mark.parametrize(
+    "name", ["mystery.weight", "double_blocks.0.img_mod.lin.weight", "guidance_in.in_layer.weight"]
+)
 def test_what_flux_alone_has_is_refused_by_name(keys: Keys, name: str) -> None:
     table = {**keys("chroma.transformer"), name: (1, 1)}
     with pytest.raises(UserError, match=name):
@@ -60,7 +62,9 @@ def test_adapters_have_the_names_and_shapes_of_sd_scripts(keys: Keys) -> None:
     table = keys("chroma.transformer")
     written = dialect.write(dialects(chroma_keys(table))["kohya"], state(adapters(Chroma.of(table))))
     assert TARGETS is flux_names.TARGETS
-    assert shapes(written) == {name: shape for name, shape in keys("adapter.chroma.lora").items() if name.startswith("lora_unet_")}
+    assert shapes(written) == {
+        name: shape for name, shape in keys("adapter.chroma.lora").items() if name.startswith("lora_unet_")
+    }
     assert len(written) == 3 * 228
 
 
@@ -83,7 +87,9 @@ def test_every_name_of_every_layer_is_known_to_comfyui(keys: Keys, spelling: str
             assert ends[-1] == layer.out_features
             checked += len(names)
     approximator = {
-        path for path, layer in Chroma.of(table).named_modules() if path.startswith("distilled_") and isinstance(layer, nn.Linear)
+        path
+        for path, layer in Chroma.of(table).named_modules()
+        if path.startswith("distilled_") and isinstance(layer, nn.Linear)
     }
     assert len(approximator) == 12
     # ComfyUI knows diffusers' names of FLUX, not those of the small net that Chroma has besides; no adapter goes there.
@@ -116,6 +122,8 @@ def test_an_adapter_acts_the_same_in_diffusers() -> None:
     inserted = adapters(net)
     written = dialect.write(dialects(chroma_keys(shapes(net.state_dict())))["peft"], state(inserted))
     said = net(**told, mask=MASK)
-    torch.testing.assert_close(said, diffusers(with_peft(chroma.transformer(), written), told, MASK), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(
+        said, diffusers(with_peft(chroma.transformer(), written), told, MASK), atol=1e-5, rtol=1e-5
+    )
     inserted.remove()
     assert (net(**told, mask=MASK) - said).abs().max() > 0.1

@@ -75,7 +75,9 @@ def test_forward_and_gradient_equal_diffusers(mask: Tensor | None) -> None:
 def test_any_even_size_of_latents(size: tuple[int, int]) -> None:
     with torch.no_grad():
         told = inputs(*size)
-        torch.testing.assert_close(native()(**told, mask=MASK), diffusers(chroma.transformer(), told, MASK), atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(
+            native()(**told, mask=MASK), diffusers(chroma.transformer(), told, MASK), atol=1e-5, rtol=1e-5
+        )
 
 
 def test_odd_sizes_are_refused() -> None:
@@ -110,7 +112,9 @@ def test_the_net_runs_in_16_bits() -> None:
     torch.testing.assert_close(near.float(), net(**told), atol=0.05, rtol=0.05)
 
 
-@pytest.mark.parametrize("name", ["distilled_guidance_layer.norms.1.scale", "distilled_guidance_layer.in_proj.weight", "img_in.weight"])
+@pytest.mark.parametrize(
+    "name", ["distilled_guidance_layer.norms.1.scale", "distilled_guidance_layer.in_proj.weight", "img_in.weight"]
+)
 def test_a_missing_tensor_is_named(name: str) -> None:
     sizes = shapes(tensors())
     del sizes[name]

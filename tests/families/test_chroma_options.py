@@ -19,16 +19,42 @@ from sfumato.sampling.prompts import default
 
 BASE = ["--pretrained_model_name_or_path=chroma.safetensors", "--dataset_config=data.toml"]
 KOHYA = [
-    *("--clip_l", "clip_l.safetensors", "--t5xxl", "t5xxl.safetensors", "--ae", "ae.safetensors", "--model_type", "chroma"),
-    *("--apply_t5_attn_mask", "--guidance_scale", "0.0", "--timestep_sampling", "sigmoid", "--model_prediction_type", "raw"),
-    *("--network_module", "networks.lora_flux", "--network_train_unet_only", "--network_args", "split_qkv=True", "train_blocks=double"),
+    *(
+        "--clip_l",
+        "clip_l.safetensors",
+        "--t5xxl",
+        "t5xxl.safetensors",
+        "--ae",
+        "ae.safetensors",
+        "--model_type",
+        "chroma",
+    ),
+    *(
+        "--apply_t5_attn_mask",
+        "--guidance_scale",
+        "0.0",
+        "--timestep_sampling",
+        "sigmoid",
+        "--model_prediction_type",
+        "raw",
+    ),
+    *(
+        "--network_module",
+        "networks.lora_flux",
+        "--network_train_unet_only",
+        "--network_args",
+        "split_qkv=True",
+        "train_blocks=double",
+    ),
 ]
 """What sd-scripts' documentation tells for Chroma."""
 
 
 @pytest.fixture
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    sparse(tmp_path / "chroma.safetensors", {"distilled_guidance_layer.in_proj.weight": (8, 4), "img_in.weight": (8, 64)})
+    sparse(
+        tmp_path / "chroma.safetensors", {"distilled_guidance_layer.in_proj.weight": (8, 4), "img_in.weight": (8, 64)}
+    )
     for name in ("clip_l", "t5xxl", "ae"):
         sparse(tmp_path / f"{name}.safetensors", {"x": (1,)})
     (tmp_path / "images").mkdir()
@@ -56,7 +82,9 @@ def test_a_command_of_kohyas_is_read_whole() -> None:
     options = found.config.family
     assert isinstance(options, Options)
     # CLIP-L is stated to do nothing, and nothing reads it.
-    assert [n for n in found.notices if "clip_l" in n] == ["--clip_l: accepted, no effect: Chroma has no CLIP; T5 alone reads its captions"]
+    assert [n for n in found.notices if "clip_l" in n] == [
+        "--clip_l: accepted, no effect: Chroma has no CLIP; T5 alone reads its captions"
+    ]
     assert (options.clip_l, options.t5xxl, found.config.model.vae) == (None, "t5xxl.safetensors", "ae.safetensors")
     assert found.config.sample.sample_sampler == "euler"
     plan = parse(found.config.network, FACTS.network_args)
@@ -66,16 +94,32 @@ def test_a_command_of_kohyas_is_read_whole() -> None:
 @pytest.mark.usefixtures("home")
 def test_defaults_are_what_chroma_is_trained_with() -> None:
     options = ours()
-    assert (options.timestep_sampling, options.model_prediction_type, options.weighting_scheme) == ("sigmoid", "raw", "uniform")
+    assert (options.timestep_sampling, options.model_prediction_type, options.weighting_scheme) == (
+        "sigmoid",
+        "raw",
+        "uniform",
+    )
     assert (options.guidance_scale, options.apply_t5_attn_mask, options.t5xxl_max_token_length) == (0, True, 512)
     prompt = default(options)
-    assert (prompt.width, prompt.height, prompt.sample_steps, prompt.scale, prompt.guidance_scale) == (1024, 1024, 35, 5, None)
+    assert (prompt.width, prompt.height, prompt.sample_steps, prompt.scale, prompt.guidance_scale) == (
+        1024,
+        1024,
+        35,
+        5,
+        None,
+    )
 
 
 @pytest.mark.usefixtures("home")
 def test_other_ways_to_draw_noise_levels_can_be_chosen() -> None:
-    options = ours("--timestep_sampling", "shift", "--discrete_flow_shift", "2", "--model_prediction_type", "sigma_scaled")
-    assert (options.timestep_sampling, options.discrete_flow_shift, options.model_prediction_type) == ("shift", 2, "sigma_scaled")
+    options = ours(
+        "--timestep_sampling", "shift", "--discrete_flow_shift", "2", "--model_prediction_type", "sigma_scaled"
+    )
+    assert (options.timestep_sampling, options.discrete_flow_shift, options.model_prediction_type) == (
+        "shift",
+        2,
+        "sigma_scaled",
+    )
 
 
 @pytest.mark.usefixtures("home")
@@ -101,7 +145,9 @@ def test_what_would_do_nothing_or_harm_is_refused_by_name(argv: list[str], said:
     assert message.startswith(said)
 
 
-@pytest.mark.parametrize("args", [(), ("img_attn_dim=8", "single_dim=0"), ("img_mod_dim=0", "in_dims=[4,0,0,0,4]"), ("train_t5xxl=True",)])
+@pytest.mark.parametrize(
+    "args", [(), ("img_attn_dim=8", "single_dim=0"), ("img_mod_dim=0", "in_dims=[4,0,0,0,4]"), ("train_t5xxl=True",)]
+)
 def test_network_args_of_flux_hold_where_there_are_layers(args: tuple[str, ...]) -> None:
     assert isinstance(parse(NetworkConfig(network_args=args), NetworkArgs).family, NetworkArgs)
 

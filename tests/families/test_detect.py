@@ -47,9 +47,19 @@ def test_parts_of_a_single_file(keys: Keys) -> None:
     table = keys("sd1.single_file")
 
     def below(prefix: str, *, cut: bool = True) -> Detected | None:
-        return identify({name.removeprefix(prefix) if cut else name: shape for name, shape in table.items() if name.startswith(prefix)})
+        return identify(
+            {
+                name.removeprefix(prefix) if cut else name: shape
+                for name, shape in table.items()
+                if name.startswith(prefix)
+            }
+        )
 
-    vae, prefixed, unet = below("first_stage_model."), below("first_stage_model.", cut=False), below("model.diffusion_model.")
+    vae, prefixed, unet = (
+        below("first_stage_model."),
+        below("first_stage_model.", cut=False),
+        below("model.diffusion_model."),
+    )
     assert vae is not None and prefixed is not None and unet is not None
     assert (vae.kind, prefixed.kind) == ("vae", "vae")
     assert (unet.kind, unet.dialect, unet.parts) == ("checkpoint", "native", ("denoiser",))
@@ -62,7 +72,13 @@ def test_parts_of_a_single_file(keys: Keys) -> None:
         ({"string_to_param.*": (4, 1024)}, "embedding"),
         ({"unet.down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k.lora_A.weight": (4, 768)}, "adapter"),
         ({"diffusion_model.input_blocks.1.1.transformer_blocks.0.attn2.to_k.lora_A.weight": (4, 768)}, "adapter"),
-        ({"zero_convs.0.0.weight": (320, 320, 1, 1), "input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight": (320, 768)}, "controlnet"),
+        (
+            {
+                "zero_convs.0.0.weight": (320, 320, 1, 1),
+                "input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight": (320, 768),
+            },
+            "controlnet",
+        ),
         ({"controlnet_cond_embedding.conv_in.weight": (16, 3, 3, 3), "conv_in.weight": (320, 4, 3, 3)}, "controlnet"),
     ],
 )
@@ -86,11 +102,19 @@ def test_a_base_model(tmp_path: Path) -> None:
         ({"emb_params": (1, 768)}, "embedding"),
         ({"encoder.down.0.block.0.conv1.weight": (8, 8, 3, 3), "decoder.conv_in.weight": (8, 4, 3, 3)}, "a VAE"),
         ({"cap_embedder.0.weight": (1,)}, "Lumina Image 2.0, which is not supported yet"),
-        ({"input_blocks.0.0.weight": (8, 4, 3, 3), "input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight": (8, 8)}, "no text_encoder"),
+        (
+            {
+                "input_blocks.0.0.weight": (8, 4, 3, 3),
+                "input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight": (8, 8),
+            },
+            "no text_encoder",
+        ),
         ({"fc.weight": (2, 2)}, "no model that sfumato knows"),
     ],
 )
-def test_what_is_no_base_model_is_told_in_one_line(tmp_path: Path, tensors: dict[str, tuple[int, ...]], said: str) -> None:
+def test_what_is_no_base_model_is_told_in_one_line(
+    tmp_path: Path, tensors: dict[str, tuple[int, ...]], said: str
+) -> None:
     save(tmp_path / "file.safetensors", {name: torch.zeros(shape) for name, shape in tensors.items()}, {})
     with pytest.raises(UserError, match=said) as error:
         detect_file(tmp_path / "file.safetensors")
@@ -111,7 +135,10 @@ def test_folders_that_are_none_of_ours(tmp_path: Path) -> None:
 def test_names_in_metadata() -> None:
     assert architecture(Options(v2=False)) == "stable-diffusion-v1"
     assert architecture(Options(v2=True, v_parameterization=True)) == "stable-diffusion-v2-768-v"
-    assert (base_model_version(Options()), base_model_version(Options(v2=True, v_parameterization=True))) == ("sd_v1", "sd_v2_v")
+    assert (base_model_version(Options()), base_model_version(Options(v2=True, v_parameterization=True))) == (
+        "sd_v1",
+        "sd_v2_v",
+    )
 
 
 def test_detection_imports_no_torch() -> None:
@@ -201,7 +228,11 @@ WHOLE = "denoiser, text_encoder, vae"
 NO_TEXT = "holds no text_encoder"
 ADAPTER, VAE, ENCODER, CONTROL = "is an adapter", "is a VAE", "is a text encoder", "is a ControlNet"
 SMALL, LATER, UNKNOWN = "its weights are quantised", "which is not supported yet", "no model that sfumato knows"
-OTHER_ADAPTER, OTHER_VAE, LANGUAGE = "for a model that its names do not tell", "is a VAE of a model that is not", "is a language model"
+OTHER_ADAPTER, OTHER_VAE, LANGUAGE = (
+    "for a model that its names do not tell",
+    "is a VAE of a model that is not",
+    "is a language model",
+)
 
 HEADERS: dict[str, tuple[Callable[[], Table], str, str]] = {
     # Stable Diffusion 1.x and 2.x
@@ -216,7 +247,10 @@ HEADERS: dict[str, tuple[Callable[[], Table], str, str]] = {
     "sd1 lora of comfy": (lambda: lora("diffusion_model.", below(NET, sd(1))), "sd adapter v1|sd adapter ", ADAPTER),
     "sd2 lora of peft": (lambda: lora("unet.", table("sd2.unet.diffusers")), "sd adapter v2", ADAPTER),
     "sd1 controlnet": (
-        lambda: under("control_model.", without("out.*", below(NET, sd(1)))) | {"control_model.zero_convs.0.0.weight": (320, 320, 1, 1)},
+        lambda: (
+            under("control_model.", without("out.*", below(NET, sd(1))))
+            | {"control_model.zero_convs.0.0.weight": (320, 320, 1, 1)}
+        ),
         "sd controlnet v1",
         CONTROL,
     ),
@@ -240,19 +274,39 @@ HEADERS: dict[str, tuple[Callable[[], Table], str, str]] = {
     ),
     "sdxl controlnet": (lambda: table("sdxl.controlnet"), "sdxl controlnet ", CONTROL),
     "sdxl lllite": (lambda: table("sdxl.lllite"), "sdxl controlnet ", CONTROL),
-    "sdxl embedding": (lambda: {"clip_l": (4, 768), "clip_g": (4, 1280)}, "sdxl embedding ", "is a textual inversion embedding"),
+    "sdxl embedding": (
+        lambda: {"clip_l": (4, 768), "clip_g": (4, 1280)},
+        "sdxl embedding ",
+        "is a textual inversion embedding",
+    ),
     # Stable Diffusion 3 and 3.5
     "sd3 medium": (lambda: sd3("sd3_medium"), "sd3 checkpoint medium", "denoiser, vae"),
-    "sd3 medium with text encoders": (lambda: sd3("sd3_medium", "clip_l", "clip_g", "t5xxl"), "sd3 checkpoint medium", WHOLE),
+    "sd3 medium with text encoders": (
+        lambda: sd3("sd3_medium", "clip_l", "clip_g", "t5xxl"),
+        "sd3 checkpoint medium",
+        WHOLE,
+    ),
     "sd3.5 medium": (lambda: sd3("sd3.5_medium"), "sd3 checkpoint 3.5-medium", "denoiser, vae"),
     "sd3.5 large with clips": (lambda: sd3("sd3.5_large", "clip_l", "clip_g"), "sd3 checkpoint 3.5-large", WHOLE),
     "sd3.5 medium bare": (lambda: transformer("sd3.5_medium"), "sd3 checkpoint 3.5-medium", "denoiser"),
     "sd3.5 large with prefix": (lambda: under(NET, transformer("sd3.5_large")), "sd3 checkpoint 3.5-large", "denoiser"),
     "sd3 medium of diffusers": (lambda: foreign("sd3", transformer("sd3_medium")), "sd3 checkpoint medium", "denoiser"),
-    "sd3.5 medium of diffusers": (lambda: foreign("sd3", transformer("sd3.5_medium")), "sd3 checkpoint 3.5-medium", "denoiser"),
+    "sd3.5 medium of diffusers": (
+        lambda: foreign("sd3", transformer("sd3.5_medium")),
+        "sd3 checkpoint 3.5-medium",
+        "denoiser",
+    ),
     "sd3 lora": (lambda: table("adapter.sd3_medium.lora"), "sd3 adapter ", ADAPTER),
-    "sd3.5 lora of comfy": (lambda: lora("diffusion_model.", transformer("sd3.5_medium")), "sd3 adapter 3.5-medium", ADAPTER),
-    "sd3.5 lora of peft": (lambda: lora("transformer.", foreign("sd3", transformer("sd3.5_large"))), "sd3 adapter 3.5-large", ADAPTER),
+    "sd3.5 lora of comfy": (
+        lambda: lora("diffusion_model.", transformer("sd3.5_medium")),
+        "sd3 adapter 3.5-medium",
+        ADAPTER,
+    ),
+    "sd3.5 lora of peft": (
+        lambda: lora("transformer.", foreign("sd3", transformer("sd3.5_large"))),
+        "sd3 adapter 3.5-large",
+        ADAPTER,
+    ),
     # FLUX.1
     "flux dev": (lambda: transformer("flux_dev"), "flux checkpoint dev", "denoiser"),
     "flux schnell": (lambda: transformer("flux_schnell"), "flux checkpoint schnell", "denoiser"),
@@ -262,10 +316,18 @@ HEADERS: dict[str, tuple[Callable[[], Table], str, str]] = {
     "flux dev of diffusers": (lambda: foreign("flux", transformer("flux_dev")), "flux checkpoint dev", "denoiser"),
     "flux dev in scaled fp8": (lambda: scaled(transformer("flux_dev")) | {"scaled_fp8": (2,)}, "", SMALL),
     "flux dev in nf4": (lambda: scaled(comfy("flux_dev"), "weight.absmax"), "", SMALL),
-    "flux for filling": (lambda: transformer("flux_dev") | {"img_in.weight": (3072, 384)}, "flux checkpoint dev", LATER),
+    "flux for filling": (
+        lambda: transformer("flux_dev") | {"img_in.weight": (3072, 384)},
+        "flux checkpoint dev",
+        LATER,
+    ),
     "flux lora": (lambda: table("adapter.flux.lora"), "flux adapter .*", ADAPTER),
     "flux lora of comfy": (lambda: lora("diffusion_model.", transformer("flux_dev")), "flux adapter .*", ADAPTER),
-    "flux lora of peft": (lambda: lora("transformer.", foreign("flux", transformer("flux_dev"))), "flux adapter .*", ADAPTER),
+    "flux lora of peft": (
+        lambda: lora("transformer.", foreign("flux", transformer("flux_dev"))),
+        "flux adapter .*",
+        ADAPTER,
+    ),
     # Qwen-Image has layers of these names and sizes as well.
     "flux lora of the first layers": (
         lambda: lora("transformer.", foreign("flux", transformer("flux_dev")), r"^transformer_blocks\.\d\."),
@@ -281,8 +343,16 @@ HEADERS: dict[str, tuple[Callable[[], Table], str, str]] = {
     "chroma in scaled fp8": (lambda: scaled(transformer("chroma"), "weight_scale"), "", SMALL),
     # An adapter that leaves the modulations alone is the same for FLUX.1 and Chroma.
     "chroma lora": (lambda: table("adapter.chroma.lora"), "(flux|chroma) adapter .*", ADAPTER),
-    "chroma lora of comfy": (lambda: lora("diffusion_model.", transformer("chroma")), "(flux|chroma) adapter .*", ADAPTER),
-    "chroma lora of peft": (lambda: lora("transformer.", foreign("chroma", transformer("chroma"))), "(flux|chroma) adapter .*", ADAPTER),
+    "chroma lora of comfy": (
+        lambda: lora("diffusion_model.", transformer("chroma")),
+        "(flux|chroma) adapter .*",
+        ADAPTER,
+    ),
+    "chroma lora of peft": (
+        lambda: lora("transformer.", foreign("chroma", transformer("chroma"))),
+        "(flux|chroma) adapter .*",
+        ADAPTER,
+    ),
     # Models that are not supported yet
     "lumina2": (lambda: transformer("lumina2"), "", f"of Lumina Image 2.0, {LATER}"),
     "lumina2 with prefix": (lambda: under(NET, transformer("lumina2")), "", f"of Lumina Image 2.0, {LATER}"),
@@ -303,7 +373,11 @@ HEADERS: dict[str, tuple[Callable[[], Table], str, str]] = {
     "clip_l": (lambda: table("clip_l.hf"), "sd text_encoder v1", ENCODER),
     "clip_h of open clip": (lambda: below("cond_stage_model.model.", sd(2)), "sd text_encoder v2", ENCODER),
     "clip_g": (lambda: table("clip_g.hf"), "sdxl text_encoder ", ENCODER),
-    "clip_g of open clip": (lambda: below("conditioner.embedders.1.model.", table("sdxl.single_file")), "sdxl text_encoder ", ENCODER),
+    "clip_g of open clip": (
+        lambda: below("conditioner.embedders.1.model.", table("sdxl.single_file")),
+        "sdxl text_encoder ",
+        ENCODER,
+    ),
     "t5xxl": (lambda: table("t5xxl.hf"), "flux text_encoder ", ENCODER),
     "t5xxl in scaled fp8": (lambda: scaled(table("t5xxl.hf")) | {"scaled_fp8": (0,)}, "", SMALL),
     "t5xxl in nf4": (lambda: table("t5xxl.hf") | {f"{T5}.weight.quant_state.bitsandbytes__nf4": (90,)}, "", SMALL),
@@ -311,7 +385,11 @@ HEADERS: dict[str, tuple[Callable[[], Table], str, str]] = {
     "gemma2": (lambda: table("gemma2_2b.hf"), "", LANGUAGE),
     # Neither
     "no model": (lambda: {"fc.weight": (10, 10), "fc.bias": (10,)}, "", UNKNOWN),
-    "a language model": (lambda: {"model.layers.0.self_attn.q_proj.weight": (64, 64), "lm_head.weight": (99, 64)}, "", LANGUAGE),
+    "a language model": (
+        lambda: {"model.layers.0.self_attn.q_proj.weight": (64, 64), "lm_head.weight": (99, 64)},
+        "",
+        LANGUAGE,
+    ),
     "an image classifier": (lambda: {"layer1.0.conv1.weight": (64, 64, 3, 3), "bn1.running_mean": (64,)}, "", UNKNOWN),
     "nothing": (dict, "", UNKNOWN),
 }
@@ -327,7 +405,9 @@ FP8 = ("sd1", "sdxl", "sd3.5 large with clips", "flux dev", "flux schnell with a
 """Of the headers, those that are also tried in plain fp8, which is read like any other format."""
 
 
-@pytest.mark.parametrize(("name", "dtype"), [*((name, "F16") for name in HEADERS), *((name, "F8_E4M3") for name in FP8)])
+@pytest.mark.parametrize(
+    ("name", "dtype"), [*((name, "F16") for name in HEADERS), *((name, "F8_E4M3") for name in FP8)]
+)
 def test_headers(tmp_path: Path, name: str, dtype: str) -> None:
     make, known, said = HEADERS[name]
     shapes = make()
@@ -351,7 +431,9 @@ def test_the_table_of_headers_is_long_enough() -> None:
 def test_gguf_is_told_by_its_name(tmp_path: Path) -> None:
     path = tmp_path / "flux1-dev-Q8_0.gguf"
     path.write_bytes(b"GGUF" + bytes(60))
-    with pytest.raises(UserError, match=r"pretrained_model_name_or_path: .*flux1-dev-Q8_0\.gguf: weights quantised to GGUF"):
+    with pytest.raises(
+        UserError, match=r"pretrained_model_name_or_path: .*flux1-dev-Q8_0\.gguf: weights quantised to GGUF"
+    ):
         detect_file(path)
 
 
@@ -359,7 +441,12 @@ FOLDERS: dict[str, tuple[str, str, Callable[[], Table], str]] = {
     "sd1": ("StableDiffusionPipeline", "unet", lambda: table("sd1.unet.diffusers"), "sd checkpoint v1"),
     "sd2": ("StableDiffusionPipeline", "unet", lambda: table("sd2.unet.diffusers"), "sd checkpoint v2"),
     "sdxl": ("StableDiffusionXLPipeline", "unet", lambda: foreign("sdxl", table("sdxl.unet")), "sdxl checkpoint "),
-    "sd3 medium": ("StableDiffusion3Pipeline", "transformer", lambda: foreign("sd3", transformer("sd3_medium")), "sd3 checkpoint medium"),
+    "sd3 medium": (
+        "StableDiffusion3Pipeline",
+        "transformer",
+        lambda: foreign("sd3", transformer("sd3_medium")),
+        "sd3 checkpoint medium",
+    ),
     "sd3.5 medium": (
         "StableDiffusion3Pipeline",
         "transformer",
@@ -372,8 +459,18 @@ FOLDERS: dict[str, tuple[str, str, Callable[[], Table], str]] = {
         lambda: foreign("sd3", transformer("sd3.5_large")),
         "sd3 checkpoint 3.5-large",
     ),
-    "flux dev": ("FluxPipeline", "transformer", lambda: foreign("flux", transformer("flux_dev")), "flux checkpoint dev"),
-    "flux schnell": ("FluxPipeline", "transformer", lambda: foreign("flux", transformer("flux_schnell")), "flux checkpoint schnell"),
+    "flux dev": (
+        "FluxPipeline",
+        "transformer",
+        lambda: foreign("flux", transformer("flux_dev")),
+        "flux checkpoint dev",
+    ),
+    "flux schnell": (
+        "FluxPipeline",
+        "transformer",
+        lambda: foreign("flux", transformer("flux_schnell")),
+        "flux checkpoint schnell",
+    ),
     "chroma": ("ChromaPipeline", "transformer", lambda: foreign("chroma", transformer("chroma")), "chroma checkpoint "),
 }
 """Diffusers folders: the pipeline's class, the denoiser's folder, its tensors, what it is known as."""
@@ -386,12 +483,18 @@ def pipeline(folder: Path, name: str, shards: int) -> Path:
     (folder / "model_index.json").write_text(json.dumps({"_class_name": cls}))
     places: dict[str, str] = {}
     for i in range(shards):
-        file = f"diffusion_pytorch_model-0000{i + 1}-of-0000{shards}.safetensors" if shards > 1 else "diffusion_pytorch_model.safetensors"
+        file = (
+            f"diffusion_pytorch_model-0000{i + 1}-of-0000{shards}.safetensors"
+            if shards > 1
+            else "diffusion_pytorch_model.safetensors"
+        )
         held = dict(tensors[i::shards])
         sparse(folder / inner / file, held)
         places |= dict.fromkeys(held, file)
     if shards > 1:
-        (folder / inner / "diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps({"weight_map": places}))
+        (folder / inner / "diffusion_pytorch_model.safetensors.index.json").write_text(
+            json.dumps({"weight_map": places})
+        )
     return folder
 
 
@@ -408,7 +511,8 @@ def test_a_folder_with_quantised_weights(tmp_path: Path) -> None:
     file = folder / "transformer" / "diffusion_pytorch_model.safetensors"
     sparse(file, FOLDERS["flux dev"][2]() | {"transformer_blocks.0.attn.to_q.weight.absmax": (9,)})
     with pytest.raises(
-        UserError, match=r"diffusion_pytorch_model\.safetensors: its weights are quantised \(it has the tensor 'transformer_blocks"
+        UserError,
+        match=r"diffusion_pytorch_model\.safetensors: its weights are quantised \(it has the tensor 'transformer_blocks",
     ):
         detect_file(folder)
 
@@ -418,4 +522,7 @@ def test_folders_of_other_pipelines(tmp_path: Path, cls: str) -> None:
     (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": cls}))
     with pytest.raises(UserError) as error:
         detect_file(tmp_path)
-    assert str(error.value) == f"pretrained_model_name_or_path: the folder {tmp_path} holds a {cls}, which is not supported yet"
+    assert (
+        str(error.value)
+        == f"pretrained_model_name_or_path: the folder {tmp_path} holds a {cls}, which is not supported yet"
+    )

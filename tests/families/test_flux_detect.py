@@ -29,7 +29,13 @@ Keys = Callable[[str], dict[str, tuple[int, ...]]]
 def test_a_transformer_alone(keys: Keys, tmp_path: Path, version: str, prefix: str) -> None:
     path = sparse(tmp_path / "model.safetensors", add_prefix(keys(f"flux_{version}.transformer"), prefix))  # type: ignore[arg-type]
     found = detect_file(path)
-    assert (found.family, found.kind, found.variant, found.dialect, found.parts) == ("flux", "checkpoint", version, "bfl", ("denoiser",))
+    assert (found.family, found.kind, found.variant, found.dialect, found.parts) == (
+        "flux",
+        "checkpoint",
+        version,
+        "bfl",
+        ("denoiser",),
+    )
 
 
 def test_a_bundle(keys: Keys, tmp_path: Path) -> None:
@@ -69,7 +75,11 @@ def test_an_adapter(keys: Keys, spelling: str) -> None:
 
 def test_adapters_of_sd_scripts(keys: Keys) -> None:
     table = keys("adapter.flux.lora")
-    for names in (table, {n: s for n, s in table.items() if n.startswith("lora_te3_")}, {n: s for n, s in table.items() if "single" in n}):
+    for names in (
+        table,
+        {n: s for n, s in table.items() if n.startswith("lora_te3_")},
+        {n: s for n, s in table.items() if "single" in n},
+    ):
         found = identify(names)
         assert found is not None and (found.family, found.kind, found.dialect) == ("flux", "adapter", "kohya")
 
@@ -100,7 +110,14 @@ def test_controlnets(keys: Keys) -> None:
             "sd3_medium.transformer",
             "sd3.5_large.transformer",
         ),
-        *("adapter.sd3_medium.lora", "adapter.sdxl.lora", "adapter.sd1.lora", "sd1.single_file", "sdxl.single_file", "lumina2.transformer"),
+        *(
+            "adapter.sd3_medium.lora",
+            "adapter.sdxl.lora",
+            "adapter.sd1.lora",
+            "sd1.single_file",
+            "sdxl.single_file",
+            "lumina2.transformer",
+        ),
         *("anima.transformer", "adapter.anima.lora", "adapter.lumina2.lora", "clip_l.hf", "clip_g.hf"),
     ],
 )
@@ -110,7 +127,9 @@ def test_files_of_other_families_are_left_alone(keys: Keys, name: str) -> None:
 
 def test_bundles_of_other_families_are_left_alone(keys: Keys) -> None:
     """They hold the same VAE and T5."""
-    others = {f"{VAE}{n}": s for n, s in keys("flux.vae").items()} | {f"{T5XXL}{n}": s for n, s in keys("t5xxl.hf").items()}
+    others = {f"{VAE}{n}": s for n, s in keys("flux.vae").items()} | {
+        f"{T5XXL}{n}": s for n, s in keys("t5xxl.hf").items()
+    }
     for name in ("lumina2.transformer", "chroma.transformer", "sd3_medium.transformer"):
         assert detect({**{PREFIX + n: s for n, s in keys(name).items()}, **others}) is None
     assert detect(others) is not None

@@ -27,7 +27,12 @@ from sfumato.tensors.random import SampleRandom
 
 def opened(files: Any, model: Path | None = None, dtype: Any = None, **options: Any) -> Models:
     return loading.load(
-        FAMILY, str(model or files.model), Options(**{**files.options, **options}), vae=files.vae, dtype=dtype, detect=detect_file
+        FAMILY,
+        str(model or files.model),
+        Options(**{**files.options, **options}),
+        vae=files.vae,
+        dtype=dtype,
+        detect=detect_file,
     )
 
 
@@ -78,7 +83,10 @@ def test_a_bundle_keeps_all_that_it_held(tmp_path: Path) -> None:
     out = written(models, tmp_path / "out" / "trained.safetensors", trained=("denoiser", "clip_l"))
     name = f"{CLIP_L}text_model.final_layer_norm.weight"
     torch.testing.assert_close(out[name], load(files.model)[name] + 1)
-    assert sorted(p.name for p in (tmp_path / "out").glob("*.safetensors")) == ["again.safetensors", "trained.safetensors"]
+    assert sorted(p.name for p in (tmp_path / "out").glob("*.safetensors")) == [
+        "again.safetensors",
+        "trained.safetensors",
+    ]
 
 
 def test_a_file_given_beside_a_bundle_takes_the_place_of_its_part(tmp_path: Path) -> None:
@@ -117,13 +125,19 @@ def test_models_for_control_and_filling_are_refused(files: Any, channels: int) -
     tensors = flux.parts()["transformer"]
     path = files.model.with_name("fill.safetensors")
     save(path, {**tensors, "img_in.weight": torch.zeros(len(tensors["img_in.weight"]), channels)}, {})
-    with pytest.raises(UserError, match=f"is a FLUX.1 model that takes {channels} channels a patch.* Fill, Depth or Canny") as error:
+    with pytest.raises(
+        UserError, match=f"is a FLUX.1 model that takes {channels} channels a patch.* Fill, Depth or Canny"
+    ) as error:
         opened(files, path)
     assert len(error.value.messages) == 1
 
 
 def test_a_pruned_model_has_the_blocks_of_its_file(files: Any, tmp_path: Path) -> None:
-    tensors = {n: t for n, t in flux.parts()["transformer"].items() if not n.startswith(("double_blocks.1.", "single_blocks.2."))}
+    tensors = {
+        n: t
+        for n, t in flux.parts()["transformer"].items()
+        if not n.startswith(("double_blocks.1.", "single_blocks.2."))
+    }
     path = files.model.with_name("pruned.safetensors")
     save(path, tensors, {})
     models = opened(files, path)
@@ -153,18 +167,36 @@ def test_text_encoders_of_other_widths_are_refused(files: Any, tmp_path: Path) -
     """Files of the encoders are many, and easily taken for one another."""
     from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
-    config = {"vocab_size": len(encoders.clip_tokenizer()), "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8}
+    config = {
+        "vocab_size": len(encoders.clip_tokenizer()),
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "intermediate_size": 8,
+    }
     clip = CLIPTextModel(CLIPTextConfig(hidden_size=128, projection_dim=128, **config))
     t5 = T5EncoderModel(
         T5Config(
-            d_model=32, d_kv=8, d_ff=16, num_layers=1, num_heads=2, vocab_size=len(encoders.t5_tokenizer()), feed_forward_proj="gated-gelu"
+            d_model=32,
+            d_kv=8,
+            d_ff=16,
+            num_layers=1,
+            num_heads=2,
+            vocab_size=len(encoders.t5_tokenizer()),
+            feed_forward_proj="gated-gelu",
         )
     )
     save(tmp_path / "clip.safetensors", tiny.text_states(clip), {})
-    save(tmp_path / "t5.safetensors", {n: t for n, t in t5.state_dict().items() if n != "encoder.embed_tokens.weight"}, {})
+    save(
+        tmp_path / "t5.safetensors",
+        {n: t for n, t in t5.state_dict().items() if n != "encoder.embed_tokens.weight"},
+        {},
+    )
     with pytest.raises(UserError) as error:
         opened(files, clip_l=str(tmp_path / "clip.safetensors"), t5xxl=str(tmp_path / "t5.safetensors"))
-    assert [m.split(",")[0] for m in error.value.messages] == ["clip_l: its states are 128 wide", "t5xxl: its states are 32 wide"]
+    assert [m.split(",")[0] for m in error.value.messages] == [
+        "clip_l: its states are 128 wide",
+        "t5xxl: its states are 32 wide",
+    ]
 
 
 def test_a_tokenizer_folder_may_be_t5s_own(files: Any, tmp_path: Path) -> None:
@@ -183,7 +215,9 @@ def test_the_vae_of_a_file_is_scaled_as_published(files: Any) -> None:
 def test_a_tokenizer_of_more_tokens_than_the_encoder_is_refused(tmp_path: Path) -> None:
     files = flux.write(True, tmp_path)
     tokenizer = encoders.t5_tokenizer()
-    larger = type(tokenizer)(vocab=[("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), *((f"▁{i}", -1.0) for i in range(200))], extra_ids=0)
+    larger = type(tokenizer)(
+        vocab=[("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), *((f"▁{i}", -1.0) for i in range(200))], extra_ids=0
+    )
     larger.save_pretrained(tmp_path / "tokenizer_2")
     with pytest.raises(UserError, match="the text encoder t5xxl only"):
         opened(files)
@@ -201,7 +235,9 @@ def test_what_is_completed_by_the_file(files: Any, tmp_path: Path) -> None:
 
 
 def test_schnell_is_told_no_guidance(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"guidance_scale: .* is FLUX\.1 schnell, which takes no guidance; leave it out"):
+    with pytest.raises(
+        UserError, match=r"guidance_scale: .* is FLUX\.1 schnell, which takes no guidance; leave it out"
+    ):
         opened(flux.write(False, tmp_path), guidance_scale=1.0)
 
 

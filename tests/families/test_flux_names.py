@@ -40,7 +40,9 @@ def test_the_net_has_the_names_and_shapes_of_the_real_file(keys: Keys, version: 
 
 @each_version
 @pytest.mark.parametrize("prefix", ["", PREFIX])
-def test_every_tensor_of_a_file_is_claimed_and_written_again(keys: Keys, version: str, prefix: str, tmp_path: Path) -> None:
+def test_every_tensor_of_a_file_is_claimed_and_written_again(
+    keys: Keys, version: str, prefix: str, tmp_path: Path
+) -> None:
     table = below(prefix, keys(f"flux_{version}.transformer"))
     source = opened(tmp_path, table)
     assert set(source.components) == {"denoiser"}
@@ -51,7 +53,11 @@ def test_every_tensor_of_a_file_is_claimed_and_written_again(keys: Keys, version
 def test_every_tensor_of_a_bundle_is_claimed_and_written_again(keys: Keys, version: str, tmp_path: Path) -> None:
     tables = {PREFIX: f"flux_{version}.transformer", CLIP_L: "clip_l.hf", T5XXL: "t5xxl.hf", VAE: "flux.vae"}
     table = {name: shape for prefix, held in tables.items() for name, shape in below(prefix, keys(held)).items()}
-    others = {"text_encoders.t5xxl.logit_scale": (), f"{CLIP_L}logit_scale": (), f"{CLIP_L}text_projection.weight": (768, 768)}
+    others = {
+        "text_encoders.t5xxl.logit_scale": (),
+        f"{CLIP_L}logit_scale": (),
+        f"{CLIP_L}text_projection.weight": (768, 768),
+    }
     source = opened(tmp_path, {**table, **others})
     assert set(source.components) == {"denoiser", "clip_l", "t5xxl", "vae"}
     kept = replace(source, passthrough=meta(source.passthrough.shapes))  # type: ignore[attr-defined]
@@ -73,7 +79,11 @@ def below(prefix: str, table: dict[str, tuple[int, ...]]) -> dict[str, tuple[int
 def opened(path: Path, table: dict[str, tuple[int, ...]]) -> Checkpoint:
     """A file of full size with these tensors, as it is opened; no value is read."""
     return open_model(
-        sparse(path / "model.safetensors", table), FAMILY.components, FAMILY.title, given={}, passthrough_keys=FAMILY.passthrough_keys
+        sparse(path / "model.safetensors", table),
+        FAMILY.components,
+        FAMILY.title,
+        given={},
+        passthrough_keys=FAMILY.passthrough_keys,
     )
 
 
@@ -114,7 +124,9 @@ def test_a_tensor_of_no_part_is_refused_by_name(keys: Keys) -> None:
 
 
 def test_a_model_without_single_blocks_has_a_table(keys: Keys) -> None:
-    table = {name: shape for name, shape in keys("flux_dev.transformer").items() if not name.startswith("single_blocks.")}
+    table = {
+        name: shape for name, shape in keys("flux_dev.transformer").items() if not name.startswith("single_blocks.")
+    }
     foreign = flux_keys(table).to_foreign(meta(table))
     assert shapes(flux_keys(shapes(foreign)).to_native(foreign)) == table == shapes(Flux.of(table).state_dict())
 
@@ -123,7 +135,9 @@ def test_a_model_without_single_blocks_has_a_table(keys: Keys) -> None:
 def test_adapters_have_the_names_and_shapes_of_sd_scripts(keys: Keys, version: str) -> None:
     table = keys(f"flux_{version}.transformer")
     written = dialect.write(dialects(flux_keys(table))["kohya"], state(adapters(Flux.of(table))))
-    assert shapes(written) == {name: shape for name, shape in keys("adapter.flux.lora").items() if name.startswith("lora_unet_")}
+    assert shapes(written) == {
+        name: shape for name, shape in keys("adapter.flux.lora").items() if name.startswith("lora_unet_")
+    }
     assert len(written) == 3 * 304
 
 

@@ -161,7 +161,8 @@ def test_gaps_in_the_numbers_of_blocks_are_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["double_blocks.1.txt_mod.lin.weight", "guidance_in.out_layer.weight", "single_blocks.0.norm.key_norm.scale"]
+    "name",
+    ["double_blocks.1.txt_mod.lin.weight", "guidance_in.out_layer.weight", "single_blocks.0.norm.key_norm.scale"],
 )
 def test_a_missing_tensor_is_named(name: str) -> None:
     sizes = shapes(tensors())

@@ -61,19 +61,39 @@ def test_without_arguments_every_layer_of_every_block_has_the_common_rank(models
 
 
 def test_each_dim_is_the_rank_of_its_layers(models: Models) -> None:
-    told = {"img_attn": 1, "txt_attn": 2, "img_mlp": 3, "txt_mlp": 5, "img_mod": 6, "txt_mod": 7, "single": 8, "single_mod": 9}
+    told = {
+        "img_attn": 1,
+        "txt_attn": 2,
+        "img_mlp": 3,
+        "txt_mlp": 5,
+        "img_mod": 6,
+        "txt_mod": 7,
+        "single": 8,
+        "single_mod": 9,
+    }
     found = ranks(models, *(f"{name}_dim={rank}" for name, rank in told.items()))
     assert len(found) == 29
     for path, rank in found.items():
         kind = path.split(".")[2]
-        assert rank == told[kind if path.startswith("double") else {"modulation": "single_mod"}.get(kind, "single")], path
+        assert rank == told[kind if path.startswith("double") else {"modulation": "single_mod"}.get(kind, "single")], (
+            path
+        )
 
 
 def test_a_dim_of_0_leaves_its_layers_out(models: Models) -> None:
     found = ranks(
-        models, "img_mod_dim=0", "txt_mod_dim=0", "single_mod_dim=0", "img_mlp_dim=0", "txt_mlp_dim=0", "single_dim=0", "img_attn_dim=2"
+        models,
+        "img_mod_dim=0",
+        "txt_mod_dim=0",
+        "single_mod_dim=0",
+        "img_mlp_dim=0",
+        "txt_mlp_dim=0",
+        "single_dim=0",
+        "img_attn_dim=2",
     )
-    assert found == {f"double_blocks.{i}.{name}": 2 if name.startswith("img") else 4 for i in range(2) for name in ATTENTION}
+    assert found == {
+        f"double_blocks.{i}.{name}": 2 if name.startswith("img") else 4 for i in range(2) for name in ATTENTION
+    }
 
 
 def test_in_dims_put_adapters_on_what_stands_before_the_blocks(models: Models) -> None:
@@ -85,8 +105,14 @@ def test_in_dims_put_adapters_on_what_stands_before_the_blocks(models: Models) -
     }
     assert found == {"img_in": 1, **two}
     plan = plan_of("in_dims=4,4,4,4,4")
-    written = dialect.write(dialects(models)["kohya"], AdapterNetwork({"denoiser": places(models, plan)}, plan.kind, seed=0).state())
-    assert {"lora_unet_img_in.alpha", "lora_unet_guidance_in_out_layer.alpha", "lora_unet_txt_in.lora_up.weight"} <= written.keys()
+    written = dialect.write(
+        dialects(models)["kohya"], AdapterNetwork({"denoiser": places(models, plan)}, plan.kind, seed=0).state()
+    )
+    assert {
+        "lora_unet_img_in.alpha",
+        "lora_unet_guidance_in_out_layer.alpha",
+        "lora_unet_txt_in.lora_up.weight",
+    } <= written.keys()
 
 
 @pytest.mark.parametrize(
@@ -120,7 +146,9 @@ def test_t5_is_trained_where_it_is_asked_for() -> None:
     assert FAMILY.trainable(options, plan_of()) == {"clip_l"}
     assert FAMILY.trainable(options, plan_of("train_t5xxl=True")) == {"clip_l", "t5xxl"}
     assert (
-        FAMILY.trainable(Options(train_t5xxl=True), None) == FAMILY.trainable(Options(train_t5xxl=True), plan_of()) == {"clip_l", "t5xxl"}
+        FAMILY.trainable(Options(train_t5xxl=True), None)
+        == FAMILY.trainable(Options(train_t5xxl=True), plan_of())
+        == {"clip_l", "t5xxl"}
     )
 
 
@@ -137,12 +165,21 @@ def test_diffusers_names_have_no_place_for_t5(models: Models) -> None:
     ("args", "said"),
     [
         (("img_attn_dim=-1",), "img_attn_dim=-1: expected 0"),
-        (("in_dims=[4,4]",), r"in_dims=\[4,4\]: expected 5 ranks, those of img_in, time_in, vector_in, guidance_in, txt_in"),
+        (
+            ("in_dims=[4,4]",),
+            r"in_dims=\[4,4\]: expected 5 ranks, those of img_in, time_in, vector_in, guidance_in, txt_in",
+        ),
         (("in_dims=many",), "in_dims=many: expected 5 ranks"),
         (("train_blocks=triple",), "train_blocks=triple: expected all, double or single"),
-        (("train_double_block_indices=3-1",), "train_double_block_indices=3-1: expected all, none or numbers such as 0-5,8"),
+        (
+            ("train_double_block_indices=3-1",),
+            "train_double_block_indices=3-1: expected all, none or numbers such as 0-5,8",
+        ),
         (("train_single_block_indices=a",), "train_single_block_indices=a: expected"),
-        (("train_blocks=single", "train_double_block_indices=0"), "train_double_block_indices: does nothing with train_blocks=single"),
+        (
+            ("train_blocks=single", "train_double_block_indices=0"),
+            "train_double_block_indices: does nothing with train_blocks=single",
+        ),
         (("split_qkv=yes",), "split_qkv=yes: expected True or False"),
         (("img_atn_dim=4",), "'img_atn_dim' is not known.*img_attn_dim"),
     ],
@@ -162,7 +199,8 @@ def test_all_mistakes_are_told_at_once() -> None:
 @pytest.mark.parametrize(("kind", "number", "blocks"), [("double", 2, 2), ("single", 40, 3)])
 def test_numbers_beyond_the_models_blocks_are_an_error(models: Models, kind: str, number: int, blocks: int) -> None:
     with pytest.raises(
-        UserError, match=f"train_{kind}_block_indices=0,{number}: the model has {blocks} such blocks.* none numbered {number}"
+        UserError,
+        match=f"train_{kind}_block_indices=0,{number}: the model has {blocks} such blocks.* none numbered {number}",
     ):
         ranks(models, f"train_{kind}_block_indices=0,{number}")
 
@@ -183,12 +221,18 @@ def test_pieces_of_the_real_layers(keys: Keys) -> None:
     options = Completed(guided=True, double_blocks=19, single_blocks=38)
     found = {
         place.path: place.options.pieces
-        for place in choose(Flux.of(table), "denoiser", FAMILY.targets["denoiser"], plan, lambda p: target_layer(options, plan, p))
+        for place in choose(
+            Flux.of(table), "denoiser", FAMILY.targets["denoiser"], plan, lambda p: target_layer(options, plan, p)
+        )
     }
     cut = {path: pieces for path, pieces in found.items() if pieces}
     assert len(cut) == 19 * 2 + 38
     for path, pieces in cut.items():
-        assert pieces == (3072,) * 3 if path.endswith("attn.qkv") else path.endswith("linear1") and pieces == (3072, 3072, 3072, 12288)
+        assert (
+            pieces == (3072,) * 3
+            if path.endswith("attn.qkv")
+            else path.endswith("linear1") and pieces == (3072, 3072, 3072, 12288)
+        )
 
 
 def test_split_adapters_are_those_of_separate_layers(models: Models) -> None:
@@ -200,13 +244,17 @@ def test_split_adapters_are_those_of_separate_layers(models: Models) -> None:
     plain = nn.functional.linear(x, net_layer.weight, net_layer.bias)  # type: ignore[arg-type]
     downs = adapter.lora_down.weight.chunk(4)
     assert [len(up) for up in adapter.lora_up.blocks] == [64, 64, 64, 256]
-    change = torch.cat([x @ down.T @ up.T * (2 / 4) for down, up in zip(downs, adapter.lora_up.blocks, strict=True)], -1)
+    change = torch.cat(
+        [x @ down.T @ up.T * (2 / 4) for down, up in zip(downs, adapter.lora_up.blocks, strict=True)], -1
+    )
     torch.testing.assert_close(net_layer(x), plain + change, atol=1e-5, rtol=1e-5)
     held.remove()
 
 
 def saved(models: Models, held: AdapterNetwork, path: Path, spelling: str = "kohya") -> Path:
-    save(path, {name: t.contiguous() for name, t in dialect.write(dialects(models)[spelling], held.state()).items()}, {})
+    save(
+        path, {name: t.contiguous() for name, t in dialect.write(dialects(models)[spelling], held.state()).items()}, {}
+    )
     return path
 
 
@@ -221,7 +269,9 @@ def test_saved_as_one_pair_it_acts_the_same_at_strength_1(models: Models, tmp_pa
     again = from_state(models.nets(), state).eval()
     torch.testing.assert_close(predicted(models), wanted, atol=1e-5, rtol=1e-5)
     again.remove()
-    split = AdapterNetwork({"denoiser": places(models, plan_of("split_qkv=True", network_alpha=2.0))}, held_kind(held), seed=1).eval()
+    split = AdapterNetwork(
+        {"denoiser": places(models, plan_of("split_qkv=True", network_alpha=2.0))}, held_kind(held), seed=1
+    ).eval()
     split.load(state)
     torch.testing.assert_close(predicted(models), wanted, atol=1e-5, rtol=1e-5)
     split.remove()
@@ -286,7 +336,9 @@ def pooled(models: Models) -> Tensor:
 
 @pytest.mark.parametrize("split", [False, True])
 @pytest.mark.parametrize(("spelling", "more"), [("peft", ()), ("kohya", ("train_blocks=double",))])
-def test_an_adapter_acts_the_same_in_diffusers(models: Models, tmp_path: Path, spelling: str, more: tuple[str, ...], split: bool) -> None:
+def test_an_adapter_acts_the_same_in_diffusers(
+    models: Models, tmp_path: Path, spelling: str, more: tuple[str, ...], split: bool
+) -> None:
     """Text encoder included. diffusers knows kohya's names of the single blocks at the real size alone: see the next test."""
     held = inserted(models, plan_of(f"split_qkv={split}", *more, network_alpha=3.0), "denoiser", "clip_l")
     wanted, path = (predicted(models), pooled(models)), saved(models, held, tmp_path / "adapter.safetensors", spelling)
@@ -312,7 +364,9 @@ def test_a_single_block_of_the_real_size_in_diffusers(split: bool) -> None:
         if "lora_up" in name:
             p.data = torch.randn(p.shape, generator=g)
     adapter_dialects = dialect.Dialect(name="kohya", prefix={"denoiser": "lora_unet_"}, separator="_")
-    converted = _convert_kohya_flux_lora_to_diffusers({k: t.clone() for k, t in dialect.write(adapter_dialects, held.state()).items()})
+    converted = _convert_kohya_flux_lora_to_diffusers(
+        {k: t.clone() for k, t in dialect.write(adapter_dialects, held.state()).items()}
+    )
     block = "transformer.single_transformer_blocks.7"
     names = [f"{block}.attn.to_{n}" for n in "qkv"] + [f"{block}.proj_mlp"]
     x = torch.randn(3, width, generator=g)
@@ -353,11 +407,18 @@ def test_the_table_of_sd_scripts_holds_the_text_encoders_too(keys: Keys) -> None
     plan = plan_of("train_t5xxl=True", network_alpha=1.0)
     options = Completed(guided=True, double_blocks=19, single_blocks=38)
     held = AdapterNetwork(
-        {n: choose(net, n, FAMILY.targets[n], plan, lambda p: target_layer(options, plan, p)) for n, net in nets.items()}, plan.kind, seed=0
+        {
+            n: choose(net, n, FAMILY.targets[n], plan, lambda p: target_layer(options, plan, p))
+            for n, net in nets.items()
+        },
+        plan.kind,
+        seed=0,
     )
     full = Models(FAMILY, options, nets["denoiser"], {"clip_l": nets["clip_l"], "t5xxl": nets["t5xxl"]}, {}, None)
     assert shapes(dialect.write(dialects(full)["kohya"], held.state())) == keys("adapter.flux.lora")
     # And back, from the names alone.
-    by_path = [(n, path) for n, net in nets.items() for path, part in net.named_modules() if isinstance(part, nn.Linear)]
+    by_path = [
+        (n, path) for n, net in nets.items() for path, part in net.named_modules() if isinstance(part, nn.Linear)
+    ]
     back = dialect.read(dialects(full).values(), meta(keys("adapter.flux.lora")), by_path)
     assert back.keys() == held.state().keys()

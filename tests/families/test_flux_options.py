@@ -23,8 +23,15 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 @pytest.fixture
 def base(files: Any, images: Path) -> list[str]:
-    (images.parent / "data.toml").write_text(f'[[datasets]]\nresolution = 64\n[[datasets.subsets]]\nimage_dir = "{images}"\n')
-    told = {"pretrained_model_name_or_path": files.model, "dataset_config": images.parent / "data.toml", **files.options, "ae": files.vae}
+    (images.parent / "data.toml").write_text(
+        f'[[datasets]]\nresolution = 64\n[[datasets.subsets]]\nimage_dir = "{images}"\n'
+    )
+    told = {
+        "pretrained_model_name_or_path": files.model,
+        "dataset_config": images.parent / "data.toml",
+        **files.options,
+        "ae": files.vae,
+    }
     return [word for name, value in told.items() for word in (f"--{name}", str(value))]
 
 
@@ -36,9 +43,17 @@ def test_the_defaults_are_the_recommended_run(base: list[str], files: Any) -> No
     config = resolved(base).config
     options: Any = config.family
     assert isinstance(options, Options)
-    assert (options.timestep_sampling, options.discrete_flow_shift, options.model_prediction_type) == ("shift", None, "raw")
+    assert (options.timestep_sampling, options.discrete_flow_shift, options.model_prediction_type) == (
+        "shift",
+        None,
+        "raw",
+    )
     assert (options.guidance_scale, options.apply_t5_attn_mask, options.t5xxl_max_token_length) == (None, False, None)
-    assert (options.clip_l, options.t5xxl, config.model.vae) == (files.options["clip_l"], files.options["t5xxl"], files.vae)
+    assert (options.clip_l, options.t5xxl, config.model.vae) == (
+        files.options["clip_l"],
+        files.options["t5xxl"],
+        files.vae,
+    )
     assert config.sample.sample_sampler == "euler"
 
 
@@ -119,7 +134,13 @@ def test_rates_of_whole_models() -> None:
 
 def test_prompts_are_drawn_as_the_models_are(base: list[str]) -> None:
     prompt = default(resolved(base).config.family)
-    assert (prompt.width, prompt.height, prompt.sample_steps, prompt.scale, prompt.guidance_scale) == (1024, 1024, 20, 1.0, 3.5)
+    assert (prompt.width, prompt.height, prompt.sample_steps, prompt.scale, prompt.guidance_scale) == (
+        1024,
+        1024,
+        20,
+        1.0,
+        3.5,
+    )
 
 
 def test_fields_of_the_metadata_are_options() -> None:

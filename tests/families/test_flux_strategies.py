@@ -46,7 +46,11 @@ def said(models: Models) -> dict[str, torch.Tensor]:
 
 
 def test_t5_has_as_many_rows_as_the_version_was_trained_with(dev: Models, schnell: Models, tmp_path: Path) -> None:
-    assert [said(models)["t5"].shape[1] for models in (dev, schnell, opened(tmp_path, t5xxl_max_token_length=40))] == [512, 256, 40]
+    assert [said(models)["t5"].shape[1] for models in (dev, schnell, opened(tmp_path, t5xxl_max_token_length=40))] == [
+        512,
+        256,
+        40,
+    ]
 
 
 def test_the_pooled_state_is_not_projected(dev: Models) -> None:
@@ -101,7 +105,9 @@ def test_t5_sees_no_padding_under_a_mask(masked: Models, dev: Models) -> None:
 
 
 def test_what_is_kept_depends_on_what_made_it(dev: Models, masked: Models, schnell: Models) -> None:
-    settings = [{**FAMILY.tokenize(models).settings, **FAMILY.encode(models).settings} for models in (dev, masked, schnell)]
+    settings = [
+        {**FAMILY.tokenize(models).settings, **FAMILY.encode(models).settings} for models in (dev, masked, schnell)
+    ]
     assert len({str(each) for each in settings}) == 3
     assert settings[0]["t5xxl_max_token_length"] == 512 and settings[1]["apply_t5_attn_mask"] is True
 
@@ -126,10 +132,16 @@ def test_guidance(dev: Models, tmp_path: Path) -> None:
 
 def test_schnell_is_told_none_and_says_so_when_a_prompt_asks(schnell: Models, caplog: pytest.LogCaptureFixture) -> None:
     cond, sizes = said(schnell), torch.tensor([[64, 64, 0, 0, 64, 64]] * 3)
-    assert set(FAMILY.condition(schnell, cond, SampleInfo(sizes=sizes, guidance=torch.full((3,), 3.5)))) == {"pooled", "t5"}
+    assert set(FAMILY.condition(schnell, cond, SampleInfo(sizes=sizes, guidance=torch.full((3,), 3.5)))) == {
+        "pooled",
+        "t5",
+    }
     assert not caplog.records
     with caplog.at_level(logging.WARNING):
-        assert set(FAMILY.condition(schnell, cond, SampleInfo(sizes=sizes, guidance=torch.full((3,), 5.0)))) == {"pooled", "t5"}
+        assert set(FAMILY.condition(schnell, cond, SampleInfo(sizes=sizes, guidance=torch.full((3,), 5.0)))) == {
+            "pooled",
+            "t5",
+        }
     assert "FLUX.1 schnell takes no guidance" in caplog.text
 
 

@@ -32,10 +32,18 @@ Keys = Callable[[str], dict[str, tuple[int, ...]]]
 TWIN = "encoder.embed_tokens.weight"
 
 
-def opened(files: Files, model: Path | None = None, *, vae: str | None = None, dtype: Any = None, **options: Any) -> Models:
+def opened(
+    files: Files, model: Path | None = None, *, vae: str | None = None, dtype: Any = None, **options: Any
+) -> Models:
     told = Options(**{**files.options, **options})
     return loading.load(
-        FAMILY, str(model or files.model), told, vae=vae or files.vae, tokenizer=str(files.model.parent), dtype=dtype, detect=detect_file
+        FAMILY,
+        str(model or files.model),
+        told,
+        vae=vae or files.vae,
+        tokenizer=str(files.model.parent),
+        dtype=dtype,
+        detect=detect_file,
     )
 
 
@@ -135,9 +143,14 @@ def test_a_bundle_brings_the_tokenizer_of_its_t5_with_it(bundle: Files, tmp_path
 
 def test_t5_in_fp8_is_read_as_what_it_holds(bundle: Files, tmp_path: Path) -> None:
     """As in Stability's own bundle, sd3_medium_incl_clips_t5xxlfp8."""
-    small = {name: t.to(torch.float8_e4m3fn) if name.startswith(T5) else t.half() for name, t in load(bundle.model).items()}
+    small = {
+        name: t.to(torch.float8_e4m3fn) if name.startswith(T5) else t.half() for name, t in load(bundle.model).items()
+    }
     save(tmp_path / "fp8.safetensors", small, {})
-    plain, per_sample = opened(bundle, tmp_path / "fp8.safetensors"), opened(bundle, tmp_path / "fp8.safetensors", dtype=torch.float32)
+    plain, per_sample = (
+        opened(bundle, tmp_path / "fp8.safetensors"),
+        opened(bundle, tmp_path / "fp8.safetensors", dtype=torch.float32),
+    )
     assert {p.dtype for p in plain.encoders["t5xxl"].parameters()} == {torch.bfloat16}
     for name, p in per_sample.encoders["t5xxl"].named_parameters():
         assert torch.equal(p, small[T5 + name].float())
@@ -149,7 +162,9 @@ def test_a_tokenizer_given_alone_is_t5s(apart: Files) -> None:
     folder = apart.model.parent / "tokenizer_3"
     read = FAMILY.tokenizer_specs["t5xxl"].make(folder)
     assert (
-        FAMILY.tokenizer_specs["t5xxl"].alone and not FAMILY.tokenizer_specs["clip_l"].alone and not FAMILY.tokenizer_specs["clip_g"].alone
+        FAMILY.tokenizer_specs["t5xxl"].alone
+        and not FAMILY.tokenizer_specs["clip_l"].alone
+        and not FAMILY.tokenizer_specs["clip_g"].alone
     )
     assert read.get_vocab() == encoders.t5_tokenizer().get_vocab()
 
@@ -182,7 +197,11 @@ def test_the_version_is_seen_from_the_file(tmp_path: Path, kind: sd3.Kind) -> No
 def test_the_recipe_is_filled_in(apart: Files) -> None:
     plain, asked = opened(apart), opened(apart, training_shift=1.5, timestep_sampling="shift")
     assert (plain.options.weighting_scheme, plain.options.discrete_flow_shift) == ("logit_normal", None)
-    assert (asked.options.weighting_scheme, asked.options.discrete_flow_shift, asked.options.training_shift) == ("uniform", 1.5, None)
+    assert (asked.options.weighting_scheme, asked.options.discrete_flow_shift, asked.options.training_shift) == (
+        "uniform",
+        1.5,
+        None,
+    )
     flows = [FAMILY.process(models, NoiseConfig(), LossConfig()) for models in (plain, asked)]
     assert flows[0] == Flow(timestep_sampling="sigma", weighting_scheme="logit_normal", shift=3.0)
     assert flows[1] == Flow(timestep_sampling="shift", discrete_flow_shift=1.5, shift=3.0)
@@ -210,7 +229,10 @@ def test_what_only_t5_could_do_is_refused_without_one(apart: Files, name: str) -
 def test_options_out_of_range_are_refused_in_code_too(apart: Files) -> None:
     with pytest.raises(UserError) as told:
         opened(apart, clip_l_dropout_rate=1.5, t5xxl_max_token_length=0)
-    assert [message.partition(":")[0] for message in told.value.messages] == ["t5xxl_max_token_length", "clip_l_dropout_rate"]
+    assert [message.partition(":")[0] for message in told.value.messages] == [
+        "t5xxl_max_token_length",
+        "clip_l_dropout_rate",
+    ]
 
 
 # --- what is refused ---
@@ -236,7 +258,9 @@ def test_exchanged_and_foreign_encoders_are_refused(apart: Files, tmp_path: Path
     narrow, per_sample = apart.options["clip_l"], apart.options["clip_g"]
     with pytest.raises(UserError, match="clip_l, clip_g: the files are exchanged"):
         opened(apart, clip_l=per_sample, clip_g=narrow)
-    with pytest.raises(UserError, match="clip_l, clip_g: they say 64 and 64 numbers, the transformer takes 192 of both"):
+    with pytest.raises(
+        UserError, match="clip_l, clip_g: they say 64 and 64 numbers, the transformer takes 192 of both"
+    ):
         opened(apart, clip_g=narrow)
     save(tmp_path / "t5.safetensors", encoders.t5().state_dict(), {})
     with pytest.raises(UserError, match="t5xxl: its states are 96 wide, 256 was expected"):
@@ -246,7 +270,9 @@ def test_exchanged_and_foreign_encoders_are_refused(apart: Files, tmp_path: Path
 
 
 def test_another_models_vae_is_refused(apart: Files, tmp_path: Path) -> None:
-    tensors = {name: t[:, :4] if name == "decoder.conv_in.weight" else t for name, t in sd3.parts("3.5_medium")["vae"].items()}
+    tensors = {
+        name: t[:, :4] if name == "decoder.conv_in.weight" else t for name, t in sd3.parts("3.5_medium")["vae"].items()
+    }
     save(tmp_path / "vae.safetensors", tensors, {})
     with pytest.raises(UserError, match="vae: its latents have 4 channels, those of this model 16"):
         opened(apart, vae=str(tmp_path / "vae.safetensors"))
@@ -268,14 +294,20 @@ def test_a_folder_of_other_heads_is_refused(tmp_path: Path) -> None:
         loading.load(FAMILY, str(tmp_path), Options())
 
 
-@pytest.mark.parametrize("projection", [None, torch.randn(64, 64, generator=torch.Generator().manual_seed(0)) / 8], ids=["none", "CLIP's"])
+@pytest.mark.parametrize(
+    "projection", [None, torch.randn(64, 64, generator=torch.Generator().manual_seed(0)) / 8], ids=["none", "CLIP's"]
+)
 def test_clip_l_says_what_it_pooled_where_the_projection_is_not_stable_diffusion_3s(
     apart: Files, tmp_path: Path, projection: Tensor | None
 ) -> None:
     """CLIP-L's files for other uses have no projection, or CLIP's own; here it is the identity, or near it where it was trained."""
     tensors = sd3.parts("3.5_medium")["clip_l"]
     sd3s = tensors.pop("text_projection.weight")
-    save(tmp_path / "clip_l.safetensors", tensors | ({} if projection is None else {"text_projection.weight": projection}), {})
+    save(
+        tmp_path / "clip_l.safetensors",
+        tensors | ({} if projection is None else {"text_projection.weight": projection}),
+        {},
+    )
     models = opened(apart, clip_l=str(tmp_path / "clip_l.safetensors"))
     ids = encoders.clip_tokenizer()(["a cat"], padding="max_length", max_length=77, return_tensors="pt").input_ids
     with torch.no_grad():
@@ -306,7 +338,10 @@ def test_every_tensor_of_a_bundle_is_claimed_and_written_again(keys: Keys, versi
     path = sparse(tmp_path / "model.safetensors", table)
     source = open_model(path, FAMILY.components, FAMILY.title, given={}, passthrough_keys=FAMILY.passthrough_keys)
     options, source = FAMILY.complete(Options(), source)
-    assert (options.version, options.has_t5) == (version.removeprefix("sd3_").removeprefix("sd").replace("_", "-"), True)
+    assert (options.version, options.has_t5) == (
+        version.removeprefix("sd3_").removeprefix("sd").replace("_", "-"),
+        True,
+    )
     nets = {}
     for name, held in source.components.items():
         nets[name] = held.component.net(held.shapes(), {})
@@ -317,6 +352,9 @@ def test_every_tensor_of_a_bundle_is_claimed_and_written_again(keys: Keys, versi
 
 
 def test_a_tensor_of_no_part_is_refused_by_name(keys: Keys, tmp_path: Path) -> None:
-    path = sparse(tmp_path / "model.safetensors", {**bundled(keys, "sd3_medium"), "text_encoders.clip_l.text_projection": (768, 768)})
+    path = sparse(
+        tmp_path / "model.safetensors",
+        {**bundled(keys, "sd3_medium"), "text_encoders.clip_l.text_projection": (768, 768)},
+    )
     with pytest.raises(UserError, match=r"belong to no part of .*: text_encoders\.clip_l\.text_projection"):
         open_model(path, FAMILY.components, FAMILY.title, given={}, passthrough_keys=FAMILY.passthrough_keys)

@@ -33,7 +33,12 @@ from sfumato.models.meta_init import fill, shapes
 
 Keys = Callable[[str], dict[str, tuple[int, ...]]]
 VERSIONS = {
-    "sd3_medium": {"num_layers": 24, "num_attention_heads": 24, "caption_projection_dim": 1536, "pos_embed_max_size": 192},
+    "sd3_medium": {
+        "num_layers": 24,
+        "num_attention_heads": 24,
+        "caption_projection_dim": 1536,
+        "pos_embed_max_size": 192,
+    },
     "sd3.5_medium": {
         "num_layers": 24,
         "num_attention_heads": 24,
@@ -90,7 +95,9 @@ def test_values_go_over_and_back_unchanged(kind: sd3.Kind) -> None:
 
 @each_kind
 def test_values_go_where_diffusers_puts_those_of_a_single_file(kind: sd3.Kind) -> None:
-    theirs = convert_sd3_transformer_checkpoint_to_diffusers({f"model.diffusion_model.{name}": t for name, t in tensors(kind).items()})
+    theirs = convert_sd3_transformer_checkpoint_to_diffusers(
+        {f"model.diffusion_model.{name}": t for name, t in tensors(kind).items()}
+    )
     ours = transformer_keys(tensors(kind)).to_foreign(tensors(kind))
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(t, theirs[name]) for name, t in ours.items())
@@ -151,7 +158,9 @@ def chosen(nets: Mapping[str, nn.Module], *args: str) -> dict[str, Tensor]:
     }
     inserted = AdapterNetwork(places, plan.kind, seed=0)
     inserted.remove()
-    return dialect.write(FAMILY.dialects(Models(FAMILY, options, nets["denoiser"], {}, {}, None))["kohya"], state(inserted))
+    return dialect.write(
+        FAMILY.dialects(Models(FAMILY, options, nets["denoiser"], {}, {}, None))["kohya"], state(inserted)
+    )
 
 
 def test_adapters_have_the_names_and_shapes_of_sd_scripts(keys: Keys, full_size: dict[str, nn.Module]) -> None:
@@ -188,14 +197,20 @@ def test_every_name_of_every_layer_is_known_to_comfyui(keys: Keys, version: str,
     """Each name lands on the layer's weight; those of a fused layer on its rows, one slice after another."""
     table, known = keys(f"{version}.transformer"), comfyui(version)
     adapter_dialects, last, checked = dialects(table)[spelling], VERSIONS[version]["num_layers"] - 1, 0
-    swapped = {"final_layer.adaLN_modulation.1", f"joint_blocks.{last}.context_block.adaLN_modulation.1"} if spelling == "peft" else set()
+    swapped = (
+        {"final_layer.adaLN_modulation.1", f"joint_blocks.{last}.context_block.adaLN_modulation.1"}
+        if spelling == "peft"
+        else set()
+    )
     for path, layer in MMDiT.of(table).named_modules():
         if isinstance(layer, nn.Linear | nn.Conv2d):
             names, _ = adapter_dialects.names(("denoiser", path))
             rows = layer.weight.shape[0] // len(names)
             slices = [[0, i * rows, rows] for i in range(len(names))] if len(names) > 1 else [None]
             function = "swap_scale_shift" if path in swapped else None
-            assert [known[name] for name in names] == [(f"diffusion_model.{path}.weight", cut, function) for cut in slices]
+            assert [known[name] for name in names] == [
+                (f"diffusion_model.{path}.weight", cut, function) for cut in slices
+            ]
             checked += len(names)
     layers = {"sd3_medium": 245, "sd3.5_medium": 271, "sd3.5_large": 385}[version]
     fused = 2 * (last + 1) + (13 if version == "sd3.5_medium" else 0)

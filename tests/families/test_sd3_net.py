@@ -66,7 +66,9 @@ def test_forward_and_gradient_equal_diffusers(kind: sd3.Kind) -> None:
     assert not within({name: got.pop(name) for name in given}, {name: want.pop(name) for name in given})
     idle = {"add_q_proj.weight", "add_q_proj.bias"} | (set() if kind == "medium" else {"norm_added_q.weight"})
     # Nothing sees the text after the last block, so what it looks for there does not count.
-    assert within(transformer_keys(tensors(kind)).to_foreign(got), want) == {f"transformer_blocks.2.attn.{name}" for name in idle}
+    assert within(transformer_keys(tensors(kind)).to_foreign(got), want) == {
+        f"transformer_blocks.2.attn.{name}" for name in idle
+    }
 
 
 @pytest.mark.parametrize("size", [(2, 2), (24, 24), (6, 22), (24, 2)])
@@ -143,7 +145,10 @@ def test_sixteen_bits(kind: sd3.Kind) -> None:
 
 
 def test_heads_that_do_not_fit_are_refused() -> None:
-    sizes = {name: tuple(96 if n == 128 else 288 if n == 384 else n for n in shape) for name, shape in shapes(tensors()).items()}
+    sizes = {
+        name: tuple(96 if n == 128 else 288 if n == 384 else n for n in shape)
+        for name, shape in shapes(tensors()).items()
+    }
     with pytest.raises(UserError, match="96 channels cannot be cut into heads of 64"):
         MMDiT.of(sizes)
 

@@ -81,14 +81,22 @@ def test_each_dim_is_the_rank_of_its_layers(models: Models) -> None:
 
 
 def test_a_dim_of_0_leaves_its_layers_out(models: Models) -> None:
-    found = ranks(models, *(f"{name}_dim=0" for name in ("context_mlp", "context_mod", "x_mlp", "x_mod", "x_attn")), "context_attn_dim=2")
+    found = ranks(
+        models,
+        *(f"{name}_dim=0" for name in ("context_mlp", "context_mod", "x_mlp", "x_mod", "x_attn")),
+        "context_attn_dim=2",
+    )
     names = [f"joint_blocks.{i}.context_block.attn.{layer}" for i in range(3) for layer in ("qkv", "proj")]
     assert found == dict.fromkeys(names[:-1], 2)
 
 
 def test_emb_dims_put_adapters_before_and_after_the_blocks(models: Models) -> None:
     """The patches' embedder is a convolution, which needs no rank of its own."""
-    found = {path: rank for path, rank in ranks(models, "emb_dims=[1,2,3,5,6,7]").items() if not path.startswith("joint_blocks.")}
+    found = {
+        path: rank
+        for path, rank in ranks(models, "emb_dims=[1,2,3,5,6,7]").items()
+        if not path.startswith("joint_blocks.")
+    }
     assert found == EMBEDDERS
     some = ranks(models, "emb_dims=0,0,0,0,0,2", "train_block_indices=none")
     assert some == {"final_layer.linear": 2}
@@ -137,7 +145,10 @@ def test_t5_is_trained_where_it_is_asked_for() -> None:
     ("args", "said"),
     [
         (("x_attn_dim=-1",), "x_attn_dim=-1: expected 0"),
-        (("emb_dims=[4,4]",), r"emb_dims=\[4,4\]: expected six ranks, those of context_embedder, t_embedder, x_embedder, y_embedder"),
+        (
+            ("emb_dims=[4,4]",),
+            r"emb_dims=\[4,4\]: expected six ranks, those of context_embedder, t_embedder, x_embedder, y_embedder",
+        ),
         (("emb_dims=many",), "emb_dims=many: expected six ranks"),
         (("train_block_indices=3-1",), "train_block_indices=3-1: expected all, none or numbers such as 0-5,8"),
         (("train_block_indices=a",), "train_block_indices=a: expected"),
@@ -160,7 +171,10 @@ def test_all_mistakes_are_told_at_once() -> None:
 @pytest.mark.parametrize(
     ("args", "said"),
     [
-        (("train_block_indices=0,3",), "train_block_indices=0,3: the model has 3 such blocks, numbered from 0, and none numbered 3"),
+        (
+            ("train_block_indices=0,3",),
+            "train_block_indices=0,3: the model has 3 such blocks, numbered from 0, and none numbered 3",
+        ),
         (("train_block_indices=none",), "no layer is left to put an adapter on"),
         (("conv_dim=4",), "conv_dim: does nothing"),
     ],
@@ -186,7 +200,9 @@ def test_what_shapes_adapters_is_refused_where_a_file_shapes_them(arg: str) -> N
 def test_pieces_of_the_real_layers(keys: Keys) -> None:
     net, plan = MMDiT.of(keys("sd3.5_large.transformer")), plan_of("split_qkv=True")
     options = Completed(version="3.5-large", blocks=38, has_t5=True)
-    found = choose(net, "denoiser", FAMILY.targets["denoiser"], plan, lambda place: FAMILY.target_layer(options, plan, place))
+    found = choose(
+        net, "denoiser", FAMILY.targets["denoiser"], plan, lambda place: FAMILY.target_layer(options, plan, place)
+    )
     cut = {place.path: place.options.pieces for place in found if place.options.pieces}
     assert len(cut) == 38 * 2
     assert all(path.endswith(".attn.qkv") and pieces == (2432,) * 3 for path, pieces in cut.items())
@@ -200,13 +216,17 @@ def test_split_adapters_are_those_of_separate_layers(models: Models) -> None:
     x = torch.randn(2, 5, 128, generator=torch.Generator().manual_seed(2))
     plain = nn.functional.linear(x, layer.weight, layer.bias)  # type: ignore[arg-type]
     downs = adapter.lora_down.weight.chunk(3)
-    change = torch.cat([x @ down.T @ up.T * (2 / 4) for down, up in zip(downs, adapter.lora_up.blocks, strict=True)], -1)
+    change = torch.cat(
+        [x @ down.T @ up.T * (2 / 4) for down, up in zip(downs, adapter.lora_up.blocks, strict=True)], -1
+    )
     torch.testing.assert_close(layer(x), plain + change, atol=1e-5, rtol=1e-5)
     held.remove()
 
 
 def saved(models: Models, held: AdapterNetwork, path: Path, spelling: str = "kohya") -> Path:
-    save(path, {name: t.contiguous() for name, t in dialect.write(dialects(models)[spelling], held.state()).items()}, {})
+    save(
+        path, {name: t.contiguous() for name, t in dialect.write(dialects(models)[spelling], held.state()).items()}, {}
+    )
     return path
 
 
@@ -236,7 +256,11 @@ def test_saved_as_one_pair_it_acts_the_same_at_strength_1(models: Models, tmp_pa
 def test_a_peft_file_of_separate_layers_is_loaded_into_pieces(models: Models, tmp_path: Path) -> None:
     """As diffusers' own trainer writes it: a pair each for to_q, to_k and to_v."""
     g = torch.Generator().manual_seed(3)
-    plan = plan_of("split_qkv=True", "train_block_indices=0", *(f"{n}_dim=0" for n in ("context_attn", "context_mlp", "context_mod")))
+    plan = plan_of(
+        "split_qkv=True",
+        "train_block_indices=0",
+        *(f"{n}_dim=0" for n in ("context_attn", "context_mlp", "context_mod")),
+    )
     wanted = {place.path: place for place in places(models, plan)}
     file = {}
     for path in ("attn", "attn2"):
@@ -245,7 +269,9 @@ def test_a_peft_file_of_separate_layers_is_loaded_into_pieces(models: Models, tm
             file[f"transformer.transformer_blocks.0.{path}.{name}.lora_B.weight"] = torch.randn(128, 4, generator=g)
     save(tmp_path / "peft.safetensors", file, {})
     state = read_adapter(models, tmp_path / "peft.safetensors")
-    held = AdapterNetwork({"denoiser": [place for path, place in wanted.items() if ".attn" in path]}, plan.kind, seed=0).eval()
+    held = AdapterNetwork(
+        {"denoiser": [place for path, place in wanted.items() if ".attn" in path]}, plan.kind, seed=0
+    ).eval()
     held.load(state)
     for path in ("attn", "attn2"):
         adapter: Any = held.by_path()["denoiser", f"joint_blocks.0.x_block.{path}.qkv"]
@@ -294,10 +320,16 @@ def ours(models: Models) -> list[Tensor]:
     with torch.no_grad():
         cond = FAMILY.encode(models).encode(models.encoders, FAMILY.tokenize(models).tokenize(["a cat"]))
     clips = nn.functional.pad(torch.cat([cond["clip_l"], cond["clip_g"]], -1), (0, sd3.CONTEXT - sd3.POOLED))
-    return [predicted(models), torch.cat([clips, cond["t5"]], 1), torch.cat([cond["clip_l_pooled"], cond["clip_g_pooled"]], -1)]
+    return [
+        predicted(models),
+        torch.cat([clips, cond["t5"]], 1),
+        torch.cat([cond["clip_l_pooled"], cond["clip_g_pooled"]], -1),
+    ]
 
 
-@pytest.mark.parametrize("args", [(), ("split_qkv=True",), ("emb_dims=[2,2,2,2,2,2]",)], ids=["plain", "split", "embedders"])
+@pytest.mark.parametrize(
+    "args", [(), ("split_qkv=True",), ("emb_dims=[2,2,2,2,2,2]",)], ids=["plain", "split", "embedders"]
+)
 def test_an_adapter_acts_the_same_in_diffusers(models: Models, tmp_path: Path, args: tuple[str, ...]) -> None:
     """Both CLIPs included, through the pipeline's own loader."""
     held = inserted(models, plan_of(*args, network_alpha=3.0), "denoiser", "clip_l", "clip_g")

@@ -25,8 +25,14 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Files:
 
 @pytest.fixture
 def base(files: Files, images: Path) -> list[str]:
-    (images.parent / "data.toml").write_text(f'[[datasets]]\nresolution = 64\n[[datasets.subsets]]\nimage_dir = "{images}"\n')
-    told = {"pretrained_model_name_or_path": files.model, "dataset_config": images.parent / "data.toml", **files.options}
+    (images.parent / "data.toml").write_text(
+        f'[[datasets]]\nresolution = 64\n[[datasets.subsets]]\nimage_dir = "{images}"\n'
+    )
+    told = {
+        "pretrained_model_name_or_path": files.model,
+        "dataset_config": images.parent / "data.toml",
+        **files.options,
+    }
     return [word for name, value in told.items() for word in (f"--{name}", str(value))]
 
 
@@ -38,8 +44,16 @@ def test_the_defaults_are_the_papers_recipe(base: list[str], files: Files) -> No
     config = resolved(base).config
     options: Any = config.family
     assert isinstance(options, Options)
-    assert (options.timestep_sampling, scheme(options), options.model_prediction_type) == ("sigma", "logit_normal", "raw")
-    assert (options.t5xxl_max_token_length, options.apply_lg_attn_mask, options.apply_t5_attn_mask) == (256, False, False)
+    assert (options.timestep_sampling, scheme(options), options.model_prediction_type) == (
+        "sigma",
+        "logit_normal",
+        "raw",
+    )
+    assert (options.t5xxl_max_token_length, options.apply_lg_attn_mask, options.apply_t5_attn_mask) == (
+        256,
+        False,
+        False,
+    )
     assert {name: getattr(options, name) for name in ("clip_l", "clip_g", "t5xxl")} == files.options
     assert config.sample.sample_sampler == "euler"
 
@@ -118,9 +132,17 @@ def test_what_does_nothing_is_stated_or_refused(base: list[str], flags: str, idl
         ("sd3_train", "--train_t5xxl", "train_t5xxl"),
         ("sd3_train", "--learning_rate_te2 1e-5", "learning_rate_te2"),
         ("sd3_train", "--train_text_encoder --learning_rate_te3 1e-5", "learning_rate_te3"),
-        ("sd3_train", "--train_text_encoder --learning_rate_te1 1e-5 --learning_rate_te2 1e-5 --learning_rate_te 1e-4", "learning_rate_te"),
+        (
+            "sd3_train",
+            "--train_text_encoder --learning_rate_te1 1e-5 --learning_rate_te2 1e-5 --learning_rate_te 1e-4",
+            "learning_rate_te",
+        ),
         ("sd3_train", "--train_text_encoder --learning_rate_te1 1e-5 --learning_rate_te 1e-4", ""),
-        ("sd3_train", "--train_text_encoder --train_t5xxl --learning_rate_te1 1e-5 --learning_rate_te2 0 --learning_rate_te3 1e-6", ""),
+        (
+            "sd3_train",
+            "--train_text_encoder --train_t5xxl --learning_rate_te1 1e-5 --learning_rate_te2 0 --learning_rate_te3 1e-6",
+            "",
+        ),
     ],
 )
 def test_rates_and_encoders_that_are_not_trained(base: list[str], script: str, flags: str, idle: str) -> None:
@@ -130,8 +152,20 @@ def test_rates_and_encoders_that_are_not_trained(base: list[str], script: str, f
 
 def test_rates_of_whole_models() -> None:
     """What the text looks for in the last block has no say, and so no rate."""
-    o = Completed(version="3.5-large", blocks=38, has_t5=True, learning_rate_te1=1e-5, learning_rate_te2=0.0, learning_rate_te3=1e-6)
-    assert [FAMILY.rate(o, name, "x.weight") for name in ("denoiser", "clip_l", "clip_g", "t5xxl")] == [None, 1e-5, 0.0, 1e-6]
+    o = Completed(
+        version="3.5-large",
+        blocks=38,
+        has_t5=True,
+        learning_rate_te1=1e-5,
+        learning_rate_te2=0.0,
+        learning_rate_te3=1e-6,
+    )
+    assert [FAMILY.rate(o, name, "x.weight") for name in ("denoiser", "clip_l", "clip_g", "t5xxl")] == [
+        None,
+        1e-5,
+        0.0,
+        1e-6,
+    ]
     assert FAMILY.rate(o, "denoiser", "joint_blocks.37.context_block.attn.ln_q.weight") == 0
     assert FAMILY.rate(o, "denoiser", "joint_blocks.36.context_block.attn.ln_q.weight") is None
     assert FAMILY.rate(o, "denoiser", "joint_blocks.37.x_block.attn.ln_q.weight") is None
@@ -139,7 +173,13 @@ def test_rates_of_whole_models() -> None:
 
 def test_prompts_are_drawn_as_the_models_are(base: list[str]) -> None:
     drawn = default(resolved(base).config.family)
-    assert (drawn.width, drawn.height, drawn.sample_steps, drawn.scale, drawn.guidance_scale) == (1024, 1024, 28, 5.0, None)
+    assert (drawn.width, drawn.height, drawn.sample_steps, drawn.scale, drawn.guidance_scale) == (
+        1024,
+        1024,
+        28,
+        5.0,
+        None,
+    )
 
 
 def test_the_encoders_have_kohyas_order() -> None:
@@ -156,5 +196,7 @@ def test_what_is_written_into_results() -> None:
 def test_another_familys_model_is_refused_by_the_script(base: list[str], model: Path) -> None:
     """The launcher of a family trains that family."""
     words = [str(model) if word == base[1] else word for word in base[:4]]
-    with pytest.raises(UserError, match=r"sd3_train_network\.py is for the family sd3, but the base model is of the family sd"):
+    with pytest.raises(
+        UserError, match=r"sd3_train_network\.py is for the family sd3, but the base model is of the family sd"
+    ):
         resolved(words)

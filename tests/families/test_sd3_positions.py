@@ -26,7 +26,9 @@ def test_rows_and_columns_of_a_wide_image() -> None:
     middle = where[:, :2] + where[:, 2:] * torch.tensor([[4, 16], [8, 8]]) / 2
     assert torch.equal(middle, torch.full((2, 2), SPAN / 2))
     got = embedded(where[:1], 4, 16, 32).view(4, 16, 32)
-    assert torch.equal(got[0, :, :16], got[3, :, :16]) and torch.equal(got[:, 0, 16:], got[:, 9, 16:])  # columns first, then rows
+    assert torch.equal(got[0, :, :16], got[3, :, :16]) and torch.equal(
+        got[:, 0, 16:], got[:, 9, 16:]
+    )  # columns first, then rows
     assert not torch.equal(got[0, 0], got[0, 1]) and not torch.equal(got[0, 0], got[1, 0])
 
 

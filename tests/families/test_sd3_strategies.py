@@ -28,7 +28,9 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Files:
 
 
 def opened(files: Files, **options: Any) -> Models:
-    return loading.load(FAMILY, str(files.model), Options(**{**files.options, **options}), tokenizer=str(files.model.parent))
+    return loading.load(
+        FAMILY, str(files.model), Options(**{**files.options, **options}), tokenizer=str(files.model.parent)
+    )
 
 
 @torch.no_grad()
@@ -36,10 +38,14 @@ def said(models: Models, captions: list[str] = CAPTIONS) -> dict[str, Tensor]:
     return dict(FAMILY.encode(models).encode(models.encoders, FAMILY.tokenize(models).tokenize(captions)))
 
 
-def told(models: Models, cond: Mapping[str, Tensor], keys: list[int] | None = None, size: tuple[int, int] = (64, 96)) -> dict[str, Tensor]:
+def told(
+    models: Models, cond: Mapping[str, Tensor], keys: list[int] | None = None, size: tuple[int, int] = (64, 96)
+) -> dict[str, Tensor]:
     """`keys`: of the samples while training; None: images are drawn. `size`: height, width."""
     b = len(cond["clip_l"])
-    setting = SampleInfo(sizes=torch.tensor([[*size, 0, 0, *size]] * b), rng=None if keys is None else SampleRandom(keys))
+    setting = SampleInfo(
+        sizes=torch.tensor([[*size, 0, 0, *size]] * b), rng=None if keys is None else SampleRandom(keys)
+    )
     return dict(FAMILY.condition(models, cond, setting))
 
 
@@ -67,12 +73,18 @@ def test_text_is_put_together_as_by_the_pipeline(files: Files, length: int) -> N
 def test_without_t5_zeros_stand_in_its_place_as_in_the_pipeline(tmp_path: Path, length: int) -> None:
     files = sd3.write("3.5_large", tmp_path)
     models = loading.load(
-        FAMILY, str(files.model), Options(**files.options, t5xxl_max_token_length=length), vae=files.vae, tokenizer=str(tmp_path)
+        FAMILY,
+        str(files.model),
+        Options(**files.options, t5xxl_max_token_length=length),
+        vae=files.vae,
+        tokenizer=str(tmp_path),
     )
     assert set(models.encoders) == {"clip_l", "clip_g"}
     assert "t5" not in FAMILY.outputs(models).fields
     found = told(models, said(models))
-    for ours, theirs in zip((found["context"], found["y"]), sd3.told(sd3.pipeline("3.5_large"), CAPTIONS, length), strict=True):
+    for ours, theirs in zip(
+        (found["context"], found["y"]), sd3.told(sd3.pipeline("3.5_large"), CAPTIONS, length), strict=True
+    ):
         assert_close(ours, theirs)
     assert not found["context"][:, 77:].any()
     assert found["context"].shape[1] == 77 + length
@@ -93,8 +105,12 @@ def test_padding_is_content_unless_it_is_hidden(files: Files) -> None:
         # CLIP looks back alone, so that what stands before padding is the same.
         assert torch.equal(masked[name][0, :count], plain[name][0, :count])
         assert torch.equal(masked[f"{name}_pooled"], plain[f"{name}_pooled"])
-    assert (masked["t5"][0, :words] - plain["t5"][0, :words]).abs().max() > 1e-3, "T5 looks at padding where nothing hides it"
-    assert masked["t5_mask"].sum(1).tolist() == [len(encoders.t5_tokenizer()(caption).input_ids) for caption in CAPTIONS]
+    assert (masked["t5"][0, :words] - plain["t5"][0, :words]).abs().max() > 1e-3, (
+        "T5 looks at padding where nothing hides it"
+    )
+    assert masked["t5_mask"].sum(1).tolist() == [
+        len(encoders.t5_tokenizer()(caption).input_ids) for caption in CAPTIONS
+    ]
 
 
 @torch.no_grad()
@@ -131,7 +147,12 @@ def test_the_length_stays_the_same_whatever_a_batch_holds(files: Files) -> None:
 
 
 def test_settings_say_what_the_result_depends_on(files: Files) -> None:
-    changes: list[dict[str, Any]] = [{}, {"t5xxl_max_token_length": 77}, {"apply_lg_attn_mask": True}, {"apply_t5_attn_mask": True}]
+    changes: list[dict[str, Any]] = [
+        {},
+        {"t5xxl_max_token_length": 77},
+        {"apply_lg_attn_mask": True},
+        {"apply_t5_attn_mask": True},
+    ]
     found = [str(FAMILY.tokenize(opened(files, **change)).settings) for change in changes]
     assert len(set(found)) == len(changes)
 
@@ -214,4 +235,7 @@ def test_a_image_in_the_middle_is_as_without_a_crop(files: Files) -> None:
         t = torch.tensor([500.0])
         cropped = told(models, cond, [1], size)
         assert "crop" in cropped
-        assert torch.equal(FAMILY.predict(models.denoiser, x, t, cropped), FAMILY.predict(models.denoiser, x, t, told(models, cond, None)))
+        assert torch.equal(
+            FAMILY.predict(models.denoiser, x, t, cropped),
+            FAMILY.predict(models.denoiser, x, t, told(models, cond, None)),
+        )

@@ -32,7 +32,9 @@ def opened(path: Path, **options: object) -> Models:
     return loading.load(FAMILY, str(path), Options(**options), detect=detect_file)  # type: ignore[arg-type]
 
 
-def written(models: Models, path: Path, layout: str = "single_file", dtype: torch.dtype | None = None, **more: object) -> Path:
+def written(
+    models: Models, path: Path, layout: str = "single_file", dtype: torch.dtype | None = None, **more: object
+) -> Path:
     loading.save(models, path, layout=layout, dtype=dtype, metadata={"modelspec.implementation": "sfumato 0"}, **more)  # type: ignore[arg-type]
     return path
 
@@ -68,7 +70,9 @@ def test_what_was_only_run_in_another_format_is_written_as_it_was(tmp_path: Path
     others = {k: t for k, t in before.items() if k not in unet and not k.startswith("model_ema.")}
     assert_same(others, {k: t for k, t in after.items() if k not in unet})
     assert {after[name].dtype for name in unet} == {torch.float32}
-    torch.testing.assert_close(after["model.diffusion_model.out.2.bias"], before["model.diffusion_model.out.2.bias"].float() + 1)
+    torch.testing.assert_close(
+        after["model.diffusion_model.out.2.bias"], before["model.diffusion_model.out.2.bias"].float() + 1
+    )
 
 
 def test_save_in_another_format_and_with_other_values(tmp_path: Path) -> None:
@@ -100,7 +104,10 @@ def test_early_single_files_keep_their_names(tmp_path: Path) -> None:
 def test_pickled_checkpoints(tmp_path: Path) -> None:
     tiny.tokenizer().save_pretrained(tmp_path / "tokenizer")
     torch.save({"state_dict": tiny.single_file(v2=False), "global_step": 3}, tmp_path / "model.ckpt")
-    assert_same(tiny.single_file(v2=False), load(written(opened(tmp_path / "model.ckpt"), tmp_path / "out" / "model.safetensors")))
+    assert_same(
+        tiny.single_file(v2=False),
+        load(written(opened(tmp_path / "model.ckpt"), tmp_path / "out" / "model.safetensors")),
+    )
 
 
 @pytest.mark.parametrize("v2", [False, True])
@@ -158,7 +165,9 @@ def test_a_base_model_that_changes_gives_no_mixed_result(tmp_path: Path) -> None
 
 
 @pytest.mark.skipif(os.name == "nt", reason="a file that is mapped cannot be cut there")
-def test_a_base_model_that_changes_while_a_result_is_written_gives_no_mixed_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_base_model_that_changes_while_a_result_is_written_gives_no_mixed_result(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = tiny.tiny_sd1(tmp_path)
     models, real = opened(path), files.serialise
 
@@ -214,9 +223,15 @@ def test_another_vae(tmp_path: Path) -> None:
     other.save_pretrained(tmp_path / "vae")
     prefixed = {k: t for k, t in tiny.single_file(v2=False).items() if k.startswith("first_stage_model.")}
     save(tmp_path / "with.safetensors", prefixed, {})
-    save(tmp_path / "without.safetensors", {k.removeprefix("first_stage_model."): t + 1 for k, t in prefixed.items()}, {})
+    save(
+        tmp_path / "without.safetensors", {k.removeprefix("first_stage_model."): t + 1 for k, t in prefixed.items()}, {}
+    )
     first = next(iter(prefixed))
-    for name, value in (("vae", None), ("with.safetensors", prefixed[first]), ("without.safetensors", prefixed[first] + 1)):
+    for name, value in (
+        ("vae", None),
+        ("with.safetensors", prefixed[first]),
+        ("without.safetensors", prefixed[first] + 1),
+    ):
         models = loading.load(FAMILY, str(path), Options(), vae=str(tmp_path / name))
         assert models.vae is not None
         if value is None:
@@ -259,7 +274,9 @@ def test_gradients_reach_a_text_encoder_and_are_the_same_with_checkpointing(tmp_
 
     def gradient() -> Tensor:
         cond = FAMILY.encode(models).encode(models.encoders, FAMILY.tokenize(models).tokenize(["a cat"]))
-        (found,) = torch.autograd.grad(FAMILY.predict(models.denoiser, x, torch.tensor([5]), cond).square().sum(), weight)
+        (found,) = torch.autograd.grad(
+            FAMILY.predict(models.denoiser, x, torch.tensor([5]), cond).square().sum(), weight
+        )
         return found
 
     plain = gradient()

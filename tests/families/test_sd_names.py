@@ -35,7 +35,11 @@ def meta(table: dict[str, tuple[int, ...]]) -> dict[str, Tensor]:
 def claimed(path: Path, table: dict[str, tuple[int, ...]]) -> Checkpoint:
     """A file of full size with these tensors, as it is opened; no value is read."""
     return open_model(
-        sparse(path / "model.safetensors", table), FAMILY.components, FAMILY.title, given={}, passthrough_keys=FAMILY.passthrough_keys
+        sparse(path / "model.safetensors", table),
+        FAMILY.components,
+        FAMILY.title,
+        given={},
+        passthrough_keys=FAMILY.passthrough_keys,
     )
 
 
@@ -84,7 +88,10 @@ def test_a_missing_tensor_is_named(keys: Keys, tmp_path: Path) -> None:
     del table["model.diffusion_model.output_blocks.3.1.proj_in.bias"]
     with pytest.raises(UserError, match=r"lacks .*output_blocks\.3\.1\.proj_in\.bias"):
         claimed(tmp_path, table).components["denoiser"].build()
-    del table["model.diffusion_model.input_blocks.3.0.op.weight"], table["model.diffusion_model.input_blocks.3.0.op.bias"]
+    del (
+        table["model.diffusion_model.input_blocks.3.0.op.weight"],
+        table["model.diffusion_model.input_blocks.3.0.op.bias"],
+    )
     with pytest.raises(UserError, match=r"lacks .*input_blocks\.3"):
         claimed(tmp_path, table).components["denoiser"].build()
 
@@ -106,7 +113,9 @@ def adapter(nets: dict[str, nn.Module], *args: str) -> tuple[Models, dict[dialec
     return Models(FAMILY, Options(), denoiser, {"clip_l": encoder}, {}, None), state
 
 
-@pytest.mark.parametrize(("table", "args"), [("adapter.sd1.lora", ()), ("adapter.sd1.locon", ("conv_dim=4", "conv_alpha=1"))])
+@pytest.mark.parametrize(
+    ("table", "args"), [("adapter.sd1.lora", ()), ("adapter.sd1.locon", ("conv_dim=4", "conv_alpha=1"))]
+)
 def test_adapters_have_the_names_and_shapes_of_sd_scripts(
     keys: Keys, full_size: dict[str, nn.Module], table: str, args: tuple[str, ...]
 ) -> None:
@@ -138,7 +147,12 @@ def test_every_name_of_an_adapter_is_known_to_comfyui(full_size: dict[str, nn.Mo
 def test_an_adapter_is_read_back_in_every_dialect(full_size: dict[str, nn.Module], spelling: str) -> None:
     models, state = adapter(full_size, "conv_dim=4")
     dialects = FAMILY.dialects(models)
-    by_path = [(name, p) for name, net in full_size.items() for p, layer in net.named_modules() if isinstance(layer, nn.Linear | nn.Conv2d)]
+    by_path = [
+        (name, p)
+        for name, net in full_size.items()
+        for p, layer in net.named_modules()
+        if isinstance(layer, nn.Linear | nn.Conv2d)
+    ]
     back = dialect.read(dialects.values(), dialect.write(dialects[spelling], state), by_path)
     assert back.keys() == state.keys()
     assert all(back[site]["lora_down.weight"] is leaves["lora_down.weight"] for site, leaves in state.items())

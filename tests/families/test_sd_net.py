@@ -47,14 +47,22 @@ def test_forward_and_gradient_equal_diffusers(v2: bool) -> None:
 def test_any_size_of_latents(size: tuple[int, int]) -> None:
     x, t, context = inputs(*size)
     with torch.no_grad():
-        torch.testing.assert_close(native(False)(x, t, context), tiny.parts(v2=False).unet(x, t, context).sample, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(
+            native(False)(x, t, context), tiny.parts(v2=False).unet(x, t, context).sample, atol=1e-5, rtol=1e-5
+        )
 
 
 def test_blocks_are_all_that_stands_between_the_ends() -> None:
     net = native(False)
     held = {id(p) for block in blocks(net) for p in block.parameters()}
     rest = {name for name, p in net.named_parameters() if id(p) not in held}
-    assert {name.rpartition(".")[0] for name in rest} == {"time_embed.0", "time_embed.2", "input_blocks.0.0", "out.0", "out.2"}
+    assert {name.rpartition(".")[0] for name in rest} == {
+        "time_embed.0",
+        "time_embed.2",
+        "input_blocks.0.0",
+        "out.0",
+        "out.2",
+    }
 
 
 def test_heads_that_do_not_fit_are_refused() -> None:

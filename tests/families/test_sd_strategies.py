@@ -50,7 +50,16 @@ def test_states_of_chunks_are_those_of_each_chunk(path: Path, length: int, skip:
         parts = []
         for start in range(0, length, 75):
             words = ids[start : start + 75]
-            row = torch.tensor([[tokenizer.bos_token_id, *words, tokenizer.eos_token_id, *[tokenizer.pad_token_id] * (75 - len(words))]])
+            row = torch.tensor(
+                [
+                    [
+                        tokenizer.bos_token_id,
+                        *words,
+                        tokenizer.eos_token_id,
+                        *[tokenizer.pad_token_id] * (75 - len(words)),
+                    ]
+                ]
+            )
             with torch.no_grad():
                 parts.append(norm(text(row, output_hidden_states=True).hidden_states[-skip])[0])
         expected = torch.cat([parts[0][:1], *(part[1:76] for part in parts), parts[-1][76:]])
@@ -60,7 +69,9 @@ def test_states_of_chunks_are_those_of_each_chunk(path: Path, length: int, skip:
 def test_a_caption_that_fits_is_tokenized_as_transformers_does() -> None:
     for v2 in (False, True):
         tokenizer = tiny.tokenizer(v2=v2)
-        expected = tokenizer(CAPTIONS, padding="max_length", truncation=True, max_length=77, return_tensors="pt").input_ids
+        expected = tokenizer(
+            CAPTIONS, padding="max_length", truncation=True, max_length=77, return_tensors="pt"
+        ).input_ids
         assert torch.equal(SdTokenize(tokenizer).tokenize(CAPTIONS)["ids"][:, 0], expected)
 
 

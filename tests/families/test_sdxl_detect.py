@@ -29,7 +29,9 @@ def below(table: Shapes, prefix: str) -> Shapes:
 
 
 def foreign(table: Shapes) -> Shapes:
-    return shapes(unet_keys(table).to_foreign({name: torch.empty(shape, device="meta") for name, shape in table.items()}))
+    return shapes(
+        unet_keys(table).to_foreign({name: torch.empty(shape, device="meta") for name, shape in table.items()})
+    )
 
 
 @pytest.mark.parametrize(
@@ -90,7 +92,11 @@ DEEP = "down_blocks.1.attentions.0.transformer_blocks.1"
         ({f"{DEEP}.attn1.to_q.lora.down.weight": (4, 640)}, "adapter", "peft"),
         ({"lora_te2_text_model_encoder_layers_0_mlp_fc1.lora_down.weight": (4, 1280)}, "adapter", "kohya"),
         ({"text_encoder_2.text_model.encoder.layers.0.mlp.fc1.lora_A.weight": (4, 1280)}, "adapter", "peft"),
-        ({"text_encoders.clip_g.transformer.text_model.encoder.layers.0.mlp.fc1.lora_A.weight": (4, 1280)}, "adapter", "comfy"),
+        (
+            {"text_encoders.clip_g.transformer.text_model.encoder.layers.0.mlp.fc1.lora_A.weight": (4, 1280)},
+            "adapter",
+            "comfy",
+        ),
         ({"zero_convs.0.0.weight": (320, 320, 1, 1), f"{ATTENTION}.weight": (640, 2048)}, "controlnet", "ldm"),
         ({"clip_l": (2, 768), "clip_g": (2, 1280)}, "embedding", "kohya"),
     ],
@@ -101,7 +107,9 @@ def test_smaller_files(table: Shapes, kind: str, dialect: str) -> None:
 
 
 def every_table() -> list[str]:
-    return sorted(path.name.removesuffix(".json.gz") for path in (Path(__file__).parents[1] / "fixtures" / "keys").iterdir())
+    return sorted(
+        path.name.removesuffix(".json.gz") for path in (Path(__file__).parents[1] / "fixtures" / "keys").iterdir()
+    )
 
 
 @pytest.mark.parametrize("name", [name for name in every_table() if not re.search(r"sdxl|clip_g", name)])

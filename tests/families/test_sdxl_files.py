@@ -110,7 +110,9 @@ def test_a_trained_projection_is_written_as_openclip_has_it(single: Path, tmp_pa
 # --- folders ---
 
 
-@pytest.mark.parametrize("more", [{"variant": "fp16"}, {"max_shard_size": "1MB"}, {"safe_serialization": False}], ids=str)
+@pytest.mark.parametrize(
+    "more", [{"variant": "fp16"}, {"max_shard_size": "1MB"}, {"safe_serialization": False}], ids=str
+)
 def test_folders_as_people_have_them(single: Path, tmp_path: Path, more: dict[str, Any]) -> None:
     sdxl.pipeline().save_pretrained(tmp_path / "folder", **more)
     models = opened(tmp_path / "folder")
@@ -121,7 +123,11 @@ def test_folders_as_people_have_them(single: Path, tmp_path: Path, more: dict[st
 def test_a_folder_becomes_a_single_file(folder: Path, tmp_path: Path) -> None:
     tensors = load(written(opened(folder), tmp_path / "model.safetensors"))
     expected = sdxl.single_file()
-    assert expected.keys() - tensors.keys() == {"alphas_cumprod", f"{CLIP_L}text_model.embeddings.position_ids", f"{CLIP_G}logit_scale"}
+    assert expected.keys() - tensors.keys() == {
+        "alphas_cumprod",
+        f"{CLIP_L}text_model.embeddings.position_ids",
+        f"{CLIP_G}logit_scale",
+    }
     assert_same({name: expected[name] for name in tensors}, tensors)
 
 
@@ -159,7 +165,9 @@ def edit(path: Path, **values: Any) -> None:
 
 
 def marked(folder: Path) -> Path:
-    return sdxl.put(folder / "model.safetensors", {**sdxl.single_file(), "v_pred": torch.tensor([]), "ztsnr": torch.tensor([])})
+    return sdxl.put(
+        folder / "model.safetensors", {**sdxl.single_file(), "v_pred": torch.tensor([]), "ztsnr": torch.tensor([])}
+    )
 
 
 def told(folder: Path) -> Path:
@@ -202,7 +210,9 @@ def test_a_config_that_asks_for_another_net(folder: Path) -> None:
     assert all("unet/config.json" in message for message in error.value.messages)
 
 
-@pytest.mark.parametrize("told", [{"_class_name": "EDMDPMSolverMultistepScheduler"}, {"prediction_type": "sample"}], ids=str)
+@pytest.mark.parametrize(
+    "told", [{"_class_name": "EDMDPMSolverMultistepScheduler"}, {"prediction_type": "sample"}], ids=str
+)
 def test_a_folder_of_another_process(folder: Path, told: dict[str, str]) -> None:
     """Playground v2.5 is of this architecture, and noised in another way."""
     edit(folder / "scheduler" / "scheduler_config.json", **told)

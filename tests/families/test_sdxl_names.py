@@ -41,7 +41,11 @@ def meta(table: Shapes) -> dict[str, Tensor]:
 def claimed(path: Path, table: Shapes) -> Checkpoint:
     """A file of full size with these tensors, as it is opened; no value is read."""
     return open_model(
-        sparse(path / "model.safetensors", table), FAMILY.components, FAMILY.title, given={}, passthrough_keys=FAMILY.passthrough_keys
+        sparse(path / "model.safetensors", table),
+        FAMILY.components,
+        FAMILY.title,
+        given={},
+        passthrough_keys=FAMILY.passthrough_keys,
     )
 
 
@@ -84,7 +88,12 @@ PUBLISHED = {
 def test_the_config_of_a_new_folder_is_the_published_one(keys: Keys) -> None:
     made = unet_config(keys("sdxl.unet"))
     assert {name: made[name] for name in PUBLISHED} == PUBLISHED
-    assert transformer_layers(unet_keys(names := sdxl.unet(refiner=True).state_dict()).to_native(names).keys()) == [1, 2, 2, 1]  # type: ignore[arg-type]
+    assert transformer_layers(unet_keys(names := sdxl.unet(refiner=True).state_dict()).to_native(names).keys()) == [
+        1,
+        2,
+        2,
+        1,
+    ]  # type: ignore[arg-type]
 
 
 def test_the_unet_table_is_whole_in_both_directions(keys: Keys, theirs: nn.Module) -> None:
@@ -102,7 +111,9 @@ def test_values_come_back_bit_for_bit(refiner: bool) -> None:
     assert all(torch.equal(back[name], t) for name, t in tensors.items())
 
 
-def test_every_tensor_of_a_single_file_is_claimed_and_written_again(keys: Keys, source: Checkpoint, nets: dict[str, nn.Module]) -> None:
+def test_every_tensor_of_a_single_file_is_claimed_and_written_again(
+    keys: Keys, source: Checkpoint, nets: dict[str, nn.Module]
+) -> None:
     _, complete = FAMILY.complete(Options(), source)
     assert set(complete.components) == {"denoiser", "clip_l", "clip_g", "vae"}
     assert list(source.passthrough) == [f"{CLIP_G}logit_scale"]
@@ -112,7 +123,9 @@ def test_every_tensor_of_a_single_file_is_claimed_and_written_again(keys: Keys, 
 
 
 @pytest.mark.parametrize(("name", "table"), [("clip_l", "clip_l.hf"), ("clip_g", "clip_g.hf")])
-def test_folders_hold_the_text_encoders_of_transformers(keys: Keys, nets: dict[str, nn.Module], name: str, table: str) -> None:
+def test_folders_hold_the_text_encoders_of_transformers(
+    keys: Keys, nets: dict[str, nn.Module], name: str, table: str
+) -> None:
     """The table of CLIP-L has a projection, which SDXL does not use and its folders do not hold."""
     part = next(part for part in FAMILY.components if part.name == name)
     held = nets[name].state_dict()
@@ -141,7 +154,9 @@ def test_tensors_that_programs_leave_beside_the_nets_are_kept(name: str) -> None
     assert PASSTHROUGH.fullmatch(name)
 
 
-@pytest.mark.parametrize("name", ["conditioner.embedders.1.model.text_projection", "cond_stage_model.logit_scale", "edm_vpred.sigma_max"])
+@pytest.mark.parametrize(
+    "name", ["conditioner.embedders.1.model.text_projection", "cond_stage_model.logit_scale", "edm_vpred.sigma_max"]
+)
 def test_what_is_of_a_net_or_of_another_model_is_not_kept(name: str) -> None:
     """bigG's projection is used; a model of another noise process must not pass for one of this."""
     assert not PASSTHROUGH.fullmatch(name)
@@ -168,7 +183,9 @@ def adapter(nets: dict[str, nn.Module], *args: str) -> tuple[Models, dict[Module
     inserted.remove()
     # The layers have no values, and so their adapters have none; PEFT's names need that of alpha.
     state = {site: {**leaves, "alpha": torch.tensor(1.0)} for site, leaves in inserted.state().items()}
-    return Models(FAMILY, Options(), nets["denoiser"], {name: nets[name] for name in ("clip_l", "clip_g")}, {}, None), state
+    return Models(
+        FAMILY, Options(), nets["denoiser"], {name: nets[name] for name in ("clip_l", "clip_g")}, {}, None
+    ), state
 
 
 CONV = ("conv_dim=4", "conv_alpha=1")
@@ -187,7 +204,9 @@ def test_adapters_have_the_names_and_shapes_of_sd_scripts(
     models, state = adapter(nets, *args)
     layers = {name: sum(component == name for component, _ in state) for name in nets if name != "vae"}
     assert layers == {"denoiser": 788 if args else 722, "clip_l": 12 * 6, "clip_g": 32 * 6}
-    assert shapes(dialect.write(FAMILY.dialects(models)["kohya"], state)) == {k: v for k, v in wanted.items() if k not in odd}
+    assert shapes(dialect.write(FAMILY.dialects(models)["kohya"], state)) == {
+        k: v for k, v in wanted.items() if k not in odd
+    }
 
 
 def test_linear_targets_are_the_layers_of_diffusers_transformers(nets: dict[str, nn.Module], theirs: nn.Module) -> None:
@@ -201,7 +220,9 @@ def test_linear_targets_are_the_layers_of_diffusers_transformers(nets: dict[str,
     }
     table = unet_keys(nets["denoiser"].state_dict())
     _, state = adapter(nets)
-    assert {table.match(path, native=True).foreign()[0] for component, path in state if component == "denoiser"} == wanted
+    assert {
+        table.match(path, native=True).foreign()[0] for component, path in state if component == "denoiser"
+    } == wanted
 
 
 SPELLINGS = ["kohya", "kohya_diffusers", "comfy", "peft"]
@@ -227,7 +248,10 @@ def test_an_adapter_is_read_back_in_every_dialect(nets: dict[str, nn.Module], sp
     models, state = adapter(nets, *CONV)
     dialects = FAMILY.dialects(models)
     by_path = [
-        (c, path) for c, net in models.nets().items() for path, layer in net.named_modules() if isinstance(layer, nn.Linear | nn.Conv2d)
+        (c, path)
+        for c, net in models.nets().items()
+        for path, layer in net.named_modules()
+        if isinstance(layer, nn.Linear | nn.Conv2d)
     ]
     back = dialect.read(dialects.values(), dialect.write(dialects[spelling], state), by_path)
     assert back.keys() == state.keys()

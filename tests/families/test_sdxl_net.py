@@ -34,7 +34,9 @@ def inputs(h: int = 12, w: int = 8, *, refiner: bool = False) -> dict[str, Tenso
 
 def label(given: dict[str, Tensor]) -> Tensor:
     sizes = given["sizes"]
-    return torch.cat([given["pooled"], timestep_embedding(sizes.flatten(), sdxl.SIZE_WIDTH).unflatten(0, sizes.shape).flatten(1)], 1)
+    return torch.cat(
+        [given["pooled"], timestep_embedding(sizes.flatten(), sdxl.SIZE_WIDTH).unflatten(0, sizes.shape).flatten(1)], 1
+    )
 
 
 def theirs(given: dict[str, Tensor], *, refiner: bool = False) -> tuple[Tensor, Tensor]:
@@ -57,7 +59,9 @@ def test_forward_and_gradient_equal_diffusers(refiner: bool) -> None:
     names, parameters = zip(*net.named_parameters(), strict=True)
     expected = dict(sdxl.unet(refiner=refiner).named_parameters())
     *got, grads = grouped(torch.autograd.grad(a.square().sum(), (x, context, y, *parameters)), names)
-    *want, wants = grouped(torch.autograd.grad(b.square().sum(), (x, context, their_y, *expected.values())), tuple(expected))
+    *want, wants = grouped(
+        torch.autograd.grad(b.square().sum(), (x, context, their_y, *expected.values())), tuple(expected)
+    )
     torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(unet_keys(names).to_foreign(grads), wants, atol=1e-5, rtol=1e-5)
 
@@ -79,7 +83,15 @@ def test_blocks_are_all_that_stands_between_the_ends() -> None:
     net = native()
     held = {id(p) for block in blocks(net) for p in block.parameters()}
     rest = {name.rpartition(".")[0] for name, p in net.named_parameters() if id(p) not in held}
-    assert rest == {"time_embed.0", "time_embed.2", "label_emb.0.0", "label_emb.0.2", "input_blocks.0.0", "out.0", "out.2"}
+    assert rest == {
+        "time_embed.0",
+        "time_embed.2",
+        "label_emb.0.0",
+        "label_emb.0.2",
+        "input_blocks.0.0",
+        "out.0",
+        "out.2",
+    }
 
 
 def test_blocks_stand_in_forward_order() -> None:

@@ -32,7 +32,10 @@ def theirs(net: nn.Module, tokenizer: Any, caption: str, length: int) -> tuple[T
     """(length + 2, d) states of a caption, each run of 75 tokens encoded by itself, and what the net says of the first run as a whole."""
     ids = tokenizer(caption, add_special_tokens=False, truncation=True, max_length=length).input_ids
     runs = [ids[start : start + 75] for start in range(0, length, 75)]
-    rows = [[tokenizer.bos_token_id, *run, tokenizer.eos_token_id, *[tokenizer.pad_token_id] * (75 - len(run))] for run in runs]
+    rows = [
+        [tokenizer.bos_token_id, *run, tokenizer.eos_token_id, *[tokenizer.pad_token_id] * (75 - len(run))]
+        for run in runs
+    ]
     with torch.no_grad():
         found = [net(torch.tensor([row]), output_hidden_states=True) for row in rows]
     parts = [each.hidden_states[-2][0] for each in found]
@@ -55,7 +58,11 @@ def test_weights_multiply_the_states_of_their_tokens_in_both_encoders(path: Path
     plain = loading.load(FAMILY, str(path), Options(max_token_length=150))
     weighted = loading.load(FAMILY, str(path), Options(max_token_length=150, weighted_captions=True))
     caption = "a (cat:1.5) on [a] mat"
-    tokens, expected, found = FAMILY.tokenize(weighted).tokenize([caption]), said(plain, ["a cat on a mat"]), said(weighted, [caption])
+    tokens, expected, found = (
+        FAMILY.tokenize(weighted).tokenize([caption]),
+        said(plain, ["a cat on a mat"]),
+        said(weighted, [caption]),
+    )
     assert torch.equal(tokens["clip_l_weights"], tokens["clip_g_weights"])
     factor = tokens["clip_l_weights"][:, :, 1:-1].flatten(1)[..., None]
     assert sorted(set(factor.flatten().tolist())) == pytest.approx([1 / 1.1, 1.0, 1.5])
@@ -100,7 +107,16 @@ def test_sizes_are_told_as_by_the_pipeline(path: Path, cropped: tuple[int, int])
     handle = pipe.unet.add_embedding.register_forward_pre_hook(lambda _, args: labels.append(args[0]))
     noise = torch.randn(1, 4, 4, 6, generator=torch.Generator().manual_seed(0))
     told = {"original_size": (70, 90), "crops_coords_top_left": cropped, "target_size": (32, 48)}
-    pipe("a cat", height=32, width=48, num_inference_steps=1, guidance_scale=1.0, latents=noise, output_type="latent", **told)
+    pipe(
+        "a cat",
+        height=32,
+        width=48,
+        num_inference_steps=1,
+        guidance_scale=1.0,
+        latents=noise,
+        output_type="latent",
+        **told,
+    )
     handle.remove()
     sizes = torch.tensor([[70, 90, *cropped, 32, 48]])
     cond = FAMILY.condition(models, said(models, ["a cat"]), SampleInfo(sizes=sizes))
@@ -114,7 +130,8 @@ def test_sizes_are_exact_whatever_the_format_of_the_text(path: Path) -> None:
     cond = {name: t.bfloat16() for name, t in said(models, ["a cat"]).items()}
     with torch.autocast("cpu", torch.bfloat16):
         a, b = (
-            FAMILY.condition(models, cond, SampleInfo(sizes=torch.tensor([[side, side, 0, 0, side, side]])))["y"] for side in (1023, 1024)
+            FAMILY.condition(models, cond, SampleInfo(sizes=torch.tensor([[side, side, 0, 0, side, side]])))["y"]
+            for side in (1023, 1024)
         )
     assert a.dtype == torch.float32
     assert (a - b).abs().max() > 0.5

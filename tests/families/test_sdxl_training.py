@@ -66,8 +66,14 @@ def test_every_weight_of_the_unet_has_one_of_23_rates(keys: Keys) -> None:
     """Counted by sd-scripts' rule: by the number after the part's name."""
     found: dict[int, set[str]] = {}
     for path in keys("sdxl.unet"):
-        found.setdefault(block(path), set()).add(".".join(path.split(".")[: 1 if re.match(r"out\.|time|label", path) else 2]))
-    wanted = [{"time_embed", "label_emb"}, *({f"input_blocks.{i}"} for i in range(9)), *({f"middle_block.{i}"} for i in range(3))]
+        found.setdefault(block(path), set()).add(
+            ".".join(path.split(".")[: 1 if re.match(r"out\.|time|label", path) else 2])
+        )
+    wanted = [
+        {"time_embed", "label_emb"},
+        *({f"input_blocks.{i}"} for i in range(9)),
+        *({f"middle_block.{i}"} for i in range(3)),
+    ]
     wanted += [*({f"output_blocks.{i}"} for i in range(9)), {"out"}]
     assert [found[i] for i in range(BLOCKS)] == wanted
 
@@ -78,7 +84,9 @@ def test_rates_by_block(single: Path, go: Callable[..., Path]) -> None:
     rates[0], rates[5], rates[22] = 1e-3, 2e-3, 3e-3
     moved = changed(load(single), load(go("a", "full", options={"block_lr": tuple(rates)})))
     own = {name.removeprefix(UNET) for name in load(single) if name.startswith(UNET)}
-    assert moved == {UNET + path for path in own if path.startswith(("time_embed.", "label_emb.", "input_blocks.4.", "out."))}
+    assert moved == {
+        UNET + path for path in own if path.startswith(("time_embed.", "label_emb.", "input_blocks.4.", "out."))
+    }
     models = loading.load(FAMILY, str(single), Options(block_lr=tuple(rates)))
     groups = Full(models, config(family=models.options)).groups()
     assert sorted(group.lr for group in groups) == [1e-3, 2e-3, 3e-3]
@@ -129,7 +137,9 @@ def test_text_encoders_whose_rate_is_0_are_left_as_they_are(
 
 def test_what_has_no_gradient_is_not_trained(single: Path) -> None:
     models = loading.load(FAMILY, str(single), Options(learning_rate_te2=3e-5))
-    full = Full(models, config(family=models.options, train_text_encoder=True, learning_rate=1e-5, learning_rate_te=2e-5))
+    full = Full(
+        models, config(family=models.options, train_text_encoder=True, learning_rate=1e-5, learning_rate_te=2e-5)
+    )
     assert {group.name: group.lr for group in full.groups()} == {"denoiser": 1e-5, "clip_l": 2e-5, "clip_g": 3e-5}
     weights = full.weights()
     assert not [name for name in weights if UNUSED.fullmatch(CLIP_L + name.removeprefix("clip_l."))]
@@ -144,7 +154,11 @@ def test_an_adapters_text_encoders_have_rates_of_their_own(go: Callable[..., Pat
     """One of them 0: that text encoder has no adapter."""
     tensors = load(go("a", text_encoder_lr=(0.0, 1e-3)))
     assert {"_".join(name.split("_")[:2]) for name in tensors} == {"lora_unet", "lora_te2"}
-    assert {"_".join(name.split("_")[:2]) for name in load(go("b", text_encoder_lr=(1e-3,)))} == {"lora_unet", "lora_te1", "lora_te2"}
+    assert {"_".join(name.split("_")[:2]) for name in load(go("b", text_encoder_lr=(1e-3,)))} == {
+        "lora_unet",
+        "lora_te1",
+        "lora_te2",
+    }
 
 
 # --- the command line ---
@@ -155,7 +169,9 @@ def home(keys: Keys, tmp_path: Path, images: Path, monkeypatch: pytest.MonkeyPat
     """The current folder, with a base model of full size that is only a header."""
     sparse(tmp_path / "base.safetensors", keys("sdxl.single_file"))
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "data.toml").write_text(f'[[datasets]]\nresolution = 64\n[[datasets.subsets]]\nimage_dir = "{images}"\n')
+    (tmp_path / "data.toml").write_text(
+        f'[[datasets]]\nresolution = 64\n[[datasets.subsets]]\nimage_dir = "{images}"\n'
+    )
     return tmp_path
 
 
@@ -174,7 +190,9 @@ def test_lists_of_rates(home: Path) -> None:
     assert isinstance(found, Options) and found.block_lr == (1e-5,) * 22 + (0.0,)
     assert errors("full", "--block_lr", RATES) == ["--block_lr: expected 23 numbers with commas between them, found 22"]
     assert errors("full", "--block_lr", f"{RATES},-1") == ["--block_lr: expected 0 or more, found -1"]
-    assert errors("full", "--train_text_encoder", "--learning_rate_te1", "-1") == ["--learning_rate_te1: expected 0 or more, found -1"]
+    assert errors("full", "--train_text_encoder", "--learning_rate_te1", "-1") == [
+        "--learning_rate_te1: expected 0 or more, found -1"
+    ]
 
 
 @pytest.mark.parametrize(
@@ -184,10 +202,22 @@ def test_lists_of_rates(home: Path) -> None:
         ("network", ["--learning_rate_te2", "1e-5"], "learning_rate_te2"),
         ("full", ["--learning_rate_te1", "1e-5"], "learning_rate_te1"),
         ("full", ["--block_lr", f"{RATES},0", "--learning_rate", "1e-5"], "learning_rate"),
-        ("full", ["--train_text_encoder", "--learning_rate_te1", "0", "--learning_rate_te2", "0"], "train_text_encoder"),
         (
             "full",
-            ["--train_text_encoder", "--learning_rate_te1", "0", "--learning_rate_te2", "1e-5", "--learning_rate_te", "1e-5"],
+            ["--train_text_encoder", "--learning_rate_te1", "0", "--learning_rate_te2", "0"],
+            "train_text_encoder",
+        ),
+        (
+            "full",
+            [
+                "--train_text_encoder",
+                "--learning_rate_te1",
+                "0",
+                "--learning_rate_te2",
+                "1e-5",
+                "--learning_rate_te",
+                "1e-5",
+            ],
             "learning_rate_te",
         ),
     ],
@@ -198,7 +228,15 @@ def test_settings_without_effect_are_refused(home: Path, method: flags.Method, a
 
 
 def test_rates_that_act_are_taken(home: Path) -> None:
-    both = ["--train_text_encoder", "--learning_rate_te1", "0", "--learning_rate_te2", "1e-6", "--learning_rate", "1e-5"]
+    both = [
+        "--train_text_encoder",
+        "--learning_rate_te1",
+        "0",
+        "--learning_rate_te2",
+        "1e-6",
+        "--learning_rate",
+        "1e-5",
+    ]
     assert flags.resolve_all([*BASE, *both], "full").notices == ()
     by_block = ["--train_text_encoder", "--block_lr", f"{RATES},0", "--learning_rate", "1e-5"]
     assert flags.resolve_all([*BASE, *by_block], "full").notices == ()
@@ -233,9 +271,15 @@ def test_the_true_crop_is_told(single: Path, tmp_path: Path) -> None:
     """sd-scripts tells the margins of the bucket in its place."""
     (tmp_path / "wide").mkdir()
     Image.effect_noise((96, 64), 40).save(tmp_path / "wide" / "a.png")
-    data = DatasetConfig(subsets=(SubsetConfig(image_dir=str(tmp_path / "wide"), class_tokens="a"),), resolution=(64, 64), batch_size=1)
+    data = DatasetConfig(
+        subsets=(SubsetConfig(image_dir=str(tmp_path / "wide"), class_tokens="a"),), resolution=(64, 64), batch_size=1
+    )
     told = config(
-        pretrained_model_name_or_path=str(single), output_dir=str(tmp_path / "out"), max_train_steps=1, network_dim=2, family=Options()
+        pretrained_model_name_or_path=str(single),
+        output_dir=str(tmp_path / "out"),
+        max_train_steps=1,
+        network_dim=2,
+        family=Options(),
     )
     a_run = run.prepare(told, "network", (data,), dist.world(), 0.0)
     models: Models = a_run.trainable.models  # type: ignore[attr-defined]
@@ -263,10 +307,17 @@ def test_a_model_that_predicts_v_trains_on_pure_noise(train: Train, tmp_path: Pa
 
 
 @pytest.mark.parametrize("size", [(72, 56), (88, 40)])
-def test_sides_are_multiples_of_8(go: Callable[..., Path], single: Path, images: Path, tmp_path: Path, size: tuple[int, int]) -> None:
+def test_sides_are_multiples_of_8(
+    go: Callable[..., Path], single: Path, images: Path, tmp_path: Path, size: tuple[int, int]
+) -> None:
     """sd-scripts asks for multiples of 32."""
     data = DatasetConfig(subsets=(SubsetConfig(image_dir=str(images)),), resolution=size, batch_size=2)
-    told = {"pretrained_model_name_or_path": str(single), "output_dir": str(tmp_path / "out"), "max_train_steps": 1, "network_dim": 2}
+    told = {
+        "pretrained_model_name_or_path": str(single),
+        "output_dir": str(tmp_path / "out"),
+        "max_train_steps": 1,
+        "network_dim": 2,
+    }
     run.train(config(**told, output_name="out", family=Options()), "network", (data,))
     (line,) = (tmp_path / "out" / "out.jsonl").read_text().splitlines()
     assert json.loads(line)["loss"] > 0

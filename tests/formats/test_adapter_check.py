@@ -30,7 +30,9 @@ def test_sound_ones_pass(alpha: torch.Tensor) -> None:
     ],
 )
 def test_each_fault_is_told_by_file_and_layer(change: dict[str, torch.Tensor], says: str) -> None:
-    with pytest.raises(UserError, match=rf"^network_weights a\.safetensors: lora_te3_x\..*{says.partition('.')[2] or says}") as told:
+    with pytest.raises(
+        UserError, match=rf"^network_weights a\.safetensors: lora_te3_x\..*{says.partition('.')[2] or says}"
+    ) as told:
         check_adapter({**SOUND, **change}, "network_weights a.safetensors")
     assert len(told.value.messages) == 1
 

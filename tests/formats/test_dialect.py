@@ -46,11 +46,17 @@ def lora(site: ModulePath, rank: int = 2, alpha: float = 1.0, seed: int = 0) -> 
     out = 9 if site[1].endswith("qkv") else 4
     kernel = (3, 3) if "conv" in site[1] else ()
     up = torch.randn(out, rank, *[1 for _ in kernel], generator=g)
-    return {"lora_down.weight": torch.randn(rank, 5, *kernel, generator=g), "lora_up.weight": up, "alpha": torch.tensor(alpha)}
+    return {
+        "lora_down.weight": torch.randn(rank, 5, *kernel, generator=g),
+        "lora_up.weight": up,
+        "alpha": torch.tensor(alpha),
+    }
 
 
 def loha() -> AdapterTensors:
-    return {leaf: torch.rand(2, 2) for leaf in ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")} | {"alpha": torch.tensor(1.0)}
+    return {leaf: torch.rand(2, 2) for leaf in ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")} | {
+        "alpha": torch.tensor(1.0)
+    }
 
 
 def change(leaves: AdapterTensors) -> Tensor:
@@ -67,9 +73,13 @@ def same(a: dict[ModulePath, AdapterTensors], b: dict[ModulePath, AdapterTensors
 
 @pytest.mark.parametrize("dialect_of", [KOHYA, COMFY, SPLIT], ids=lambda d: d.name)
 @quick
-@given(chosen=st.sets(st.sampled_from(SITES), min_size=1), rank=st.integers(1, 4), alpha=st.sampled_from([1.0, 4.0, 0.5]))
+@given(
+    chosen=st.sets(st.sampled_from(SITES), min_size=1), rank=st.integers(1, 4), alpha=st.sampled_from([1.0, 4.0, 0.5])
+)
 def test_round_trip_bit_for_bit(dialect_of: Dialect, chosen: set[ModulePath], rank: int, alpha: float) -> None:
-    adapters = {s: lora(s, rank, alpha, seed) for seed, s in enumerate(SITES) if s in chosen and s[0] in dialect_of.prefix}
+    adapters = {
+        s: lora(s, rank, alpha, seed) for seed, s in enumerate(SITES) if s in chosen and s[0] in dialect_of.prefix
+    }
     written = dialect.write(dialect_of, adapters)
     assert same(dialect.read([dialect_of], written, SITES), adapters)
     backwards = dict(reversed(written.items()))
@@ -95,7 +105,9 @@ def test_names_are_as_the_programs_spell_them() -> None:
     ]
     assert "lora_te_text_model_layers_0_mlp_fc10.alpha" in dialect.write(KOHYA, adapters)
     assert "diffusion_model.blocks.0.attn.proj.lora_up.weight" in dialect.write(COMFY, adapters)
-    assert "text_encoders.clip_l.transformer.text_model.layers.0.mlp.fc10.lora_down.weight" in dialect.write(COMFY, adapters)
+    assert "text_encoders.clip_l.transformer.text_model.layers.0.mlp.fc10.lora_down.weight" in dialect.write(
+        COMFY, adapters
+    )
     peft = dialect.write(PEFT, adapters)
     assert {"unet.layers.0.to_out.lora_A.weight", "unet.layers.0.to_k.lora_B.weight"} < peft.keys()
     assert peft["unet.layers.0.to_k.lora_B.weight"].shape == (3, 2)
@@ -110,7 +122,9 @@ def test_a_fused_layer_is_cut_exactly() -> None:
 
 def test_pieces_of_different_ranks_are_joined_exactly_and_missing_ones_change_nothing() -> None:
     q, v = lora(SITES[1], rank=1, alpha=4.0, seed=1), lora(SITES[1], rank=3, alpha=1.0, seed=2)
-    tensors = {f"lora_unet_layers_7_to_q.{k}": t for k, t in q.items()} | {f"lora_unet_layers_7_to_v.{k}": t for k, t in v.items()}
+    tensors = {f"lora_unet_layers_7_to_q.{k}": t for k, t in q.items()} | {
+        f"lora_unet_layers_7_to_v.{k}": t for k, t in v.items()
+    }
     ((site, joined),) = dialect.read([SPLIT], tensors, SITES).items()
     assert site == ("denoiser", "blocks.7.attn.qkv")
     assert joined["lora_down.weight"].shape == (4, 5)
@@ -134,7 +148,10 @@ def test_rows_of_a_fused_layer_change_places_before_it_is_cut() -> None:
     leaves = lora(site)
     written = dialect.write(dialect_of, {site: leaves})
     pieces = table.to_foreign({"both.weight": change(leaves)})
-    assert all(torch.equal(change({leaf: written[f"{n}.{leaf}"] for leaf in leaves}), pieces[f"{n}.weight"]) for n in ("a", "b"))
+    assert all(
+        torch.equal(change({leaf: written[f"{n}.{leaf}"] for leaf in leaves}), pieces[f"{n}.weight"])
+        for n in ("a", "b")
+    )
     assert same(dialect.read([dialect_of], written, [site]), {site: leaves})
 
 
@@ -146,7 +163,11 @@ def test_several_dialects_may_stand_in_one_file() -> None:
 
 @pytest.mark.parametrize(
     "down, up",
-    [("lora_A.weight", "lora_B.weight"), ("lora.down.weight", "lora.up.weight"), ("lora_A.default.weight", "lora_B.default.weight")],
+    [
+        ("lora_A.weight", "lora_B.weight"),
+        ("lora.down.weight", "lora.up.weight"),
+        ("lora_A.default.weight", "lora_B.default.weight"),
+    ],
 )
 def test_leaves_of_peft_and_diffusers_are_read_under_any_path(down: str, up: str) -> None:
     leaves = lora(SITES[1])
@@ -180,7 +201,9 @@ def test_every_key_is_claimed_or_refused_with_the_nearest_name() -> None:
 
 def test_a_checkpoint_is_not_taken_for_an_adapter() -> None:
     with pytest.raises(UserError, match="2 of 2 keys"):
-        dialect.read(ALL, {"diffusion_model.conv_in.weight": torch.ones(1), "diffusion_model.conv_in.bias": torch.ones(1)}, SITES)
+        dialect.read(
+            ALL, {"diffusion_model.conv_in.weight": torch.ones(1), "diffusion_model.conv_in.bias": torch.ones(1)}, SITES
+        )
 
 
 def test_one_place_is_filled_once() -> None:
@@ -202,9 +225,13 @@ def test_what_a_dialect_has_no_place_for() -> None:
         dialect.write(KOHYA, {("t5", "x"): lora(SITES[1])})
 
 
-@pytest.mark.parametrize(("turn", "leaves"), [(TRANSPOSE, lora(SITES[1])), (SWAP_HALVES, loha())], ids=["transposed", "not LoRA"])
+@pytest.mark.parametrize(
+    ("turn", "leaves"), [(TRANSPOSE, lora(SITES[1])), (SWAP_HALVES, loha())], ids=["transposed", "not LoRA"]
+)
 def test_an_adapter_without_an_exact_form_on_the_other_side_is_refused(turn: Change, leaves: AdapterTensors) -> None:
-    turned = Dialect(name="turned", prefix={"denoiser": ""}, keys={"denoiser": KeyMap(rule("conv_in", "x", change=turn))})
+    turned = Dialect(
+        name="turned", prefix={"denoiser": ""}, keys={"denoiser": KeyMap(rule("conv_in", "x", change=turn))}
+    )
     with pytest.raises(UserError, match="no exact form"):
         dialect.write(turned, {("denoiser", "conv_in"): leaves})
     with pytest.raises(UserError, match="no exact form"):

@@ -25,7 +25,17 @@ def some() -> dict[str, Tensor]:
     g = torch.Generator().manual_seed(0)
     dtypes = [torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.float8_e4m3fn, torch.float8_e5m2]
     tensors = {f"layer.{i}.weight": torch.randn(3, 4, generator=g).to(d) for i, d in enumerate(dtypes)}
-    whole = [torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool, torch.uint16, torch.uint32, torch.uint64]
+    whole = [
+        torch.int64,
+        torch.int32,
+        torch.int16,
+        torch.int8,
+        torch.uint8,
+        torch.bool,
+        torch.uint16,
+        torch.uint32,
+        torch.uint64,
+    ]
     tensors |= {f"steps.{i}": torch.arange(5).to(d) for i, d in enumerate(whole)}
     return tensors | {
         "scalar": torch.tensor(2.0),
@@ -36,7 +46,9 @@ def some() -> dict[str, Tensor]:
 
 
 def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
-    return a.keys() == b.keys() and all(t.dtype == b[k].dtype and t.shape == b[k].shape and torch.equal(t, b[k]) for k, t in a.items())
+    return a.keys() == b.keys() and all(
+        t.dtype == b[k].dtype and t.shape == b[k].shape and torch.equal(t, b[k]) for k, t in a.items()
+    )
 
 
 def test_the_bytes_are_the_safetensors_librarys(tmp_path: Path) -> None:
@@ -68,7 +80,9 @@ def test_round_trip(tmp_path: Path, ending: str) -> None:
 
 def test_load_picks_names_and_casts_floats_only(tmp_path: Path) -> None:
     files.save(tmp_path / "a.safetensors", some())
-    got = files.load(tmp_path / "a.safetensors", dtype=torch.float16, names=lambda n: n.startswith(("layer", "steps.0")))
+    got = files.load(
+        tmp_path / "a.safetensors", dtype=torch.float16, names=lambda n: n.startswith(("layer", "steps.0"))
+    )
     assert set(got) == {f"layer.{i}.weight" for i in range(6)} | {"steps.0"}
     assert {t.dtype for n, t in got.items() if n != "steps.0"} == {torch.float16}
     assert got["steps.0"].dtype == torch.int64
@@ -181,7 +195,9 @@ def test_a_full_disk_leaves_the_old_file_alone(tmp_path: Path, ending: str, smal
     before = path.read_bytes()
     with (
         small_disk(10_000),
-        pytest.raises(UserError, match=r"the disk is full: 400,000 bytes needed, [\d,]+ free; nothing was written") as error,
+        pytest.raises(
+            UserError, match=r"the disk is full: 400,000 bytes needed, [\d,]+ free; nothing was written"
+        ) as error,
     ):
         files.save(path, {"a": torch.ones(100_000)})
     assert str(path) in str(error.value)
@@ -273,7 +289,9 @@ def test_check_finite_names_the_tensors() -> None:
 def test_fingerprint_is_of_the_content_alone(tmp_path: Path) -> None:
     tensors = some()
     files.save(tmp_path / "a.safetensors", tensors)
-    assert files.fingerprint(dict(reversed(tensors.items()))) == files.fingerprint(files.load(tmp_path / "a.safetensors"))
+    assert files.fingerprint(dict(reversed(tensors.items()))) == files.fingerprint(
+        files.load(tmp_path / "a.safetensors")
+    )
     base = {"a": torch.zeros(2, 3), "b": torch.zeros(6)}
     others = [
         {"a": torch.zeros(3, 2), "b": torch.zeros(6)},

@@ -63,7 +63,10 @@ def test_an_odd_entry_names_its_tensor(tmp_path: Path, entry: dict[str, Any], wo
         (b'{"w":null}', "tensor 'w' is None"),
         (b'{"\\ud800":{"dtype":"F32","shape":[2,3],"data_offsets":[0,24]}}', "not Unicode text"),
         (b'{"w":{"dtype":"F32","shape":[2,3],"data_offsets":[0,24]},"w":1}', "'w' stands in it twice"),
-        (b'{"__metadata__":{"step":3},"w":{"dtype":"F32","shape":[2,3],"data_offsets":[0,24]}}', "the metadata 'step' is 3, expected text"),
+        (
+            b'{"__metadata__":{"step":3},"w":{"dtype":"F32","shape":[2,3],"data_offsets":[0,24]}}',
+            "the metadata 'step' is 3, expected text",
+        ),
         (b'{"__metadata__":[],"w":{"dtype":"F32","shape":[2,3],"data_offsets":[0,24]}}', "__metadata__ is"),
         ('{"w":1}'.encode("utf-16"), "no table of tensors"),
     ],
@@ -87,7 +90,9 @@ def test_a_format_that_is_not_known_is_shown_and_not_loaded(tmp_path: Path) -> N
         files.load(path)
 
 
-@pytest.mark.parametrize("content", [{"a": {"b": torch.eye(3).to_sparse()}}, {"": torch.eye(3).to_sparse()}], ids=["sparse", "no name"])
+@pytest.mark.parametrize(
+    "content", [{"a": {"b": torch.eye(3).to_sparse()}}, {"": torch.eye(3).to_sparse()}], ids=["sparse", "no name"]
+)
 def test_pickled_tensors_that_are_no_plain_numbers(tmp_path: Path, content: dict[str, Any]) -> None:
     torch.save(content, tmp_path / "a.pt")
     with pytest.raises(UserError, match="sparse"):

@@ -19,7 +19,17 @@ from sfumato.formats.lazy import Lazy
 
 FLOATS = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
 FP8 = [torch.float8_e4m3fn, torch.float8_e5m2]
-WHOLE = [torch.int8, torch.uint8, torch.int16, torch.int32, torch.int64, torch.uint16, torch.uint32, torch.uint64, torch.bool]
+WHOLE = [
+    torch.int8,
+    torch.uint8,
+    torch.int16,
+    torch.int32,
+    torch.int64,
+    torch.uint16,
+    torch.uint32,
+    torch.uint64,
+    torch.bool,
+]
 ENDINGS = [".safetensors", ".pt"]
 
 
@@ -45,7 +55,11 @@ def kinds() -> dict[str, Tensor]:
     made: dict[str, Tensor] = {"odd": torch.arange(3, dtype=torch.uint8)}
     for dtype in [*FLOATS, *FP8, *WHOLE, torch.complex64]:
         name = str(dtype).removeprefix("torch.")
-        made |= {f"{name}.matrix": random(dtype, 3, 5), f"{name}.scalar": random(dtype), f"{name}.empty": random(dtype, 0, 4)}
+        made |= {
+            f"{name}.matrix": random(dtype, 3, 5),
+            f"{name}.scalar": random(dtype),
+            f"{name}.empty": random(dtype, 0, 4),
+        }
     return made
 
 
@@ -60,7 +74,9 @@ def written(path: Path, tensors: dict[str, Tensor]) -> Path:
 
 def theirs(path: Path) -> dict[str, Tensor]:
     """As others read them."""
-    found: dict[str, Tensor] = load_file(path) if path.suffix == ".safetensors" else torch.load(path, weights_only=True)["state_dict"]
+    found: dict[str, Tensor] = (
+        load_file(path) if path.suffix == ".safetensors" else torch.load(path, weights_only=True)["state_dict"]
+    )
     return found
 
 
@@ -161,14 +177,18 @@ def test_a_file_rewritten_with_its_time_set_back_is_refused(tmp_path: Path, monk
     rewrite(path, {"a": torch.ones(64, 64)})
     os.utime(path, ns=(then.st_atime_ns, then.st_mtime_ns))
     # As a file system says that has such a time, with a clock that is not coarse.
-    monkeypatch.setattr(file, "_opened", SimpleNamespace(**{n: getattr(then, n) for n in ("st_size", "st_mtime_ns")}, st_ctime_ns=1))
+    monkeypatch.setattr(
+        file, "_opened", SimpleNamespace(**{n: getattr(then, n) for n in ("st_size", "st_mtime_ns")}, st_ctime_ns=1)
+    )
     with pytest.raises(UserError, match="changed while it was in use"):
         lazy["a"]
 
 
 @pytest.mark.skipif(os.name == "nt", reason="an open file keeps its name there")
 @pytest.mark.parametrize("map", [True, False])
-def test_a_file_that_was_renamed_or_replaced_is_still_the_one_that_was_opened(tmp_path: Path, map: bool, caplog: Any) -> None:
+def test_a_file_that_was_renamed_or_replaced_is_still_the_one_that_was_opened(
+    tmp_path: Path, map: bool, caplog: Any
+) -> None:
     path = written(tmp_path / "model.safetensors", {"a": torch.zeros(8, 8), "b": torch.zeros(8, 8)})
     lazy = Lazy.of([path]).cast(None, map=map)
     path.rename(tmp_path / "moved.safetensors")
@@ -215,7 +235,9 @@ def test_a_truncated_file_is_told_when_it_is_opened(tmp_path: Path, ending: str)
 
 
 @pytest.mark.parametrize("map", [True, False])
-def test_a_file_that_was_cut_after_it_was_opened_is_told_and_no_page_of_it_is_touched(tmp_path: Path, map: bool) -> None:
+def test_a_file_that_was_cut_after_it_was_opened_is_told_and_no_page_of_it_is_touched(
+    tmp_path: Path, map: bool
+) -> None:
     path = written(tmp_path / "model.safetensors", {"a": torch.ones(4), "b": torch.ones(4000)})
     lazy = Lazy.of([path]).cast(None, map=map)
     os.truncate(path, path.stat().st_size - 8000)

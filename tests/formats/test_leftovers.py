@@ -42,7 +42,9 @@ def test_what_a_user_keeps_beside_results_is_not_touched(tmp_path: Path) -> None
     state(tmp_path / "out-state")
     assert run.newest(tmp_path, ".*") == tmp_path / "out-state"
     run.load_run(tmp_path / "out-state")
-    assert [p for p in sorted(tmp_path.rglob("*")) if "out-state" not in p.parts[len(tmp_path.parts)] or ".old" in str(p)] == before
+    assert [
+        p for p in sorted(tmp_path.rglob("*")) if "out-state" not in p.parts[len(tmp_path.parts)] or ".old" in str(p)
+    ] == before
 
 
 def test_a_folder_with_foreign_files_in_it_is_not_removed_whatever_its_name(tmp_path: Path, dead: int) -> None:
@@ -54,7 +56,11 @@ def test_a_folder_with_foreign_files_in_it_is_not_removed_whatever_its_name(tmp_
 
 
 def test_leftovers_of_killed_runs_are_found_again_whatever_their_step(tmp_path: Path, dead: int) -> None:
-    for name in (f".out-step00000400.{dead}-7.part.safetensors", f".out.{dead}-1.part.toml", f".out-000004_clip_l.{dead}-0.part.pt"):
+    for name in (
+        f".out-step00000400.{dead}-7.part.safetensors",
+        f".out.{dead}-1.part.toml",
+        f".out-000004_clip_l.{dead}-0.part.pt",
+    ):
         (tmp_path / name).write_text("half")
     state(tmp_path / "s").rename(tmp_path / f".out-step00000400-state.{dead}.part")
     leftovers.clear(tmp_path, lambda name: name.startswith("out"))

@@ -141,9 +141,9 @@ def test_training_fields() -> None:
 def test_no_metadata_leaves_what_loaders_need() -> None:
     fields = metadata.training(Config(output=OutputConfig(no_metadata=True)), RUN, [facts()])
     assert set(fields) == set(metadata.NEEDED)
-    assert set(metadata.training(Config(output=OutputConfig(no_metadata=True)), replace(RUN, network_args=None))) == set(
-        metadata.NEEDED
-    ) - {"ss_network_args"}
+    assert set(
+        metadata.training(Config(output=OutputConfig(no_metadata=True)), replace(RUN, network_args=None))
+    ) == set(metadata.NEEDED) - {"ss_network_args"}
 
 
 def test_fields_of_what_is_not_done_are_as_sd_scripts_writes_them_without_it() -> None:
@@ -158,8 +158,14 @@ def test_fields_of_what_is_not_done_are_as_sd_scripts_writes_them_without_it() -
 def test_a_whole_model_has_no_fields_of_adapters() -> None:
     run = replace(RUN, network_module=None, network_dim=None, network_alpha=None, network_args=None)
     fields = metadata.training(Config(), run, [facts()])
-    assert not [name for name in fields if "network" in name and name != "ss_datasets"] and "ss_scale_weight_norms" not in fields
-    assert set(metadata.training(Config(output=OutputConfig(no_metadata=True)), run)) == {"ss_v2", "ss_base_model_version"}
+    assert (
+        not [name for name in fields if "network" in name and name != "ss_datasets"]
+        and "ss_scale_weight_norms" not in fields
+    )
+    assert set(metadata.training(Config(output=OutputConfig(no_metadata=True)), run)) == {
+        "ss_v2",
+        "ss_base_model_version",
+    }
 
 
 def test_an_adapter_has_no_fields_that_say_whether_a_whole_text_encoder_was_trained() -> None:
@@ -203,11 +209,20 @@ def test_dataset_fields() -> None:
         ("10_cat", 3, 10, False),
         ("1_animal", 5, 1, True),
     ]
-    assert json.loads(fields["ss_tag_frequency"]) == {"10_cat": {"a cat": 2, "sitting": 1}, "1_animal": {"x": 2, "y": 1}}
+    assert json.loads(fields["ss_tag_frequency"]) == {
+        "10_cat": {"a cat": 2, "sitting": 1},
+        "1_animal": {"x": 2, "y": 1},
+    }
     assert json.loads(fields["ss_dataset_dirs"]) == {"10_cat": {"n_repeats": 10, "img_count": 3}}
     assert json.loads(fields["ss_reg_dataset_dirs"]) == {"1_animal": {"n_repeats": 1, "img_count": 5}}
     assert fields["ss_resolution"] == "(512, 448)"
-    flat = {"min_bucket_reso": "256", "max_bucket_reso": "1024", "bucket_no_upscale": "False", "flip_aug": "False", "keep_tokens": "0"}
+    flat = {
+        "min_bucket_reso": "256",
+        "max_bucket_reso": "1024",
+        "bucket_no_upscale": "False",
+        "flip_aug": "False",
+        "keep_tokens": "0",
+    }
     assert {f"ss_{name}": value for name, value in flat.items()}.items() <= fields.items()
     assert "/home/me" not in json.dumps(fields)
 
@@ -222,7 +237,9 @@ def test_two_datasets_add_up() -> None:
 def test_names_that_are_no_text_can_be_saved(tmp_path: Path) -> None:
     odd = "/home/me/caf\udce9"
     subsets = (SubsetConfig(image_dir=odd, conditioning_data_dir=odd),)
-    fields = metadata.training(Config(), RUN, [metadata.DatasetFacts(config=DatasetConfig(subsets=subsets), images=(1,), tags=({"a": 1},))])
+    fields = metadata.training(
+        Config(), RUN, [metadata.DatasetFacts(config=DatasetConfig(subsets=subsets), images=(1,), tags=({"a": 1},))]
+    )
     assert json.loads(fields["ss_tag_frequency"]) == {"caf\\xe9": {"a": 1}} and "/home/me" not in json.dumps(fields)
     files.save(tmp_path / "a.safetensors", {"a": torch.zeros(1)}, {"ss_sd_model_name": "m\udcff.safetensors", **fields})
     assert files.read_header(tmp_path / "a.safetensors").metadata["ss_sd_model_name"] == "m\\xff.safetensors"

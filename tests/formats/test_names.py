@@ -9,7 +9,17 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from sfumato.errors import UserError
-from sfumato.formats.names import CONV_TO_LINEAR, SWAP_HALVES, TRANSPOSE, Change, KeyMap, Rule, add_prefix, rule, with_prefix
+from sfumato.formats.names import (
+    CONV_TO_LINEAR,
+    SWAP_HALVES,
+    TRANSPOSE,
+    Change,
+    KeyMap,
+    Rule,
+    add_prefix,
+    rule,
+    with_prefix,
+)
 
 quick = settings(deadline=None, max_examples=25, derandomize=True)
 
@@ -85,7 +95,8 @@ def test_a_number_stands_for_numbers_alone() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "native"), [("attn.to_z.weight", True), ("q.wight", False), ("", True), ("attnx.to_q", True), ("other", False)]
+    ("name", "native"),
+    [("attn.to_z.weight", True), ("q.wight", False), ("", True), ("attnx.to_q", True), ("other", False)],
 )
 def test_what_no_rule_claims_is_refused(name: str, native: bool) -> None:
     table = KeyMap(rule("attn.to_q", "q.weights"))

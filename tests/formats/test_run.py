@@ -70,7 +70,10 @@ def flip(path: Path) -> None:
         (lambda f: (f / "facts.json").unlink(), r"facts\.json is missing"),
         (lambda f: (f / "manifest.json").unlink(), r"it has no manifest\.json"),
         (lambda f: (f / "manifest.json").write_text("{"), r"manifest\.json is damaged"),
-        (lambda f: (f / "more.safetensors").write_bytes((f / "ema.safetensors").read_bytes()), r"more\.safetensors is not in the manifest"),
+        (
+            lambda f: (f / "more.safetensors").write_bytes((f / "ema.safetensors").read_bytes()),
+            r"more\.safetensors is not in the manifest",
+        ),
     ],
 )
 def test_damage_is_named(tmp_path: Path, damage: Any, said: str) -> None:
@@ -96,7 +99,9 @@ def test_no_such_state(tmp_path: Path) -> None:
         run.load_run(tmp_path / "x")
 
 
-def test_newest_passes_over_what_is_damaged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+def test_newest_passes_over_what_is_damaged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     clock = iter([100.0, 300.0, 200.0, 400.0])
     monkeypatch.setattr(run.time, "time", lambda: next(clock, 500.0))
     for name in ("x-1-state", "x-3-state", "x-2-state", "y-state"):
@@ -113,7 +118,10 @@ def test_newest_passes_over_what_is_damaged(tmp_path: Path, monkeypatch: pytest.
 
 def test_a_full_disk_keeps_the_old_state(tmp_path: Path, small_disk: Any) -> None:
     run.save_run(tmp_path / "s", COMPONENTS, FACTS)
-    with small_disk(10_000), pytest.raises(UserError, match=r"state of the run could not be saved: .*disk is full: 400,000 bytes needed"):
+    with (
+        small_disk(10_000),
+        pytest.raises(UserError, match=r"state of the run could not be saved: .*disk is full: 400,000 bytes needed"),
+    ):
         run.save_run(tmp_path / "s", {"adapter": {"a": torch.ones(100_000)}}, {})
     assert run.load_run(tmp_path / "s")[1] == FACTS
     assert os.listdir(tmp_path) == ["s"]
@@ -157,9 +165,23 @@ def test_names_of_parts_stay_in_the_folder(tmp_path: Path) -> None:
 
 # --- pack ---
 
-LEAVES = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5) | st.builds(torch.arange, st.integers(0, 3))
-KEYS = st.text(max_size=3) | st.integers(-3, 3) | st.sampled_from(["$tensor", "$dict", "$tuple", "a.b", "0"]) | st.tuples(st.integers())
-VALUES = st.recursive(LEAVES, lambda v: st.lists(v, max_size=3) | st.tuples(v, v) | st.dictionaries(KEYS, v, max_size=3), max_leaves=12)
+LEAVES = (
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats()
+    | st.text(max_size=5)
+    | st.builds(torch.arange, st.integers(0, 3))
+)
+KEYS = (
+    st.text(max_size=3)
+    | st.integers(-3, 3)
+    | st.sampled_from(["$tensor", "$dict", "$tuple", "a.b", "0"])
+    | st.tuples(st.integers())
+)
+VALUES = st.recursive(
+    LEAVES, lambda v: st.lists(v, max_size=3) | st.tuples(v, v) | st.dictionaries(KEYS, v, max_size=3), max_leaves=12
+)
 
 
 @settings(deadline=None, max_examples=60, derandomize=True)
@@ -184,7 +206,9 @@ def test_an_optimizer_goes_on_as_if_nothing_had_been(tmp_path: Path) -> None:
     def made() -> tuple[nn.Linear, torch.optim.Optimizer]:
         torch.manual_seed(0)
         net = nn.Linear(3, 2)
-        return net, torch.optim.AdamW([{"params": [net.weight], "lr": 0.1}, {"params": [net.bias], "betas": (0.8, 0.9)}])
+        return net, torch.optim.AdamW(
+            [{"params": [net.weight], "lr": 0.1}, {"params": [net.bias], "betas": (0.8, 0.9)}]
+        )
 
     def train(net: nn.Linear, optimizer: torch.optim.Optimizer) -> None:
         for _ in range(3):
@@ -207,7 +231,8 @@ def test_an_optimizer_goes_on_as_if_nothing_had_been(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "packed", [{"$tensor": "none"}, {"$tensor": []}, {"$dict": [1]}, {"$float": "x"}, {"$tuple": 3}, {"$dict": [[{}, 1]]}]
+    "packed",
+    [{"$tensor": "none"}, {"$tensor": []}, {"$dict": [1]}, {"$float": "x"}, {"$tuple": 3}, {"$dict": [[{}, 1]]}],
 )
 def test_values_that_pack_does_not_write_are_told(packed: object) -> None:
     with pytest.raises(UserError, match="the state's values are damaged"):
@@ -217,7 +242,9 @@ def test_values_that_pack_does_not_write_are_told(packed: object) -> None:
 # --- which state is taken ---
 
 
-def test_the_highest_step_is_taken_although_the_clock_was_set_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_highest_step_is_taken_although_the_clock_was_set_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     clock = iter([900.0, 100.0, 500.0])
     monkeypatch.setattr(run.time, "time", lambda: next(clock, 1000.0))
     run.save_run(tmp_path / "x-1-state", COMPONENTS, {"step": 100})
@@ -226,12 +253,28 @@ def test_the_highest_step_is_taken_although_the_clock_was_set_back(tmp_path: Pat
     assert run.newest(tmp_path, "x-.*") == tmp_path / "x-3-state"
 
 
-ODD = ["[]", "3", "null", '"x"', "{}", '{"files": []}', '{"files": {"facts.json": 3}}', '{"files": {"facts.json": {"size": "3"}}}']
-ODD += ['{"files": {"../../x": {"size": 1, "sha256": "0"}}}', '{"files": {}}', "[" * 100_000, '{"written": "x", "files": null}']
+ODD = [
+    "[]",
+    "3",
+    "null",
+    '"x"',
+    "{}",
+    '{"files": []}',
+    '{"files": {"facts.json": 3}}',
+    '{"files": {"facts.json": {"size": "3"}}}',
+]
+ODD += [
+    '{"files": {"../../x": {"size": 1, "sha256": "0"}}}',
+    '{"files": {}}',
+    "[" * 100_000,
+    '{"written": "x", "files": null}',
+]
 
 
 @pytest.mark.parametrize("odd", [*(text.encode() for text in ODD), b"\xff\xfe"], ids=lambda b: b[:24].decode("latin1"))
-def test_manifests_and_facts_of_odd_shapes_are_passed_over(tmp_path: Path, odd: bytes, caplog: pytest.LogCaptureFixture) -> None:
+def test_manifests_and_facts_of_odd_shapes_are_passed_over(
+    tmp_path: Path, odd: bytes, caplog: pytest.LogCaptureFixture
+) -> None:
     run.save_run(tmp_path / "x-1-state", COMPONENTS, {"step": 1})
     names = ("manifest.json", "facts.json") if odd != b"{}" else ("manifest.json",)  # no facts are facts
     for name in names:

@@ -48,7 +48,9 @@ def test_any_text_is_content_or_a_sentence(text: str) -> None:
 def test_a_byte_that_is_no_text_is_told_with_its_place(name: str, tmp_path: Path) -> None:
     (tmp_path / name).write_bytes(b"a cat\xff\n")
     for reader in (toml.read, read_prompts):
-        with pytest.raises(UserError, match=f"{name}: is not a text file in UTF-8 .invalid start byte at byte 5.; save it as UTF-8"):
+        with pytest.raises(
+            UserError, match=f"{name}: is not a text file in UTF-8 .invalid start byte at byte 5.; save it as UTF-8"
+        ):
             reader(tmp_path / name)
 
 
@@ -59,11 +61,23 @@ def test_a_name_that_no_file_can_have_is_told() -> None:
 
 def test_damaged_lines_of_a_log_cost_themselves_alone(tmp_path: Path) -> None:
     path = tmp_path / "x.jsonl"
-    damaged = [b'{"step": 2, "loss": 0.\xff}', b"[" * 100_000, b"[]", b"7", b'{"step": "3"}', b'{"step": 1' + b"0" * 400 + b"}", b"\x00"]
-    path.write_bytes(b"\n".join([b'{"step": 1, "loss": 0.5}', *damaged, b'{"step": 4, "loss": 0.25, "note": "x"}', b'{"step": 9}']))
+    damaged = [
+        b'{"step": 2, "loss": 0.\xff}',
+        b"[" * 100_000,
+        b"[]",
+        b"7",
+        b'{"step": "3"}',
+        b'{"step": 1' + b"0" * 400 + b"}",
+        b"\x00",
+    ]
+    path.write_bytes(
+        b"\n".join([b'{"step": 1, "loss": 0.5}', *damaged, b'{"step": 4, "loss": 0.25, "note": "x"}', b'{"step": 9}'])
+    )
     assert log.read(path)["loss"] == [(1, 0.5), (4, 0.25)]
     log.Lines(path, 4).close()
-    assert [step for step, _ in log.read(path)["loss"]] == [1, 4] and len(path.read_text(encoding="utf-8").splitlines()) == 2
+    assert [step for step, _ in log.read(path)["loss"]] == [1, 4] and len(
+        path.read_text(encoding="utf-8").splitlines()
+    ) == 2
 
 
 def test_long_lists_are_parsed_once_for_their_lines(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,8 +19,48 @@ ODD: tuple[Any, ...] = (
 )
 """Values that no reader expects everywhere."""
 WORDS = (
-    *("[", "]", "{", "}", "=", '"', "'", "'''", ",", ".", "#", "\\", "\n", "\r", "\t", "\0", "\ufeff", "-", "--", " ", ":", "\u2028"),
-    *("[[", "]]", "[" * DEEP, "{" * DEEP, "a." * DEEP, "9" * 5000, "1e999", "nan", "-1", "true", "null", "0x", "\x1b", "é", "(", "a=b"),
+    *(
+        "[",
+        "]",
+        "{",
+        "}",
+        "=",
+        '"',
+        "'",
+        "'''",
+        ",",
+        ".",
+        "#",
+        "\\",
+        "\n",
+        "\r",
+        "\t",
+        "\0",
+        "\ufeff",
+        "-",
+        "--",
+        " ",
+        ":",
+        "\u2028",
+    ),
+    *(
+        "[[",
+        "]]",
+        "[" * DEEP,
+        "{" * DEEP,
+        "a." * DEEP,
+        "9" * 5000,
+        "1e999",
+        "nan",
+        "-1",
+        "true",
+        "null",
+        "0x",
+        "\x1b",
+        "é",
+        "(",
+        "a=b",
+    ),
 )
 """Pieces of the languages that people write files in."""
 
@@ -28,12 +68,18 @@ WORDS = (
 def tree(valid: Any) -> SearchStrategy[bytes]:
     """JSON texts of a tree of which some branches are odd, gone, doubled, or wrapped."""
     places = _places(valid)
-    change = st.tuples(st.sampled_from(places), st.sampled_from(("odd", "odd", "gone", "wrapped", "twin", "swapped")), st.sampled_from(ODD))
+    change = st.tuples(
+        st.sampled_from(places),
+        st.sampled_from(("odd", "odd", "gone", "wrapped", "twin", "swapped")),
+        st.sampled_from(ODD),
+    )
     return st.lists(change, min_size=1, max_size=3).map(lambda changes: _text(_changed(valid, changes)))
 
 
 def _places(value: Any, at: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
-    inner = list(value.items()) if isinstance(value, dict) else list(enumerate(value)) if isinstance(value, list) else []
+    inner = (
+        list(value.items()) if isinstance(value, dict) else list(enumerate(value)) if isinstance(value, list) else []
+    )
     return [at, *(place for key, each in inner for place in _places(each, (*at, key)))]
 
 
@@ -70,9 +116,13 @@ def _text(value: Any) -> bytes:
 def turned(*valid: bytes, most: int = 4) -> SearchStrategy[bytes]:
     """Bytes of which some are others, cut off somewhere, or with some put in."""
     change = st.tuples(
-        st.floats(0, 1, exclude_max=True), st.sampled_from(("turn", "turn", "cut", "put", "zeros", "drop")), st.binary(max_size=4)
+        st.floats(0, 1, exclude_max=True),
+        st.sampled_from(("turn", "turn", "cut", "put", "zeros", "drop")),
+        st.binary(max_size=4),
     )
-    return st.tuples(st.sampled_from(valid), st.lists(change, min_size=1, max_size=most)).map(lambda drawn: _turned(*drawn))
+    return st.tuples(st.sampled_from(valid), st.lists(change, min_size=1, max_size=most)).map(
+        lambda drawn: _turned(*drawn)
+    )
 
 
 def _turned(data: bytes, changes: Sequence[tuple[float, str, bytes]]) -> bytes:
@@ -95,8 +145,12 @@ def _turned(data: bytes, changes: Sequence[tuple[float, str, bytes]]) -> bytes:
 
 def written(*valid: str) -> SearchStrategy[str]:
     """Texts in which some words are put in, or stretches are gone."""
-    change = st.tuples(st.floats(0, 1, exclude_max=True), st.sampled_from(("put", "put", "drop", "instead")), st.sampled_from(WORDS))
-    return st.tuples(st.sampled_from(valid), st.lists(change, min_size=1, max_size=4)).map(lambda drawn: _written(*drawn))
+    change = st.tuples(
+        st.floats(0, 1, exclude_max=True), st.sampled_from(("put", "put", "drop", "instead")), st.sampled_from(WORDS)
+    )
+    return st.tuples(st.sampled_from(valid), st.lists(change, min_size=1, max_size=4)).map(
+        lambda drawn: _written(*drawn)
+    )
 
 
 def _written(text: str, changes: Sequence[tuple[float, str, str]]) -> str:

@@ -98,7 +98,11 @@ def _weights(suffix: str, stage: Stage, content: bytes) -> None:
 @cache
 def _pickle(zipped: bool) -> bytes:
     out = io.BytesIO()
-    held = {"state_dict": {"a": torch.ones(2, 3), "b": {"c": torch.zeros(4, dtype=torch.float16)}}, "step": 3, "name": "x"}
+    held = {
+        "state_dict": {"a": torch.ones(2, 3), "b": {"c": torch.zeros(4, dtype=torch.float16)}},
+        "step": 3,
+        "name": "x",
+    }
     torch.save(held, out, _use_new_zipfile_serialization=zipped)
     return out.getvalue()
 
@@ -118,13 +122,17 @@ def _detected(stage: Stage, text: bytes) -> None:
     """Shapes as a header may have them: text to lists of counts."""
     found = json.loads(text)
     if isinstance(found, dict):
-        whole = {n: tuple(s) for n, s in found.items() if isinstance(s, list) and all(type(i) is int and i >= 0 for i in s)}
+        whole = {
+            n: tuple(s) for n, s in found.items() if isinstance(s, list) and all(type(i) is int and i >= 0 for i in s)
+        }
         detect.identify(whole)
         detect.unknown(whole)
 
 
 def _kinds() -> list[str]:
-    return sorted(p.name.removesuffix(".json.gz") for p in (Path(__file__).parents[1] / "fixtures" / "keys").glob("*.gz"))
+    return sorted(
+        p.name.removesuffix(".json.gz") for p in (Path(__file__).parents[1] / "fixtures" / "keys").glob("*.gz")
+    )
 
 
 # --- models ---
@@ -144,7 +152,9 @@ def _model(stage: Stage, text: bytes) -> None:
     """A tiny model whose header was changed and laid out anew, so that only names, shapes and formats are odd."""
     try:
         entries = json.loads(text)
-        tensors = {n: (e["dtype"], tuple(int(i) for i in e["shape"])) for n, e in entries.items() if n != "__metadata__"}
+        tensors = {
+            n: (e["dtype"], tuple(int(i) for i in e["shape"])) for n, e in entries.items() if n != "__metadata__"
+        }
         at, laid = 0, {}
         for name, (dtype, shape) in tensors.items():
             size = int(np.prod(shape, dtype=np.int64)) * {"F32": 4, "F16": 2, "I32": 4, "BF16": 2, "I64": 8}[dtype]
@@ -163,7 +173,13 @@ def _model(stage: Stage, text: bytes) -> None:
     outline(families.family("sd"), str(path), families.facts("sd").options())
 
 
-UNET = {"in_channels": 4, "act_fn": "silu", "attention_head_dim": 8, "num_attention_heads": None, "block_out_channels": [32, 64, 64, 64]}
+UNET = {
+    "in_channels": 4,
+    "act_fn": "silu",
+    "attention_head_dim": 8,
+    "num_attention_heads": None,
+    "block_out_channels": [32, 64, 64, 64],
+}
 CLIP = {"hidden_size": 64, "num_attention_heads": 1, "hidden_act": "quick_gelu"}
 VAE = {"scaling_factor": 0.18215, "shift_factor": None, "latent_channels": 4}
 
@@ -191,7 +207,10 @@ SHARDS = {"metadata": {"total_size": 38}, "weight_map": {"a": "model-1.safetenso
 
 def _folder(name: str, stage: Stage, text: bytes) -> None:
     folder = stage.file(f"pipeline/{name}", text).parents[name.count("/")]
-    for other, content in {"model_index.json": json.dumps(INDEX).encode(), "unet/model-1.safetensors": safetensors(b"{}", 0)}.items():
+    for other, content in {
+        "model_index.json": json.dumps(INDEX).encode(),
+        "unet/model-1.safetensors": safetensors(b"{}", 0),
+    }.items():
         if other != name and not (folder / other).exists():
             stage.file(f"pipeline/{other}", content)
     show.text(show.describe(folder))
@@ -200,7 +219,10 @@ def _folder(name: str, stage: Stage, text: bytes) -> None:
 
 ADAPTER = {
     f"{name}.{leaf}": {"dtype": "F32", "shape": shape, "data_offsets": [0, 0]}
-    for name in ("lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q", "lora_te_text_model_encoder_layers_0_mlp_fc1")
+    for name in (
+        "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q",
+        "lora_te_text_model_encoder_layers_0_mlp_fc1",
+    )
     for leaf, shape in {
         "lora_down.weight": [2, 32 if "unet" in name else 64],
         "lora_up.weight": [32 if "unet" in name else 128, 2],
@@ -214,7 +236,10 @@ def _adapter(stage: Stage, text: bytes) -> None:
     try:
         entries = json.loads(text)
         kinds = {"F32": torch.float32, "F16": torch.float16, "I32": torch.int32, "F4": torch.bool}
-        tensors = {n: torch.ones([int(i) for i in e["shape"] if int(i) < 1000], dtype=kinds[e["dtype"]]) for n, e in entries.items()}
+        tensors = {
+            n: torch.ones([int(i) for i in e["shape"] if int(i) < 1000], dtype=kinds[e["dtype"]])
+            for n, e in entries.items()
+        }
         files.save(stage.folder / "a.safetensors", tensors)
     except (ValueError, KeyError, TypeError, AttributeError, RuntimeError, OverflowError, RecursionError, UnicodeError):
         return
@@ -271,7 +296,9 @@ batch_size = 2
 """
 DATASET_JSON = {
     "general": {"shuffle_caption": True},
-    "datasets": [{"resolution": [512, 768], "batch_size": 2, "subsets": [{"image_dir": "p", "num_repeats": 2, "is_reg": False}]}],
+    "datasets": [
+        {"resolution": [512, 768], "batch_size": 2, "subsets": [{"image_dir": "p", "num_repeats": 2, "is_reg": False}]}
+    ],
 }
 PROMPTS = "# two\na cat --w 512 --h 768 --d 1 --s 20 --l 7.5 --n blurry, dull --ss euler\n(a dog:1.2), [red] --g 3.5\n"
 PROMPTS_TOML = '[prompt]\nwidth = 512\nsample_steps = 20\n[[prompt.subset]]\nprompt = "a cat"\nseed = 1\n[[prompt.subset]]\nprompt = "b"\n'
@@ -280,7 +307,14 @@ COMMAND = (
     "--learning_rate=1e-4 --network_dim 8 --network_args conv_dim=4 dropout=0.1 --text_encoder_lr 1e-5 --cache_latents "
     "--resolution 512,512 --max_train_steps 10 --optimizer_args weight_decay=0.1 --output_name x --sample_sampler euler"
 )
-NETWORK_ARGS = ("conv_dim=4", "conv_alpha=1.0", "dropout=0.1", "loraplus_lr_ratio=4", "train_block_indices=0-5,8", "emb_dims=[4,0,0,0,0,4]")
+NETWORK_ARGS = (
+    "conv_dim=4",
+    "conv_alpha=1.0",
+    "dropout=0.1",
+    "loraplus_lr_ratio=4",
+    "train_block_indices=0-5,8",
+    "emb_dims=[4,0,0,0,0,4]",
+)
 OPTIMIZER_ARGS = ("weight_decay=0.1", "betas=(0.9, 0.99)", "fused=True", "eps=1e-8", "foreach=None")
 OPTIMIZERS = ("AdamW", "Lion", "Prodigy", "AdaFactor", "SGDNesterov", "AdamWScheduleFree", "DAdaptation", "Adagrad")
 
@@ -298,7 +332,12 @@ def _base_words(stage: Stage) -> list[str]:
 
 
 def _datasets(suffix: str, stage: Stage, text: bytes | str) -> None:
-    words = ["--pretrained_model_name_or_path", str(stage.base), "--dataset_config", str(stage.file(f"d{suffix}", text))]
+    words = [
+        "--pretrained_model_name_or_path",
+        str(stage.base),
+        "--dataset_config",
+        str(stage.file(f"d{suffix}", text)),
+    ]
     flags.resolve_all(words, "network")
 
 
@@ -333,7 +372,9 @@ def _optimizer(stage: Stage, drawn: tuple[str, str]) -> None:
 def _state(stage: Stage) -> Path:
     folder = stage.folder / "x-state"
     if not folder.exists():
-        packed, tensors = run.pack({"state": {0: {"step": 3, "m": torch.ones(2)}}, "param_groups": [{"lr": 1e-4, "betas": (0.9, 0.99)}]})
+        packed, tensors = run.pack(
+            {"state": {0: {"step": 3, "m": torch.ones(2)}}, "param_groups": [{"lr": 1e-4, "betas": (0.9, 0.99)}]}
+        )
         run.save_run(folder, {"optimizer": tensors}, {"step": 3, "optimizer": packed})
     return folder
 
@@ -354,7 +395,10 @@ def _resumed(stage: Stage, text: bytes) -> None:
         manifest.write_bytes(whole)
 
 
-PACKED = {"state": {"$dict": [[0, {"m": {"$tensor": "m"}, "s": {"$float": "nan"}}]]}, "groups": [{"betas": {"$tuple": [0.9, 0.99]}}]}
+PACKED = {
+    "state": {"$dict": [[0, {"m": {"$tensor": "m"}, "s": {"$float": "nan"}}]]},
+    "groups": [{"betas": {"$tuple": [0.9, 0.99]}}],
+}
 
 
 def _unpacked(stage: Stage, text: bytes) -> None:
@@ -389,7 +433,9 @@ def _row(stage: Stage, text: bytes) -> None:
     index.write("image", {str(image.absolute()): ROW})
     value = text.replace(b'"@stamp@"', json.dumps(stamp(image)).encode())
     with closing(sqlite3.connect(stage.folder / "index" / "index.sqlite")) as connection, connection:
-        connection.execute("UPDATE known SET value = ?", (value if text[:1] < b"Z" else value.decode("utf-8", "replace"),))
+        connection.execute(
+            "UPDATE known SET value = ?", (value if text[:1] < b"Z" else value.decode("utf-8", "replace"),)
+        )
     found = scan.examine([image], index, bodies=True)[image]
     assert type(found.width) is int and found.width > 0 and isinstance(found.digest, str)
     assert why(index.read("picture", [str(image.absolute())]).get(str(image.absolute())), {"image": "x"})
@@ -457,7 +503,11 @@ def _caption(stage: Stage, content: bytes) -> None:
     image = stage.file("c/x.png", _images()[0])
     stage.file("c/x.txt", content)
     subset = SubsetConfig(
-        image_dir=str(image.parent), shuffle_caption=True, keep_tokens_separator="|||", enable_wildcard=True, caption_tag_dropout_rate=0.5
+        image_dir=str(image.parent),
+        shuffle_caption=True,
+        keep_tokens_separator="|||",
+        enable_wildcard=True,
+        caption_tag_dropout_rate=0.5,
     )
     found = scan.scan(DatasetConfig(subsets=(subset,)), Index(), bodies=False)
     for each in found.images:
@@ -481,7 +531,12 @@ def _any_leaves() -> SearchStrategy[list[tuple[str, list[int]]]]:
 
 READERS: tuple[Reader, ...] = (
     Reader("header of a weight file", lambda stage: tree(HEADER), _header, 450),
-    Reader("safetensors", lambda stage: turned(safetensors(json.dumps(HEADER).encode())), partial(_weights, ".safetensors"), 300),
+    Reader(
+        "safetensors",
+        lambda stage: turned(safetensors(json.dumps(HEADER).encode())),
+        partial(_weights, ".safetensors"),
+        300,
+    ),
     Reader("pickle", lambda stage: turned(_pickle(True), _pickle(False)), partial(_weights, ".ckpt"), 250),
     *(Reader(f"detected {kind}", lambda stage, kind=kind: tree(_shapes(kind)), _detected, 24) for kind in _kinds()),  # type: ignore[misc]
     Reader("model", lambda stage: tree(_model_header(stage)), _model, 6),
@@ -510,7 +565,10 @@ READERS: tuple[Reader, ...] = (
         300,
     ),
     Reader(
-        "optimizer", lambda stage: st.tuples(written(*OPTIMIZERS) | st.sampled_from(OPTIMIZERS), written(*OPTIMIZER_ARGS)), _optimizer, 150
+        "optimizer",
+        lambda stage: st.tuples(written(*OPTIMIZERS) | st.sampled_from(OPTIMIZERS), written(*OPTIMIZER_ARGS)),
+        _optimizer,
+        150,
     ),
     Reader("manifest of a state", lambda stage: tree(_manifest(stage)), _resumed),
     Reader("values of a state", lambda stage: tree(PACKED), _unpacked, 250),
@@ -521,6 +579,8 @@ READERS: tuple[Reader, ...] = (
     Reader("remembered hashes", lambda stage: tree(_known(stage)), _memo, 100),
     Reader("image", lambda stage: turned(*_images()), _image, 450),
     Reader(
-        "caption", lambda stage: turned(CAPTION.encode()) | written(CAPTION).map(lambda t: t.encode("utf-8", "surrogatepass")), _caption
+        "caption",
+        lambda stage: turned(CAPTION.encode()) | written(CAPTION).map(lambda t: t.encode("utf-8", "surrogatepass")),
+        _caption,
     ),
 )

@@ -44,7 +44,9 @@ def test_a_vae_of_16_channels_says_what_diffusers_does() -> None:
     assert "quant_conv.weight" not in ours.state_dict()
     x, z = torch.rand(1, 3, 32, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1, torch.ones(1, 16, 4, 2)
     with torch.no_grad():
-        torch.testing.assert_close(ours.encode(x).latent_dist.mode(), theirs.encode(x).latent_dist.mode(), atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(
+            ours.encode(x).latent_dist.mode(), theirs.encode(x).latent_dist.mode(), atol=1e-5, rtol=1e-5
+        )
         torch.testing.assert_close(ours.decode(z).sample, theirs.decode(z).sample, atol=1e-5, rtol=1e-5)
     assert (ours.config.latent_channels, ours.config.scaling_factor, ours.config.shift_factor) == (16, *FLUX)
 
@@ -61,7 +63,9 @@ def test_every_tensor_of_a_real_vae_has_its_place(keys: Keys, name: str) -> None
 
 
 @pytest.mark.parametrize(("pipeline", "factors"), [(FluxImg2ImgPipeline, FLUX), (StableDiffusion3Img2ImgPipeline, SD3)])
-def test_latents_are_scaled_as_pipelines_do(pipeline: Any, factors: tuple[float, float], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_latents_are_scaled_as_pipelines_do(
+    pipeline: Any, factors: tuple[float, float], monkeypatch: pytest.MonkeyPatch
+) -> None:
     vae = nets.vae(encoders.vae16().state_dict(), *factors, channels=16)
     x = torch.rand(1, 3, 32, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
     draw: Callable[[], torch.Generator] = lambda: torch.Generator().manual_seed(1)  # noqa: E731
@@ -110,7 +114,9 @@ def test_a_folder_says_how_its_latents_are_scaled(tmp_path: Path) -> None:
 
 def test_a_file_without_a_vae_is_refused_by_name(tmp_path: Path) -> None:
     save(tmp_path / "other.safetensors", {"a.weight": torch.zeros(1)}, {})
-    with pytest.raises(UserError, match=r"vae: .*other\.safetensors does not hold the VAE \(its tensors: 1, 'a\.weight'"):
+    with pytest.raises(
+        UserError, match=r"vae: .*other\.safetensors does not hold the VAE \(its tensors: 1, 'a\.weight'"
+    ):
         open_component(SIXTEEN, str(tmp_path / "other.safetensors"))
     with pytest.raises(UserError, match="ae: no such file"):
         open_component(replace(SIXTEEN, flag="ae"), str(tmp_path / "nothing.safetensors"))
@@ -128,7 +134,9 @@ def test_a_vae_in_ldm_names_says_what_diffusers_does() -> None:
     ours = nets.vae(ldm)
     x, z = torch.rand(1, 3, 32, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1, torch.ones(1, 4, 4, 2)
     with torch.no_grad():
-        torch.testing.assert_close(ours.encode(x).latent_dist.mode(), theirs.encode(x).latent_dist.mode(), atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(
+            ours.encode(x).latent_dist.mode(), theirs.encode(x).latent_dist.mode(), atol=1e-5, rtol=1e-5
+        )
         torch.testing.assert_close(ours.decode(z).sample, theirs.decode(z).sample, atol=1e-5, rtol=1e-5)
     back = vae_keys(ldm).to_native(ldm)
     assert back.keys() == theirs.state_dict().keys()

@@ -30,7 +30,9 @@ KINDS = {
 def tokens(kind: str) -> Tensor:
     """Captions that are short, empty and too long; CLIP-L's are padded with end marks, bigG's with the token 0."""
     tokenizer = encoders.clip_tokenizer(g=kind == "clip_g")
-    found: Tensor = tokenizer(CAPTIONS, padding="max_length", truncation=True, max_length=77, return_tensors="pt").input_ids
+    found: Tensor = tokenizer(
+        CAPTIONS, padding="max_length", truncation=True, max_length=77, return_tensors="pt"
+    ).input_ids
     ends = (found == tokenizer.eos_token_id).sum(1).tolist()
     assert (ends == [1, 1, 1]) is (kind == "clip_g")
     return found
@@ -74,8 +76,12 @@ def test_embeddings_added_to_the_vocabulary_do_not_move_the_end_mark(keys: Keys)
     assert clip_net(table, "quick_gelu").config.eos_token_id == 49407
 
 
-@pytest.mark.parametrize(("name", "layers", "heads", "projected"), [("clip_l.hf", 12, 12, False), ("clip_g.hf", 32, 20, True)])
-def test_every_tensor_of_a_real_file_has_its_place(keys: Keys, name: str, layers: int, heads: int, projected: bool) -> None:
+@pytest.mark.parametrize(
+    ("name", "layers", "heads", "projected"), [("clip_l.hf", 12, 12, False), ("clip_g.hf", 32, 20, True)]
+)
+def test_every_tensor_of_a_real_file_has_its_place(
+    keys: Keys, name: str, layers: int, heads: int, projected: bool
+) -> None:
     table = keys(name)
     net = clip_net(table, "gelu")
     assert shapes(net.state_dict()) == table
@@ -85,7 +91,9 @@ def test_every_tensor_of_a_real_file_has_its_place(keys: Keys, name: str, layers
 
 def test_bigg_of_a_single_file_is_the_one_in_transformers_names(keys: Keys) -> None:
     prefix = "conditioner.embedders.1.model."
-    held = {name.removeprefix(prefix): shape for name, shape in keys("sdxl.single_file").items() if name.startswith(prefix)}
+    held = {
+        name.removeprefix(prefix): shape for name, shape in keys("sdxl.single_file").items() if name.startswith(prefix)
+    }
     del held["logit_scale"]
     tensors = OPEN_CLIP.to_foreign({name: torch.empty(shape, device="meta") for name, shape in held.items()})
     assert shapes(tensors) == keys("clip_g.hf")
@@ -122,7 +130,11 @@ def test_a_net_is_built_without_values_and_filled_later() -> None:
     with torch.no_grad():
         torch.testing.assert_close(net(tokens("clip_g")).projected, encoders.clip_g()(tokens("clip_g")).text_embeds)
     with pytest.raises(UserError, match=r"lacks the tensor 'text_projection\.weight'"):
-        fill(clip_net(shapes(tensors), "gelu"), {k: t for k, t in tensors.items() if k != "text_projection.weight"}, "the file")
+        fill(
+            clip_net(shapes(tensors), "gelu"),
+            {k: t for k, t in tensors.items() if k != "text_projection.weight"},
+            "the file",
+        )
 
 
 @pytest.mark.parametrize(("v2", "activation"), [(False, "quick_gelu"), (True, "gelu")])

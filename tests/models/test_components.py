@@ -23,7 +23,17 @@ from sfumato.formats.names import KeyMap, add_prefix, rule
 from sfumato.models import loading
 from sfumato.models.autoencoders import vae_keys
 from sfumato.models.base import Models
-from sfumato.models.components import Checkpoint, Component, KeyFormat, lacking, matching, open_component, open_model, single_file, values
+from sfumato.models.components import (
+    Checkpoint,
+    Component,
+    KeyFormat,
+    lacking,
+    matching,
+    open_component,
+    open_model,
+    single_file,
+    values,
+)
 from sfumato.models.encoders.components import clip_component, vae_component
 from sfumato.models.encoders.t5 import EMBEDDING, TWIN
 
@@ -102,7 +112,10 @@ def bundle() -> Tensors:
     tensors = add_prefix(denoiser(), "model.diffusion_model.") | add_prefix(clip_l(), CLIP)
     tensors |= add_prefix(t5() | {TWIN: t5()[EMBEDDING]}, nets.T5.prefixes[0])
     tensors |= add_prefix(vae_keys(vae()).to_foreign(vae()), VAE)
-    tensors |= {f"{CLIP}text_model.embeddings.position_ids": torch.arange(77)[None], "model.diffusion_model.ema.decay": torch.ones(())}
+    tensors |= {
+        f"{CLIP}text_model.embeddings.position_ids": torch.arange(77)[None],
+        "model.diffusion_model.ema.decay": torch.ones(()),
+    }
     return tensors | {"alphas": torch.linspace(1, 0, 5)}
 
 
@@ -136,7 +149,9 @@ def pipeline(folder: Path) -> Path:
 
 
 def opened(path: Path, **given: str | Path) -> Checkpoint:
-    return open_model(path, COMPONENTS, "Small", given={flag: str(name) for flag, name in given.items()}, passthrough_keys=KEPT)
+    return open_model(
+        path, COMPONENTS, "Small", given={flag: str(name) for flag, name in given.items()}, passthrough_keys=KEPT
+    )
 
 
 def built(source: Checkpoint, dtype: torch.dtype | None = None) -> dict[str, nn.Module]:
@@ -162,7 +177,11 @@ def assert_holds(source: Checkpoint, wanted: Mapping[str, Tensors]) -> None:
 def test_a_part_stands_bare_or_under_each_of_its_prefixes(tmp_path: Path, prefix: str) -> None:
     source = opened(file(tmp_path / "model.safetensors", add_prefix(denoiser(), prefix)))
     assert_holds(source, {"denoiser": denoiser()})
-    assert (source.components["denoiser"].prefix, source.layout, source.metadata) == (prefix, "single_file", {"made": "here"})
+    assert (source.components["denoiser"].prefix, source.layout, source.metadata) == (
+        prefix,
+        "single_file",
+        {"made": "here"},
+    )
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "model.ckpt"])
@@ -170,7 +189,9 @@ def test_all_parts_stand_in_a_bundle(tmp_path: Path, name: str) -> None:
     source = opened(file(tmp_path / name, bundle()))
     assert_holds(source, native())
     assert set(source.passthrough) == KEPT_NAMES | {f"{nets.T5.prefixes[0]}{TWIN}"}
-    assert {name: held.prefix for name, held in source.components.items()} == {part.name: part.prefixes[0] for part in COMPONENTS}
+    assert {name: held.prefix for name, held in source.components.items()} == {
+        part.name: part.prefixes[0] for part in COMPONENTS
+    }
 
 
 def test_one_part_stands_bare_beside_others_with_prefixes(tmp_path: Path) -> None:
@@ -239,7 +260,10 @@ def test_a_part_of_its_own_takes_the_place_of_the_bundles(tmp_path: Path, kind: 
 
 def test_parts_of_their_own_complete_a_bare_denoiser_and_stay_out_of_its_file(tmp_path: Path) -> None:
     path = file(tmp_path / "model.safetensors", denoiser())
-    files = {"clip_l": file(tmp_path / "clip_l.safetensors", clip_l()), "t5xxl": file(tmp_path / "t5xxl.safetensors", t5())}
+    files = {
+        "clip_l": file(tmp_path / "clip_l.safetensors", clip_l()),
+        "t5xxl": file(tmp_path / "t5xxl.safetensors", t5()),
+    }
     files["vae"] = file(tmp_path / "ae.safetensors", vae_keys(vae()).to_foreign(vae()))
     source = opened(path, **files)
     assert_holds(source, native())
@@ -257,7 +281,9 @@ def test_a_part_of_its_own_for_a_folder_goes_into_a_new_single_file(tmp_path: Pa
 
 def test_a_file_that_does_not_hold_the_part_is_told_with_the_flag(tmp_path: Path) -> None:
     path = file(tmp_path / "model.safetensors", denoiser())
-    with pytest.raises(UserError, match=r"t5xxl: .*vae\.safetensors does not hold the text encoder t5xxl \(its tensors: \d+, 'decoder"):
+    with pytest.raises(
+        UserError, match=r"t5xxl: .*vae\.safetensors does not hold the text encoder t5xxl \(its tensors: \d+, 'decoder"
+    ):
         opened(path, t5xxl=file(tmp_path / "vae.safetensors", vae()))
     with pytest.raises(UserError, match=r"clip_l: no such file or folder: '.*nowhere\.safetensors'"):
         opened(path, clip_l=tmp_path / "nowhere.safetensors")
@@ -303,7 +329,9 @@ def test_a_strange_tensor_in_a_folder_is_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["attn.qkv.bias", "out.weight"])
 def test_a_missing_tensor_of_a_part_is_named(tmp_path: Path, name: str) -> None:
     path = file(tmp_path / "model.safetensors", {n: t for n, t in denoiser().items() if n != name})
-    with pytest.raises(UserError, match=rf"model\.safetensors \(the transformer\) lacks the tensor '{re.escape(name)}'"):
+    with pytest.raises(
+        UserError, match=rf"model\.safetensors \(the transformer\) lacks the tensor '{re.escape(name)}'"
+    ):
         opened(path).components["denoiser"].build()
 
 
@@ -312,7 +340,9 @@ def test_a_missing_tensor_of_a_part_is_named(tmp_path: Path, name: str) -> None:
 
 @pytest.mark.parametrize("dtype", [None, torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("stored", [torch.float32, torch.float16, torch.float8_e4m3fn, torch.float8_e5m2])
-def test_a_net_is_held_in_the_format_asked_for_and_fp8_as_bf16(tmp_path: Path, dtype: torch.dtype | None, stored: torch.dtype) -> None:
+def test_a_net_is_held_in_the_format_asked_for_and_fp8_as_bf16(
+    tmp_path: Path, dtype: torch.dtype | None, stored: torch.dtype
+) -> None:
     tensors = {name: t.to(stored) for name, t in denoiser().items()}
     folder = tmp_path / "model"
     shards(folder / "transformer", {name: t.to(stored) for name, t in KEYS.to_foreign(denoiser()).items()})
@@ -362,7 +392,9 @@ def test_gguf_is_refused_wherever_it_is_named(tmp_path: Path) -> None:
 
 
 def again(source: Checkpoint, dtype: torch.dtype | None = None, **instead: Tensors) -> Tensors:
-    parts = {name: values(net, source.components[name], instead.get(name, {}), dtype) for name, net in built(source).items()}
+    parts = {
+        name: values(net, source.components[name], instead.get(name, {}), dtype) for name, net in built(source).items()
+    }
     return single_file(source, parts)
 
 
@@ -384,7 +416,10 @@ def test_unchanged_parts_keep_their_format_and_trained_ones_have_that_of_the_net
     source = opened(file(tmp_path / "model.safetensors", {n: t.half() for n, t in bundle().items()}))
     trained = {"out.bias": torch.full((2,), 7.0)}
     nets_ = {name: held.build(torch.float32) for name, held in source.components.items()}
-    out = {name: values(net, source.components[name], {"denoiser": trained}.get(name, {}), None) for name, net in nets_.items()}
+    out = {
+        name: values(net, source.components[name], {"denoiser": trained}.get(name, {}), None)
+        for name, net in nets_.items()
+    }
     assert out["denoiser"]["out.bias"].tolist() == [7.0, 7.0]
     assert {name: {t.dtype for t in part.values()} for name, part in out.items()} == {
         "denoiser": {torch.float32},
@@ -409,13 +444,21 @@ def models(source: Checkpoint) -> Models:
     """As a family of these parts would hold them; all else is another family's."""
     held = built(source)
     family = replace(
-        families.family("sd"), title="Small", components=COMPONENTS, tokenizer_specs={}, respell=lambda models, tensors: tensors
+        families.family("sd"),
+        title="Small",
+        components=COMPONENTS,
+        tokenizer_specs={},
+        respell=lambda models, tensors: tensors,
     )
     return Models(family, None, held.pop("denoiser"), held, {}, held.pop("vae", None), source)  # type: ignore[arg-type]
 
 
-def saved(source: Checkpoint, path: Path, *, layout: str = "single_file", trained: tuple[str, ...] = (), **state: Tensors) -> Path:
-    loading.save(models(source), path, layout=layout, dtype=None, metadata={"made": "again"}, state=state, trained=trained)
+def saved(
+    source: Checkpoint, path: Path, *, layout: str = "single_file", trained: tuple[str, ...] = (), **state: Tensors
+) -> Path:
+    loading.save(
+        models(source), path, layout=layout, dtype=None, metadata={"made": "again"}, state=state, trained=trained
+    )
     return path
 
 
@@ -424,17 +467,24 @@ def apart(tmp_path: Path) -> Checkpoint:
     """A denoiser, and encoders in files of their own: one as early files spell it, one with the embedding's other name."""
     early = {name.removeprefix("text_model."): t for name, t in clip_l().items()}
     twin = {TWIN if name == EMBEDDING else name: t for name, t in t5().items()}
-    files = {"clip_l": file(tmp_path / "clip_l.safetensors", early), "t5xxl": file(tmp_path / "t5xxl.safetensors", twin)}
+    files = {
+        "clip_l": file(tmp_path / "clip_l.safetensors", early),
+        "t5xxl": file(tmp_path / "t5xxl.safetensors", twin),
+    }
     return opened(file(tmp_path / "model.safetensors", denoiser()), **files)
 
 
-def test_a_trained_encoder_from_a_file_of_its_own_is_written_beside_the_result(apart: Checkpoint, tmp_path: Path) -> None:
+def test_a_trained_encoder_from_a_file_of_its_own_is_written_beside_the_result(
+    apart: Checkpoint, tmp_path: Path
+) -> None:
     new = {"text_model.final_layer_norm.bias": torch.full((encoders.L_WIDTH,), 3.0)}
     out = saved(apart, tmp_path / "out" / "new.safetensors", trained=("denoiser", "clip_l"), clip_l=new)
     assert sorted(path.name for path in out.parent.iterdir()) == ["new.safetensors", "new_clip_l.safetensors"]
     assert_same(load(out), denoiser())
     beside = load(tmp_path / "out" / "new_clip_l.safetensors")
-    assert_same(beside, load(tmp_path / "clip_l.safetensors") | {"final_layer_norm.bias": torch.full((encoders.L_WIDTH,), 3.0)})
+    assert_same(
+        beside, load(tmp_path / "clip_l.safetensors") | {"final_layer_norm.bias": torch.full((encoders.L_WIDTH,), 3.0)}
+    )
     assert read_header(tmp_path / "out" / "new_clip_l.safetensors").metadata == {"made": "again"}
     read = opened(out, clip_l=tmp_path / "out" / "new_clip_l.safetensors")
     assert_holds(read, {"denoiser": denoiser(), "clip_l": clip_l() | new})
@@ -476,7 +526,9 @@ def test_a_folder_is_written_as_a_folder(tmp_path: Path) -> None:
     held = models(source)
     held.family = replace(held.family, new_folder=None)
     loading.save(held, tmp_path / "out", layout="diffusers", dtype=None, metadata={}, trained=("denoiser",))
-    assert_same(load(tmp_path / "out" / "transformer" / "diffusion_pytorch_model.safetensors"), KEYS.to_foreign(denoiser()))
+    assert_same(
+        load(tmp_path / "out" / "transformer" / "diffusion_pytorch_model.safetensors"), KEYS.to_foreign(denoiser())
+    )
     assert not list((tmp_path / "out").rglob("*.index*.json"))
     assert_holds(opened(tmp_path / "out"), native())
     assert built(opened(tmp_path / "out"))["vae"].config.scaling_factor == 0.3611

@@ -65,7 +65,9 @@ def test_weights_of_a_folder(tmp_path: Path) -> None:
     assert found(tmp_path) == ["pytorch_model-00001-of-00001.bin"]
     listed(tmp_path, "model.safetensors.index.fp16.json", "model.fp16-00001-of-00001.safetensors")
     assert found(tmp_path) == ["model.fp16-00001-of-00001.safetensors"]
-    listed(tmp_path, "model.safetensors.index.json", "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
+    listed(
+        tmp_path, "model.safetensors.index.json", "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
+    )
     assert found(tmp_path) == ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
     for name in ("pytorch_model.fp16.bin", "pytorch_model.bin", "model.fp16.safetensors", "model.safetensors"):
         empty(tmp_path, name)
@@ -126,7 +128,8 @@ def test_no_real_file_passes_for_quantised(path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ['{"weight_map": {"a": null}}', '{"weight_map": {"a": "../x"}}', '{"weight_map": []}', "[" * 5000, "[]", "3"]
+    "text",
+    ['{"weight_map": {"a": null}}', '{"weight_map": {"a": "../x"}}', '{"weight_map": []}', "[" * 5000, "[]", "3"],
 )
 def test_a_list_of_shards_of_an_odd_shape(tmp_path: Path, text: str) -> None:
     (tmp_path / "model.safetensors.index.json").write_text(text, encoding="utf-8")

@@ -45,7 +45,9 @@ def settings(models: Any) -> Mapping[str, object]:
     return found
 
 
-def test_what_is_not_asked_for_is_not_made(case: Case, files: Files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_not_asked_for_is_not_made(
+    case: Case, files: Files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("USERPROFILE", str(tmp_path))
     now = opened(case, files, later=False)

@@ -110,7 +110,9 @@ def test_missing_and_strange_tensors_are_named() -> None:
         nets.t5({name: t for name, t in given.items() if name != "encoder.block.2.layer.0.SelfAttention.o.weight"})
     with pytest.raises(UserError, match=r"encoder\.block\.2\.layer\.2\.strange"):
         nets.t5({**given, "encoder.block.2.layer.2.strange.weight": torch.zeros(1)})
-    with pytest.raises(UserError, match=r"model\.safetensors \(the text encoder t5xxl\): no rule names the tensor 'mystery\.weight'"):
+    with pytest.raises(
+        UserError, match=r"model\.safetensors \(the text encoder t5xxl\): no rule names the tensor 'mystery\.weight'"
+    ):
         nets.t5({**given, "mystery.weight": torch.zeros(1)})
 
 
@@ -161,7 +163,9 @@ def test_fp16_holds_what_its_feed_forward_says() -> None:
     ours = nets.t5(large)
     with torch.no_grad():
         wanted = theirs(ids, attention_mask=mask).last_hidden_state
-        assert theirs.encoder(ids, output_hidden_states=True).hidden_states[1].abs().max() > torch.finfo(torch.float16).max
+        assert (
+            theirs.encoder(ids, output_hidden_states=True).hidden_states[1].abs().max() > torch.finfo(torch.float16).max
+        )
         with torch.autocast("cpu", torch.float16):
             assert off(ours(ids, mask), wanted) < 0.01
             assert not off(theirs(ids, attention_mask=mask).last_hidden_state, wanted) < 0.1
@@ -217,7 +221,9 @@ def test_a_sentencepiece_file_is_read_as_transformers_reads_it(tmp_path: Path) -
         t5_tokenizer(tmp_path)
 
 
-@pytest.mark.parametrize("content", ["{}", "no json", '{"model": {"type": "Unigram", "vocab": []}, "added_tokens": []}'])
+@pytest.mark.parametrize(
+    "content", ["{}", "no json", '{"model": {"type": "Unigram", "vocab": []}, "added_tokens": []}']
+)
 def test_a_broken_tokenizer_is_told(tmp_path: Path, content: str) -> None:
     with pytest.raises(UserError, match=r"spiece\.model"):
         t5_tokenizer(tmp_path)

@@ -40,7 +40,9 @@ def _descend(optimizer: torch.optim.Optimizer, steps: int = 5) -> list[torch.Ten
 WITHOUT_EXTRAS = [name for name, path in build.NAMES.items() if not path.startswith(("bitsandbytes", "dadaptation"))]
 
 
-@pytest.mark.parametrize("name", [*WITHOUT_EXTRAS, "adamw", "Adam", "CAME", "torch.optim.RMSprop", "pytorch_optimizer.Tiger"])
+@pytest.mark.parametrize(
+    "name", [*WITHOUT_EXTRAS, "adamw", "Adam", "CAME", "torch.optim.RMSprop", "pytorch_optimizer.Tiger"]
+)
 def test_every_name_moves_the_weights_and_resumes(name):
     start = [p.detach().clone() for p in _groups()[0].parameters]
     lr = 1.0 if name.startswith(("DAdapt", "Prodigy")) else 0.01
@@ -57,7 +59,11 @@ def test_every_name_moves_the_weights_and_resumes(name):
 @pytest.mark.parametrize(
     ("name", "args", "same"),
     [
-        ("AdamW", ("weight_decay=0.1", "betas=(0.8, 0.9)"), lambda p: torch.optim.AdamW(p, lr=0.01, weight_decay=0.1, betas=(0.8, 0.9))),
+        (
+            "AdamW",
+            ("weight_decay=0.1", "betas=(0.8, 0.9)"),
+            lambda p: torch.optim.AdamW(p, lr=0.01, weight_decay=0.1, betas=(0.8, 0.9)),
+        ),
         ("SGDNesterov", (), lambda p: torch.optim.SGD(p, lr=0.01, momentum=0.9, nesterov=True)),
         ("SGDNesterov", ("momentum=0.5",), lambda p: torch.optim.SGD(p, lr=0.01, momentum=0.5, nesterov=True)),
         ("torch.optim.Adam", ("amsgrad=True",), lambda p: torch.optim.Adam(p, lr=0.01, amsgrad=True)),
@@ -138,7 +144,10 @@ def test_nothing_is_called_that_is_not_an_optimizer(monkeypatch):
 
 
 def test_one_search_for_the_rate_means_one_rate():
-    groups = [Group(name=n, lr=lr, parameters=[nn.Parameter(torch.ones(3, 3))]) for n, lr in (("denoiser", 1.0), ("clip_l", 0.25))]
+    groups = [
+        Group(name=n, lr=lr, parameters=[nn.Parameter(torch.ones(3, 3))])
+        for n, lr in (("denoiser", 1.0), ("clip_l", 0.25))
+    ]
     optimizer = build.optimizer(OptimizerConfig(optimizer_type="Prodigy", learning_rate=1.0), groups)
     a, b = (p.detach().clone() for p in _descend(optimizer))
     fast, slow = build.rates(optimizer)
@@ -151,7 +160,9 @@ def _small_weights() -> list[nn.Parameter]:
     return [nn.Parameter(0.1 * torch.randn(3, 4, generator=g)), nn.Parameter(torch.zeros(2, 3))]
 
 
-@pytest.mark.parametrize("case", json.loads((Path(__file__).parents[1] / "fixtures/optimizers.json").read_text()), ids=lambda c: c["name"])
+@pytest.mark.parametrize(
+    "case", json.loads((Path(__file__).parents[1] / "fixtures/optimizers.json").read_text()), ids=lambda c: c["name"]
+)
 def test_20_steps_equal_those_of_the_libraries_that_kohyas_names_mean(case):
     """The numbers were made by dadaptation 3.2, prodigyopt 1.1.2, lion-pytorch 0.2.5, schedulefree 1.4.1 and came-pytorch 0.1.3."""
     if build.NAMES.get(case["name"], "").startswith("dadaptation"):

@@ -18,7 +18,10 @@ STEPS, WARMUP, RATE = 40, 7, 3e-4
 
 
 def _optimizer(kind: str = "AdamW", *args: str, rate: float = RATE) -> torch.optim.Optimizer:
-    groups = [Group(name=n, lr=lr, parameters=[nn.Parameter(torch.zeros(2))]) for n, lr in (("denoiser", rate), ("clip_l", rate / 4))]
+    groups = [
+        Group(name=n, lr=lr, parameters=[nn.Parameter(torch.zeros(2))])
+        for n, lr in (("denoiser", rate), ("clip_l", rate / 4))
+    ]
     return build.optimizer(OptimizerConfig(optimizer_type=kind, optimizer_args=args, learning_rate=rate), groups)
 
 
@@ -60,7 +63,10 @@ CASES = [
     ),
     ({"lr_scheduler": "polynomial"}, lambda o: diffusers.get_polynomial_decay_schedule_with_warmup(o, WARMUP, STEPS)),
     ({"lr_scheduler": "inverse_sqrt"}, lambda o: transformers.get_inverse_sqrt_schedule(o, WARMUP)),
-    ({"lr_scheduler": "inverse_sqrt", "lr_scheduler_timescale": 20}, lambda o: transformers.get_inverse_sqrt_schedule(o, WARMUP, 20)),
+    (
+        {"lr_scheduler": "inverse_sqrt", "lr_scheduler_timescale": 20},
+        lambda o: transformers.get_inverse_sqrt_schedule(o, WARMUP, 20),
+    ),
     (
         {"lr_scheduler": "cosine_with_min_lr", "lr_scheduler_min_lr_ratio": 0.1},
         lambda o: transformers.get_cosine_with_min_lr_schedule_with_warmup(o, WARMUP, STEPS, min_lr_rate=0.1),
@@ -83,7 +89,10 @@ CASES = [
         )
         for shape in ("linear", "cosine", "1-sqrt")
     ),
-    ({"lr_scheduler": "warmup_stable_decay", "lr_decay_steps": "25%"}, lambda o: transformers.get_wsd_schedule(o, WARMUP, 10, STEPS)),
+    (
+        {"lr_scheduler": "warmup_stable_decay", "lr_decay_steps": "25%"},
+        lambda o: transformers.get_wsd_schedule(o, WARMUP, 10, STEPS),
+    ),
     (
         {"lr_scheduler": "piecewise_constant", "lr_scheduler_args": ("step_rules='1:10,0.1:20,0.01:30,0.005'",)},
         lambda o: diffusers.get_piecewise_constant_schedule(o, "1:10,0.1:20,0.01:30,0.005"),
@@ -91,7 +100,9 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize(("fields", "oracle"), CASES, ids=lambda v: v.get("lr_scheduler") if isinstance(v, dict) else "")
+@pytest.mark.parametrize(
+    ("fields", "oracle"), CASES, ids=lambda v: v.get("lr_scheduler") if isinstance(v, dict) else ""
+)
 def test_equals_the_library(fields, oracle):
     optimizer = _optimizer()
     expected = _walk(oracle(optimizer), optimizer)
@@ -116,7 +127,19 @@ def test_a_schedule_at_a_step_is_as_if_walked():
 
 @pytest.mark.parametrize(
     ("value", "steps"),
-    [(0, 0), (7, 7), ("7", 7), (0.1, 10), ("0.1", 10), ("10%", 10), (1, 1), (1.0, 1), ("100%", 100), ("1%", 1), (250, 250)],
+    [
+        (0, 0),
+        (7, 7),
+        ("7", 7),
+        (0.1, 10),
+        ("0.1", 10),
+        ("10%", 10),
+        (1, 1),
+        (1.0, 1),
+        ("100%", 100),
+        ("1%", 1),
+        (250, 250),
+    ],
 )
 def test_share(value, steps):
     assert share("lr_warmup_steps", value, 100) == steps
@@ -136,8 +159,14 @@ def test_share_refuses(value):
         ({"lr_scheduler": "cosine_with_min_lr"}, "set one of lr_scheduler_min_lr_ratio"),
         ({"lr_scheduler": "piecewise_constant"}, "set lr_scheduler_args step_rules"),
         ({"lr_scheduler": "piecewise_constant", "lr_scheduler_args": ("step_rules='1;3'",)}, "do not go together"),
-        ({"lr_scheduler": "warmup_stable_decay", "lr_warmup_steps": 30, "lr_decay_steps": 20}, "more than the 40 steps"),
-        ({"lr_scheduler": "warmup_stable_decay", "lr_scheduler_args": ("decay_type='sudden'",)}, "'sudden' is not one of"),
+        (
+            {"lr_scheduler": "warmup_stable_decay", "lr_warmup_steps": 30, "lr_decay_steps": 20},
+            "more than the 40 steps",
+        ),
+        (
+            {"lr_scheduler": "warmup_stable_decay", "lr_scheduler_args": ("decay_type='sudden'",)},
+            "'sudden' is not one of",
+        ),
         ({"lr_scheduler": "polynomial", "lr_scheduler_args": ("lr_end=1",)}, "is not above lr_end"),
         ({"lr_scheduler_type": "Nothing"}, "torch.optim.lr_scheduler has no 'Nothing'"),
         ({"lr_scheduler_type": "StepLR"}, "step_size"),

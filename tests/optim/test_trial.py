@@ -24,9 +24,15 @@ def _tried(steps=100, rates=None, **fields):
         ({"optimizer_type": "pytorch_optimizer.AdaShift"}, "state can be kept"),
         ({"optimizer_type": "pytorch_optimizer.SAM"}, "base_optimizer"),
         ({"optimizer_type": "nothing.at.All"}, "cannot be imported"),
-        ({"optimizer_type": "AdaFactor", "optimizer_args": ("relative_step=False",), "lr_scheduler": "adafactor"}, "relative_step=True"),
+        (
+            {"optimizer_type": "AdaFactor", "optimizer_args": ("relative_step=False",), "lr_scheduler": "adafactor"},
+            "relative_step=True",
+        ),
         ({"lr_scheduler": "cosine", "lr_scheduler_args": ("0",)}, "expected key=value"),
-        ({"lr_scheduler": "warmup_stable_decay", "lr_warmup_steps": 80, "lr_decay_steps": 30}, "more than the 100 steps"),
+        (
+            {"lr_scheduler": "warmup_stable_decay", "lr_warmup_steps": 80, "lr_decay_steps": 30},
+            "more than the 100 steps",
+        ),
     ],
 )
 def test_what_cannot_work_is_refused(fields, says):
@@ -38,16 +44,32 @@ def test_what_cannot_work_is_refused(fields, says):
     ("fields", "says"),
     [
         ({"optimizer_type": "AdaFactor", "lr_scheduler": "cosine"}, "lr_scheduler cosine does not act"),
-        ({"optimizer_type": "AdaFactor", "lr_scheduler_type": "CosineAnnealingLR", "lr_scheduler_args": ("T_max=5",)}, "does not act"),
+        (
+            {
+                "optimizer_type": "AdaFactor",
+                "lr_scheduler_type": "CosineAnnealingLR",
+                "lr_scheduler_args": ("T_max=5",),
+            },
+            "does not act",
+        ),
         (
             {"optimizer_type": "AdaFactor", "rates": {"denoiser": 1e-3, "clip_l": 5e-4}},
             r"0\.001 \(denoiser\), 0\.0005 \(clip_l\) does not act",
         ),
-        ({"optimizer_type": "AdamWScheduleFree", "lr_scheduler": "cosine"}, "goes without; a warm-up goes by optimizer_args warmup_steps="),
-        ({"optimizer_type": "AdamWScheduleFree", "optimizer_args": ("warmup_steps=200",)}, "warmup_steps: the warm-up takes 200 steps"),
+        (
+            {"optimizer_type": "AdamWScheduleFree", "lr_scheduler": "cosine"},
+            "goes without; a warm-up goes by optimizer_args warmup_steps=",
+        ),
+        (
+            {"optimizer_type": "AdamWScheduleFree", "optimizer_args": ("warmup_steps=200",)},
+            "warmup_steps: the warm-up takes 200 steps",
+        ),
         ({"lr_scheduler": "cosine", "lr_warmup_steps": 500}, "takes 500 steps and the run has 100"),
         ({"optimizer_type": "Prodigy"}, r"; 0\.0001 is low, 1\.0 is usual"),
-        ({"optimizer_type": "Prodigy", "rates": {"denoiser": 1.0, "clip_l": 0.5}}, r"of 1 \(denoiser\), 0\.5 \(clip_l\) it is the first"),
+        (
+            {"optimizer_type": "Prodigy", "rates": {"denoiser": 1.0, "clip_l": 0.5}},
+            r"of 1 \(denoiser\), 0\.5 \(clip_l\) it is the first",
+        ),
     ],
 )
 def test_what_does_not_act_is_told(fields, says):

@@ -49,7 +49,10 @@ def test_adapters_on_t5_where_they_are_asked_for(files: Files, images: Path, tmp
     by_path = trainable.network.by_path()
     assert {component for component, _ in by_path} == {"denoiser", "t5xxl"}
     assert all(adapter.lora_up.weight.any() for adapter in by_path.values())  # type: ignore[union-attr]
-    starts = {"kohya": ("lora_unet_", "lora_te3_"), "comfy": ("diffusion_model.", "text_encoders.t5xxl.transformer.encoder.")}[dialect]
+    starts = {
+        "kohya": ("lora_unet_", "lora_te3_"),
+        "comfy": ("diffusion_model.", "text_encoders.t5xxl.transformer.encoder."),
+    }[dialect]
     tensors = load(path)
     assert all(any(name.startswith(start) for name in tensors) for start in starts)
     assert all(name.startswith(starts) for name in tensors)
@@ -69,7 +72,9 @@ def test_the_text_encoder_alone(files: Files, images: Path, tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("args", [(), ("split_qkv=True",)], ids=["fused", "split"])
-def test_diffusers_pipeline_reads_the_adapter(files: Files, images: Path, tmp_path: Path, args: tuple[str, ...]) -> None:
+def test_diffusers_pipeline_reads_the_adapter(
+    files: Files, images: Path, tmp_path: Path, args: tuple[str, ...]
+) -> None:
     """Through `ChromaPipeline`'s own reader."""
     _, models, path = adapted(files, images, tmp_path, network_args=args, dialect="peft", learning_rate=0.02)
     model = deepcopy(pipeline().transformer)
@@ -98,7 +103,9 @@ def said_by_diffusers(model: Any, x: Tensor, t5: Tensor) -> Tensor:
     return ChromaPipeline._unpack_latents(said, h * 8, w * 8, 8)
 
 
-@pytest.mark.parametrize("told", [{"mixed_precision": "bf16"}, {"mixed_precision": "bf16", "full_bf16": True}], ids=["mixed", "full"])
+@pytest.mark.parametrize(
+    "told", [{"mixed_precision": "bf16"}, {"mixed_precision": "bf16", "full_bf16": True}], ids=["mixed", "full"]
+)
 def test_bf16(files: Files, images: Path, tmp_path: Path, told: dict[str, Any]) -> None:
     trainable, _, path = adapted(files, images, tmp_path, cache_text_encoder_outputs=True, **told)
     assert all(t.isfinite().all() for t in load(path).values())
@@ -108,7 +115,11 @@ def test_bf16(files: Files, images: Path, tmp_path: Path, told: dict[str, Any]) 
 def test_the_net_that_makes_modulations_is_left_out_of_whole_models(files: Files) -> None:
     models = CASE.models(files)
     names = {f"denoiser.{name}" for name, _ in models.denoiser.named_parameters()}
-    assert set(Full(models, config()).weights()) == {name for name in names if "distilled_guidance_layer" not in name} < names
+    assert (
+        set(Full(models, config()).weights())
+        == {name for name in names if "distilled_guidance_layer" not in name}
+        < names
+    )
 
 
 def test_the_result_says_what_it_is_of(files: Files, images: Path, tmp_path: Path) -> None:

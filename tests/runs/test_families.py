@@ -121,8 +121,12 @@ def whole(case: Case, files: Files, images: Path, out: Path, components: set[str
     assert moved == expected
     result = out / "out.safetensors"
     a_run.save_result(result, 3, 0)
-    beside = {name: str(out / f"out_{name}.safetensors") for name in components if (out / f"out_{name}.safetensors").exists()}
-    again = case.models(Files(model=result, options={**files.options, **beside}, vae=files.vae), tokenizer=str(files.model.parent))
+    beside = {
+        name: str(out / f"out_{name}.safetensors") for name in components if (out / f"out_{name}.safetensors").exists()
+    }
+    again = case.models(
+        Files(model=result, options={**files.options, **beside}, vae=files.vae), tokenizer=str(files.model.parent)
+    )
     assert not changed(states(again), states(models))
     # torch multiplies by another kernel where a weight takes gradients, so equal weights may say what differs in the last bits.
     torch.testing.assert_close(says(again), says(models), atol=1e-5, rtol=1e-5)
@@ -165,11 +169,18 @@ def test_adapters_with_text_encoders(case: Case, files: Files, images: Path, tmp
     adapted(case, files, run, {"denoiser", *(encoders if may is None else may)})
 
 
-@pytest.mark.parametrize(("kind", "other"), [(kind, cases()[i % len(cases())]) for i, kind in enumerate(KINDS) if i], ids=KINDS[1:])
+@pytest.mark.parametrize(
+    ("kind", "other"), [(kind, cases()[i % len(cases())]) for i, kind in enumerate(KINDS) if i], ids=KINDS[1:]
+)
 def test_every_kind_of_adapter(kind: str, other: Case, images: Path, tmp_path: Path) -> None:
     """On one family each, in turn; tests/adapters/ tries all kinds on all sorts of layers."""
     files = other.write(tmp_path / "model")
-    adapted(other, files, Adapted.by(other, files, images, tmp_path / "out", kind, network_train_unet_only=True), {"denoiser"})
+    adapted(
+        other,
+        files,
+        Adapted.by(other, files, images, tmp_path / "out", kind, network_train_unet_only=True),
+        {"denoiser"},
+    )
 
 
 def adapted(case: Case, files: Files, run: Adapted, components: set[str]) -> None:
@@ -179,7 +190,9 @@ def adapted(case: Case, files: Files, run: Adapted, components: set[str]) -> Non
     assert set(a_run.trainable.trained) == components
     inserted = a_run.trainable.network.by_path()  # type: ignore[attr-defined]
     still = [
-        ".".join(site) for site, adapter in inserted.items() if not adapter.delta_weight(torch.zeros_like(weight_of(models, site))).any()
+        ".".join(site)
+        for site, adapter in inserted.items()
+        if not adapter.delta_weight(torch.zeros_like(weight_of(models, site))).any()
     ]
     assert not [site for site in still if not re.fullmatch(case.unmoved, f"{site}.weight")]
     result = run.out / "saved.safetensors"
@@ -191,7 +204,9 @@ def adapted(case: Case, files: Files, run: Adapted, components: set[str]) -> Non
     torch.testing.assert_close(says(fresh), wanted, atol=1e-6, rtol=1e-6)
     held.remove()
     assert (says(fresh) - wanted).abs().max() > 1e-4
-    assert read_header(result).metadata["ss_base_model_version"] == families.facts(case.family).base_model_version(models.options)
+    assert read_header(result).metadata["ss_base_model_version"] == families.facts(case.family).base_model_version(
+        models.options
+    )
 
 
 def weight_of(models: Models, site: tuple[str, str]) -> Tensor:

@@ -36,7 +36,12 @@ def launch(launcher: list[str], model: Path, images: Path, out: Path, *flags: st
         launching.launch("train_network", [*command, *flags], images.parent)
         return load(out / "out.safetensors")
     env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    ran = subprocess.run([*launcher, str(ROOT / "scripts" / "train_network.py"), *command, *flags], capture_output=True, text=True, env=env)
+    ran = subprocess.run(
+        [*launcher, str(ROOT / "scripts" / "train_network.py"), *command, *flags],
+        capture_output=True,
+        text=True,
+        env=env,
+    )
     assert ran.returncode == 0, ran.stderr[-3000:]
     return load(out / "out.safetensors")
 
@@ -64,13 +69,24 @@ def test_each_script_runs_the_command_lines_of_its_own_name(script: Path) -> Non
 
 def test_accelerate_launch(lone: tuple[Path, dict[str, torch.Tensor]], model: Path) -> None:
     folder, alone = lone
-    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--mixed_precision", "no", "--num_processes", "1"]
+    launcher = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        "--cpu",
+        "--mixed_precision",
+        "no",
+        "--num_processes",
+        "1",
+    ]
     found = launch(launcher, model, folder, folder.parent / "accelerate")
     assert found.keys() == alone.keys()
     assert all(torch.equal(found[name], alone[name]) for name in alone)
 
 
-def test_two_processes_do_the_steps_of_one_that_accumulates(lone: tuple[Path, dict[str, torch.Tensor]], model: Path) -> None:
+def test_two_processes_do_the_steps_of_one_that_accumulates(
+    lone: tuple[Path, dict[str, torch.Tensor]], model: Path
+) -> None:
     """Randomness goes by the sample and every sample weighs the same, so only the order of sums differs."""
     folder, _ = lone
     # Not Adam: it would blow up differences of gradients near zero.
@@ -87,7 +103,15 @@ def test_two_processes_do_the_steps_of_one_that_accumulates(lone: tuple[Path, di
         "1",
     ]
     one = launch([], model, folder, folder.parent / "one", "--gradient_accumulation_steps", "2", *plain)
-    run = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(20000 + os.getpid() % 20000)]
+    run = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc_per_node",
+        "2",
+        "--master_port",
+        str(20000 + os.getpid() % 20000),
+    ]
     two = launch(run, model, folder, folder.parent / "two", *plain)
     assert one.keys() == two.keys()
     assert max(t.abs().max() for name, t in one.items() if name.endswith("lora_up.weight")) > 1e-3

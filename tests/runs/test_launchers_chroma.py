@@ -22,7 +22,9 @@ COMMON = """
 def trained(script: str, folder: Path, images: Path, *command: str) -> tuple[dict[str, Tensor], str]:
     """Run a launcher; what it saved, and what it said."""
     files = write(folder)
-    (folder / "data.toml").write_text(f'[[datasets]]\nresolution = 64\nbatch_size = 2\n[[datasets.subsets]]\nimage_dir = "{images}"\n')
+    (folder / "data.toml").write_text(
+        f'[[datasets]]\nresolution = 64\nbatch_size = 2\n[[datasets.subsets]]\nimage_dir = "{images}"\n'
+    )
     (folder / "prompts.txt").write_text("a cat --n dull --w 64 --h 32 --d 1 --s 2 --l 4.0 --g 0.0\n")
     named = f"""
         --pretrained_model_name_or_path {files.model} --t5xxl {files.options["t5xxl"]} --ae {files.vae} --dataset_config {folder / "data.toml"}
@@ -44,7 +46,9 @@ def test_an_adapter(folder: Path, images: Path) -> None:
     clip_l = images.parent / "clip_l.safetensors"
     clip_l.touch()
     network = "--network_module networks.lora_flux --network_dim 2 --network_alpha 1 --network_train_unet_only --optimizer_type AdamW"
-    saved, said = trained("flux_train_network", folder, images, *network.split(), "--learning_rate", "5e-4", "--clip_l", str(clip_l))
+    saved, said = trained(
+        "flux_train_network", folder, images, *network.split(), "--learning_rate", "5e-4", "--clip_l", str(clip_l)
+    )
     assert "--clip_l: accepted, no effect" in said
     assert {name.rpartition(".lora_")[0].partition("blocks_")[0] for name in saved if ".lora_up" in name} == {
         "lora_unet_double_",
@@ -54,7 +58,9 @@ def test_an_adapter(folder: Path, images: Path) -> None:
 
 
 def test_a_whole_model(folder: Path, images: Path) -> None:
-    adafactor = "--optimizer_type adafactor --optimizer_args relative_step=False scale_parameter=False warmup_init=False"
+    adafactor = (
+        "--optimizer_type adafactor --optimizer_args relative_step=False scale_parameter=False warmup_init=False"
+    )
     full = f"{adafactor} --learning_rate 1e-2 --mixed_precision bf16 --save_precision float --mem_eff_save"
     saved, _ = trained("flux_train", folder, images, *full.split())
     before = native()

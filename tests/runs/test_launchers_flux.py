@@ -28,7 +28,9 @@ FULL = "--learning_rate 5e-5 --full_bf16 --t5xxl_max_token_length 256"
 
 
 @pytest.mark.parametrize(
-    ("script", "flags", "guidance"), [("flux_train_network", NETWORK, True), ("flux_train", FULL, False)], ids=["network", "full"]
+    ("script", "flags", "guidance"),
+    [("flux_train_network", NETWORK, True), ("flux_train", FULL, False)],
+    ids=["network", "full"],
 )
 def test_a_usual_command_line(images: Path, tmp_path: Path, script: str, flags: str, guidance: bool) -> None:
     files, dataset, prompts = flux.write(guidance, tmp_path / "model"), tmp_path / "data.toml", tmp_path / "prompts.txt"
@@ -36,7 +38,12 @@ def test_a_usual_command_line(images: Path, tmp_path: Path, script: str, flags: 
         f'[general]\ncaption_extension = ".txt"\n[[datasets]]\nresolution = 64\nbatch_size = 2\n[[datasets.subsets]]\nimage_dir = "{images}"\n'
     )
     prompts.write_text("a cat --w 32 --h 32 --s 2 --d 1 --l 1.0\n")
-    named = {"pretrained_model_name_or_path": files.model, "dataset_config": dataset, "output_dir": tmp_path / "out", **files.options}
+    named = {
+        "pretrained_model_name_or_path": files.model,
+        "dataset_config": dataset,
+        "output_dir": tmp_path / "out",
+        **files.options,
+    }
     named |= {"ae": files.vae} if files.vae else {}
     words = [word for name, value in named.items() for word in (f"--{name}", str(value))]
     launch(script, [*words, *(SHARED + flags).replace("PROMPTS", str(prompts)).split()], tmp_path)

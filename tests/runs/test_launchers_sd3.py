@@ -30,12 +30,12 @@ def files(tmp_path: Path) -> Files:
 def trained(script: str, files: Files, images: Path, command: str) -> Path:
     """Run a launcher in the folder of the model; returns the folder of the results."""
     folder = files.model.parent
-    (folder / "data.toml").write_text(f'[[datasets]]\nresolution = 64\nbatch_size = 2\n[[datasets.subsets]]\nimage_dir = "{images}"\n')
+    (folder / "data.toml").write_text(
+        f'[[datasets]]\nresolution = 64\nbatch_size = 2\n[[datasets.subsets]]\nimage_dir = "{images}"\n'
+    )
     (folder / "prompts.txt").write_text("a cat --n dull --w 64 --h 32 --d 1 --s 2 --l 4.0\n")
     encoders = " ".join(f"--{name} {path}" for name, path in files.options.items())
-    named = (
-        f"--pretrained_model_name_or_path {files.model} {encoders} --dataset_config {folder / 'data.toml'} --output_dir {folder / 'out'}"
-    )
+    named = f"--pretrained_model_name_or_path {files.model} {encoders} --dataset_config {folder / 'data.toml'} --output_dir {folder / 'out'}"
     told = f"{named} --sample_prompts {folder / 'prompts.txt'} {COMMON} {command}".split()
     launch(script, told, folder)
     assert len(list((folder / "out" / "sample").glob("*.png"))) == 1
@@ -58,7 +58,11 @@ def test_an_adapter_with_its_text_encoders(files: Files, images: Path) -> None:
     assert not [name for name, t in saved.items() if not t.any()]
     meta = header.metadata
     assert meta["modelspec.architecture"] == "stable-diffusion-3.5-medium/lora"
-    assert (meta["ss_base_model_version"], meta["ss_weighting_scheme"], meta["ss_apply_t5_attn_mask"]) == ("sd3.5_m", "uniform", "True")
+    assert (meta["ss_base_model_version"], meta["ss_weighting_scheme"], meta["ss_apply_t5_attn_mask"]) == (
+        "sd3.5_m",
+        "uniform",
+        "True",
+    )
 
 
 def test_a_whole_model_with_its_text_encoders(files: Files, images: Path) -> None:

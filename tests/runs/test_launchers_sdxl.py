@@ -49,10 +49,15 @@ def test_an_adapter(trained: tuple[Path, Path]) -> None:
     tensors = load(result)
     assert {"_".join(name.split("_")[:2]) for name in tensors} == {"lora_unet", "lora_te1", "lora_te2"}
     assert {t.dtype for t in tensors.values()} == {torch.float16}
-    assert any(t.any() for name, t in tensors.items() if name.startswith("lora_te2_") and name.endswith("lora_up.weight"))
+    assert any(
+        t.any() for name, t in tensors.items() if name.startswith("lora_te2_") and name.endswith("lora_up.weight")
+    )
     with safe_open(result, "pt") as file:
         said = file.metadata()
-    assert said["modelspec.architecture"] == "stable-diffusion-xl-v1-base/lora" and said["ss_base_model_version"] == "sdxl_base_v1-0"
+    assert (
+        said["modelspec.architecture"] == "stable-diffusion-xl-v1-base/lora"
+        and said["ss_base_model_version"] == "sdxl_base_v1-0"
+    )
     assert said["ss_network_module"] == "networks.lora" and said["ss_max_token_length"] == "225"
 
 
@@ -61,7 +66,9 @@ def test_a_whole_model(trained: tuple[Path, Path]) -> None:
     before, after = (load(path) for path in trained)
     assert before.keys() == after.keys()
     moved = {name for name, t in before.items() if not torch.equal(t, after[name])}
-    assert {name for name in moved if name.startswith(UNET)} == {f"{UNET}out.{i}.{leaf}" for i in (0, 2) for leaf in ("weight", "bias")}
+    assert {name for name in moved if name.startswith(UNET)} == {
+        f"{UNET}out.{i}.{leaf}" for i in (0, 2) for leaf in ("weight", "bias")
+    }
     assert {name for name in moved if not name.startswith(UNET)} == {
         name for name in before if name.startswith(CLIP_G) and not name.endswith("logit_scale")
     }

@@ -46,7 +46,9 @@ def test_log_samples_and_curve_that_fail_are_told_once_and_training_goes_on(
     train: Train, tmp_path: Path, monkeypatch: Patch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "prompts.txt").write_text("a cat --w 64 --h 64 --s 1")
-    monkeypatch.setattr(log.Lines, "write", failing(log.Lines.write, lambda call: call in (2, 3), OSError(errno.ENOSPC, "no room")))
+    monkeypatch.setattr(
+        log.Lines, "write", failing(log.Lines.write, lambda call: call in (2, 3), OSError(errno.ENOSPC, "no room"))
+    )
     monkeypatch.setattr(log, "curve", full)
     monkeypatch.setattr(run, "sample", failing(run.sample, lambda call: call > 1, RuntimeError("out of memory")))
     folder = train("a", **FAST, sample_prompts=str(tmp_path / "prompts.txt"), sample_every_n_steps=1)
@@ -76,7 +78,10 @@ def test_a_result_that_does_not_fit_on_the_disk_is_told_and_the_old_ones_stay(
     folder = train("a", **FAST, save_every_n_steps=1, save_last_n_steps=1, save_state=True)
     assert "out-step00000003 not saved whole: " in capsys.readouterr().err
     names = {p.name for p in folder.iterdir()}
-    assert {f"out{n}.safetensors" for n in ("", "-step00000001", "-step00000002")} | {"out-state", "out-step00000003-state"} <= names
+    assert {f"out{n}.safetensors" for n in ("", "-step00000001", "-step00000002")} | {
+        "out-state",
+        "out-step00000003-state",
+    } <= names
     assert "out-step00000003.safetensors" not in names
 
 
@@ -144,10 +149,15 @@ def test_what_save_precision_cannot_hold_is_told_not_saved(train: Train, tmp_pat
         real(self, path, metadata)
 
     monkeypatch.setattr(trainables.Adapters, "save", huge)
-    with pytest.raises(UserError, match=r"the adapter out\.safetensors: NaN or infinite values .* save_precision float16 may be too small"):
+    with pytest.raises(
+        UserError,
+        match=r"the adapter out\.safetensors: NaN or infinite values .* save_precision float16 may be too small",
+    ):
         train("a", **FAST, save_precision="fp16", max_train_steps=1)
     assert not (tmp_path / "a" / "out.safetensors").exists()
-    assert (tmp_path / "a" / "out-step00000001-state").is_dir(), "the whole run is in it: it is kept though no state was asked for"
+    assert (tmp_path / "a" / "out-step00000001-state").is_dir(), (
+        "the whole run is in it: it is kept though no state was asked for"
+    )
 
 
 @pytest.mark.parametrize("change", ["cut", "written over"])
@@ -155,7 +165,11 @@ def test_a_base_model_that_changes_while_a_whole_model_is_trained_gives_a_senten
     train: Train, model: Path, tmp_path: Path, monkeypatch: Patch, change: str
 ) -> None:
     base = Path(shutil.copy(model, tmp_path / "base.safetensors"))
-    told = {"pretrained_model_name_or_path": str(base), "tokenizer": str(model.parent / "tokenizer"), "max_train_steps": 2}
+    told = {
+        "pretrained_model_name_or_path": str(base),
+        "tokenizer": str(model.parent / "tokenizer"),
+        "max_train_steps": 2,
+    }
 
     def changing(a_run: loop.Run, *args: Any, real: Any = loop._optimizer_step) -> Any:
         if a_run.step == 1:
@@ -177,7 +191,11 @@ def test_a_base_model_that_is_replaced_by_another_while_a_whole_model_is_trained
 ) -> None:
     whole = load(train("whole", "full", **FAST, max_train_steps=2) / "out.safetensors")
     base = Path(shutil.copy(model, tmp_path / "base.safetensors"))
-    told = {"pretrained_model_name_or_path": str(base), "tokenizer": str(model.parent / "tokenizer"), "max_train_steps": 2}
+    told = {
+        "pretrained_model_name_or_path": str(base),
+        "tokenizer": str(model.parent / "tokenizer"),
+        "max_train_steps": 2,
+    }
     other = {name: t + 1 if t.is_floating_point() else t for name, t in load(model).items()}
 
     def replacing(a_run: loop.Run, *args: Any, real: Any = loop._optimizer_step) -> Any:

@@ -66,7 +66,9 @@ def test_a_model_without_its_parts_is_told_before_images_are_read(
     train: Train, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tensors = files.load(model)
-    files.save(tmp_path / "part.safetensors", {n: t for n, t in tensors.items() if not n.startswith("cond_stage_model.")}, {})
+    files.save(
+        tmp_path / "part.safetensors", {n: t for n, t in tensors.items() if not n.startswith("cond_stage_model.")}, {}
+    )
     monkeypatch.setattr(run, "open_data", lambda *_: pytest.fail("images were read"))
     with pytest.raises(UserError, match="no text_encoder"):
         train("a", pretrained_model_name_or_path=str(tmp_path / "part.safetensors"))

@@ -38,7 +38,9 @@ def _lost(where: Path, out: Path, **options: Any) -> str:
     return told.value.messages[0]
 
 
-@pytest.mark.parametrize(("prefix", "title"), [("model.diffusion_model.", "U-Net"), ("cond_stage_model.", "text encoder")])
+@pytest.mark.parametrize(
+    ("prefix", "title"), [("model.diffusion_model.", "U-Net"), ("cond_stage_model.", "text encoder")]
+)
 def test_a_damaged_base_model_is_named(where: Path, tmp_path: Path, prefix: str, title: str) -> None:
     said = _lost(where, tmp_path, pretrained_model_name_or_path=_spoiled(where, prefix))
     assert "spoiled.safetensors" in said and title in said and "NaN" in said
@@ -50,7 +52,11 @@ def test_a_damaged_net_is_named_when_its_outputs_are_kept(where: Path, tmp_path:
     model = _spoiled(where, prefix)
     with pytest.raises(UserError, match=r"spoiled\.safetensors .* holds NaN or infinity"):
         prepared.prepare(
-            where, output_dir=str(tmp_path), pretrained_model_name_or_path=model, cache_latents=True, cache_text_encoder_outputs=True
+            where,
+            output_dir=str(tmp_path),
+            pretrained_model_name_or_path=model,
+            cache_latents=True,
+            cache_text_encoder_outputs=True,
         )
 
 
@@ -69,7 +75,15 @@ def test_a_damaged_cache_is_named(where: Path, tmp_path: Path, monkeypatch: pyte
 
 
 def test_a_learning_rate_that_is_too_high_is_named_as_it_was_used(where: Path, tmp_path: Path) -> None:
-    said = _lost(where, tmp_path, optimizer_type="torch.optim.SGD", optimizer_args=(), unet_lr=1e30, max_train_steps=5, max_grad_norm=0.0)
+    said = _lost(
+        where,
+        tmp_path,
+        optimizer_type="torch.optim.SGD",
+        optimizer_args=(),
+        unet_lr=1e30,
+        max_train_steps=5,
+        max_grad_norm=0.0,
+    )
     assert "Lower the learning rate, which was 1e+30 (denoiser)" in said
 
 

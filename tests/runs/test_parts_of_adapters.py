@@ -43,7 +43,9 @@ def test_what_network_weights_holds_of_a_part_that_is_not_trained_stays(
     where: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], options: dict[str, Any]
 ) -> None:
     before = files.load(where / "both.safetensors")
-    a_run = prepared.prepare(where, output_dir=str(tmp_path), network_weights=str(where / "both.safetensors"), **options)
+    a_run = prepared.prepare(
+        where, output_dir=str(tmp_path), network_weights=str(where / "both.safetensors"), **options
+    )
     assert "clip_l is not trained; the file" in capsys.readouterr().err
     assert all(name.startswith("denoiser") for name in a_run.trainable.weights())
     assert {site[0] for site in a_run.trainable.carried.by_path()} == {"clip_l"}
@@ -60,22 +62,34 @@ def test_what_network_weights_holds_of_a_part_that_is_not_trained_stays(
 
 def test_the_part_that_is_not_trained_acts_while_training(where: Path, tmp_path: Path) -> None:
     first, second = (
-        prepared.prepare(where, output_dir=str(tmp_path), **more) for more in ({}, {"network_weights": str(where / "both.safetensors")})
+        prepared.prepare(where, output_dir=str(tmp_path), **more)
+        for more in ({}, {"network_weights": str(where / "both.safetensors")})
     )
     tokens = next(iter(first.loader.epoch(0))).tokens
-    a, b = (a_run.training_step.encode.encode(a_run.training_step.unowned[0].encoders, tokens) for a_run in (first, second))
+    a, b = (
+        a_run.training_step.encode.encode(a_run.training_step.unowned[0].encoders, tokens) for a_run in (first, second)
+    )
     assert any(not torch.allclose(a[name], b[name]) for name in a)
 
 
 def test_a_part_that_the_kept_text_outputs_do_not_know_is_refused(where: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="changes clip_l, which cache_text_encoder_outputs cannot take into account"):
-        prepared.prepare(where, output_dir=str(tmp_path), network_weights=str(where / "both.safetensors"), cache_text_encoder_outputs=True)
+        prepared.prepare(
+            where,
+            output_dir=str(tmp_path),
+            network_weights=str(where / "both.safetensors"),
+            cache_text_encoder_outputs=True,
+        )
 
 
 def test_a_part_that_the_file_has_not_is_told(where: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     tensors = {name: t for name, t in files.load(where / "both.safetensors").items() if name.startswith("lora_unet")}
     files.save(tmp_path / "unet.safetensors", tensors, {})
-    told = {"network_weights": str(tmp_path / "unet.safetensors"), "dim_from_weights": True, "output_dir": str(tmp_path)}
+    told = {
+        "network_weights": str(tmp_path / "unet.safetensors"),
+        "dim_from_weights": True,
+        "output_dir": str(tmp_path),
+    }
     a_run = prepared.prepare(where, network_train_unet_only=False, **told)
     assert "has nothing for clip_l" in capsys.readouterr().err
     assert [g["name"] for g in a_run.optimizer.param_groups] == ["denoiser"]
@@ -88,7 +102,9 @@ def test_a_part_that_the_file_has_not_is_told(where: Path, tmp_path: Path, capsy
     [({"unet_lr": 0.0}, {"lora_te"}), ({"text_encoder_lr": (0.0,)}, {"lora_unet"}), ({}, {"lora_unet", "lora_te"})],
     ids=["denoiser", "text encoder", "none"],
 )
-def test_a_rate_of_0_leaves_its_part_out_of_the_result(where: Path, tmp_path: Path, options: dict[str, Any], left: set[str]) -> None:
+def test_a_rate_of_0_leaves_its_part_out_of_the_result(
+    where: Path, tmp_path: Path, options: dict[str, Any], left: set[str]
+) -> None:
     a_run = prepared.prepare(where, output_dir=str(tmp_path), network_train_unet_only=False, **options)
     a_run.save_result(tmp_path / "a.safetensors", 0, 0)
     assert _names(tmp_path / "a.safetensors") == left
@@ -101,7 +117,11 @@ def test_rates_of_0_everywhere_leave_nothing_to_train(where: Path, tmp_path: Pat
         prepared.prepare(where, "full", output_dir=str(tmp_path), learning_rate=0.0)
 
 
-def test_more_rates_than_text_encoders_are_told(where: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    a_run = prepared.prepare(where, output_dir=str(tmp_path), network_train_unet_only=False, text_encoder_lr=(1e-4, 2e-4))
+def test_more_rates_than_text_encoders_are_told(
+    where: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    a_run = prepared.prepare(
+        where, output_dir=str(tmp_path), network_train_unet_only=False, text_encoder_lr=(1e-4, 2e-4)
+    )
     assert "text_encoder_lr: 2 rates for 1 text encoders (clip_l); the others do nothing" in capsys.readouterr().err
     assert [g["lr"] for g in a_run.optimizer.param_groups] == [1e-3, 1e-4]

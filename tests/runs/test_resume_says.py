@@ -24,12 +24,16 @@ def before(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return where
 
 
-def _resumed(where: Path, out: Path, method: str = "network", data: dict[str, Any] | None = None, **options: Any) -> Any:
+def _resumed(
+    where: Path, out: Path, method: str = "network", data: dict[str, Any] | None = None, **options: Any
+) -> Any:
     told = {"resume": str(where / "first" / "out-state"), "max_train_steps": 4, "output_dir": str(out), **options}
     return prepared.prepare(where, method, data, **told)
 
 
-def test_changed_arguments_of_the_optimizer_act(before: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_changed_arguments_of_the_optimizer_act(
+    before: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     a_run = _resumed(before, tmp_path, optimizer_args=("weight_decay=0.5", "betas=(0.5, 0.6)"), learning_rate=1e-4)
     (group,) = a_run.optimizer.param_groups
     assert (group["weight_decay"], group["betas"], group["lr"]) == (0.5, (0.5, 0.6), 1e-4)
@@ -78,7 +82,10 @@ def test_other_settings_are_told(
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        ({"optimizer_type": "Lion", "optimizer_args": ()}, "the optimizer was torch.optim.adamw.AdamW and is now pytorch_optimizer"),
+        (
+            {"optimizer_type": "Lion", "optimizer_args": ()},
+            "the optimizer was torch.optim.adamw.AdamW and is now pytorch_optimizer",
+        ),
         ({"optimizer_args": ("amsgrad=True",)}, "AdamW needs max_exp_avg_sq"),
         ({"network_dim": 3}, "network_dim was 2 and is now 3"),
         ({"network_train_unet_only": False}, "denoiser was trained, denoiser, clip_l is to be trained now"),
@@ -95,7 +102,10 @@ def test_what_cannot_change_is_refused_before_weights_are_read(
 ) -> None:
     monkeypatch.setattr(run, "load_models", lambda *_: pytest.fail("weights were read"))
     if "pretrained_model_name_or_path" in options:
-        tensors = {name: t + 0.01 if name.endswith("to_q.weight") else t for name, t in files.load(before / "model.safetensors").items()}
+        tensors = {
+            name: t + 0.01 if name.endswith("to_q.weight") else t
+            for name, t in files.load(before / "model.safetensors").items()
+        }
         files.save(before / "other.safetensors", tensors, {})
         options = {"pretrained_model_name_or_path": str(before / "other.safetensors")}
     with pytest.raises(UserError, match=says):

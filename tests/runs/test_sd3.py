@@ -62,7 +62,10 @@ def test_images_larger_than_the_table_are_told_before_anything_is_encoded(
 
 def test_prompts_larger_than_the_table_are_told_before_the_first_step(prepare: Prepare, tmp_path: Path) -> None:
     (tmp_path / "prompts.txt").write_text("a cat --w 64 --h 64\na dog --w 208 --h 64\n")
-    with pytest.raises(UserError, match="the prompt 'a dog': 208 x 64 pixels are too large for this model, which knows at most 192 x 192"):
+    with pytest.raises(
+        UserError,
+        match="the prompt 'a dog': 208 x 64 pixels are too large for this model, which knows at most 192 x 192",
+    ):
         prepare(sample_prompts=str(tmp_path / "prompts.txt"), sample_every_n_steps=1)
 
 
@@ -151,7 +154,9 @@ def test_what_a_user_sets_acts(files: Files, images: Path, tmp_path: Path, optio
         trained(prepared(CASE, files, images, tmp_path / name, "network", max_train_steps=2, options=more, **kept))
         found[name] = losses(tmp_path / name)
     assert found["live"] == pytest.approx(found["cached"], rel=2e-3)
-    assert found["live"] != pytest.approx(found["plain"], rel=1e-5), "two live runs without it would be equal to the last bit"
+    assert found["live"] != pytest.approx(found["plain"], rel=1e-5), (
+        "two live runs without it would be equal to the last bit"
+    )
 
 
 def test_cached_runs_equal_live_ones_in_every_weight_where_nothing_is_rounded(
@@ -160,12 +165,24 @@ def test_cached_runs_equal_live_ones_in_every_weight_where_nothing_is_rounded(
     """Dropouts, masks and crops go by the sample: with outputs kept in fp32 the very same weights come out."""
     exact = replace(FAMILY, outputs=lambda models: replace(family.outputs_strategy(models), dtype=torch.float32))
     monkeypatch.setattr(family, "FAMILY", exact)
-    options = {"clip_l_dropout_rate": 0.5, "t5_dropout_rate": 0.5, "apply_t5_attn_mask": True, "pos_emb_random_crop_rate": 0.5}
+    options = {
+        "clip_l_dropout_rate": 0.5,
+        "t5_dropout_rate": 0.5,
+        "apply_t5_attn_mask": True,
+        "pos_emb_random_crop_rate": 0.5,
+    }
     results = []
     for cached in (False, True):
         # Not Adam: it divides by a gradient's own size, so that a processor's last bit may be as much as the step.
-        told = {"optimizer_type": "SGDNesterov", "learning_rate": 1.0, "network_train_unet_only": True, "options": options}
-        a_run = prepared(CASE, files, images, tmp_path / str(cached), "network", cache_text_encoder_outputs=cached, **told)
+        told = {
+            "optimizer_type": "SGDNesterov",
+            "learning_rate": 1.0,
+            "network_train_unet_only": True,
+            "options": options,
+        }
+        a_run = prepared(
+            CASE, files, images, tmp_path / str(cached), "network", cache_text_encoder_outputs=cached, **told
+        )
         start = {name: p.detach().clone() for name, p in a_run.trainable.weights().items()}
         trained(a_run)
         results.append({name: p.detach().clone() for name, p in a_run.trainable.weights().items()})

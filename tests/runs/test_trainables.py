@@ -64,19 +64,27 @@ def test_adapters_are_put_where_they_are_asked_for(train: Train, options: dict[s
     assert {"_".join(name.split("_")[:2]) for name in tensors} == prefixes
     still = {name for name, t in tensors.items() if name.endswith("lora_up.weight") and not t.any()}
     # The middle of this net sees one pixel, and a softmax over one number has no gradient, or what a processor rounds that to.
-    assert still <= {n for n in tensors if "mid_block" in n and n.endswith(("attn1_to_q.lora_up.weight", "attn1_to_k.lora_up.weight"))}
+    assert still <= {
+        n
+        for n in tensors
+        if "mid_block" in n and n.endswith(("attn1_to_q.lora_up.weight", "attn1_to_k.lora_up.weight"))
+    }
     assert any(t.ndim == 4 and "resnets" in name for name, t in tensors.items()) == ("network_args" in options)
 
 
 @pytest.mark.parametrize(
-    "options", [{"gradient_checkpointing": True}, {"mixed_precision": "bf16"}, {"full_bf16": True, "mixed_precision": "bf16"}], ids=str
+    "options",
+    [{"gradient_checkpointing": True}, {"mixed_precision": "bf16"}, {"full_bf16": True, "mixed_precision": "bf16"}],
+    ids=str,
 )
 def test_memory_and_precision_options_train(train: Train, options: dict[str, Any]) -> None:
     folder = train("a", max_train_steps=6, **options)
     losses = [json.loads(line)["loss"] for line in (folder / "out.jsonl").read_text().splitlines()]
     assert len(losses) == 6
     if options == {"gradient_checkpointing": True}:
-        plain = [json.loads(line)["loss"] for line in (train("b", max_train_steps=6) / "out.jsonl").read_text().splitlines()]
+        plain = [
+            json.loads(line)["loss"] for line in (train("b", max_train_steps=6) / "out.jsonl").read_text().splitlines()
+        ]
         assert losses == pytest.approx(plain, abs=1e-6)
 
 
@@ -107,7 +115,13 @@ def test_base_weights_are_merged(train: Train, model: Path) -> None:
 
 def test_results_and_states_by_step_and_epoch(train: Train) -> None:
     folder = train(
-        "a", max_train_steps=9, save_every_n_steps=2, save_last_n_steps=2, save_every_n_epochs=1, save_last_n_epochs=1, save_state=True
+        "a",
+        max_train_steps=9,
+        save_every_n_steps=2,
+        save_last_n_steps=2,
+        save_every_n_epochs=1,
+        save_last_n_epochs=1,
+        save_state=True,
     )
     found = {p.name for p in folder.iterdir()}
     assert "out.safetensors" in found and "out-state" in found
@@ -119,7 +133,9 @@ def test_results_and_states_by_step_and_epoch(train: Train) -> None:
 def test_the_arithmetic_of_kept_files() -> None:
     from sfumato.config import OutputConfig
 
-    output = OutputConfig(output_name="x", save_every_n_steps=100, save_last_n_steps=300, save_every_n_epochs=2, save_last_n_epochs=3)
+    output = OutputConfig(
+        output_name="x", save_every_n_steps=100, save_last_n_steps=300, save_every_n_epochs=2, save_last_n_epochs=3
+    )
     assert checkpoints.after_step(output, 150) is None
     saving = checkpoints.after_step(output, 1000)
     assert saving is not None and (saving.name, saving.old_result) == ("x-step00001000", "x-step00000600")
@@ -134,7 +150,9 @@ def test_metadata_says_how_it_was_made(train: Train) -> None:
     path = train("a", training_comment="hello", **told) / "out.safetensors"
     with safe_open(path, "pt") as file:
         said = file.metadata()
-    assert said["ss_network_module"] == "networks.lora_flux" and said["ss_network_dim"] == "2" and said["ss_steps"] == "4"
+    assert (
+        said["ss_network_module"] == "networks.lora_flux" and said["ss_network_dim"] == "2" and said["ss_steps"] == "4"
+    )
     assert said["ss_optimizer"] == "torch.optim.adamw.AdamW(weight_decay=0.5,betas=(0.8, 0.9))"
     assert KOHYAS - said.keys() == set()
     assert said["ss_training_comment"] == "hello" and said["ss_base_model_version"] == "sd_v1"
@@ -146,35 +164,53 @@ def test_metadata_says_how_it_was_made(train: Train) -> None:
 def test_a_whole_models_metadata_says_nothing_of_adapters(train: Train) -> None:
     with safe_open(train("a", "full", max_train_steps=1) / "out.safetensors", "pt") as file:
         said = file.metadata()
-    assert said["ss_steps"] == "1" and not [name for name in said if name.startswith("ss_network_") or name == "ss_scale_weight_norms"]
+    assert said["ss_steps"] == "1" and not [
+        name for name in said if name.startswith("ss_network_") or name == "ss_scale_weight_norms"
+    ]
 
 
 def test_sd2_with_v_prediction_trains(train: Train, tmp_path: Path) -> None:
     from sfumato.families.sd.facts import Options
 
     model = tiny.tiny_sd2(tmp_path / "sd2")
-    folder = train("v", pretrained_model_name_or_path=str(model), family=Options(v_parameterization=True), min_snr_gamma=5.0)
+    folder = train(
+        "v", pretrained_model_name_or_path=str(model), family=Options(v_parameterization=True), min_snr_gamma=5.0
+    )
     with safe_open(folder / "out.safetensors", "pt") as file:
         assert file.metadata()["modelspec.prediction_type"] == "v"
 
 
-def test_samples_are_drawn_at_the_runs_own_size_and_named_as_sd_scripts_names_them(train: Train, tmp_path: Path) -> None:
+def test_samples_are_drawn_at_the_runs_own_size_and_named_as_sd_scripts_names_them(
+    train: Train, tmp_path: Path
+) -> None:
     (tmp_path / "prompts.txt").write_text("a cat --s 2 --d 1\na dog --w 32 --h 48 --s 2\n")
-    folder = train("a", sample_prompts=str(tmp_path / "prompts.txt"), sample_every_n_steps=2, sample_at_first=True, sample_sampler="euler")
+    folder = train(
+        "a",
+        sample_prompts=str(tmp_path / "prompts.txt"),
+        sample_every_n_steps=2,
+        sample_at_first=True,
+        sample_sampler="euler",
+    )
     sizes = {}
     for path in (folder / "sample").glob("*.png"):
         name = re.sub(r"_\d{14}", "", path.stem)
         with Image.open(path) as image:
             sizes[name] = image.size
     assert sizes == {
-        f"out_{when}_{n}": size for when in ("e000000", "000002", "000004") for n, size in (("00_1", (64, 64)), ("01", (32, 48)))
+        f"out_{when}_{n}": size
+        for when in ("e000000", "000002", "000004")
+        for n, size in (("00_1", (64, 64)), ("01", (32, 48)))
     }
 
 
 def test_sample_draws_at_the_size_that_the_file_was_trained_at(train: Train, model: Path, tmp_path: Path) -> None:
     (tmp_path / "prompts.txt").write_text("a cat --s 1 --d 1\n")
     lora = train("a", max_train_steps=1) / "out.safetensors"
-    told = {"sample_prompts": str(tmp_path / "prompts.txt"), "sample_sampler": "euler", "output_dir": str(tmp_path / "drawn")}
+    told = {
+        "sample_prompts": str(tmp_path / "prompts.txt"),
+        "sample_sampler": "euler",
+        "output_dir": str(tmp_path / "drawn"),
+    }
     [path] = pipeline.main(config(pretrained_model_name_or_path=str(model), network_weights=str(lora), **told))
     with Image.open(path) as image:
         assert image.size == (64, 64)
@@ -183,7 +219,10 @@ def test_sample_draws_at_the_size_that_the_file_was_trained_at(train: Train, mod
 def test_sampling_does_not_change_training(train: Train, tmp_path: Path) -> None:
     (tmp_path / "prompts.txt").write_text("a cat --w 64 --h 64 --s 2 --d 1\n")
     plain = load(train("a", network_dropout=0.2) / "out.safetensors")
-    drawn = load(train("b", network_dropout=0.2, sample_prompts=str(tmp_path / "prompts.txt"), sample_every_n_steps=1) / "out.safetensors")
+    drawn = load(
+        train("b", network_dropout=0.2, sample_prompts=str(tmp_path / "prompts.txt"), sample_every_n_steps=1)
+        / "out.safetensors"
+    )
     assert not changed(plain, drawn)
 
 
@@ -199,7 +238,9 @@ def calls_of(monkeypatch: pytest.MonkeyPatch, method: str) -> list[str]:
     return calls
 
 
-def test_a_second_start_makes_neither_vae_nor_text_encoder(train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_second_start_makes_neither_vae_nor_text_encoder(
+    train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """What they say is in the cache; the result is the same, and a whole model still has them, from its file."""
     told: dict[str, Any] = {
         "cache_text_encoder_outputs_to_disk": True,
@@ -212,14 +253,22 @@ def test_a_second_start_makes_neither_vae_nor_text_encoder(train: Train, tmp_pat
     assert made == read == ["denoiser"]
     assert changed(first, second) == set()
     (tmp_path / "prompts.txt").write_text("a cat --w 64 --h 64 --s 1\n")
-    train("c", "full", **told, sample_prompts=str(tmp_path / "prompts.txt"), sample_at_first=True, sample_sampler="euler")
+    train(
+        "c", "full", **told, sample_prompts=str(tmp_path / "prompts.txt"), sample_at_first=True, sample_sampler="euler"
+    )
     assert read[1:] == ["denoiser", "vae", "clip_l"]
 
 
-def test_what_is_cached_beforehand_is_what_training_would_cache(train: Train, model: Path, images: Path, tmp_path: Path) -> None:
+def test_what_is_cached_beforehand_is_what_training_would_cache(
+    train: Train, model: Path, images: Path, tmp_path: Path
+) -> None:
     """`sfumato cache` merges base_weights as training does: text encoders say something else with them."""
     adapter = train("a", learning_rate=1e-1) / "out.safetensors"
-    told = {"pretrained_model_name_or_path": str(model), "base_weights": (str(adapter),), "cache_dir": str(tmp_path / "cache")}
+    told = {
+        "pretrained_model_name_or_path": str(model),
+        "base_weights": (str(adapter),),
+        "cache_dir": str(tmp_path / "cache"),
+    }
     data = DatasetConfig(subsets=(SubsetConfig(image_dir=str(images)),), resolution=(64, 64))
 
     def cached(folder: Path) -> dict[str, bytes]:
@@ -227,5 +276,10 @@ def test_what_is_cached_beforehand_is_what_training_would_cache(train: Train, mo
 
     run.cache(config(**told, cache_text_encoder_outputs_to_disk=True), (data,))
     before = cached(tmp_path / "cache")
-    train("b", **{**told, "cache_dir": str(tmp_path / "other")}, cache_text_encoder_outputs_to_disk=True, max_train_steps=1)
+    train(
+        "b",
+        **{**told, "cache_dir": str(tmp_path / "other")},
+        cache_text_encoder_outputs_to_disk=True,
+        max_train_steps=1,
+    )
     assert before and before == cached(tmp_path / "other")

@@ -19,11 +19,18 @@ def test_names_are_sd_scripts() -> None:
 
 def test_a_image_says_how_it_was_drawn(tmp_path: Path) -> None:
     path = tmp_path / "new" / "a.png"
-    save(Image.new("RGB", (8, 16), "red"), path, Prompt(prompt="ein Kätzchen 🐱", negative_prompt="dull", seed=5), "euler")
+    save(
+        Image.new("RGB", (8, 16), "red"),
+        path,
+        Prompt(prompt="ein Kätzchen 🐱", negative_prompt="dull", seed=5),
+        "euler",
+    )
     with Image.open(path) as image:
         assert image.getpixel((0, 0)) == (255, 0, 0)
         said = image.info["parameters"]
-    assert said == "ein Kätzchen 🐱\nNegative prompt: dull\nSteps: 30, Sampler: euler, CFG scale: 7.5, Seed: 5, Size: 8x16"
+    assert (
+        said == "ein Kätzchen 🐱\nNegative prompt: dull\nSteps: 30, Sampler: euler, CFG scale: 7.5, Seed: 5, Size: 8x16"
+    )
     assert list(path.parent.iterdir()) == [path]
 
 
@@ -32,7 +39,11 @@ def test_a_grid_keeps_every_pixel_and_its_place() -> None:
     out = grid([[red, green], [blue]], enlarge=2)
     counts = {colour: n for n, colour in out.getcolors() or []}
     assert counts[255, 0, 0] == 64 * 64 and counts[0, 255, 0] == 32 * 64 and counts[0, 0, 255] == 64 * 64
-    assert out.getpixel((8, 8)) == (255, 0, 0) and out.getpixel((8 + 72, 8)) == (0, 255, 0) and out.getpixel((8, 8 + 72)) == (0, 0, 255)
+    assert (
+        out.getpixel((8, 8)) == (255, 0, 0)
+        and out.getpixel((8 + 72, 8)) == (0, 255, 0)
+        and out.getpixel((8, 8 + 72)) == (0, 0, 255)
+    )
 
 
 def test_titles_stand_beside_the_images() -> None:

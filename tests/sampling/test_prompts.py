@@ -41,14 +41,20 @@ def test_a_line_with_all_options() -> None:
 def test_the_prompt_itself_is_never_an_option() -> None:
     assert parse_line("w 100 foo") == Prompt(prompt="w 100 foo")
     assert parse_line("n foo --w 64").prompt == "n foo"
-    assert parse_line("a cat -- happy, well-done--really, 2--3 --w 64").prompt == "a cat -- happy, well-done--really, 2--3"
+    assert (
+        parse_line("a cat -- happy, well-done--really, 2--3 --w 64").prompt == "a cat -- happy, well-done--really, 2--3"
+    )
 
 
 def test_a_line_may_draw_without_a_prompt() -> None:
     assert parse_line("--w 64 --d 1") == Prompt(prompt="", width=64, seed=1)
 
 
-@given(st.text(st.characters(blacklist_categories=("Cs", "Cc", "Z")), min_size=1), st.integers(8, 2048), st.integers(0, 2**63))
+@given(
+    st.text(st.characters(blacklist_categories=("Cs", "Cc", "Z")), min_size=1),
+    st.integers(8, 2048),
+    st.integers(0, 2**63),
+)
 def test_text_without_options_is_kept_whole(text: str, width: int, seed: int) -> None:
     if text.startswith("--"):
         text = "x" + text
@@ -57,16 +63,23 @@ def test_text_without_options_is_kept_whole(text: str, width: int, seed: int) ->
 
 def test_a_text_file_skips_comments_and_blank_lines(tmp_path: Path) -> None:
     path = written(tmp_path, "p.txt", "\ufeffa cat --w 64\n\n# a comment --q\n   \n  a dog\r\n")
-    assert read_prompts(path, Prompt(height=96)) == [Prompt(prompt="a cat", width=64, height=96), Prompt(prompt="a dog", height=96)]
+    assert read_prompts(path, Prompt(height=96)) == [
+        Prompt(prompt="a cat", width=64, height=96),
+        Prompt(prompt="a dog", height=96),
+    ]
 
 
 def test_all_mistakes_are_told_with_their_lines(tmp_path: Path) -> None:
-    path = written(tmp_path, "p.txt", "ok --w 64\na --q 1\nb --w wide --s 0\n\nc --cn x.png --d 1 --d 2 --n\nd --ss eulr --w 64px")
+    path = written(
+        tmp_path, "p.txt", "ok --w 64\na --q 1\nb --w wide --s 0\n\nc --cn x.png --d 1 --d 2 --n\nd --ss eulr --w 64px"
+    )
     with pytest.raises(UserError) as caught:
         read_prompts(path)
     said = list(caught.value.messages)
     assert [m.removeprefix(f"{path}:")[:1] for m in said] == ["2", "3", "3", "5", "5", "5", "6", "6"]
-    for message, words in zip(said, ("--q", "wide", "1 to 1000", "controlnet_image", "twice", "--n needs", "'euler'", "64px"), strict=True):
+    for message, words in zip(
+        said, ("--q", "wide", "1 to 1000", "controlnet_image", "twice", "--n needs", "'euler'", "64px"), strict=True
+    ):
         assert words in message
 
 
@@ -142,14 +155,21 @@ def test_a_file_that_cannot_be_read_is_told(tmp_path: Path) -> None:
         read_prompts(tmp_path / "latin.txt")
 
 
-@pytest.mark.parametrize("line", ["a cat –w 64", "a cat —W 64", "a cat −ss euler", "–d 1", "a cat –-w 64", "a cat –w 64 –h 64"])
+@pytest.mark.parametrize(
+    "line", ["a cat –w 64", "a cat —W 64", "a cat −ss euler", "–d 1", "a cat –-w 64", "a cat –w 64 –h 64"]
+)
 def test_an_option_with_a_long_dash_is_warned_of(line: str, caplog: pytest.LogCaptureFixture) -> None:
     assert parse_line(line, "p.txt:3").prompt == line
     assert len(caplog.messages) == line.count(" –") + line.count(" —") + line.count(" −") + line.startswith("–")
-    assert all(m.startswith("p.txt:3: ") and "is read as text: an option begins with two hyphens, --" in m for m in caplog.messages)
+    assert all(
+        m.startswith("p.txt:3: ") and "is read as text: an option begins with two hyphens, --" in m
+        for m in caplog.messages
+    )
 
 
-@pytest.mark.parametrize("line", ["a cat – a dog", "a well–known cat", "a – b", "a cat –which sits on w 64", "1990–s 3"])
+@pytest.mark.parametrize(
+    "line", ["a cat – a dog", "a well–known cat", "a – b", "a cat –which sits on w 64", "1990–s 3"]
+)
 def test_a_long_dash_in_text_is_text(line: str, caplog: pytest.LogCaptureFixture) -> None:
     parse_line(line)
     assert not caplog.messages
@@ -163,7 +183,8 @@ def test_a_prompt_without_a_size_has_the_size_of_the_run(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize(
-    ("said", "size"), [("64x96", (64, 96)), ("0x0", None), ("64", None), ("99999x64", None), ("64x4", None), ("x64", None), (None, None)]
+    ("said", "size"),
+    [("64x96", (64, 96)), ("0x0", None), ("64", None), ("99999x64", None), ("64x4", None), ("x64", None), (None, None)],
 )
 def test_a_prompt_without_a_size_has_the_size_that_the_file_was_trained_at(
     said: str | None, size: tuple[int, int] | None, tmp_path: Path

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -19,7 +18,16 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from sfumato import families
-from sfumato.config import Config, LossConfig, ModelConfig, NetworkConfig, NoiseConfig, OutputConfig, SampleConfig, TrainConfig
+from sfumato.config import (
+    Config,
+    LossConfig,
+    ModelConfig,
+    NetworkConfig,
+    NoiseConfig,
+    OutputConfig,
+    SampleConfig,
+    TrainConfig,
+)
 from sfumato.errors import UserError
 from sfumato.models import loading
 from sfumato.models.base import Models
@@ -74,7 +82,9 @@ def test_a_fixed_latent_becomes_diffusers_latents(models: Models, sampler: str, 
     assert (ours - START[0]).abs().mean() > 0.1
 
 
-@pytest.mark.parametrize("sampler", ["pndm", "lms", "euler_a", "heun", "dpm_2", "dpm_2_a", "dpmsolver", "dpmsolver++", "dpmsingle"])
+@pytest.mark.parametrize(
+    "sampler", ["pndm", "lms", "euler_a", "heun", "dpm_2", "dpm_2_a", "dpmsolver", "dpmsolver++", "dpmsingle"]
+)
 def test_a_seed_gives_diffusers_image_with_every_sampler(models: Models, sampler: str) -> None:
     """The first noise and, for the ancestral ones, the noise on the way."""
     if sampler == "lms":
@@ -124,7 +134,9 @@ def test_a_batch_equals_single_runs(tmp_path: Path, sampler: str) -> None:
         replace(PROMPT, seed=5, sample_steps=2),
     ]
     told: list[tuple[int, int]] = []
-    together = draw_latents(models, prompts, process=EPS, sampler=sampler, batch_size=4, progress=lambda *n: told.append(n))
+    together = draw_latents(
+        models, prompts, process=EPS, sampler=sampler, batch_size=4, progress=lambda *n: told.append(n)
+    )
     for one, prompt in zip(together, prompts, strict=True):
         (alone,) = draw_latents(models, [prompt], process=EPS, sampler=sampler)
         torch.testing.assert_close(one, alone, atol=1e-5, rtol=1e-5)
@@ -185,9 +197,16 @@ def test_the_vae_keeps_its_own_format_under_autocast(models: Models) -> None:
 
 def test_files_and_seeds(models: Models, tmp_path: Path) -> None:
     prompts = [PROMPT, replace(PROMPT, seed=None), replace(PROMPT, prompt="a dog", seed=None)]
-    write: Callable[..., list[Path]] = lambda folder, **more: sample(models, prompts, folder, process=EPS, name="x", step=20, **more)  # noqa: E731
+
+    def write(folder: Path, **more: Any) -> list[Path]:
+        return sample(models, prompts, folder, process=EPS, name="x", step=20, **more)
+
     first = write(tmp_path / "a")
-    assert [re.sub(r"\d{14}", "T", p.name) for p in first] == ["x_000020_00_T_1.png", "x_000020_01_T.png", "x_000020_02_T.png"]
+    assert [re.sub(r"\d{14}", "T", p.name) for p in first] == [
+        "x_000020_00_T_1.png",
+        "x_000020_01_T.png",
+        "x_000020_02_T.png",
+    ]
     second = write(tmp_path / "b")
     other = write(tmp_path / "c", seed=43)
     shards = [write(tmp_path / "d", rank=r, world=2) for r in (0, 1)]
@@ -253,7 +272,9 @@ def lora(folder: Path) -> Path:
     return folder / "lora.safetensors"
 
 
-def run(folder: Path, name: str, network: NetworkConfig, precision: Literal["no", "bf16"] = "no") -> np.ndarray[Any, Any]:
+def run(
+    folder: Path, name: str, network: NetworkConfig, precision: Literal["no", "bf16"] = "no"
+) -> np.ndarray[Any, Any]:
     """`sfumato sample` with a tiny model and one prompt -> the image."""
     (folder / "prompts.txt").write_text("a cat --w 64 --h 64 --s 2 --d 1\n")
     config = Config(
@@ -265,7 +286,9 @@ def run(folder: Path, name: str, network: NetworkConfig, precision: Literal["no"
         family=families.facts("sd").options(),
     )
     (path,) = main(config)
-    assert path.parent == folder / name / "sample" and path.name.startswith(f"{name}_00_") and path.name.endswith("_1.png")
+    assert (
+        path.parent == folder / name / "sample" and path.name.startswith(f"{name}_00_") and path.name.endswith("_1.png")
+    )
     return read(path)[0]
 
 
@@ -294,4 +317,9 @@ def test_a_folder_that_cannot_be_made_is_told_before_weights_are_read(tmp_path: 
     (tmp_path / "p.txt").write_text("a cat")
     (tmp_path / "sample").write_text("a file")
     with pytest.raises(UserError, match="sample: a folder is to be written here, and this is a file"):
-        main(Config(sample=SampleConfig(sample_prompts=str(tmp_path / "p.txt")), output=OutputConfig(output_dir=str(tmp_path))))
+        main(
+            Config(
+                sample=SampleConfig(sample_prompts=str(tmp_path / "p.txt")),
+                output=OutputConfig(output_dir=str(tmp_path)),
+            )
+        )

@@ -81,7 +81,10 @@ def test_everything_is_fp32_whatever_the_latents_and_the_autocast() -> None:
 
 
 TOLD = st.fixed_dictionaries(
-    {"timestep_sampling": st.sampled_from(KINDS), "model_prediction_type": st.sampled_from(("raw", "additive", "sigma_scaled"))},
+    {
+        "timestep_sampling": st.sampled_from(KINDS),
+        "model_prediction_type": st.sampled_from(("raw", "additive", "sigma_scaled")),
+    },
     optional={
         "ip_noise_gamma": st.just(0.1),
         "min_timestep": st.integers(0, 500),
@@ -136,7 +139,10 @@ def test_input_perturbation_changes_the_input_alone() -> None:
 def test_densities_equal_diffusers_on_the_same_draws(told: dict[str, Any]) -> None:
     theirs = {"logit_mean": 0.0, "logit_std": 1.0, "mode_scale": 1.29, **told}
     wanted = torch.cat(
-        [compute_density_for_timestep_sampling(batch_size=1, generator=generator(k, "timestep"), **theirs) for k in range(64)]
+        [
+            compute_density_for_timestep_sampling(batch_size=1, generator=generator(k, "timestep"), **theirs)
+            for k in range(64)
+        ]
     )
     torch.testing.assert_close(Flow(**told).sigmas(DRAWS, 8, 8), wanted.clamp(SMALLEST, LARGEST), **CLOSE)
     scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
@@ -182,7 +188,9 @@ E_MU = math.exp(0.5)
         ({"timestep_sampling": "shift", "shift": 3.0, "max_timestep": 500}, lambda s: normal(unshift(s / 0.5, 3.0))),
     ],
 )
-def test_sigmas_are_distributed_by_their_formula(told: dict[str, Any], below: Callable[[torch.Tensor], torch.Tensor]) -> None:
+def test_sigmas_are_distributed_by_their_formula(
+    told: dict[str, Any], below: Callable[[torch.Tensor], torch.Tensor]
+) -> None:
     """Kolmogorov-Smirnov: the share of 4000 draws below each is what the distribution function says; 0.0258 is its 1 % limit."""
     s = Flow(**told).sigmas(MANY, 32, 32).double().sort().values
     share = torch.arange(1, 4001, dtype=torch.float64) / 4000
@@ -270,7 +278,9 @@ def test_sigma_sqrt_on_the_data_is_the_plain_loss_on_the_velocity() -> None:
 
 
 def test_additive_compares_what_is_said_and_the_input_with_the_velocity() -> None:
-    plain, additive = (Flow(model_prediction_type=k, ip_noise_gamma=0.1).noise(LATENTS, DRAWS) for k in ("raw", "additive"))
+    plain, additive = (
+        Flow(model_prediction_type=k, ip_noise_gamma=0.1).noise(LATENTS, DRAWS) for k in ("raw", "additive")
+    )
     said = torch.randn(LATENTS.shape, generator=torch.Generator().manual_seed(2)).requires_grad_()
     wanted = (said + additive.x - plain.target).square().flatten(1).mean(1)
     torch.testing.assert_close(ours(additive, said), wanted)
@@ -313,7 +323,10 @@ def test_what_would_do_nothing_or_harm_is_refused_by_name(told: dict[str, Any]) 
 def test_a_familys_own_shift_and_the_defaults_stand_with_every_sampling(kind: Any) -> None:
     for scheme in ("sigma_sqrt", "cosmap", "none", "uniform"):
         of(timestep_sampling=kind, weighting_scheme=scheme, shift=3.0)
-    own, other = of(timestep_sampling=kind, shift=3.0).sigmas(DRAWS, 8, 8), of(timestep_sampling=kind).sigmas(DRAWS, 8, 8)
+    own, other = (
+        of(timestep_sampling=kind, shift=3.0).sigmas(DRAWS, 8, 8),
+        of(timestep_sampling=kind).sigmas(DRAWS, 8, 8),
+    )
     assert (own > other).all() if kind in ("sigma", "shift") else torch.equal(own, other)
 
 
@@ -326,7 +339,12 @@ def test_the_users_shift_goes_before_the_familys_in_training_alone() -> None:
 
 
 def test_fields_are_taken_from_configs_by_name_and_none_is_lost() -> None:
-    told = {"timestep_sampling": "shift", "sigmoid_scale": 2.0, "discrete_flow_shift": 4.0, "model_prediction_type": "sigma_scaled"}
+    told = {
+        "timestep_sampling": "shift",
+        "sigmoid_scale": 2.0,
+        "discrete_flow_shift": 4.0,
+        "model_prediction_type": "sigma_scaled",
+    }
     noise = {"min_timestep": 10, "max_timestep": 900, "ip_noise_gamma": 0.1, "ip_noise_gamma_random_strength": True}
     assert of(NoiseConfig(**noise), **told) == Flow(**told, **noise)
     own = {f.name for f in fields(Flow)}
@@ -361,7 +379,9 @@ def test_settings_of_ddpm_are_refused_all_at_once() -> None:
         zero_terminal_snr=True,
         ip_noise_gamma_random_strength=True,
     )
-    loss = LossConfig(min_snr_gamma=5.0, scale_v_pred_loss_like_noise_pred=True, v_pred_like_loss=1.0, debiased_estimation_loss=True)
+    loss = LossConfig(
+        min_snr_gamma=5.0, scale_v_pred_loss_like_noise_pred=True, v_pred_like_loss=1.0, debiased_estimation_loss=True
+    )
     with pytest.raises(UserError) as refused:
         of(noise, loss, sigmoid_scale=2.0)
     named = [message.split(":")[0] for message in refused.value.messages]

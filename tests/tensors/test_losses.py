@@ -57,7 +57,9 @@ def test_thresholds() -> None:
     torch.testing.assert_close(huber_threshold("constant", 0.1, 2.0, t, sigma, 1000), torch.full((3,), 0.2))
     exponential = [2 * math.exp(math.log(0.1) / 1000 * n) for n in (0, 500, 999)]
     torch.testing.assert_close(huber_threshold("exponential", 0.1, 2.0, t, sigma, 1000), torch.tensor(exponential))
-    torch.testing.assert_close(huber_threshold("snr", 0.1, 1.0, t, sigma, 1000), torch.tensor([1.0, 0.9 / 4 + 0.1, 0.1]))
+    torch.testing.assert_close(
+        huber_threshold("snr", 0.1, 1.0, t, sigma, 1000), torch.tensor([1.0, 0.9 / 4 + 0.1, 0.1])
+    )
     torch.testing.assert_close(huber_threshold("snr", 0.1, 2.0, t, sigma, 1000), torch.tensor([2.0, 0.65, 0.2]))
 
 

@@ -69,17 +69,25 @@ def test_the_other_weights() -> None:
     snr = compute_snr(theirs(DDPM()), EVERY).clamp(max=1000)
     assert snr.max() == 1000
     torch.testing.assert_close(DDPM(debiased_estimation_loss=True).weight(EVERY), 1 / snr.sqrt(), **CLOSE)
-    torch.testing.assert_close(DDPM(prediction="v", debiased_estimation_loss=True).weight(EVERY), 1 / (snr + 1), **CLOSE)
-    torch.testing.assert_close(DDPM(prediction="v", scale_v_pred_loss_like_noise_pred=True).weight(EVERY), snr / (snr + 1), **CLOSE)
+    torch.testing.assert_close(
+        DDPM(prediction="v", debiased_estimation_loss=True).weight(EVERY), 1 / (snr + 1), **CLOSE
+    )
+    torch.testing.assert_close(
+        DDPM(prediction="v", scale_v_pred_loss_like_noise_pred=True).weight(EVERY), snr / (snr + 1), **CLOSE
+    )
     torch.testing.assert_close(DDPM(v_pred_like_loss=0.5).weight(EVERY), 1 + 0.5 / (snr / (snr + 1)), **CLOSE)
 
 
 def test_weights_multiply() -> None:
     both = DDPM(min_snr_gamma=5.0, debiased_estimation_loss=True).weight(EVERY)
-    torch.testing.assert_close(both, DDPM(min_snr_gamma=5.0).weight(EVERY) * DDPM(debiased_estimation_loss=True).weight(EVERY))
+    torch.testing.assert_close(
+        both, DDPM(min_snr_gamma=5.0).weight(EVERY) * DDPM(debiased_estimation_loss=True).weight(EVERY)
+    )
 
 
-@pytest.mark.parametrize("told", [{"min_snr_gamma": 5.0}, {"debiased_estimation_loss": True}, {"scale_v_pred_loss_like_noise_pred": True}])
+@pytest.mark.parametrize(
+    "told", [{"min_snr_gamma": 5.0}, {"debiased_estimation_loss": True}, {"scale_v_pred_loss_like_noise_pred": True}]
+)
 def test_weights_use_the_rescaled_schedule_and_are_finite(told: dict[str, Any]) -> None:
     rescaled = DDPM(prediction="v", zero_terminal_snr=True, **told).weight(EVERY)
     assert rescaled.isfinite().all()
@@ -129,7 +137,9 @@ def test_noise_offset_moves_whole_channels() -> None:
 
 
 def test_noise_offset_of_random_strength_is_drawn_for_each_sample() -> None:
-    full, part = (noise_of(DDPM(noise_offset=0.3, noise_offset_random_strength=r)) - noise_of(DDPM()) for r in (False, True))
+    full, part = (
+        noise_of(DDPM(noise_offset=0.3, noise_offset_random_strength=r)) - noise_of(DDPM()) for r in (False, True)
+    )
     ratio = (part / full)[:, :, 0, 0]
     torch.testing.assert_close(ratio, ratio[:, :1].expand_as(ratio), atol=1e-3, rtol=1e-3)
     assert ratio.min() >= 0 and ratio.max() <= 1 and ratio[:, 0].std() > 0.2
@@ -138,7 +148,9 @@ def test_noise_offset_of_random_strength_is_drawn_for_each_sample() -> None:
 def test_adaptive_noise_offset_follows_the_latents_mean() -> None:
     latents = torch.ones(64, 4, 6, 8) * torch.tensor([0.0, 1.0, -2.0, 4.0]).view(4, 1, 1)
     unit = (noise_of(DDPM(noise_offset=1.0), latents) - noise_of(DDPM(), latents))[..., 0, 0]
-    adaptive = (noise_of(DDPM(noise_offset=0.1, adaptive_noise_scale=-0.05), latents) - noise_of(DDPM(), latents))[..., 0, 0]
+    adaptive = (noise_of(DDPM(noise_offset=0.1, adaptive_noise_scale=-0.05), latents) - noise_of(DDPM(), latents))[
+        ..., 0, 0
+    ]
     torch.testing.assert_close(adaptive, unit * torch.tensor([0.1, 0.05, 0.0, 0.0]), atol=1e-5, rtol=1e-4)
 
 

@@ -18,7 +18,9 @@ def positions() -> torch.Tensor:
 
 def test_heads_are_turned_as_in_diffusers() -> None:
     x = torch.randn(2, 3, 6, 128, generator=torch.Generator().manual_seed(0))
-    want = apply_rotary_emb(x.transpose(1, 2), FluxPosEmbed(10_000, WIDTHS)(positions()), sequence_dim=1).transpose(1, 2)
+    want = apply_rotary_emb(x.transpose(1, 2), FluxPosEmbed(10_000, WIDTHS)(positions()), sequence_dim=1).transpose(
+        1, 2
+    )
     # fp32 angles of up to 127 are known to 1e-5; diffusers' are fp64 until they are cosines.
     torch.testing.assert_close(rotate(x, rope(positions(), WIDTHS, 10_000)), want, atol=5e-5, rtol=0)
 
@@ -27,7 +29,9 @@ def test_products_of_turned_heads_depend_on_the_distance_alone() -> None:
     g = torch.Generator().manual_seed(0)
     q, k = torch.randn(6, 128, generator=g), torch.randn(6, 128, generator=g)
     here, there = rope(positions(), WIDTHS, 10_000), rope(positions() + torch.tensor([2, 7, 11]), WIDTHS, 10_000)
-    torch.testing.assert_close(rotate(q, here) @ rotate(k, here).T, rotate(q, there) @ rotate(k, there).T, atol=1e-3, rtol=1e-4)
+    torch.testing.assert_close(
+        rotate(q, here) @ rotate(k, here).T, rotate(q, there) @ rotate(k, there).T, atol=1e-3, rtol=1e-4
+    )
 
 
 def test_positions_may_differ_between_samples() -> None:

@@ -9,7 +9,9 @@ from sfumato.tensors.rounding import stochastic_round_
 
 
 def _round(high: torch.Tensor, seed: int = 0) -> torch.Tensor:
-    return stochastic_round_(torch.empty_like(high, dtype=torch.bfloat16), high, torch.Generator().manual_seed(seed)).float()
+    return stochastic_round_(
+        torch.empty_like(high, dtype=torch.bfloat16), high, torch.Generator().manual_seed(seed)
+    ).float()
 
 
 def test_a_number_that_fits_stays():

@@ -50,7 +50,9 @@ def transformer() -> Any:
 def pipeline() -> ChromaPipeline:
     """diffusers' pipeline, with the shift of FLUX that it is written for."""
     scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
-    pipe = ChromaPipeline(scheduler, vae=vae16(), text_encoder=t5(), tokenizer=t5_tokenizer(), transformer=transformer())
+    pipe = ChromaPipeline(
+        scheduler, vae=vae16(), text_encoder=t5(), tokenizer=t5_tokenizer(), transformer=transformer()
+    )
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
@@ -74,7 +76,9 @@ def write(folder: Path) -> Files:
     save(folder / "ae.safetensors", autoencoder(), {})
     t5_tokenizer().save_pretrained(folder / "tokenizer")
     return Files(
-        model=folder / "model.safetensors", options={"t5xxl": str(folder / "t5xxl.safetensors")}, vae=str(folder / "ae.safetensors")
+        model=folder / "model.safetensors",
+        options={"t5xxl": str(folder / "t5xxl.safetensors")},
+        vae=str(folder / "ae.safetensors"),
     )
 
 

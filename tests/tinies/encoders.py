@@ -13,7 +13,14 @@ from typing import Any
 import tiny
 import torch
 from diffusers import AutoencoderKL
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, T5Config, T5EncoderModel, T5Tokenizer
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    T5Config,
+    T5EncoderModel,
+    T5Tokenizer,
+)
 
 L_WIDTH, G_WIDTH, T5_WIDTH = 64, 128, 96
 """Of the states of CLIP-L, CLIP-G and T5."""

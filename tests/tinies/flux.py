@@ -79,7 +79,11 @@ def pipeline(*, guidance: bool = True) -> Any:
 
 def parts(*, guidance: bool = True) -> dict[str, dict[str, Tensor]]:
     """The tensors of the files that people download, by part."""
-    foreign, vae, t5 = transformer(guidance=guidance).state_dict(), encoders.vae16().state_dict(), encoders.t5().state_dict()
+    foreign, vae, t5 = (
+        transformer(guidance=guidance).state_dict(),
+        encoders.vae16().state_dict(),
+        encoders.t5().state_dict(),
+    )
     return {
         "transformer": flux_keys(shapes(foreign)).to_native(foreign),
         "clip_l": tiny.text_states(encoders.clip_l()),
@@ -91,8 +95,15 @@ def parts(*, guidance: bool = True) -> dict[str, dict[str, Tensor]]:
 def bundle(*, guidance: bool = True) -> dict[str, Tensor]:
     """All of them in one file, as ComfyUI writes it."""
     prefixes = {"transformer": PREFIX, "clip_l": CLIP_L, "t5xxl": T5XXL, "vae": VAE}
-    held = {name: t for part, tensors in parts(guidance=guidance).items() for name, t in add_prefix(tensors, prefixes[part]).items()}
-    return held | {"text_encoders.clip_l.logit_scale": torch.tensor(4.6), f"{CLIP_L}text_projection.weight": torch.eye(L_WIDTH)}
+    held = {
+        name: t
+        for part, tensors in parts(guidance=guidance).items()
+        for name, t in add_prefix(tensors, prefixes[part]).items()
+    }
+    return held | {
+        "text_encoders.clip_l.logit_scale": torch.tensor(4.6),
+        f"{CLIP_L}text_projection.weight": torch.eye(L_WIDTH),
+    }
 
 
 def write(guidance: bool, folder: Path) -> Files:
@@ -114,15 +125,24 @@ def encoded(length: int, pipe: Any, captions: Sequence[str]) -> Mapping[str, Ten
 
 def encoded_alone(length: int, pipe: Any, captions: Sequence[str]) -> Mapping[str, Tensor]:
     """Each caption at its own length, so that there is no padding to hide; then zeros to that of the longest."""
-    tokens = pipe.tokenizer_2(list(captions), padding="max_length", truncation=True, max_length=length, return_tensors="pt")
+    tokens = pipe.tokenizer_2(
+        list(captions), padding="max_length", truncation=True, max_length=length, return_tensors="pt"
+    )
     used = tokens.attention_mask.sum(1).tolist()
-    rows = [pipe.encode_prompt(caption, None, device="cpu", max_sequence_length=n)[:2] for caption, n in zip(captions, used, strict=True)]
-    t5 = [torch.nn.functional.pad(states[0], (0, 0, 0, max(used) - n)) for (states, _), n in zip(rows, used, strict=True)]
+    rows = [
+        pipe.encode_prompt(caption, None, device="cpu", max_sequence_length=n)[:2]
+        for caption, n in zip(captions, used, strict=True)
+    ]
+    t5 = [
+        torch.nn.functional.pad(states[0], (0, 0, 0, max(used) - n)) for (states, _), n in zip(rows, used, strict=True)
+    ]
     mask = tokens.attention_mask[:, : max(used)].bool()
     return {"pooled": torch.cat([pooled for _, pooled in rows]), "t5": torch.stack(t5), "t5_mask": mask}
 
 
-def drawn(encode: Callable[[Any, Sequence[str]], Mapping[str, Tensor]], pipe: Any, prompt: Prompt, noise: Tensor) -> Tensor:
+def drawn(
+    encode: Callable[[Any, Sequence[str]], Mapping[str, Tensor]], pipe: Any, prompt: Prompt, noise: Tensor
+) -> Tensor:
     b, c, h, w = noise.shape
     said = {}
     for side, text in (("", prompt.prompt), ("negative_", prompt.negative_prompt)):

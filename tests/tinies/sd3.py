@@ -144,7 +144,9 @@ def write(kind: Kind, folder: Path) -> Files:
     if kind == "3.5_medium":
         save(model, single_file(kind, "transformer", "vae"), {})
         return Files(model=model, options=options)
-    return Files(model=model, options={name: path for name, path in options.items() if name != "t5xxl"}, vae=str(latent))
+    return Files(
+        model=model, options={name: path for name, path in options.items() if name != "t5xxl"}, vae=str(latent)
+    )
 
 
 def told(pipe: Any, captions: Sequence[str], length: int = 256) -> tuple[Tensor, Tensor]:
@@ -186,7 +188,9 @@ def encoded_alone(pipe: Any, captions: Sequence[str]) -> Mapping[str, Tensor]:
     }
 
 
-def drawn(encode: Callable[[Any, Sequence[str]], Mapping[str, Tensor]], pipe: Any, prompt: Prompt, noise: Tensor) -> Tensor:
+def drawn(
+    encode: Callable[[Any, Sequence[str]], Mapping[str, Tensor]], pipe: Any, prompt: Prompt, noise: Tensor
+) -> Tensor:
     words: dict[str, Any] = {"prompt": prompt.prompt, "negative_prompt": prompt.negative_prompt}
     if encode is encoded_alone:
         words = {}
@@ -221,6 +225,11 @@ CASES = tuple(
     )
     for kind, ending, encode, options in (
         *((kind, "", encoded, {}) for kind in KINDS),
-        ("3.5_medium", "_masked", encoded_alone, {"apply_lg_attn_mask": True, "apply_t5_attn_mask": True, "train_t5xxl": True}),
+        (
+            "3.5_medium",
+            "_masked",
+            encoded_alone,
+            {"apply_lg_attn_mask": True, "apply_t5_attn_mask": True, "train_t5xxl": True},
+        ),
     )
 )

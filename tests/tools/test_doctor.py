@@ -11,7 +11,14 @@ from sfumato.tools import doctor
 
 def facts(**changes: Any) -> dict[str, Any]:
     """A healthy machine with one card."""
-    card = {"name": "A card", "memory": 24 << 30, "memory_free": 23 << 30, "capability": "8.9", "bf16": True, "error": None}
+    card = {
+        "name": "A card",
+        "memory": 24 << 30,
+        "memory_free": 23 << 30,
+        "capability": "8.9",
+        "bf16": True,
+        "error": None,
+    }
     healthy: dict[str, Any] = {
         "bits": 64, "cpus": 8, "memory": 32 << 30, "disk_free": {"/home": 100 << 30}, "libraries": {"torch": "2.13.0+cu130"}, "optional": {},
         "devices": [card], "cuda_build": "13.0", "hip_build": None, "mps": False,
@@ -42,7 +49,11 @@ def test_a_healthy_machine_has_no_complaint() -> None:
         ({"libraries": {"torch": "2.1.0"}}, "problem", "too old"),
         ({"libraries": {"torch": "2.13.0", "diffusers": None}}, "problem", "not installed: diffusers"),
         ({"torch_error": "no libcuda", "devices": []}, "problem", "no libcuda"),
-        ({"devices": [{**facts()["devices"][0], "error": "no kernel image", "capability": "12.0"}]}, "problem", "built for 12.0"),
+        (
+            {"devices": [{**facts()["devices"][0], "error": "no kernel image", "capability": "12.0"}]},
+            "problem",
+            "built for 12.0",
+        ),
         ({"devices": [{**facts()["devices"][0], "memory_free": 2 << 30}]}, "warning", "other programs"),
         ({"devices": [], "cuda_build": None}, "warning", "CPU build"),
         ({"devices": []}, "warning", "no card is visible"),

@@ -47,7 +47,9 @@ def file_of(path: Path, shapes: Shapes, metadata: dict[str, str] | None = None) 
         ("adapter.anima.lora", "unknown", None, None, None),
     ],
 )
-def test_real_files(tmp_path: Path, keys: Callable[[str], Shapes], name: str, kind: str, family: str, variant: str, dialect: str) -> None:
+def test_real_files(
+    tmp_path: Path, keys: Callable[[str], Shapes], name: str, kind: str, family: str, variant: str, dialect: str
+) -> None:
     shapes = keys(name)
     facts = show.describe(file_of(tmp_path / "a.safetensors", shapes, {"ss_seed": "1"}))
     assert [facts[key] for key in ("kind", "family", "variant", "dialect")] == [kind, family, variant, dialect]
@@ -122,5 +124,7 @@ def test_what_cannot_be_shown(tmp_path: Path) -> None:
 
 def test_showing_needs_no_torch(tmp_path: Path, keys: Callable[[str], Shapes]) -> None:
     path = file_of(tmp_path / "a.safetensors", keys("adapter.sd1.lora"))
-    code = "import sys; from sfumato.tools.show import describe; describe(sys.argv[1]); sys.exit('torch' in sys.modules)"
+    code = (
+        "import sys; from sfumato.tools.show import describe; describe(sys.argv[1]); sys.exit('torch' in sys.modules)"
+    )
     assert subprocess.run([sys.executable, "-c", code, path]).returncode == 0

@@ -26,7 +26,13 @@ def left(folder: Path, output: OutputConfig, *, steps: int = 0, epochs: int = 0)
 
 @pytest.mark.parametrize(
     ("every", "last", "steps", "kept"),
-    [(10, 30, 50, {20, 30, 40, 50}), (1, 2, 9, {7, 8, 9}), (2, 2, 9, {6, 8}), (3, 2, 9, {9}), (10, 25, 57, {30, 40, 50})],
+    [
+        (10, 30, 50, {20, 30, 40, 50}),
+        (1, 2, 9, {7, 8, 9}),
+        (2, 2, 9, {6, 8}),
+        (3, 2, 9, {9}),
+        (10, 25, 57, {30, 40, 50}),
+    ],
 )
 def test_save_last_n_steps_keeps_what_is_at_most_n_steps_old_as_sd_scripts_does(
     every: int, last: int, steps: int, kept: set[int], tmp_path: Path
@@ -37,7 +43,9 @@ def test_save_last_n_steps_keeps_what_is_at_most_n_steps_old_as_sd_scripts_does(
 
 
 @pytest.mark.parametrize(("every", "last", "kept"), [(1, 2, {8, 9}), (2, 3, {4, 6, 8}), (4, 1, {8})])
-def test_save_last_n_epochs_keeps_the_last_n_results_as_sd_scripts_does(every: int, last: int, kept: set[int], tmp_path: Path) -> None:
+def test_save_last_n_epochs_keeps_the_last_n_results_as_sd_scripts_does(
+    every: int, last: int, kept: set[int], tmp_path: Path
+) -> None:
     assert len(kept) == last  # the help text
     assert left(tmp_path, OutputConfig(save_every_n_epochs=every, save_last_n_epochs=last), epochs=9) == kept
 

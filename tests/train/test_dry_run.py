@@ -32,7 +32,12 @@ def data(images: Path, **subset: Any) -> tuple[DatasetConfig, ...]:
 
 
 def told(model: Path, where: Path, **options: Any) -> Config:
-    given = {"pretrained_model_name_or_path": str(model), "output_dir": str(where / "out"), "output_name": "lora", "max_train_steps": 4}
+    given = {
+        "pretrained_model_name_or_path": str(model),
+        "output_dir": str(where / "out"),
+        "output_name": "lora",
+        "max_train_steps": 4,
+    }
     return config(**{**given, "network_dim": 2, **options})
 
 
@@ -77,7 +82,9 @@ def refused(model: Path, images: Path, tmp_path: Path, monkeypatch: pytest.Monke
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
-def test_what_settings_and_headers_tell(refused: Refused, options: dict[str, Any], words: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_settings_and_headers_tell(
+    refused: Refused, options: dict[str, Any], words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(log, "find_spec", lambda name: None)
     if "clip_skip" in options:
         options = {"family": Options(clip_skip=options["clip_skip"])}
@@ -88,7 +95,9 @@ def test_adapters_that_do_not_fit(refused: Refused, tmp_path: Path) -> None:
     layer = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q"
     tensors = {f"{layer}.lora_down.weight": torch.ones(3, 32), f"{layer}.lora_up.weight": torch.ones(32, 3)}
     files.save(tmp_path / "other.safetensors", {f"x{name}": t for name, t in tensors.items()})
-    files.save(tmp_path / "wide.safetensors", {name: torch.cat([t, t], int("down" in name)) for name, t in tensors.items()})
+    files.save(
+        tmp_path / "wide.safetensors", {name: torch.cat([t, t], int("down" in name)) for name, t in tensors.items()}
+    )
     assert "name no layer" in refused(network_weights=str(tmp_path / "other.safetensors"))
     assert "name no layer" in refused(base_weights=(str(tmp_path / "other.safetensors"),))
     base = str(tiny.tiny_sd1(tmp_path / "base"))
@@ -101,7 +110,9 @@ def test_adapters_that_do_not_fit(refused: Refused, tmp_path: Path) -> None:
     assert "wide.safetensors" in said and "has shape [3, 64], expected [3, 32]" in said
 
 
-def test_arguments_in_one_string_are_told_beside_each_other_and_a_file_is_named_once(refused: Refused, tmp_path: Path) -> None:
+def test_arguments_in_one_string_are_told_beside_each_other_and_a_file_is_named_once(
+    refused: Refused, tmp_path: Path
+) -> None:
     files.save(tmp_path / "nan.safetensors", {"lora_unet_x.lora_up.weight": torch.tensor([float("nan")])})
     many = {"optimizer_args": ("a=1 b=2",), "lr_scheduler_args": ("0",), "network_args": ("c=1 d=2",)}
     said = refused(**many, base_weights=(str(tmp_path / "nan.safetensors"),))
@@ -112,7 +123,9 @@ def test_arguments_in_one_string_are_told_beside_each_other_and_a_file_is_named_
 def test_samplers_and_prompts(refused: Refused, tmp_path: Path) -> None:
     (tmp_path / "prompts.txt").write_text("a cat --ss pndm\n", encoding="utf-8")
     v = Options(v_parameterization=True)
-    said = refused(sample_prompts=str(tmp_path / "prompts.txt"), sample_every_n_steps=2, zero_terminal_snr=True, family=v)
+    said = refused(
+        sample_prompts=str(tmp_path / "prompts.txt"), sample_every_n_steps=2, zero_terminal_snr=True, family=v
+    )
     assert "pndm: cannot begin at zero signal" in said
     (tmp_path / "prompts.txt").write_text("a cat --zz 4\n", encoding="utf-8")
     said = refused(sample_prompts=str(tmp_path / "prompts.txt"), sample_sampler="best", network_args=("colour=2",))
@@ -124,7 +137,11 @@ def test_samplers_and_prompts(refused: Refused, tmp_path: Path) -> None:
     [
         ({"cache_latents": True}, {"random_crop": True}, "cannot be cached"),
         ({"cache_text_encoder_outputs": True}, {"shuffle_caption": True}, "cannot be cached"),
-        ({"cache_text_encoder_outputs": True}, {"enable_wildcard": True, "caption_prefix": "{a|b|c|d|e|f|g|h}" * 4}, "too many captions"),
+        (
+            {"cache_text_encoder_outputs": True},
+            {"enable_wildcard": True, "caption_prefix": "{a|b|c|d|e|f|g|h}" * 4},
+            "too many captions",
+        ),
     ],
     ids=["crops", "shuffled", "wildcards"],
 )
@@ -144,7 +161,9 @@ def test_weights_in_a_format_of_whole_numbers(refused: Refused, model: Path, tmp
     tensors = files.load(model)
     name = "model.diffusion_model.time_embed.0.weight"
     files.save(tmp_path / "odd.safetensors", {**tensors, name: torch.zeros(tensors[name].shape, dtype=torch.int32)})
-    said = refused(pretrained_model_name_or_path=str(tmp_path / "odd.safetensors"), tokenizer=str(model.parent / "tokenizer"))
+    said = refused(
+        pretrained_model_name_or_path=str(tmp_path / "odd.safetensors"), tokenizer=str(model.parent / "tokenizer")
+    )
     assert "'time_embed.0.weight' is in the format I32" in said and "F32" in said
 
 
@@ -170,7 +189,9 @@ def test_what_is_trained_is_counted_without_values(model: Path, images: Path, tm
     assert not any(m._forward_hooks for net in models.nets().values() for m in net.modules())
 
 
-def test_results_are_named_with_their_ending(model: Path, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_results_are_named_with_their_ending(
+    model: Path, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     plan.show(told(model, tmp_path, save_every_n_steps=2), "network", data(images))
     said = "".join(capsys.readouterr().out.split())
     assert "lora-step00000002.safetensors" in said and "lora.safetensors" in said

@@ -22,7 +22,9 @@ from sfumato.models.encoders import tokenizers
 from sfumato.train import lengths, plan
 from sfumato.train.run import cache
 
-WORDS = Limit(encoder="CLIP", tokens=3, count=lambda texts: [len(text.split()) for text in texts], raised_by="max_token_length")
+WORDS = Limit(
+    encoder="CLIP", tokens=3, count=lambda texts: [len(text.split()) for text in texts], raised_by="max_token_length"
+)
 
 
 def planned(root: Path, *captions: str, **options: object) -> Plan:
@@ -35,9 +37,7 @@ def planned(root: Path, *captions: str, **options: object) -> Plan:
 
 def test_long_captions_are_counted_and_shown_with_the_cure(tmp_path: Path) -> None:
     made = planned(tmp_path, "a b c", "a b c d", "a b c d e", "a b c d")
-    said = (
-        "3 of 4 captions have more than the 3 tokens that CLIP reads: 2.png (5), 1.png (4), 3.png (4); max_token_length makes it take more"
-    )
+    said = "3 of 4 captions have more than the 3 tokens that CLIP reads: 2.png (5), 1.png (4), 3.png (4); max_token_length makes it take more"
     assert lengths.too_long(made, [WORDS]) == [said]
     assert lengths.too_long(made, []) == []
 

@@ -23,12 +23,19 @@ def test_a_second_run_of_the_same_name_is_refused_naming_the_first(tmp_path: Pat
     first = subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     try:
         assert first.stdout and first.stdout.readline().strip() == b"held"
-        with pytest.raises(UserError, match=r"output_name: another run \(.*process .*\) writes 'me'"), lock.alone(tmp_path, "me"):
+        with (
+            pytest.raises(UserError, match=r"output_name: another run \(.*process .*\) writes 'me'"),
+            lock.alone(tmp_path, "me"),
+        ):
             pytest.fail("two at once")
         assert "another run" in lock.taken(told)
         if os.name != "nt":  # where a locked file cannot be read
             assert f"process {first.pid})" in lock.taken(told)
-        with lock.alone(tmp_path, "other"), lock.alone(tmp_path / "deeper", "me"), lock.alone(tmp_path, "me", main=False):
+        with (
+            lock.alone(tmp_path, "other"),
+            lock.alone(tmp_path / "deeper", "me"),
+            lock.alone(tmp_path, "me", main=False),
+        ):
             pass
     finally:
         first.kill()

@@ -47,7 +47,9 @@ def base(model: Path, path: Path) -> str:
 @pytest.mark.parametrize("name", ["me.safetensors", "me-step00000400.safetensors", "me-000004.safetensors"])
 def test_a_base_model_is_not_overwritten(check: Check, model: Path, tmp_path: Path, name: str) -> None:
     path = base(model, tmp_path / "out" / name)
-    with pytest.raises(UserError, match=r"would overwrite what pretrained_model_name_or_path names; choose another output_name"):
+    with pytest.raises(
+        UserError, match=r"would overwrite what pretrained_model_name_or_path names; choose another output_name"
+    ):
         check(pretrained_model_name_or_path=path, save_every_n_epochs=2)
 
 
@@ -98,7 +100,9 @@ def test_an_encoder_written_beside_the_result_overwrites_no_input(check: Check, 
     check(network_weights=path)
 
 
-@pytest.mark.parametrize(("name", "key"), [("me.toml", "read"), ("me.toml", "dataset_config"), ("me.toml", "sample_prompts")])
+@pytest.mark.parametrize(
+    ("name", "key"), [("me.toml", "read"), ("me.toml", "dataset_config"), ("me.toml", "sample_prompts")]
+)
 def test_a_config_is_not_overwritten(check: Check, tmp_path: Path, name: str, key: str) -> None:
     path = tmp_path / "out" / name
     path.write_text("# mine\n")
@@ -106,8 +110,12 @@ def test_a_config_is_not_overwritten(check: Check, tmp_path: Path, name: str, ke
         check(**{key: (path,) if key == "read" else str(path)})
 
 
-@pytest.mark.parametrize(("name", "text"), [("me.toml", "a = 1\n"), ("me.jsonl", '{"file_name": "a.png"}\n'), ("me.jsonl", "\xff")])
-def test_text_files_that_sfumato_did_not_write_are_not_overwritten(check: Check, tmp_path: Path, name: str, text: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "text"), [("me.toml", "a = 1\n"), ("me.jsonl", '{"file_name": "a.png"}\n'), ("me.jsonl", "\xff")]
+)
+def test_text_files_that_sfumato_did_not_write_are_not_overwritten(
+    check: Check, tmp_path: Path, name: str, text: str
+) -> None:
     (tmp_path / "out" / name).write_text(text, encoding="latin-1")
     with pytest.raises(UserError, match="which sfumato did not write; choose another output_name"):
         check()
@@ -134,7 +142,9 @@ def test_a_run_may_be_started_from_the_settings_that_an_earlier_one_wrote(check:
 @pytest.mark.parametrize("inner", ["", "unet", "new/deeper"])
 def test_nothing_is_written_into_the_folder_of_a_model(check: Check, tmp_path: Path, inner: str) -> None:
     folder = tiny.tiny_sd1_diffusers(tmp_path / "base")
-    with pytest.raises(UserError, match=r"output_dir: .* is in the model that pretrained_model_name_or_path names") as caught:
+    with pytest.raises(
+        UserError, match=r"output_dir: .* is in the model that pretrained_model_name_or_path names"
+    ) as caught:
         check(pretrained_model_name_or_path=str(folder), output_dir=str(folder / inner))
     assert len(caught.value.messages) == 1, "the folders of its parts are in it: once is enough"
     check(pretrained_model_name_or_path=str(folder), output_dir=str(tmp_path))
@@ -161,7 +171,9 @@ def test_a_image_of_the_dataset_is_not_overwritten(check: Check, tmp_path: Path)
     check(folder=str(tmp_path))  # whose own files alone are read
 
 
-@pytest.mark.parametrize("name", ["me.safetensors", "me-step00000002.safetensors", "me.toml", "me.jsonl", "me-loss.png"])
+@pytest.mark.parametrize(
+    "name", ["me.safetensors", "me-step00000002.safetensors", "me.toml", "me.jsonl", "me-loss.png"]
+)
 def test_a_folder_where_a_file_is_to_be_is_found_before_the_first_step(check: Check, tmp_path: Path, name: str) -> None:
     (tmp_path / "out" / name).mkdir()
     with pytest.raises(UserError, match="is a folder, and a file is to be written there"):
@@ -212,7 +224,9 @@ def test_the_config_of_a_command_line_is_not_overwritten(
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_plan_says_that_another_run_writes_the_results_just_now(mine: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_plan_says_that_another_run_writes_the_results_just_now(
+    mine: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     with lock.alone(tmp_path / "out", "me"):
         assert main(["plan", "network", "--config", str(mine)]) == 0
     assert "output_name: another run (" in capsys.readouterr().out

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
 from io import StringIO
 from pathlib import Path
 
@@ -9,7 +8,16 @@ import pytest
 
 from sfumato.train import progress
 
-NAMES = ["/data/[bold]cats[/]/a.png", "[/home/me]", "[v2] model", "lora [red]x.safetensors", ":cat:", "[", "[]", "[link=x]"]
+NAMES = [
+    "/data/[bold]cats[/]/a.png",
+    "[/home/me]",
+    "[v2] model",
+    "lora [red]x.safetensors",
+    ":cat:",
+    "[",
+    "[]",
+    "[link=x]",
+]
 PACKAGE = Path(progress.__file__).parents[1]
 
 
@@ -59,8 +67,12 @@ def test_only_the_longest_cells_of_a_table_are_broken_and_nothing_is_lost(
 
 
 def test_all_consoles_are_made_in_one_place() -> None:
-    made: Callable[[str], list[str]] = lambda text: re.findall(r"\b(?:Console|TextColumn|Table)\(|rich\.print|from rich import", text)  # noqa: E731
-    others = {p.name: found for p in PACKAGE.rglob("*.py") if p.name != "progress.py" and (found := made(p.read_text(encoding="utf-8")))}
+    pattern = r"\b(?:Console|TextColumn|Table)\(|rich\.print|from rich import"
+    others = {
+        p.name: found
+        for p in PACKAGE.rglob("*.py")
+        if p.name != "progress.py" and (found := re.findall(pattern, p.read_text(encoding="utf-8")))
+    }
     assert others == {}
     assert "TextColumn(" not in (PACKAGE / "train" / "progress.py").read_text(encoding="utf-8").replace(
         "TextColumn(template, markup=False)", ""

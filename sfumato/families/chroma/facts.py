@@ -21,8 +21,8 @@ class Options(FlowOptions):
     """What a run can be told about Chroma."""
 
     timestep_sampling: Literal["sigma", "uniform", "sigmoid", "shift", "flux_shift"] = "sigmoid"
-    """How noise levels are drawn. sigma: by weighting_scheme, then shifted; uniform: evenly; sigmoid: the sigmoid of a normal number;
-    shift: the same, then shifted; flux_shift: the same, shifted the more the larger the image is."""
+    """How noise levels are drawn. sigma: by weighting_scheme, then shifted; uniform: evenly; sigmoid: the sigmoid of a
+    normal number; shift: the same, then shifted; flux_shift: the same, shifted the more the larger the image is."""
     discrete_flow_shift: float | None = None
     """Shift of timestep_sampling sigma and shift, above 1 towards more noise; default 3.1582."""
     clip_l: str | None = None
@@ -52,11 +52,14 @@ def check(options: Options) -> list[str]:
     wrong = flow_options.check(options)
     if options.guidance_scale != 0:
         wrong.append(
-            f"guidance_scale: Chroma takes no guidance, so 0 was expected, found {options.guidance_scale:g}; leave it out "
+            f"guidance_scale: Chroma takes no guidance, so 0 was expected, found {options.guidance_scale:g}; leave it "
+            "out "
             "(images are guided by the scale of their prompts, --l)"
         )
     if not options.apply_t5_attn_mask:
-        wrong.append("apply_t5_attn_mask: Chroma was trained with T5's padding hidden and is always told so; leave it out")
+        wrong.append(
+            "apply_t5_attn_mask: Chroma was trained with T5's padding hidden and is always told so; leave it out"
+        )
     if options.t5xxl_max_token_length < 1:
         wrong.append(f"t5xxl_max_token_length: expected 1 or more, found {options.t5xxl_max_token_length}")
     return wrong
@@ -78,10 +81,19 @@ class NetworkArgs(network_args.NetworkArgs):
 
     def _of_no_layer(self) -> list[str]:
         ranks = {name: getattr(self, name) for name in _MOD_DIMS}
-        wrong = [f"{name}={rank}: Chroma makes its modulations outside of the blocks; leave it out" for name, rank in ranks.items() if rank]
+        wrong = [
+            f"{name}={rank}: Chroma makes its modulations outside of the blocks; leave it out"
+            for name, rank in ranks.items()
+            if rank
+        ]
         inputs = re.findall(r"\d+", self.in_dims or "")
-        if len(inputs) == len(network_args.INPUTS) and any(int(inputs[network_args.INPUTS.index(name)]) for name in _NO_INPUTS):
-            wrong.append(f"in_dims={self.in_dims}: Chroma has no {', '.join(_NO_INPUTS)}; their ranks must be 0, as in [4,0,0,0,4]")
+        if len(inputs) == len(network_args.INPUTS) and any(
+            int(inputs[network_args.INPUTS.index(name)]) for name in _NO_INPUTS
+        ):
+            wrong.append(
+                f"in_dims={self.in_dims}: Chroma has no {', '.join(_NO_INPUTS)}; their ranks must be 0, as in "
+                "[4,0,0,0,4]"
+            )
         return wrong
 
 
@@ -105,7 +117,9 @@ def detect(shapes: Shapes) -> Detected | None:
             dialect = "diffusers" if f"{prefix}x_embedder.weight" in shapes else "bfl"
             prefixes = (prefix, "text_encoders.", VAE)
             parts = tuple(
-                part for part, p in zip(WHOLE, prefixes, strict=True) if part == "denoiser" or any(name.startswith(p) for name in shapes)
+                part
+                for part, p in zip(WHOLE, prefixes, strict=True)
+                if part == "denoiser" or any(name.startswith(p) for name in shapes)
             )
             return Detected(family=FAMILY, kind="checkpoint", dialect=dialect, parts=parts)
     return None
@@ -122,7 +136,10 @@ FACTS = Facts(
     prompt={"width": 1024, "height": 1024, "sample_steps": 35, "scale": 5.0},
     paths=("clip_l", "t5xxl"),
     refused=flow_options.REFUSED,
-    idle=(*flow_options.IDLE, Idle(("clip_l",), lambda options: True, "Chroma has no CLIP; T5 alone reads its captions")),
+    idle=(
+        *flow_options.IDLE,
+        Idle(("clip_l",), lambda options: True, "Chroma has no CLIP; T5 alone reads its captions"),
+    ),
     check=check,
     network_args=NetworkArgs,
     metadata=(*flow_options.METADATA, "guidance_scale", "apply_t5_attn_mask", "t5xxl_max_token_length", "model_type"),

@@ -15,7 +15,16 @@ from sfumato.families.chroma.names import PREFIX, TARGETS, chroma_keys
 from sfumato.families.chroma.net import Chroma
 from sfumato.families.chroma.strategies import OUTPUTS, ChromaEncode, ChromaTokenize
 from sfumato.families.flux.facts import T5XXL, VAE
-from sfumato.families.flux.family import PASSTHROUGH, SCALE, VAE_SHIFT, adapter_dialects, check_config, check_patches, counts, process
+from sfumato.families.flux.family import (
+    PASSTHROUGH,
+    SCALE,
+    VAE_SHIFT,
+    adapter_dialects,
+    check_config,
+    check_patches,
+    counts,
+    process,
+)
 from sfumato.families.flux.net import PATCH, blocks
 from sfumato.families.flux.network_args import INPUT_TARGETS, target_layer
 from sfumato.families.flux.strategies import LATENTS
@@ -31,7 +40,8 @@ from sfumato.tensors.flow import flux_mu, schedule
 
 
 def transformer(shapes: Shapes, config: Config) -> Chroma:
-    """A net without values for tensors of these shapes. Errors: `UserError` for models that are not of latents alone."""
+    """A net without values for tensors of these shapes. Errors: `UserError` for models that are not of latents
+    alone."""
     if "img_in_patch.weight" in shapes:
         raise UserError("the transformer takes pixels, not latents (Chroma1 Radiance), which is not supported yet")
     check_patches(shapes["img_in.weight"][1])
@@ -47,7 +57,9 @@ def diffusers(shapes: Shapes) -> KeyFormat:
 
 def key_format(shapes: Shapes) -> KeyFormat | None:
     """How a file names a transformer."""
-    return diffusers(shapes) if "x_embedder.weight" in shapes else NATIVE if f"{MARK}.in_proj.weight" in shapes else None
+    return (
+        diffusers(shapes) if "x_embedder.weight" in shapes else NATIVE if f"{MARK}.in_proj.weight" in shapes else None
+    )
 
 
 COMPONENTS = (

@@ -37,7 +37,14 @@ class Chroma(Trunk):
         counts = [SINGLE * singles, DOUBLE * doubles, DOUBLE * doubles, LAST]
         # (b, 344, c) in the real model, in this order: single blocks, images of double blocks, their texts, last layer.
         single, img, txt, last = self.distilled_guidance_layer(t, sum(counts), x.dtype).split(counts, 1)
-        return self.run(x, context, zip(img.split(DOUBLE, 1), txt.split(DOUBLE, 1), strict=True), single.split(SINGLE, 1), last, mask)
+        return self.run(
+            x,
+            context,
+            zip(img.split(DOUBLE, 1), txt.split(DOUBLE, 1), strict=True),
+            single.split(SINGLE, 1),
+            last,
+            mask,
+        )
 
 
 class Approximator(nn.Module):
@@ -58,9 +65,12 @@ class Approximator(nn.Module):
         return y
 
     def told(self, t: Tensor, count: int) -> Tensor:
-        """(b, count, channels), fp32: a quarter says the time, a quarter the guidance, always 0, and a half the vector's number."""
+        """(b, count, channels), fp32: a quarter says the time, a quarter the guidance, always 0, and a half the
+        vector's number."""
         quarter = self.in_proj.in_features // 4
-        when = torch.cat([timestep_embedding(1000 * t.float(), quarter), timestep_embedding(torch.zeros_like(t), quarter)], -1)
+        when = torch.cat(
+            [timestep_embedding(1000 * t.float(), quarter), timestep_embedding(torch.zeros_like(t), quarter)], -1
+        )
         which = timestep_embedding(1000 * torch.arange(count, device=t.device), 2 * quarter)
         return torch.cat([when[:, None].expand(-1, count, -1), which.expand(len(t), -1, -1)], -1)
 

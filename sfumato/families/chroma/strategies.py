@@ -42,7 +42,8 @@ class ChromaTokenize:
 
 @dataclass(frozen=True)
 class ChromaEncode:
-    """Tokens -> {"t5": (b, n, 4096)}, and {"t5_mask": (b, n)}, true for what the transformer sees, where it does not see all."""
+    """Tokens -> {"t5": (b, n, 4096)}, and {"t5_mask": (b, n)}, true for what the transformer sees, where it does not
+    see all."""
 
     @property
     def settings(self) -> Mapping[str, object]:

@@ -24,8 +24,8 @@ class Options(FlowOptions):
     """What a run can be told about FLUX.1."""
 
     timestep_sampling: Literal["sigma", "uniform", "sigmoid", "shift", "flux_shift"] = "shift"
-    """How noise levels are drawn. sigma: by weighting_scheme, then shifted; uniform: evenly; sigmoid: the sigmoid of a normal number;
-    shift: the same, then shifted; flux_shift: the same, shifted the more the larger the image is."""
+    """How noise levels are drawn. sigma: by weighting_scheme, then shifted; uniform: evenly; sigmoid: the sigmoid of a
+    normal number; shift: the same, then shifted; flux_shift: the same, shifted the more the larger the image is."""
     discrete_flow_shift: float | None = None
     """Shift of timestep_sampling sigma and shift, above 1 towards more noise; default 3.1582."""
     clip_l: str | None = None
@@ -71,13 +71,21 @@ def check(options: Any) -> list[str]:
     """For `Facts.check`."""
     length = options.t5xxl_max_token_length
     wrong = [*flow_options.check(options), *negative(options, ("guidance_scale", *_TE_RATES))]
-    return wrong if length is None or length > 0 else [*wrong, f"t5xxl_max_token_length: expected 1 or more, found {length}"]
+    return (
+        wrong
+        if length is None or length > 0
+        else [*wrong, f"t5xxl_max_token_length: expected 1 or more, found {length}"]
+    )
 
 
 def negative(options: Any, names: Iterable[str]) -> list[str]:
     """A message for each of these options that is below 0."""
     given = {name: getattr(options, name) for name in names}
-    return [f"{name}: expected 0 or more, found {value:g}" for name, value in given.items() if value is not None and value < 0]
+    return [
+        f"{name}: expected 0 or more, found {value:g}"
+        for name, value in given.items()
+        if value is not None and value < 0
+    ]
 
 
 def _trains_text(v: Any) -> bool:
@@ -86,18 +94,29 @@ def _trains_text(v: Any) -> bool:
 
 IDLE = (
     *flow_options.IDLE,
-    Idle(_TE_RATES, lambda v: v.method != "full", "an adapter's text encoders go by text_encoder_lr and network_train_unet_only"),
-    Idle((*_TE_RATES, "train_t5xxl"), lambda v: v.method == "full" and not v.train_text_encoder, "it needs train_text_encoder"),
+    Idle(
+        _TE_RATES,
+        lambda v: v.method != "full",
+        "an adapter's text encoders go by text_encoder_lr and network_train_unet_only",
+    ),
+    Idle(
+        (*_TE_RATES, "train_t5xxl"),
+        lambda v: v.method == "full" and not v.train_text_encoder,
+        "it needs train_text_encoder",
+    ),
     Idle(("learning_rate_te3",), lambda v: _trains_text(v) and not v.train_t5xxl, "it needs train_t5xxl as well"),
     Idle(
         ("learning_rate_te",),
-        lambda v: _trains_text(v) and v.learning_rate_te1 is not None and not (v.train_t5xxl and v.learning_rate_te3 is None),
+        lambda v: (
+            _trains_text(v) and v.learning_rate_te1 is not None and not (v.train_t5xxl and v.learning_rate_te3 is None)
+        ),
         "learning_rate_te1 (for T5 learning_rate_te3) takes its place",
     ),
     Idle(
         ("train_t5xxl",),
         lambda v: (
-            v.method != "full" and (v.network_train_unet_only or v.cache_text_encoder_outputs or v.cache_text_encoder_outputs_to_disk)
+            v.method != "full"
+            and (v.network_train_unet_only or v.cache_text_encoder_outputs or v.cache_text_encoder_outputs_to_disk)
         ),
         "network_train_unet_only and cache_text_encoder_outputs leave the text encoders alone",
     ),
@@ -120,7 +139,8 @@ PATCH_CHANNELS = 64
 """16 channels of 2 x 2 latents: an image alone."""
 _CONTROL = re.compile(r"controlnet_(single_)?blocks\..*|controlnet_x_embedder\..*|input_hint_block\..*")
 _WIDER = (
-    "a FLUX.1 model that takes {} channels a patch, not {} (one for filling, editing or control, such as Fill, Depth or Canny), "
+    "a FLUX.1 model that takes {} channels a patch, not {} (one for filling, editing or control, such as Fill, Depth "
+    "or Canny), "
     "which is not supported yet"
 )
 _GUIDANCE = re.compile(r".*(guidance_in|guidance_embedder)[._].*")
@@ -144,7 +164,9 @@ def _transformer(shapes: Shapes) -> Detected | None:
             return _said("controlnet", dialect, variant)
         prefixes = (prefix, "text_encoders.", VAE)
         parts = tuple(
-            part for part, p in zip(WHOLE, prefixes, strict=True) if part == "denoiser" or any(name.startswith(p) for name in shapes)
+            part
+            for part, p in zip(WHOLE, prefixes, strict=True)
+            if part == "denoiser" or any(name.startswith(p) for name in shapes)
         )
         channels = shapes[prefix + marks[0]][1]
         refused = "" if channels == PATCH_CHANNELS else _WIDER.format(channels, PATCH_CHANNELS)
@@ -157,7 +179,8 @@ _LAYERS = (
     r"single_blocks{0}\d+{0}(linear[12]|modulation{0}lin)",
 )
 _ADAPTERS = {
-    "kohya": rf"(lora_unet|lycoris|oft_unet)_({'|'.join(layer.format('_') for layer in _LAYERS)})\..*|lora_te3_encoder_block_.*",
+    "kohya": rf"(lora_unet|lycoris|oft_unet)_({'|'.join(layer.format('_') for layer in _LAYERS)})\..*"
+    r"|lora_te3_encoder_block_.*",
     "comfy": rf"(diffusion_model\.)?({'|'.join(layer.format('[.]') for layer in _LAYERS)})\..*",
     "peft": r"(transformer\.)?single_transformer_blocks\.\d+\..*",
 }
@@ -176,7 +199,10 @@ def _adapter(shapes: Shapes) -> Detected | None:
 
 def _vae(shapes: Shapes) -> Detected | None:
     """The VAE of SD3 has the same names and shapes; those of Lumina and Chroma are this one."""
-    for dialect, first in (("ldm", "encoder.down.0.block.0.conv1.weight"), ("diffusers", "encoder.down_blocks.0.resnets.0.conv1.weight")):
+    for dialect, first in (
+        ("ldm", "encoder.down.0.block.0.conv1.weight"),
+        ("diffusers", "encoder.down_blocks.0.resnets.0.conv1.weight"),
+    ):
         for prefix in ("", VAE):
             # Sixteen channels in: a convolution of two dimensions. That of video models has three.
             conv = shapes.get(f"{prefix}decoder.conv_in.weight", ())

@@ -16,7 +16,17 @@ from sfumato.config import LossConfig, NoiseConfig
 from sfumato.data.batch import Cond
 from sfumato.data.strategies import TextEncoderOutputsCachingStrategy
 from sfumato.errors import UserError
-from sfumato.families.flux.facts import CLIP_L, DRAWN_GUIDANCE, GUIDANCE, PATCH_CHANNELS, PREFIX, T5XXL, VAE, Completed, Options
+from sfumato.families.flux.facts import (
+    CLIP_L,
+    DRAWN_GUIDANCE,
+    GUIDANCE,
+    PATCH_CHANNELS,
+    PREFIX,
+    T5XXL,
+    VAE,
+    Completed,
+    Options,
+)
 from sfumato.families.flux.names import TARGETS, flux_keys
 from sfumato.families.flux.net import PATCH, Flux, blocks, numbered
 from sfumato.families.flux.network_args import INPUT_TARGETS, target_layer
@@ -48,7 +58,8 @@ log = logging.getLogger(__name__)
 
 
 def transformer(shapes: Shapes, config: Config) -> Flux:
-    """A net without values for tensors of these shapes. Errors: `UserError` if it is told more, or its config asks for another."""
+    """A net without values for tensors of these shapes. Errors: `UserError` if it is told more, or its config asks for
+    another."""
     check_patches(shapes["img_in.weight"][1])
     net = Flux.of(shapes)
     check_config(config, {"axes_dims_rope": list(net.axes), "guidance_embeds": net.guidance_in is not None})
@@ -58,14 +69,18 @@ def transformer(shapes: Shapes, config: Config) -> Flux:
 def check_patches(channels: int) -> None:
     """Errors: `UserError` if a patch of latents has other channels than those of an image alone."""
     if channels != PATCH_CHANNELS:
-        raise UserError(f"the transformer takes {channels} channels a patch, not {PATCH_CHANNELS} (for filling, editing or control)")
+        raise UserError(
+            f"the transformer takes {channels} channels a patch, not {PATCH_CHANNELS} (for filling, editing or control)"
+        )
 
 
 def check_config(config: Config, facts: Mapping[str, Any]) -> None:
     """Errors: `UserError` for each thing in which a transformer's config asks for another net than its tensors make."""
     expected = {"patch_size": 1, **facts}
     if wrong := [
-        f"transformer/config.json: {k} is {config[k]!r}; {v!r} was expected" for k, v in expected.items() if config.get(k, v) != v
+        f"transformer/config.json: {k} is {config[k]!r}; {v!r} was expected"
+        for k, v in expected.items()
+        if config.get(k, v) != v
     ]:
         raise UserError(*wrong)
 
@@ -103,7 +118,9 @@ def complete(options: Options, source: Checkpoint) -> tuple[Completed, Checkpoin
     """
     shapes = source.components["denoiser"].shapes()
     guided = any(name.startswith("guidance_in.") for name in shapes)
-    wrong = width_mismatches(source, {"clip_l": shapes["vector_in.in_layer.weight"][1], "t5xxl": shapes["txt_in.weight"][1]})
+    wrong = width_mismatches(
+        source, {"clip_l": shapes["vector_in.in_layer.weight"][1], "t5xxl": shapes["txt_in.weight"][1]}
+    )
     if not guided and options.guidance_scale is not None:
         wrong.append(f"guidance_scale: {source.path} is FLUX.1 schnell, which takes no guidance; leave it out")
     if wrong:
@@ -120,7 +137,8 @@ def complete(options: Options, source: Checkpoint) -> tuple[Completed, Checkpoin
 
 
 def width_mismatches(source: Checkpoint, widths: Mapping[str, int]) -> list[str]:
-    """A message for each text encoder whose states have another width than the transformer takes; `widths`: by encoder."""
+    """A message for each text encoder whose states have another width than the transformer takes; `widths`: by
+    encoder."""
     tokens = {"clip_l": "text_model.embeddings.token_embedding.weight", "t5xxl": EMBEDDING}
     found = {name: source.components[name].shapes()[tokens[name]][1] for name in widths}
     return [
@@ -141,7 +159,9 @@ def counts(shapes: Shapes) -> dict[str, int]:
 def tokenize(models: Models) -> FluxTokenize:
     """Captions -> tokens, as the options say."""
     o, tokenizers = models.options, models.tokenizers
-    return FluxTokenize(tokenizers["clip_l"], tokenizers["t5xxl"], o.t5xxl_max_token_length, masked=o.apply_t5_attn_mask)
+    return FluxTokenize(
+        tokenizers["clip_l"], tokenizers["t5xxl"], o.t5xxl_max_token_length, masked=o.apply_t5_attn_mask
+    )
 
 
 def outputs_strategy(models: Models) -> TextEncoderOutputsCachingStrategy:
@@ -185,7 +205,8 @@ def dialects(models: Models) -> Mapping[str, Dialect]:
 
 
 def adapter_dialects(keys: KeyMap) -> dict[str, Dialect]:
-    """Adapter names: kohya's and ComfyUI's are built on the names of the file, PEFT's on diffusers', which loads none for T5."""
+    """Adapter names: kohya's and ComfyUI's are built on the names of the file, PEFT's on diffusers', which loads none
+    for T5."""
     kohya = {"denoiser": "lora_unet_", "clip_l": "lora_te1_", "t5xxl": "lora_te3_"}
     comfy = {"denoiser": "diffusion_model.", "clip_l": CLIP_L, "t5xxl": T5XXL}
     peft = {"denoiser": "transformer.", "clip_l": "text_encoder."}

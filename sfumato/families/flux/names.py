@@ -16,7 +16,8 @@ FOREIGN_DOUBLE, FOREIGN_SINGLE = "transformer_blocks.{i}", "single_transformer_b
 
 
 def flux_keys(shapes: Shapes) -> KeyMap:
-    """native: Black Forest Labs. foreign: diffusers' FluxTransformer2DModel. For a net with tensors of these shapes, in either spelling."""
+    """native: Black Forest Labs. foreign: diffusers' FluxTransformer2DModel. For a net with tensors of these shapes, in
+    either spelling."""
     embedders = {"time_in": "timestep_embedder", "vector_in": "text_embedder", "guidance_in": "guidance_embedder"}
     return KeyMap(
         *trunk_rules(shapes),
@@ -59,7 +60,8 @@ def _stream(side: str, qkv: tuple[str, str, str], out: str, norm: str, ff: str) 
 
 
 def _rows(shapes: Shapes) -> tuple[int, int, int, int] | None:
-    """Rows of q, k, v and the two-layer net in `linear1`; None for a model without single blocks, which has no such layer."""
+    """Rows of q, k, v and the two-layer net in `linear1`; None for a model without single blocks, which has no such
+    layer."""
     if "single_blocks.0.linear1.weight" in shapes:
         rows, width = shapes["single_blocks.0.linear1.weight"]
         return width, width, width, rows - 3 * width

@@ -41,8 +41,12 @@ class Trunk(nn.Module):
             raise UserError(f"the transformer has {width} channels, which cannot be cut into heads of {head}")
         self.axes = axes(head)
         self.img_in, self.txt_in = linear(shapes, "img_in"), linear(shapes, "txt_in")
-        self.double_blocks = nn.ModuleList(DoubleBlock(shapes, name, modulate) for name in numbered(shapes, "double_blocks"))
-        self.single_blocks = nn.ModuleList(SingleBlock(shapes, name, modulate) for name in numbered(shapes, "single_blocks"))
+        self.double_blocks = nn.ModuleList(
+            DoubleBlock(shapes, name, modulate) for name in numbered(shapes, "double_blocks")
+        )
+        self.single_blocks = nn.ModuleList(
+            SingleBlock(shapes, name, modulate) for name in numbered(shapes, "single_blocks")
+        )
         self.final_layer = FinalLayer(shapes, "final_layer", modulate)
 
     def run(
@@ -54,14 +58,19 @@ class Trunk(nn.Module):
         last: Tensor,
         mask: Tensor | None,
     ) -> Tensor:
-        """x (b, c, h, w), context (b, n, d), what each block and the last layer are told, mask (b, n) or None -> (b, c', h, w)."""
+        """x (b, c, h, w), context (b, n, d), what each block and the last layer are told, mask (b, n) or None -> (b,
+        c', h, w)."""
         h, w = x.shape[-2:]
         if h % PATCH or w % PATCH:
-            raise UserError(f"latents of {h} x {w} cannot be cut into patches of {PATCH} x {PATCH}: both sides must be even")
+            raise UserError(
+                f"latents of {h} x {w} cannot be cut into patches of {PATCH} x {PATCH}: both sides must be even"
+            )
         img, txt = self.img_in(pack(x)), self.txt_in(context)
         table = rope(positions(txt.shape[1], h // PATCH, w // PATCH, x.device), self.axes, THETA)
         # Without a mask none is made: kernels that take no mask stay usable.
-        seen = None if mask is None else torch.cat([mask, mask.new_ones(img.shape[:2])], 1)[:, None, None]  # (b, 1, 1, n + m)
+        seen = (
+            None if mask is None else torch.cat([mask, mask.new_ones(img.shape[:2])], 1)[:, None, None]
+        )  # (b, 1, 1, n + m)
         for block, (to_img, to_txt) in zip(self.double_blocks, double, strict=True):
             img, txt = block(img, txt, to_img, to_txt, table, seen)
         row = torch.cat([txt, img], 1)
@@ -77,7 +86,9 @@ class Flux(Trunk):
         super().__init__(shapes, modulation)
         self.time_in, self.vector_in = Embedder(shapes, "time_in"), Embedder(shapes, "vector_in")
         # The distilled dev has it, schnell has not.
-        self.guidance_in = Embedder(shapes, "guidance_in") if any(name.startswith("guidance_in.") for name in shapes) else None
+        self.guidance_in = (
+            Embedder(shapes, "guidance_in") if any(name.startswith("guidance_in.") for name in shapes) else None
+        )
 
     @classmethod
     def of(cls, shapes: Shapes) -> Flux:
@@ -85,7 +96,13 @@ class Flux(Trunk):
         return on_meta(cls, shapes)
 
     def forward(
-        self, x: Tensor, t: Tensor, context: Tensor, y: Tensor, guidance: Tensor | None = None, mask: Tensor | None = None
+        self,
+        x: Tensor,
+        t: Tensor,
+        context: Tensor,
+        y: Tensor,
+        guidance: Tensor | None = None,
+        mask: Tensor | None = None,
     ) -> Tensor:
         """The velocity, shaped as x, that the net says at time t in [0, 1] (1: noise alone).
 
@@ -93,10 +110,14 @@ class Flux(Trunk):
         mask: (b, n) bool, False for tokens of the text that nobody sees; None: all are seen.
         """
         if (guidance is None) != (self.guidance_in is None):
-            raise ValueError(f"guidance is {guidance}, but the net {'has no' if self.guidance_in is None else 'has a'} guidance_in")
+            raise ValueError(
+                f"guidance is {guidance}, but the net {'has no' if self.guidance_in is None else 'has a'} guidance_in"
+            )
         vec = self.time_in(timestep_embedding(1000 * t.float(), self.time_in.channels).to(x.dtype)) + self.vector_in(y)
         if self.guidance_in is not None and guidance is not None:
-            vec = vec + self.guidance_in(timestep_embedding(1000 * guidance.float(), self.guidance_in.channels).to(x.dtype))
+            vec = vec + self.guidance_in(
+                timestep_embedding(1000 * guidance.float(), self.guidance_in.channels).to(x.dtype)
+            )
         return self.run(x, context, [(vec, vec)] * len(self.double_blocks), [vec] * len(self.single_blocks), vec, mask)
 
 
@@ -112,8 +133,11 @@ class DoubleBlock(nn.Module):
     def forward(
         self, img: Tensor, txt: Tensor, to_img: Tensor, to_txt: Tensor, table: Tensor, seen: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        """img (b, m, c), txt (b, n, c), what both modulations are told, positions and mask of the n + m tokens -> img, txt"""
-        img_shift1, img_scale1, img_gate1, img_shift2, img_scale2, img_gate2 = self.img_mod(to_img).split(1, 1)  # (b, 1, c) each
+        """img (b, m, c), txt (b, n, c), what both modulations are told, positions and mask of the n + m tokens -> img,
+        txt"""
+        img_shift1, img_scale1, img_gate1, img_shift2, img_scale2, img_gate2 = self.img_mod(to_img).split(
+            1, 1
+        )  # (b, 1, c) each
         txt_shift1, txt_scale1, txt_gate1, txt_shift2, txt_scale2, txt_gate2 = self.txt_mod(to_txt).split(1, 1)
         of_txt = self.txt_attn.heads(normed(txt, txt_shift1, txt_scale1))
         of_img = self.img_attn.heads(normed(img, img_shift1, img_scale1))
@@ -223,7 +247,9 @@ def on_meta(kind: Callable[[Shapes], Net], shapes: Shapes) -> Net:
         with torch.device("meta"):
             return kind(shapes)
     except KeyError as missing:
-        raise UserError(f"the transformer lacks the tensor {missing}: the file is incomplete or of another kind") from None
+        raise UserError(
+            f"the transformer lacks the tensor {missing}: the file is incomplete or of another kind"
+        ) from None
 
 
 def blocks(net: nn.Module) -> Sequence[nn.Module]:
@@ -235,7 +261,11 @@ def blocks(net: nn.Module) -> Sequence[nn.Module]:
 def modulation(shapes: Shapes, name: str) -> nn.Module:
     """(b, c) -> (b, n, c): FLUX makes the modulation in the block, by the layer of this name."""
     out, into = shapes[f"{name}.weight"]
-    parts = {"act": nn.SiLU(), name.rpartition(".")[2]: linear(shapes, name), "cut": nn.Unflatten(1, (out // into, into))}
+    parts = {
+        "act": nn.SiLU(),
+        name.rpartition(".")[2]: linear(shapes, name),
+        "cut": nn.Unflatten(1, (out // into, into)),
+    }
     return nn.Sequential(OrderedDict(parts))
 
 
@@ -250,7 +280,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, table: Tensor, seen: Tensor | None) 
 
 
 def axes(head: int) -> tuple[int, int, int]:
-    """Channels of a head that turn by (0, y, x): (16, 56, 56) of FLUX's 128; other heads in the same ratio, in even numbers."""
+    """Channels of a head that turn by (0, y, x): (16, 56, 56) of FLUX's 128; other heads in the same ratio, in even
+    numbers."""
     side = 7 * head // 32 * 2
     return head - 2 * side, side, side
 
@@ -279,7 +310,11 @@ def mlp(shapes: Shapes, name: str) -> nn.Sequential:
 
 def numbered(shapes: Shapes, name: str) -> list[str]:
     """`name.0`, `name.1` ... as far as there are tensors below them. Errors: `UserError` for a gap in the numbers."""
-    numbers = {int(number) for key in shapes if key.startswith(f"{name}.") and (number := key[len(name) + 1 :].partition(".")[0]).isdigit()}
+    numbers = {
+        int(number)
+        for key in shapes
+        if key.startswith(f"{name}.") and (number := key[len(name) + 1 :].partition(".")[0]).isdigit()
+    }
     if gaps := sorted(set(range(max(numbers, default=-1))) - numbers):
         raise UserError(
             f"the transformer has {name} up to {max(numbers)}, but none numbered {', '.join(map(str, gaps))}; "

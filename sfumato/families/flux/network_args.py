@@ -65,9 +65,13 @@ class NetworkArgs:
 def mistakes(args: NetworkArgs) -> list[str]:
     """A message for each value that is out of range, cannot be read or would do nothing."""
     given = {name: getattr(args, name) for name in DIMS}
-    wrong = [f"{name}={value}: expected 0 (none) or more" for name, value in given.items() if value is not None and value < 0]
+    wrong = [
+        f"{name}={value}: expected 0 (none) or more" for name, value in given.items() if value is not None and value < 0
+    ]
     if args.in_dims is not None and len(ranks(args.in_dims) or ()) != len(INPUTS):
-        wrong.append(f"in_dims={args.in_dims}: expected {len(INPUTS)} ranks, those of {', '.join(INPUTS)}, such as [4,0,0,0,4]")
+        wrong.append(
+            f"in_dims={args.in_dims}: expected {len(INPUTS)} ranks, those of {', '.join(INPUTS)}, such as [4,0,0,0,4]"
+        )
     if args.train_blocks not in (None, "all", *BLOCKS):
         wrong.append(f"train_blocks={args.train_blocks}: expected all, {' or '.join(BLOCKS)}")
     for kind in BLOCKS:
@@ -81,7 +85,8 @@ def mistakes(args: NetworkArgs) -> list[str]:
 
 
 def target_layer(options: Any, plan: AdapterPlan, target: TargetLayer) -> TargetLayer | None:
-    """For `Family.target_layer`. `options`: say how many blocks there are, as double_blocks and single_blocks, and whether it is `guided`.
+    """For `Family.target_layer`. `options`: say how many blocks there are, as double_blocks and single_blocks, and
+    whether it is `guided`.
 
     Errors: `UserError` for numbers of blocks and for inputs that the model does not have.
     """
@@ -114,7 +119,9 @@ def _input_rank(options: Any, args: NetworkArgs | None, name: str) -> int:
         return 0
     rank = dict(zip(INPUTS, inputs, strict=True))
     if rank["guidance_in"] and not getattr(options, "guided", True):
-        raise UserError(f"network_args in_dims={args.in_dims}: the model takes no guidance, so the fourth rank must be 0")
+        raise UserError(
+            f"network_args in_dims={args.in_dims}: the model takes no guidance, so the fourth rank must be 0"
+        )
     return rank[name]
 
 

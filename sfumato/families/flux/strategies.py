@@ -21,7 +21,8 @@ LATENTS = LatentsCachingStrategy(channels=16, patch=PATCH, suffix="_flux.npz", s
 
 
 def outputs(*, masked: bool, fields: Sequence[str] = ("pooled", "t5")) -> TextEncoderOutputsCachingStrategy:
-    """What is kept of captions. `masked`: T5's padding is seen by nobody, and is not kept; else it is part of what the net is told.
+    """What is kept of captions. `masked`: T5's padding is seen by nobody, and is not kept; else it is part of what the
+    net is told.
 
     In bf16, which T5 itself is published in: its states pass fp16's range.
     """
@@ -35,7 +36,8 @@ def outputs(*, masked: bool, fields: Sequence[str] = ("pooled", "t5")) -> TextEn
 
 @dataclass(frozen=True)
 class FluxTokenize:
-    """Captions -> {"clip_l": (b, 77), "t5": (b, n)}, cut or padded, and what `t5_tokens` adds where padding is hidden."""
+    """Captions -> {"clip_l": (b, 77), "t5": (b, n)}, cut or padded, and what `t5_tokens` adds where padding is
+    hidden."""
 
     clip_l: Any
     t5: Any
@@ -59,15 +61,18 @@ class FluxTokenize:
 
     def limits(self) -> list[Limit]:
         """T5 reads on where CLIP ends."""
-        return limit("CLIP", self.clip_l, CLIP_LENGTH - 2) + limit("T5", self.t5, self.length - 1, "t5xxl_max_token_length")
+        return limit("CLIP", self.clip_l, CLIP_LENGTH - 2) + limit(
+            "T5", self.t5, self.length - 1, "t5xxl_max_token_length"
+        )
 
 
 @dataclass(frozen=True)
 class FluxEncode:
-    """Tokens -> {"pooled": (b, 768), "t5": (b, n, 4096)}, and {"t5_mask": (b, n)} where padding is hidden and there is some.
+    """Tokens -> {"pooled": (b, 768), "t5": (b, n, 4096)}, and {"t5_mask": (b, n)} where padding is hidden and there is
+    some.
 
-    Without the mask T5 attends to the padding as well, and what it says there is part of what the net is told: so the published
-    models were trained.
+    Without the mask T5 attends to the padding as well, and what it says there is part of what the net is told: so the
+    published models were trained.
     """
 
     @property
@@ -87,11 +92,14 @@ def t5_settings(tokenizer: Any, length: int, *, masked: bool) -> dict[str, objec
     return {"t5": fingerprint(tokenizer), "t5xxl_max_token_length": length, "apply_t5_attn_mask": masked}
 
 
-def t5_tokens(tokenizer: Any, captions: Sequence[str], length: int, *, masked: bool, padding: int = 0) -> dict[str, Tensor]:
-    """Captions -> {"t5": (b, length)}. With `masked` {"t5": (b, n), "t5_mask": (b, n)}, the mask true for tokens, where n is what the
-    longest caption needs, and {"t5_seen": (b, n)} if the transformer is to see less than all of it.
+def t5_tokens(
+    tokenizer: Any, captions: Sequence[str], length: int, *, masked: bool, padding: int = 0
+) -> dict[str, Tensor]:
+    """Captions -> {"t5": (b, length)}. With `masked` {"t5": (b, n), "t5_mask": (b, n)}, the mask true for tokens, where
+    n is what the longest caption needs, and {"t5_seen": (b, n)} if the transformer is to see less than all of it.
 
-    `padding`: how many tokens of the padding the transformer sees. Decided here, on the CPU, so that no step waits for the device.
+    `padding`: how many tokens of the padding the transformer sees. Decided here, on the CPU, so that no step waits for
+    the device.
     """
     ids, used = padded(tokenizer, captions, length)
     if not masked:
@@ -103,7 +111,8 @@ def t5_tokens(tokenizer: Any, captions: Sequence[str], length: int, *, masked: b
 
 
 def t5_states(net: nn.Module, tokens: Tokens) -> dict[str, Tensor]:
-    """Tokens of `t5_tokens` -> {"t5": (b, n, d)}, and {"t5_mask": (b, n)} where it hides something; hidden rows are zero."""
+    """Tokens of `t5_tokens` -> {"t5": (b, n, d)}, and {"t5_mask": (b, n)} where it hides something; hidden rows are
+    zero."""
     device = next(net.parameters()).device
     ids, mask, seen = (tokens[name].to(device) if name in tokens else None for name in ("t5", "t5_mask", "t5_seen"))
     states: Tensor = net(ids, mask)

@@ -61,17 +61,27 @@ _UNETS = {
 def _checkpoint(shapes: Shapes) -> Detected | None:
     for dialect, (prefix, first, keys) in _UNETS.items():
         width = text_width(shapes, re.escape(prefix) + keys)
-        if prefix + first in shapes and width not in (None, CONTEXT_XL) and not is_controlnet(shapes) and not is_larger(shapes):
+        if (
+            prefix + first in shapes
+            and width not in (None, CONTEXT_XL)
+            and not is_controlnet(shapes)
+            and not is_larger(shapes)
+        ):
             prefixes = (prefix, "cond_stage_model.", "first_stage_model.")
             parts = tuple(
-                part for part, p in zip(WHOLE, prefixes, strict=True) if part == "denoiser" or any(n.startswith(p) for n in shapes)
+                part
+                for part, p in zip(WHOLE, prefixes, strict=True)
+                if part == "denoiser" or any(n.startswith(p) for n in shapes)
             )
-            return _said("checkpoint", dialect, _variant(shapes), prediction="v" if "v_pred" in shapes else None, parts=parts)
+            return _said(
+                "checkpoint", dialect, _variant(shapes), prediction="v" if "v_pred" in shapes else None, parts=parts
+            )
     return None
 
 
 _ADAPTERS = {
-    "kohya": r"(lora_unet|lycoris)_(down_blocks|mid_block|up_blocks|input_blocks|middle_block|output_blocks|time_emb|conv_in|conv_out).*"
+    "kohya": r"(lora_unet|lycoris)_"
+    r"(down_blocks|mid_block|up_blocks|input_blocks|middle_block|output_blocks|time_emb|conv_in|conv_out).*"
     r"|lora_te_text_model_encoder_layers_.*",
     "comfy": r"diffusion_model\.(input_blocks|middle_block|output_blocks)\..*|text_encoders\.clip_[lh]\..*",
     "peft": r"(unet\.)?(down_blocks|mid_block|up_blocks)\..*|text_encoder\.(text_model\.)?encoder\.layers\..*",
@@ -121,7 +131,10 @@ def _vae(shapes: Shapes) -> Detected | None:
         ("ldm", "first_stage_model.", "down.0.block.0"),
         ("diffusers", "", "down_blocks.0.resnets.0"),
     ):
-        if f"{prefix}encoder.{block}.conv1.weight" in shapes and shapes.get(f"{prefix}decoder.conv_in.weight", (0, 0))[1] == 4:
+        if (
+            f"{prefix}encoder.{block}.conv1.weight" in shapes
+            and shapes.get(f"{prefix}decoder.conv_in.weight", (0, 0))[1] == 4
+        ):
             return _said("vae", dialect)
     return None
 
@@ -129,11 +142,15 @@ def _vae(shapes: Shapes) -> Detected | None:
 def _text_encoder(shapes: Shapes) -> Detected | None:
     """CLIP-L, which other families use as well, or OpenCLIP-H."""
     widths = {"": 0} | {
-        name: shape[-1] for name, shape in shapes.items() if name.endswith(("token_embedding.weight", "positional_embedding"))
+        name: shape[-1]
+        for name, shape in shapes.items()
+        if name.endswith(("token_embedding.weight", "positional_embedding"))
     }
     if any(".resblocks." in name for name in shapes) and max(widths.values()) == 1024:
         return _said("text_encoder", "openclip", "v2")
-    if any(re.fullmatch(r"(.*\.)?encoder\.layers\.0\.self_attn\.q_proj\.weight", name) for name in shapes) and max(widths.values()) in (
+    if any(re.fullmatch(r"(.*\.)?encoder\.layers\.0\.self_attn\.q_proj\.weight", name) for name in shapes) and max(
+        widths.values()
+    ) in (
         768,
         1024,
     ):
@@ -149,7 +166,11 @@ def _embedding(shapes: Shapes) -> Detected | None:
 
 
 def _said(
-    kind: Kind, dialect: str, variant: str = "", prediction: Literal["eps", "v"] | None = None, parts: tuple[str, ...] = ()
+    kind: Kind,
+    dialect: str,
+    variant: str = "",
+    prediction: Literal["eps", "v"] | None = None,
+    parts: tuple[str, ...] = (),
 ) -> Detected:
     return Detected(family=FAMILY, kind=kind, dialect=dialect, variant=variant, prediction=prediction, parts=parts)
 

@@ -45,7 +45,9 @@ def check_channels(shapes: Shapes) -> None:
     """Errors: `UserError` for a U-Net that is told more than latents."""
     channels = shapes["input_blocks.0.0.weight"][1]
     if channels != LATENTS.channels:
-        raise UserError(f"the U-Net takes {channels} channels (an inpainting, depth or editing model), which is not supported yet")
+        raise UserError(
+            f"the U-Net takes {channels} channels (an inpainting, depth or editing model), which is not supported yet"
+        )
 
 
 def diffusers(names: Collection[str]) -> KeyFormat:
@@ -55,7 +57,13 @@ def diffusers(names: Collection[str]) -> KeyFormat:
 
 def unet_key_format(names: Collection[str]) -> KeyFormat | None:
     """How a file names a U-Net."""
-    return KeyFormat("ldm") if "input_blocks.0.0.weight" in names else diffusers(names) if "conv_in.weight" in names else None
+    return (
+        KeyFormat("ldm")
+        if "input_blocks.0.0.weight" in names
+        else diffusers(names)
+        if "conv_in.weight" in names
+        else None
+    )
 
 
 def _unused_layer(names: Collection[str]) -> Collection[str]:
@@ -67,7 +75,8 @@ def _unused_layer(names: Collection[str]) -> Collection[str]:
 
 COMPONENTS = (
     Component(
-        name="denoiser", title="the U-Net", prefixes=(UNET, ""), folder="unet", net=_unet, key_format=unet_key_format, diffusers=diffusers
+        name="denoiser", title="the U-Net", prefixes=(UNET, ""), folder="unet",
+        net=_unet, key_format=unet_key_format, diffusers=diffusers,
     ),
     clip_component("clip_l", (CLIP_L,), "text_encoder", "quick_gelu"),
     clip_component("clip_h", (CLIP_H,), "text_encoder", "gelu", openclip=True, unused_keys=_unused_layer),
@@ -86,7 +95,9 @@ def complete(options: Options, source: Checkpoint) -> tuple[Options, Checkpoint]
         raise UserError(f"{source.path} holds no text encoder of this version; a whole model is needed")
     layers = count_layers(source.components[wanted].shapes(), LAYERS)
     if not 1 <= (options.clip_skip or 1) <= layers:
-        raise UserError(f"clip_skip: {options.clip_skip}; the text encoder has {layers} layers, so 1 to {layers} was expected")
+        raise UserError(
+            f"clip_skip: {options.clip_skip}; the text encoder has {layers} layers, so 1 to {layers} was expected"
+        )
     components = {name: each for name, each in source.components.items() if name != other}
     v = options.v_parameterization or prediction(source) == "v"
     return replace(options, v2=v2, v_parameterization=v), replace(source, components=components)
@@ -123,7 +134,9 @@ def respell(models: Models, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         return tensors
     # A last layer of zeros, which passes its input on: readers expect one more than is used, and folders hold none.
     prefix, added = (f"{CLIP_H}transformer.resblocks.{n}." for n in (max(layers), max(layers) + 1))
-    return tensors | {added + name.removeprefix(prefix): torch.zeros_like(t) for name, t in tensors.items() if name.startswith(prefix)}
+    return tensors | {
+        added + name.removeprefix(prefix): torch.zeros_like(t) for name, t in tensors.items() if name.startswith(prefix)
+    }
 
 
 # --- running ---

@@ -38,10 +38,15 @@ _MIDDLE = "mid_block.attentions.0.proj_in.weight"
 
 
 def check_unet(config: Config, shapes: Shapes, facts: Mapping[str, Any] = UNET_FACTS) -> None:
-    """Errors: `UserError` for each thing in which a U-Net's config asks for another net than these native shapes make."""
+    """Errors: `UserError` for each thing in which a U-Net's config asks for another net than these native shapes
+    make."""
     if not config:
         return
-    wrong = [f"unet/config.json: {k} is {config[k]!r}; only {v!r} is supported" for k, v in facts.items() if config.get(k, v) != v]
+    wrong = [
+        f"unet/config.json: {k} is {config[k]!r}; only {v!r} is supported"
+        for k, v in facts.items()
+        if config.get(k, v) != v
+    ]
     foreign = _foreign(shapes)
     widths = _widths(foreign)
     said = config.get("num_attention_heads") or config.get("attention_head_dim", CONV_HEADS)
@@ -85,7 +90,9 @@ def _foreign(shapes: Shapes) -> dict[str, Tensor]:
 
 def _widths(unet: Mapping[str, Tensor]) -> list[int]:
     """Channels of each level, from a U-Net in diffusers' names."""
-    return [unet[f"down_blocks.{level}.resnets.0.conv1.weight"].shape[0] for level in range(len(Layout.of(unet).attention))]
+    return [
+        unet[f"down_blocks.{level}.resnets.0.conv1.weight"].shape[0] for level in range(len(Layout.of(unet).attention))
+    ]
 
 
 def _heads(unet: Mapping[str, Tensor], widths: list[int]) -> list[int]:
@@ -105,11 +112,16 @@ def vae_config(vae: Any) -> dict[str, Any]:
 
 def index(pipeline: str, present: Mapping[str, tuple[str, str]], absent: Collection[str]) -> dict[str, Any]:
     """model_index.json; `present`: folder -> (library, class)."""
-    return {"_class_name": pipeline, **{name: list(what) for name, what in present.items()}, **{name: [None, None] for name in absent}}
+    return {
+        "_class_name": pipeline,
+        **{name: list(what) for name, what in present.items()},
+        **{name: [None, None] for name in absent},
+    }
 
 
 def new_folder(models: Models) -> NewFolder:
-    """What `StableDiffusionPipeline.from_pretrained` reads besides weights. A source folder's safety checker is not copied."""
+    """What `StableDiffusionPipeline.from_pretrained` reads besides weights. A source folder's safety checker is not
+    copied."""
     ((name, encoder),) = models.encoders.items()
     v = models.options.v_parameterization
     shapes = {n: tuple(t.shape) for n, t in models.denoiser.state_dict().items()}
@@ -131,5 +143,7 @@ def new_folder(models: Models) -> NewFolder:
         configs["vae"] = vae_config(models.vae)
     scheduler = {"_class_name": "DDIMScheduler", **DDPM(prediction="v" if v else "eps").scheduler_config()}
     return NewFolder(
-        index={**index("StableDiffusionPipeline", present, absent), "requires_safety_checker": False}, configs=configs, scheduler=scheduler
+        index={**index("StableDiffusionPipeline", present, absent), "requires_safety_checker": False},
+        configs=configs,
+        scheduler=scheduler,
     )

@@ -1,4 +1,5 @@
-"""The names of Stable Diffusion's files: prefixes of the single file, tables to diffusers, tensors that belong to no net."""
+"""The names of Stable Diffusion's files: prefixes of the single file, tables to diffusers, tensors that belong to no
+net."""
 
 from __future__ import annotations
 
@@ -17,7 +18,7 @@ CLIP_H = "cond_stage_model.model."
 
 NO_NETS = (
     r"model_ema\..*"  # the average that a training run kept of the U-Net
-    r"|(alphas|betas|sqrt_|log_one|posterior_|lvlb_|logvar|scale_factor|global_step).*"  # the noise schedule, and counters
+    r"|(alphas|betas|sqrt_|log_one|posterior_|lvlb_|logvar|scale_factor|global_step).*"  # the schedule, counters
     r"|(v_pred|ztsnr)"  # empty tensors by which some programs mark v prediction and a zero terminal SNR
     r"|denoiser\.sigmas|embedding_manager\..*"
     r"|first_stage_model\.(loss|discriminator|model_ema)\..*"  # what trained the VAE
@@ -52,14 +53,18 @@ class Layout:
             levels = 1 + sum(name.endswith(".op.weight") for name in held)
             blocks = len({name.split(".")[1] for name in held if name.startswith("input_blocks.")})
             layers = (blocks - levels) // levels
-            return cls(layers, tuple(f"input_blocks.{1 + level * (layers + 1)}.1.norm.weight" in held for level in range(levels)))
+            return cls(
+                layers,
+                tuple(f"input_blocks.{1 + level * (layers + 1)}.1.norm.weight" in held for level in range(levels)),
+            )
         levels = len({name.split(".")[1] for name in held if name.startswith("down_blocks.")})
         layers = len({name.split(".")[3] for name in held if name.startswith("down_blocks.0.resnets.")})
         return cls(layers, tuple(f"down_blocks.{level}.attentions.0.norm.weight" in held for level in range(levels)))
 
 
 def unet_keys(names: Collection[str]) -> KeyMap:
-    """native: LDM. foreign: diffusers' UNet2DConditionModel. For a net with tensors of these names, in either spelling."""
+    """native: LDM. foreign: diffusers' UNet2DConditionModel. For a net with tensors of these names, in either
+    spelling."""
     layout = Layout.of(names)
     ends = [
         rule("time_embed.0", "time_embedding.linear_1"),
@@ -98,7 +103,9 @@ def _way_up(layout: Layout) -> list[Rule]:
             if attends:
                 rules.append(rule(f"output_blocks.{first + j}.1", f"up_blocks.{up}.attentions.{j}"))
         if up < last:
-            rules.append(rule(f"output_blocks.{first + layout.layers}.{1 + attends}.conv", f"up_blocks.{up}.upsamplers.0.conv"))
+            rules.append(
+                rule(f"output_blocks.{first + layout.layers}.{1 + attends}.conv", f"up_blocks.{up}.upsamplers.0.conv")
+            )
     return rules
 
 

@@ -40,12 +40,15 @@ class Body(nn.Module):
 
     @classmethod
     def of(cls: type[Net], shapes: Shapes) -> Net:
-        """A net without values (on the meta device) for tensors of these shapes; `UserError` if one that sizes are read from is missing."""
+        """A net without values (on the meta device) for tensors of these shapes; `UserError` if one that sizes are read
+        from is missing."""
         try:
             with torch.device("meta"):
                 return cls(shapes)
         except KeyError as missing:
-            raise UserError(f"the U-Net lacks the tensor {missing}: the file is incomplete or of another kind") from None
+            raise UserError(
+                f"the U-Net lacks the tensor {missing}: the file is incomplete or of another kind"
+            ) from None
 
     def time(self, t: Tensor, dtype: torch.dtype) -> Tensor:
         """t (b,) -> (b, e)"""
@@ -111,7 +114,9 @@ class ResBlock(nn.Module):
         self.in_layers = nn.Sequential(_norm(shapes, "in_layers.0"), nn.SiLU(), _conv(shapes, "in_layers.2"))
         self.emb_layers = nn.Sequential(nn.SiLU(), linear(shapes, "emb_layers.1"))
         # The third place was a dropout of 0.
-        self.out_layers = nn.Sequential(_norm(shapes, "out_layers.0"), nn.SiLU(), nn.Identity(), _conv(shapes, "out_layers.3"))
+        self.out_layers = nn.Sequential(
+            _norm(shapes, "out_layers.0"), nn.SiLU(), nn.Identity(), _conv(shapes, "out_layers.3")
+        )
         self.skip_connection = _conv(shapes, "skip_connection") if "skip_connection.weight" in shapes else nn.Identity()
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
@@ -135,7 +140,9 @@ class Transformer(nn.Module):
         if not heads or width % heads:
             cut = f"heads of {LINEAR_HEAD_WIDTH}" if self.linear else f"{CONV_HEADS} heads"
             raise UserError(f"the U-Net has an attention of {width} channels, which cannot be cut into {cut}")
-        self.transformer_blocks = nn.ModuleList(TransformerBlock(part, heads) for part in _numbered(shapes, "transformer_blocks"))
+        self.transformer_blocks = nn.ModuleList(
+            TransformerBlock(part, heads) for part in _numbered(shapes, "transformer_blocks")
+        )
 
     def forward(self, x: Tensor, context: Tensor) -> Tensor:
         """x (b, c, h, w), context (b, n, d) -> (b, c, h, w)"""
@@ -177,7 +184,10 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, context: Tensor) -> Tensor:
         """x (b, n, c), context (b, m, d) -> (b, n, c)"""
-        q, k, v = (y.unflatten(-1, (self.heads, -1)).transpose(1, 2) for y in (self.to_q(x), self.to_k(context), self.to_v(context)))
+        q, k, v = (
+            y.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+            for y in (self.to_q(x), self.to_k(context), self.to_v(context))
+        )
         y: Tensor = self.to_out(attention(q, k, v).transpose(1, 2).flatten(2))
         return y
 

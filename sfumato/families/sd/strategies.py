@@ -119,7 +119,8 @@ class SdEncode:
 
 
 def join(states: Tensor) -> Tensor:
-    """(b, chunks, 77, d) -> (b, 75 * chunks + 2, d): the first start, all that stands between the marks, the last end."""
+    """(b, chunks, 77, d) -> (b, 75 * chunks + 2, d): the first start, all that stands between the marks, the last
+    end."""
     return torch.cat([states[:, 0, :1], states[:, :, 1:-1].flatten(1, 2), states[:, -1, -1:]], 1)
 
 

@@ -9,7 +9,7 @@ from typing import Any, Literal
 from sfumato.families.sd3.network_args import NetworkArgs
 from sfumato.models import flow_options
 from sfumato.models.facts import LEAF, WHOLE, Detected, Facts, Idle, Kind, Shapes
-from sfumato.models.flow_options import FlowOptions
+from sfumato.models.flow_options import FlowOptions, Scheme
 
 FAMILY = "sd3"
 Version = Literal["medium", "3.5-medium", "3.5-large"]
@@ -22,9 +22,9 @@ class Options(FlowOptions):
     """What a run can be told about Stable Diffusion 3 and 3.5."""
 
     # None stands for what goes with timestep_sampling; `Completed` has it filled in.
-    weighting_scheme: Literal["sigma_sqrt", "logit_normal", "mode", "cosmap", "none", "uniform"] | None = None  # type: ignore[assignment]
-    """logit_normal and mode: the density of timestep_sampling sigma. sigma_sqrt and cosmap: weights of the loss. none, uniform: neither.
-    Default: logit_normal with timestep_sampling sigma, else uniform."""
+    weighting_scheme: Scheme | None = None  # type: ignore[assignment]
+    """logit_normal and mode: the density of timestep_sampling sigma. sigma_sqrt and cosmap: weights of the loss. none,
+    uniform: neither. Default: logit_normal with timestep_sampling sigma, else uniform."""
     discrete_flow_shift: float | None = None
     """Shift of timestep_sampling sigma and shift, above 1 towards more noise; default 3."""
     training_shift: float | None = None
@@ -34,7 +34,8 @@ class Options(FlowOptions):
     clip_g: str | None = None
     """CLIP-G, where the base model's file does not hold it: file, folder or hub id."""
     t5xxl: str | None = None
-    """T5-XXL, where the base model's file does not hold it: file, folder or hub id. Without it the model is told zeros in its place."""
+    """T5-XXL, where the base model's file does not hold it: file, folder or hub id. Without it the model is told zeros
+    in its place."""
     t5xxl_max_token_length: int = 256
     """T5's tokens of a caption; longer ones are cut."""
     apply_lg_attn_mask: bool = False
@@ -63,7 +64,8 @@ class Options(FlowOptions):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Completed(Options):
-    """The options with what the files say; weighting_scheme is set, and training_shift stands in discrete_flow_shift."""
+    """The options with what the files say; weighting_scheme is set, and training_shift stands in
+    discrete_flow_shift."""
 
     version: Version
     blocks: int
@@ -96,14 +98,22 @@ def check(options: Options) -> list[str]:
     wrong = flow_options.check(options)
     shift, length = options.training_shift, options.t5xxl_max_token_length
     if shift is not None and options.discrete_flow_shift is not None:
-        wrong.append("training_shift: is the same as discrete_flow_shift, which is set as well; leave one of the two out")
+        wrong.append(
+            "training_shift: is the same as discrete_flow_shift, which is set as well; leave one of the two out"
+        )
     elif shift is not None and shift <= 0:
         wrong.append(f"training_shift: expected above 0, found {shift:g}")
     if not 1 <= length <= LONGEST:
         wrong.append(f"t5xxl_max_token_length: expected 1 to {LONGEST}, found {length}")
-    wrong += [f"{name}: expected 0 to 1, found {value:g}" for name in RATES if not 0 <= (value := getattr(options, name)) <= 1]
+    wrong += [
+        f"{name}: expected 0 to 1, found {value:g}" for name in RATES if not 0 <= (value := getattr(options, name)) <= 1
+    ]
     given = {name: getattr(options, name) for name in TE_RATES}
-    return wrong + [f"{name}: expected 0 or more, found {value:g}" for name, value in given.items() if value is not None and value < 0]
+    return wrong + [
+        f"{name}: expected 0 or more, found {value:g}"
+        for name, value in given.items()
+        if value is not None and value < 0
+    ]
 
 
 _LOGIT = ("logit_mean", "logit_std")
@@ -115,22 +125,35 @@ IDLE = (
         lambda v: v.timestep_sampling not in ("sigma", "shift"),
         "only timestep_sampling sigma and shift are shifted by it",
     ),
-    Idle(TE_RATES, lambda v: v.method != "full", "an adapter's text encoders go by text_encoder_lr and network_train_unet_only"),
-    Idle((*TE_RATES, "train_t5xxl"), lambda v: v.method == "full" and not v.train_text_encoder, "it needs train_text_encoder"),
     Idle(
-        ("learning_rate_te3",), lambda v: v.method == "full" and v.train_text_encoder and not v.train_t5xxl, "it needs train_t5xxl as well"
+        TE_RATES,
+        lambda v: v.method != "full",
+        "an adapter's text encoders go by text_encoder_lr and network_train_unet_only",
+    ),
+    Idle(
+        (*TE_RATES, "train_t5xxl"),
+        lambda v: v.method == "full" and not v.train_text_encoder,
+        "it needs train_text_encoder",
+    ),
+    Idle(
+        ("learning_rate_te3",),
+        lambda v: v.method == "full" and v.train_text_encoder and not v.train_t5xxl,
+        "it needs train_t5xxl as well",
     ),
     Idle(
         ("learning_rate_te",),
         lambda v: (
-            v.learning_rate_te1 is not None and v.learning_rate_te2 is not None and (v.learning_rate_te3 is not None or not v.train_t5xxl)
+            v.learning_rate_te1 is not None
+            and v.learning_rate_te2 is not None
+            and (v.learning_rate_te3 is not None or not v.train_t5xxl)
         ),
         "every text encoder that is trained has a rate of its own",
     ),
     Idle(
         ("train_t5xxl",),
         lambda v: (
-            v.method != "full" and (v.network_train_unet_only or v.cache_text_encoder_outputs or v.cache_text_encoder_outputs_to_disk)
+            v.method != "full"
+            and (v.network_train_unet_only or v.cache_text_encoder_outputs or v.cache_text_encoder_outputs_to_disk)
         ),
         "network_train_unet_only and cache_text_encoder_outputs leave the text encoders alone",
     ),
@@ -147,7 +170,11 @@ def detect(shapes: Shapes) -> Detected | None:
 
 PREFIX = "model.diffusion_model."
 _NATIVE = ("x_embedder.proj.weight", "y_embedder.mlp.0.weight", "joint_blocks.0.x_block.attn.qkv.weight")
-_DIFFUSERS = ("pos_embed.proj.weight", "time_text_embed.text_embedder.linear_1.weight", "transformer_blocks.0.attn.add_k_proj.weight")
+_DIFFUSERS = (
+    "pos_embed.proj.weight",
+    "time_text_embed.text_embedder.linear_1.weight",
+    "transformer_blocks.0.attn.add_k_proj.weight",
+)
 _CONTROL = re.compile(r"(.*\.)?(controlnet_blocks|pos_embed_input)\..*")
 
 
@@ -162,7 +189,9 @@ def _transformer(shapes: Shapes) -> Detected | None:
             return _said("controlnet", dialect, version(shapes))
         prefixes = (prefix, "text_encoders.", "first_stage_model.")
         parts = tuple(
-            part for part, p in zip(WHOLE, prefixes, strict=True) if part == "denoiser" or any(name.startswith(p) for name in shapes)
+            part
+            for part, p in zip(WHOLE, prefixes, strict=True)
+            if part == "denoiser" or any(name.startswith(p) for name in shapes)
         )
         return _said("checkpoint", dialect, version(shapes), parts)
     return None
@@ -180,9 +209,13 @@ _ADAPTERS = {
     "kohya": rf"(lora_unet|lycoris|oft_unet)_{_LAYER.format('_')}\..*",
     "comfy": rf"(diffusion_model\.)?{_LAYER.format('.')}\..*",
 }
-_PEFT = re.compile(r"(transformer\.)?transformer_blocks\.\d+\.attn2?\.(to_[qkv]|add_[qkv]_proj)\.(lora_A|lora\.down)\.(default\.)?weight")
+_PEFT = re.compile(
+    r"(transformer\.)?transformer_blocks\.\d+\.attn2?\.(to_[qkv]|add_[qkv]_proj)"
+    r"\.(lora_A|lora\.down)\.(default\.)?weight"
+)
 _WIDTHS: dict[int, Version] = {1536: "medium", 2432: "3.5-large"}
-"""Channels of the transformer, by which its adapters are told from other models' in diffusers' names, which are alike."""
+"""Channels of the transformer, by which its adapters are told from other models' in diffusers' names, which are
+alike."""
 
 
 def _adapter(shapes: Shapes) -> Detected | None:
@@ -199,8 +232,11 @@ def _adapter(shapes: Shapes) -> Detected | None:
 
 
 def _adapted(shapes: Shapes, twice: bool) -> str:
-    """The version that an adapter is for; 3 medium's and 3.5 medium's are alike but for the second attention, which may be left out."""
-    widths = {shape[-1] for name, shape in shapes.items() if re.search(r"qkv\.(lora_down|lora_A)\.(default\.)?weight$", name)}
+    """The version that an adapter is for; 3 medium's and 3.5 medium's are alike but for the second attention, which may
+    be left out."""
+    widths = {
+        shape[-1] for name, shape in shapes.items() if re.search(r"qkv\.(lora_down|lora_A)\.(default\.)?weight$", name)
+    }
     return "3.5-medium" if twice else "3.5-large" if 2432 in widths else ""
 
 

@@ -50,14 +50,19 @@ log = logging.getLogger(__name__)
 
 
 def transformer(shapes: Shapes, config: Config) -> MMDiT:
-    """A net without values for tensors of these shapes. Errors: `UserError` for models that take more than an image and a text."""
+    """A net without values for tensors of these shapes. Errors: `UserError` for models that take more than an image and
+    a text."""
     channels = shapes["x_embedder.proj.weight"][1]
     if channels != LATENTS.channels:
         raise UserError(
-            f"the transformer takes {channels} channels, not {LATENTS.channels} (a model for filling or editing): not supported yet"
+            f"the transformer takes {channels} channels, not {LATENTS.channels} (a model for filling or editing): not "
+            "supported yet"
         )
     if config.get("attention_head_dim", HEAD_WIDTH) != HEAD_WIDTH:
-        raise UserError(f"transformer/config.json: attention_head_dim is {config['attention_head_dim']}; only {HEAD_WIDTH} is supported")
+        raise UserError(
+            f"transformer/config.json: attention_head_dim is {config['attention_head_dim']}; only {HEAD_WIDTH} is "
+            "supported"
+        )
     return MMDiT.of(shapes)
 
 
@@ -68,7 +73,13 @@ def diffusers(shapes: Shapes) -> KeyFormat:
 
 def key_format(shapes: Shapes) -> KeyFormat | None:
     """How a file names a transformer."""
-    return NATIVE if "x_embedder.proj.weight" in shapes else diffusers(shapes) if "pos_embed.proj.weight" in shapes else None
+    return (
+        NATIVE
+        if "x_embedder.proj.weight" in shapes
+        else diffusers(shapes)
+        if "pos_embed.proj.weight" in shapes
+        else None
+    )
 
 
 COMPONENTS = (
@@ -81,7 +92,9 @@ COMPONENTS = (
         key_format=key_format,
         diffusers=diffusers,
     ),
-    clip_component("clip_l", (names.CLIP_L,), "text_encoder", "quick_gelu", flag="clip_l", projected=True, bundled=False),
+    clip_component(
+        "clip_l", (names.CLIP_L,), "text_encoder", "quick_gelu", flag="clip_l", projected=True, bundled=False
+    ),
     clip_component("clip_g", (names.CLIP_G,), "text_encoder_2", "gelu", flag="clip_g", projected=True, bundled=False),
     t5_component((names.T5,), "text_encoder_3"),
     vae_component((names.VAE,), SCALE, VAE_SHIFT, channels=LATENTS.channels),
@@ -94,7 +107,11 @@ def complete(options: Options, source: Checkpoint) -> tuple[Completed, Checkpoin
     Errors: `UserError` for options out of range, for those of a T5 that is not there, and for encoders of other widths.
     """
     wrong, has_t5 = facts.check(options), "t5xxl" in source.components
-    asked = [name for name in ("apply_t5_attn_mask", "t5_dropout_rate", "train_t5xxl", "learning_rate_te3") if getattr(options, name)]
+    asked = [
+        name
+        for name in ("apply_t5_attn_mask", "t5_dropout_rate", "train_t5xxl", "learning_rate_te3")
+        if getattr(options, name)
+    ]
     if asked and not has_t5:
         wrong.append(f"{asked[0]}: {source.path} holds no T5; name its file with t5xxl, or leave {asked[0]} out")
     shapes = source.components["denoiser"].shapes()
@@ -122,7 +139,8 @@ def _misfits(shapes: Shapes, source: Checkpoint) -> list[str]:
     wrong = []
     if told and sum(pooled) != told:
         wrong.append(
-            f"clip_l, clip_g: they say {pooled[0]} and {pooled[1]} numbers, the transformer takes {told} of both: one is another CLIP"
+            f"clip_l, clip_g: they say {pooled[0]} and {pooled[1]} numbers, the transformer takes {told} of both: one "
+            "is another CLIP"
         )
     elif widths[0] > widths[1]:
         wrong.append("clip_l, clip_g: the files are exchanged, as clip_l is the wider one")
@@ -136,13 +154,16 @@ def _misfits(shapes: Shapes, source: Checkpoint) -> list[str]:
 def _without_clips_own(source: Checkpoint) -> Checkpoint:
     """CLIP-L's file without the projection that compares texts with images, which files for other uses hold.
 
-    Stable Diffusion 3 is told what CLIP-L pools as it is: the projection in its own files is the identity, or near it where it was trained.
+    Stable Diffusion 3 is told what CLIP-L pools as it is: the projection in its own files is the identity, or near it
+    where it was trained.
     """
     weights = source.components["clip_l"]
     projection = next((t for name, t in weights.natives() if name == PROJECTION), None) if weights.alone else None
     if projection is None or projection.diagonal().float().mean() > 0.5:
         return source
-    log.warning("clip_l: %s has CLIP's own projection, which Stable Diffusion 3 does not use; it is left out", weights.where)
+    log.warning(
+        "clip_l: %s has CLIP's own projection, which Stable Diffusion 3 does not use; it is left out", weights.where
+    )
     left = weights.tensors.only(lambda name: name not in (PROJECTION, "text_projection"))
     return replace(source, components={**source.components, "clip_l": replace(weights, tensors=left)})
 
@@ -154,7 +175,9 @@ def tokenize(models: Models) -> Sd3Tokenize:
     """Captions -> tokens, as the options say."""
     o, tokenizers = models.options, models.tokenizers
     clips = {name: tokenizers[name] for name in CLIPS}
-    return Sd3Tokenize(clips, tokenizers.get("t5xxl"), o.t5xxl_max_token_length, o.apply_lg_attn_mask, o.apply_t5_attn_mask)
+    return Sd3Tokenize(
+        clips, tokenizers.get("t5xxl"), o.t5xxl_max_token_length, o.apply_lg_attn_mask, o.apply_t5_attn_mask
+    )
 
 
 def outputs_strategy(models: Models) -> TextEncoderOutputsCachingStrategy:
@@ -169,10 +192,11 @@ def process(models: Models, noise: NoiseConfig, loss: LossConfig) -> NoiseProces
 
 
 def condition(models: Models, cond: Cond, setting: SampleInfo) -> Cond:
-    """{"context": (b, 77 + n, 4096), "y": (b, 2048)}: both CLIPs side by side and T5 below them, as StableDiffusion3Pipeline has it.
+    """{"context": (b, 77 + n, 4096), "y": (b, 2048)}: both CLIPs side by side and T5 below them, as
+    StableDiffusion3Pipeline has it.
 
-    While training also what chance takes away, and where images lie, if that may differ: {"crop": (b, 2)} in the table of positions,
-    or {"scaled": (b, 3)} in one that fits their size.
+    While training also what chance takes away, and where images lie, if that may differ: {"crop": (b, 2)} in the table
+    of positions, or {"scaled": (b, 3)} in one that fits their size.
     """
     net, o = cast(MMDiT, models.denoiser), models.options
     if setting.rng is not None:
@@ -205,7 +229,9 @@ def _dropped(cond: Cond, rates: Mapping[str, float], rng: SampleRandom) -> Cond:
         if rate:
             gone = rng.uniform(f"{name} dropout") < rate
             for part in told.keys() & {name, f"{name}_pooled"}:
-                told[part] = told[part].masked_fill(gone.to(told[part].device).view(-1, *[1] * (told[part].ndim - 1)), 0)
+                told[part] = told[part].masked_fill(
+                    gone.to(told[part].device).view(-1, *[1] * (told[part].ndim - 1)), 0
+                )
     return told
 
 
@@ -246,10 +272,15 @@ def trainable(options: Any, plan: AdapterPlan | None) -> frozenset[str]:
 
 
 def rate(options: Any, component: str, path: str) -> float | None:
-    """The rates of kohya's numbered text encoders; nothing for what has no say: how the text, which ends there, looks in the last block."""
+    """The rates of kohya's numbered text encoders; nothing for what has no say: how the text, which ends there, looks
+    in the last block."""
     if path == f"joint_blocks.{options.blocks - 1}.context_block.attn.ln_q.weight":
         return 0.0
-    return {"clip_l": options.learning_rate_te1, "clip_g": options.learning_rate_te2, "t5xxl": options.learning_rate_te3}.get(component)
+    return {
+        "clip_l": options.learning_rate_te1,
+        "clip_g": options.learning_rate_te2,
+        "t5xxl": options.learning_rate_te3,
+    }.get(component)
 
 
 FAMILY = Family(

@@ -1,4 +1,5 @@
-"""The names of Stable Diffusion 3's files: prefixes of the single file, the table to diffusers, adapters' names and places."""
+"""The names of Stable Diffusion 3's files: prefixes of the single file, the table to diffusers, adapters' names and
+places."""
 
 from __future__ import annotations
 
@@ -50,8 +51,11 @@ _BLOCK: dict[str, tuple[str, ...]] = {
 
 
 def transformer_keys(names: Collection[str]) -> KeyMap:
-    """native: Stability's. foreign: diffusers' SD3Transformer2DModel. For a net with tensors of these names, in either spelling."""
-    last = max((int(m[1]) for name in names if (m := re.match(r"(?:joint|transformer)_blocks\.(\d+)\.", name))), default=0)
+    """native: Stability's. foreign: diffusers' SD3Transformer2DModel. For a net with tensors of these names, in either
+    spelling."""
+    last = max(
+        (int(m[1]) for name in names if (m := re.match(r"(?:joint|transformer)_blocks\.(\d+)\.", name))), default=0
+    )
     block, theirs = f"joint_blocks.{last}", f"transformer_blocks.{last}"
     # Where only shift and scale are left, diffusers holds them the other way round.
     swapped = [
@@ -59,7 +63,10 @@ def transformer_keys(names: Collection[str]) -> KeyMap:
         rule("final_layer.adaLN_modulation.1", "norm_out.linear", change=SWAP_HALVES),
     ]
     ends = [rule(native, foreign) for native, foreign in _ENDS.items()]
-    inner = [rule(f"joint_blocks.{{i}}.{n}", *(f"transformer_blocks.{{i}}.{f}" for f in foreign)) for n, foreign in _BLOCK.items()]
+    inner = [
+        rule(f"joint_blocks.{{i}}.{n}", *(f"transformer_blocks.{{i}}.{f}" for f in foreign))
+        for n, foreign in _BLOCK.items()
+    ]
     # The rule with a number stands before the one for any number, which would claim its name as well.
     return KeyMap(*swapped, *ends, *inner)
 

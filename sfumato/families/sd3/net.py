@@ -22,7 +22,8 @@ from sfumato.models.layers import Shapes, linear, timestep_embedding
 from sfumato.tensors.attention import attention
 
 Crop = Tensor | tuple[int, int]
-"""Where in the table of positions an image lies: the row and column of its first patch; (b, 2), or one for all samples."""
+"""Where in the table of positions an image lies: the row and column of its first patch; (b, 2), or one for all
+samples."""
 
 HEAD_WIDTH = 64
 """Channels of an attention head in every published model."""
@@ -45,17 +46,22 @@ class MMDiT(nn.Module):
         self.t_embedder, self.y_embedder = Embedder(shapes, "t_embedder"), Embedder(shapes, "y_embedder")
         self.context_embedder = linear(shapes, "context_embedder")
         depth = len({m[1] for name in shapes if (m := re.match(r"joint_blocks\.(\d+)\.", name))})
-        self.joint_blocks = nn.ModuleList(JointBlock(shapes, f"joint_blocks.{i}", last=i == depth - 1) for i in range(depth))
+        self.joint_blocks = nn.ModuleList(
+            JointBlock(shapes, f"joint_blocks.{i}", last=i == depth - 1) for i in range(depth)
+        )
         self.final_layer = FinalLayer(shapes, "final_layer")
 
     @classmethod
     def of(cls, shapes: Shapes) -> MMDiT:
-        """A net without values (on the meta device) for tensors of these shapes; `UserError` if one that sizes are read from is missing."""
+        """A net without values (on the meta device) for tensors of these shapes; `UserError` if one that sizes are read
+        from is missing."""
         try:
             with torch.device("meta"):
                 return cls(shapes)
         except KeyError as missing:
-            raise UserError(f"the transformer lacks the tensor {missing}: the file is incomplete or of another kind") from None
+            raise UserError(
+                f"the transformer lacks the tensor {missing}: the file is incomplete or of another kind"
+            ) from None
 
     @property
     def largest(self) -> int:
@@ -63,7 +69,13 @@ class MMDiT(nn.Module):
         return self.side * self.patch
 
     def forward(
-        self, x: Tensor, t: Tensor, context: Tensor, y: Tensor, crop: Crop | None = None, positions: Tensor | None = None
+        self,
+        x: Tensor,
+        t: Tensor,
+        context: Tensor,
+        y: Tensor,
+        crop: Crop | None = None,
+        positions: Tensor | None = None,
     ) -> Tensor:
         """The velocity from image to noise at x, shaped as x.
 
@@ -79,7 +91,9 @@ class MMDiT(nn.Module):
         context = self.context_embedder(context)
         for block in self.joint_blocks:
             context, z = block(context, z, c)
-        out = self.final_layer(z, c).unflatten(1, (h, w)).unflatten(-1, (self.patch, self.patch, -1))  # (b, h, w, p, p, 16)
+        out = (
+            self.final_layer(z, c).unflatten(1, (h, w)).unflatten(-1, (self.patch, self.patch, -1))
+        )  # (b, h, w, p, p, 16)
         said: Tensor = out.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)
         return said
 
@@ -98,7 +112,9 @@ class MMDiT(nn.Module):
             raise UserError(f"latents of {h} x {w} cannot be cut into patches of {self.patch} x {self.patch}")
         if max(h, w) > self.largest:
             most = f"{self.largest} x {self.largest}"
-            raise UserError(f"latents of {h} x {w} are too large for this model, which knows the positions of at most {most}")
+            raise UserError(
+                f"latents of {h} x {w} are too large for this model, which knows the positions of at most {most}"
+            )
         return h // self.patch, w // self.patch
 
 
@@ -117,7 +133,8 @@ class JointBlock(nn.Module):
         self.x_block = Stream(shapes, f"{path}.x_block")
 
     def forward(self, context: Tensor, x: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
-        """context (b, n, c), x (b, patches, c), c (b, c) -> (context, x); the last block leaves the context as it is."""
+        """context (b, n, c), x (b, patches, c), c (b, c) -> (context, x); the last block leaves the context as it
+        is."""
         n = context.shape[1]
         by_context, by_x = self.context_block.modulation(c), self.x_block.modulation(c)
         both = zip(self.context_block.look(context, by_context), self.x_block.look(x, by_x), strict=True)
@@ -170,7 +187,9 @@ class Attention(nn.Module):
         self.qkv = linear(shapes, f"{path}.qkv")
         if self.qkv.out_features % (3 * HEAD_WIDTH):
             raise UserError(f"{path}: {self.qkv.out_features // 3} channels cannot be cut into heads of {HEAD_WIDTH}")
-        self.ln_q, self.ln_k = (RMSNorm() if f"{path}.{n}.weight" in shapes else nn.Identity() for n in ("ln_q", "ln_k"))
+        self.ln_q, self.ln_k = (
+            RMSNorm() if f"{path}.{n}.weight" in shapes else nn.Identity() for n in ("ln_q", "ln_k")
+        )
         self.proj = linear(shapes, f"{path}.proj") if out else nn.Identity()
 
     def heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -23,7 +23,14 @@ DIMS: Mapping[str, str] = {
     "x_mod_dim": "joint_blocks.*.x_block.adaLN_modulation.*",
 }
 """Argument -> path pattern of the layers whose rank it is."""
-EMBEDDERS = ("context_embedder", "t_embedder", "x_embedder", "y_embedder", "final_layer.adaLN_modulation", "final_layer.linear")
+EMBEDDERS = (
+    "context_embedder",
+    "t_embedder",
+    "x_embedder",
+    "y_embedder",
+    "final_layer.adaLN_modulation",
+    "final_layer.linear",
+)
 """What stands before and after the blocks, in the order of emb_dims; adapted by emb_dims alone."""
 EMBEDDER_TARGETS = tuple(f"{name}*" for name in EMBEDDERS)
 """For `Family.targets`."""
@@ -50,9 +57,15 @@ class NetworkArgs:
 
     def __post_init__(self) -> None:
         given = {name: getattr(self, name) for name in DIMS}
-        wrong = [f"{name}={value}: expected 0 (none) or more" for name, value in given.items() if value is not None and value < 0]
+        wrong = [
+            f"{name}={value}: expected 0 (none) or more"
+            for name, value in given.items()
+            if value is not None and value < 0
+        ]
         if self.emb_dims is not None and len(ranks(self.emb_dims) or ()) != len(EMBEDDERS):
-            wrong.append(f"emb_dims={self.emb_dims}: expected six ranks, those of {', '.join(EMBEDDERS)}, such as [4,0,0,0,0,4]")
+            wrong.append(
+                f"emb_dims={self.emb_dims}: expected six ranks, those of {', '.join(EMBEDDERS)}, such as [4,0,0,0,0,4]"
+            )
         text = self.train_block_indices
         if text is not None and text.strip() != "all" and indices(text) is None:
             wrong.append(f"train_block_indices={text}: expected all, none or numbers such as 0-5,8")
@@ -66,7 +79,10 @@ def target_layer(options: Any, plan: AdapterPlan, target: TargetLayer) -> Target
     Errors: `UserError` for numbers of blocks that the model does not have, and for what would do nothing.
     """
     if plan.conv_rank is not None:
-        raise UserError("network_args conv_dim: does nothing, as this model has no blocks of convolutions; leave it out (see emb_dims)")
+        raise UserError(
+            "network_args conv_dim: does nothing, as this model has no blocks of convolutions; leave it out (see "
+            "emb_dims)"
+        )
     args: NetworkArgs = plan.family or NetworkArgs()
     if found := re.match(r"joint_blocks\.(\d+)\.", target.path):
         chosen = is_chosen(args, "train_block_indices", int(found[1]), options.blocks)
@@ -78,7 +94,9 @@ def target_layer(options: Any, plan: AdapterPlan, target: TargetLayer) -> Target
     if rank == 0:
         return None
     layer_options = target.options if rank is None else replace(target.options, rank=rank)
-    return target._replace(options=replace(layer_options, pieces=_pieces(plan, target)) if args.split_qkv else layer_options)
+    return target._replace(
+        options=replace(layer_options, pieces=_pieces(plan, target)) if args.split_qkv else layer_options
+    )
 
 
 def _pieces(plan: AdapterPlan, target: TargetLayer) -> tuple[int, ...]:

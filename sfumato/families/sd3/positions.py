@@ -1,4 +1,5 @@
-"""Where images lie while training: places in the model's table of positions, or positions of their own that fit their size."""
+"""Where images lie while training: places in the model's table of positions, or positions of their own that fit their
+size."""
 
 from __future__ import annotations
 
@@ -10,7 +11,8 @@ from sfumato.tensors.random import SampleRandom
 SPAN = 16.0
 """What the rows and columns of an image of 1024 x 1024 are counted up to in the published tables."""
 ROOM = 1.5
-"""A table of positions of its own has this times an image's side, within which images may lie anywhere (as in sd-scripts)."""
+"""A table of positions of its own has this times an image's side, within which images may lie anywhere (as in
+sd-scripts)."""
 
 
 def places(patches: Tensor, side: Tensor | int, rate: float, rng: SampleRandom) -> Tensor:
@@ -24,11 +26,11 @@ def places(patches: Tensor, side: Tensor | int, rate: float, rng: SampleRandom) 
 
 
 def scaled(patches: Tensor, rate: float, rng: SampleRandom) -> Tensor:
-    """(b, 3) row and column of each image's first patch and the step from patch to patch, so that the whole of an image spans what
-    one of 1024 x 1024 does.
+    """(b, 3) row and column of each image's first patch and the step from patch to patch, so that the whole of an image
+    spans what one of 1024 x 1024 does.
 
-    So small images are seen as a large one is, and not as its middle (sd-scripts' enable_scaled_pos_embed, by KohakuBlueleaf).
-    An image's scale follows from its own area. `patches`, `rate`: as for `places`.
+    So small images are seen as a large one is, and not as its middle (sd-scripts' enable_scaled_pos_embed, by
+    KohakuBlueleaf). An image's scale follows from its own area. `patches`, `rate`: as for `places`.
     """
     side = patches.prod(1, keepdim=True).sqrt()  # (b, 1) of the square of the same area
     table = torch.maximum((ROOM * side).long(), patches)  # (b, 2), for a long image as long as itself

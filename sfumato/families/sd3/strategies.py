@@ -23,7 +23,8 @@ LATENTS = LatentsCachingStrategy(channels=16, patch=2, suffix="_sd3.npz", stored
 
 
 def outputs(*, t5: bool, length: int, masked: bool) -> TextEncoderOutputsCachingStrategy:
-    """What is kept of captions. `t5`: whether there is one; `masked`: its padding is not kept, and comes back as zeros up to `length`.
+    """What is kept of captions. `t5`: whether there is one; `masked`: its padding is not kept, and comes back as zeros
+    up to `length`.
 
     In bf16, which has the range of what T5 was published in.
     """
@@ -39,7 +40,8 @@ def outputs(*, t5: bool, length: int, masked: bool) -> TextEncoderOutputsCaching
 
 @dataclass(frozen=True)
 class Sd3Tokenize:
-    """Captions -> {"clip_l": (b, 77), "clip_g": (b, 77), "t5": (b, n)}, cut or padded, and masks "..._mask" where padding is hidden."""
+    """Captions -> {"clip_l": (b, 77), "clip_g": (b, 77), "t5": (b, n)}, cut or padded, and masks "..._mask" where
+    padding is hidden."""
 
     clips: Mapping[str, Any]
     """The tokenizers of both CLIPs, by name; their vocabularies are the same, what they pad with is not."""
@@ -74,8 +76,8 @@ class Sd3Tokenize:
 
 @dataclass(frozen=True)
 class Sd3Encode:
-    """Tokens -> {"clip_l": (b, 77, 768), "clip_l_pooled": (b, 768), "clip_g": (b, 77, 1280), "clip_g_pooled": (b, 1280),
-    "t5": (b, n, 4096)}, and {"t5_mask": (b, n)} if the tokens have it.
+    """Tokens -> {"clip_l": (b, 77, 768), "clip_l_pooled": (b, 768), "clip_g": (b, 77, 1280), "clip_g_pooled": (b,
+    1280), "t5": (b, n, 4096)}, and {"t5_mask": (b, n)} if the tokens have it.
 
     States are zero where a mask says so. Without one, padding is content like any other: so pipelines run these models.
     """

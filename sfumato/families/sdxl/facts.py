@@ -12,7 +12,8 @@ from sfumato.models.facts import LEAF, Detected, Facts, Idle, Kind, Shapes
 
 FAMILY = "sdxl"
 BLOCKS = 23
-"""Values of block_lr: 0 what time and sizes go through, 1-9 `input_blocks`, 10-12 `middle_block`, 13-21 `output_blocks`, 22 `out`."""
+"""Values of block_lr: 0 what time and sizes go through, 1-9 `input_blocks`, 10-12 `middle_block`, 13-21
+`output_blocks`, 22 `out`."""
 SIZE_WIDTH = 256
 """Numbers that each of the embedded sizes takes in the label, which begins with the pooled text."""
 SIZES = 6
@@ -34,12 +35,14 @@ class Options:
     clip_skip: int | None = None
     """No effect: this model was made for the layer before the last of both text encoders, and takes no other."""
     learning_rate_te1: float | None = None
-    """Learning rate of the first text encoder (CLIP-L) when a whole model is trained; default: learning_rate_te; 0 freezes it."""
+    """Learning rate of the first text encoder (CLIP-L) when a whole model is trained; default: learning_rate_te; 0
+    freezes it."""
     learning_rate_te2: float | None = None
-    """Learning rate of the second text encoder (OpenCLIP bigG) when a whole model is trained; default: learning_rate_te; 0 freezes it."""
+    """Learning rate of the second text encoder (OpenCLIP bigG) when a whole model is trained; default:
+    learning_rate_te; 0 freezes it."""
     block_lr: tuple[float, ...] = ()
-    """Learning rates of the U-Net's blocks when a whole model is trained, 23 numbers: time and size embeddings, 9 input blocks,
-    3 middle blocks, 9 output blocks, the last layer; 0 freezes a block."""
+    """Learning rates of the U-Net's blocks when a whole model is trained, 23 numbers: time and size embeddings, 9 input
+    blocks, 3 middle blocks, 9 output blocks, the last layer; 0 freezes a block."""
 
 
 def architecture(options: Options) -> str:
@@ -69,7 +72,8 @@ def check(options: Options) -> Sequence[str]:
 
 
 def detect(shapes: Shapes) -> Detected | None:
-    """What a file with these tensors is, if it is of this family. Its VAE has the names and shapes of Stable Diffusion's."""
+    """What a file with these tensors is, if it is of this family. Its VAE has the names and shapes of Stable
+    Diffusion's."""
     for look in (_checkpoint, _adapter, _controlnet, _text_encoder, _embedding):
         if found := look(shapes):
             return found
@@ -98,16 +102,25 @@ def _checkpoint(shapes: Shapes) -> Detected | None:
         width, context = shapes[prefix + label][1], text_width(shapes, _ATTENTION + r"\.weight") or 0
         # The refiner has one text encoder, whose states and pooled text have the same width.
         if width - SIZES_REFINER * SIZE_WIDTH == context:
-            return _said("checkpoint", dialect, "refiner", refused="the refiner of Stable Diffusion XL; what is trained is the base model")
+            return _said(
+                "checkpoint",
+                dialect,
+                "refiner",
+                refused="the refiner of Stable Diffusion XL; what is trained is the base model",
+            )
         if 0 < width - SIZES * SIZE_WIDTH < context:
             held = {"text_encoder": "conditioner.embedders.", "vae": "first_stage_model."}
-            parts = ("denoiser", *(part for part, start in held.items() if any(name.startswith(start) for name in shapes)))
+            parts = (
+                "denoiser",
+                *(part for part, start in held.items() if any(name.startswith(start) for name in shapes)),
+            )
             return _said("checkpoint", dialect, prediction="v" if "v_pred" in shapes else None, parts=parts)
     return None
 
 
 _ADAPTERS = {
-    "kohya": r"(lora|oft)_unet_(down|mid|up|input|middle|output)_block.*|lycoris_(down|mid|up|input|middle|output)_block.*"
+    "kohya": r"(lora|oft)_unet_(down|mid|up|input|middle|output)_block.*"
+    r"|lycoris_(down|mid|up|input|middle|output)_block.*"
     r"|lora_te2_text_model_encoder_layers_.*",
     "comfy": r"diffusion_model\.(input_blocks|middle_block|output_blocks)\..*|text_encoders\.clip_g\..*",
     "peft": r"(unet\.)?(down_blocks|mid_block|up_blocks)\..*|text_encoder_2\.(text_model\.)?encoder\.layers\..*",
@@ -165,7 +178,9 @@ def _said(
     parts: tuple[str, ...] = (),
     refused: str = "",
 ) -> Detected:
-    return Detected(family=FAMILY, kind=kind, dialect=dialect, variant=variant, prediction=prediction, parts=parts, refused=refused)
+    return Detected(
+        family=FAMILY, kind=kind, dialect=dialect, variant=variant, prediction=prediction, parts=parts, refused=refused
+    )
 
 
 # --- settings without effect ---
@@ -184,13 +199,21 @@ def _no_common_rate(v: Any) -> bool:
 IDLE = (
     Idle(("clip_skip",), lambda v: True, "this model always takes the layer before the last of its text encoders"),
     Idle(("block_lr",), _adapters_only, "it is for `train full`; an adapter's rate on the U-Net is unet_lr"),
-    Idle(("learning_rate_te1", "learning_rate_te2"), _adapters_only, "it is for `train full`; an adapter goes by text_encoder_lr"),
     Idle(
-        ("learning_rate_te1", "learning_rate_te2"), lambda v: v.method == "full" and not v.train_text_encoder, "it needs train_text_encoder"
+        ("learning_rate_te1", "learning_rate_te2"),
+        _adapters_only,
+        "it is for `train full`; an adapter goes by text_encoder_lr",
+    ),
+    Idle(
+        ("learning_rate_te1", "learning_rate_te2"),
+        lambda v: v.method == "full" and not v.train_text_encoder,
+        "it needs train_text_encoder",
     ),
     Idle(
         ("learning_rate_te",),
-        lambda v: v.method == "full" and v.train_text_encoder and None not in (v.learning_rate_te1, v.learning_rate_te2),
+        lambda v: (
+            v.method == "full" and v.train_text_encoder and None not in (v.learning_rate_te1, v.learning_rate_te2)
+        ),
         "learning_rate_te1 and learning_rate_te2 take its place",
     ),
     Idle(

@@ -56,7 +56,8 @@ def unet_key_format(names: Collection[str]) -> KeyFormat | None:
 
 COMPONENTS = (
     Component(
-        name="denoiser", title="the U-Net", prefixes=(UNET, ""), folder="unet", net=_unet, key_format=unet_key_format, diffusers=diffusers
+        name="denoiser", title="the U-Net", prefixes=(UNET, ""), folder="unet",
+        net=_unet, key_format=unet_key_format, diffusers=diffusers,
     ),
     clip_component("clip_l", (CLIP_L,), "text_encoder", "quick_gelu"),
     clip_component("clip_g", (CLIP_G,), "text_encoder_2", "gelu", openclip=True, projected=True),
@@ -69,7 +70,8 @@ def complete(options: Options, source: Checkpoint) -> tuple[Options, Checkpoint]
     text, unet = source.components["clip_g"].shapes(), source.components["denoiser"].shapes()
     if "text_projection.weight" not in text:
         raise UserError(
-            f"{source.components['clip_g'].where}: the text encoder clip_g lacks its text_projection, which the U-Net is told through"
+            f"{source.components['clip_g'].where}: the text encoder clip_g lacks its text_projection, which the U-Net "
+            "is told through"
         )
     pooled, label = text["text_projection.weight"][0], unet["label_emb.0.0.weight"][1]
     if label != pooled + SIZES * SIZE_WIDTH:
@@ -100,7 +102,8 @@ def tokenize(models: Models) -> SdxlTokenize:
 
 
 def condition(models: Models, cond: Cond, setting: SampleInfo) -> Cond:
-    """{"hidden", "y": (b, p + 6 * 256) the pooled text, then the sizes' sines and cosines in fp32}; see `SampleInfo.sizes`."""
+    """{"hidden", "y": (b, p + 6 * 256) the pooled text, then the sizes' sines and cosines in fp32}; see
+    `SampleInfo.sizes`."""
     sizes = timestep_embedding(setting.sizes.flatten(), SIZE_WIDTH).reshape(len(setting.sizes), -1)
     return {"hidden": cond["hidden"], "y": torch.cat([cond["pooled"].float(), sizes.to(cond["pooled"].device)], 1)}
 
@@ -133,14 +136,22 @@ def block(path: str) -> int:
     """Which of the 23 values of block_lr is for a weight of the U-Net."""
     part, number = path.split(".")[:2]
     starts = {"time_embed": 0, "label_emb": 0, "out": 22}
-    return starts[part] if part in starts else {"input_blocks": 1, "middle_block": 10, "output_blocks": 13}[part] + int(number)
+    return (
+        starts[part]
+        if part in starts
+        else {"input_blocks": 1, "middle_block": 10, "output_blocks": 13}[part] + int(number)
+    )
 
 
 def dialects(models: Models) -> Mapping[str, Dialect]:
-    """Adapter names: kohya's and ComfyUI's are built on the single file's, PEFT's on diffusers'; kohya's are read on diffusers' too."""
+    """Adapter names: kohya's and ComfyUI's are built on the single file's, PEFT's on diffusers'; kohya's are read on
+    diffusers' too."""
     keys = {"denoiser": unet_keys(models.denoiser.state_dict())}
     kohya = {"denoiser": "lora_unet_", "clip_l": "lora_te1_", "clip_g": "lora_te2_"}
-    comfy = {"denoiser": "diffusion_model.", **{name: f"text_encoders.{name}.transformer." for name in ("clip_l", "clip_g")}}
+    comfy = {
+        "denoiser": "diffusion_model.",
+        **{name: f"text_encoders.{name}.transformer." for name in ("clip_l", "clip_g")},
+    }
     peft = {"denoiser": "unet.", "clip_l": "text_encoder.", "clip_g": "text_encoder_2."}
     return usual(kohya, comfy, peft, keys) | {
         "kohya_diffusers": Dialect(name="kohya_diffusers", prefix=kohya, keys=keys, separator="_"),

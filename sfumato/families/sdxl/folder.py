@@ -29,7 +29,8 @@ PREDICTIONS = ("epsilon", "v_prediction")
 
 
 def check_unet(config: Config, shapes: Shapes) -> None:
-    """Errors: `UserError` for each thing in which a U-Net's config asks for another net than these native shapes make."""
+    """Errors: `UserError` for each thing in which a U-Net's config asks for another net than these native shapes
+    make."""
     sd.check_unet(config, _plain(shapes), UNET_FACTS)
 
 
@@ -43,7 +44,8 @@ def unet_config(shapes: Shapes) -> dict[str, Any]:
 
 
 def transformer_layers(shapes: Shapes) -> list[int]:
-    """Transformer blocks in each place of a level, the outermost level first; diffusers reverses them for the way up."""
+    """Transformer blocks in each place of a level, the outermost level first; diffusers reverses them for the way
+    up."""
     layout = Layout.of(shapes)
     firsts = [1 + level * (layout.layers + 1) for level in range(len(layout.attention))]
     blocks = [re.compile(rf"input_blocks\.{first}\.1\.transformer_blocks\.(\d+)\.") for first in firsts]
@@ -56,19 +58,24 @@ def _plain(shapes: Shapes) -> dict[str, tuple[int, ...]]:
 
 
 def scheduler(source: Checkpoint) -> Mapping[str, Any]:
-    """The noise schedule of a folder; empty for single files. Errors: `UserError` if it is of another process than ours."""
+    """The noise schedule of a folder; empty for single files. Errors: `UserError` if it is of another process than
+    ours."""
     path = source.path / "scheduler" / "scheduler_config.json"
     if not path.is_file():
         return {}
     said = locate.read_json(path)
     kind, prediction = str(said.get("_class_name")), said.get("prediction_type", PREDICTIONS[0])
     if kind.startswith("EDM") or prediction not in PREDICTIONS:
-        raise UserError(f"{path}: a {kind} with prediction_type {prediction!r}: only models of DDPM that predict noise or v can be trained")
+        raise UserError(
+            f"{path}: a {kind} with prediction_type {prediction!r}: only models of DDPM that predict noise or v can be "
+            "trained"
+        )
     return said
 
 
 def new_folder(models: Models) -> NewFolder:
-    """What `StableDiffusionXLPipeline.from_pretrained` reads besides weights; the source folder's own schedule is kept."""
+    """What `StableDiffusionXLPipeline.from_pretrained` reads besides weights; the source folder's own schedule is
+    kept."""
     source = models.source
     assert source is not None
     shapes = {n: tuple(t.shape) for n, t in models.denoiser.state_dict().items()}

@@ -1,4 +1,5 @@
-"""The four strategies of Stable Diffusion XL: captions go through both text encoders, whose states stand side by side."""
+"""The four strategies of Stable Diffusion XL: captions go through both text encoders, whose states stand side by
+side."""
 
 from __future__ import annotations
 
@@ -34,7 +35,9 @@ class SdxlTokenize:
 
     def tokenize(self, captions: Sequence[str]) -> Tokens:
         """See the class."""
-        return {f"{name}_{key}": t for name, each in self.encoders.items() for key, t in each.tokenize(captions).items()}
+        return {
+            f"{name}_{key}": t for name, each in self.encoders.items() for key, t in each.tokenize(captions).items()
+        }
 
     def limits(self) -> list[Limit]:
         """Both encoders read the same words; what they pad with is not counted."""
@@ -43,7 +46,8 @@ class SdxlTokenize:
 
 @dataclass(frozen=True)
 class SdxlEncode:
-    """Tokens -> {"hidden": (b, 75 * chunks + 2, d of CLIP-L + d of bigG), "pooled": (b, p) what bigG says of the whole caption}."""
+    """Tokens -> {"hidden": (b, 75 * chunks + 2, d of CLIP-L + d of bigG), "pooled": (b, p) what bigG says of the whole
+    caption}."""
 
     @property
     def settings(self) -> Mapping[str, object]:

@@ -26,7 +26,8 @@ LAYERS = r"text_model\.encoder\.layers\.(\d+)\."
 _PARTS = ("embeddings", "encoder", "final_layer_norm")
 
 CLIP_BARE = KeyMap(*(rule(f"text_model.{part}", part) for part in _PARTS), rule("text_projection"))
-"""native: a `ClipText`, named as in single files and most folders. foreign: the same without `text_model.`, as in early single files."""
+"""native: a `ClipText`, named as in single files and most folders. foreign: the same without `text_model.`, as in early
+single files."""
 
 _LAYER, _BLOCK = "text_model.encoder.layers.{i}", "transformer.resblocks.{i}"
 _QKV = ("q_proj", "k_proj", "v_proj")
@@ -71,14 +72,22 @@ class ClipText(nn.Module):
         self.text_model = getattr(model, "text_model", model)
         # A count of the positions, which no file holds: it is made in `forward`, where it cannot be without values.
         del self.text_model.embeddings.position_ids
-        self.text_projection = nn.Linear(config.hidden_size, config.projection_dim, bias=False) if projected else nn.Identity()
+        self.text_projection = (
+            nn.Linear(config.hidden_size, config.projection_dim, bias=False) if projected else nn.Identity()
+        )
 
     def forward(self, ids: Tensor, skip: int = 1) -> ClipSays:
-        """States after the `skip`-th layer from the end (1: the last), and what is pooled of the last; the mask is causal."""
+        """States after the `skip`-th layer from the end (1: the last), and what is pooled of the last; the mask is
+        causal."""
         positions = torch.arange(ids.shape[1], device=ids.device)[None]
         said = self.text_model(input_ids=ids, position_ids=positions, output_hidden_states=True)
         states = said.hidden_states[-skip]
-        return ClipSays(states, self.text_model.final_layer_norm(states), said.pooler_output, self.text_projection(said.pooler_output))
+        return ClipSays(
+            states,
+            self.text_model.final_layer_norm(states),
+            said.pooler_output,
+            self.text_projection(said.pooler_output),
+        )
 
     @property
     def layers(self) -> nn.ModuleList:

@@ -18,7 +18,9 @@ CLIP_TARGETS = {"linear": ("*.self_attn.*_proj", "*.mlp.fc?")}
 T5_TARGETS = {"linear": ("*.SelfAttention.?", "*.DenseReluDense.w*")}
 """The same for T5."""
 _T5_IDLE = matching(r"(decoder|lm_head)\..*|logit_scale|spiece_model")
-_CLIP_IDLE = r"(text_model\.)?embeddings\.position_ids|logit_scale|(vision_model|visual_projection|visual)\..*|attn_mask"
+_CLIP_IDLE = (
+    r"(text_model\.)?embeddings\.position_ids|logit_scale|(vision_model|visual_projection|visual)\..*|attn_mask"
+)
 
 
 def clip_component(
@@ -35,8 +37,9 @@ def clip_component(
 ) -> Component:
     """A CLIP text encoder.
 
-    `activation`: what is used where no config says it. `openclip`: whether single files spell it as OpenCLIP does. `projected`: whether
-    its text projection is used; else it is kept as it is. `bundled`: whether new single files hold it. `unused_keys`: further names of no net.
+    `activation`: what is used where no config says it. `openclip`: whether single files spell it as OpenCLIP does.
+    `projected`: whether its text projection is used; else it is kept as it is. `bundled`: whether new single files hold
+    it. `unused_keys`: further names of no net.
     """
     unused = matching(_CLIP_IDLE if projected else _CLIP_IDLE + r"|text_projection(\.weight)?")
 
@@ -44,7 +47,8 @@ def clip_component(
         width = int(config.get("hidden_size", 512))  # transformers leaves its own defaults out of the file
         if config.get("num_attention_heads", heads(width)) != heads(width):
             raise UserError(
-                f"{folder}/config.json: {config['num_attention_heads']} attention heads; for this width only {heads(width)} is supported"
+                f"{folder}/config.json: {config['num_attention_heads']} attention heads; for this width only "
+                f"{heads(width)} is supported"
             )
         return clip_net(shapes, str(config.get("hidden_act", "quick_gelu")) if config else activation)
 
@@ -56,13 +60,16 @@ def clip_component(
         flag=flag,
         net=net,
         key_format=clip_key_format,
-        single=(lambda names: KeyFormat("openclip", OPEN_CLIP, inverse=True) if openclip else NATIVE) if bundled else None,
+        single=(lambda names: KeyFormat("openclip", OPEN_CLIP, inverse=True) if openclip else NATIVE)
+        if bundled
+        else None,
         unused_keys=lambda names: {*unused(names), *(unused_keys(names) if unused_keys else ())},
     )
 
 
 def clip_key_format(names: Collection[str]) -> KeyFormat | None:
-    """How a file names a CLIP text encoder: as transformers does, the same without `text_model.`, or as OpenCLIP does."""
+    """How a file names a CLIP text encoder: as transformers does, the same without `text_model.`, or as OpenCLIP
+    does."""
     if "text_model.embeddings.token_embedding.weight" in names:
         return NATIVE
     if "embeddings.token_embedding.weight" in names:
@@ -87,7 +94,12 @@ def t5_component(prefixes: tuple[str, ...], folder: str) -> Component:
 
 
 def vae_component(
-    prefixes: tuple[str, ...], scale: float = SD_SCALE, shift: float | None = None, *, channels: int = 4, bundled: bool = True
+    prefixes: tuple[str, ...],
+    scale: float = SD_SCALE,
+    shift: float | None = None,
+    *,
+    channels: int = 4,
+    bundled: bool = True,
 ) -> Component:
     """A KL autoencoder. `scale`, `shift`: what is used where no config says it. `channels`: of its latents."""
 
@@ -96,13 +108,17 @@ def vae_component(
 
     def net(shapes: Shapes, config: Config) -> nn.Module:
         if (found := shapes["decoder.conv_in.weight"][1]) != channels:
-            raise UserError(f"vae: its latents have {found} channels, those of this model {channels}: it is another model's VAE")
+            raise UserError(
+                f"vae: its latents have {found} channels, those of this model {channels}: it is another model's VAE"
+            )
         made: nn.Module = kl_net(shapes, float(config.get("scaling_factor", scale)), config.get("shift_factor", shift))
         return made
 
     def unused_keys(names: Collection[str]) -> Collection[str]:
         """A VAE's own checkpoint also holds the loss that it was trained with, and an average of the weights."""
-        return [name for name in names if not name.startswith(("encoder.", "decoder.", "quant_conv.", "post_quant_conv."))]
+        return [
+            name for name in names if not name.startswith(("encoder.", "decoder.", "quant_conv.", "post_quant_conv."))
+        ]
 
     return Component(
         name="vae",

@@ -51,7 +51,8 @@ class T5Encoder(nn.Module):
 class WideLinear(nn.Linear):
     """A linear layer that is never computed in fp16: what T5's feed-forward says is larger than fp16 can hold.
 
-    Where the weight is in fp16, or autocast is to fp16, it gives fp32; the sums that pass from block to block are fp32 with it.
+    Where the weight is in fp16, or autocast is to fp16, it gives fp32; the sums that pass from block to block are fp32
+    with it.
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -65,7 +66,8 @@ class WideLinear(nn.Linear):
 
 
 def t5_net(shapes: Mapping[str, tuple[int, ...]]) -> T5Encoder:
-    """An encoder without values (on the meta device) for tensors of these names and shapes. Errors: `KeyError` for a missing tensor."""
+    """An encoder without values (on the meta device) for tensors of these names and shapes. Errors: `KeyError` for a
+    missing tensor."""
     from transformers import T5Config
 
     vocabulary, width = shapes[EMBEDDING]
@@ -88,7 +90,8 @@ def t5_net(shapes: Mapping[str, tuple[int, ...]]) -> T5Encoder:
 
 
 def t5_keys(names: Collection[str]) -> KeyMap:
-    """native: a `T5Encoder`. foreign: transformers' T5EncoderModel in a file with these names, but for those of `t5_idle`."""
+    """native: a `T5Encoder`. foreign: transformers' T5EncoderModel in a file with these names, but for those of
+    `t5_idle`."""
     return _SHARED if EMBEDDING in names else _TWIN_ALONE
 
 

@@ -1,4 +1,5 @@
-"""Tokenizers of the text encoders: CLIP's from a folder or from the vocabulary that comes with sfumato, T5's from a folder."""
+"""Tokenizers of the text encoders: CLIP's from a folder or from the vocabulary that comes with sfumato, T5's from a
+folder."""
 
 from __future__ import annotations
 
@@ -32,12 +33,14 @@ def clip_tokenizer(folder: Path | None = None, *, pad: str = EOS) -> Any:
     if folder is None:
         vocabulary, merges = stock_vocabulary()
         made = CLIPTokenizer(vocab=dict(vocabulary), merges=list(merges), pad_token=EOS, model_max_length=77)
-        # Only now: made with it, transformers would take each "!" of a caption for the mark, and not for the token at a word's end.
+        # Only now: made with it, transformers would take each "!" of a caption for the mark, and not for the token at a
+        # word's end.
         made.pad_token = pad
         return made
     if not any((folder / name).is_file() for name in ("tokenizer.json", "vocab.json")):
         raise UserError(
-            f"tokenizer folder {folder}: neither tokenizer.json nor vocab.json is in it; give a CLIP tokenizer's folder, or leave it out"
+            f"tokenizer folder {folder}: neither tokenizer.json nor vocab.json is in it; give a CLIP tokenizer's "
+            "folder, or leave it out"
         )
     try:
         return CLIPTokenizer.from_pretrained(folder, local_files_only=True)
@@ -57,7 +60,8 @@ def stock_vocabulary() -> tuple[dict[str, int], list[tuple[str, str]]]:
 
 
 def byte_letters() -> list[str]:
-    """A printable letter for each byte, in the order of CLIP's vocabulary (byte-level BPE of GPT-2, Radford et al. 2019)."""
+    """A printable letter for each byte, in the order of CLIP's vocabulary (byte-level BPE of GPT-2, Radford et al.
+    2019)."""
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     others = [b for b in range(256) if b not in printable]
     return [chr(b) for b in printable] + [chr(256 + i) for i in range(len(others))]
@@ -84,10 +88,15 @@ def padded(tokenizer: Any, captions: Sequence[str], length: int) -> tuple[Tensor
 
 
 def limit(encoder: str, tokenizer: Any, tokens: int, raised_by: str = "") -> list[Limit]:
-    """What an encoder takes of captions, for `TokenizeStrategy.limits`; nothing when its tokenizer is not there (None)."""
+    """What an encoder takes of captions, for `TokenizeStrategy.limits`; nothing when its tokenizer is not there
+    (None)."""
     from sfumato.data.strategies import Limit  # it imports torch
 
-    return [] if tokenizer is None else [Limit(encoder=encoder, tokens=tokens, count=partial(_counts, tokenizer), raised_by=raised_by)]
+    return (
+        []
+        if tokenizer is None
+        else [Limit(encoder=encoder, tokens=tokens, count=partial(_counts, tokenizer), raised_by=raised_by)]
+    )
 
 
 def _counts(tokenizer: Any, captions: Sequence[str]) -> list[int]:
@@ -107,17 +116,22 @@ SENTINELS = 100
 
 
 def t5_source(given: str | None, *beside: Path) -> Path:
-    """The folder of T5's tokenizer: the one that the user names, else the first of `beside` with one in it, else the hub's."""
+    """The folder of T5's tokenizer: the one that the user names, else the first of `beside` with one in it, else the
+    hub's."""
     found = None if given is not None else next((folder for folder in beside if _holds_t5(folder)), None)
     return found or locate.local(given or T5_HUB, "tokenizer", T5_FILES)
 
 
 def t5_tokenizer(folder: Path) -> Any:
-    """transformers' T5Tokenizer of a folder with tokenizer.json or spiece.model; it ends a text with `</s>`. Errors: `UserError`."""
+    """transformers' T5Tokenizer of a folder with tokenizer.json or spiece.model; it ends a text with `</s>`. Errors:
+    `UserError`."""
     from transformers import T5Tokenizer
 
     if not _holds_t5(folder):
-        raise UserError(f"tokenizer folder {folder}: neither tokenizer.json nor spiece.model is in it; give the folder of a T5 tokenizer")
+        raise UserError(
+            f"tokenizer folder {folder}: neither tokenizer.json nor spiece.model is in it; give the folder of a T5 "
+            "tokenizer"
+        )
     try:
         if (folder / "tokenizer.json").is_file():
             return T5Tokenizer.from_pretrained(folder, local_files_only=True)
