@@ -28,7 +28,9 @@ def now() -> float:
     return float(os.environ.get("SOURCE_DATE_EPOCH") or time.time())
 
 
-@dataclass(slots=True, kw_only=True)
+@dataclass(
+    slots=True,
+)
 class Facts:
     """All that a result's metadata is made of."""
 

@@ -114,16 +114,14 @@ def prepare(
         steps=budget.steps, workers=config.train.max_data_loader_n_workers,
         persistent=config.train.persistent_data_loader_workers, notice=console.print,
     )  # fmt: skip
-    sample_prompts = partial(_sample, config, models, process, prompts, known, world, precision)
-    facts = provenance.Facts(
-        config=config, models=models, plan=data.plan, budget=budget, adapter=plan, optimizer=type(optimizer)
-    )
+    facts = provenance.Facts(config, models, data.plan, budget, plan, type(optimizer))
     run = loop.Run(
         config=config, world=world, budget=budget, plan=data.plan, loader=loader, trainable=trainable,
         training_step=step, optimizer=optimizer, schedule=schedules.schedule(config.optimizer, optimizer, budget.steps),
         ema=EMA(trainable.weights(), config.optimizer.ema_decay) if config.optimizer.ema_decay else None,
         scaler=torch.amp.GradScaler(world.device.type, enabled=precision == "fp16"),
-        log=None, sample=sample_prompts, began=began,
+        log=None, began=began,
+        sample=partial(_sample, config, models, process, prompts, known, world, precision),
         save_result=lambda path, step, epoch: trainable.save(path, facts.at(step, epoch)),
         save_state=lambda path: state.save(run, path), identity=resume.identity(config, plan, models.the_source()),
     )  # fmt: skip
