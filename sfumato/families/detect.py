@@ -23,12 +23,12 @@ CALLED: Mapping[Kind, str] = {
     "controlnet": "a ControlNet, not a base model",
 }
 
-OTHERS = {
-    r"(model\.diffusion_model\.)?byt5_in\..*|lora_unet_double_blocks_\d+_img_mlp_fc1\..*": "HunyuanImage 2.1",
-    r"(model\.diffusion_model\.)?cap_embedder\..*|lora_unet_context_refiner_.*": "Lumina Image 2.0",
-    r"(net\.|model\.diffusion_model\.)?llm_adapter\..*|lora_unet_(llm_adapter|blocks)_.*": "Anima",
+FUTURE = {
+    "HunyuanImage 2.1": r"(model\.diffusion_model\.)?byt5_in\..*|lora_unet_double_blocks_\d+_img_mlp_fc1\..*",
+    "Lumina Image 2.0": r"(model\.diffusion_model\.)?cap_embedder\..*|lora_unet_context_refiner_.*",
+    "Anima": r"(net\.|model\.diffusion_model\.)?llm_adapter\..*|lora_unet_(llm_adapter|blocks)_.*",
 }
-"""Names by which models are known that sfumato does not train yet."""
+"""Models that sfumato does not train yet, and the names that they are known by; a family of theirs is asked first."""
 
 SEEMS = {
     "an adapter (such as a LoRA) for a model that its names do not tell, not a base model": (
@@ -80,7 +80,7 @@ def detect_file(name: str | Path, flag: str = "pretrained_model_name_or_path") -
 
 def unknown(shapes: Shapes) -> str:
     """What a file that no family knows seems to be, as the end of a sentence."""
-    for pattern, model in OTHERS.items():
+    for model, pattern in FUTURE.items():
         if any(re.fullmatch(pattern, key) for key in shapes):
             return f"of {model}, which is not supported yet"
     for what, pattern in SEEMS.items():

@@ -67,10 +67,13 @@ class Case:
 
 
 @cache
+def modules() -> tuple[Any, ...]:
+    """`tests/tinies/NAME.py` of each family that has one, by name."""
+    here = Path(__file__).parent
+    return tuple(import_module(f"tinies.{name}") for name in families.names() if (here / f"{name}.py").exists())
+
+
+@cache
 def cases() -> tuple[Case, ...]:
     """The cases of all families that have some."""
-    found: list[Case] = []
-    for path in sorted(Path(__file__).parent.glob("*.py")):
-        if path.stem in families.names():
-            found += import_module(f"tinies.{path.stem}").CASES
-    return tuple(found)
+    return tuple(case for module in modules() for case in module.CASES)

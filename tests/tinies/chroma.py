@@ -22,6 +22,7 @@ from sfumato.formats.names import add_prefix
 from sfumato.models.autoencoders import vae_keys
 from sfumato.models.meta_init import shapes
 from sfumato.sampling.prompts import Prompt
+from tinies import headers
 from tinies.cases import Case, Files
 from tinies.encoders import T5_WIDTH, t5, t5_tokenizer, vae16
 from tinies.flux import AXES, HEAD, unsettle
@@ -131,3 +132,41 @@ CASES = (
         unmoved=r"denoiser\.distilled_guidance_layer\..*",
     ),
 )
+
+# --- headers of the real files; see `tinies/headers.py` ---
+
+HEADERS: headers.Headers = {
+    "chroma": (lambda: headers.transformer("chroma"), "chroma checkpoint ", "denoiser"),
+    "chroma with prefix": (
+        lambda: headers.under(headers.NET, headers.transformer("chroma")),
+        "chroma checkpoint ",
+        "denoiser",
+    ),
+    "chroma with all": (lambda: headers.comfy("chroma"), "chroma checkpoint ", headers.WHOLE),
+    "chroma of diffusers": (
+        lambda: headers.foreign("chroma", headers.transformer("chroma")),
+        "chroma checkpoint ",
+        "denoiser",
+    ),
+    "chroma in scaled fp8": (
+        lambda: headers.scaled(headers.transformer("chroma"), "weight_scale"),
+        "",
+        headers.SMALL,
+    ),
+    # An adapter that leaves the modulations alone is the same for FLUX.1 and Chroma.
+    "chroma lora": (lambda: headers.table("adapter.chroma.lora"), "(flux|chroma) adapter .*", headers.ADAPTER),
+    "chroma lora of comfy": (
+        lambda: headers.lora("diffusion_model.", headers.transformer("chroma")),
+        "(flux|chroma) adapter .*",
+        headers.ADAPTER,
+    ),
+    "chroma lora of peft": (
+        lambda: headers.lora("transformer.", headers.foreign("chroma", headers.transformer("chroma"))),
+        "(flux|chroma) adapter .*",
+        headers.ADAPTER,
+    ),
+}
+
+FOLDERS: headers.Folders = {
+    "chroma": (lambda: headers.foreign("chroma", headers.transformer("chroma")), "chroma checkpoint "),
+}

@@ -24,7 +24,7 @@ from sfumato.formats.names import add_prefix
 from sfumato.models.autoencoders import vae_keys
 from sfumato.models.meta_init import shapes
 from sfumato.sampling.prompts import Prompt
-from tinies import encoders
+from tinies import encoders, headers
 from tinies.cases import PROMPT, Case, Files
 from tinies.encoders import L_WIDTH, T5_WIDTH
 
@@ -187,3 +187,58 @@ CASES = (
     ),
     _case("schnell", partial(encoded, 256), replace(PROMPT, scale=3.0), guidance=False),
 )
+
+# --- headers of the real files; see `tinies/headers.py` ---
+
+HEADERS: headers.Headers = {
+    "flux dev": (lambda: headers.transformer("flux_dev"), "flux checkpoint dev", "denoiser"),
+    "flux schnell": (lambda: headers.transformer("flux_schnell"), "flux checkpoint schnell", "denoiser"),
+    "flux dev with prefix": (
+        lambda: headers.under(headers.NET, headers.transformer("flux_dev")),
+        "flux checkpoint dev",
+        "denoiser",
+    ),
+    "flux dev with all": (lambda: headers.comfy("flux_dev"), "flux checkpoint dev", headers.WHOLE),
+    "flux schnell with all": (lambda: headers.comfy("flux_schnell"), "flux checkpoint schnell", headers.WHOLE),
+    "flux dev of diffusers": (
+        lambda: headers.foreign("flux", headers.transformer("flux_dev")),
+        "flux checkpoint dev",
+        "denoiser",
+    ),
+    "flux dev in scaled fp8": (
+        lambda: headers.scaled(headers.transformer("flux_dev")) | {"scaled_fp8": (2,)},
+        "",
+        headers.SMALL,
+    ),
+    "flux dev in nf4": (lambda: headers.scaled(headers.comfy("flux_dev"), "weight.absmax"), "", headers.SMALL),
+    "flux for filling": (
+        lambda: headers.transformer("flux_dev") | {"img_in.weight": (3072, 384)},
+        "flux checkpoint dev",
+        headers.LATER,
+    ),
+    "flux lora": (lambda: headers.table("adapter.flux.lora"), "flux adapter .*", headers.ADAPTER),
+    "flux lora of comfy": (
+        lambda: headers.lora("diffusion_model.", headers.transformer("flux_dev")),
+        "flux adapter .*",
+        headers.ADAPTER,
+    ),
+    "flux lora of peft": (
+        lambda: headers.lora("transformer.", headers.foreign("flux", headers.transformer("flux_dev"))),
+        "flux adapter .*",
+        headers.ADAPTER,
+    ),
+    # Qwen-Image has layers of these names and sizes as well.
+    "flux lora of the first layers": (
+        lambda: headers.lora(
+            "transformer.", headers.foreign("flux", headers.transformer("flux_dev")), r"^transformer_blocks\.\d\."
+        ),
+        "",
+        headers.OTHER_ADAPTER,
+    ),
+    "flux controlnet": (lambda: headers.table("flux.controlnet"), "flux controlnet .*", headers.CONTROL),
+}
+
+FOLDERS: headers.Folders = {
+    "flux dev": (lambda: headers.foreign("flux", headers.transformer("flux_dev")), "flux checkpoint dev"),
+    "flux schnell": (lambda: headers.foreign("flux", headers.transformer("flux_schnell")), "flux checkpoint schnell"),
+}

@@ -13,6 +13,7 @@ from torch import Tensor
 from sfumato.sampling.prompts import Prompt
 from sfumato.sampling.sample import scheduler_for
 from sfumato.tensors.noise import DDPM
+from tinies import headers
 from tinies.cases import Case, Files
 
 
@@ -52,3 +53,44 @@ CASES = tuple(
     )
     for variant, v2 in (("1", False), ("2", True))
 )
+
+# --- headers of the real files; see `tinies/headers.py` ---
+
+HEADERS: headers.Headers = {
+    "sd1": (lambda: headers.sd(1), "sd checkpoint v1", headers.WHOLE),
+    "sd2": (lambda: headers.sd(2), "sd checkpoint v2", headers.WHOLE),
+    "sd1 without vae": (
+        lambda: headers.without(f"{FIRST}.*", headers.sd(1)),
+        "sd checkpoint v1",
+        "denoiser, text_encoder",
+    ),
+    "sd1 unet with prefix": (lambda: headers.only(headers.NET, headers.sd(1)), "sd checkpoint v1", headers.NO_TEXT),
+    "sd2 unet bare": (lambda: headers.below(headers.NET, headers.sd(2)), "sd checkpoint v2", headers.NO_TEXT),
+    "sd1 unet of diffusers": (lambda: headers.table("sd1.unet.diffusers"), "sd checkpoint v1", headers.NO_TEXT),
+    "sd1 lora": (lambda: headers.table("adapter.sd1.lora"), "sd adapter v1", headers.ADAPTER),
+    "sd1 locon": (lambda: headers.table("adapter.sd1.locon"), "sd adapter v1", headers.ADAPTER),
+    "sd1 lora of comfy": (
+        lambda: headers.lora("diffusion_model.", headers.below(headers.NET, headers.sd(1))),
+        "sd adapter v1|sd adapter ",
+        headers.ADAPTER,
+    ),
+    "sd2 lora of peft": (
+        lambda: headers.lora("unet.", headers.table("sd2.unet.diffusers")),
+        "sd adapter v2",
+        headers.ADAPTER,
+    ),
+    "sd1 controlnet": (
+        lambda: (
+            headers.under("control_model.", headers.without("out.*", headers.below(headers.NET, headers.sd(1))))
+            | {"control_model.zero_convs.0.0.weight": (320, 320, 1, 1)}
+        ),
+        "sd controlnet v1",
+        headers.CONTROL,
+    ),
+    "sd embedding": (lambda: {"emb_params": (4, 768)}, "sd embedding v1", "is a textual inversion embedding"),
+}
+
+FOLDERS: headers.Folders = {
+    "sd1": (lambda: headers.table("sd1.unet.diffusers"), "sd checkpoint v1"),
+    "sd2": (lambda: headers.table("sd2.unet.diffusers"), "sd checkpoint v2"),
+}

@@ -24,7 +24,7 @@ from sfumato.formats.files import save
 from sfumato.formats.names import add_prefix
 from sfumato.models.autoencoders import vae_keys
 from sfumato.sampling.prompts import Prompt
-from tinies import encoders
+from tinies import encoders, headers
 from tinies.cases import Case, Files
 from tinies.encoders import G_WIDTH, L_WIDTH, randomised
 
@@ -233,3 +233,53 @@ CASES = tuple(
         ),
     )
 )
+
+# --- headers of the real files; see `tinies/headers.py` ---
+
+HEADERS: headers.Headers = {
+    "sd3 medium": (lambda: headers.sd3("sd3_medium"), "sd3 checkpoint medium", "denoiser, vae"),
+    "sd3 medium with text encoders": (
+        lambda: headers.sd3("sd3_medium", "clip_l", "clip_g", "t5xxl"),
+        "sd3 checkpoint medium",
+        headers.WHOLE,
+    ),
+    "sd3.5 medium": (lambda: headers.sd3("sd3.5_medium"), "sd3 checkpoint 3.5-medium", "denoiser, vae"),
+    "sd3.5 large with clips": (
+        lambda: headers.sd3("sd3.5_large", "clip_l", "clip_g"),
+        "sd3 checkpoint 3.5-large",
+        headers.WHOLE,
+    ),
+    "sd3.5 medium bare": (lambda: headers.transformer("sd3.5_medium"), "sd3 checkpoint 3.5-medium", "denoiser"),
+    "sd3.5 large with prefix": (
+        lambda: headers.under(headers.NET, headers.transformer("sd3.5_large")),
+        "sd3 checkpoint 3.5-large",
+        "denoiser",
+    ),
+    "sd3 medium of diffusers": (
+        lambda: headers.foreign("sd3", headers.transformer("sd3_medium")),
+        "sd3 checkpoint medium",
+        "denoiser",
+    ),
+    "sd3.5 medium of diffusers": (
+        lambda: headers.foreign("sd3", headers.transformer("sd3.5_medium")),
+        "sd3 checkpoint 3.5-medium",
+        "denoiser",
+    ),
+    "sd3 lora": (lambda: headers.table("adapter.sd3_medium.lora"), "sd3 adapter ", headers.ADAPTER),
+    "sd3.5 lora of comfy": (
+        lambda: headers.lora("diffusion_model.", headers.transformer("sd3.5_medium")),
+        "sd3 adapter 3.5-medium",
+        headers.ADAPTER,
+    ),
+    "sd3.5 lora of peft": (
+        lambda: headers.lora("transformer.", headers.foreign("sd3", headers.transformer("sd3.5_large"))),
+        "sd3 adapter 3.5-large",
+        headers.ADAPTER,
+    ),
+}
+
+FOLDERS: headers.Folders = {
+    "sd3 medium": (lambda: headers.foreign("sd3", headers.transformer("sd3_medium")), "sd3 checkpoint medium"),
+    "sd3.5 medium": (lambda: headers.foreign("sd3", headers.transformer("sd3.5_medium")), "sd3 checkpoint 3.5-medium"),
+    "sd3.5 large": (lambda: headers.foreign("sd3", headers.transformer("sd3.5_large")), "sd3 checkpoint 3.5-large"),
+}

@@ -25,7 +25,7 @@ from sfumato.models.encoders.clip import OPEN_CLIP
 from sfumato.sampling.prompts import Prompt
 from sfumato.sampling.sample import scheduler_for
 from sfumato.tensors.noise import DDPM
-from tinies import encoders
+from tinies import encoders, headers
 from tinies.cases import Case, Files
 from tinies.encoders import G_WIDTH, L_WIDTH, clip_config, randomised
 
@@ -164,3 +164,51 @@ CASES = (
         unmoved=r"clip_l\.text_model\.(encoder\.layers\.11\.|final_layer_norm\.).*",
     ),
 )
+
+# --- headers of the real files; see `tinies/headers.py` ---
+
+HEADERS: headers.Headers = {
+    "sdxl": (lambda: headers.table("sdxl.single_file"), "sdxl checkpoint ", headers.WHOLE),
+    "sdxl unet with prefix": (
+        lambda: headers.only(headers.NET, headers.table("sdxl.single_file")),
+        "sdxl checkpoint ",
+        headers.NO_TEXT,
+    ),
+    "sdxl unet bare": (lambda: headers.table("sdxl.unet"), "sdxl checkpoint ", headers.NO_TEXT),
+    "sdxl unet of diffusers": (
+        lambda: headers.foreign("sdxl", headers.table("sdxl.unet")),
+        "sdxl checkpoint ",
+        headers.NO_TEXT,
+    ),
+    "sdxl lora": (lambda: headers.table("adapter.sdxl.lora"), "sdxl adapter ", headers.ADAPTER),
+    "sdxl locon": (lambda: headers.table("adapter.sdxl.locon"), "sdxl adapter ", headers.ADAPTER),
+    "sdxl loha": (lambda: headers.table("adapter.sdxl.loha"), "sdxl adapter ", headers.ADAPTER),
+    "sdxl lokr": (lambda: headers.table("adapter.sdxl.lokr"), "sdxl adapter ", headers.ADAPTER),
+    "sdxl oft": (lambda: headers.table("adapter.sdxl.oft"), "sdxl adapter ", headers.ADAPTER),
+    "sdxl lora of comfy": (
+        lambda: headers.lora("diffusion_model.", headers.table("sdxl.unet")),
+        "sdxl adapter ",
+        headers.ADAPTER,
+    ),
+    "sdxl lora of peft": (
+        lambda: headers.lora("unet.", headers.foreign("sdxl", headers.table("sdxl.unet"))),
+        "sdxl adapter ",
+        headers.ADAPTER,
+    ),
+    "sdxl lora of a text encoder": (
+        lambda: {k: v for k, v in headers.table("adapter.sdxl.lora").items() if k.startswith("lora_te2_")},
+        "sdxl adapter ",
+        headers.ADAPTER,
+    ),
+    "sdxl controlnet": (lambda: headers.table("sdxl.controlnet"), "sdxl controlnet ", headers.CONTROL),
+    "sdxl lllite": (lambda: headers.table("sdxl.lllite"), "sdxl controlnet ", headers.CONTROL),
+    "sdxl embedding": (
+        lambda: {"clip_l": (4, 768), "clip_g": (4, 1280)},
+        "sdxl embedding ",
+        "is a textual inversion embedding",
+    ),
+}
+
+FOLDERS: headers.Folders = {
+    "sdxl": (lambda: headers.foreign("sdxl", headers.table("sdxl.unet")), "sdxl checkpoint "),
+}

@@ -1,0 +1,107 @@
+"""Headers of real files, and what is said of them: helpers for the `HEADERS` of a family's `tests/tinies/NAME.py`."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import re
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+
+import torch
+
+from sfumato import families
+
+Table = dict[str, tuple[int, ...]]
+
+
+@cache
+def table(name: str) -> Table:
+    path = Path(__file__).parents[1] / "fixtures" / "keys" / f"{name}.json.gz"
+    return {k: tuple(v) for k, v in json.loads(gzip.decompress(path.read_bytes())).items()}
+
+
+def under(prefix: str, tensors: Table) -> Table:
+    return {prefix + name: shape for name, shape in tensors.items()}
+
+
+def below(prefix: str, tensors: Table) -> Table:
+    return {name[len(prefix) :]: shape for name, shape in tensors.items() if name.startswith(prefix)}
+
+
+def only(prefix: str, tensors: Table) -> Table:
+    """With the prefix left on."""
+    return under(prefix, below(prefix, tensors))
+
+
+NET, FIRST, TE = "model.diffusion_model.", "first_stage_model.", "text_encoders."
+T5 = "encoder.block.0.layer.0.SelfAttention.q"
+
+
+def sd(version: int) -> Table:
+    return table(f"sd{version}.single_file")
+
+
+def transformer(name: str) -> Table:
+    return table(f"{name}.transformer")
+
+
+def text(*names: str) -> Table:
+    """Text encoders as bundles hold them."""
+    files = {"clip_l": "clip_l.hf", "clip_g": "clip_g.hf", "t5xxl": "t5xxl.hf"}
+    return {k: shape for name in names for k, shape in under(f"{TE}{name}.transformer.", table(files[name])).items()}
+
+
+def sd3(name: str, *encoders: str) -> Table:
+    """As Stability publishes it: with the VAE, and with or without the text encoders."""
+    return under(NET, transformer(name)) | under(FIRST, table("sd3.vae")) | text(*encoders)
+
+
+def comfy(name: str) -> Table:
+    """FLUX and Chroma as ComfyUI saves a checkpoint."""
+    return under(NET, transformer(name)) | under("vae.", table("flux.vae")) | text("clip_l", "t5xxl")
+
+
+def foreign(family: str, native: Table) -> Table:
+    """The denoiser's tensors as a diffusers folder names them; the names are proven against diffusers' classes elsewhere."""
+    part = next(part for part in families.family(family).components if part.name == "denoiser")
+    found = part.diffusers(native).write({name: torch.empty(shape, device="meta") for name, shape in native.items()})
+    return {name: tuple(t.shape) for name, t in found.items()}
+
+
+def lora(prefix: str, weights: Table, only: str = "") -> Table:
+    """An adapter of rank 4 for every matrix of the blocks, as ComfyUI and PEFT name it."""
+    made: Table = {}
+    for name, shape in weights.items():
+        if name.endswith(".weight") and len(shape) == 2 and "block" in name and re.search(only, name):
+            path = prefix + name.removesuffix(".weight")
+            made |= {f"{path}.lora_A.weight": (4, shape[1]), f"{path}.lora_B.weight": (shape[0], 4)}
+    return made
+
+
+def scaled(tensors: Table, mark: str = "scale_weight") -> Table:
+    """Weights in fewer bits with a scale beside each."""
+    return tensors | {name.removesuffix("weight") + mark: () for name, shape in tensors.items() if len(shape) == 2}
+
+
+def without(pattern: str, tensors: Table) -> Table:
+    return {name: shape for name, shape in tensors.items() if not re.fullmatch(pattern, name)}
+
+
+WHOLE = "denoiser, text_encoder, vae"
+NO_TEXT = "holds no text_encoder"
+ADAPTER, VAE, ENCODER, CONTROL = "is an adapter", "is a VAE", "is a text encoder", "is a ControlNet"
+SMALL, LATER, UNKNOWN = "its weights are quantised", "which is not supported yet", "no model that sfumato knows"
+OTHER_ADAPTER, OTHER_VAE, LANGUAGE = (
+    "for a model that its names do not tell",
+    "is a VAE of a model that is not",
+    "is a language model",
+)
+
+
+Headers = dict[str, tuple[Callable[[], Table], str, str]]
+"""What a file is: its tensors; what it is known as ("family kind variant", a pattern; empty: no family knows it); and what
+is said when it is given as the base model: the parts that are found, or the refusal."""
+Folders = dict[str, tuple[Callable[[], Table], str]]
+"""The denoisers of diffusers folders: the tensors, and what the folder is known as."""
