@@ -60,7 +60,7 @@ HEADERS: headers.Headers = {
     "sd1": (lambda: headers.sd(1), "sd checkpoint v1", headers.WHOLE),
     "sd2": (lambda: headers.sd(2), "sd checkpoint v2", headers.WHOLE),
     "sd1 without vae": (
-        lambda: headers.without(f"{FIRST}.*", headers.sd(1)),
+        lambda: headers.without(f"{headers.FIRST}.*", headers.sd(1)),
         "sd checkpoint v1",
         "denoiser, text_encoder",
     ),
