@@ -3,21 +3,17 @@
 from __future__ import annotations
 
 import gc
-import gzip
-import json
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 import torch
 from run_fixtures import images, model, train
+from tinies.headers import table
 
 __all__ = ["images", "keys", "model", "train"]
 
 # Two test processes share two cores; and one thread adds numbers in the same order each time.
 torch.set_num_threads(1)
-
-KEYS = Path(__file__).with_name("fixtures") / "keys"
 
 
 def pytest_collection_finish() -> None:
@@ -29,6 +25,4 @@ def pytest_collection_finish() -> None:
 @pytest.fixture(scope="session")
 def keys() -> Callable[[str], dict[str, tuple[int, ...]]]:
     """Name of a real file -> {tensor name: shape}."""
-    return lambda name: {
-        k: tuple(v) for k, v in json.loads(gzip.decompress((KEYS / f"{name}.json.gz").read_bytes())).items()
-    }
+    return table

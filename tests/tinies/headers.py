@@ -18,8 +18,9 @@ Table = dict[str, tuple[int, ...]]
 
 @cache
 def table(name: str) -> Table:
+    """{tensor name: shape} of a real file; `tests/key_table.py` makes the tables."""
     path = Path(__file__).parents[1] / "fixtures" / "keys" / f"{name}.json.gz"
-    return {k: tuple(v) for k, v in json.loads(gzip.decompress(path.read_bytes())).items()}
+    return {key: tuple(shape) for key, shape in json.loads(gzip.decompress(path.read_bytes())).items()}
 
 
 def under(prefix: str, tensors: Table) -> Table:
