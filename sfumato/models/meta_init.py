@@ -19,9 +19,19 @@ def shapes(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
 
 
 def fill(net: Net, tensors: Mapping[str, Tensor], what: str) -> Net:
-    """The net with these very tensors as its own, frozen and in eval mode. Errors: as `check`."""
+    """The net with these very tensors as its own, frozen and in eval mode.
+
+    Errors: as `check`; `RuntimeError` for a net with parameters or buffers that no file fills.
+    """
     check(net, shapes(tensors), what)
     net.load_state_dict(dict(tensors), strict=True, assign=True)
+    if empty := [
+        name for name, t in (*net.named_parameters(), *net.named_buffers()) if t.is_meta and name not in tensors
+    ]:
+        raise RuntimeError(
+            f"{type(net).__name__}: {', '.join(empty)} still without values after loading {what}: a buffer that is not "
+            "persistent is filled by no file; make it in forward, or register it persistent and in the key table"
+        )
     return net.eval().requires_grad_(False)
 
 
