@@ -11,8 +11,10 @@ import torch
 from torch import Tensor
 
 from sfumato.formats.files import save
+from sfumato.models.autoencoders import vae_component
 from sfumato.models.components import Component, open_component
-from sfumato.models.encoders.components import clip_component, t5_component, vae_component
+from sfumato.models.encoders.clip import clip_component
+from sfumato.models.encoders.t5 import t5_component
 
 T5 = t5_component(("text_encoders.t5xxl.transformer.",), "text_encoder_3")
 

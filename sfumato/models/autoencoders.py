@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
+from sfumato.errors import UserError
 from sfumato.formats.names import CONV_TO_LINEAR, KeyMap, Rule, rule
-from sfumato.models.encoders.clip import count_layers
+from sfumato.models.components import NATIVE, Component, Config, KeyFormat, matching
+from sfumato.models.layers import Shapes, count_layers
 
 SD_SCALE = 0.18215
 """Factor from raw latents to those of the denoiser in Stable Diffusion 1.x and 2.x."""
 LDM_MARK, DIFFUSERS_MARK = "encoder.down.0.block.0.conv1.weight", "encoder.down_blocks.0.resnets.0.conv1.weight"
 """A tensor by which the spelling of a KL autoencoder is known."""
+_UNUSED = matching(r"(?!(encoder|decoder|quant_conv|post_quant_conv)\.).*")
+"""A VAE's own checkpoint also holds the loss that it was trained with, and an average of the weights."""
 EARLY_MARK = "encoder.mid_block.attentions.0.query.weight"
 
 
-def kl_net(shapes: Mapping[str, tuple[int, ...]], scale: float, shift: float | None = None) -> Any:
+def kl_net(shapes: Shapes, scale: float, shift: float | None = None) -> Any:
     """diffusers' AutoencoderKL without values (on the meta device) for tensors of these shapes, in diffusers' names.
 
     `scale`, `shift`: from raw latents to those of the denoiser; they stand in its config. Errors: `KeyError` for a
@@ -61,6 +65,53 @@ def unscale(vae: nn.Module, latents: Tensor) -> Tensor:
 def _scaling(vae: nn.Module) -> tuple[float, float]:
     config = cast(Any, vae).config
     return float(config.scaling_factor), float(config.shift_factor or 0.0)
+
+
+# --- files ---
+
+
+def vae_component(
+    prefixes: tuple[str, ...],
+    scale: float = SD_SCALE,
+    shift: float | None = None,
+    *,
+    channels: int = 4,
+    bundled: bool = True,
+) -> Component:
+    """A KL autoencoder. `scale`, `shift`: what is used where no config says it. `channels`: of its latents."""
+
+    def scaling(config: Config) -> tuple[float, float]:
+        return float(config.get("scaling_factor", scale)), float(config.get("shift_factor", shift) or 0.0)
+
+    def net(shapes: Shapes, config: Config) -> nn.Module:
+        if (found := shapes["decoder.conv_in.weight"][1]) != channels:
+            raise UserError(
+                f"vae: its latents have {found} channels, those of this model {channels}: it is another model's VAE"
+            )
+        made: nn.Module = kl_net(shapes, float(config.get("scaling_factor", scale)), config.get("shift_factor", shift))
+        return made
+
+    return Component(
+        name="vae",
+        title="the VAE",
+        prefixes=(*prefixes, ""),
+        folder="vae",
+        flag="vae",
+        net=net,
+        key_format=vae_key_format,
+        single=(lambda names: KeyFormat("ldm", vae_keys(names))) if bundled else None,
+        unused_keys=_UNUSED,
+        scaling=scaling,
+    )
+
+
+def vae_key_format(names: Collection[str]) -> KeyFormat | None:
+    """How a file names a KL autoencoder: as LDM does, as diffusers does, or as diffusers did in 2022."""
+    if LDM_MARK in names:
+        return KeyFormat("ldm", vae_keys(names))
+    if DIFFUSERS_MARK not in names:
+        return None
+    return KeyFormat("diffusers 2022", EARLY) if EARLY_MARK in names else NATIVE
 
 
 def vae_keys(names: Collection[str]) -> KeyMap:

@@ -96,6 +96,38 @@ class Component:
     """Of a VAE: factor and shift from its raw latents to the denoiser's, (x - shift) * factor."""
 
 
+def denoiser(
+    net: Callable[[Shapes, Config], nn.Module],
+    keys: Callable[[Shapes], KeyMap],
+    *,
+    prefixes: tuple[str, ...],
+    native: str,
+    diffusers: str,
+    title: str = "the transformer",
+    folder: str = "transformer",
+) -> Component:
+    """A denoiser, whose own names are those of single files.
+
+    `keys`: the table to diffusers' names, for tensors of these names and shapes, native ones or diffusers'.
+    `native`, `diffusers`: a tensor by which a file in these names is known; the latter is looked for first.
+    """
+
+    def diffusers_format(shapes: Shapes) -> KeyFormat:
+        return KeyFormat("diffusers", keys(shapes))
+
+    return Component(
+        name="denoiser",
+        title=title,
+        prefixes=prefixes,
+        folder=folder,
+        net=net,
+        key_format=lambda shapes: (
+            diffusers_format(shapes) if diffusers in shapes else NATIVE if native in shapes else None
+        ),
+        diffusers=diffusers_format,
+    )
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ComponentWeights:
     """A net as files hold it."""

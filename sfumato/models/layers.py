@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -26,3 +27,8 @@ def timestep_embedding(t: Tensor, channels: int) -> Tensor:
     rates = torch.exp(-math.log(10_000) * torch.arange(half, dtype=torch.float32, device=t.device) / half)
     angles = t.float()[:, None] * rates
     return torch.cat([angles.cos(), angles.sin()], -1)
+
+
+def count_layers(names: Iterable[str], pattern: str) -> int:
+    """How many different numbers the group of `pattern` finds at the start of the names."""
+    return len({m[1] for name in names if (m := re.match(pattern, name))})

@@ -19,9 +19,8 @@ from torch import Tensor
 from sfumato.errors import UserError
 from sfumato.formats.files import save
 from sfumato.formats.names import add_prefix
-from sfumato.models.autoencoders import kl_net, scale, unscale, vae_keys
+from sfumato.models.autoencoders import kl_net, scale, unscale, vae_component, vae_keys
 from sfumato.models.components import open_component
-from sfumato.models.encoders.components import vae_component
 from sfumato.models.meta_init import shapes
 
 Keys = Callable[[str], dict[str, tuple[int, ...]]]

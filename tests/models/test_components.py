@@ -21,7 +21,7 @@ from sfumato.errors import UserError
 from sfumato.formats.files import load, read_header, save
 from sfumato.formats.names import KeyMap, add_prefix, rule
 from sfumato.models import loading
-from sfumato.models.autoencoders import vae_keys
+from sfumato.models.autoencoders import vae_component, vae_keys
 from sfumato.models.base import Models
 from sfumato.models.components import (
     Checkpoint,
@@ -34,7 +34,7 @@ from sfumato.models.components import (
     single_file,
     values,
 )
-from sfumato.models.encoders.components import clip_component, vae_component
+from sfumato.models.encoders.clip import clip_component
 from sfumato.models.encoders.t5 import EMBEDDING, TWIN
 
 Tensors = dict[str, Tensor]

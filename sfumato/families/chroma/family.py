@@ -29,9 +29,10 @@ from sfumato.families.flux.net import PATCH, blocks
 from sfumato.families.flux.network_args import INPUT_TARGETS, target_layer
 from sfumato.families.flux.strategies import LATENTS
 from sfumato.formats.dialect import Dialect
+from sfumato.models.autoencoders import vae_component
 from sfumato.models.base import Family, Models, TokenizerSpec
-from sfumato.models.components import NATIVE, Checkpoint, Component, Config, KeyFormat
-from sfumato.models.encoders.components import T5_TARGETS, t5_component, vae_component
+from sfumato.models.components import Checkpoint, Config, denoiser
+from sfumato.models.encoders.t5 import T5_TARGETS, t5_component
 from sfumato.models.encoders.tokenizers import t5_home, t5_vocabulary
 from sfumato.models.layers import Shapes
 from sfumato.tensors.flow import flux_mu, schedule
@@ -50,27 +51,13 @@ def transformer(shapes: Shapes, config: Config) -> Chroma:
     return net
 
 
-def diffusers(shapes: Shapes) -> KeyFormat:
-    """diffusers' names of a transformer, given in either format."""
-    return KeyFormat("diffusers", chroma_keys(shapes))
-
-
-def key_format(shapes: Shapes) -> KeyFormat | None:
-    """How a file names a transformer."""
-    return (
-        diffusers(shapes) if "x_embedder.weight" in shapes else NATIVE if f"{MARK}.in_proj.weight" in shapes else None
-    )
-
-
 COMPONENTS = (
-    Component(
-        name="denoiser",
-        title="the transformer",
+    denoiser(
+        transformer,
+        chroma_keys,
         prefixes=("", PREFIX),
-        folder="transformer",
-        net=transformer,
-        key_format=key_format,
-        diffusers=diffusers,
+        native=f"{MARK}.in_proj.weight",
+        diffusers="x_embedder.weight",
     ),
     t5_component((T5XXL,), "text_encoder"),
     vae_component((VAE,), SCALE, VAE_SHIFT, channels=LATENTS.channels, bundled=False),

@@ -33,10 +33,11 @@ from sfumato.families.flux.network_args import INPUT_TARGETS, target_layer
 from sfumato.families.flux.strategies import LATENTS, FluxEncode, FluxTokenize, outputs
 from sfumato.formats.dialect import Dialect, usual
 from sfumato.formats.names import KeyMap
+from sfumato.models.autoencoders import vae_component
 from sfumato.models.base import Family, Models, SampleInfo, TokenizerSpec
-from sfumato.models.components import NATIVE, Checkpoint, Component, Config, KeyFormat
-from sfumato.models.encoders.components import CLIP_TARGETS, T5_TARGETS, clip_component, t5_component, vae_component
-from sfumato.models.encoders.t5 import EMBEDDING
+from sfumato.models.components import Checkpoint, Config, denoiser
+from sfumato.models.encoders.clip import CLIP_TARGETS, clip_component
+from sfumato.models.encoders.t5 import EMBEDDING, T5_TARGETS, t5_component
 from sfumato.models.encoders.tokenizers import clip_tokenizer, t5_home, t5_vocabulary
 from sfumato.models.flow_options import REFUSED
 from sfumato.models.layers import Shapes
@@ -85,26 +86,8 @@ def check_config(config: Config, facts: Mapping[str, Any]) -> None:
         raise UserError(*wrong)
 
 
-def diffusers(shapes: Shapes) -> KeyFormat:
-    """diffusers' names of a transformer, given in either format."""
-    return KeyFormat("diffusers", flux_keys(shapes))
-
-
-def key_format(shapes: Shapes) -> KeyFormat | None:
-    """How a file names a transformer."""
-    return NATIVE if "img_in.weight" in shapes else diffusers(shapes) if "x_embedder.weight" in shapes else None
-
-
 COMPONENTS = (
-    Component(
-        name="denoiser",
-        title="the transformer",
-        prefixes=("", PREFIX),
-        folder="transformer",
-        net=transformer,
-        key_format=key_format,
-        diffusers=diffusers,
-    ),
+    denoiser(transformer, flux_keys, prefixes=("", PREFIX), native="img_in.weight", diffusers="x_embedder.weight"),
     clip_component("clip_l", (CLIP_L,), "text_encoder", "quick_gelu", flag="clip_l", bundled=False),
     t5_component((T5XXL,), "text_encoder_2"),
     vae_component((VAE,), SCALE, VAE_SHIFT, channels=LATENTS.channels, bundled=False),

@@ -19,12 +19,12 @@ from sfumato.families.sd.net import UNet, blocks
 from sfumato.families.sd.strategies import LATENTS, OUTPUTS, SdEncode, SdTokenize
 from sfumato.formats.dialect import Dialect, usual
 from sfumato.models import locate
+from sfumato.models.autoencoders import vae_component
 from sfumato.models.base import Family, Models, TokenizerSpec
-from sfumato.models.components import Checkpoint, Component, Config, KeyFormat, unchanged
-from sfumato.models.encoders.clip import LAYERS, count_layers
-from sfumato.models.encoders.components import CLIP_TARGETS, clip_component, vae_component
+from sfumato.models.components import Checkpoint, Config, denoiser, unchanged
+from sfumato.models.encoders.clip import CLIP_TARGETS, LAYERS, clip_component
 from sfumato.models.encoders.tokenizers import clip_tokenizer
-from sfumato.models.layers import Shapes
+from sfumato.models.layers import Shapes, count_layers
 from sfumato.tensors.noise import DDPM, NoiseProcess
 
 LAYERS_USED = 23
@@ -50,22 +50,6 @@ def check_channels(shapes: Shapes) -> None:
         )
 
 
-def diffusers(names: Collection[str]) -> KeyFormat:
-    """diffusers' names of a U-Net, given in either key_format."""
-    return KeyFormat("diffusers", unet_keys(names))
-
-
-def unet_key_format(names: Collection[str]) -> KeyFormat | None:
-    """How a file names a U-Net."""
-    return (
-        KeyFormat("ldm")
-        if "input_blocks.0.0.weight" in names
-        else diffusers(names)
-        if "conv_in.weight" in names
-        else None
-    )
-
-
 def _unused_layer(names: Collection[str]) -> Collection[str]:
     """OpenCLIP's last layer, whose states 2.x does not use."""
     layers = {int(name.split(".")[2]) for name in names if name.startswith("transformer.resblocks.")}
@@ -74,14 +58,19 @@ def _unused_layer(names: Collection[str]) -> Collection[str]:
 
 
 COMPONENTS = (
-    Component(
-        name="denoiser", title="the U-Net", prefixes=(UNET, ""), folder="unet",
-        net=_unet, key_format=unet_key_format, diffusers=diffusers,
+    denoiser(
+        _unet,
+        unet_keys,
+        prefixes=(UNET, ""),
+        native="input_blocks.0.0.weight",
+        diffusers="conv_in.weight",
+        title="the U-Net",
+        folder="unet",
     ),
     clip_component("clip_l", (CLIP_L,), "text_encoder", "quick_gelu"),
     clip_component("clip_h", (CLIP_H,), "text_encoder", "gelu", openclip=True, unused_keys=_unused_layer),
     vae_component((VAE,)),
-)  # fmt: skip
+)
 
 
 def complete(options: Options, source: Checkpoint) -> tuple[Options, Checkpoint]:

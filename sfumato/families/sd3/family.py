@@ -25,10 +25,11 @@ from sfumato.families.sd3.network_args import EMBEDDER_TARGETS, target_layer
 from sfumato.families.sd3.positions import embedded, places, scaled
 from sfumato.families.sd3.strategies import CLIPS, LATENTS, Sd3Encode, Sd3Tokenize, outputs
 from sfumato.formats.dialect import Dialect
+from sfumato.models.autoencoders import vae_component
 from sfumato.models.base import Family, Models, SampleInfo, TokenizerSpec
-from sfumato.models.components import NATIVE, Checkpoint, Component, Config, KeyFormat
-from sfumato.models.encoders.components import CLIP_TARGETS, T5_TARGETS, clip_component, t5_component, vae_component
-from sfumato.models.encoders.t5 import EMBEDDING
+from sfumato.models.components import Checkpoint, Config, denoiser
+from sfumato.models.encoders.clip import CLIP_TARGETS, clip_component
+from sfumato.models.encoders.t5 import EMBEDDING, T5_TARGETS, t5_component
 from sfumato.models.encoders.tokenizers import clip_tokenizer, t5_home, t5_vocabulary
 from sfumato.models.flow_options import REFUSED
 from sfumato.models.layers import Shapes
@@ -66,31 +67,13 @@ def transformer(shapes: Shapes, config: Config) -> MMDiT:
     return MMDiT.of(shapes)
 
 
-def diffusers(shapes: Shapes) -> KeyFormat:
-    """diffusers' names of a transformer, given in either key_format."""
-    return KeyFormat("diffusers", names.transformer_keys(shapes))
-
-
-def key_format(shapes: Shapes) -> KeyFormat | None:
-    """How a file names a transformer."""
-    return (
-        NATIVE
-        if "x_embedder.proj.weight" in shapes
-        else diffusers(shapes)
-        if "pos_embed.proj.weight" in shapes
-        else None
-    )
-
-
 COMPONENTS = (
-    Component(
-        name="denoiser",
-        title="the transformer",
+    denoiser(
+        transformer,
+        names.transformer_keys,
         prefixes=(names.TRANSFORMER, ""),
-        folder="transformer",
-        net=transformer,
-        key_format=key_format,
-        diffusers=diffusers,
+        native="x_embedder.proj.weight",
+        diffusers="pos_embed.proj.weight",
     ),
     clip_component(
         "clip_l", (names.CLIP_L,), "text_encoder", "quick_gelu", flag="clip_l", projected=True, bundled=False

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,9 +21,10 @@ from sfumato.families.sdxl.names import CLIP_G, CLIP_L, PASSTHROUGH, TARGETS, UN
 from sfumato.families.sdxl.net import UNet, blocks
 from sfumato.families.sdxl.strategies import LATENTS, OUTPUTS, SdxlEncode, SdxlTokenize
 from sfumato.formats.dialect import Dialect, usual
+from sfumato.models.autoencoders import vae_component
 from sfumato.models.base import Family, Models, SampleInfo, TokenizerSpec
-from sfumato.models.components import NATIVE, Checkpoint, Component, Config, KeyFormat
-from sfumato.models.encoders.components import CLIP_TARGETS, clip_component, vae_component
+from sfumato.models.components import Checkpoint, Config, denoiser
+from sfumato.models.encoders.clip import CLIP_TARGETS, clip_component
 from sfumato.models.encoders.tokenizers import clip_tokenizer
 from sfumato.models.layers import Shapes, timestep_embedding
 
@@ -44,25 +45,20 @@ def _unet(shapes: Shapes, config: Config) -> UNet:
     return UNet.of(shapes)
 
 
-def diffusers(names: Collection[str]) -> KeyFormat:
-    """diffusers' names of a U-Net, given in either format."""
-    return KeyFormat("diffusers", unet_keys(names))
-
-
-def unet_key_format(names: Collection[str]) -> KeyFormat | None:
-    """How a file names a U-Net."""
-    return NATIVE if "input_blocks.0.0.weight" in names else diffusers(names) if "conv_in.weight" in names else None
-
-
 COMPONENTS = (
-    Component(
-        name="denoiser", title="the U-Net", prefixes=(UNET, ""), folder="unet",
-        net=_unet, key_format=unet_key_format, diffusers=diffusers,
+    denoiser(
+        _unet,
+        unet_keys,
+        prefixes=(UNET, ""),
+        native="input_blocks.0.0.weight",
+        diffusers="conv_in.weight",
+        title="the U-Net",
+        folder="unet",
     ),
     clip_component("clip_l", (CLIP_L,), "text_encoder", "quick_gelu"),
     clip_component("clip_g", (CLIP_G,), "text_encoder_2", "gelu", openclip=True, projected=True),
     vae_component((VAE,), SCALE),
-)  # fmt: skip
+)
 
 
 def complete(options: Options, source: Checkpoint) -> tuple[Options, Checkpoint]:

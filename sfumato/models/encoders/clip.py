@@ -6,19 +6,25 @@ the file (`text_model.encoder.layers.0.mlp.fc1`), and adapters are named by it.
 
 from __future__ import annotations
 
-import re
-from collections.abc import Mapping
+from collections.abc import Callable, Collection
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from sfumato.errors import UserError
 from sfumato.formats.names import TRANSPOSE, KeyMap, rule
+from sfumato.models.components import NATIVE, Component, Config, KeyFormat, matching
+from sfumato.models.layers import Shapes, count_layers
 
 HEAD_WIDTH = 64
 """Channels of an attention head in every published CLIP text model."""
 VOCABULARY = 49408
 """CLIP's tokens; the last marks the end of a caption. Embeddings that users train may follow it."""
+
+CLIP_TARGETS = {"linear": ("*.self_attn.*_proj", "*.mlp.fc?")}
+"""For `Family.targets`: the layers that adapters go on."""
+_UNUSED = r"(text_model\.)?embeddings\.position_ids|logit_scale|(vision_model|visual_projection|visual)\..*|attn_mask"
 
 LAYERS = r"text_model\.encoder\.layers\.(\d+)\."
 """Pattern of the tensors of a layer, the number of which is its group."""
@@ -96,7 +102,7 @@ class ClipText(nn.Module):
         return layers
 
 
-def clip_net(shapes: Mapping[str, tuple[int, ...]], activation: str) -> ClipText:
+def clip_net(shapes: Shapes, activation: str) -> ClipText:
     """A text model without values (on the meta device) for tensors of these names (with `text_model.`) and shapes.
 
     activation: "quick_gelu" (OpenAI's CLIP) or "gelu" (OpenCLIP). Errors: `KeyError` for a missing tensor.
@@ -127,6 +133,58 @@ def heads(width: int) -> int:
     return max(1, width // HEAD_WIDTH)
 
 
-def count_layers(names: Mapping[str, Any], pattern: str) -> int:
-    """How many different numbers the group of `pattern` finds at the start of the names."""
-    return len({m[1] for name in names if (m := re.match(pattern, name))})
+# --- files ---
+
+
+def clip_component(
+    name: str,
+    prefixes: tuple[str, ...],
+    folder: str,
+    activation: str,
+    *,
+    flag: str = "",
+    openclip: bool = False,
+    projected: bool = False,
+    bundled: bool = True,
+    unused_keys: Callable[[Collection[str]], Collection[str]] | None = None,
+) -> Component:
+    """A CLIP text encoder.
+
+    `activation`: what is used where no config says it. `openclip`: whether single files spell it as OpenCLIP does.
+    `projected`: whether its text projection is used; else it is kept as it is. `bundled`: whether new single files hold
+    it. `unused_keys`: further names of no net.
+    """
+    unused = matching(_UNUSED if projected else _UNUSED + r"|text_projection(\.weight)?")
+
+    def net(shapes: Shapes, config: Config) -> nn.Module:
+        width = int(config.get("hidden_size", 512))  # transformers leaves its own defaults out of the file
+        if config.get("num_attention_heads", heads(width)) != heads(width):
+            raise UserError(
+                f"{folder}/config.json: {config['num_attention_heads']} attention heads; for this width only "
+                f"{heads(width)} is supported"
+            )
+        return clip_net(shapes, str(config.get("hidden_act", "quick_gelu")) if config else activation)
+
+    return Component(
+        name=name,
+        title=f"the text encoder {name}",
+        prefixes=(*prefixes, ""),
+        folder=folder,
+        flag=flag,
+        net=net,
+        key_format=clip_key_format,
+        single=(lambda names: KeyFormat("openclip", OPEN_CLIP, inverse=True) if openclip else NATIVE)
+        if bundled
+        else None,
+        unused_keys=lambda names: {*unused(names), *(unused_keys(names) if unused_keys else ())},
+    )
+
+
+def clip_key_format(names: Collection[str]) -> KeyFormat | None:
+    """How a file names a CLIP text encoder: as transformers does, the same without `text_model.`, or as OpenCLIP
+    does."""
+    if "text_model.embeddings.token_embedding.weight" in names:
+        return NATIVE
+    if "embeddings.token_embedding.weight" in names:
+        return KeyFormat("bare", CLIP_BARE)
+    return KeyFormat("openclip", OPEN_CLIP, inverse=True) if "token_embedding.weight" in names else None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from typing import Any, cast
 
 import torch
@@ -10,13 +10,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sfumato.formats.names import KeyMap, rule
-from sfumato.models.encoders.clip import count_layers
+from sfumato.models.components import Component, KeyFormat, matching
+from sfumato.models.layers import Shapes, count_layers
 
 EMBEDDING, TWIN = "shared.weight", "encoder.embed_tokens.weight"
 """One tensor under two names: transformers ties them, and files hold the first, both or, rarely, the second alone."""
 _FIRST = "encoder.block.0.layer."
 _SHARED = KeyMap(rule("shared"), rule("encoder"))
 _TWIN_ALONE = KeyMap(rule("shared", "encoder.embed_tokens"), rule("encoder"))
+_UNUSED = matching(r"(decoder|lm_head)\..*|logit_scale|spiece_model")
+T5_TARGETS = {"linear": ("*.SelfAttention.?", "*.DenseReluDense.w*")}
+"""For `Family.targets`: the layers that adapters go on."""
 
 
 class T5Encoder(nn.Module):
@@ -65,7 +69,7 @@ class WideLinear(nn.Linear):
             return F.linear(x.float(), self.weight.float())
 
 
-def t5_net(shapes: Mapping[str, tuple[int, ...]]) -> T5Encoder:
+def t5_net(shapes: Shapes) -> T5Encoder:
     """An encoder without values (on the meta device) for tensors of these names and shapes. Errors: `KeyError` for a
     missing tensor."""
     from transformers import T5Config
@@ -87,6 +91,25 @@ def t5_net(shapes: Mapping[str, tuple[int, ...]]) -> T5Encoder:
     )
     with torch.device("meta"):
         return T5Encoder(config)
+
+
+# --- files ---
+
+
+def t5_component(prefixes: tuple[str, ...], folder: str) -> Component:
+    """T5-XXL's encoder, which comes in a file of its own or in a bundle."""
+    return Component(
+        name="t5xxl",
+        title="the text encoder t5xxl",
+        prefixes=(*prefixes, ""),
+        folder=folder,
+        flag="t5xxl",
+        net=lambda shapes, config: t5_net(shapes),
+        key_format=lambda names: KeyFormat("hf", t5_keys(names)) if EMBEDDING in names or TWIN in names else None,
+        single=None,
+        unused_keys=lambda names: {*t5_idle(names), *_UNUSED(names)},
+        tied_keys={TWIN: EMBEDDING},
+    )
 
 
 def t5_keys(names: Collection[str]) -> KeyMap:
