@@ -4,18 +4,88 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
+from typing import TypeVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sfumato.errors import UserError
+
+Net = TypeVar("Net", bound="Denoiser")
 Shapes = Mapping[str, tuple[int, ...]]
+GELU = partial(nn.GELU, approximate="tanh")
+EPS = 1e-6
+"""Of every norm, where nothing else is published."""
+
+
+class Denoiser(nn.Module):
+    """A net that reads its sizes off the shapes of a checkpoint's tensors: a tiny one takes the same path as a real."""
+
+    def __init__(self, shapes: Shapes) -> None:
+        super().__init__()
+
+    @classmethod
+    def of(cls: type[Net], shapes: Shapes) -> Net:
+        """A net without values (on the meta device) for tensors of these shapes.
+
+        Errors: `UserError` if a tensor that sizes are read from is missing, or blocks are not numbered 0, 1, 2 ...
+        """
+        try:
+            with torch.device("meta"):
+                return cls(shapes)
+        except KeyError as missing:
+            raise UserError(
+                f"the denoiser lacks the tensor {missing}: the file is incomplete or of another kind"
+            ) from None
 
 
 def linear(shapes: Shapes, name: str) -> nn.Linear:
     """The linear layer of this name."""
     out, into = shapes[f"{name}.weight"]
     return nn.Linear(into, out, bias=f"{name}.bias" in shapes)
+
+
+class MLP(nn.Sequential):
+    """Two linear layers, called by `names`, with an activation between them: (..., n) -> (..., m)."""
+
+    def __init__(
+        self, shapes: Shapes, name: str, act: Callable[[], nn.Module] = nn.SiLU, names: tuple[str, str] = ("0", "2")
+    ) -> None:
+        first, last = (linear(shapes, f"{name}.{part}") for part in names)
+        super().__init__(OrderedDict({names[0]: first, "act": act(), names[1]: last}))
+        self.in_features = first.in_features
+
+
+class RMSNorm(nn.Module):
+    """x / sqrt(mean(x^2)) * weight over the last axis (Zhang and Sennrich 2019, arXiv:1910.07467), in fp32.
+
+    `name`: what files call the weight.
+    """
+
+    def __init__(self, channels: int, name: str = "weight", eps: float = EPS) -> None:
+        super().__init__()
+        self.name, self.eps = name, eps
+        self.register_parameter(name, nn.Parameter(torch.ones(channels)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., channels) -> (..., channels)"""
+        weight: Tensor = getattr(self, self.name)
+        return F.rms_norm(x.float(), weight.shape, weight.float(), self.eps).to(x.dtype)
+
+
+def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """x (b, n, c) through a layer norm without weights, then scaled and shifted by (b, 1, c)."""
+    return F.layer_norm(x, x.shape[-1:], eps=EPS) * (1 + scale) + shift
+
+
+def split_heads(qkv: Tensor, channels: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Fused (b, n, 3c) -> q, k, v (b, heads, n, channels)."""
+    q, k, v = torch.unflatten(qkv, -1, (3, -1, channels)).permute(2, 0, 3, 1, 4).unbind()
+    return q, k, v
 
 
 def timestep_embedding(t: Tensor, channels: int) -> Tensor:
@@ -27,6 +97,19 @@ def timestep_embedding(t: Tensor, channels: int) -> Tensor:
     rates = torch.exp(-math.log(10_000) * torch.arange(half, dtype=torch.float32, device=t.device) / half)
     angles = t.float()[:, None] * rates
     return torch.cat([angles.cos(), angles.sin()], -1)
+
+
+def numbered(shapes: Shapes, name: str) -> list[str]:
+    """`name.0`, `name.1` ... as far as there are tensors below them. Errors: `UserError` for a gap in the numbers."""
+    start = f"{name}."
+    numbers = (key[len(start) :].partition(".")[0] for key in shapes if key.startswith(start))
+    found = {int(number) for number in numbers if number.isdigit()}
+    if gaps := sorted(set(range(max(found, default=-1))) - found):
+        raise UserError(
+            f"the denoiser has {name} up to {max(found)}, but none numbered {', '.join(map(str, gaps))}; "
+            "the blocks of a pruned model must be numbered anew, from 0 and without gaps"
+        )
+    return [f"{name}.{i}" for i in range(len(found))]
 
 
 def count_layers(names: Iterable[str], pattern: str) -> int:

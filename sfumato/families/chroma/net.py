@@ -9,29 +9,25 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from sfumato.families.flux.net import Embedder, RMSNorm, Trunk, numbered, on_meta
-from sfumato.models.layers import Shapes, linear, timestep_embedding
+from sfumato.families.flux.net import FluxBase, embedder
+from sfumato.models.layers import RMSNorm, Shapes, linear, numbered, timestep_embedding
 
 DOUBLE, SINGLE, LAST = 6, 3, 2
 """Modulation vectors of a stream in a double block, of a single block, and of the last layer."""
 
 
-class Chroma(Trunk):
+class Chroma(FluxBase):
     """x (b, 16, h, w), t (b,), context (b, n, 4096) -> (b, 16, h, w); even h and w."""
 
     def __init__(self, shapes: Shapes) -> None:
-        super().__init__(shapes, given)
+        super().__init__(shapes, no_modulation)
         self.distilled_guidance_layer = Approximator(shapes, "distilled_guidance_layer")
 
-    @classmethod
-    def of(cls, shapes: Shapes) -> Chroma:
-        """A net without values for tensors of these shapes. Errors: as `on_meta`."""
-        return on_meta(cls, shapes)
-
     def forward(self, x: Tensor, t: Tensor, context: Tensor, mask: Tensor | None = None) -> Tensor:
-        """The velocity, shaped as x, that the net says at time t in [0, 1] (1: noise alone).
+        """The predicted velocity, shaped as x, at time t in [0, 1] (1: noise alone).
 
-        context: states of T5. mask: (b, n) bool, False for tokens of the text that nobody sees; None: all are seen.
+        context: states of T5. mask: (b, n) bool, False for tokens of the text that no token attends to; None: all are
+        attended to.
         """
         doubles, singles = len(self.double_blocks), len(self.single_blocks)
         counts = [SINGLE * singles, DOUBLE * doubles, DOUBLE * doubles, LAST]
@@ -53,28 +49,30 @@ class Approximator(nn.Module):
     def __init__(self, shapes: Shapes, name: str) -> None:
         super().__init__()
         self.in_proj, self.out_proj = linear(shapes, f"{name}.in_proj"), linear(shapes, f"{name}.out_proj")
-        self.layers = nn.ModuleList(Embedder(shapes, layer) for layer in numbered(shapes, f"{name}.layers"))
-        self.norms = nn.ModuleList(RMSNorm(shapes, f"{name}.norms.{i}") for i in range(len(self.layers)))
+        self.layers = nn.ModuleList(embedder(shapes, layer) for layer in numbered(shapes, f"{name}.layers"))
+        self.norms = nn.ModuleList(
+            RMSNorm(shapes[f"{name}.norms.{i}.scale"][0], "scale") for i in range(len(self.layers))
+        )
 
     def forward(self, t: Tensor, count: int, dtype: torch.dtype) -> Tensor:
         """t (b,) -> (b, count, c)"""
-        x = self.in_proj(self.told(t, count).to(dtype))
+        x = self.in_proj(self.embedding(t, count).to(dtype))
         for layer, norm in zip(self.layers, self.norms, strict=True):
             x = x + layer(norm(x))
         y: Tensor = self.out_proj(x)
         return y
 
-    def told(self, t: Tensor, count: int) -> Tensor:
-        """(b, count, channels), fp32: a quarter says the time, a quarter the guidance, always 0, and a half the
-        vector's number."""
+    def embedding(self, t: Tensor, count: int) -> Tensor:
+        """(b, count, channels), fp32: a quarter embeds the time, a quarter the guidance, always 0, a half the vector's
+        number."""
         quarter = self.in_proj.in_features // 4
-        when = torch.cat(
+        time = torch.cat(
             [timestep_embedding(1000 * t.float(), quarter), timestep_embedding(torch.zeros_like(t), quarter)], -1
         )
-        which = timestep_embedding(1000 * torch.arange(count, device=t.device), 2 * quarter)
-        return torch.cat([when[:, None].expand(-1, count, -1), which.expand(len(t), -1, -1)], -1)
+        number = timestep_embedding(1000 * torch.arange(count, device=t.device), 2 * quarter)
+        return torch.cat([time[:, None].expand(-1, count, -1), number.expand(len(t), -1, -1)], -1)
 
 
-def given(shapes: Shapes, name: str) -> nn.Module:
-    """What a block is told is its modulation already."""
+def no_modulation(shapes: Shapes, name: str) -> nn.Module:
+    """A block's `vec` is its modulation already."""
     return nn.Identity()

@@ -28,7 +28,7 @@ from sfumato.families.flux.facts import (
     Options,
 )
 from sfumato.families.flux.names import TARGETS, flux_keys
-from sfumato.families.flux.net import PATCH, Flux, blocks, numbered
+from sfumato.families.flux.net import PATCH, Flux, blocks
 from sfumato.families.flux.network_args import INPUT_TARGETS, target_layer
 from sfumato.families.flux.strategies import LATENTS, FluxEncode, FluxTokenize, outputs
 from sfumato.formats.dialect import Dialect, usual
@@ -40,7 +40,7 @@ from sfumato.models.encoders.clip import CLIP_TARGETS, clip_component
 from sfumato.models.encoders.t5 import EMBEDDING, T5_TARGETS, t5_component
 from sfumato.models.encoders.tokenizers import clip_tokenizer, t5_home, t5_vocabulary
 from sfumato.models.flow_options import REFUSED
-from sfumato.models.layers import Shapes
+from sfumato.models.layers import Shapes, numbered
 from sfumato.tensors.flow import Flow, flux_mu, schedule
 from sfumato.tensors.noise import NoiseProcess
 

@@ -1,7 +1,7 @@
 """The transformer of FLUX.1, in the names of its checkpoints.
 
 Every part reads its sizes off the shapes of its tensors, so a tiny model, a pruned one and the real one take the
-same path. Architecture: Black Forest Labs 2024 (github.com/black-forest-labs/flux): text and image are one row of
+same path. Architecture: Black Forest Labs 2024 (github.com/black-forest-labs/flux): text and image are one sequence of
 tokens in every attention, in the blocks of two streams after Esser et al. 2024 (arXiv:2403.03206), then in one.
 """
 
@@ -9,45 +9,53 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
-from typing import TypeVar, cast
+from typing import cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sfumato.errors import UserError
-from sfumato.models.layers import Shapes, linear, timestep_embedding
+from sfumato.models.layers import (
+    GELU,
+    MLP,
+    Denoiser,
+    RMSNorm,
+    Shapes,
+    linear,
+    modulate,
+    numbered,
+    split_heads,
+    timestep_embedding,
+)
 from sfumato.tensors.attention import attention
 from sfumato.tensors.rope import rope, rotate
 
-Net = TypeVar("Net", bound=nn.Module)
-Modulate = Callable[[Shapes, str], nn.Module]
-"""(shapes, name of a layer) -> what makes (b, n, width), n shifts, scales and gates, of what a block is told."""
+Modulation = Callable[[Shapes, str], nn.Module]
+"""(shapes, name of a layer) -> what makes (b, n, c), n shifts, scales and gates, of a block's `vec`."""
 
 PATCH = 2
 """A token of the image is a square of so many latents."""
 THETA = 10_000
-EPS = 1e-6
-"""Of every norm."""
 
 
-class Trunk(nn.Module):
+class FluxBase(Denoiser):
     """What FLUX and Chroma share: all but where the modulation comes from."""
 
-    def __init__(self, shapes: Shapes, modulate: Modulate) -> None:
-        super().__init__()
+    def __init__(self, shapes: Shapes, modulation: Modulation) -> None:
+        super().__init__(shapes)
         width, head = shapes["img_in.weight"][0], shapes["double_blocks.0.img_attn.norm.query_norm.scale"][0]
         if head % 2 or width % head:
             raise UserError(f"the transformer has {width} channels, which cannot be cut into heads of {head}")
         self.axes = axes(head)
         self.img_in, self.txt_in = linear(shapes, "img_in"), linear(shapes, "txt_in")
         self.double_blocks = nn.ModuleList(
-            DoubleBlock(shapes, name, modulate) for name in numbered(shapes, "double_blocks")
+            DoubleBlock(shapes, name, modulation) for name in numbered(shapes, "double_blocks")
         )
         self.single_blocks = nn.ModuleList(
-            SingleBlock(shapes, name, modulate) for name in numbered(shapes, "single_blocks")
+            SingleBlock(shapes, name, modulation) for name in numbered(shapes, "single_blocks")
         )
-        self.final_layer = FinalLayer(shapes, "final_layer", modulate)
+        self.final_layer = FinalLayer(shapes, "final_layer", modulation)
 
     def run(
         self,
@@ -58,42 +66,37 @@ class Trunk(nn.Module):
         last: Tensor,
         mask: Tensor | None,
     ) -> Tensor:
-        """x (b, c, h, w), context (b, n, d), what each block and the last layer are told, mask (b, n) or None -> (b,
-        c', h, w)."""
+        """x (b, c, h, w), context (b, n, d), `vec` of each block and of the last layer, mask (b, n) or None -> (b, c',
+        h, w)."""
         h, w = x.shape[-2:]
         if h % PATCH or w % PATCH:
             raise UserError(
                 f"latents of {h} x {w} cannot be cut into patches of {PATCH} x {PATCH}: both sides must be even"
             )
         img, txt = self.img_in(pack(x)), self.txt_in(context)
-        table = rope(positions(txt.shape[1], h // PATCH, w // PATCH, x.device), self.axes, THETA)
+        pe = rope(positions(txt.shape[1], h // PATCH, w // PATCH, x.device), self.axes, THETA)
         # Without a mask none is made: kernels that take no mask stay usable.
-        seen = (
+        attn_mask = (
             None if mask is None else torch.cat([mask, mask.new_ones(img.shape[:2])], 1)[:, None, None]
         )  # (b, 1, 1, n + m)
-        for block, (to_img, to_txt) in zip(self.double_blocks, double, strict=True):
-            img, txt = block(img, txt, to_img, to_txt, table, seen)
-        row = torch.cat([txt, img], 1)
-        for block, told in zip(self.single_blocks, single, strict=True):
-            row = block(row, told, table, seen)
-        return unpack(self.final_layer(row[:, txt.shape[1] :], last), h, w)
+        for block, (img_vec, txt_vec) in zip(self.double_blocks, double, strict=True):
+            img, txt = block(img, txt, img_vec, txt_vec, pe, attn_mask)
+        tokens = torch.cat([txt, img], 1)
+        for block, vec in zip(self.single_blocks, single, strict=True):
+            tokens = block(tokens, vec, pe, attn_mask)
+        return unpack(self.final_layer(tokens[:, txt.shape[1] :], last), h, w)
 
 
-class Flux(Trunk):
+class Flux(FluxBase):
     """x (b, 16, h, w), t (b,), context (b, n, 4096), y (b, 768), guidance (b,) -> (b, 16, h, w); even h and w."""
 
     def __init__(self, shapes: Shapes) -> None:
-        super().__init__(shapes, modulation)
-        self.time_in, self.vector_in = Embedder(shapes, "time_in"), Embedder(shapes, "vector_in")
+        super().__init__(shapes, make_modulation)
+        self.time_in, self.vector_in = embedder(shapes, "time_in"), embedder(shapes, "vector_in")
         # The distilled dev has it, schnell has not.
         self.guidance_in = (
-            Embedder(shapes, "guidance_in") if any(name.startswith("guidance_in.") for name in shapes) else None
+            embedder(shapes, "guidance_in") if any(name.startswith("guidance_in.") for name in shapes) else None
         )
-
-    @classmethod
-    def of(cls, shapes: Shapes) -> Flux:
-        """A net without values for tensors of these shapes. Errors: as `on_meta`."""
-        return on_meta(cls, shapes)
 
     def forward(
         self,
@@ -104,19 +107,21 @@ class Flux(Trunk):
         guidance: Tensor | None = None,
         mask: Tensor | None = None,
     ) -> Tensor:
-        """The velocity, shaped as x, that the net says at time t in [0, 1] (1: noise alone).
+        """The predicted velocity, shaped as x, at time t in [0, 1] (1: noise alone).
 
         context: states of T5. y: the pooled caption of CLIP. guidance: for a net with `guidance_in`, and only for that.
-        mask: (b, n) bool, False for tokens of the text that nobody sees; None: all are seen.
+        mask: (b, n) bool, False for tokens of the text that no token attends to; None: all are attended to.
         """
         if (guidance is None) != (self.guidance_in is None):
             raise ValueError(
                 f"guidance is {guidance}, but the net {'has no' if self.guidance_in is None else 'has a'} guidance_in"
             )
-        vec = self.time_in(timestep_embedding(1000 * t.float(), self.time_in.channels).to(x.dtype)) + self.vector_in(y)
+        vec = self.time_in(timestep_embedding(1000 * t.float(), self.time_in.in_features).to(x.dtype)) + self.vector_in(
+            y
+        )
         if self.guidance_in is not None and guidance is not None:
             vec = vec + self.guidance_in(
-                timestep_embedding(1000 * guidance.float(), self.guidance_in.channels).to(x.dtype)
+                timestep_embedding(1000 * guidance.float(), self.guidance_in.in_features).to(x.dtype)
             )
         return self.run(x, context, [(vec, vec)] * len(self.double_blocks), [vec] * len(self.single_blocks), vec, mask)
 
@@ -124,48 +129,47 @@ class Flux(Trunk):
 class DoubleBlock(nn.Module):
     """Image and text, each with its own weights, meet in one attention."""
 
-    def __init__(self, shapes: Shapes, name: str, modulate: Modulate) -> None:
+    def __init__(self, shapes: Shapes, name: str, modulation: Modulation) -> None:
         super().__init__()
-        self.img_mod, self.txt_mod = (modulate(shapes, f"{name}.{side}_mod.lin") for side in ("img", "txt"))
+        self.img_mod, self.txt_mod = (modulation(shapes, f"{name}.{side}_mod.lin") for side in ("img", "txt"))
         self.img_attn, self.txt_attn = (SelfAttention(shapes, f"{name}.{side}_attn") for side in ("img", "txt"))
-        self.img_mlp, self.txt_mlp = (mlp(shapes, f"{name}.{side}_mlp") for side in ("img", "txt"))
+        self.img_mlp, self.txt_mlp = (MLP(shapes, f"{name}.{side}_mlp", GELU) for side in ("img", "txt"))
 
     def forward(
-        self, img: Tensor, txt: Tensor, to_img: Tensor, to_txt: Tensor, table: Tensor, seen: Tensor | None
+        self, img: Tensor, txt: Tensor, img_vec: Tensor, txt_vec: Tensor, pe: Tensor, attn_mask: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        """img (b, m, c), txt (b, n, c), what both modulations are told, positions and mask of the n + m tokens -> img,
-        txt"""
-        img_shift1, img_scale1, img_gate1, img_shift2, img_scale2, img_gate2 = self.img_mod(to_img).split(
+        """img (b, m, c), txt (b, n, c), input of both modulations, rope and mask of the n + m tokens -> img, txt"""
+        img_shift1, img_scale1, img_gate1, img_shift2, img_scale2, img_gate2 = self.img_mod(img_vec).split(
             1, 1
         )  # (b, 1, c) each
-        txt_shift1, txt_scale1, txt_gate1, txt_shift2, txt_scale2, txt_gate2 = self.txt_mod(to_txt).split(1, 1)
-        of_txt = self.txt_attn.heads(normed(txt, txt_shift1, txt_scale1))
-        of_img = self.img_attn.heads(normed(img, img_shift1, img_scale1))
+        txt_shift1, txt_scale1, txt_gate1, txt_shift2, txt_scale2, txt_gate2 = self.txt_mod(txt_vec).split(1, 1)
+        of_txt = self.txt_attn.heads(modulate(txt, txt_shift1, txt_scale1))
+        of_img = self.img_attn.heads(modulate(img, img_shift1, img_scale1))
         q, k, v = (torch.cat(parts, 2) for parts in zip(of_txt, of_img, strict=True))
-        txt_y, img_y = torch.split(attend(q, k, v, table, seen), [txt.shape[1], img.shape[1]], 1)
+        txt_y, img_y = torch.split(attend(q, k, v, pe, attn_mask), [txt.shape[1], img.shape[1]], 1)
         img = img + img_gate1 * self.img_attn.proj(img_y)
-        img = img + img_gate2 * self.img_mlp(normed(img, img_shift2, img_scale2))
+        img = img + img_gate2 * self.img_mlp(modulate(img, img_shift2, img_scale2))
         txt = txt + txt_gate1 * self.txt_attn.proj(txt_y)
-        txt = txt + txt_gate2 * self.txt_mlp(normed(txt, txt_shift2, txt_scale2))
+        txt = txt + txt_gate2 * self.txt_mlp(modulate(txt, txt_shift2, txt_scale2))
         return img, txt
 
 
 class SingleBlock(nn.Module):
-    """Attention and a two-layer net side by side, over text and image as one row."""
+    """Attention and a two-layer net side by side, over text and image as one sequence."""
 
-    def __init__(self, shapes: Shapes, name: str, modulate: Modulate) -> None:
+    def __init__(self, shapes: Shapes, name: str, modulation: Modulation) -> None:
         super().__init__()
-        self.modulation = modulate(shapes, f"{name}.modulation.lin")
+        self.modulation = modulation(shapes, f"{name}.modulation.lin")
         self.linear1, self.linear2 = linear(shapes, f"{name}.linear1"), linear(shapes, f"{name}.linear2")
-        self.norm = Heads(shapes, f"{name}.norm")
+        self.norm = QKNorm(shapes, f"{name}.norm")
 
-    def forward(self, x: Tensor, told: Tensor, table: Tensor, seen: Tensor | None) -> Tensor:
-        """x (b, n, c), what the modulation is told, positions and mask of the n tokens -> (b, n, c)"""
-        shift, scale, gate = self.modulation(told).split(1, 1)
-        y = self.linear1(normed(x, shift, scale))
+    def forward(self, x: Tensor, vec: Tensor, pe: Tensor, attn_mask: Tensor | None) -> Tensor:
+        """x (b, n, c), input of the modulation, rope and mask of the n tokens -> (b, n, c)"""
+        shift, scale, gate = self.modulation(vec).split(1, 1)
+        y = self.linear1(modulate(x, shift, scale))
         qkv, hidden = y.split([3 * x.shape[-1], y.shape[-1] - 3 * x.shape[-1]], -1)
         q, k, v = self.norm(qkv)
-        y = torch.cat([attend(q, k, v, table, seen), F.gelu(hidden, approximate="tanh")], -1)
+        y = torch.cat([attend(q, k, v, pe, attn_mask), F.gelu(hidden, approximate="tanh")], -1)
         x = x + gate * self.linear2(y)
         return x
 
@@ -173,15 +177,15 @@ class SingleBlock(nn.Module):
 class FinalLayer(nn.Module):
     """Tokens of the image -> patches."""
 
-    def __init__(self, shapes: Shapes, name: str, modulate: Modulate) -> None:
+    def __init__(self, shapes: Shapes, name: str, modulation: Modulation) -> None:
         super().__init__()
         self.linear = linear(shapes, f"{name}.linear")
-        self.adaLN_modulation = modulate(shapes, f"{name}.adaLN_modulation.1")
+        self.adaLN_modulation = modulation(shapes, f"{name}.adaLN_modulation.1")
 
-    def forward(self, x: Tensor, told: Tensor) -> Tensor:
-        """x (b, m, c), what the modulation is told -> (b, m, channels * PATCH * PATCH)"""
-        shift, scale = self.adaLN_modulation(told).split(1, 1)
-        y: Tensor = self.linear(normed(x, shift, scale))
+    def forward(self, x: Tensor, vec: Tensor) -> Tensor:
+        """x (b, m, c), input of the modulation -> (b, m, channels * PATCH * PATCH)"""
+        shift, scale = self.adaLN_modulation(vec).split(1, 1)
+        y: Tensor = self.linear(modulate(x, shift, scale))
         return y
 
 
@@ -191,7 +195,7 @@ class SelfAttention(nn.Module):
     def __init__(self, shapes: Shapes, name: str) -> None:
         super().__init__()
         self.qkv, self.proj = linear(shapes, f"{name}.qkv"), linear(shapes, f"{name}.proj")
-        self.norm = Heads(shapes, f"{name}.norm")
+        self.norm = QKNorm(shapes, f"{name}.norm")
 
     def heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """x (b, n, c) -> q, k, v (b, heads, n, d)"""
@@ -199,66 +203,34 @@ class SelfAttention(nn.Module):
         return q, k, v
 
 
-class Heads(nn.Module):
+class QKNorm(nn.Module):
     """qkv (b, n, 3c) -> q, k, v (b, heads, n, d), with q and k normed within each head."""
 
     def __init__(self, shapes: Shapes, name: str) -> None:
         super().__init__()
-        self.query_norm, self.key_norm = (RMSNorm(shapes, f"{name}.{side}_norm") for side in ("query", "key"))
+        self.query_norm, self.key_norm = (
+            RMSNorm(shapes[f"{name}.{side}_norm.scale"][0], "scale") for side in ("query", "key")
+        )
+        self.channels = shapes[f"{name}.query_norm.scale"][0]
 
     def forward(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """See the class."""
-        q, k, v = torch.unflatten(qkv, -1, (3, -1, self.query_norm.scale.shape[0])).permute(2, 0, 3, 1, 4)
+        q, k, v = split_heads(qkv, self.channels)
         return self.query_norm(q), self.key_norm(k), v
 
 
-class RMSNorm(nn.Module):
-    """x / sqrt(mean(x^2)) * scale over the last axis (Zhang and Sennrich 2019, arXiv:1910.07467), in fp32."""
-
-    def __init__(self, shapes: Shapes, name: str) -> None:
-        super().__init__()
-        self.scale = nn.Parameter(torch.ones(shapes[f"{name}.scale"]))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(..., d) -> (..., d)"""
-        return F.rms_norm(x.float(), self.scale.shape, self.scale.float(), EPS).to(x.dtype)
-
-
-class Embedder(nn.Module):
-    """Two layers: (..., channels) -> (..., width)."""
-
-    def __init__(self, shapes: Shapes, name: str) -> None:
-        super().__init__()
-        self.in_layer, self.out_layer = linear(shapes, f"{name}.in_layer"), linear(shapes, f"{name}.out_layer")
-        self.channels = self.in_layer.in_features
-
-    def forward(self, x: Tensor) -> Tensor:
-        """See the class."""
-        y: Tensor = self.out_layer(F.silu(self.in_layer(x)))
-        return y
-
-
-def on_meta(kind: Callable[[Shapes], Net], shapes: Shapes) -> Net:
-    """A net of this kind without values (on the meta device).
-
-    Errors: `UserError` if a tensor that sizes are read from is missing, or blocks are not numbered 0, 1, 2 ...
-    """
-    try:
-        with torch.device("meta"):
-            return kind(shapes)
-    except KeyError as missing:
-        raise UserError(
-            f"the transformer lacks the tensor {missing}: the file is incomplete or of another kind"
-        ) from None
-
-
 def blocks(net: nn.Module) -> Sequence[nn.Module]:
-    """The blocks of a `Trunk` in forward order: those of two streams, then those of one."""
-    trunk = cast(Trunk, net)
-    return [*trunk.double_blocks, *trunk.single_blocks]
+    """The blocks of a `FluxBase` in forward order: those of two streams, then those of one."""
+    base = cast(FluxBase, net)
+    return [*base.double_blocks, *base.single_blocks]
 
 
-def modulation(shapes: Shapes, name: str) -> nn.Module:
+def embedder(shapes: Shapes, name: str) -> MLP:
+    """(b, n) -> (b, c)"""
+    return MLP(shapes, name, names=("in_layer", "out_layer"))
+
+
+def make_modulation(shapes: Shapes, name: str) -> nn.Module:
     """(b, c) -> (b, n, c): FLUX makes the modulation in the block, by the layer of this name."""
     out, into = shapes[f"{name}.weight"]
     parts = {
@@ -269,14 +241,9 @@ def modulation(shapes: Shapes, name: str) -> nn.Module:
     return nn.Sequential(OrderedDict(parts))
 
 
-def normed(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """x (b, n, c), normed without weights of its own, then scaled and shifted by (b, 1, c)."""
-    return (1 + scale) * F.layer_norm(x, x.shape[-1:], eps=EPS) + shift
-
-
-def attend(q: Tensor, k: Tensor, v: Tensor, table: Tensor, seen: Tensor | None) -> Tensor:
-    """q, k, v (b, heads, n, d), their positions and mask -> (b, n, heads * d)"""
-    return attention(rotate(q, table), rotate(k, table), v, seen).transpose(1, 2).flatten(2)
+def attend(q: Tensor, k: Tensor, v: Tensor, pe: Tensor, attn_mask: Tensor | None) -> Tensor:
+    """q, k, v (b, heads, n, d), their rope and mask -> (b, n, heads * d)"""
+    return attention(rotate(q, pe), rotate(k, pe), v, attn_mask).transpose(1, 2).flatten(2)
 
 
 def axes(head: int) -> tuple[int, int, int]:
@@ -301,23 +268,3 @@ def pack(x: Tensor) -> Tensor:
 def unpack(x: Tensor, h: int, w: int) -> Tensor:
     """The inverse of `pack`, to (b, c, h, w)."""
     return F.pixel_shuffle(torch.unflatten(x.transpose(1, 2), 2, (h // PATCH, w // PATCH)), PATCH)
-
-
-def mlp(shapes: Shapes, name: str) -> nn.Sequential:
-    """(b, n, c) -> (b, n, c) by two layers."""
-    return nn.Sequential(linear(shapes, f"{name}.0"), nn.GELU(approximate="tanh"), linear(shapes, f"{name}.2"))
-
-
-def numbered(shapes: Shapes, name: str) -> list[str]:
-    """`name.0`, `name.1` ... as far as there are tensors below them. Errors: `UserError` for a gap in the numbers."""
-    numbers = {
-        int(number)
-        for key in shapes
-        if key.startswith(f"{name}.") and (number := key[len(name) + 1 :].partition(".")[0]).isdigit()
-    }
-    if gaps := sorted(set(range(max(numbers, default=-1))) - numbers):
-        raise UserError(
-            f"the transformer has {name} up to {max(numbers)}, but none numbered {', '.join(map(str, gaps))}; "
-            "the blocks of a pruned model must be numbered anew, from 0 and without gaps"
-        )
-    return [f"{name}.{i}" for i in range(len(numbers))]

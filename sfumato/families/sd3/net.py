@@ -8,17 +8,26 @@ and shapes of the tensors, so a tiny model and the real ones take the same path.
 from __future__ import annotations
 
 import math
-import re
 from collections import OrderedDict
 from collections.abc import Sequence
 from typing import cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sfumato.errors import UserError
-from sfumato.models.layers import Shapes, linear, timestep_embedding
+from sfumato.models.layers import (
+    GELU,
+    MLP,
+    Denoiser,
+    RMSNorm,
+    Shapes,
+    linear,
+    modulate,
+    numbered,
+    split_heads,
+    timestep_embedding,
+)
 from sfumato.tensors.attention import attention
 
 Crop = Tensor | tuple[int, int]
@@ -27,41 +36,28 @@ samples."""
 
 HEAD_WIDTH = 64
 """Channels of an attention head in every published model."""
-EPS = 1e-6
-"""Of every norm."""
 
 
-class MMDiT(nn.Module):
+class MMDiT(Denoiser):
     """x (b, 16, h, w), t (b,) in [0, 1000], context (b, n, 4096), y (b, 2048) -> (b, 16, h, w)."""
 
     pos_embed: Tensor
     """(1, side * side, c) sines and cosines of rows and columns; not trained."""
 
     def __init__(self, shapes: Shapes) -> None:
-        super().__init__()
+        super().__init__(shapes)
         self.patch = shapes["x_embedder.proj.weight"][-1]
         self.side = _side(shapes)
         self.register_buffer("pos_embed", torch.empty(shapes["pos_embed"]))
         self.x_embedder = nn.Sequential(OrderedDict(proj=_patches(shapes, "x_embedder.proj")))
-        self.t_embedder, self.y_embedder = Embedder(shapes, "t_embedder"), Embedder(shapes, "y_embedder")
-        self.context_embedder = linear(shapes, "context_embedder")
-        depth = len({m[1] for name in shapes if (m := re.match(r"joint_blocks\.(\d+)\.", name))})
-        self.joint_blocks = nn.ModuleList(
-            JointBlock(shapes, f"joint_blocks.{i}", last=i == depth - 1) for i in range(depth)
+        self.t_channels = shapes["t_embedder.mlp.0.weight"][1]
+        self.t_embedder, self.y_embedder = (
+            nn.Sequential(OrderedDict(mlp=MLP(shapes, f"{name}.mlp"))) for name in ("t_embedder", "y_embedder")
         )
+        self.context_embedder = linear(shapes, "context_embedder")
+        names = numbered(shapes, "joint_blocks")
+        self.joint_blocks = nn.ModuleList(JointBlock(shapes, name, last=name == names[-1]) for name in names)
         self.final_layer = FinalLayer(shapes, "final_layer")
-
-    @classmethod
-    def of(cls, shapes: Shapes) -> MMDiT:
-        """A net without values (on the meta device) for tensors of these shapes; `UserError` if one that sizes are read
-        from is missing."""
-        try:
-            with torch.device("meta"):
-                return cls(shapes)
-        except KeyError as missing:
-            raise UserError(
-                f"the transformer lacks the tensor {missing}: the file is incomplete or of another kind"
-            ) from None
 
     @property
     def largest(self) -> int:
@@ -87,15 +83,15 @@ class MMDiT(nn.Module):
         z = self.x_embedder(x).flatten(2).transpose(1, 2)  # (b, h * w, c)
         # In rows again, or every norm would have to copy; and the table may be of more bits than the rest.
         z = (z + (self.positions(h, w, crop) if positions is None else positions)).to(z.dtype).contiguous()
-        c = self.t_embedder(timestep_embedding(t, self.t_embedder.width).to(x.dtype)) + self.y_embedder(y)
+        c = self.t_embedder(timestep_embedding(t, self.t_channels).to(x.dtype)) + self.y_embedder(y)
         context = self.context_embedder(context)
         for block in self.joint_blocks:
             context, z = block(context, z, c)
         out = (
             self.final_layer(z, c).unflatten(1, (h, w)).unflatten(-1, (self.patch, self.patch, -1))
         )  # (b, h, w, p, p, 16)
-        said: Tensor = out.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)
-        return said
+        velocity: Tensor = out.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)
+        return velocity
 
     def positions(self, h: int, w: int, crop: Crop | None) -> Tensor:
         """The part of the table for h x w patches: (1, h * w, c), or (b, h * w, c) with one place a sample."""
@@ -129,19 +125,19 @@ class JointBlock(nn.Module):
     def __init__(self, shapes: Shapes, path: str, *, last: bool) -> None:
         super().__init__()
         self.last = last
-        self.context_block = Stream(shapes, f"{path}.context_block", seen=not last)
+        self.context_block = Stream(shapes, f"{path}.context_block", goes_on=not last)
         self.x_block = Stream(shapes, f"{path}.x_block")
 
     def forward(self, context: Tensor, x: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
         """context (b, n, c), x (b, patches, c), c (b, c) -> (context, x); the last block leaves the context as it
         is."""
         n = context.shape[1]
-        by_context, by_x = self.context_block.modulation(c), self.x_block.modulation(c)
-        both = zip(self.context_block.look(context, by_context), self.x_block.look(x, by_x), strict=True)
+        context_mod, x_mod = self.context_block.modulation(c), self.x_block.modulation(c)
+        both = zip(self.context_block.qkv(context, context_mod), self.x_block.qkv(x, x_mod), strict=True)
         q, k, v = (torch.cat(pair, 2) for pair in both)
-        found = attention(q, k, v).transpose(1, 2).flatten(2)
-        x = self.x_block.take(x, found[:, n:], by_x)
-        return context if self.last else self.context_block.take(context, found[:, :n], by_context), x
+        attended = attention(q, k, v).transpose(1, 2).flatten(2)
+        x = self.x_block.update(x, attended[:, n:], x_mod)
+        return context if self.last else self.context_block.update(context, attended[:, :n], context_mod), x
 
 
 class Stream(nn.Module):
@@ -149,15 +145,15 @@ class Stream(nn.Module):
 
     Its modulation is made of the clock and the pooled text: shift, scale and gate of the attention, those of the
     two-layer net, and those of a second attention within the stream where it has one (3.5 medium), each (b, 1, c).
-    Of a text that nothing sees any more only the first two are left, and neither projection nor two-layer net.
+    Of a text that ends in this block only the first two are left, and neither projection nor two-layer net.
     """
 
-    def __init__(self, shapes: Shapes, path: str, *, seen: bool = True) -> None:
+    def __init__(self, shapes: Shapes, path: str, *, goes_on: bool = True) -> None:
         super().__init__()
-        self.attn = Attention(shapes, f"{path}.attn", out=seen)
+        self.attn = Attention(shapes, f"{path}.attn", out=goes_on)
         self.attn2 = Attention(shapes, f"{path}.attn2") if f"{path}.attn2.qkv.weight" in shapes else None
-        self.mlp = Mlp(shapes, f"{path}.mlp") if seen else nn.Identity()
-        self.parts = (9 if self.attn2 is not None else 6) if seen else 2
+        self.mlp = MLP(shapes, f"{path}.mlp", GELU, ("fc1", "fc2")) if goes_on else nn.Identity()
+        self.parts = (9 if self.attn2 is not None else 6) if goes_on else 2
         width = shapes[f"{path}.adaLN_modulation.1.weight"][1]
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, self.parts * width))
 
@@ -166,16 +162,16 @@ class Stream(nn.Module):
         out: Tensor = self.adaLN_modulation(c)[:, None]
         return out.chunk(self.parts, -1)
 
-    def look(self, x: Tensor, by: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    def qkv(self, x: Tensor, mod: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """x (b, n, c) -> its queries, keys and values (b, heads, n, 64)."""
-        return self.attn.heads(modulate(x, by[0], by[1]))
+        return self.attn.heads(modulate(x, mod[0], mod[1]))
 
-    def take(self, x: Tensor, found: Tensor, by: Sequence[Tensor]) -> Tensor:
-        """x (b, n, c) and what the common attention found for it (b, n, c) -> (b, n, c)."""
-        y: Tensor = x + by[2] * self.attn.proj(found)
+    def update(self, x: Tensor, attended: Tensor, mod: Sequence[Tensor]) -> Tensor:
+        """x (b, n, c) and the output of the common attention for it (b, n, c) -> (b, n, c)."""
+        y: Tensor = x + mod[2] * self.attn.proj(attended)
         if self.attn2 is not None:
-            y = y + by[8] * self.attn2(modulate(x, by[6], by[7]))
-        y = y + by[5] * self.mlp(modulate(y, by[3], by[4]))
+            y = y + mod[8] * self.attn2(modulate(x, mod[6], mod[7]))
+        y = y + mod[5] * self.mlp(modulate(y, mod[3], mod[4]))
         return y
 
 
@@ -188,57 +184,18 @@ class Attention(nn.Module):
         if self.qkv.out_features % (3 * HEAD_WIDTH):
             raise UserError(f"{path}: {self.qkv.out_features // 3} channels cannot be cut into heads of {HEAD_WIDTH}")
         self.ln_q, self.ln_k = (
-            RMSNorm() if f"{path}.{n}.weight" in shapes else nn.Identity() for n in ("ln_q", "ln_k")
+            RMSNorm(HEAD_WIDTH) if f"{path}.{n}.weight" in shapes else nn.Identity() for n in ("ln_q", "ln_k")
         )
         self.proj = linear(shapes, f"{path}.proj") if out else nn.Identity()
 
     def heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """x (b, n, c) -> q, k, v (b, heads, n, 64)"""
-        q, k, v = self.qkv(x).unflatten(-1, (3, -1, HEAD_WIDTH)).permute(2, 0, 3, 1, 4).unbind()
+        q, k, v = split_heads(self.qkv(x), HEAD_WIDTH)
         return self.ln_q(q), self.ln_k(k), v
 
     def forward(self, x: Tensor) -> Tensor:
         """Attention within x: (b, n, c) -> (b, n, c)"""
         y: Tensor = self.proj(attention(*self.heads(x)).transpose(1, 2).flatten(2))
-        return y
-
-
-class RMSNorm(nn.Module):
-    """Root mean square norm of a head's channels (arXiv:1910.07467), in fp32 whatever comes in."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(HEAD_WIDTH))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(..., 64) -> (..., 64)"""
-        return F.rms_norm(x.float(), self.weight.shape, self.weight.float(), EPS).to(x.dtype)
-
-
-class Mlp(nn.Module):
-    """Two linear layers with a GELU (its tanh approximation) between them."""
-
-    def __init__(self, shapes: Shapes, path: str) -> None:
-        super().__init__()
-        self.fc1, self.fc2 = linear(shapes, f"{path}.fc1"), linear(shapes, f"{path}.fc2")
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(b, n, c) -> (b, n, c)"""
-        y: Tensor = self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
-        return y
-
-
-class Embedder(nn.Module):
-    """Two linear layers with a SiLU between them."""
-
-    def __init__(self, shapes: Shapes, path: str) -> None:
-        super().__init__()
-        self.mlp = nn.Sequential(linear(shapes, f"{path}.mlp.0"), nn.SiLU(), linear(shapes, f"{path}.mlp.2"))
-        self.width = shapes[f"{path}.mlp.0.weight"][1]
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(b, width) -> (b, c)"""
-        y: Tensor = self.mlp(x)
         return y
 
 
@@ -255,11 +212,6 @@ class FinalLayer(nn.Module):
         shift, scale = self.adaLN_modulation(c)[:, None].chunk(2, -1)
         y: Tensor = self.linear(modulate(x, shift, scale))
         return y
-
-
-def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """x (b, n, c) normalised, then scaled and shifted by (b, 1, c)."""
-    return F.layer_norm(x, x.shape[-1:], eps=EPS) * (1 + scale) + shift
 
 
 def _side(shapes: Shapes) -> int:

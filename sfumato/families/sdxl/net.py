@@ -8,13 +8,13 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from sfumato.families.sd.net import Body, blocks, embedder
-from sfumato.models.layers import Shapes
+from sfumato.families.sd.net import UNetBase, blocks
+from sfumato.models.layers import MLP, Shapes
 
 __all__ = ["UNet", "blocks"]
 
 
-class UNet(Body):
+class UNet(UNetBase):
     """x (b, 4, h, w), t (b,), context (b, n, d), y (b, m) -> (b, 4, h, w); any h and w.
 
     y: the pooled text, then the embedded sizes (1280 + 6 * 256 in the base model).
@@ -23,8 +23,8 @@ class UNet(Body):
     def __init__(self, shapes: Shapes) -> None:
         super().__init__(shapes)
         # The names have one more number than the layers need.
-        self.label_emb = nn.Sequential(embedder(shapes, "label_emb.0"))
+        self.label_emb = nn.Sequential(MLP(shapes, "label_emb.0"))
 
     def forward(self, x: Tensor, t: Tensor, context: Tensor, y: Tensor) -> Tensor:
-        """What the net says about x at time t: noise or velocity, shaped as x."""
-        return self.walk(x, self.time(t, x.dtype) + self.label_emb(y), context)
+        """The prediction, noise or velocity, for x at time t; shaped as x."""
+        return self.run(x, self.time(t, x.dtype) + self.label_emb(y), context)
