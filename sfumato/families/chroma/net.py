@@ -33,7 +33,7 @@ class Chroma(FluxBase):
         counts = [SINGLE * singles, DOUBLE * doubles, DOUBLE * doubles, LAST]
         # (b, 344, c) in the real model, in this order: single blocks, images of double blocks, their texts, last layer.
         single, img, txt, last = self.distilled_guidance_layer(t, sum(counts), x.dtype).split(counts, 1)
-        return self.run(
+        return self.forward_blocks(
             x,
             context,
             zip(img.split(DOUBLE, 1), txt.split(DOUBLE, 1), strict=True),

@@ -57,7 +57,7 @@ class FluxBase(Denoiser):
         )
         self.final_layer = FinalLayer(shapes, "final_layer", modulation)
 
-    def run(
+    def forward_blocks(
         self,
         x: Tensor,
         context: Tensor,
@@ -123,7 +123,9 @@ class Flux(FluxBase):
             vec = vec + self.guidance_in(
                 timestep_embedding(1000 * guidance.float(), self.guidance_in.in_features).to(x.dtype)
             )
-        return self.run(x, context, [(vec, vec)] * len(self.double_blocks), [vec] * len(self.single_blocks), vec, mask)
+        return self.forward_blocks(
+            x, context, [(vec, vec)] * len(self.double_blocks), [vec] * len(self.single_blocks), vec, mask
+        )
 
 
 class DoubleBlock(nn.Module):

@@ -40,7 +40,7 @@ class UNetBase(Denoiser):
         emb: Tensor = self.time_embed(timestep_embedding(t, self.channels).to(dtype))
         return emb
 
-    def run(self, x: Tensor, emb: Tensor, context: Tensor) -> Tensor:
+    def forward_blocks(self, x: Tensor, emb: Tensor, context: Tensor) -> Tensor:
         """x (b, 4, h, w), emb (b, e), context (b, n, d) -> (b, 4, h, w)"""
         skips = []
         for block in self.input_blocks:
@@ -60,7 +60,7 @@ class UNet(UNetBase):
 
     def forward(self, x: Tensor, t: Tensor, context: Tensor) -> Tensor:
         """The prediction, noise or velocity, for x at time t; shaped as x."""
-        return self.run(x, self.time(t, x.dtype), context)
+        return self.forward_blocks(x, self.time(t, x.dtype), context)
 
 
 def blocks(net: nn.Module) -> Sequence[nn.Module]:

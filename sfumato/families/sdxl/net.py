@@ -27,4 +27,4 @@ class UNet(UNetBase):
 
     def forward(self, x: Tensor, t: Tensor, context: Tensor, y: Tensor) -> Tensor:
         """The prediction, noise or velocity, for x at time t; shaped as x."""
-        return self.run(x, self.time(t, x.dtype) + self.label_emb(y), context)
+        return self.forward_blocks(x, self.time(t, x.dtype) + self.label_emb(y), context)
