@@ -16,10 +16,11 @@ from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNe
 from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from sfumato.families.sd.names import CLIP_H, CLIP_L, UNET, VAE, unet_keys
+from sfumato.families.sd.names import CLIP_H, CLIP_L, VAE, unet_keys
 from sfumato.formats.files import save
 from sfumato.formats.names import add_prefix
 from sfumato.models.autoencoders import vae_keys
+from sfumato.models.detection import PREFIX
 from sfumato.models.encoders.clip import CLIP_BARE, OPEN_CLIP
 from sfumato.models.encoders.tokenizers import BOS, EOS, byte_letters, stock_vocabulary
 
@@ -154,7 +155,7 @@ def single_file(*, v2: bool, dtype: torch.dtype = torch.float32) -> dict[str, Te
     """All tensors of a single file, those that belong to no net as well."""
     p = parts(v2=v2)
     unet, vae, text = p.unet.state_dict(), p.vae.state_dict(), text_states(p.text)
-    nets = add_prefix(unet_keys(unet).to_native(unet), UNET) | add_prefix(vae_keys(vae).to_foreign(vae), VAE)
+    nets = add_prefix(unet_keys(unet).to_native(unet), PREFIX) | add_prefix(vae_keys(vae).to_foreign(vae), VAE)
     nets |= add_prefix(OPEN_CLIP.to_native(text), CLIP_H) if v2 else add_prefix(text, CLIP_L)
     others = {"alphas_cumprod": torch.linspace(1, 0, 1000), "model_ema.decay": torch.tensor(0.9999)}
     if v2:

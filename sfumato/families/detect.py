@@ -1,4 +1,4 @@
-"""What a weight file is and of which family, from its names and shapes alone; imports no torch."""
+"""What a weight file is and of which family, from its metadata, names and shapes; imports no torch."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from sfumato import families
 from sfumato.errors import UserError
 from sfumato.formats import files
 from sfumato.models import locate
-from sfumato.models.facts import WHOLE, Detected, Kind, Shapes
+from sfumato.models.detection import CLAIMS, WHOLE, Detected, Kind, Shapes
 
 CALLED: Mapping[Kind, str] = {
     "adapter": "an adapter (such as a LoRA), not a base model: give it as --network_weights, "
@@ -42,15 +42,29 @@ SEEMS = {
 """What a file is, if not of which model: a pattern of names that tell it."""
 
 
-def identify(shapes: Shapes) -> Detected | None:
-    """What a file with these tensors is, as the first family that knows it says; None: no family does."""
-    return next((found for name in families.names() if (found := _recognised(name, shapes))), None)
+def identify(shapes: Shapes, metadata: Mapping[str, str] | None = None) -> Detected | None:
+    """What a file with these tensors is; None: no family knows it.
+
+    The family that its metadata name is asked first, and believed only if the tensors' names and shapes may be its.
+    """
+    claims = _claims(metadata or {})
+    order = [*claims, *(name for name in families.names() if name not in claims)]
+    return next((found for name in order if (found := _recognised(name, shapes, claims.get(name)))), None)
 
 
-def _recognised(family: str, shapes: Shapes) -> Detected | None:
-    """What the family says of the tensors; nothing, if those that it knows by name have shapes that it cannot read."""
+def _claims(metadata: Mapping[str, str]) -> dict[str, str]:
+    """The family that the metadata name, and the variant that they name of it."""
+    for key in CLAIMS:
+        for name in families.names():
+            if (variant := families.facts(name).signature.claim(metadata, key)) is not None:
+                return {name: variant}
+    return {}
+
+
+def _recognised(family: str, shapes: Shapes, claim: str | None = None) -> Detected | None:
+    """What the family knows the tensors as; None if those that it knows by name have shapes that it cannot read."""
     with suppress(KeyError, ValueError, IndexError, TypeError):
-        return families.facts(family).detect(shapes)
+        return families.facts(family).signature.detect(shapes, claim)
     return None
 
 
@@ -62,8 +76,8 @@ def detect_file(name: str | Path, flag: str = "pretrained_model_name_or_path") -
     path = locate.local(str(name), flag)
     if path.is_dir():
         return _folder(path, flag)
-    shapes = _shapes([path], flag)
-    found = identify(shapes)
+    shapes, metadata = _header([path], flag)
+    found = identify(shapes, metadata)
     if found is None:
         raise UserError(f"{flag}: {path} is {unknown(shapes)}")
     if found.kind != "checkpoint":
@@ -90,15 +104,18 @@ def unknown(shapes: Shapes) -> str:
     return f"no model that sfumato knows (its tensors: {len(shapes)}, {first} ...)"
 
 
-def _shapes(paths: Sequence[Path], flag: str) -> Shapes:
-    """Names and shapes of some files, if their weights can be read."""
+def _header(paths: Sequence[Path], flag: str) -> tuple[Shapes, Mapping[str, str]]:
+    """Names, shapes and metadata of some files, if their weights can be read."""
     shapes: dict[str, tuple[int, ...]] = {}
+    metadata: dict[str, str] = {}
     for path in paths:
         locate.refuse_quantised(f"{flag}: {path}")
-        found = {name: info.shape for name, info in files.read_header(path).tensors.items()}
+        header = files.read_header(path)
+        found = {name: info.shape for name, info in header.tensors.items()}
         locate.refuse_quantised(f"{flag}: {path}", found)
         shapes |= found
-    return shapes
+        metadata |= header.metadata
+    return shapes, metadata
 
 
 def _folder(path: Path, flag: str) -> Detected:
@@ -111,7 +128,7 @@ def _folder(path: Path, flag: str) -> Detected:
     for name in families.names():
         if pipeline in families.facts(name).pipelines:
             denoiser = path / families.facts(name).denoiser_folder
-            shapes = _shapes(locate.weight_files(denoiser), flag)
+            shapes, _ = _header(locate.weight_files(denoiser), flag)
             found = _recognised(name, shapes)
             if found and found.refused:
                 raise UserError(f"{flag}: {path} is {found.refused}")

@@ -16,7 +16,7 @@ from sfumato.formats import files
 from sfumato.formats.lazy import FLOATS, Lazy
 from sfumato.formats.names import KeyMap, add_prefix
 from sfumato.models import locate
-from sfumato.models.layers import Shapes
+from sfumato.models.detection import PREFIX, Shapes
 from sfumato.models.meta_init import check, fill, shapes
 
 Config = Mapping[str, Any]
@@ -100,9 +100,9 @@ def denoiser(
     net: Callable[[Shapes, Config], nn.Module],
     keys: Callable[[Shapes], KeyMap],
     *,
-    prefixes: tuple[str, ...],
     native: str,
     diffusers: str,
+    prefixes: tuple[str, ...] = (PREFIX, ""),
     title: str = "the transformer",
     folder: str = "transformer",
 ) -> Component:

@@ -1,37 +1,12 @@
-"""What a family says of itself before torch is imported: its options, and how its files are recognised."""
+"""What a family's `facts.py` holds: all that is known of it before torch is imported."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-Shapes = Mapping[str, tuple[int, ...]]
-Kind = Literal["checkpoint", "adapter", "vae", "text_encoder", "embedding", "controlnet"]
-WHOLE = ("denoiser", "text_encoder", "vae")
-LEAF = re.compile(
-    r".*\.((lora|hada|lokr)_\w+(\.\w+)*|lora\.(up|down)\.weight|oft_blocks|oft_diag|diff|diff_b|dora_scale|alpha)"
-)
-"""Names of an adapter's tensors."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Detected:
-    """What a family says of a file that it knows."""
-
-    family: str
-    kind: Kind
-    variant: str = ""
-    """Version within the family ("v1", "v2"); empty: the file does not say."""
-    dialect: str = ""
-    """How its names are spelled: "ldm", "diffusers", "openclip" ...; of adapters "kohya", "comfy" or "peft"."""
-    prediction: Literal["eps", "v"] | None = None
-    """What the denoiser says; None: the file does not say."""
-    parts: tuple[str, ...] = ()
-    """Of a checkpoint, what of `WHOLE` it holds."""
-    refused: str = ""
-    """Of a checkpoint that cannot be trained, what it is, as the end of a sentence."""
+from sfumato.models.detection import Signature
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,8 +25,8 @@ class Facts:
 
     options: type
     """The dataclass of what a run can be told about this family alone."""
-    detect: Callable[[Shapes], Detected | None]
-    """What a file with these tensors is, if it is of this family."""
+    signature: Signature
+    """How its files are recognised."""
     architecture: Callable[[Any], str]
     """options -> the model's name in modelspec metadata, without the ending for adapters."""
     base_model_version: Callable[[Any], str]

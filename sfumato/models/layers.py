@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import TypeVar
 
@@ -14,9 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sfumato.errors import UserError
+from sfumato.models.detection import Shapes as Shapes
 
 Net = TypeVar("Net", bound="Denoiser")
-Shapes = Mapping[str, tuple[int, ...]]
 GELU = partial(nn.GELU, approximate="tanh")
 EPS = 1e-6
 """Of every norm, where nothing else is published."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from sfumato.families import detect
 from sfumato.formats import files
 from sfumato.formats.header import Header
 from sfumato.models import locate
-from sfumato.models.facts import Detected, Shapes
+from sfumato.models.detection import Detected, Shapes
 
 _DOWN = (".lora_down.weight", ".lora_A.weight", ".lora_A.default.weight", ".lora.down.weight")
 """Ends of the tensors whose rows are the rank of a LoRA."""
@@ -30,7 +31,8 @@ def describe(path: str | Path) -> dict[str, Any]:
     headers = _headers(path)
     tensors = {name: info for header in headers.values() for name, info in header.tensors.items()}
     shapes = {name: info.shape for name, info in tensors.items()}
-    found, seems = _identify(path, shapes)
+    metadata = {key: value for header in headers.values() for key, value in header.metadata.items()}
+    found, seems = _identify(path, shapes, metadata)
     facts: dict[str, Any] = {
         "path": str(path),
         "kind": found.kind if found else "unknown",
@@ -46,7 +48,7 @@ def describe(path: str | Path) -> dict[str, Any]:
         "ranks": dict(
             sorted(Counter(i.shape[0] for name, i in tensors.items() if name.endswith(_DOWN) and i.shape).items())
         ),
-        "metadata": {key: value for header in headers.values() for key, value in header.metadata.items()},
+        "metadata": metadata,
     }
     return facts if found else facts | {"seems": seems}
 
@@ -77,14 +79,14 @@ def text(facts: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _identify(path: Path, shapes: Shapes) -> tuple[Detected | None, str]:
+def _identify(path: Path, shapes: Shapes, metadata: Mapping[str, str]) -> tuple[Detected | None, str]:
     """What a file or folder is; or None and what it seems to be."""
     if (path / "model_index.json").is_file():
         try:
             return detect.detect_file(path, "FILE"), ""
         except UserError as error:
             return None, str(error)
-    found = detect.identify(shapes)
+    found = detect.identify(shapes, metadata)
     return found, "" if found else detect.unknown(shapes)
 
 

@@ -14,7 +14,7 @@ from training import config
 
 from sfumato import families
 from sfumato.config import LossConfig, Method, NoiseConfig
-from sfumato.families.detect import detect_file
+from sfumato.families.detect import detect_file, identify
 from sfumato.formats.files import load
 from sfumato.models import components
 from sfumato.models.autoencoders import scale, unscale
@@ -74,6 +74,28 @@ def test_the_file_is_known_by_its_header(case: Case, files: Files, folder: Files
     for path in (files.model, folder.model):
         found = detect_file(path)
         assert (found.family, found.kind) == (case.family, "checkpoint")
+
+
+@pytest.mark.parametrize("claim", ["architecture", "base_model_version"])
+def test_adapters_in_every_dialect_are_known_by_names_and_metadata(case: Case, models: Models, claim: str) -> None:
+    """The patterns of `facts.py` fit the names that the table makes, and its `claims` what is written into results."""
+    facts, key = families.facts(case.family), {"architecture": "modelspec.architecture"}.get(claim, f"ss_{claim}")
+    metadata = {key: getattr(facts, claim)(models.options)}
+    inside = {id(m) for block in models.family.blocks(models.denoiser) for m in block.modules()}
+    layers = {
+        path: m for path, m in models.denoiser.named_modules() if isinstance(m, torch.nn.Linear) and id(m) in inside
+    }
+    for name, dialect in models.family.dialects(models).items():
+        down = dialect.tensor_names.get("lora_down.weight", "lora_down.weight")
+        made = {
+            f"{n}.{down}": (2, m.in_features)
+            for path, m in layers.items()
+            for n in dialect.names(("denoiser", path))[0]
+        }
+        found = identify(made, metadata)
+        assert found is not None
+        assert (found.family, found.kind) == (case.family, "adapter")
+        assert name in (found.dialect, f"{found.dialect}_diffusers")
 
 
 def test_files_and_folders_hold_the_same(case: Case, models: Models, folder: Files) -> None:

@@ -20,11 +20,12 @@ from sfumato.errors import UserError
 from sfumato.families.chroma.facts import Options
 from sfumato.families.chroma.family import FAMILY
 from sfumato.families.detect import Detected, detect_file, identify
-from sfumato.families.flux.facts import PREFIX, T5XXL, VAE
+from sfumato.families.flux.facts import T5XXL, VAE
 from sfumato.formats import files
 from sfumato.formats.names import add_prefix
 from sfumato.models.base import Models
 from sfumato.models.components import Checkpoint, open_component, open_model, single_file
+from sfumato.models.detection import PREFIX
 from sfumato.models.loading import load, save
 from sfumato.models.meta_init import check, shapes
 
@@ -77,7 +78,7 @@ def test_checkpoints_are_known(keys: Keys) -> None:
     "name", ["flux_dev.transformer", "flux_schnell.transformer", "flux.vae", "t5xxl.hf", "adapter.flux.lora"]
 )
 def test_files_of_flux_are_not_claimed(keys: Keys, name: str) -> None:
-    assert families.facts("chroma").detect(keys(name)) is None
+    assert families.facts("chroma").signature.detect(keys(name)) is None
 
 
 @pytest.mark.parametrize(

@@ -240,6 +240,56 @@ def test_headers(tmp_path: Path, name: str, dtype: str) -> None:
     assert line.startswith(f"pretrained_model_name_or_path: {path}") and said in line
 
 
+CLAIMED: dict[str, tuple[Callable[[], Table], str, str]] = {
+    "chroma lora": (lambda: table("adapter.chroma.lora"), "chroma/lora", "chroma adapter "),
+    "flux lora of the first layers": (
+        lambda: lora("transformer.", foreign("flux", transformer("flux_dev")), r"^transformer_blocks\.\d\."),
+        "flux-1-schnell/lora",
+        "flux adapter schnell",
+    ),
+    "sd3.5 lora without the second attention": (
+        lambda: lora("diffusion_model.", transformer("sd3.5_medium"), r"x_block\.attn\."),
+        "stable-diffusion-3.5-medium/lora",
+        "sd3 adapter 3.5-medium",
+    ),
+    "sdxl lora of the first blocks": (
+        lambda: {"lora_unet_down_blocks_1_resnets_0_conv1.lora_down.weight": (4, 320, 3, 3)},
+        "stable-diffusion-xl-v1-base/lora",
+        "sdxl adapter ",
+    ),
+    # What contradicts the tensors is not believed.
+    "flux lora called chroma": (
+        lambda: lora("diffusion_model.", transformer("flux_dev")),
+        "chroma/lora",
+        "flux adapter .*",
+    ),
+    "chroma lora called flux": (
+        lambda: {"diffusion_model.distilled_guidance_layer.in_proj.lora_A.weight": (4, 64)},
+        "flux-1-dev/lora",
+        "chroma adapter ",
+    ),
+    "sd1 lora called sdxl": (lambda: table("adapter.sd1.lora"), "sdxl_base_v1-0", "sd adapter v1"),
+    "sdxl lora called sd1": (lambda: table("adapter.sdxl.lora"), "stable-diffusion-v1/lora", "sdxl adapter "),
+    "sd1 called sdxl": (lambda: sd(1), "stable-diffusion-xl-v1-base", "sd checkpoint v1"),
+    "an image classifier called flux": (lambda: {"layer1.0.conv1.weight": (64, 64, 3, 3)}, "flux-1-dev", ""),
+    "of a model that nobody knows": (lambda: table("adapter.flux.lora"), "hidream-i1/lora", "flux adapter .*"),
+}
+"""Tensors, what the metadata call them, what they are known as."""
+
+
+@pytest.mark.parametrize("key", ["modelspec.architecture", "ss_base_model_version"])
+@pytest.mark.parametrize("name", CLAIMED)
+def test_metadata_decide_where_names_leave_it_open(name: str, key: str) -> None:
+    make, claim, known = CLAIMED[name]
+    assert re.fullmatch(known, called(identify(make(), {key: claim})))
+
+
+def test_the_architecture_is_believed_before_the_version_of_the_base_model() -> None:
+    """kohya's scripts call Chroma's base model by FLUX.1's name."""
+    metadata = {"modelspec.architecture": "chroma/lora", "ss_base_model_version": "flux1"}
+    assert called(identify(table("adapter.chroma.lora"), metadata)) == "chroma adapter "
+
+
 def test_the_table_of_headers_is_long_enough() -> None:
     assert len(HEADERS) >= 30
     assert {known.split()[0] for _, known, _ in HEADERS.values() if known and "|" not in known} == set(families.names())

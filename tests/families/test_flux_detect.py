@@ -12,12 +12,13 @@ from sparse import sparse
 from tinies import encoders, flux
 
 from sfumato.families.detect import detect_file, identify
-from sfumato.families.flux.facts import CLIP_L, PREFIX, T5XXL, VAE, Completed, Options, architecture, detect
+from sfumato.families.flux.facts import CLIP_L, SIGNATURE, T5XXL, VAE, Completed, Options, architecture
 from sfumato.families.flux.family import FAMILY
 from sfumato.families.flux.names import flux_keys
 from sfumato.families.flux.net import Flux
 from sfumato.formats import dialect
 from sfumato.formats.names import add_prefix
+from sfumato.models.detection import PREFIX
 from sfumato.models.loading import load
 from sfumato.models.meta_init import shapes
 
@@ -57,7 +58,7 @@ def test_a_folder(tmp_path: Path, guidance: bool, shard: str) -> None:
 def test_the_parts_that_come_alone(keys: Keys) -> None:
     vae, t5 = identify(keys("flux.vae")), identify(keys("t5xxl.hf"))
     assert vae is not None and (vae.family, vae.kind, vae.dialect) == ("flux", "vae", "ldm")
-    theirs = detect(shapes(encoders.vae16().state_dict()))
+    theirs = SIGNATURE.detect(shapes(encoders.vae16().state_dict()))
     assert theirs is not None and (theirs.kind, theirs.dialect) == ("vae", "diffusers")
     assert t5 is not None and (t5.family, t5.kind) == ("flux", "text_encoder")
     clip = identify(keys("clip_l.hf"))
@@ -68,7 +69,7 @@ def test_the_parts_that_come_alone(keys: Keys) -> None:
 def test_an_adapter(keys: Keys, spelling: str) -> None:
     table = keys("flux_dev.transformer")
     written = dialect.write(dialects(flux_keys(table))[spelling], state(adapters(Flux.of(table))))
-    found = detect(shapes(written))
+    found = SIGNATURE.detect(shapes(written))
     assert found is not None
     assert (found.family, found.kind, found.dialect) == ("flux", "adapter", spelling)
 
@@ -85,7 +86,7 @@ def test_adapters_of_sd_scripts(keys: Keys) -> None:
 
 
 def test_controlnets(keys: Keys) -> None:
-    with_hint = detect(keys("flux.controlnet"))
+    with_hint = SIGNATURE.detect(keys("flux.controlnet"))
     assert with_hint is not None and (with_hint.kind, with_hint.variant) == ("controlnet", "dev")
     theirs = FluxControlNetModel(
         num_layers=1,
@@ -96,7 +97,7 @@ def test_controlnets(keys: Keys) -> None:
         pooled_projection_dim=8,
         axes_dims_rope=(2, 2, 4),
     )
-    found = detect(shapes(theirs.state_dict()))
+    found = SIGNATURE.detect(shapes(theirs.state_dict()))
     assert found is not None and (found.kind, found.dialect) == ("controlnet", "diffusers")
 
 
@@ -122,7 +123,7 @@ def test_controlnets(keys: Keys) -> None:
     ],
 )
 def test_files_of_other_families_are_left_alone(keys: Keys, name: str) -> None:
-    assert detect(keys(name)) is None
+    assert SIGNATURE.detect(keys(name)) is None
 
 
 def test_bundles_of_other_families_are_left_alone(keys: Keys) -> None:
@@ -131,8 +132,8 @@ def test_bundles_of_other_families_are_left_alone(keys: Keys) -> None:
         f"{T5XXL}{n}": s for n, s in keys("t5xxl.hf").items()
     }
     for name in ("lumina2.transformer", "chroma.transformer", "sd3_medium.transformer"):
-        assert detect({**{PREFIX + n: s for n, s in keys(name).items()}, **others}) is None
-    assert detect(others) is not None
+        assert SIGNATURE.detect({**{PREFIX + n: s for n, s in keys(name).items()}, **others}) is None
+    assert SIGNATURE.detect(others) is not None
 
 
 def test_names_in_metadata(tmp_path: Path) -> None:

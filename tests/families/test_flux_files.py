@@ -15,12 +15,13 @@ from torch import Tensor
 from sfumato.config import LossConfig, NoiseConfig
 from sfumato.errors import UserError
 from sfumato.families.detect import detect_file
-from sfumato.families.flux.facts import CLIP_L, PREFIX, Options
+from sfumato.families.flux.facts import CLIP_L, Options
 from sfumato.families.flux.family import FAMILY, SHIFT
 from sfumato.formats.files import load, save
 from sfumato.formats.names import add_prefix
 from sfumato.models import loading
 from sfumato.models.base import Models
+from sfumato.models.detection import PREFIX
 from sfumato.tensors.flow import Flow
 from sfumato.tensors.random import SampleRandom
 

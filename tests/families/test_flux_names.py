@@ -16,12 +16,13 @@ from tinies import flux
 from torch import nn
 
 from sfumato.errors import UserError
-from sfumato.families.flux.facts import CLIP_L, PREFIX, T5XXL, VAE
+from sfumato.families.flux.facts import CLIP_L, T5XXL, VAE
 from sfumato.families.flux.family import FAMILY
 from sfumato.families.flux.names import flux_keys
 from sfumato.families.flux.net import Flux
 from sfumato.formats import dialect
 from sfumato.models.components import Checkpoint, open_model, single_file
+from sfumato.models.detection import PREFIX
 from sfumato.models.meta_init import check, fill, shapes
 
 Keys = Callable[[str], dict[str, tuple[int, ...]]]

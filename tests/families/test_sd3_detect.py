@@ -14,11 +14,12 @@ from tinies import sd3
 from torch import device
 
 from sfumato.families.detect import detect_file, identify
-from sfumato.families.sd3.facts import Completed, Options, Version, architecture, base_model_version, detect
-from sfumato.families.sd3.names import TRANSFORMER, dialects, transformer_keys
+from sfumato.families.sd3.facts import SIGNATURE, Completed, Options, Version, architecture, base_model_version
+from sfumato.families.sd3.names import dialects, transformer_keys
 from sfumato.families.sd3.net import MMDiT
 from sfumato.formats import dialect
 from sfumato.formats.names import add_prefix
+from sfumato.models.detection import PREFIX
 from sfumato.models.meta_init import shapes
 
 Keys = Callable[[str], dict[str, tuple[int, ...]]]
@@ -30,7 +31,7 @@ def variant(version: str) -> str:
 
 
 @each_version
-@pytest.mark.parametrize("prefix", ["", TRANSFORMER])
+@pytest.mark.parametrize("prefix", ["", PREFIX])
 def test_a_transformer_alone(keys: Keys, tmp_path: Path, version: str, prefix: str) -> None:
     path = sparse(tmp_path / "model.safetensors", add_prefix(keys(f"{version}.transformer"), prefix))  # type: ignore[arg-type]
     found = detect_file(path)
@@ -108,13 +109,16 @@ def test_parts_alone_are_no_base_models(keys: Keys, table: str) -> None:
     ],
 )
 def test_other_families_are_left_alone(keys: Keys, table: str) -> None:
-    assert detect(keys(table)) is None
+    assert SIGNATURE.detect(keys(table)) is None
 
 
 def test_an_adapter_of_another_transformer_in_diffusers_names_is_left_alone() -> None:
     """FLUX and others have such layers as well, of 3072 channels."""
     layers = ("attn.to_q", "attn.add_q_proj", "ff.net.0.proj")
-    assert detect({f"transformer.transformer_blocks.0.{layer}.lora_A.weight": (4, 3072) for layer in layers}) is None
+    assert (
+        SIGNATURE.detect({f"transformer.transformer_blocks.0.{layer}.lora_A.weight": (4, 3072) for layer in layers})
+        is None
+    )
 
 
 def test_names_in_metadata(keys: Keys) -> None:

@@ -19,12 +19,13 @@ from sfumato.errors import UserError
 from sfumato.families.detect import detect_file
 from sfumato.families.sd3.facts import Completed, Options
 from sfumato.families.sd3.family import FAMILY
-from sfumato.families.sd3.names import CLIP_G, CLIP_L, T5, TRANSFORMER, VAE
+from sfumato.families.sd3.names import CLIP_G, CLIP_L, T5, VAE
 from sfumato.formats.files import load, save
 from sfumato.formats.names import add_prefix
 from sfumato.models import loading
 from sfumato.models.base import Models
 from sfumato.models.components import open_model, single_file
+from sfumato.models.detection import PREFIX
 from sfumato.models.meta_init import check, shapes
 from sfumato.tensors.flow import Flow
 
@@ -72,7 +73,7 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Files:
 # --- in and out ---
 
 
-@pytest.mark.parametrize("prefix", ["", TRANSFORMER])
+@pytest.mark.parametrize("prefix", ["", PREFIX])
 def test_a_transformer_alone_keeps_its_prefix(apart: Files, tmp_path: Path, prefix: str) -> None:
     tensors = add_prefix(sd3.parts("3.5_medium")["transformer"], prefix)
     save(tmp_path / "alone.safetensors", tensors, {})
@@ -248,7 +249,7 @@ def test_missing_parts_are_named_with_their_settings(apart: Files, tmp_path: Pat
 @pytest.mark.parametrize("name", ["context_embedder.weight", "pos_embed", "joint_blocks.1.x_block.mlp.fc1.weight"])
 def test_a_missing_tensor_is_named(apart: Files, tmp_path: Path, name: str) -> None:
     tensors = sd3.single_file("3.5_medium", "transformer", "vae")
-    del tensors[TRANSFORMER + name]
+    del tensors[PREFIX + name]
     save(tmp_path / "cut.safetensors", tensors, {})
     with pytest.raises(UserError, match=rf"lacks the tensor '{name}'"):
         opened(apart, tmp_path / "cut.safetensors")
@@ -280,8 +281,8 @@ def test_another_models_vae_is_refused(apart: Files, tmp_path: Path) -> None:
 
 def test_models_that_take_more_than_a_image_are_refused(apart: Files, tmp_path: Path) -> None:
     tensors = sd3.single_file("3.5_medium", "transformer", "vae")
-    per_sample = tensors[f"{TRANSFORMER}x_embedder.proj.weight"].repeat(1, 2, 1, 1)
-    save(tmp_path / "fill.safetensors", {**tensors, f"{TRANSFORMER}x_embedder.proj.weight": per_sample}, {})
+    per_sample = tensors[f"{PREFIX}x_embedder.proj.weight"].repeat(1, 2, 1, 1)
+    save(tmp_path / "fill.safetensors", {**tensors, f"{PREFIX}x_embedder.proj.weight": per_sample}, {})
     with pytest.raises(UserError, match="takes 32 channels, not 16"):
         opened(apart, tmp_path / "fill.safetensors")
 
@@ -322,7 +323,7 @@ def test_clip_l_says_what_it_pooled_where_the_projection_is_not_stable_diffusion
 def bundled(keys: Keys, version: str) -> dict[str, tuple[int, ...]]:
     """All that a file of a version with its encoders holds. The table of CLIP-L lacks the projection that SD3's has."""
     tables = {
-        TRANSFORMER: keys(f"{version}.transformer"),
+        PREFIX: keys(f"{version}.transformer"),
         VAE: keys("sd3.vae"),
         CLIP_L: {**keys("clip_l.hf"), "text_projection.weight": (768, 768)},
         CLIP_G: keys("clip_g.hf"),

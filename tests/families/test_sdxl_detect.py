@@ -15,9 +15,10 @@ from sfumato.families.detect import Detected, detect_file, identify
 from sfumato.families.sd import facts as sd
 from sfumato.families.sdxl import facts
 from sfumato.families.sdxl.facts import Options, architecture, base_model_version
-from sfumato.families.sdxl.names import CLIP_G, UNET, unet_keys
+from sfumato.families.sdxl.names import CLIP_G, unet_keys
 from sfumato.formats.files import save
 from sfumato.formats.names import add_prefix
+from sfumato.models.detection import PREFIX
 from sfumato.models.meta_init import shapes
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -56,11 +57,11 @@ def test_files_of_the_family(keys: Keys, name: str, kind: str, dialect: str) -> 
 
 def test_parts_of_a_single_file(keys: Keys) -> None:
     table = keys("sdxl.single_file")
-    whole = facts.detect(table)
+    whole = facts.SIGNATURE.detect(table)
     assert whole is not None and whole.parts == ("denoiser", "text_encoder", "vae") and whole.prediction is None
-    bare = facts.detect({name: shape for name, shape in table.items() if name.startswith(UNET)})
+    bare = facts.SIGNATURE.detect({name: shape for name, shape in table.items() if name.startswith(PREFIX)})
     assert bare is not None and (bare.dialect, bare.parts) == ("ldm", ("denoiser",))
-    marked = facts.detect({**table, "v_pred": (0,)})
+    marked = facts.SIGNATURE.detect({**table, "v_pred": (0,)})
     assert marked is not None and marked.prediction == "v"
 
 
@@ -72,10 +73,10 @@ def test_a_unet_in_the_names_of_diffusers(keys: Keys) -> None:
 def test_bigg_alone(keys: Keys) -> None:
     """Other families use it as well, so `identify` may name one of them."""
     for table, dialect in ((below(keys("sdxl.single_file"), CLIP_G), "openclip"), (keys("clip_g.hf"), "hf")):
-        assert facts.detect(table) == Detected(family="sdxl", kind="text_encoder", dialect=dialect)
+        assert facts.SIGNATURE.detect(table) == Detected(family="sdxl", kind="text_encoder", dialect=dialect)
         found = identify(table)
         assert found is not None and found.kind == "text_encoder"
-        assert facts.detect({**table, f"{UNET}mystery.weight": (1,)}) is None
+        assert facts.SIGNATURE.detect({**table, f"{PREFIX}mystery.weight": (1,)}) is None
 
 
 ATTENTION = "input_blocks.4.1.transformer_blocks.0.attn2.to_k"
@@ -102,8 +103,8 @@ DEEP = "down_blocks.1.attentions.0.transformer_blocks.1"
     ],
 )
 def test_smaller_files(table: Shapes, kind: str, dialect: str) -> None:
-    assert sd.detect(table) is None
-    assert facts.detect(table) == Detected(family="sdxl", kind=kind, dialect=dialect)  # type: ignore[arg-type]
+    assert sd.SIGNATURE.detect(table) is None
+    assert facts.SIGNATURE.detect(table) == Detected(family="sdxl", kind=kind, dialect=dialect)  # type: ignore[arg-type]
 
 
 def every_table() -> list[str]:
@@ -114,18 +115,18 @@ def every_table() -> list[str]:
 
 @pytest.mark.parametrize("name", [name for name in every_table() if not re.search(r"sdxl|clip_g", name)])
 def test_files_of_others_are_left_alone(keys: Keys, name: str) -> None:
-    assert facts.detect(keys(name)) is None
+    assert facts.SIGNATURE.detect(keys(name)) is None
 
 
 @pytest.mark.parametrize("name", [name for name in every_table() if "sdxl" in name])
 def test_stable_diffusion_leaves_them_alone(keys: Keys, name: str) -> None:
-    assert sd.detect(keys(name)) is None
+    assert sd.SIGNATURE.detect(keys(name)) is None
 
 
 def test_a_model_of_2x_that_is_told_of_images_is_none(keys: Keys) -> None:
     """unCLIP has a label as well."""
-    table = {**keys("sd2.single_file"), f"{UNET}label_emb.0.0.weight": (1280, 2048)}
-    assert facts.detect(table) is None
+    table = {**keys("sd2.single_file"), f"{PREFIX}label_emb.0.0.weight": (1280, 2048)}
+    assert facts.SIGNATURE.detect(table) is None
 
 
 # --- the refiner ---
@@ -135,7 +136,7 @@ def refiner() -> dict[str, torch.Tensor]:
     """Its U-Net and its one text encoder, bigG, which stands where the base model has CLIP-L."""
     tensors = sdxl.unet(refiner=True).state_dict()
     native = {name: t.clone() for name, t in unet_keys(tensors).to_native(tensors).items()}
-    return {**add_prefix(native, UNET), "conditioner.embedders.0.model.text_projection": torch.eye(encoders.G_WIDTH)}
+    return {**add_prefix(native, PREFIX), "conditioner.embedders.0.model.text_projection": torch.eye(encoders.G_WIDTH)}
 
 
 def test_the_refiner_is_called_by_its_name(tmp_path: Path) -> None:

@@ -18,13 +18,14 @@ from sfumato.errors import UserError
 from sfumato.families.detect import detect_file
 from sfumato.families.sdxl.facts import Options
 from sfumato.families.sdxl.family import FAMILY
-from sfumato.families.sdxl.names import CLIP_G, CLIP_L, UNET
+from sfumato.families.sdxl.names import CLIP_G, CLIP_L
 from sfumato.formats.files import load, save
 from sfumato.models import loading
 from sfumato.models.autoencoders import scale
 from sfumato.models.base import Models
+from sfumato.models.detection import PREFIX
 
-FIRST = f"{UNET}input_blocks.0.0.weight"
+FIRST = f"{PREFIX}input_blocks.0.0.weight"
 
 
 def opened(path: Path, *, vae: Path | None = None, tokenizer: Path | None = None, **options: Any) -> Models:
@@ -78,7 +79,7 @@ def test_a_vae_of_its_own(tmp_path: Path) -> None:
 
 def test_text_encoders_are_needed(tmp_path: Path) -> None:
     tensors = sdxl.single_file()
-    unet = {name.removeprefix(UNET): t for name, t in tensors.items() if name.startswith(UNET)}
+    unet = {name.removeprefix(PREFIX): t for name, t in tensors.items() if name.startswith(PREFIX)}
     with pytest.raises(UserError, match="holds no text_encoder; a whole model is needed"):
         opened(sdxl.put(tmp_path / "unet.safetensors", unet))
     lacking = {name: t for name, t in tensors.items() if not name.startswith(CLIP_L)}
@@ -229,7 +230,7 @@ def test_an_inpainting_model(tmp_path: Path) -> None:
 
 def test_a_unet_that_is_told_of_another_text_encoder(tmp_path: Path) -> None:
     tensors = sdxl.single_file()
-    name = f"{UNET}label_emb.0.0.weight"
+    name = f"{PREFIX}label_emb.0.0.weight"
     tensors[name] = tensors[name][:, 8:].clone()
     with pytest.raises(UserError, match=r"is told 1656 numbers .* 128 of the pooled text and 6 x 256"):
         opened(sdxl.put(tmp_path / "model.safetensors", tensors))

@@ -23,11 +23,12 @@ from sfumato.errors import UserError
 from sfumato.families.sdxl.facts import Options
 from sfumato.families.sdxl.family import FAMILY
 from sfumato.families.sdxl.folder import transformer_layers, unet_config
-from sfumato.families.sdxl.names import CLIP_G, PASSTHROUGH, UNET, unet_keys
+from sfumato.families.sdxl.names import CLIP_G, PASSTHROUGH, unet_keys
 from sfumato.formats import dialect
 from sfumato.formats.dialect import AdapterTensors, ModulePath
 from sfumato.models.base import Models
 from sfumato.models.components import Checkpoint, open_model, single_file
+from sfumato.models.detection import PREFIX
 from sfumato.models.meta_init import check, shapes
 
 Shapes = dict[str, tuple[int, ...]]
@@ -168,7 +169,7 @@ def test_what_does_not_fit_is_named(keys: Keys, tmp_path: Path) -> None:
         claimed(tmp_path, {**table, "mystery.weight": (1,)})
     with pytest.raises(UserError, match=r"no rule names the tensor 'label_emb\.1\.0\.weight'"):
         unet_keys(keys("sdxl.unet")).to_foreign(meta({**keys("sdxl.unet"), "label_emb.1.0.weight": (1,)}))
-    del table[f"{UNET}output_blocks.0.1.transformer_blocks.9.attn2.to_v.weight"]
+    del table[f"{PREFIX}output_blocks.0.1.transformer_blocks.9.attn2.to_v.weight"]
     with pytest.raises(UserError, match=r"lacks the tensor 'output_blocks\.0\.1\.transformer_blocks\.9\.attn2\.to_v"):
         claimed(tmp_path, table).components["denoiser"].build()
 

@@ -25,10 +25,11 @@ from sfumato.data.batch import Cond
 from sfumato.errors import UserError
 from sfumato.families.sdxl.facts import BLOCKS, Options
 from sfumato.families.sdxl.family import FAMILY, block
-from sfumato.families.sdxl.names import CLIP_G, CLIP_L, UNET
+from sfumato.families.sdxl.names import CLIP_G, CLIP_L
 from sfumato.formats.files import load
 from sfumato.models import loading
 from sfumato.models.base import Models, SampleInfo
+from sfumato.models.detection import PREFIX
 from sfumato.sampling.prompts import Prompt
 from sfumato.sampling.sample import draw_latents
 from sfumato.train import dist, loop, run
@@ -83,9 +84,9 @@ def test_rates_by_block(single: Path, go: Callable[..., Path]) -> None:
     rates = [0.0] * BLOCKS
     rates[0], rates[5], rates[22] = 1e-3, 2e-3, 3e-3
     moved = changed(load(single), load(go("a", "full", options={"block_lr": tuple(rates)})))
-    own = {name.removeprefix(UNET) for name in load(single) if name.startswith(UNET)}
+    own = {name.removeprefix(PREFIX) for name in load(single) if name.startswith(PREFIX)}
     assert moved == {
-        UNET + path for path in own if path.startswith(("time_embed.", "label_emb.", "input_blocks.4.", "out."))
+        PREFIX + path for path in own if path.startswith(("time_embed.", "label_emb.", "input_blocks.4.", "out."))
     }
     models = loading.load(FAMILY, str(single), Options(block_lr=tuple(rates)))
     groups = Full(models, config(family=models.options)).groups()
@@ -132,7 +133,7 @@ def test_text_encoders_whose_rate_is_0_are_left_as_they_are(
     moved = changed(before, load(go("a", "full", options=rates, train_text_encoder=True)))
     text = {name for name in before if name.startswith(prefixes)} if prefixes else set()
     nets = {name for name in text if not UNUSED.fullmatch(name) and not name.endswith(("position_ids", "logit_scale"))}
-    assert moved == nets | {name for name in before if name.startswith(UNET)}
+    assert moved == nets | {name for name in before if name.startswith(PREFIX)}
 
 
 def test_what_has_no_gradient_is_not_trained(single: Path) -> None:

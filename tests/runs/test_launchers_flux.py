@@ -9,7 +9,7 @@ import pytest
 from launching import launch
 from tinies import flux
 
-from sfumato.families.flux.facts import detect
+from sfumato.families.flux.facts import SIGNATURE
 from sfumato.formats.files import read_header
 
 SHARED = """
@@ -49,7 +49,7 @@ def test_a_usual_command_line(images: Path, tmp_path: Path, script: str, flags: 
     launch(script, [*words, *(SHARED + flags).replace("PROMPTS", str(prompts)).split()], tmp_path)
     result = tmp_path / "out" / "out.safetensors"
     header = read_header(result)
-    found = detect({name: info.shape for name, info in header.tensors.items()})
+    found = SIGNATURE.detect({name: info.shape for name, info in header.tensors.items()})
     assert found is not None and found.kind == ("adapter" if script == "flux_train_network" else "checkpoint")
     assert header.metadata["ss_base_model_version"] == "flux1"
     architecture = {"flux_train_network": "flux-1-dev/lora", "flux_train": "flux-1-schnell"}[script]

@@ -10,8 +10,9 @@ from launching import launch
 from safetensors import safe_open
 from tinies import sdxl
 
-from sfumato.families.sdxl.names import CLIP_G, CLIP_L, UNET, VAE
+from sfumato.families.sdxl.names import CLIP_G, CLIP_L, VAE
 from sfumato.formats.files import load
+from sfumato.models.detection import PREFIX
 
 COMMON = """
     --output_name out --save_model_as safetensors --max_train_steps 2 --optimizer_type AdamW --lr_scheduler constant_with_warmup
@@ -66,10 +67,10 @@ def test_a_whole_model(trained: tuple[Path, Path]) -> None:
     before, after = (load(path) for path in trained)
     assert before.keys() == after.keys()
     moved = {name for name, t in before.items() if not torch.equal(t, after[name])}
-    assert {name for name in moved if name.startswith(UNET)} == {
-        f"{UNET}out.{i}.{leaf}" for i in (0, 2) for leaf in ("weight", "bias")
+    assert {name for name in moved if name.startswith(PREFIX)} == {
+        f"{PREFIX}out.{i}.{leaf}" for i in (0, 2) for leaf in ("weight", "bias")
     }
-    assert {name for name in moved if not name.startswith(UNET)} == {
+    assert {name for name in moved if not name.startswith(PREFIX)} == {
         name for name in before if name.startswith(CLIP_G) and not name.endswith("logit_scale")
     }
     assert not [name for name in moved if name.startswith((CLIP_L, VAE))]

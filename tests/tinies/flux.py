@@ -17,11 +17,12 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
 from torch import Tensor, nn
 
-from sfumato.families.flux.facts import CLIP_L, PREFIX, T5XXL, VAE
+from sfumato.families.flux.facts import CLIP_L, T5XXL, VAE
 from sfumato.families.flux.names import flux_keys
 from sfumato.formats.files import save
 from sfumato.formats.names import add_prefix
 from sfumato.models.autoencoders import vae_keys
+from sfumato.models.detection import PREFIX
 from sfumato.models.meta_init import shapes
 from sfumato.sampling.prompts import Prompt
 from tinies import encoders, headers

@@ -19,10 +19,11 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import T5Config, T5EncoderModel
 
-from sfumato.families.sd3.names import CLIP_G, CLIP_L, T5, TRANSFORMER, VAE, transformer_keys
+from sfumato.families.sd3.names import CLIP_G, CLIP_L, T5, VAE, transformer_keys
 from sfumato.formats.files import save
 from sfumato.formats.names import add_prefix
 from sfumato.models.autoencoders import vae_keys
+from sfumato.models.detection import PREFIX
 from sfumato.sampling.prompts import Prompt
 from tinies import encoders, headers
 from tinies.cases import Case, Files
@@ -124,7 +125,7 @@ def parts(kind: Kind) -> dict[str, dict[str, Tensor]]:
 
 def single_file(kind: Kind, *names: str) -> dict[str, Tensor]:
     """Some of them in one file; both CLIPs as ComfyUI writes them."""
-    prefixes = {"transformer": TRANSFORMER, "vae": VAE, "clip_l": CLIP_L, "clip_g": CLIP_G, "t5xxl": T5}
+    prefixes = {"transformer": PREFIX, "vae": VAE, "clip_l": CLIP_L, "clip_g": CLIP_G, "t5xxl": T5}
     held = {key: t for name in names for key, t in add_prefix(parts(kind)[name], prefixes[name]).items()}
     return held | {f"text_encoders.{name}.logit_scale": torch.tensor(4.6) for name in names if name.startswith("clip")}
 

@@ -17,10 +17,11 @@ from diffusers import AutoencoderKL, EulerDiscreteScheduler, StableDiffusionXLPi
 from torch import Tensor
 from transformers import CLIPTextModel
 
-from sfumato.families.sdxl.names import CLIP_G, CLIP_L, UNET, VAE, unet_keys
+from sfumato.families.sdxl.names import CLIP_G, CLIP_L, VAE, unet_keys
 from sfumato.formats.files import save
 from sfumato.formats.names import add_prefix
 from sfumato.models.autoencoders import vae_keys
+from sfumato.models.detection import PREFIX
 from sfumato.models.encoders.clip import OPEN_CLIP
 from sfumato.sampling.prompts import Prompt
 from sfumato.sampling.sample import scheduler_for
@@ -106,7 +107,7 @@ def pipeline(prediction: str = "epsilon") -> StableDiffusionXLPipeline:
 def single_file(*, bundled: bool = True) -> dict[str, Tensor]:
     """All tensors of a single file, those that belong to no net as well. `bundled`: the VAE too."""
     denoiser, first, second = unet().state_dict(), tiny.text_states(clip_l()), tiny.text_states(encoders.clip_g())
-    nets = add_prefix(unet_keys(denoiser).to_native(denoiser), UNET)
+    nets = add_prefix(unet_keys(denoiser).to_native(denoiser), PREFIX)
     nets |= add_prefix(first, CLIP_L) | add_prefix(OPEN_CLIP.to_native(second), CLIP_G)
     if bundled:
         nets |= add_prefix(vae_keys(vae().state_dict()).to_foreign(vae().state_dict()), VAE)

@@ -8,9 +8,10 @@ from typing import Literal
 
 from sfumato.errors import UserError
 from sfumato.families.flux import network_args
-from sfumato.families.flux.facts import PREFIX, VAE
+from sfumato.families.flux.facts import ADAPTERS, FOREIGN, VAE
 from sfumato.models import flow_options
-from sfumato.models.facts import WHOLE, Detected, Facts, Idle, Shapes
+from sfumato.models.detection import Detected, Shapes, Signature, has, marked, parts
+from sfumato.models.facts import Facts, Idle
 from sfumato.models.flow_options import FlowOptions
 
 FAMILY = "chroma"
@@ -101,33 +102,37 @@ class NetworkArgs(network_args.NetworkArgs):
 
 MARK = "distilled_guidance_layer"
 """The net that makes all modulations, which no other model has."""
-_ADAPTERS = {"kohya": f"lora_unet_{MARK}_", "comfy": f"diffusion_model.{MARK}.", "peft": f"transformer.{MARK}."}
+_MARKS = {"diffusers": (f"{MARK}.in_proj.weight", "x_embedder.weight"), "bfl": (f"{MARK}.in_proj.weight",)}
+
+_MODULATED = r".*([._]mod[._]lin|modulation|(time|vector|guidance)_in|norm1?(_context)?\.linear|text_embed).*"
+"""Layers that FLUX.1 alone has: those that make modulations within the blocks, and those that take their input."""
 
 
-def detect(shapes: Shapes) -> Detected | None:
-    """What a file with these tensors is, if it is of this family.
+def _denoiser(shapes: Shapes) -> Detected | None:
+    if (found := marked(shapes, _MARKS)) is None:
+        return None
+    return Detected(family=FAMILY, kind="checkpoint", dialect=found[0], parts=parts(shapes, vae=VAE))
 
-    An adapter's names are FLUX.1's as well, which answers for it, unless it reaches into the net that is Chroma's own.
-    """
-    for dialect, start in _ADAPTERS.items():
-        if any(name.startswith(start) for name in shapes):
-            return Detected(family=FAMILY, kind="adapter", dialect=dialect)
-    for prefix in (PREFIX, ""):
-        if f"{prefix}{MARK}.in_proj.weight" in shapes:
-            dialect = "diffusers" if f"{prefix}x_embedder.weight" in shapes else "bfl"
-            prefixes = (prefix, "text_encoders.", VAE)
-            parts = tuple(
-                part
-                for part, p in zip(WHOLE, prefixes, strict=True)
-                if part == "denoiser" or any(name.startswith(p) for name in shapes)
-            )
-            return Detected(family=FAMILY, kind="checkpoint", dialect=dialect, parts=parts)
-    return None
+
+SIGNATURE = Signature(
+    family=FAMILY,
+    claims={"chroma": ""},
+    denoiser=_denoiser,
+    adapters={
+        rf"lora_unet_{MARK}_.*": "kohya",
+        rf"diffusion_model\.{MARK}\..*": "comfy",
+        rf"transformer\.{MARK}\..*": "peft",
+        **ADAPTERS,
+    },
+    foreign=rf"{FOREIGN}|{_MODULATED}",
+    # All other names are FLUX.1's as well, which answers for an adapter that does not say whose it is.
+    own=lambda shapes: has(shapes, rf".*{MARK}.*"),
+)
 
 
 FACTS = Facts(
     options=Options,
-    detect=detect,
+    signature=SIGNATURE,
     architecture=lambda options: "chroma",
     base_model_version=lambda options: "chroma",
     pipelines=("ChromaPipeline", "ChromaImg2ImgPipeline", "ChromaInpaintPipeline"),

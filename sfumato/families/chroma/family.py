@@ -11,7 +11,7 @@ from sfumato.adapters import AdapterPlan
 from sfumato.data.batch import Cond
 from sfumato.errors import UserError
 from sfumato.families.chroma.facts import MARK, Completed, Options
-from sfumato.families.chroma.names import PREFIX, TARGETS, chroma_keys
+from sfumato.families.chroma.names import TARGETS, chroma_keys
 from sfumato.families.chroma.net import Chroma
 from sfumato.families.chroma.strategies import OUTPUTS, ChromaEncode, ChromaTokenize
 from sfumato.families.flux.facts import T5XXL, VAE
@@ -32,6 +32,7 @@ from sfumato.formats.dialect import Dialect
 from sfumato.models.autoencoders import vae_component
 from sfumato.models.base import Family, Models, TokenizerSpec
 from sfumato.models.components import Checkpoint, Config, denoiser
+from sfumato.models.detection import PREFIX
 from sfumato.models.encoders.t5 import T5_TARGETS, t5_component
 from sfumato.models.encoders.tokenizers import t5_home, t5_vocabulary
 from sfumato.models.layers import Shapes

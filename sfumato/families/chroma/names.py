@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from sfumato.families.flux.names import PREFIX, TARGETS, trunk_rules
+from sfumato.families.flux.names import TARGETS, trunk_rules
 from sfumato.formats.names import KeyMap, rule
-from sfumato.models.layers import Shapes
+from sfumato.models.detection import Shapes
 
-__all__ = ["PREFIX", "TARGETS", "chroma_keys"]
+__all__ = ["TARGETS", "chroma_keys"]
 
 _GUIDANCE = "distilled_guidance_layer"
 

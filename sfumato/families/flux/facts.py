@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Literal
 
 from sfumato.families.flux.network_args import NetworkArgs
 from sfumato.models import flow_options
-from sfumato.models.facts import LEAF, WHOLE, Detected, Facts, Idle, Kind, Shapes
+from sfumato.models.detection import Detected, Shapes, Signature, Single, has, marked, parts, vae
+from sfumato.models.facts import Facts, Idle
 from sfumato.models.flow_options import FlowOptions
 
 FAMILY = "flux"
@@ -125,105 +125,80 @@ IDLE = (
 
 # --- files ---
 
-PREFIX = "model.diffusion_model."
 CLIP_L, T5XXL, VAE = "text_encoders.clip_l.transformer.", "text_encoders.t5xxl.transformer.", "vae."
 """What stands before names in files that hold several nets, as ComfyUI writes them."""
-_BFL = ("img_in.weight", "txt_in.weight", "vector_in.in_layer.weight", "double_blocks.0.img_mod.lin.weight")
-_DIFFUSERS = (
-    "x_embedder.weight",
-    "context_embedder.weight",
-    "time_text_embed.text_embedder.linear_1.weight",
-    "transformer_blocks.0.norm1_context.linear.weight",
-)
+_MARKS = {
+    "bfl": ("img_in.weight", "txt_in.weight", "vector_in.in_layer.weight", "double_blocks.0.img_mod.lin.weight"),
+    "diffusers": (
+        "x_embedder.weight",
+        "context_embedder.weight",
+        "time_text_embed.text_embedder.linear_1.weight",
+        "transformer_blocks.0.norm1_context.linear.weight",
+    ),
+}
 PATCH_CHANNELS = 64
 """16 channels of 2 x 2 latents: an image alone."""
-_CONTROL = re.compile(r"controlnet_(single_)?blocks\..*|controlnet_x_embedder\..*|input_hint_block\..*")
 _WIDER = (
     "a FLUX.1 model that takes {} channels a patch, not {} (one for filling, editing or control, such as Fill, Depth "
-    "or Canny), "
-    "which is not supported yet"
+    "or Canny), which is not supported yet"
 )
-_GUIDANCE = re.compile(r".*(guidance_in|guidance_embedder)[._].*")
 
 
-def detect(shapes: Shapes) -> Detected | None:
-    """What a file with these tensors is, if it is of this family."""
-    found = _transformer(shapes)
-    if found or any(name.startswith(PREFIX) for name in shapes):  # bundles of other families hold the same T5 and VAE
-        return found
-    return _adapter(shapes) or _vae(shapes) or _text_encoder(shapes)
-
-
-def _transformer(shapes: Shapes) -> Detected | None:
+def _denoiser(shapes: Shapes) -> Detected | None:
     """A model, or a ControlNet, which is made of the same layers."""
-    for dialect, prefix, marks in (("bfl", PREFIX, _BFL), ("bfl", "", _BFL), ("diffusers", "", _DIFFUSERS)):
-        if not all(prefix + mark in shapes for mark in marks):
-            continue
-        variant = "dev" if any(_GUIDANCE.fullmatch(name) for name in shapes) else "schnell"
-        if any(_CONTROL.fullmatch(name) for name in shapes):
-            return _said("controlnet", dialect, variant)
-        prefixes = (prefix, "text_encoders.", VAE)
-        parts = tuple(
-            part
-            for part, p in zip(WHOLE, prefixes, strict=True)
-            if part == "denoiser" or any(name.startswith(p) for name in shapes)
-        )
-        channels = shapes[prefix + marks[0]][1]
-        refused = "" if channels == PATCH_CHANNELS else _WIDER.format(channels, PATCH_CHANNELS)
-        return replace(_said("checkpoint", dialect, variant), parts=parts, refused=refused)
-    return None
-
-
-_LAYERS = (
-    r"double_blocks{0}\d+{0}(img|txt)_(attn{0}(qkv|proj)|mlp{0}[02]|mod{0}lin)",
-    r"single_blocks{0}\d+{0}(linear[12]|modulation{0}lin)",
-)
-_ADAPTERS = {
-    "kohya": rf"(lora_unet|lycoris|oft_unet)_({'|'.join(layer.format('_') for layer in _LAYERS)})\..*"
-    r"|lora_te3_encoder_block_.*",
-    "comfy": rf"(diffusion_model\.)?({'|'.join(layer.format('[.]') for layer in _LAYERS)})\..*",
-    "peft": r"(transformer\.)?single_transformer_blocks\.\d+\..*",
-}
-_OTHERS = re.compile(r"lora_te2_.*|.*(joint_blocks|(img|txt)_mlp[._]fc[12]|byt5_in|distilled_guidance_layer).*")
-"""What HunyuanImage, SD3 and Chroma have, whose names are otherwise alike."""
-
-
-def _adapter(shapes: Shapes) -> Detected | None:
-    if not any(LEAF.fullmatch(name) for name in shapes) or any(_OTHERS.fullmatch(name) for name in shapes):
+    if (found := marked(shapes, _MARKS)) is None:
         return None
-    for dialect, pattern in _ADAPTERS.items():
-        if any(re.fullmatch(pattern, name) for name in shapes):
-            return _said("adapter", dialect, "dev" if any(_GUIDANCE.fullmatch(name) for name in shapes) else "")
-    return None
+    dialect, prefix = found
+    variant = _guided(shapes) or "schnell"
+    if has(shapes, r"controlnet_(single_)?blocks\..*|controlnet_x_embedder\..*|input_hint_block\..*"):
+        return Detected(family=FAMILY, kind="controlnet", dialect=dialect, variant=variant)
+    channels = shapes[prefix + _MARKS[dialect][0]][1]
+    return Detected(
+        family=FAMILY,
+        kind="checkpoint",
+        dialect=dialect,
+        variant=variant,
+        parts=parts(shapes, vae=VAE),
+        refused="" if channels == PATCH_CHANNELS else _WIDER.format(channels, PATCH_CHANNELS),
+    )
 
 
-def _vae(shapes: Shapes) -> Detected | None:
-    """The VAE of SD3 has the same names and shapes; those of Lumina and Chroma are this one."""
-    for dialect, first in (
-        ("ldm", "encoder.down.0.block.0.conv1.weight"),
-        ("diffusers", "encoder.down_blocks.0.resnets.0.conv1.weight"),
-    ):
-        for prefix in ("", VAE):
-            # Sixteen channels in: a convolution of two dimensions. That of video models has three.
-            conv = shapes.get(f"{prefix}decoder.conv_in.weight", ())
-            if f"{prefix}{first}" in shapes and len(conv) == 4 and conv[1] == 16:
-                return _said("vae", dialect)
-    return None
+def _guided(shapes: Shapes) -> str:
+    """ "dev" where a layer takes the guidance."""
+    return "dev" if has(shapes, r".*(guidance_in|guidance_embedder)[._].*") else ""
 
 
-def _text_encoder(shapes: Shapes) -> Detected | None:
-    """T5's encoder; other families know CLIP-L, which they use as well."""
-    first = "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight"
-    return _said("text_encoder", "hf") if any(prefix + first in shapes for prefix in ("", T5XXL)) else None
+ADAPTERS = {
+    r"(lora_unet|lycoris|oft_unet)_(double|single)_blocks_.*|lora_te3_encoder_block_.*": "kohya",
+    r"(diffusion_model\.)?(double|single)_blocks\..*": "comfy",
+    r"(transformer\.)?(single_)?transformer_blocks\..*": "peft",
+}
+FOREIGN = r"lora_te2_.*|.*(joint_blocks|(img|txt)_mlp[._]fc[12]|byt5_in).*"
+"""What adapters of SD3 and HunyuanImage have, whose names are otherwise alike."""
 
-
-def _said(kind: Kind, dialect: str, variant: str = "") -> Detected:
-    return Detected(family=FAMILY, kind=kind, dialect=dialect, variant=variant)
+SIGNATURE = Signature(
+    family=FAMILY,
+    claims={"flux-1-dev": "dev", "flux-1-schnell": "schnell", "flux-1": "", "flux1": "", "flux.1": ""},
+    denoiser=_denoiser,
+    adapters=ADAPTERS,
+    foreign=FOREIGN + r"|.*distilled_guidance_layer.*",
+    # Qwen-Image and SD3 have `transformer_blocks` as well.
+    own=lambda shapes: has(shapes, r".*((double|single)_blocks|single_transformer_blocks|te3_encoder_block).*"),
+    variant=_guided,
+    singles=(
+        *vae(16, VAE),
+        Single(
+            kind="text_encoder",
+            dialect="hf",
+            tensors={rf"({T5XXL})?encoder\.block\.0\.layer\.0\.SelfAttention\.relative_attention_bias\.weight": None},
+        ),
+    ),
+)
 
 
 FACTS = Facts(
     options=Options,
-    detect=detect,
+    signature=SIGNATURE,
     architecture=architecture,
     base_model_version=lambda options: "flux1",
     pipelines=("FluxPipeline", "FluxImg2ImgPipeline", "FluxInpaintPipeline"),

@@ -21,7 +21,6 @@ from sfumato.families.flux.facts import (
     DRAWN_GUIDANCE,
     GUIDANCE,
     PATCH_CHANNELS,
-    PREFIX,
     T5XXL,
     VAE,
     Completed,
@@ -36,6 +35,7 @@ from sfumato.formats.names import KeyMap
 from sfumato.models.autoencoders import vae_component
 from sfumato.models.base import Family, Models, SampleInfo, TokenizerSpec
 from sfumato.models.components import Checkpoint, Config, denoiser
+from sfumato.models.detection import PREFIX
 from sfumato.models.encoders.clip import CLIP_TARGETS, clip_component
 from sfumato.models.encoders.t5 import EMBEDDING, T5_TARGETS, t5_component
 from sfumato.models.encoders.tokenizers import clip_tokenizer, t5_home, t5_vocabulary

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from sfumato.families.flux.facts import PREFIX as PREFIX
 from sfumato.formats.names import SWAP_HALVES, KeyMap, Rule, rule
-from sfumato.models.layers import Shapes
+from sfumato.models.detection import Shapes
 
 TARGETS: Mapping[str, tuple[str, ...]] = {"linear": ("double_blocks.*", "single_blocks.*")}
 """Layer kind -> path patterns of the layers that adapters go on: every linear layer of every block."""

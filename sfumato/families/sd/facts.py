@@ -6,7 +6,8 @@ import re
 from dataclasses import dataclass
 from typing import Literal
 
-from sfumato.models.facts import LEAF, WHOLE, Detected, Facts, Kind, Shapes
+from sfumato.models.detection import DOWN, Detected, Shapes, Signature, Single, clip, has, marked, parts, vae, width
+from sfumato.models.facts import Facts
 
 FAMILY = "sd"
 CONTEXT_XL = 2048
@@ -41,155 +42,80 @@ def base_model_version(options: Options) -> str:
     return ("sd_v2" if options.v2 else "sd_v1") + ("_v" if options.v_parameterization else "")
 
 
-def detect(shapes: Shapes) -> Detected | None:
-    """What a file with these tensors is, if it is of this family."""
-    for look in (_checkpoint, _adapter, _controlnet, _vae, _text_encoder, _embedding):
-        if found := look(shapes):
-            return found
-    return None
+# --- files ---
+
+_MARKS = {"ldm": ("input_blocks.0.0.weight",), "diffusers": ("conv_in.weight",)}
+TO_K = r".*attn2[._]to_k"
+"""Keys of the attention to the text."""
 
 
-UNET_PREFIX = "model.diffusion_model."
-_UNETS = {
-    "ldm": (UNET_PREFIX, "input_blocks.0.0.weight", r"(input|middle|output)_block.*\.attn2\.to_k\.weight"),
-    "native": ("", "input_blocks.0.0.weight", r"(input|middle|output)_block.*\.attn2\.to_k\.weight"),
-    "diffusers": ("", "conv_in.weight", r"(down|mid|up)_block.*\.attn2\.to_k\.weight"),
-}
-"""Spelling -> prefix, first tensor, keys of the text attention."""
-
-
-def _checkpoint(shapes: Shapes) -> Detected | None:
-    for dialect, (prefix, first, keys) in _UNETS.items():
-        width = text_width(shapes, re.escape(prefix) + keys)
-        if (
-            prefix + first in shapes
-            and width not in (None, CONTEXT_XL)
-            and not is_controlnet(shapes)
-            and not is_larger(shapes)
-        ):
-            prefixes = (prefix, "cond_stage_model.", "first_stage_model.")
-            parts = tuple(
-                part
-                for part, p in zip(WHOLE, prefixes, strict=True)
-                if part == "denoiser" or any(n.startswith(p) for n in shapes)
-            )
-            return _said(
-                "checkpoint", dialect, _variant(shapes), prediction="v" if "v_pred" in shapes else None, parts=parts
-            )
-    return None
-
-
-_ADAPTERS = {
-    "kohya": r"(lora_unet|lycoris)_"
-    r"(down_blocks|mid_block|up_blocks|input_blocks|middle_block|output_blocks|time_emb|conv_in|conv_out).*"
-    r"|lora_te_text_model_encoder_layers_.*",
-    "comfy": r"diffusion_model\.(input_blocks|middle_block|output_blocks)\..*|text_encoders\.clip_[lh]\..*",
-    "peft": r"(unet\.)?(down_blocks|mid_block|up_blocks)\..*|text_encoder\.(text_model\.)?encoder\.layers\..*",
-}
-_LARGER = re.compile(
-    r"lora_te[12]_.*|text_encoder_2\..*|text_encoders\.clip_g\..*|.*transformer_blocks[._][1-9]\d*[._].*"
-    r"|.*(double|joint|single_transformer)_blocks.*"
-)
-"""What Stable Diffusion XL and the transformers have, whose names begin alike."""
-
-
-def is_larger(shapes: Shapes) -> bool:
-    """Whether there are names that no net of this family and no adapter for one has."""
-    return any(_LARGER.fullmatch(name) for name in shapes)
-
-
-def _adapter(shapes: Shapes) -> Detected | None:
-    if not any(LEAF.fullmatch(name) for name in shapes) or is_larger(shapes):
+def _denoiser(shapes: Shapes) -> Detected | None:
+    found, context = marked(shapes, _MARKS), width(shapes, TO_K + r"\.weight")
+    if control := controlnet(shapes):
+        known = context != CONTEXT_XL
+        return Detected(family=FAMILY, kind="controlnet", dialect=control, variant=_variant(shapes)) if known else None
+    if found is None or context in (None, CONTEXT_XL) or has(shapes, _LARGER):
         return None
-    if text_width(shapes, r".*attn2[._]to_k\.(lora_down|lora_A|lora\.down)\.(default\.)?weight") == CONTEXT_XL:
-        return None
-    for dialect, pattern in _ADAPTERS.items():
-        if any(re.fullmatch(pattern, name) for name in shapes):
-            return _said("adapter", dialect, _variant(shapes))
-    return None
+    return Detected(
+        family=FAMILY,
+        kind="checkpoint",
+        dialect=found[0] if found[1] or found[0] == "diffusers" else "native",
+        variant=_variant(shapes),
+        prediction="v" if "v_pred" in shapes else None,
+        parts=parts(shapes, text_encoder="cond_stage_model."),
+    )
 
 
-def is_controlnet(shapes: Shapes) -> bool:
-    """Whether these are a ControlNet's tensors, which otherwise are half a U-Net's."""
-    marks = ("zero_convs.0.0.weight", "control_model.zero_convs.0.0.weight", "controlnet_cond_embedding.conv_in.weight")
-    return any(mark in shapes for mark in marks)
-
-
-def _controlnet(shapes: Shapes) -> Detected | None:
-    if not is_controlnet(shapes) or text_width(shapes, r".*attn2\.to_k\.weight") == CONTEXT_XL:
-        return None
-    dialect = "diffusers" if "controlnet_cond_embedding.conv_in.weight" in shapes else "ldm"
-    return _said("controlnet", dialect, _variant(shapes))
-
-
-def _vae(shapes: Shapes) -> Detected | None:
-    """The VAE of Stable Diffusion XL has the same names and shapes; one of more channels is another family's."""
-    if any(name.startswith((UNET_PREFIX, "conditioner.")) for name in shapes):
-        return None
-    for dialect, prefix, block in (
-        ("ldm", "", "down.0.block.0"),
-        ("ldm", "first_stage_model.", "down.0.block.0"),
-        ("diffusers", "", "down_blocks.0.resnets.0"),
-    ):
-        if (
-            f"{prefix}encoder.{block}.conv1.weight" in shapes
-            and shapes.get(f"{prefix}decoder.conv_in.weight", (0, 0))[1] == 4
-        ):
-            return _said("vae", dialect)
-    return None
-
-
-def _text_encoder(shapes: Shapes) -> Detected | None:
-    """CLIP-L, which other families use as well, or OpenCLIP-H."""
-    widths = {"": 0} | {
-        name: shape[-1]
-        for name, shape in shapes.items()
-        if name.endswith(("token_embedding.weight", "positional_embedding"))
-    }
-    if any(".resblocks." in name for name in shapes) and max(widths.values()) == 1024:
-        return _said("text_encoder", "openclip", "v2")
-    if any(re.fullmatch(r"(.*\.)?encoder\.layers\.0\.self_attn\.q_proj\.weight", name) for name in shapes) and max(
-        widths.values()
-    ) in (
-        768,
-        1024,
-    ):
-        return _said("text_encoder", "hf", "v1" if max(widths.values()) == 768 else "v2")
-    return None
-
-
-def _embedding(shapes: Shapes) -> Detected | None:
-    name = next((n for n in shapes if n == "emb_params" or n.startswith("string_to_param.")), None)
-    if name is None or len(shapes[name]) != 2 or shapes[name][1] not in (768, 1024):
-        return None
-    return _said("embedding", "kohya" if name == "emb_params" else "a1111", "v1" if shapes[name][1] == 768 else "v2")
-
-
-def _said(
-    kind: Kind,
-    dialect: str,
-    variant: str = "",
-    prediction: Literal["eps", "v"] | None = None,
-    parts: tuple[str, ...] = (),
-) -> Detected:
-    return Detected(family=FAMILY, kind=kind, dialect=dialect, variant=variant, prediction=prediction, parts=parts)
-
-
-def text_width(shapes: Shapes, pattern: str) -> int | None:
-    """Width of the text states, from the keys of an attention to the text."""
-    return next((shape[1] for name, shape in shapes.items() if len(shape) == 2 and re.fullmatch(pattern, name)), None)
+def controlnet(shapes: Shapes) -> str:
+    """The dialect of a ControlNet, which is otherwise half a U-Net; empty: it is none."""
+    if "controlnet_cond_embedding.conv_in.weight" in shapes:
+        return "diffusers"
+    return "ldm" if has(shapes, r"(control_model\.)?zero_convs\.0\.0\.weight") else ""
 
 
 def _variant(shapes: Shapes) -> str:
     """2.x projects into its transformers by linear layers, 1.x by convolutions."""
-    pattern = re.compile(r".*[._]proj_in\.((lora_down|lora_A|lora\.down)\.(default\.)?)?weight")
+    pattern = re.compile(rf".*[._]proj_in({DOWN}|\.weight)")
     shape = next((shape for name, shape in shapes.items() if pattern.fullmatch(name)), None)
     return "" if shape is None else "v2" if len(shape) == 2 else "v1"
 
 
+UNET, UNET_DIFFUSERS = "(input_blocks|middle_block|output_blocks)", "(down_blocks|mid_block|up_blocks)"
+_LARGER = (
+    r"lora_te[12]_.*|text_encoder_2\..*|text_encoders\.clip_g\..*|.*transformer_blocks[._][1-9]\d*[._].*"
+    r"|.*(double|joint|single_transformer)_blocks.*"
+)
+"""What Stable Diffusion XL and the transformers have, whose names begin alike."""
+_CLIP = {768: "v1", 1024: "v2"}
+
+SIGNATURE = Signature(
+    family=FAMILY,
+    claims={"stable-diffusion-v1": "v1", "stable-diffusion-v2": "v2", "sd_v1": "v1", "sd_v2": "v2"},
+    denoiser=_denoiser,
+    adapters={
+        rf"(lora_unet|lycoris)_({UNET}|{UNET_DIFFUSERS}|time_emb|conv_in|conv_out).*": "kohya",
+        r"lora_te_text_model_encoder_layers_.*": "kohya",
+        rf"diffusion_model\.{UNET}\..*|text_encoders\.clip_[lh]\..*": "comfy",
+        rf"(unet\.)?{UNET_DIFFUSERS}\..*|text_encoder\.(text_model\.)?encoder\.layers\..*": "peft",
+    },
+    foreign=_LARGER,
+    fits=lambda shapes: width(shapes, TO_K + DOWN) != CONTEXT_XL,
+    variant=_variant,
+    singles=(
+        *vae(4, "first_stage_model."),
+        *(single for columns, variant in _CLIP.items() for single in clip(columns, variant)),
+        *(
+            Single(kind="embedding", dialect=dialect, tensors={name: (None, columns)}, variant=variant)
+            for dialect, name in (("kohya", "emb_params"), ("a1111", r"string_to_param\..*"))
+            for columns, variant in _CLIP.items()
+        ),
+    ),
+)
+
+
 FACTS = Facts(
     options=Options,
-    detect=detect,
+    signature=SIGNATURE,
     architecture=architecture,
     base_model_version=base_model_version,
     pipelines=("StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline"),

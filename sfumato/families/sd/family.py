@@ -14,7 +14,7 @@ from sfumato.data.batch import Cond
 from sfumato.errors import UserError
 from sfumato.families.sd.facts import Options
 from sfumato.families.sd.folder import check_unet, new_folder
-from sfumato.families.sd.names import CLIP_H, CLIP_L, PASSTHROUGH, TARGETS, UNET, VAE, unet_keys
+from sfumato.families.sd.names import CLIP_H, CLIP_L, PASSTHROUGH, TARGETS, VAE, unet_keys
 from sfumato.families.sd.net import UNet, blocks
 from sfumato.families.sd.strategies import LATENTS, OUTPUTS, SdEncode, SdTokenize
 from sfumato.formats.dialect import Dialect, usual
@@ -61,7 +61,6 @@ COMPONENTS = (
     denoiser(
         _unet,
         unet_keys,
-        prefixes=(UNET, ""),
         native="input_blocks.0.0.weight",
         diffusers="conv_in.weight",
         title="the U-Net",

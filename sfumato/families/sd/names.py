@@ -9,7 +9,6 @@ from dataclasses import dataclass
 
 from sfumato.formats.names import KeyMap, Rule, rule
 
-UNET = "model.diffusion_model."
 VAE = "first_stage_model."
 CLIP_L = "cond_stage_model.transformer."
 """1.x: CLIP-L in transformers' names."""

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from sfumato.families.sd3.network_args import NetworkArgs
 from sfumato.models import flow_options
-from sfumato.models.facts import LEAF, WHOLE, Detected, Facts, Idle, Kind, Shapes
+from sfumato.models.detection import DOWN, Detected, Shapes, Signature, has, marked, parts, width
+from sfumato.models.facts import Facts, Idle
 from sfumato.models.flow_options import FlowOptions, Scheme
 
 FAMILY = "sd3"
@@ -162,91 +162,75 @@ IDLE = (
 
 # --- files ---
 
-
-def detect(shapes: Shapes) -> Detected | None:
-    """What a file with these tensors is, if it is of this family."""
-    return _transformer(shapes) or _adapter(shapes)
-
-
-PREFIX = "model.diffusion_model."
-_NATIVE = ("x_embedder.proj.weight", "y_embedder.mlp.0.weight", "joint_blocks.0.x_block.attn.qkv.weight")
-_DIFFUSERS = (
-    "pos_embed.proj.weight",
-    "time_text_embed.text_embedder.linear_1.weight",
-    "transformer_blocks.0.attn.add_k_proj.weight",
-)
-_CONTROL = re.compile(r"(.*\.)?(controlnet_blocks|pos_embed_input)\..*")
+_MARKS = {
+    "native": ("x_embedder.proj.weight", "y_embedder.mlp.0.weight", "joint_blocks.0.x_block.attn.qkv.weight"),
+    "diffusers": (
+        "pos_embed.proj.weight",
+        "time_text_embed.text_embedder.linear_1.weight",
+        "transformer_blocks.0.attn.add_k_proj.weight",
+    ),
+}
 
 
-def _transformer(shapes: Shapes) -> Detected | None:
-    """A model, or a ControlNet, which is made of the same layers."""
-    for dialect, prefix, marks in (("native", PREFIX, _NATIVE), ("native", "", _NATIVE), ("diffusers", "", _DIFFUSERS)):
-        # A ControlNet may lack the text's and the class's embedders.
-        control = any(_CONTROL.fullmatch(name) for name in shapes)
-        if not (all(prefix + mark in shapes for mark in marks) or (control and prefix + marks[-1] in shapes)):
-            continue
-        if control:
-            return _said("controlnet", dialect, version(shapes))
-        prefixes = (prefix, "text_encoders.", "first_stage_model.")
-        parts = tuple(
-            part
-            for part, p in zip(WHOLE, prefixes, strict=True)
-            if part == "denoiser" or any(name.startswith(p) for name in shapes)
-        )
-        return _said("checkpoint", dialect, version(shapes), parts)
-    return None
+def _denoiser(shapes: Shapes) -> Detected | None:
+    """A model, or a ControlNet, which is made of the same layers but may lack the embedders of text and class."""
+    control = has(shapes, r"(.*\.)?(controlnet_blocks|pos_embed_input)\..*")
+    marks = {dialect: names[-1:] if control else names for dialect, names in _MARKS.items()}
+    if (found := marked(shapes, marks)) is None:
+        return None
+    return Detected(
+        family=FAMILY,
+        kind="controlnet" if control else "checkpoint",
+        dialect=found[0],
+        variant=version(shapes),
+        parts=() if control else parts(shapes),
+    )
 
 
 def version(shapes: Shapes) -> Version:
     """3.5 normalises queries and keys; 3.5 medium attends twice in some blocks."""
-    if any(re.search(r"(^|\.)attn2\.", name) for name in shapes):
+    if has(shapes, r"(.*\.)?attn2\..*"):
         return "3.5-medium"
-    return "3.5-large" if any(re.search(r"\.attn\.(ln_q|norm_q)\.", name) for name in shapes) else "medium"
+    return "3.5-large" if has(shapes, r".*\.attn\.(ln_q|norm_q)\..*") else "medium"
 
 
-_LAYER = r"joint_blocks{0}\d+{0}(context|x)_block{0}(attn2?{0}(qkv|proj)|mlp{0}fc[12]|adaLN_modulation{0}1)"
-_ADAPTERS = {
-    "kohya": rf"(lora_unet|lycoris|oft_unet)_{_LAYER.format('_')}\..*",
-    "comfy": rf"(diffusion_model\.)?{_LAYER.format('.')}\..*",
-}
-_PEFT = re.compile(
-    r"(transformer\.)?transformer_blocks\.\d+\.attn2?\.(to_[qkv]|add_[qkv]_proj)"
-    r"\.(lora_A|lora\.down)\.(default\.)?weight"
+_WIDTHS: dict[int | None, str] = {1536: "", 2432: "3.5-large"}
+"""Channels of the transformer -> what adapters are for; 3 medium's and 3.5 medium's are alike but for the second
+attention, which may be left out."""
+_TO_BLOCKS = rf".*([._]qkv|_blocks\.\d+\.attn2?\.(to_[qkv]|add_[qkv]_proj)){DOWN}"
+
+
+def _version_of_adapter(shapes: Shapes) -> str:
+    twice = has(shapes, r".*[._]attn2[._].*")
+    return "3.5-medium" if twice else _WIDTHS.get(width(shapes, _TO_BLOCKS), "")
+
+
+SIGNATURE = Signature(
+    family=FAMILY,
+    claims={
+        "stable-diffusion-3-medium": "medium",
+        "stable-diffusion-3.5-medium": "3.5-medium",
+        "stable-diffusion-3.5-large": "3.5-large",
+        "sd3_m": "medium",
+        "sd3.5_m": "3.5-medium",
+        "sd3.5_l": "3.5-large",
+    },
+    denoiser=_denoiser,
+    adapters={
+        r"(lora_unet|lycoris|oft_unet)_joint_blocks_.*": "kohya",
+        r"(diffusion_model\.)?joint_blocks\..*": "comfy",
+        r"(transformer\.)?transformer_blocks\..*": "peft",
+    },
+    foreign=r".*single_transformer_blocks.*",
+    # Other models have `transformer_blocks` as well, of other widths.
+    own=lambda shapes: has(shapes, r".*joint_blocks.*") or width(shapes, _TO_BLOCKS) in _WIDTHS,
+    variant=_version_of_adapter,
 )
-_WIDTHS: dict[int, Version] = {1536: "medium", 2432: "3.5-large"}
-"""Channels of the transformer, by which its adapters are told from other models' in diffusers' names, which are
-alike."""
-
-
-def _adapter(shapes: Shapes) -> Detected | None:
-    if not any(LEAF.fullmatch(name) for name in shapes):
-        return None
-    twice = any(re.search(r"[._]attn2[._]", name) for name in shapes)
-    for dialect, pattern in _ADAPTERS.items():
-        if any(re.fullmatch(pattern, name) for name in shapes):
-            return _said("adapter", dialect, _adapted(shapes, twice))
-    width = next((shape[-1] for name, shape in shapes.items() if _PEFT.fullmatch(name)), None)
-    if width in _WIDTHS and not any("single_transformer_blocks" in name for name in shapes):
-        return _said("adapter", "peft", "3.5-medium" if twice else "" if width == 1536 else _WIDTHS[width])
-    return None
-
-
-def _adapted(shapes: Shapes, twice: bool) -> str:
-    """The version that an adapter is for; 3 medium's and 3.5 medium's are alike but for the second attention, which may
-    be left out."""
-    widths = {
-        shape[-1] for name, shape in shapes.items() if re.search(r"qkv\.(lora_down|lora_A)\.(default\.)?weight$", name)
-    }
-    return "3.5-medium" if twice else "3.5-large" if 2432 in widths else ""
-
-
-def _said(kind: Kind, dialect: str, variant: str = "", parts: tuple[str, ...] = ()) -> Detected:
-    return Detected(family=FAMILY, kind=kind, dialect=dialect, variant=variant, parts=parts)
 
 
 FACTS = Facts(
     options=Options,
-    detect=detect,
+    signature=SIGNATURE,
     architecture=architecture,
     base_model_version=base_model_version,
     pipelines=("StableDiffusion3Pipeline", "StableDiffusion3Img2ImgPipeline", "StableDiffusion3InpaintPipeline"),

@@ -71,7 +71,6 @@ COMPONENTS = (
     denoiser(
         transformer,
         names.transformer_keys,
-        prefixes=(names.TRANSFORMER, ""),
         native="x_embedder.proj.weight",
         diffusers="pos_embed.proj.weight",
     ),

@@ -9,7 +9,6 @@ from collections.abc import Collection, Mapping
 from sfumato.formats.dialect import Dialect, usual
 from sfumato.formats.names import SWAP_HALVES, KeyMap, rule
 
-TRANSFORMER = "model.diffusion_model."
 CLIP_L = "text_encoders.clip_l.transformer."
 CLIP_G = "text_encoders.clip_g.transformer."
 T5 = "text_encoders.t5xxl.transformer."

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from sfumato.families.sd.facts import CONTEXT_XL, UNET_PREFIX, is_controlnet, text_width
-from sfumato.models.facts import LEAF, Detected, Facts, Idle, Kind, Shapes
+from sfumato.families.sd.facts import CONTEXT_XL, TO_K, UNET, UNET_DIFFUSERS, controlnet
+from sfumato.models.detection import DOWN, Detected, Shapes, Signature, Single, clip, has, marked, parts, width
+from sfumato.models.facts import Facts, Idle
 
 FAMILY = "sdxl"
 BLOCKS = 23
@@ -70,117 +70,62 @@ def check(options: Options) -> Sequence[str]:
 
 # --- files ---
 
-
-def detect(shapes: Shapes) -> Detected | None:
-    """What a file with these tensors is, if it is of this family. Its VAE has the names and shapes of Stable
-    Diffusion's."""
-    for look in (_checkpoint, _adapter, _controlnet, _text_encoder, _embedding):
-        if found := look(shapes):
-            return found
-    return None
-
-
-_UNETS = {
-    "ldm": (UNET_PREFIX, "label_emb.0.0.weight"),
-    "native": ("", "label_emb.0.0.weight"),
-    "diffusers": ("", "add_embedding.linear_1.weight"),
-}
-"""Spelling -> prefix, first layer of the label."""
-_DEEP = re.compile(r".*(down|mid|up|input|middle|output)_blocks?[._].*transformer_blocks[._][1-9]\d*[._].*")
+_MARKS = {"ldm": ("label_emb.0.0.weight",), "diffusers": ("add_embedding.linear_1.weight",)}
+_DEEP = r".*(down|mid|up|input|middle|output)_blocks?[._].*transformer_blocks[._][1-9]\d*[._].*"
 """A second transformer block in one place, which the U-Nets of Stable Diffusion 1.x and 2.x do not have."""
-_ATTENTION = r".*attn2[._]to_k"
+_REFINER = "the refiner of Stable Diffusion XL; what is trained is the base model"
 
 
-def _is_deep(shapes: Shapes) -> bool:
-    return any(_DEEP.fullmatch(name) for name in shapes)
-
-
-def _checkpoint(shapes: Shapes) -> Detected | None:
-    for dialect, (prefix, label) in _UNETS.items():
-        if prefix + label not in shapes or is_controlnet(shapes) or not _is_deep(shapes):
-            continue
-        width, context = shapes[prefix + label][1], text_width(shapes, _ATTENTION + r"\.weight") or 0
-        # The refiner has one text encoder, whose states and pooled text have the same width.
-        if width - SIZES_REFINER * SIZE_WIDTH == context:
-            return _said(
-                "checkpoint",
-                dialect,
-                "refiner",
-                refused="the refiner of Stable Diffusion XL; what is trained is the base model",
-            )
-        if 0 < width - SIZES * SIZE_WIDTH < context:
-            held = {"text_encoder": "conditioner.embedders.", "vae": "first_stage_model."}
-            parts = (
-                "denoiser",
-                *(part for part, start in held.items() if any(name.startswith(start) for name in shapes)),
-            )
-            return _said("checkpoint", dialect, prediction="v" if "v_pred" in shapes else None, parts=parts)
-    return None
-
-
-_ADAPTERS = {
-    "kohya": r"(lora|oft)_unet_(down|mid|up|input|middle|output)_block.*"
-    r"|lycoris_(down|mid|up|input|middle|output)_block.*"
-    r"|lora_te2_text_model_encoder_layers_.*",
-    "comfy": r"diffusion_model\.(input_blocks|middle_block|output_blocks)\..*|text_encoders\.clip_g\..*",
-    "peft": r"(unet\.)?(down_blocks|mid_block|up_blocks)\..*|text_encoder_2\.(text_model\.)?encoder\.layers\..*",
-}
-_SECOND = re.compile(r"lora_te2_.*|text_encoder_2\..*|text_encoders\.clip_g\..*")
-"""The second text encoder, of an adapter for text encoders alone."""
-_OTHERS = re.compile(r".*(double|joint|single_transformer)_blocks.*|(transformer|lora_transformer)[._].*|lora_te3_.*")
-"""Of transformers, whose adapters have names in common with these."""
-
-
-def _adapter(shapes: Shapes) -> Detected | None:
-    if not any(LEAF.fullmatch(name) for name in shapes) or any(_OTHERS.fullmatch(name) for name in shapes):
+def _denoiser(shapes: Shapes) -> Detected | None:
+    context = width(shapes, TO_K + r"\.weight") or 0
+    found, control = marked(shapes, _MARKS), "lllite" if has(shapes, f"lllite_{_DEEP}") else controlnet(shapes)
+    if control:
+        known = control == "lllite" or context == CONTEXT_XL
+        return Detected(family=FAMILY, kind="controlnet", dialect=control) if known else None
+    if found is None or not has(shapes, _DEEP):
         return None
-    per_sample = text_width(shapes, _ATTENTION + r"\.(lora_down|lora_A|lora\.down)\.(default\.)?weight") == CONTEXT_XL
-    if not (per_sample or _is_deep(shapes) or any(_SECOND.fullmatch(name) for name in shapes)):
+    label = shapes[found[1] + _MARKS[found[0]][0]][1]
+    # The refiner has one text encoder, whose states and pooled text have the same width.
+    refiner = label - SIZES_REFINER * SIZE_WIDTH == context
+    if not refiner and not 0 < label - SIZES * SIZE_WIDTH < context:
         return None
-    for dialect, pattern in _ADAPTERS.items():
-        if any(re.fullmatch(pattern, name) for name in shapes):
-            return _said("adapter", dialect)
-    return None
-
-
-def _controlnet(shapes: Shapes) -> Detected | None:
-    if any(name.startswith("lllite_") and _DEEP.fullmatch(name) for name in shapes):
-        return _said("controlnet", "lllite")
-    if not is_controlnet(shapes) or text_width(shapes, _ATTENTION + r"\.weight") != CONTEXT_XL:
-        return None
-    return _said("controlnet", "diffusers" if "controlnet_cond_embedding.conv_in.weight" in shapes else "ldm")
-
-
-BIG_G = 1280
-"""Width of OpenCLIP bigG."""
-
-
-def _text_encoder(shapes: Shapes) -> Detected | None:
-    """OpenCLIP bigG, which other families use as well."""
-    tokens = next((shape for name, shape in shapes.items() if name.endswith("token_embedding.weight")), (0, 0))
-    if tokens[-1] != BIG_G or any(name.startswith(UNET_PREFIX) for name in shapes):
-        return None
-    if any(".resblocks." in name for name in shapes):
-        return _said("text_encoder", "openclip")
-    layer = re.compile(r"(.*\.)?encoder\.layers\.0\.self_attn\.q_proj\.weight")
-    return _said("text_encoder", "hf") if any(layer.fullmatch(name) for name in shapes) else None
-
-
-def _embedding(shapes: Shapes) -> Detected | None:
-    return _said("embedding", "kohya") if set(shapes) == {"clip_l", "clip_g"} else None
-
-
-def _said(
-    kind: Kind,
-    dialect: str,
-    variant: str = "",
-    prediction: Literal["eps", "v"] | None = None,
-    parts: tuple[str, ...] = (),
-    refused: str = "",
-) -> Detected:
     return Detected(
-        family=FAMILY, kind=kind, dialect=dialect, variant=variant, prediction=prediction, parts=parts, refused=refused
+        family=FAMILY,
+        kind="checkpoint",
+        dialect=found[0] if found[1] or found[0] == "diffusers" else "native",
+        variant="refiner" if refiner else "",
+        prediction="v" if "v_pred" in shapes else None,
+        parts=parts(shapes, text_encoder="conditioner.embedders."),
+        refused=_REFINER if refiner else "",
     )
+
+
+_SECOND = r"lora_te2_.*|text_encoder_2\..*|text_encoders\.clip_g\..*"
+"""The second text encoder, of an adapter for text encoders alone."""
+
+
+def _own(shapes: Shapes) -> bool:
+    return width(shapes, TO_K + DOWN) == CONTEXT_XL or has(shapes, f"{_DEEP}|{_SECOND}")
+
+
+SIGNATURE = Signature(
+    family=FAMILY,
+    claims={"stable-diffusion-xl": "", "sdxl": ""},
+    denoiser=_denoiser,
+    adapters={
+        rf"(lora_unet|oft_unet|lycoris)_({UNET}|{UNET_DIFFUSERS}).*|lora_te2_text_model_encoder_layers_.*": "kohya",
+        rf"diffusion_model\.{UNET}\..*|text_encoders\.clip_g\..*": "comfy",
+        rf"(unet\.)?{UNET_DIFFUSERS}\..*|text_encoder_2\.(text_model\.)?encoder\.layers\..*": "peft",
+    },
+    # Of transformers, whose adapters have names in common with these.
+    foreign=r".*(double|joint|single_transformer)_blocks.*|(transformer|lora_transformer)[._].*|lora_te3_.*",
+    fits=lambda shapes: _own(shapes) or width(shapes, TO_K + DOWN) is None,
+    own=_own,
+    singles=(
+        *clip(1280),
+        Single(kind="embedding", dialect="kohya", tensors={"clip_l": (None, None), "clip_g": (None, None)}),
+    ),
+)
 
 
 # --- settings without effect ---
@@ -226,7 +171,7 @@ IDLE = (
 
 FACTS = Facts(
     options=Options,
-    detect=detect,
+    signature=SIGNATURE,
     architecture=architecture,
     base_model_version=base_model_version,
     pipelines=("StableDiffusionXLPipeline", "StableDiffusionXLImg2ImgPipeline"),

@@ -17,7 +17,7 @@ from sfumato.families.sd.family import check_channels, prediction, process, with
 from sfumato.families.sd.strategies import SdTokenize
 from sfumato.families.sdxl.facts import SIZE_WIDTH, SIZES, Options
 from sfumato.families.sdxl.folder import check_unet, new_folder, scheduler
-from sfumato.families.sdxl.names import CLIP_G, CLIP_L, PASSTHROUGH, TARGETS, UNET, VAE, unet_keys
+from sfumato.families.sdxl.names import CLIP_G, CLIP_L, PASSTHROUGH, TARGETS, VAE, unet_keys
 from sfumato.families.sdxl.net import UNet, blocks
 from sfumato.families.sdxl.strategies import LATENTS, OUTPUTS, SdxlEncode, SdxlTokenize
 from sfumato.formats.dialect import Dialect, usual
@@ -49,7 +49,6 @@ COMPONENTS = (
     denoiser(
         _unet,
         unet_keys,
-        prefixes=(UNET, ""),
         native="input_blocks.0.0.weight",
         diffusers="conv_in.weight",
         title="the U-Net",
