@@ -14,7 +14,7 @@ from sfumato.config import DatasetConfig
 from sfumato.data import augment, captions
 from sfumato.data.batch import Cond, Tokens
 from sfumato.data.plan import Item, Plan
-from sfumato.data.store import Index, Parts, Progress, Store, key, trust, unusable, why, writing
+from sfumato.data.store import FileIndex, KeyParts, Progress, TensorStore, key, trust, unusable, why, writing
 from sfumato.data.strategies import LatentsCachingStrategy, TextEncoderOutputsCachingStrategy
 from sfumato.errors import UserError
 
@@ -26,7 +26,7 @@ VERSION = 2
 class Report:
     """What a cache holds for a plan."""
 
-    store: Store
+    store: TensorStore
     keys: Mapping[Hashable, str]
     """Key in the store; for latents by place in `plan.items`, for text outputs by caption."""
     strategy: LatentsCachingStrategy | None = None
@@ -54,12 +54,12 @@ class _Job:
 
     key: str
     owner: str
-    parts: Parts
+    parts: KeyParts
     reason: str
     item: int = -1
 
 
-def latent_parts(plan: Plan, item: Item, vae_fingerprint: str, dtype: torch.dtype) -> Parts:
+def latent_parts(plan: Plan, item: Item, vae_fingerprint: str, dtype: torch.dtype) -> KeyParts:
     """All that the latents of an image depend on."""
     subset, placement = plan.subset(item), item.placement
     mask = "alpha" if subset.alpha_mask else item.image.mask_digest
@@ -80,8 +80,8 @@ def latent_parts(plan: Plan, item: Item, vae_fingerprint: str, dtype: torch.dtyp
 
 def cache_latents(
     plan: Plan,
-    store: Store,
-    index: Index,
+    store: TensorStore,
+    index: FileIndex,
     encode: Callable[[Tensor], Tensor],
     vae_fingerprint: str,
     strategy: LatentsCachingStrategy,
@@ -101,11 +101,11 @@ def cache_latents(
     owners = [_owner(item) for item in plan.items]
     places = {name: i for i, name in enumerate(keys)}
 
-    def misfit(name: str, entry: Mapping[str, Tensor]) -> str:
-        return latents_misfit(entry, plan, plan.items[places[name]], strategy)
+    def mismatch(name: str, entry: Mapping[str, Tensor]) -> str:
+        return latents_mismatch(entry, plan, plan.items[places[name]], strategy)
 
     wanted = [_Job(keys[i], owners[i], parts[i], "", i) for i in range(len(keys))]
-    jobs = _missing(store, index, "latents", wanted, misfit, progress)
+    jobs = _missing(store, index, "latents", wanted, mismatch, progress)
     done = 0
     with writing(store) as put:
         for portion, tensors in _read_ahead(plan, _portions(plan, jobs, batch_size)):
@@ -124,7 +124,7 @@ def latents_shape(plan: Plan, item: Item, strategy: LatentsCachingStrategy) -> t
     return strategy.channels, height // plan.stride, width // plan.stride
 
 
-def latents_misfit(entry: Mapping[str, Tensor], plan: Plan, item: Item, strategy: LatentsCachingStrategy) -> str:
+def latents_mismatch(entry: Mapping[str, Tensor], plan: Plan, item: Item, strategy: LatentsCachingStrategy) -> str:
     """How an entry differs from what is kept of such an image, or nothing."""
     shape, subset = latents_shape(plan, item, strategy), plan.subset(item)
     expected = {"latents": shape}
@@ -156,15 +156,15 @@ def check_fixed(datasets: Iterable[DatasetConfig], *, latents: bool = False, tex
 
 
 def _missing(
-    store: Store,
-    index: Index,
+    store: TensorStore,
+    index: FileIndex,
     kind: str,
     jobs: Sequence[_Job],
-    misfit: Callable[[str, Mapping[str, Tensor]], str],
+    mismatch: Callable[[str, Mapping[str, Tensor]], str],
     progress: Progress | None,
 ) -> list[_Job]:
     """The entries that must be made, each key once, with the reason."""
-    wrong = unusable(store, index, [job.key for job in jobs], misfit, progress)
+    wrong = unusable(store, index, [job.key for job in jobs], mismatch, progress)
     lacking = list({job.key: job for job in reversed(jobs) if job.key in wrong}.values())[::-1]
     last = index.read(kind, [job.owner for job in lacking])
     return [replace(job, reason=wrong[job.key] or why(last.get(job.owner), job.parts)) for job in lacking]
@@ -240,8 +240,8 @@ def _encoded(
 
 def cache_texts(
     plan: Plan,
-    store: Store,
-    index: Index,
+    store: TensorStore,
+    index: FileIndex,
     tokenize: Callable[[Sequence[str]], Tokens],
     encode: Callable[[Tokens], Cond],
     fingerprint: str,
@@ -259,11 +259,11 @@ def cache_texts(
     owners = every_caption(plan)
     common = {"version": VERSION, "text encoder": fingerprint, "dtype": str(strategy.dtype).removeprefix("torch.")}
     common |= {f"setting {name}": value for name, value in {**strategy.settings, **settings}.items()}
-    parts: dict[str, Parts] = {owner: {"caption": caption, **common} for owner, caption in owners.items()}
+    parts: dict[str, KeyParts] = {owner: {"caption": caption, **common} for owner, caption in owners.items()}
     keys: dict[Hashable, str] = {caption: key(parts[owner]) for owner, caption in owners.items()}
     kept = set(strategy.fields) - set(strategy.ragged.values())
 
-    def misfit(_: str, entry: Mapping[str, Tensor]) -> str:
+    def mismatch(_: str, entry: Mapping[str, Tensor]) -> str:
         if entry.keys() != kept:
             return "its entry holds other fields"
         return (
@@ -273,7 +273,7 @@ def cache_texts(
         )
 
     wanted = [_Job(keys[caption], owner, parts[owner], "") for owner, caption in owners.items()]
-    jobs = _missing(store, index, "texts", wanted, misfit, progress)
+    jobs = _missing(store, index, "texts", wanted, mismatch, progress)
     with writing(store) as put:
         for start in range(0, len(jobs), batch_size):
             portion = jobs[start : start + batch_size]
@@ -319,11 +319,11 @@ def _owner(item: Item) -> str:
 
 
 def _report(
-    store: Store,
-    index: Index,
+    store: TensorStore,
+    index: FileIndex,
     kind: str,
     keys: Mapping[Hashable, str],
-    parts: Mapping[str, Parts],
+    parts: Mapping[str, KeyParts],
     jobs: Sequence[_Job],
 ) -> Report:
     """Remember what every owner now depends on, those found by another's entry too."""

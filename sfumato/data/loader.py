@@ -16,7 +16,7 @@ from sfumato.config import SubsetConfig
 from sfumato.data import augment, captions
 from sfumato.data.batch import Batch, Cond, Tokens
 from sfumato.data.buckets import Crop
-from sfumato.data.cache import Report, latents_misfit, latents_shape
+from sfumato.data.cache import Report, latents_mismatch, latents_shape
 from sfumato.data.entries import Damaged
 from sfumato.data.plan import Item, Plan
 from sfumato.data.strategies import LatentsCachingStrategy, TextEncoderOutputsCachingStrategy
@@ -81,7 +81,7 @@ class _ImageReader(Dataset[_Read]):
     def _sample(self, draw: _Draw) -> dict[str, Tensor]:
         item = self.plan.items[draw.item]
         options = self.plan.subset(item)
-        crop, flip = _fate(item, options, draw.key)
+        crop, flip = _crop_and_flip(item, options, draw.key)
         sizes = {"sizes": torch.tensor(_sizes(item, crop, flip))}
         if self.latents is not None:
             return sizes | _stored(self.latents, self.plan, draw.item, flip)
@@ -107,7 +107,7 @@ class _ImageReader(Dataset[_Read]):
         return torch.ones(1, height // self.plan.stride, width // self.plan.stride)
 
 
-def _fate(item: Item, options: SubsetConfig, key: int) -> tuple[Crop, bool]:
+def _crop_and_flip(item: Item, options: SubsetConfig, key: int) -> tuple[Crop, bool]:
     """Where a draw is cut out, and whether it is mirrored."""
     crop = (
         augment.random_crop(item.placement, python_random(key, "crop"))
@@ -127,7 +127,7 @@ def _stored(latents: Report, plan: Plan, place: int, flip: bool) -> dict[str, Te
     item = plan.items[place]
     what = f"the cached latents of {item.image.path}"
     entry = _entry(latents, place, what)
-    if wrong := latents_misfit(entry, plan, item, _strategy(latents)):
+    if wrong := latents_mismatch(entry, plan, item, _strategy(latents)):
         raise UserError(f"{what} cannot be used ({wrong}), and are made anew at the next start")
     found = {"latents": entry["latents_flipped" if flip else "latents"].float()}
     if "mask" in entry:

@@ -13,7 +13,7 @@ from sfumato.config.data import ONLY_REGULARISATION
 from sfumato.data.batch import Size
 from sfumato.data.buckets import Placement, check, place, resolutions
 from sfumato.data.scan import ImageFile, Scan, SkippedFile, scan
-from sfumato.data.store import Index, Progress
+from sfumato.data.store import FileIndex, Progress
 from sfumato.errors import UserError
 from sfumato.tensors.random import key, python_random
 
@@ -183,7 +183,7 @@ LARGEST_EPOCH = 2**22
 
 def make_plan(
     datasets: Sequence[DatasetConfig],
-    index: Index,
+    index: FileIndex,
     *,
     skip_unreadable: bool = False,
     bodies: bool = True,

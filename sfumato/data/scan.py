@@ -16,7 +16,7 @@ from PIL import Image
 from sfumato.config import DatasetConfig, SubsetConfig
 from sfumato.data.folders import SUFFIXES, Listing, listing
 from sfumato.data.images import Unreadable, oriented_size, read
-from sfumato.data.store import Index, Progress
+from sfumato.data.store import FileIndex, Progress
 from sfumato.errors import UserError
 from sfumato.formats.files import stamp
 from sfumato.formats.paths import kind, trouble
@@ -76,7 +76,7 @@ class Facts:
     problem: str = ""
 
 
-def scan(dataset: DatasetConfig, index: Index, *, bodies: bool = True, progress: Progress | None = None) -> Scan:
+def scan(dataset: DatasetConfig, index: FileIndex, *, bodies: bool = True, progress: Progress | None = None) -> Scan:
     """Look through the folders of a dataset.
 
     `bodies`: decode every image once, so that damaged ones are known now, and hash it; False: read headers alone.
@@ -99,7 +99,7 @@ def scan(dataset: DatasetConfig, index: Index, *, bodies: bool = True, progress:
 
 
 def examine(
-    paths: Sequence[Path], index: Index, *, bodies: bool, progress: Progress | None = None
+    paths: Sequence[Path], index: FileIndex, *, bodies: bool, progress: Progress | None = None
 ) -> dict[Path, Facts]:
     """What each image file is, from the index where the file has not changed since (size and times), else from the
     file."""

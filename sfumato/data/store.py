@@ -21,7 +21,7 @@ from sfumato.errors import UserError
 from sfumato.formats import files
 from sfumato.formats.paths import printable
 
-Parts = Mapping[str, object]
+KeyParts = Mapping[str, object]
 """What an entry depends on, by name; JSON values."""
 Progress = Callable[[int, int], None]
 """Told (done, total) as work goes on."""
@@ -32,7 +32,7 @@ def default_root() -> Path:
     return Path("~/.cache/sfumato").expanduser()
 
 
-def key(parts: Parts) -> str:
+def key(parts: KeyParts) -> str:
     """The name of an entry: a hash of all it depends on, 40 hexadecimal digits."""
     return blake2b(json.dumps(parts, sort_keys=True).encode(), digest_size=20).hexdigest()
 
@@ -41,7 +41,7 @@ _TABLE = "CREATE TABLE IF NOT EXISTS known (kind TEXT, name TEXT, value TEXT, PR
 
 
 @dataclass(slots=True)
-class Store:
+class TensorStore:
     """Named tensors by key: one safetensors file an entry below `root`, or the memory of this process when `root` is
     None.
 
@@ -90,7 +90,7 @@ class Store:
 
 
 @contextmanager
-def writing(store: Store, ahead: int = 8) -> Iterator[Callable[[str, Mapping[str, Tensor]], None]]:
+def writing(store: TensorStore, ahead: int = 8) -> Iterator[Callable[[str, Mapping[str, Tensor]], None]]:
     """`store.put` beside other work: the disk is waited for only when more than `ahead` entries are on their way, and
     at the end.
 
@@ -110,11 +110,11 @@ def writing(store: Store, ahead: int = 8) -> Iterator[Callable[[str, Mapping[str
 
 
 @dataclass(slots=True)
-class Index:
+class FileIndex:
     """What is known by (kind, name), in one sqlite file below `root`, or in memory when `root` is None.
 
     Only what can be worked out again is kept here, so the file may be deleted at any time.
-    Connections live for one call: an Index can be copied to another process.
+    Connections live for one call: a FileIndex can be copied to another process.
     """
 
     root: Path | None = None
@@ -167,17 +167,17 @@ class Index:
 
 
 def unusable(
-    store: Store,
-    index: Index,
+    store: TensorStore,
+    index: FileIndex,
     names: Iterable[str],
-    misfit: Callable[[str, Mapping[str, Tensor]], str],
+    mismatch: Callable[[str, Mapping[str, Tensor]], str],
     progress: Progress | None = None,
 ) -> dict[str, str]:
     """Entry -> why it cannot be used ("" for one that is not there), for those of `names` that cannot.
 
     An entry on the disk is read and verified once; then `index` knows its file's stamp, and it is read again only when
     that changes.
-    `misfit`: name and tensors -> how they differ from what their key stands for, or nothing.
+    `mismatch`: name and tensors -> how they differ from what their key stands for, or nothing.
     """
     names = list(dict.fromkeys(names))
     if store.root is None:
@@ -191,7 +191,7 @@ def unusable(
             0, len(todo), 256
         ):  # in portions, so that a run that is killed here has kept most of what it learnt
             portion = todo[start : start + 256]
-            wrong = dict(zip(portion, pool.map(lambda name: _wrong(store, name, misfit), portion), strict=True))
+            wrong = dict(zip(portion, pool.map(lambda name: _wrong(store, name, mismatch), portion), strict=True))
             found |= {name: reason for name, reason in wrong.items() if reason is not None}
             index.write("entry", {name: stamps[name] for name, reason in wrong.items() if reason is None})
             if progress:
@@ -199,26 +199,26 @@ def unusable(
     return found
 
 
-def _wrong(store: Store, name: str, misfit: Callable[[str, Mapping[str, Tensor]], str]) -> str | None:
+def _wrong(store: TensorStore, name: str, mismatch: Callable[[str, Mapping[str, Tensor]], str]) -> str | None:
     try:
         entry = store.get(name)
     except Damaged as error:
         return str(error)
-    return "" if entry is None else misfit(name, entry) or None
+    return "" if entry is None else mismatch(name, entry) or None
 
 
-def trust(store: Store, index: Index, names: Iterable[str]) -> None:
+def trust(store: TensorStore, index: FileIndex, names: Iterable[str]) -> None:
     """Remember entries that were made just now as verified."""
     if store.root is not None:
         index.write("entry", _stamps(store, names))
 
 
-def _stamps(store: Store, names: Iterable[str]) -> dict[str, list[int]]:
+def _stamps(store: TensorStore, names: Iterable[str]) -> dict[str, list[int]]:
     """Those of the entries that are there."""
     return {name: found for name in names if (found := files.stamp(store.path(name)))}
 
 
-def why(old: Parts | None, new: Parts) -> str:
+def why(old: KeyParts | None, new: KeyParts) -> str:
     """In a few words, why an entry must be made: how what it depends on differs from what it last depended on."""
     if not isinstance(old, Mapping):
         return "new"  # or its row is damaged

@@ -15,7 +15,7 @@ from sfumato.config import Config, DatasetConfig
 from sfumato.data.batch import Cond, Tokens
 from sfumato.data.cache import Report, cache_latents, cache_texts, check_fixed, every_caption
 from sfumato.data.plan import Plan, make_plan
-from sfumato.data.store import Index, Store, default_root
+from sfumato.data.store import FileIndex, TensorStore, default_root
 from sfumato.formats import files
 from sfumato.formats.files import file_digest
 from sfumato.formats.metadata import remembered
@@ -33,9 +33,9 @@ class Data:
     """The images of a run and where what is made of them is kept."""
 
     plan: Plan
-    latents: Store
-    texts: Store
-    index: Index
+    latents: TensorStore
+    texts: TensorStore
+    index: FileIndex
 
 
 def open_data(
@@ -54,7 +54,7 @@ def open_data(
     check_fixed(datasets, latents=caches_latents(config), texts=caches_text(config))
     on_disk = d.cache_latents_to_disk or d.cache_text_encoder_outputs_to_disk or d.cache_dir
     root = (Path(d.cache_dir) if d.cache_dir else default_root()) if on_disk else None
-    index, latents = Index(root), families.of(config.family).latents
+    index, latents = FileIndex(root), families.of(config.family).latents
     with telling("reading images", quiet=not world.main) as tell:
         plan = make_plan(
             datasets,
@@ -72,8 +72,8 @@ def open_data(
         every_caption(plan)
     return Data(
         plan,
-        Store(root if d.cache_latents_to_disk else None),
-        Store(root if d.cache_text_encoder_outputs_to_disk else None),
+        TensorStore(root if d.cache_latents_to_disk else None),
+        TensorStore(root if d.cache_text_encoder_outputs_to_disk else None),
         index,
     )
 

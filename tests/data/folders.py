@@ -16,7 +16,7 @@ from torch.nn import functional
 from sfumato.config import DatasetConfig, SubsetConfig
 from sfumato.data.cache import Report, cache_latents, cache_texts
 from sfumato.data.plan import Plan, make_plan
-from sfumato.data.store import Index, Store
+from sfumato.data.store import FileIndex, TensorStore
 from sfumato.data.strategies import LatentsCachingStrategy, TextEncoderOutputsCachingStrategy
 
 LATENTS = LatentsCachingStrategy(channels=3)
@@ -57,8 +57,8 @@ def subset(path: Path, **options: Any) -> SubsetConfig:
     return SubsetConfig(image_dir=str(path), **options)
 
 
-def plan(*datasets: DatasetConfig, index: Index | None = None, **options: Any) -> Plan:
-    return make_plan(datasets, index or Index(), **options)
+def plan(*datasets: DatasetConfig, index: FileIndex | None = None, **options: Any) -> Plan:
+    return make_plan(datasets, index or FileIndex(), **options)
 
 
 def encode(pixels: Tensor) -> Tensor:
@@ -67,7 +67,12 @@ def encode(pixels: Tensor) -> Tensor:
 
 
 def latents(
-    of: Plan, store: Store, index: Index, vae: str = "vae", encode: Callable[[Tensor], Tensor] = encode, **options: Any
+    of: Plan,
+    store: TensorStore,
+    index: FileIndex,
+    vae: str = "vae",
+    encode: Callable[[Tensor], Tensor] = encode,
+    **options: Any,
 ) -> Report:
     return cache_latents(of, store, index, encode, vae, LATENTS, **options)
 
@@ -77,7 +82,7 @@ def tokenize(captions: Sequence[str]) -> dict[str, Tensor]:
     return {"ids": torch.tensor([list(sha256(caption.encode()).digest()[:4]) for caption in captions])}
 
 
-def texts(of: Plan, store: Store, index: Index, encoder: str = "clip", **settings: object) -> Report:
+def texts(of: Plan, store: TensorStore, index: FileIndex, encoder: str = "clip", **settings: object) -> Report:
     def hidden(tokens: Any) -> dict[str, Tensor]:
         return {"hidden": tokens["ids"].float(), "not kept": tokens["ids"]}
 

@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from sfumato.data.cache import Report
-from sfumato.data.store import Index, Store
+from sfumato.data.store import FileIndex, TensorStore
 from sfumato.errors import UserError
 
 
@@ -33,19 +33,22 @@ def images(tmp_path: Path) -> Path:
 def run(images: Path, cache: Path, vae: str = "vae", stride: int = 8, **options: Any) -> Report:
     """A whole start: a new index and store over the same folder."""
     of_dataset = {k: options.pop(k) for k in ("resolution",) if k in options}
-    index = Index(cache)
+    index = FileIndex(cache)
     return latents(
-        plan(dataset(subset(images, **options), **of_dataset), index=index, stride=stride), Store(cache), index, vae
+        plan(dataset(subset(images, **options), **of_dataset), index=index, stride=stride),
+        TensorStore(cache),
+        index,
+        vae,
     )
 
 
 def run_texts(
     images: Path, cache: Path, encoder: str = "clip", settings: dict[str, object] | None = None, **options: Any
 ) -> Report:
-    index = Index(cache)
+    index = FileIndex(cache)
     return texts(
         plan(dataset(subset(images, **options)), index=index),
-        Store(cache),
+        TensorStore(cache),
         index,
         encoder,
         **(settings or {"clip_skip": 1}),
@@ -139,8 +142,8 @@ def test_bad_entries_are_made_anew_and_told(images: Path, cache: Path, kind: Cal
     first.store.put(names[3], {name: t * float("nan") for name, t in (sound[names[3]] or {}).items()})
     first.store.put(names[4], {"latents": torch.zeros(3, 1, 1)})
     again = kind(images, cache)
-    misfit = "its entry is of another shape" if kind is run else "its entry holds other fields"
-    reasons = {"its entry is damaged": 1, "its entry is that of another": 1, "its entry is not finite": 1, misfit: 1}
+    mismatch = "its entry is of another shape" if kind is run else "its entry holds other fields"
+    reasons = {"its entry is damaged": 1, "its entry is that of another": 1, "its entry is not finite": 1, mismatch: 1}
     assert counts(again) == (1, 4, reasons)
     assert all(reason in str(again) for reason in reasons)
     for name, entry in sound.items():
@@ -161,7 +164,7 @@ def test_a_image_replaced_before_it_is_encoded_is_not_kept_as_the_old_one(images
     of = plan(dataset(subset(images)))
     replace_image(images)
     with pytest.raises(UserError, match=r"4\.png.*changed"):
-        latents(of, Store(), Index())
+        latents(of, TensorStore(), FileIndex())
 
 
 def test_images_of_the_same_bytes_share_an_entry(images: Path, cache: Path) -> None:
@@ -188,7 +191,7 @@ def test_latents_are_what_the_vae_says_of_the_cut_image(tmp_path: Path) -> None:
 
 def test_vae_batches_do_not_change_what_is_kept(images: Path, tmp_path: Path) -> None:
     of = plan(dataset(subset(images, flip_aug=True)))
-    one, three = (latents(of, Store(), Index(), batch_size=n) for n in (1, 3))
+    one, three = (latents(of, TensorStore(), FileIndex(), batch_size=n) for n in (1, 3))
     assert one.keys == three.keys
     for name in one.keys.values():
         a, b = one.store.get(name) or {}, three.store.get(name) or {}
@@ -230,13 +233,13 @@ def test_latents_that_are_not_finite_name_the_image_and_the_flag(images: Path) -
         return encode(pixels) * float("nan")
 
     with pytest.raises(UserError, match=r"0\.png.*--no_half_vae"):
-        latents(plan(dataset(subset(images))), Store(), Index(), encode=broken)
+        latents(plan(dataset(subset(images))), TensorStore(), FileIndex(), encode=broken)
 
 
 @pytest.mark.parametrize("option", ["random_crop", "color_aug"])
 def test_options_that_change_the_image_each_time_are_refused(images: Path, option: str) -> None:
     with pytest.raises(UserError, match=option):
-        latents(plan(dataset(subset(images, **{option: True}))), Store(), Index())
+        latents(plan(dataset(subset(images, **{option: True}))), TensorStore(), FileIndex())
 
 
 def test_texts_unchanged_changed_and_shared(images: Path, cache: Path) -> None:
@@ -282,7 +285,7 @@ KILLED = """
 import os, signal, sys
 from pathlib import Path
 from folders import dataset, encode, latents, plan, subset
-from sfumato.data.store import Index, Store
+from sfumato.data.store import FileIndex, TensorStore
 
 images, cache, calls = Path(sys.argv[1]), Path(sys.argv[2]), []
 
@@ -292,8 +295,8 @@ def dying(pixels):
         os.kill(os.getpid(), signal.SIGKILL)
     return encode(pixels)
 
-index = Index(cache)
-latents(plan(dataset(subset(images)), index=index), Store(cache), index, encode=dying)
+index = FileIndex(cache)
+latents(plan(dataset(subset(images)), index=index), TensorStore(cache), index, encode=dying)
 """
 
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from sfumato.data.batch import Batch
 from sfumato.data.loader import Loader
 from sfumato.data.plan import Plan
-from sfumato.data.store import Index, Store
+from sfumato.data.store import FileIndex, TensorStore
 from sfumato.errors import UserError
 
 
@@ -70,7 +70,7 @@ def test_workers_change_nothing(images: Path) -> None:
 
 def test_workers_change_nothing_with_latents_on_disk(images: Path, tmp_path: Path) -> None:
     of = plan(dataset(subset(images, flip_aug=True)))
-    kept = latents(of, Store(tmp_path), Index())
+    kept = latents(of, TensorStore(tmp_path), FileIndex())
     assert same(list(loader(of, latents=kept).epoch(0)), list(loader(of, latents=kept, workers=2).epoch(0)))
 
 
@@ -156,7 +156,7 @@ def test_flip_and_crop_take_image_mask_and_sizes_along(tmp_path: Path, cached: b
     root = per_sample(tmp_path)
     options: dict[str, Any] = {"flip_aug": True, "alpha_mask": True, "num_repeats": 24, "random_crop": not cached}
     of = plan(dataset(subset(root, **options), enable_bucket=False, batch_size=24))
-    kept = latents(of, Store(), Index()) if cached else None
+    kept = latents(of, TensorStore(), FileIndex()) if cached else None
     [batch] = loader(of, latents=kept).epoch(0)
     assert batch.mask is not None
     seen = batch.latents if cached else encode(batch.pixels) if batch.pixels is not None else None
@@ -197,7 +197,9 @@ def test_regularisation_images_weigh_as_told(tmp_path: Path) -> None:
 
 def test_stored_texts_are_handed_out_by_caption(images: Path) -> None:
     of = plan(dataset(subset(images, caption_dropout_rate=0.5)))
-    said = Loader(plan=of, seed=1, latents=latents(of, Store(), Index()), texts=texts(of, Store(), Index()))
+    said = Loader(
+        plan=of, seed=1, latents=latents(of, TensorStore(), FileIndex()), texts=texts(of, TensorStore(), FileIndex())
+    )
     batches = list(said.epoch(0))
     assert "" in [c for b in batches for c in b.captions]
     for batch in batches:
@@ -279,8 +281,8 @@ def test_images_that_are_all_gone_end_the_run_plainly(tmp_path: Path, workers: i
 
 @pytest.mark.parametrize("how", ["gone", "damaged", "another shape"])
 def test_an_entry_lost_while_training_is_told_and_weighs_nothing(images: Path, tmp_path: Path, how: str) -> None:
-    of, index = plan(dataset(subset(images))), Index()
-    kept = latents(of, Store(tmp_path), index)
+    of, index = plan(dataset(subset(images))), FileIndex()
+    kept = latents(of, TensorStore(tmp_path), index)
     path = kept.store.path(kept.keys[0])
     if how == "gone":
         path.unlink()
@@ -293,12 +295,12 @@ def test_an_entry_lost_while_training_is_told_and_weighs_nothing(images: Path, t
     [line] = told
     assert "0.png" in line and how in line and "made anew at the next start" in line
     assert sorted(w for b in batches for w in b.weight.tolist()) == [0.0] + [1.0] * 7
-    assert latents(of, Store(tmp_path), index).encoded == 1
+    assert latents(of, TensorStore(tmp_path), index).encoded == 1
 
 
 def test_text_outputs_lost_while_training_end_it_plainly(images: Path, tmp_path: Path) -> None:
     of = plan(dataset(subset(images)))
-    kept = texts(of, Store(tmp_path), Index())
+    kept = texts(of, TensorStore(tmp_path), FileIndex())
     kept.store.path(kept.keys["thing 3, red, green, blue"]).write_bytes(b"")
     with pytest.raises(UserError, match=r"thing 3.*damaged.*made anew at the next start"):
         list(loader(of, texts=kept).epoch(0))

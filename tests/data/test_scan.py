@@ -15,12 +15,12 @@ from PIL import Image
 
 from sfumato.data import scan as module
 from sfumato.data.scan import Scan, scan
-from sfumato.data.store import Index, Store
+from sfumato.data.store import FileIndex, TensorStore
 from sfumato.errors import UserError
 
 
-def look(path: Path, index: Index | None = None, bodies: bool = True, **options: object) -> Scan:
-    return scan(dataset(subset(path, **options)), index or Index(), bodies=bodies)
+def look(path: Path, index: FileIndex | None = None, bodies: bool = True, **options: object) -> Scan:
+    return scan(dataset(subset(path, **options)), index or FileIndex(), bodies=bodies)
 
 
 def test_images_come_in_the_order_of_their_names_with_sizes_and_captions(tmp_path: Path) -> None:
@@ -72,7 +72,7 @@ def test_all_missing_and_empty_folders_at_once(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     folder(tmp_path / "deep" / "er")
     with pytest.raises(UserError) as caught:
-        scan(dataset(subset(tmp_path / "none"), subset(tmp_path / "empty"), subset(tmp_path / "deep")), Index())
+        scan(dataset(subset(tmp_path / "none"), subset(tmp_path / "empty"), subset(tmp_path / "deep")), FileIndex())
     assert len(caught.value.messages) == 3
     assert "does not exist" in caught.value.messages[0]
     assert "no images" in caught.value.messages[1]
@@ -123,12 +123,12 @@ def test_headers_alone_give_the_same_images(tmp_path: Path) -> None:
 
 def test_a_second_look_opens_no_image(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder(tmp_path / "p")
-    index = Index(tmp_path / "cache")
+    index = FileIndex(tmp_path / "cache")
     first = look(tmp_path / "p", index)
     opened: list[Path] = []
     examine = module._examine
     monkeypatch.setattr(module, "_examine", lambda path, bodies: (opened.append(path), examine(path, bodies))[1])
-    assert look(tmp_path / "p", Index(tmp_path / "cache")).images == first.images
+    assert look(tmp_path / "p", FileIndex(tmp_path / "cache")).images == first.images
     assert opened == []
     noise((64, 64), 77).save(tmp_path / "p" / "0.png")
     assert look(tmp_path / "p", index).images[0].digest != first.images[0].digest
@@ -138,7 +138,7 @@ def test_a_second_look_opens_no_image(tmp_path: Path, monkeypatch: pytest.Monkey
 def test_a_replaced_image_is_seen_though_size_and_mtime_are_the_same(tmp_path: Path) -> None:
     for i in (1, 2):
         noise((8, 8), i).save(tmp_path / f"{i}.bmp")
-    index = Index()
+    index = FileIndex()
     before = look(tmp_path, index).images[0]
     old = (tmp_path / "1.bmp").stat()
     os.replace(tmp_path / "2.bmp", tmp_path / "1.bmp")
@@ -230,14 +230,14 @@ def test_names_that_are_not_text_are_read_planned_and_remembered(tmp_path: Path)
     root = tmp_path / os.fsdecode(b"caf\xe9")
     folder(root)
     os.rename(root / "0.png", os.fsencode(root) + b"/x\xff.png")
-    index = Index(tmp_path / "cache")
+    index = FileIndex(tmp_path / "cache")
     made = plan(dataset(subset(root)), index=index)
-    assert [i.image.digest for i in plan(dataset(subset(root)), index=Index(tmp_path / "cache")).items] == [
+    assert [i.image.digest for i in plan(dataset(subset(root)), index=FileIndex(tmp_path / "cache")).items] == [
         i.image.digest for i in made.items
     ]
     assert len({item.key(0, 0, 0) for item in made.items}) == 5 and len(made.digest()) == 32
     assert "1 images have neither" in made.notes[0]
-    assert latents(made, Store(tmp_path / "cache"), index).encoded == 5
+    assert latents(made, TensorStore(tmp_path / "cache"), index).encoded == 5
 
 
 def test_a_folder_of_5000_characters_does_not_exist(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from sfumato.data.entries import Damaged, facts, unpack
-from sfumato.data.store import Index, Store, key, trust, unusable, why, writing
+from sfumato.data.store import FileIndex, TensorStore, key, trust, unusable, why, writing
 from sfumato.errors import UserError
 from sfumato.formats.files import serialise
 
@@ -25,7 +25,7 @@ def root(request: pytest.FixtureRequest, tmp_path: Path) -> Path | None:
 
 
 def test_what_is_put_is_got(root: Path | None) -> None:
-    store, name = Store(root), key({"a": 1})
+    store, name = TensorStore(root), key({"a": 1})
     assert name not in store
     assert store.get(name) is None
     kept = {"latents": torch.randn(4, 3, 2).half(), "mask": torch.ones(1, 3, 2), "ids": torch.arange(5)[::2]}
@@ -41,7 +41,7 @@ def test_keys_depend_on_every_part_and_not_on_their_order() -> None:
     assert len({key(p) for p in ({"a": 1}, {"a": "1"}, {"b": 1}, {"a": 1, "b": None}, {"a": [1]})}) == 5
 
 
-def damage(store: Store, name: str, how: str) -> None:
+def damage(store: TensorStore, name: str, how: str) -> None:
     """Change the file of an entry, or put another in its place."""
     path = store.path(name)
     data = bytearray(path.read_bytes())
@@ -86,7 +86,7 @@ DAMAGES = [
 
 @pytest.mark.parametrize("how", DAMAGES)
 def test_a_damaged_entry_is_found_when_read_and_removed_so_that_it_is_made_again(tmp_path: Path, how: str) -> None:
-    store, name = Store(tmp_path), key({})
+    store, name = TensorStore(tmp_path), key({})
     store.put(name, {"latents": torch.randn(4, 3, 2).half()})
     damage(store, name, how)
     with pytest.raises(Damaged, match="that of another" if how == "another's" else "damaged"):
@@ -95,7 +95,7 @@ def test_a_damaged_entry_is_found_when_read_and_removed_so_that_it_is_made_again
 
 
 def test_an_entry_that_is_not_finite_is_found(tmp_path: Path) -> None:
-    store, name = Store(tmp_path), key({})
+    store, name = TensorStore(tmp_path), key({})
     for bad in (float("nan"), float("inf")):
         store.put(name, {"latents": torch.tensor([1.0, bad, 2.0])})
         with pytest.raises(Damaged, match="not finite"):
@@ -120,18 +120,18 @@ def test_no_flipped_bits_go_unnoticed(data: st.DataObject) -> None:
 
 
 def test_entries_are_verified_once_and_again_when_their_file_changes(tmp_path: Path) -> None:
-    store, index, read = Store(tmp_path), Index(tmp_path), []
+    store, index, read = TensorStore(tmp_path), FileIndex(tmp_path), []
     names = [key({"i": i}) for i in range(4)]
     for name in names[:3]:
         store.put(name, {"x": torch.zeros(3)})
 
-    def misfit(name: str, entry: Mapping[str, Tensor]) -> str:
+    def mismatch(name: str, entry: Mapping[str, Tensor]) -> str:
         read.append(name)
         return "" if entry["x"].shape == (3,) else "its entry is of another shape"
 
     def found() -> tuple[dict[str, str], set[str]]:
         read.clear()
-        return unusable(store, index, names, misfit), set(read)
+        return unusable(store, index, names, mismatch), set(read)
 
     assert found() == ({names[3]: ""}, set(names[:3]))
     assert found() == ({names[3]: ""}, set())
@@ -147,7 +147,7 @@ def test_entries_are_verified_once_and_again_when_their_file_changes(tmp_path: P
 
 
 def test_nothing_but_entries_is_left_on_the_disk(tmp_path: Path) -> None:
-    store = Store(tmp_path)
+    store = TensorStore(tmp_path)
     with writing(store, ahead=2) as put:
         for i in range(20):
             put(key({"i": i}), {"x": torch.full((3,), float(i))})
@@ -157,16 +157,16 @@ def test_nothing_but_entries_is_left_on_the_disk(tmp_path: Path) -> None:
 
 def test_an_entry_that_cannot_be_written_is_told(tmp_path: Path) -> None:
     (tmp_path / "entries").write_text("a file where a folder should be")
-    with pytest.raises((UserError, OSError)), writing(Store(tmp_path)) as put:
+    with pytest.raises((UserError, OSError)), writing(TensorStore(tmp_path)) as put:
         put(key({}), {"x": torch.zeros(1)})
 
 
 def test_the_index_remembers(root: Path | None) -> None:
-    index = Index(root)
+    index = FileIndex(root)
     index.write("picture", {"a": {"w": 1}, "b": [1, 2]})
     index.write("picture", {"a": {"w": 2}})
     index.write("texts", {"a": 3})
-    again = Index(root) if root else index
+    again = FileIndex(root) if root else index
     assert again.read("picture", ["a", "b", "c"]) == {"a": {"w": 2}, "b": [1, 2]}
     assert again.read("texts", ["a", "b"]) == {"a": 3}
 
@@ -174,11 +174,11 @@ def test_the_index_remembers(root: Path | None) -> None:
 def test_a_damaged_index_is_told(tmp_path: Path) -> None:
     (tmp_path / "index.sqlite").write_bytes(b"not a database" * 100)
     with pytest.raises(UserError, match=r"index\.sqlite.*delete it"):
-        Index(tmp_path).read("picture", ["a"])
+        FileIndex(tmp_path).read("picture", ["a"])
 
 
 def test_the_index_waits_for_another_run(tmp_path: Path) -> None:
-    index = Index(tmp_path)
+    index = FileIndex(tmp_path)
     index.write("k", {"a": 1})
     other = sqlite3.connect(tmp_path / "index.sqlite")
     with other:
@@ -207,7 +207,7 @@ def test_reasons(old: dict[str, object] | None, new: dict[str, object], reason: 
 
 @pytest.mark.parametrize("row", ["{", "", "\x00", "[" * 5000, b"\xff\xfe", 3.5, None])
 def test_a_damaged_row_of_the_index_is_not_known(tmp_path: Path, row: object) -> None:
-    index = Index(tmp_path)
+    index = FileIndex(tmp_path)
     index.write("k", {"a": 1, "b": 2})
     with closing(sqlite3.connect(tmp_path / "index.sqlite")) as other, other:
         other.execute("UPDATE known SET value = ? WHERE name = 'a'", (row,))

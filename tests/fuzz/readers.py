@@ -26,7 +26,7 @@ from sfumato.cli import flags, kohya, toml
 from sfumato.config import DatasetConfig, NetworkConfig, OptimizerConfig, SubsetConfig
 from sfumato.data import captions, scan
 from sfumato.data.entries import facts
-from sfumato.data.store import Index, Store, why
+from sfumato.data.store import FileIndex, TensorStore, why
 from sfumato.families import detect
 from sfumato.formats import dialect, files, metadata, run
 from sfumato.formats.files import stamp
@@ -416,7 +416,7 @@ def _entry() -> bytes:
 
 
 def _cached(stage: Stage, content: bytes) -> None:
-    store = Store(stage.folder / "cache")
+    store = TensorStore(stage.folder / "cache")
     path = store.path("ab" * 20)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(content)
@@ -429,8 +429,8 @@ ROW = {"stamp": "@stamp@", "width": 8, "height": 8, "digest": "ab"}
 def _row(stage: Stage, text: bytes) -> None:
     """What the index says of an image, of any shape: it is worked out again."""
     image = next(stage.images.rglob("*.png"))
-    index = Index(stage.folder / "index")
-    index.write("image", {str(image.absolute()): ROW})
+    index = FileIndex(stage.folder / "index")
+    index.write("picture", {str(image.absolute()): ROW})
     value = text.replace(b'"@stamp@"', json.dumps(stamp(image)).encode())
     with closing(sqlite3.connect(stage.folder / "index" / "index.sqlite")) as connection, connection:
         connection.execute(
@@ -438,14 +438,14 @@ def _row(stage: Stage, text: bytes) -> None:
         )
     found = scan.examine([image], index, bodies=True)[image]
     assert type(found.width) is int and found.width > 0 and isinstance(found.digest, str)
-    assert why(index.read("picture", [str(image.absolute())]).get(str(image.absolute())), {"image": "x"})
+    assert why(index.read("picture", [str(image.absolute())]).get(str(image.absolute())), {"picture": "x"})
 
 
 def _index_file(stage: Stage, content: bytes) -> None:
-    index = Index(stage.folder / "damaged")
+    index = FileIndex(stage.folder / "damaged")
     stage.file("damaged/index.sqlite", content)
     index.read("picture", ["a", "b"])
-    index.write("image", {"a": [1]})
+    index.write("picture", {"a": [1]})
 
 
 @cache
@@ -453,7 +453,7 @@ def _sqlite() -> bytes:
     import tempfile
 
     with tempfile.TemporaryDirectory() as folder:
-        Index(Path(folder)).write("image", {"a": ROW, "b": 3})
+        FileIndex(Path(folder)).write("picture", {"a": ROW, "b": 3})
         return (Path(folder) / "index.sqlite").read_bytes()
 
 
@@ -509,7 +509,7 @@ def _caption(stage: Stage, content: bytes) -> None:
         enable_wildcard=True,
         caption_tag_dropout_rate=0.5,
     )
-    found = scan.scan(DatasetConfig(subsets=(subset,)), Index(), bodies=False)
+    found = scan.scan(DatasetConfig(subsets=(subset,)), FileIndex(), bodies=False)
     for each in found.images:
         captions.vary(each.captions, subset, random.Random(0), epoch=1, step=0)
         captions.every(each.captions, subset)

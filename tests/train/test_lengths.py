@@ -12,7 +12,7 @@ from training import config
 
 from sfumato.config import Config, DatasetConfig, SubsetConfig
 from sfumato.data.plan import Plan, make_plan
-from sfumato.data.store import Index
+from sfumato.data.store import FileIndex
 from sfumato.data.strategies import Limit
 from sfumato.families.flux.strategies import FluxTokenize
 from sfumato.families.sd.strategies import SdTokenize
@@ -32,7 +32,7 @@ def planned(root: Path, *captions: str, **options: object) -> Plan:
         Image.new("RGB", (64, 64)).save(root / f"{i}.png")
         (root / f"{i}.txt").write_text(caption, encoding="utf-8")
     subset = SubsetConfig(image_dir=str(root), **options)  # type: ignore[arg-type]
-    return make_plan([DatasetConfig(subsets=(subset,), resolution=(64, 64))], Index(), bodies=False)
+    return make_plan([DatasetConfig(subsets=(subset,), resolution=(64, 64))], FileIndex(), bodies=False)
 
 
 def test_long_captions_are_counted_and_shown_with_the_cure(tmp_path: Path) -> None:
