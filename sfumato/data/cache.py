@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -13,6 +14,7 @@ from torch import Tensor
 from sfumato.config import DatasetConfig
 from sfumato.data import augment, captions
 from sfumato.data.batch import Cond, Tokens
+from sfumato.data.entries import Damaged
 from sfumato.data.plan import Item, Plan
 from sfumato.data.store import FileIndex, KeyParts, Progress, TensorStore, key, trust, unusable, why, writing
 from sfumato.data.strategies import LatentsCachingStrategy, TextEncoderOutputsCachingStrategy
@@ -23,14 +25,12 @@ VERSION = 2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Report:
+class CachedEntries:
     """What a cache holds for a plan."""
 
     store: TensorStore
     keys: Mapping[Hashable, str]
-    """Key in the store; for latents by place in `plan.items`, for text outputs by caption."""
-    strategy: LatentsCachingStrategy | None = None
-    """How latents are kept."""
+    """Image or caption -> key in the store."""
     found: int = 0
     """Entries that were there."""
     encoded: int = 0
@@ -44,8 +44,52 @@ class Report:
         return dict(Counter(reason for _, reason in self.changed))
 
     def __str__(self) -> str:
-        told = ", ".join(f"{n} {reason}" for reason, n in self.reasons.items())
-        return f"{self.found} found, {self.encoded} encoded" + (f" ({told})" if told else "")
+        reasons = ", ".join(f"{n} {reason}" for reason, n in self.reasons.items())
+        return f"{self.found} found, {self.encoded} encoded" + (f" ({reasons})" if reasons else "")
+
+    def read(self, name: Hashable, what: str) -> dict[str, Tensor]:
+        """The entry of an image or caption. Errors: `UserError` when it is not there any more, or is damaged; `what`
+        begins the message."""
+        try:
+            entry = self.store.get(self.keys[name])
+        except Damaged as error:
+            raise UserError(f"{what} cannot be used ({error}), and are made anew at the next start") from error
+        if entry is None:
+            raise UserError(f"{what} are gone, and are made anew at the next start")
+        return entry
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CachedLatents(CachedEntries):
+    """The latents of a plan's images, by place in `plan.items`."""
+
+    strategy: LatentsCachingStrategy
+
+    def latents(self, plan: Plan, place: int, *, flip: bool) -> dict[str, Tensor]:
+        """The "latents" (c, h, w) of an image, in fp32, and its "mask" if it has one. Errors: as `read`."""
+        item = plan.items[place]
+        what = f"the cached latents of {item.image.path}"
+        entry = self.read(place, what)
+        if wrong := latents_mismatch(entry, plan, item, self.strategy):
+            raise UserError(f"{what} cannot be used ({wrong}), and are made anew at the next start")
+        found = {"latents": entry["latents_flipped" if flip else "latents"].float()}
+        if "mask" in entry:
+            found["mask"] = entry["mask"].flip(2) if flip else entry["mask"]
+        return found
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CachedText(CachedEntries):
+    """The text outputs of a plan's captions, by caption."""
+
+    strategy: TextEncoderOutputsCachingStrategy
+
+    def cond(self, captions: Sequence[str]) -> Cond:
+        """The cond of a batch. Errors: as `read`."""
+        return self.strategy.join([self.read(each, f"the cached text outputs of {each!r}") for each in captions])
+
+
+_Cached = TypeVar("_Cached", CachedLatents, CachedText)
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +132,7 @@ def cache_latents(
     *,
     batch_size: int = 1,
     progress: Progress | None = None,
-) -> Report:
+) -> CachedLatents:
     """See that the store holds the latents of every image of the plan; encode those that it lacks.
 
     `encode`: (b, 3, H, W) in [-1, 1], fp32 on the CPU -> (b, c, h, w) raw latents on any device. `vae_fingerprint`: of
@@ -115,7 +159,9 @@ def cache_latents(
             if progress:
                 progress(done, len(jobs))
     owned = dict(zip(owners, parts, strict=True))
-    return replace(_report(store, index, "latents", dict(enumerate(keys)), owned, jobs), strategy=strategy)
+    return _finish(
+        CachedLatents(store=store, keys=dict(enumerate(keys)), strategy=strategy), index, "latents", owned, jobs
+    )
 
 
 def latents_shape(plan: Plan, item: Item, strategy: LatentsCachingStrategy) -> tuple[int, int, int]:
@@ -250,7 +296,7 @@ def cache_texts(
     settings: Mapping[str, object],
     batch_size: int = 8,
     progress: Progress | None = None,
-) -> Report:
+) -> CachedText:
     """See that the store holds the text outputs of every caption that the plan can give; encode those that it lacks.
 
     `fingerprint`: of the encoders' weights. `settings`: all that tokens and outputs depend on besides (JSON values).
@@ -266,11 +312,8 @@ def cache_texts(
     def mismatch(_: str, entry: Mapping[str, Tensor]) -> str:
         if entry.keys() != kept:
             return "its entry holds other fields"
-        return (
-            ""
-            if all(t.dtype == strategy.dtype for t in entry.values() if t.is_floating_point())
-            else "its entry is of another dtype"
-        )
+        same = all(t.dtype == strategy.dtype for t in entry.values() if t.is_floating_point())
+        return "" if same else "its entry is of another dtype"
 
     wanted = [_Job(keys[caption], owner, parts[owner], "") for owner, caption in owners.items()]
     jobs = _missing(store, index, "texts", wanted, mismatch, progress)
@@ -286,7 +329,7 @@ def cache_texts(
                 )
             if progress:
                 progress(start + len(portion), len(jobs))
-    return _report(store, index, "texts", keys, parts, jobs)
+    return _finish(CachedText(store=store, keys=keys, strategy=strategy), index, "texts", parts, jobs)
 
 
 def every_caption(plan: Plan) -> dict[str, str]:
@@ -318,17 +361,14 @@ def _owner(item: Item) -> str:
     return f"{item.dataset}.{item.image.subset}:{item.image.path.absolute()}"
 
 
-def _report(
-    store: TensorStore,
-    index: FileIndex,
-    kind: str,
-    keys: Mapping[Hashable, str],
-    parts: Mapping[str, KeyParts],
-    jobs: Sequence[_Job],
-) -> Report:
-    """Remember what every owner now depends on, those found by another's entry too."""
-    trust(store, index, [job.key for job in jobs])
+def _finish(
+    cached: _Cached, index: FileIndex, kind: str, parts: Mapping[str, KeyParts], jobs: Sequence[_Job]
+) -> _Cached:
+    """The cache with its counts, once `jobs` are made. Remembers what every owner now depends on, those found by
+    another's entry too."""
+    trust(cached.store, index, [job.key for job in jobs])
     last = index.read(kind, parts)
     index.write(kind, {owner: p for owner, p in parts.items() if last.get(owner) != p})
     changed = tuple((job.owner.partition(":")[2], job.reason) for job in jobs)
-    return Report(store=store, keys=keys, found=len(set(keys.values())) - len(jobs), encoded=len(jobs), changed=changed)
+    found = len(set(cached.keys.values())) - len(jobs)
+    return replace(cached, found=found, encoded=len(jobs), changed=changed)

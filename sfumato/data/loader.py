@@ -1,11 +1,12 @@
-"""Batches, epoch by epoch; the same whatever the number of workers and processes."""
+"""The batches of each optimizer step, epoch by epoch; the same whatever the number of workers and processes."""
 
 from __future__ import annotations
 
 import signal
 import sys
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from typing import Any
 
 import torch
@@ -14,29 +15,31 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from sfumato.config import SubsetConfig
 from sfumato.data import augment, captions
-from sfumato.data.batch import Batch, Cond, Tokens
+from sfumato.data.batch import Batch, Tokens
 from sfumato.data.buckets import Crop
-from sfumato.data.cache import Report, latents_mismatch, latents_shape
-from sfumato.data.entries import Damaged
-from sfumato.data.plan import Item, Plan
-from sfumato.data.strategies import LatentsCachingStrategy, TextEncoderOutputsCachingStrategy
+from sfumato.data.cache import CachedLatents, CachedText, latents_shape
+from sfumato.data.plan import Item, Plan, SampleRef
 from sfumato.errors import UserError
 from sfumato.tensors.random import python_random
 
 
 @dataclass(frozen=True, slots=True)
-class _Draw:
-    """One sample to be read."""
+class StepBatches:
+    """What one optimizer step takes."""
 
-    item: int
-    key: int
+    batches: Iterator[Batch]
+    """Those of this process, each read when it is asked for; all are to be taken before the next step's."""
+    count: int
+    """How many they are: as many in every process."""
+    samples: int
+    """Samples of the step, over all processes."""
 
 
 @dataclass(frozen=True, slots=True)
-class _Job:
+class _BatchPlan:
     """One batch to be read."""
 
-    draws: tuple[_Draw, ...]
+    samples: tuple[SampleRef, ...]
     epoch: int
     step: int
     spare: bool = False
@@ -44,7 +47,7 @@ class _Job:
 
 
 @dataclass(frozen=True, slots=True)
-class _Read:
+class _BatchData:
     """What was read of one batch."""
 
     tensors: dict[str, list[Tensor]]
@@ -61,41 +64,41 @@ def _say(line: str) -> None:
 
 
 @dataclass(slots=True)
-class _ImageReader(Dataset[_Read]):
+class _ImageReader(Dataset[_BatchData]):
     """Reads images or their latents: the part of the work that may run in other processes."""
 
     plan: Plan
-    latents: Report | None
+    latents: CachedLatents | None
 
-    def __getitem__(self, job: _Job) -> _Read:
+    def __getitem__(self, batch: _BatchPlan) -> _BatchData:
         samples, lost = [], {}
-        for place, draw in enumerate(job.draws):
+        for place, ref in enumerate(batch.samples):
             try:
-                samples.append(self._sample(draw))
+                samples.append(self._sample(ref))
             except UserError as error:
                 lost[place] = str(error)
-                samples.append(self._zeros(draw))
+                samples.append(self._zeros(ref))
         names = {name for sample in samples for name in sample}
-        return _Read({name: [self._or_ones(sample, name) for sample in samples] for name in sorted(names)}, lost)
+        return _BatchData({name: [self._or_ones(sample, name) for sample in samples] for name in sorted(names)}, lost)
 
-    def _sample(self, draw: _Draw) -> dict[str, Tensor]:
-        item = self.plan.items[draw.item]
+    def _sample(self, ref: SampleRef) -> dict[str, Tensor]:
+        item = self.plan.items[ref.item]
         options = self.plan.subset(item)
-        crop, flip = _crop_and_flip(item, options, draw.key)
+        crop, flip = _crop_and_flip(item, options, ref.key)
         sizes = {"sizes": torch.tensor(_sizes(item, crop, flip))}
         if self.latents is not None:
-            return sizes | _stored(self.latents, self.plan, draw.item, flip)
-        colours = python_random(draw.key, "colours") if options.color_aug else None
+            return sizes | self.latents.latents(self.plan, ref.item, flip=flip)
+        colours = python_random(ref.key, "colours") if options.color_aug else None
         return sizes | augment.load(
             item.image, options, item.placement, crop, stride=self.plan.stride, flip=flip, colours=colours
         )
 
-    def _zeros(self, draw: _Draw) -> dict[str, Tensor]:
+    def _zeros(self, ref: SampleRef) -> dict[str, Tensor]:
         """In place of a sample that cannot be read, so that its batch keeps its shape."""
-        item = self.plan.items[draw.item]
+        item = self.plan.items[ref.item]
         sizes = {"sizes": torch.tensor(_sizes(item, item.placement.centre, False))}
         if self.latents is not None:
-            return sizes | {"latents": torch.zeros(latents_shape(self.plan, item, _strategy(self.latents)))}
+            return sizes | {"latents": torch.zeros(latents_shape(self.plan, item, self.latents.strategy))}
         width, height = item.placement.bucket
         return sizes | {"pixels": torch.zeros(3, height, width)}
 
@@ -108,7 +111,7 @@ class _ImageReader(Dataset[_Read]):
 
 
 def _crop_and_flip(item: Item, options: SubsetConfig, key: int) -> tuple[Crop, bool]:
-    """Where a draw is cut out, and whether it is mirrored."""
+    """Where a sample is cut out of its image, and whether it is mirrored."""
     crop = (
         augment.random_crop(item.placement, python_random(key, "crop"))
         if options.random_crop
@@ -118,57 +121,29 @@ def _crop_and_flip(item: Item, options: SubsetConfig, key: int) -> tuple[Crop, b
 
 
 def _sizes(item: Item, crop: Crop, flip: bool) -> list[int]:
-    """Original height and width, crop top and left as seen in the mirrored image, target height and width."""
+    """Original height and width, crop top and left in the mirrored image if it is one, target height and width."""
     left, top = item.placement.mirrored(crop) if flip else crop
     return [item.image.height, item.image.width, top, left, item.placement.bucket[1], item.placement.bucket[0]]
 
 
-def _stored(latents: Report, plan: Plan, place: int, flip: bool) -> dict[str, Tensor]:
-    item = plan.items[place]
-    what = f"the cached latents of {item.image.path}"
-    entry = _entry(latents, place, what)
-    if wrong := latents_mismatch(entry, plan, item, _strategy(latents)):
-        raise UserError(f"{what} cannot be used ({wrong}), and are made anew at the next start")
-    found = {"latents": entry["latents_flipped" if flip else "latents"].float()}
-    if "mask" in entry:
-        found["mask"] = entry["mask"].flip(2) if flip else entry["mask"]
-    return found
-
-
-def _strategy(latents: Report) -> LatentsCachingStrategy:
-    assert latents.strategy is not None  # `cache_latents` gives it
-    return latents.strategy
-
-
-def _entry(kept: Report, name: Hashable, what: str) -> dict[str, Tensor]:
-    """An entry of a cache. Raises UserError when it is not there any more, or is not what was kept."""
-    try:
-        entry = kept.store.get(kept.keys[name])
-    except Damaged as error:
-        raise UserError(f"{what} cannot be used ({error}), and are made anew at the next start") from error
-    if entry is None:
-        raise UserError(f"{what} are gone, and are made anew at the next start")
-    return entry
-
-
-class _Jobs(Sampler[_Job]):
-    """Hands the jobs of the current epoch to the readers, which live on."""
+class _Queue(Sampler[_BatchPlan]):
+    """Hands the batches of the current epoch to the readers, which live on."""
 
     def __init__(self) -> None:
-        self.jobs: Sequence[_Job] = ()
+        self.batches: Sequence[_BatchPlan] = ()
 
-    def __iter__(self) -> Iterator[_Job]:
-        return iter(self.jobs)
+    def __iter__(self) -> Iterator[_BatchPlan]:
+        return iter(self.batches)
 
     def __len__(self) -> int:
-        return len(self.jobs)
+        return len(self.batches)
 
 
 @dataclass(slots=True, kw_only=True)
 class Loader:
     """Makes the batches of a plan.
 
-    Every draw follows from (seed, epoch, image, repeat) alone; see `Item.key`. Images are read by `workers` other
+    Every sample follows from (seed, epoch, image, repeat) alone; see `Item.key`. Images are read by `workers` other
     processes (none when latents are in memory: then there is nothing to read).
     """
 
@@ -176,29 +151,29 @@ class Loader:
     seed: int
     tokenize: Callable[[Sequence[str]], Tokens] | None = None
     """Captions -> tokens; called in this process. Not needed with `texts`."""
-    latents: Report | None = None
-    """Of `cache_latents`; None: batches carry pixels."""
-    texts: Report | None = None
-    """Of `cache_texts`; None: batches carry tokens."""
-    outputs: TextEncoderOutputsCachingStrategy = field(
-        default_factory=lambda: TextEncoderOutputsCachingStrategy(fields=())
-    )
-    """How text outputs are kept."""
+    latents: CachedLatents | None = None
+    """None: batches carry pixels."""
+    texts: CachedText | None = None
+    """None: batches carry tokens."""
     prior_loss_weight: float = 1.0
     accumulation: int = 1
     """Batches a process takes for one optimizer step."""
+    rank: int = 0
+    """Which of `world` processes this is. They take batches in turn; where the last turn does not go round, the rest
+    get a batch again with weight 0: all do the same number of steps, on the samples that one process would take."""
+    world: int = 1
     steps: int = 0
     """Optimizer steps of the run: what a `token_warmup_step` below 1 is a share of."""
     workers: int = 0
     persistent: bool = False
     """Keep the workers between epochs."""
     notice: Callable[[str], object] = _say
-    """Told, once an image, which ones cannot be read any more."""
+    """Called, once per image, with a message on one that cannot be read any more."""
     _lost: set[int] = field(init=False, default_factory=set)
-    _row: set[int] = field(init=False, default_factory=set)
+    _lost_in_a_row: set[int] = field(init=False, default_factory=set)
     """Images that could not be read, since one could."""
-    _queue: _Jobs = field(init=False, default_factory=_Jobs)
-    _reader: DataLoader[_Read] = field(init=False)
+    _queue: _Queue = field(init=False, default_factory=_Queue)
+    _reader: DataLoader[_BatchData] = field(init=False)
     _subsets: list[list[SubsetConfig]] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -212,7 +187,7 @@ class Loader:
             collate_fn=_as_it_is,
             worker_init_fn=_leave_interrupts,
             persistent_workers=self.persistent and workers > 0,
-            generator=torch.Generator(),  # else torch would draw from the global one
+            generator=torch.Generator(),  # else torch would use the global one
         )
         self._subsets = [[self._whole_warmup(subset) for subset in dataset.subsets] for dataset in self.plan.datasets]
 
@@ -224,80 +199,78 @@ class Loader:
             )
         return replace(subset, token_warmup_step=captions.with_whole_warmup(subset, self.steps))
 
-    def batches_per_epoch(self, world: int = 1) -> int:
-        """Batches that each of `world` processes takes in an epoch."""
-        return -(-self.plan.batches_per_epoch // world)
+    def epoch(self, epoch: int, start_step: int = 0) -> Iterator[StepBatches]:
+        """The optimizer steps of an epoch (counted from 0), from its `start_step`-th on."""
+        steps = self._steps(epoch)[start_step:]
+        batches = self._read([batch for mine, _ in steps for batch in mine])
+        for mine, samples in steps:
+            yield StepBatches(islice(batches, len(mine)), len(mine), samples)
 
-    def epoch(self, epoch: int, start_batch: int = 0, rank: int = 0, world: int = 1) -> Iterator[Batch]:
-        """The batches of process `rank` of `world` in an epoch (counted from 0), from its `start_batch`-th on.
+    def _steps(self, epoch: int) -> list[tuple[list[_BatchPlan], int]]:
+        """The batches of this process in each step of an epoch, and the number of samples in those of all."""
+        batches, group = self.plan.batches(epoch, self.seed), self.accumulation * self.world
+        starts = range(0, len(batches), group)
+        steps = []
+        for i, start in enumerate(starts):
+            whole = batches[start : start + group]
+            turns = -(-len(whole) // self.world)
+            mine = [
+                _BatchPlan(batches[n % len(batches)], epoch, epoch * len(starts) + i, spare=n >= len(batches))
+                for n in range(start + self.rank, start + turns * self.world, self.world)
+            ]
+            steps.append((mine, sum(map(len, whole))))
+        return steps
 
-        Processes take batches in turn. Where the last turn does not go round, the rest get a batch again with weight 0:
-        all processes do the same number of steps, and the samples together are those of one process.
-        """
-        self._queue.jobs = jobs = self._jobs(epoch, rank, world)[start_batch:]
-        for job, read in zip(jobs, self._reader, strict=True):
-            self._account(job, read)
-            yield self._batch(job, read)
+    def _read(self, batches: Sequence[_BatchPlan]) -> Iterator[Batch]:
+        self._queue.batches = batches
+        for batch, data in zip(batches, self._reader, strict=True):
+            self._account(batch, data)
+            yield self._batch(batch, data)
 
-    def _jobs(self, epoch: int, rank: int, world: int) -> list[_Job]:
-        batches = self.plan.batches(epoch, self.seed)
-        first = epoch * self.plan.steps_per_epoch(self.accumulation, world)
-        jobs = []
-        for turn in range(self.batches_per_epoch(world)):
-            number = turn * world + rank
-            refs = batches[number % len(batches)]
-            draws = tuple(_Draw(r.item, self.plan.items[r.item].key(self.seed, epoch, r.repeat)) for r in refs)
-            jobs.append(_Job(draws, epoch, first + turn // self.accumulation, spare=number >= len(batches)))
-        return jobs
-
-    def _account(self, job: _Job, read: _Read) -> None:
-        """Tell what was lost. Raises UserError when nothing can be read any more."""
-        for place, draw in enumerate(job.draws):
-            if place not in read.lost:
-                self._row.clear()
+    def _account(self, batch: _BatchPlan, data: _BatchData) -> None:
+        """Report what was lost. Raises UserError when nothing can be read any more."""
+        for place, ref in enumerate(batch.samples):
+            if place not in data.lost:
+                self._lost_in_a_row.clear()
                 continue
-            if draw.item not in self._lost:
-                self._lost.add(draw.item)
-                self.notice(f"{read.lost[place]}; training goes on without it")
-            self._row.add(draw.item)
-            if len(self._row) >= min(_GONE, len(self.plan.items)):
+            if ref.item not in self._lost:
+                self._lost.add(ref.item)
+                self.notice(f"{data.lost[place]}; training goes on without it")
+            self._lost_in_a_row.add(ref.item)
+            if len(self._lost_in_a_row) >= min(_GONE, len(self.plan.items)):
                 raise UserError(
-                    f"{read.lost[place]}; nor could the {len(self._row) - 1} images before it be read: are their "
-                    "folders still there?"
+                    f"{data.lost[place]}; nor could the {len(self._lost_in_a_row) - 1} images before it be read: are "
+                    "their folders still there?"
                 )
 
-    def _batch(self, job: _Job, read: _Read) -> Batch:
-        items = [self.plan.items[draw.item] for draw in job.draws]
-        said = [self._caption(item, draw.key, job) for item, draw in zip(items, job.draws, strict=True)]
+    def _batch(self, batch: _BatchPlan, data: _BatchData) -> Batch:
+        items = [self.plan.items[ref.item] for ref in batch.samples]
+        texts = [self._caption(item, ref.key, batch) for item, ref in zip(items, batch.samples, strict=True)]
         weights = [self.prior_loss_weight if item.image.is_reg else 1.0 for item in items]
-        weights = [0.0 if job.spare or place in read.lost else weight for place, weight in enumerate(weights)]
-        stacked = {name: torch.stack(values) for name, values in read.tensors.items()}
+        weights = [0.0 if batch.spare or place in data.lost else weight for place, weight in enumerate(weights)]
+        stacked = {name: torch.stack(values) for name, values in data.tensors.items()}
         return Batch(
-            captions=said,
-            keys=[draw.key for draw in job.draws],
+            captions=texts,
+            keys=[ref.key for ref in batch.samples],
             weight=torch.tensor(weights),
             multiplier=torch.tensor([self.plan.datasets[item.dataset].network_multiplier for item in items]),
             sizes=stacked["sizes"],
             latents=stacked.get("latents"),
             pixels=stacked.get("pixels"),
             mask=stacked.get("mask"),
-            cond=_cond(self.texts, self.outputs, said) if self.texts else None,
-            tokens=self.tokenize(said) if self.tokenize and not self.texts else None,
+            cond=self.texts.cond(texts) if self.texts else None,
+            tokens=self.tokenize(texts) if self.tokenize and not self.texts else None,
         )
 
-    def _caption(self, item: Item, key: int, job: _Job) -> str:
+    def _caption(self, item: Item, key: int, batch: _BatchPlan) -> str:
         options = self._subsets[item.dataset][item.image.subset]
         return captions.vary(
-            item.image.captions, options, python_random(key, "caption"), epoch=job.epoch + 1, step=job.step
+            item.image.captions, options, python_random(key, "caption"), epoch=batch.epoch + 1, step=batch.step
         )
 
 
-def _cond(texts: Report, outputs: TextEncoderOutputsCachingStrategy, said: Sequence[str]) -> Cond:
-    return outputs.join([_entry(texts, caption, f"the cached text outputs of {caption!r}") for caption in said])
-
-
-def _as_it_is(read: Any) -> Any:
-    return read
+def _as_it_is(data: Any) -> Any:
+    return data
 
 
 def _leave_interrupts(_: int) -> None:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from hashlib import blake2b
 
@@ -29,17 +29,18 @@ class Item:
     """Times it is seen in an epoch."""
 
     def key(self, seed: int, epoch: int, repeat: int) -> int:
-        """What all randomness of one draw of this image follows from."""
+        """What all randomness of one sample of this image follows from."""
         return key(seed, epoch, self.dataset, self.image.subset, self.image.name, repeat)
 
 
 @dataclass(frozen=True, slots=True)
 class SampleRef:
-    """One draw of an image in an epoch."""
+    """One sample of an epoch."""
 
     item: int
     """Place in `plan.items`."""
-    repeat: int
+    key: int
+    """What all its randomness follows from: `Item.key`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,7 +83,11 @@ class Plan:
         """The batches of an epoch (counted from 0), over all processes; each bucket's last batch may be smaller."""
         cut: list[tuple[SampleRef, ...]] = []
         for (dataset, bucket), members in self.buckets().items():
-            refs = [SampleRef(i, repeat) for i in members for repeat in range(self.items[i].repeats)]
+            refs = [
+                SampleRef(i, self.items[i].key(seed, epoch, repeat))
+                for i in members
+                for repeat in range(self.items[i].repeats)
+            ]
             python_random(seed, epoch, "bucket", dataset, *bucket).shuffle(refs)
             size = self.datasets[dataset].batch_size
             cut += [tuple(refs[start : start + size]) for start in range(0, len(refs), size)]
@@ -93,88 +98,25 @@ class Plan:
     def batches_per_epoch(self) -> int:
         """Batches in an epoch, over all processes."""
         return sum(
-            -(-self._samples(members) // self.datasets[dataset].batch_size)
+            -(-sum(self.items[i].repeats for i in members) // self.datasets[dataset].batch_size)
             for (dataset, _), members in self.buckets().items()
         )
 
-    def steps_per_epoch(self, accumulation: int = 1, world: int = 1) -> int:
-        """Optimizer steps in an epoch: `world` processes take batches in turn, `accumulation` each, the last step what
-        is left."""
-        return -(-self.batches_per_epoch // (accumulation * world))
-
     @property
     def train_samples(self) -> int:
-        """Draws of training images in an epoch."""
+        """Samples of training images in an epoch."""
         return sum(item.repeats for item in self.items if not item.image.is_reg)
 
     @property
     def reg_samples(self) -> int:
-        """Draws of regularisation images in an epoch."""
+        """Samples of regularisation images in an epoch."""
         return sum(item.repeats for item in self.items if item.image.is_reg)
-
-    def _samples(self, members: Iterable[int]) -> int:
-        return sum(self.items[i].repeats for i in members)
-
-    def folder_rows(self) -> list[tuple[str | int, ...]]:
-        """A row a folder: dataset, folder, kind, images, repeats, samples an epoch, skipped."""
-        rows: list[tuple[str | int, ...]] = []
-        folders, left = self.folders(), Counter((skip.dataset, skip.subset) for skip in self.skipped)
-        for d, dataset in enumerate(self.datasets):
-            for s, subset in enumerate(dataset.subsets):
-                mine = folders[d, s]
-                samples = sum(item.repeats for item in mine)
-                counts = sorted({item.repeats for item in mine}) or [subset.num_repeats]
-                repeats = " or ".join(str(n) for n in counts)
-                kind = "regularisation" if subset.is_reg else "training"
-                rows.append((d + 1, subset.image_dir, kind, len(mine), repeats, samples, left[d, s]))
-        return rows
-
-    def bucket_rows(self) -> list[tuple[str | int, ...]]:
-        """A row a bucket: dataset, bucket, images, samples an epoch, batches, size of the last batch, share cut away,
-        enlarged."""
-        rows: list[tuple[str | int, ...]] = []
-        for (dataset, bucket), members in self.buckets().items():
-            size, samples = self.datasets[dataset].batch_size, self._samples(members)
-            cut = sum(_cut_away(self.items[i].placement) for i in members) / len(members)
-            grown = sum(self.items[i].placement.resized[0] > self.items[i].image.width for i in members)
-            last = samples % size or size
-            rows.append(
-                (
-                    dataset + 1,
-                    f"{bucket[0]}x{bucket[1]}",
-                    len(members),
-                    samples,
-                    -(-samples // size),
-                    last,
-                    f"{cut:.1%}",
-                    grown,
-                )
-            )
-        return rows
-
-    def steps_line(self, accumulation: int = 1, world: int = 1) -> str:
-        """The sum from images to the steps of an epoch, in words."""
-        images = f"{sum(not item.image.is_reg for item in self.items)} images x repeats = {self.train_samples} samples"
-        if self.reg_samples:
-            regs = sum(item.image.is_reg for item in self.items)
-            images += f", and {regs} regularisation images x repeats = {self.reg_samples} samples"
-        sizes = "/".join(str(dataset.batch_size) for dataset in self.datasets)
-        return (
-            f"{images}; in batches of {sizes}, cut within each bucket: {self.batches_per_epoch} batches; "
-            f"/ ({accumulation} accumulated x {world} processes) = {self.steps_per_epoch(accumulation, world)} steps "
-            "an epoch"
-        )
 
     def digest(self) -> str:
         """Changes when the batches do: a resumed run compares it."""
         rows = [[i.dataset, i.image.subset, i.image.name, i.repeats, i.placement.bucket] for i in self.items]
         sizes = [dataset.batch_size for dataset in self.datasets]
         return blake2b(json.dumps([rows, sizes]).encode(), digest_size=16).hexdigest()
-
-
-def _cut_away(placement: Placement) -> float:
-    kept = placement.bucket[0] * placement.bucket[1]
-    return 1 - kept / (placement.resized[0] * placement.resized[1])
 
 
 LARGEST_EPOCH = 2**22

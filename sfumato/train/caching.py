@@ -7,13 +7,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 from torch import Tensor
 
 from sfumato import families
 from sfumato.config import Config, DatasetConfig
 from sfumato.data.batch import Cond, Tokens
-from sfumato.data.cache import Report, cache_latents, cache_texts, check_fixed, every_caption
+from sfumato.data.cache import CachedLatents, CachedText, cache_latents, cache_texts, check_fixed, every_caption
 from sfumato.data.plan import Plan, make_plan
 from sfumato.data.store import FileIndex, TensorStore, default_root
 from sfumato.formats import files
@@ -82,8 +83,8 @@ def open_data(
 class Caches:
     """What is kept of images and captions; None where they are encoded in each step."""
 
-    latents: Report | None = None
-    texts: Report | None = None
+    latents: CachedLatents | None = None
+    texts: CachedText | None = None
 
 
 def fingerprint(config: Config, models: Models, component: str) -> str:
@@ -121,9 +122,9 @@ def fill_caches(config: Config, data: Data, models: Models, world: dist.World) -
     # Where all text outputs were found, the captions were counted when they were made.
     if world.main and (texts is None or texts.encoded):
         tell_long(data, models, console.print)
-    for name, report in (("latents", latents), ("text outputs", texts)):
-        if report and world.main:
-            console.print(f"{name}: {report}")
+    for name, cached in (("latents", latents), ("text outputs", texts)):
+        if cached and world.main:
+            console.print(f"{name}: {cached}")
     return Caches(latents, texts)
 
 
@@ -135,17 +136,20 @@ def tell_long(data: Data, models: Models, say: Callable[[str], None]) -> None:
         say(line)
 
 
-def _in_turn(world: dist.World, job: Callable[[], Report]) -> Report:
+_Cached = TypeVar("_Cached")
+
+
+def _in_turn(world: dist.World, job: Callable[[], _Cached]) -> _Cached:
     """The first process does the job before the others, which then find on the disk what it made."""
     if not world.main:
         world.wait()
-    report = job()
+    cached = job()
     if world.main:
         world.wait()
-    return report
+    return cached
 
 
-def _cache_latents(config: Config, data: Data, models: Models, world: dist.World, tell: Tell) -> Report:
+def _cache_latents(config: Config, data: Data, models: Models, world: dist.World, tell: Tell) -> CachedLatents:
     strategy, dtype = models.family.latents, models.dtypes["vae"]
 
     def encode(pixels: Tensor) -> Tensor:
@@ -157,7 +161,7 @@ def _cache_latents(config: Config, data: Data, models: Models, world: dist.World
     )  # fmt: skip
 
 
-def _cache_texts(config: Config, data: Data, models: Models, world: dist.World, tell: Tell) -> Report:
+def _cache_texts(config: Config, data: Data, models: Models, world: dist.World, tell: Tell) -> CachedText:
     tokenize, encode = models.family.tokenize(models), models.family.encode(models)
 
     def run(tokens: Tokens) -> Cond:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
-from itertools import islice
 from typing import TYPE_CHECKING
 
 import torch
@@ -71,11 +70,9 @@ def damaged(models: Models, components: Iterable[str]) -> list[str]:
 def _of_batches(run: Run, step: Step, number: int) -> list[str]:
     """What is wrong with what the step was given."""
     epoch, place = divmod(number - 1, run.budget.steps_per_epoch)
-    turns = run.config.train.gradient_accumulation_steps
     # By itself: the run's own readers may be on their way to the next batch.
     loader = replace(run.loader, workers=0)
-    batches = loader.epoch(epoch, start_batch=place * turns, rank=run.world.rank, world=run.world.size)
-    for batch in islice(batches, turns):
+    for batch in next(loader.epoch(epoch, start_step=place)).batches:
         if cause := _of_batch(run, step, batch.to(run.world.device)):
             return [cause]
     return []

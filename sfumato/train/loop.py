@@ -21,9 +21,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from sfumato.config import Config
-from sfumato.data.batch import Batch
-from sfumato.data.loader import Loader
-from sfumato.data.plan import Plan, SampleRef
+from sfumato.data.loader import Loader, StepBatches
+from sfumato.data.plan import Plan
 from sfumato.errors import UserError, WriteError
 from sfumato.optim import build
 from sfumato.optim.ema import EMA
@@ -41,14 +40,12 @@ class StepBudget:
 
     batches: int
     """Batches an epoch, over all processes."""
-    group: int
-    """Batches an optimizer step: accumulation x processes."""
+    accumulation: int
+    """Batches that each process takes for an optimizer step."""
+    processes: int
+    steps_per_epoch: int
     steps: int
     """Optimizer steps in all."""
-
-    @property
-    def steps_per_epoch(self) -> int:
-        return math.ceil(self.batches / self.group)
 
     @property
     def epochs(self) -> int:
@@ -57,14 +54,14 @@ class StepBudget:
     @classmethod
     def of(cls, config: Config, batches: int, processes: int) -> StepBudget:
         t = config.train
-        group = t.gradient_accumulation_steps * processes
         if batches < processes:
             raise UserError(
                 f"{batches} batches an epoch are too few for {processes} processes; start fewer, or lower the batch "
                 "size"
             )
-        steps = math.ceil(batches / group) * t.max_train_epochs if t.max_train_epochs else (t.max_train_steps or 1600)
-        return cls(batches, group, steps)
+        an_epoch = math.ceil(batches / (t.gradient_accumulation_steps * processes))
+        steps = an_epoch * t.max_train_epochs if t.max_train_epochs else (t.max_train_steps or 1600)
+        return cls(batches, t.gradient_accumulation_steps, processes, an_epoch, steps)
 
 
 @dataclass(slots=True)
@@ -196,14 +193,10 @@ def _epoch(run: Run, epoch: int) -> Iterator[tuple[Tensor, Tensor, list[float]]]
     """The optimizer steps of an epoch that are still to do: mean loss, gradient norm and rates of each, once it is
     done."""
     budget = run.budget
-    batches = run.plan.batches(epoch, run.config.train.seed)
-    first = run.step - epoch * budget.steps_per_epoch
-    turns = first * run.config.train.gradient_accumulation_steps
-    mine = run.loader.epoch(epoch, start_batch=turns, rank=run.world.rank, world=run.world.size)
-    for group in range(first, budget.steps_per_epoch):
+    for batches in run.loader.epoch(epoch, start_step=run.step - epoch * budget.steps_per_epoch):
         if run.step >= budget.steps:
             return
-        loss, norm = _optimizer_step(run, mine, batches[group * budget.group : (group + 1) * budget.group])
+        loss, norm = _optimizer_step(run, batches)
         rates = build.rates(run.optimizer)
         run.schedule.step()
         run.step += 1
@@ -211,18 +204,15 @@ def _epoch(run: Run, epoch: int) -> Iterator[tuple[Tensor, Tensor, list[float]]]
         yield loss, norm, rates
 
 
-def _optimizer_step(run: Run, mine: Iterator[Batch], refs: list[tuple[SampleRef, ...]]) -> tuple[Tensor, Tensor]:
-    """One step on the batches `refs`, shared out over the processes; every sample weighs the same."""
-    world, samples = run.world, sum(len(batch) for batch in refs)
-    rounds = math.ceil(len(refs) / world.size)
-    total = torch.zeros((), device=world.device)
-    for i in range(rounds):
-        batch = next(mine).to(world.device)
-        with _exchange(run.training_step, last=i == rounds - 1):
-            cost = run.training_step(batch)
+def _optimizer_step(run: Run, batches: StepBatches) -> tuple[Tensor, Tensor]:
+    """One step on batches that are shared out over the processes; every sample weighs the same."""
+    world, total = run.world, torch.zeros((), device=run.world.device)
+    for number, batch in enumerate(batches.batches, 1):
+        with _exchange(run.training_step, last=number == batches.count):
+            cost = run.training_step(batch.to(world.device))
             # DistributedDataParallel averages over the processes; the sum over all samples is what is wanted.
-            run.scaler.scale(cost * (world.size / samples)).backward()
-        total += cost.detach() / samples
+            run.scaler.scale(cost * (world.size / batches.samples)).backward()
+        total += cost.detach() / batches.samples
     if world.size > 1:
         torch.distributed.all_reduce(total)
     return total, _update(run)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from sfumato.config import Config, DatasetConfig, Method
+from sfumato.data.plan import Plan
 from sfumato.families.detect import detect_file
 from sfumato.train import checkpoints, dist, lock, resume
 from sfumato.train.caching import Data, open_data, tell_long
@@ -34,9 +36,9 @@ def show(config: Config, method: Method, datasets: tuple[DatasetConfig, ...], re
         answers.print(note)
     answers.print(_model(config))
     print_table(TRAINED, [_trained_row(each) for each in checked.trained])
-    print_table(FOLDERS, data.plan.folder_rows())
-    print_table(BUCKETS, data.plan.bucket_rows())
-    answers.print(data.plan.steps_line(config.train.gradient_accumulation_steps, dist.outside().size))
+    print_table(FOLDERS, folder_rows(data.plan))
+    print_table(BUCKETS, bucket_rows(data.plan))
+    answers.print(steps_line(data.plan, budget))
     answers.print(f"{budget.steps} steps in all, {budget.epochs} epochs")
     answers.print(
         f"kept between steps: {' and '.join(_kept(config)) or 'nothing: images and captions are encoded in every step'}"
@@ -58,8 +60,8 @@ def facts(
     return {
         "model": asdict(detect_file(config.model.pretrained_model_name_or_path)),
         "trained": [asdict(each) for each in checked.trained],
-        "folders": [dict(zip(FOLDERS, row, strict=True)) for row in data.plan.folder_rows()],
-        "buckets": [dict(zip(BUCKETS, row, strict=True)) for row in data.plan.bucket_rows()],
+        "folders": [dict(zip(FOLDERS, row, strict=True)) for row in folder_rows(data.plan)],
+        "buckets": [dict(zip(BUCKETS, row, strict=True)) for row in bucket_rows(data.plan)],
         "notes": [*notes, *checked.notes, *check_length(config, budget.steps)],
         "batches_per_epoch": budget.batches,
         "steps_per_epoch": budget.steps_per_epoch,
@@ -69,6 +71,49 @@ def facts(
         "another_run": lock.taken(config),
         "results": [dict(zip(RESULTS, row, strict=True)) for row in _results(config, budget, checked)],
     }
+
+
+def folder_rows(plan: Plan) -> list[tuple[str | int, ...]]:
+    """One row per folder, in the columns of `FOLDERS`."""
+    rows: list[tuple[str | int, ...]] = []
+    folders, left = plan.folders(), Counter((skip.dataset, skip.subset) for skip in plan.skipped)
+    for d, dataset in enumerate(plan.datasets):
+        for s, subset in enumerate(dataset.subsets):
+            items = folders[d, s]
+            samples = sum(item.repeats for item in items)
+            counts = sorted({item.repeats for item in items}) or [subset.num_repeats]
+            repeats = " or ".join(str(n) for n in counts)
+            kind = "regularisation" if subset.is_reg else "training"
+            rows.append((d + 1, subset.image_dir, kind, len(items), repeats, samples, left[d, s]))
+    return rows
+
+
+def bucket_rows(plan: Plan) -> list[tuple[str | int, ...]]:
+    """One row per bucket, in the columns of `BUCKETS`."""
+    rows: list[tuple[str | int, ...]] = []
+    for (dataset, (width, height)), members in plan.buckets().items():
+        items, size = [plan.items[i] for i in members], plan.datasets[dataset].batch_size
+        samples = sum(item.repeats for item in items)
+        cut = sum(1 - width * height / (p.resized[0] * p.resized[1]) for p in (i.placement for i in items)) / len(items)
+        grown = sum(item.placement.resized[0] > item.image.width for item in items)
+        last = samples % size or size
+        bucket = f"{width}x{height}"
+        rows.append((dataset + 1, bucket, len(items), samples, -(-samples // size), last, f"{cut:.1%}", grown))
+    return rows
+
+
+def steps_line(plan: Plan, budget: StepBudget) -> str:
+    """The sum from images to the steps of an epoch, in words."""
+    images = f"{sum(not item.image.is_reg for item in plan.items)} images x repeats = {plan.train_samples} samples"
+    if plan.reg_samples:
+        regs = sum(item.image.is_reg for item in plan.items)
+        images += f", and {regs} regularisation images x repeats = {plan.reg_samples} samples"
+    sizes = "/".join(str(dataset.batch_size) for dataset in plan.datasets)
+    return (
+        f"{images}; in batches of {sizes}, cut within each bucket: {budget.batches} batches; "
+        f"/ ({budget.accumulation} accumulated x {budget.processes} processes) = {budget.steps_per_epoch} steps "
+        "an epoch"
+    )
 
 
 def _checked(config: Config, method: Method, datasets: tuple[DatasetConfig, ...], read: Sequence[Path]) -> Checked:

@@ -101,7 +101,7 @@ class Facts:
             num_train_images=self.plan.train_samples,
             num_reg_images=self.plan.reg_samples,
             num_batches_per_epoch=self.budget.batches,
-            total_batch_size=self.plan.datasets[0].batch_size * self.budget.group,
+            total_batch_size=self.plan.datasets[0].batch_size * self.budget.accumulation * self.budget.processes,
             num_epochs=self.budget.epochs,
             max_train_steps=self.budget.steps,
             steps=step,

@@ -31,6 +31,7 @@ from sfumato.train import checkpoints, dist, lock, log, loop, provenance, resume
 from sfumato.train.caching import Caches, fill_caches, open_data
 from sfumato.train.check import check, check_length, check_model
 from sfumato.train.devices import load_models, merge_base_weights, outline_models, peak_memory, place
+from sfumato.train.plan import steps_line
 from sfumato.train.progress import console, telling
 from sfumato.train.step import Step, autocast
 from sfumato.train.trainables import Adapters, Full, Trainable, caches_text
@@ -94,7 +95,7 @@ def prepare(
     if world.main:
         for note in notes:
             console.print(note)
-        console.print(data.plan.steps_line(config.train.gradient_accumulation_steps, world.size))
+        console.print(steps_line(data.plan, budget))
         console.print(f"{budget.steps} steps in {budget.epochs} epochs")
     load_models(config, precision, method, models, map=world.device.type != "cpu")
     process = models.family.process(models, config.noise, config.loss)
@@ -109,8 +110,8 @@ def prepare(
     step = _shared(Step(models, trainable, process, config.loss, precision), trainable, world)
     loader = Loader(
         plan=data.plan, seed=config.train.seed, tokenize=models.family.tokenize(models).tokenize,
-        latents=caches.latents, texts=caches.texts, outputs=models.family.outputs(models),
-        prior_loss_weight=config.loss.prior_loss_weight, accumulation=config.train.gradient_accumulation_steps,
+        latents=caches.latents, texts=caches.texts, prior_loss_weight=config.loss.prior_loss_weight,
+        accumulation=budget.accumulation, rank=world.rank, world=world.size,
         steps=budget.steps, workers=config.train.max_data_loader_n_workers,
         persistent=config.train.persistent_data_loader_workers, notice=console.print,
     )  # fmt: skip

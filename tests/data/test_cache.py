@@ -15,7 +15,7 @@ from folders import LATENTS, dataset, encode, folder, latents, noise, plan, subs
 from PIL import Image
 from torch import Tensor
 
-from sfumato.data.cache import Report
+from sfumato.data.cache import CachedEntries, CachedLatents, CachedText
 from sfumato.data.store import FileIndex, TensorStore
 from sfumato.errors import UserError
 
@@ -30,7 +30,7 @@ def images(tmp_path: Path) -> Path:
     return folder(tmp_path / "p")
 
 
-def run(images: Path, cache: Path, vae: str = "vae", stride: int = 8, **options: Any) -> Report:
+def run(images: Path, cache: Path, vae: str = "vae", stride: int = 8, **options: Any) -> CachedLatents:
     """A whole start: a new index and store over the same folder."""
     of_dataset = {k: options.pop(k) for k in ("resolution",) if k in options}
     index = FileIndex(cache)
@@ -44,7 +44,7 @@ def run(images: Path, cache: Path, vae: str = "vae", stride: int = 8, **options:
 
 def run_texts(
     images: Path, cache: Path, encoder: str = "clip", settings: dict[str, object] | None = None, **options: Any
-) -> Report:
+) -> CachedText:
     index = FileIndex(cache)
     return texts(
         plan(dataset(subset(images, **options)), index=index),
@@ -55,8 +55,8 @@ def run_texts(
     )
 
 
-def counts(report: Report) -> tuple[int, int, dict[str, int]]:
-    return report.found, report.encoded, report.reasons
+def counts(cached: CachedEntries) -> tuple[int, int, dict[str, int]]:
+    return cached.found, cached.encoded, cached.reasons
 
 
 def test_an_unchanged_second_start_encodes_nothing(images: Path, cache: Path) -> None:
@@ -130,7 +130,7 @@ def test_a_lost_entry_is_made_again(images: Path, cache: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", [run, run_texts])
-def test_bad_entries_are_made_anew_and_told(images: Path, cache: Path, kind: Callable[..., Report]) -> None:
+def test_bad_entries_are_made_anew_and_told(images: Path, cache: Path, kind: Callable[..., CachedEntries]) -> None:
     first = kind(images, cache)
     names = list(first.keys.values())
     sound = {name: first.store.get(name) for name in names}
@@ -153,7 +153,7 @@ def test_bad_entries_are_made_anew_and_told(images: Path, cache: Path, kind: Cal
 
 
 @pytest.mark.parametrize("kind", [run, run_texts])
-def test_an_entry_of_another_dtype_is_made_anew(images: Path, cache: Path, kind: Callable[..., Report]) -> None:
+def test_an_entry_of_another_dtype_is_made_anew(images: Path, cache: Path, kind: Callable[..., CachedEntries]) -> None:
     first = kind(images, cache)
     name = next(iter(first.keys.values()))
     first.store.put(name, {field: t.float() for field, t in (first.store.get(name) or {}).items()})
@@ -169,15 +169,15 @@ def test_a_image_replaced_before_it_is_encoded_is_not_kept_as_the_old_one(images
 
 def test_images_of_the_same_bytes_share_an_entry(images: Path, cache: Path) -> None:
     (images / "copy.png").write_bytes((images / "0.png").read_bytes())
-    report = run(images, cache)
-    assert report.encoded == 5
-    assert report.keys[5] == report.keys[0]
+    cached = run(images, cache)
+    assert cached.encoded == 5
+    assert cached.keys[5] == cached.keys[0]
 
 
 def test_latents_are_what_the_vae_says_of_the_cut_image(tmp_path: Path) -> None:
     folder(tmp_path / "p", [(64, 64)])
-    report = run(tmp_path / "p", tmp_path / "cache", flip_aug=True)
-    entry = report.store.get(report.keys[0]) or {}
+    cached = run(tmp_path / "p", tmp_path / "cache", flip_aug=True)
+    entry = cached.store.get(cached.keys[0]) or {}
     with Image.open(tmp_path / "p" / "0.png") as image:
         pixels = (
             torch.tensor(list(image.convert("RGB").tobytes()), dtype=torch.float32).view(64, 64, 3).permute(2, 0, 1)
@@ -206,8 +206,8 @@ def test_masks_are_kept_with_the_latents_and_are_part_of_the_key(tmp_path: Path,
     half.paste(255, (0, 0, 32, 64))
     for i in range(2):
         half.save(tmp_path / "m" / f"{i}.png")
-    report = run(images, cache, conditioning_data_dir=str(tmp_path / "m"))
-    mask = (report.store.get(report.keys[0]) or {})["mask"]
+    cached = run(images, cache, conditioning_data_dir=str(tmp_path / "m"))
+    mask = (cached.store.get(cached.keys[0]) or {})["mask"]
     assert torch.equal(mask, torch.cat([torch.ones(1, 8, 4), torch.zeros(1, 8, 4)], dim=2))
     half.transpose(Image.Transpose.ROTATE_90).save(tmp_path / "m" / "1.png")
     assert counts(run(images, cache, conditioning_data_dir=str(tmp_path / "m"))) == (1, 1, {"mask changed": 1})
@@ -218,8 +218,8 @@ def test_alpha_is_the_mask_and_hides_nothing(tmp_path: Path) -> None:
     image.putalpha(Image.new("L", (64, 64), 51))
     (tmp_path / "p").mkdir()
     image.save(tmp_path / "p" / "a.png")
-    report = run(tmp_path / "p", tmp_path / "cache", alpha_mask=True)
-    entry = report.store.get(report.keys[0]) or {}
+    cached = run(tmp_path / "p", tmp_path / "cache", alpha_mask=True)
+    entry = cached.store.get(cached.keys[0]) or {}
     assert torch.allclose(entry["mask"], torch.full((1, 8, 8), 0.2))
     image.convert("RGB").save(tmp_path / "p" / "a.png")
     opaque = run(tmp_path / "p", tmp_path / "cache", alpha_mask=True)
@@ -270,8 +270,8 @@ def test_dropout_adds_the_empty_caption_alone(images: Path, cache: Path) -> None
 
 
 def test_only_the_named_fields_are_kept(images: Path, cache: Path) -> None:
-    report = run_texts(images, cache)
-    entry = report.store.get(next(iter(report.keys.values()))) or {}
+    cached = run_texts(images, cache)
+    entry = cached.store.get(next(iter(cached.keys.values()))) or {}
     assert entry.keys() == {"hidden"}
     assert entry["hidden"].dtype == torch.float16
 
@@ -302,8 +302,8 @@ latents(plan(dataset(subset(images)), index=index), TensorStore(cache), index, e
 
 def test_a_killed_run_goes_on_where_it_was(tmp_path: Path, cache: Path) -> None:
     images = folder(tmp_path / "p", [(64, 64)] * 60)
-    here = Path(__file__).parent
-    path = os.pathsep.join([str(here), str(here.parent.parent)])
+    here = Path(__file__).parent.parent
+    path = os.pathsep.join([str(here), str(here.parent)])
     killed = subprocess.run(
         [sys.executable, "-c", KILLED, str(images), str(cache)], env=os.environ | {"PYTHONPATH": path}, check=False
     )

@@ -47,6 +47,10 @@ def loader(of: Plan, **options: Any) -> Loader:
     return Loader(plan=of, seed=7, tokenize=tokenize, **options)
 
 
+def read(of: Loader, epoch: int = 0, start_step: int = 0) -> list[Batch]:
+    return [batch for step in of.epoch(epoch, start_step) for batch in step.batches]
+
+
 def equal(a: object, b: object) -> bool:
     if isinstance(a, Tensor):
         return isinstance(b, Tensor) and a.dtype == b.dtype and torch.equal(a, b)
@@ -65,25 +69,25 @@ def test_workers_change_nothing(images: Path) -> None:
     of = moving(images)
     none, two = loader(of), loader(of, workers=2, persistent=True)
     for epoch in range(2):
-        assert same(list(none.epoch(epoch)), list(two.epoch(epoch)))
+        assert same(read(none, epoch), read(two, epoch))
 
 
 def test_workers_change_nothing_with_latents_on_disk(images: Path, tmp_path: Path) -> None:
     of = plan(dataset(subset(images, flip_aug=True)))
     kept = latents(of, TensorStore(tmp_path), FileIndex())
-    assert same(list(loader(of, latents=kept).epoch(0)), list(loader(of, latents=kept, workers=2).epoch(0)))
+    assert same(read(loader(of, latents=kept)), read(loader(of, latents=kept, workers=2)))
 
 
 def test_epochs_differ_and_come_again(images: Path) -> None:
     of = moving(images)
-    first = list(loader(of).epoch(0))
-    assert same(first, list(loader(of).epoch(0)))
-    assert not same(first, list(loader(of).epoch(1)))
+    first = read(loader(of))
+    assert same(first, read(loader(of)))
+    assert not same(first, read(loader(of), 1))
 
 
 def test_an_epoch_can_be_entered_in_the_middle(images: Path) -> None:
     of = moving(images)
-    assert same(list(loader(of).epoch(1))[3:], list(loader(of).epoch(1, start_batch=3)))
+    assert same(read(loader(of), 1)[3:], read(loader(of), 1, 3))
 
 
 def samples(batches: list[Batch]) -> Counter[tuple[object, ...]]:
@@ -106,16 +110,34 @@ def samples(batches: list[Batch]) -> Counter[tuple[object, ...]]:
 @pytest.mark.parametrize("world", [2, 3, 4])
 def test_processes_share_the_samples_of_one(images: Path, world: int) -> None:
     of = moving(images)
-    alone = list(loader(of).epoch(0))
-    shared = [list(loader(of).epoch(0, rank=rank, world=world)) for rank in range(world)]
-    assert {len(batches) for batches in shared} == {loader(of).batches_per_epoch(world)}
+    alone = read(loader(of))
+    shared = [read(loader(of, rank=rank, world=world)) for rank in range(world)]
+    assert {len(batches) for batches in shared} == {-(-of.batches_per_epoch // world)}
     assert samples([batch for batches in shared for batch in batches]) == samples(alone)
     assert alone[1].keys == shared[1][0].keys
 
 
-def test_a_draw_does_not_depend_on_how_batches_are_cut(images: Path) -> None:
-    three = samples(list(loader(moving(images, batch_size=3)).epoch(0)))
-    assert samples(list(loader(moving(images, batch_size=1)).epoch(0))) == three
+@pytest.mark.parametrize("world", [1, 2, 3])
+@pytest.mark.parametrize("accumulation", [1, 2, 5])
+def test_steps_are_the_batches_of_an_epoch_in_whole_groups(images: Path, accumulation: int, world: int) -> None:
+    of = moving(images)
+    planned, group = of.batches(1, 7), accumulation * world
+    processes = [loader(of, accumulation=accumulation, rank=rank, world=world).epoch(1) for rank in range(world)]
+    steps = list(zip(*processes, strict=True))
+    assert len(steps) == -(-len(planned) // group)
+    for number, step in enumerate(steps):
+        read = [list(process.batches) for process in step]
+        assert {len(batches) for batches in read} == {process.count for process in step}
+        cut = planned[number * group : (number + 1) * group]
+        assert {process.samples for process in step} == {sum(map(len, cut))}
+        in_turn = [batch for turn in zip(*read, strict=True) for batch in turn]
+        assert [batch.keys for batch in in_turn[: len(cut)]] == [[ref.key for ref in refs] for refs in cut]
+        assert not any(batch.weight.any() for batch in in_turn[len(cut) :])
+
+
+def test_a_sample_does_not_depend_on_how_batches_are_cut(images: Path) -> None:
+    three = samples(read(loader(moving(images, batch_size=3))))
+    assert samples(read(loader(moving(images, batch_size=1)))) == three
 
 
 def test_no_global_generator_is_touched(images: Path) -> None:
@@ -123,14 +145,14 @@ def test_no_global_generator_is_touched(images: Path) -> None:
     before = torch.random.get_rng_state(), random.getstate(), str(np.random.get_state())
     of = moving(images)
     for workers in (0, 2):
-        list(loader(of, workers=workers).epoch(0))
+        read(loader(of, workers=workers))
     assert torch.equal(before[0], torch.random.get_rng_state())
     assert before[1:] == (random.getstate(), str(np.random.get_state()))
 
 
 def test_a_batch_of_pixels_says_what_it_is(images: Path) -> None:
     of = plan(dataset(subset(images), batch_size=3, network_multiplier=0.5))
-    for batch in loader(of).epoch(0):
+    for batch in read(loader(of)):
         assert batch.pixels is not None
         assert batch.latents is None
         assert batch.cond is None
@@ -144,7 +166,7 @@ def test_a_batch_of_pixels_says_what_it_is(images: Path) -> None:
         assert equal(batch.tokens, tokenize(batch.captions))
 
 
-def per_sample(tmp_path: Path) -> Path:
+def gradient(tmp_path: Path) -> Path:
     """An image of 96x64 whose red is the column and whose alpha is the column too."""
     columns = np.tile(np.arange(96, dtype=np.uint8), (64, 1))
     Image.fromarray(np.dstack([columns] * 4)).save(tmp_path / "a.png")
@@ -153,11 +175,11 @@ def per_sample(tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("cached", [False, True])
 def test_flip_and_crop_take_image_mask_and_sizes_along(tmp_path: Path, cached: bool) -> None:
-    root = per_sample(tmp_path)
+    root = gradient(tmp_path)
     options: dict[str, Any] = {"flip_aug": True, "alpha_mask": True, "num_repeats": 24, "random_crop": not cached}
     of = plan(dataset(subset(root, **options), enable_bucket=False, batch_size=24))
     kept = latents(of, TensorStore(), FileIndex()) if cached else None
-    [batch] = loader(of, latents=kept).epoch(0)
+    [batch] = read(loader(of, latents=kept))
     assert batch.mask is not None
     seen = batch.latents if cached else encode(batch.pixels) if batch.pixels is not None else None
     assert seen is not None
@@ -182,7 +204,7 @@ def test_images_without_a_mask_count_everywhere(tmp_path: Path) -> None:
     noise((64, 64), 9, "RGBA").save(tmp_path / "a" / "0.png")
     folder(tmp_path / "b", [(64, 64)])
     of = plan(dataset(subset(tmp_path / "a", alpha_mask=True), subset(tmp_path / "b")))
-    [batch] = loader(of).epoch(0)
+    [batch] = read(loader(of))
     assert batch.mask is not None
     whole = [bool((m == 1).all()) for m in batch.mask]
     assert sorted(whole) == [False, True]
@@ -191,7 +213,7 @@ def test_images_without_a_mask_count_everywhere(tmp_path: Path) -> None:
 
 def test_regularisation_images_weigh_as_told(tmp_path: Path) -> None:
     of = plan(dataset(subset(folder(tmp_path / "a")), subset(folder(tmp_path / "b"), is_reg=True, class_tokens="dog")))
-    batches = list(loader(of, prior_loss_weight=0.25).epoch(0))
+    batches = read(loader(of, prior_loss_weight=0.25))
     assert Counter(w for b in batches for w in b.weight.tolist()) == {1.0: 5, 0.25: 5}
 
 
@@ -200,7 +222,7 @@ def test_stored_texts_are_handed_out_by_caption(images: Path) -> None:
     said = Loader(
         plan=of, seed=1, latents=latents(of, TensorStore(), FileIndex()), texts=texts(of, TensorStore(), FileIndex())
     )
-    batches = list(said.epoch(0))
+    batches = read(said)
     assert "" in [c for b in batches for c in b.captions]
     for batch in batches:
         assert batch.tokens is None
@@ -214,7 +236,7 @@ def test_stored_texts_are_handed_out_by_caption(images: Path) -> None:
 
 def test_token_warmup_follows_the_optimizer_step(images: Path) -> None:
     of = plan(dataset(subset(images, token_warmup_step=0.5), batch_size=1))
-    batches = [list(loader(of, accumulation=2, steps=8).epoch(e)) for e in range(2)]
+    batches = [read(loader(of, accumulation=2, steps=8), e) for e in range(2)]
     shown = [len(b.captions[0].split(", ")) for epoch in batches for b in epoch]
     assert shown == [1, 1, 1, 1, 2, 2, 3, 3] + [4] * 8
 
@@ -242,11 +264,11 @@ def test_a_image_lost_while_training_is_told_once_and_weighs_nothing(
     tmp_path: Path, change: Callable[[Path], None], said: str, workers: int
 ) -> None:
     of = plan(dataset(subset(folder(tmp_path), num_repeats=2)))
-    before = samples(list(loader(of).epoch(0)) + list(loader(of).epoch(1)))
+    before = samples(read(loader(of)) + read(loader(of), 1))
     change(tmp_path / "3.png")
     told: list[str] = []
     training = loader(of, workers=workers, notice=told.append)
-    batches = list(training.epoch(0)) + list(training.epoch(1))
+    batches = read(training) + read(training, 1)
     [line] = told
     assert "3.png" in line and said in line and "goes on without it" in line
     left = samples(batches)
@@ -264,7 +286,7 @@ def test_a_mask_replaced_while_training_costs_its_image(tmp_path: Path) -> None:
     of = plan(dataset(subset(tmp_path / "p", conditioning_data_dir=str(tmp_path / "m")), batch_size=3))
     Image.new("L", (64, 64), 200).save(tmp_path / "m" / "1.png")
     told: list[str] = []
-    [batch] = loader(of, notice=told.append).epoch(0)
+    [batch] = read(loader(of, notice=told.append))
     assert len(told) == 1 and str(tmp_path / "m" / "1.png") in told[0]
     assert sorted(batch.weight.tolist()) == [0.0, 1.0, 1.0]
     assert batch.mask is not None and batch.mask.shape == (3, 1, 8, 8)
@@ -275,7 +297,7 @@ def test_images_that_are_all_gone_end_the_run_plainly(tmp_path: Path, workers: i
     of = plan(dataset(subset(folder(tmp_path, [(64, 64)] * 20))))
     shutil.rmtree(tmp_path)
     with pytest.raises(UserError, match=r"png.*does not exist.*15 images before it.*folders still there") as caught:
-        list(loader(of, workers=workers).epoch(0))
+        read(loader(of, workers=workers))
     assert "Traceback" not in str(caught.value)
 
 
@@ -291,7 +313,7 @@ def test_an_entry_lost_while_training_is_told_and_weighs_nothing(images: Path, t
     else:
         kept.store.put(kept.keys[0], {"latents": torch.ones(3, 4, 4)})
     told: list[str] = []
-    batches = list(loader(of, latents=kept, notice=told.append).epoch(0))
+    batches = read(loader(of, latents=kept, notice=told.append))
     [line] = told
     assert "0.png" in line and how in line and "made anew at the next start" in line
     assert sorted(w for b in batches for w in b.weight.tolist()) == [0.0] + [1.0] * 7
@@ -303,14 +325,14 @@ def test_text_outputs_lost_while_training_end_it_plainly(images: Path, tmp_path:
     kept = texts(of, TensorStore(tmp_path), FileIndex())
     kept.store.path(kept.keys["thing 3, red, green, blue"]).write_bytes(b"")
     with pytest.raises(UserError, match=r"thing 3.*damaged.*made anew at the next start"):
-        list(loader(of, texts=kept).epoch(0))
+        read(loader(of, texts=kept))
 
 
 def test_several_datasets_in_one_run(images: Path) -> None:
     of = plan(
         dataset(subset(images)), dataset(subset(images), resolution=(96, 96), batch_size=3, network_multiplier=-1.0)
     )
-    batches = list(loader(of).epoch(0))
+    batches = read(loader(of))
     assert Counter(m for b in batches for m in b.multiplier.tolist()) == {1.0: 8, -1.0: 8}
     assert len({key for b in batches for key in b.keys}) == 16
     for batch in batches:
@@ -319,5 +341,5 @@ def test_several_datasets_in_one_run(images: Path) -> None:
 
 def test_every_second_epoch_is_empty_counted_from_one(images: Path) -> None:
     of = plan(dataset(subset(images, caption_dropout_every_n_epochs=2)))
-    empty = [{caption == "" for b in loader(of).epoch(epoch) for caption in b.captions} for epoch in range(4)]
+    empty = [{caption == "" for b in read(loader(of), epoch) for caption in b.captions} for epoch in range(4)]
     assert empty == [{False}, {True}, {False}, {True}]

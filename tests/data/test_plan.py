@@ -7,21 +7,19 @@ from pathlib import Path
 
 import pytest
 from folders import dataset, folder, noise, plan, subset
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 
 from sfumato.config import DatasetConfig, SubsetConfig
 from sfumato.data.plan import Plan
 from sfumato.errors import UserError
 
 
-def draws(of: Plan, epoch: int = 0, seed: int = 1) -> Counter[str]:
+def samples(of: Plan, epoch: int = 0, seed: int = 1) -> Counter[str]:
     return Counter(str(of.items[ref.item].image.path) for batch in of.batches(epoch, seed) for ref in batch)
 
 
 def test_every_image_comes_as_often_as_it_is_repeated(tmp_path: Path) -> None:
     made = plan(dataset(subset(folder(tmp_path / "a"), num_repeats=3), subset(folder(tmp_path / "b", [(64, 64)]))))
-    assert draws(made) == {str(i.image.path): 3 if i.image.subset == 0 else 1 for i in made.items}
+    assert samples(made) == {str(i.image.path): 3 if i.image.subset == 0 else 1 for i in made.items}
 
 
 def test_batches_are_of_one_bucket_and_one_dataset_and_of_its_size(tmp_path: Path) -> None:
@@ -42,45 +40,9 @@ def test_the_order_follows_from_seed_and_epoch(tmp_path: Path) -> None:
     assert made.batches(3, 5) == again.batches(3, 5)
     assert made.batches(3, 5) != made.batches(4, 5)
     assert made.batches(3, 5) != made.batches(3, 6)
-    assert draws(made, 3, 5) == draws(made, 4, 6)
-    company = [{frozenset(batch) for batch in made.batches(epoch, 5)} for epoch in (3, 4)]
+    assert samples(made, 3, 5) == samples(made, 4, 6)
+    company = [{frozenset(ref.item for ref in batch) for batch in made.batches(epoch, 5)} for epoch in (3, 4)]
     assert company[0] != company[1]  # other images together, not only another order
-
-
-@pytest.fixture(scope="module")
-def images(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    root = tmp_path_factory.mktemp("images")
-    return folder(root / "a"), folder(root / "b", [(64, 64)] * 3, seed=50)
-
-
-@given(
-    st.tuples(st.integers(1, 4), st.integers(1, 4)),
-    st.tuples(st.integers(1, 5), st.integers(1, 5)),
-    st.booleans(),
-    st.integers(1, 4),
-    st.integers(1, 3),
-)
-@settings(deadline=None, max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_the_table_is_what_is_done(
-    images: tuple[Path, Path],
-    repeats: tuple[int, int],
-    sizes: tuple[int, int],
-    reg: bool,
-    accumulation: int,
-    world: int,
-) -> None:
-    a, b = images
-    made = plan(
-        dataset(subset(a, num_repeats=repeats[0]), subset(b, num_repeats=repeats[1], is_reg=reg), batch_size=sizes[0]),
-        dataset(subset(b, num_repeats=repeats[1]), resolution=(96, 96), batch_size=sizes[1]),
-    )
-    batches = made.batches(0, 0)
-    samples = sum(map(len, batches))
-    assert len(batches) == made.batches_per_epoch == sum(row[4] for row in made.bucket_rows())
-    assert samples == made.train_samples + made.reg_samples == sum(row[5] for row in made.folder_rows())
-    steps = [batches[i : i + accumulation * world] for i in range(0, len(batches), accumulation * world)]
-    assert made.steps_per_epoch(accumulation, world) == len(steps)
-    assert f"= {len(steps)} steps" in made.steps_line(accumulation, world)
 
 
 def sd_scripts(train: int, repeats: list[int]) -> list[int]:
@@ -177,13 +139,14 @@ def test_an_image_that_would_be_too_large_to_hold_is_told_with_its_size(tmp_path
         plan(DatasetConfig(subsets=(subset(tmp_path),)))
 
 
-def test_a_folder_of_several_datasets_is_told_of_once_and_counted_in_its_own_row(tmp_path: Path) -> None:
+def test_a_folder_of_several_datasets_is_told_of_once(tmp_path: Path) -> None:
     a, b = folder(tmp_path / "a"), folder(tmp_path / "a" / "b")
     (a / "0.txt").unlink()
     (b / "1.png").write_bytes(b"")
     data = (dataset(subset(a), subset(b)), dataset(subset(a), subset(b), resolution=(96, 96)))
     made = plan(*data, skip_unreadable=True)
-    assert [row[3] for row in made.folder_rows()] == [5, 4] * 2 and [row[6] for row in made.folder_rows()] == [0, 1] * 2
+    assert [len(items) for items in made.folders().values()] == [5, 4] * 2
+    assert [(skip.dataset, skip.subset) for skip in made.skipped] == [(0, 1), (1, 1)]
     assert len(made.notes) == 1 and "0.png" in made.notes[0]
     with pytest.raises(UserError) as error:
         plan(*data)

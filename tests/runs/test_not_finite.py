@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ import prepared
 import pytest
 import torch
 
+from sfumato.data.batch import Batch
 from sfumato.data.loader import Loader
 from sfumato.errors import UserError
 from sfumato.formats import files
@@ -62,14 +62,15 @@ def test_a_damaged_net_is_named_when_its_outputs_are_kept(where: Path, tmp_path:
 
 @pytest.mark.parametrize("what", ["latents", "text outputs"])
 def test_a_damaged_cache_is_named(where: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str) -> None:
-    whole = Loader.epoch
+    whole = Loader._batch
 
-    def spoiled(*args: Any, **kwargs: Any) -> Iterator[Any]:
-        for batch in whole(*args, **kwargs):
-            cond = {name: t * torch.nan for name, t in batch.cond.items()}
-            yield replace(batch, latents=batch.latents * torch.nan) if what == "latents" else replace(batch, cond=cond)
+    def spoiled(*args: Any) -> Batch:
+        batch = whole(*args)
+        assert batch.cond is not None and batch.latents is not None
+        cond = {name: t * torch.nan for name, t in batch.cond.items()}
+        return replace(batch, latents=batch.latents * torch.nan) if what == "latents" else replace(batch, cond=cond)
 
-    monkeypatch.setattr(Loader, "epoch", spoiled)
+    monkeypatch.setattr(Loader, "_batch", spoiled)
     said = _lost(where, tmp_path, cache_latents=True, cache_text_encoder_outputs=True)
     assert f"The cached {what} of one of the" in said and "'picture 0'" in said
 

@@ -65,7 +65,7 @@ def test_the_part_that_is_not_trained_acts_while_training(where: Path, tmp_path:
         prepared.prepare(where, output_dir=str(tmp_path), **more)
         for more in ({}, {"network_weights": str(where / "both.safetensors")})
     )
-    tokens = next(iter(first.loader.epoch(0))).tokens
+    tokens = next(next(first.loader.epoch(0)).batches).tokens
     a, b = (
         a_run.training_step.encode.encode(a_run.training_step.unowned[0].encoders, tokens) for a_run in (first, second)
     )

@@ -1,4 +1,4 @@
-"""Folders of small images for the tests of data/, and stand-ins for the VAE and the text encoder."""
+"""Folders of small images for tests, and stand-ins for the VAE and the text encoder."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from sfumato.config import DatasetConfig, SubsetConfig
-from sfumato.data.cache import Report, cache_latents, cache_texts
+from sfumato.data.cache import CachedLatents, CachedText, cache_latents, cache_texts
 from sfumato.data.plan import Plan, make_plan
 from sfumato.data.store import FileIndex, TensorStore
 from sfumato.data.strategies import LatentsCachingStrategy, TextEncoderOutputsCachingStrategy
@@ -73,7 +73,7 @@ def latents(
     vae: str = "vae",
     encode: Callable[[Tensor], Tensor] = encode,
     **options: Any,
-) -> Report:
+) -> CachedLatents:
     return cache_latents(of, store, index, encode, vae, LATENTS, **options)
 
 
@@ -82,7 +82,7 @@ def tokenize(captions: Sequence[str]) -> dict[str, Tensor]:
     return {"ids": torch.tensor([list(sha256(caption.encode()).digest()[:4]) for caption in captions])}
 
 
-def texts(of: Plan, store: TensorStore, index: FileIndex, encoder: str = "clip", **settings: object) -> Report:
+def texts(of: Plan, store: TensorStore, index: FileIndex, encoder: str = "clip", **settings: object) -> CachedText:
     def hidden(tokens: Any) -> dict[str, Tensor]:
         return {"hidden": tokens["ids"].float(), "not kept": tokens["ids"]}
 
