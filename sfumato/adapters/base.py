@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from sfumato.errors import UserError
 from sfumato.formats.dialect import AdapterTensors
 from sfumato.tensors.random import SampleRandom, key
+from sfumato.tensors.shapes import per_sample
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -121,9 +122,9 @@ class Adapter(nn.Module):
         strength = self.context.multiplier
         if self.training and self.options.module_dropout:
             mask = self.dropout_mask("module_dropout", self.options.module_dropout, (delta.shape[0],), delta.device)
-            delta = delta * over_samples(mask, delta).to(delta.dtype)
+            delta = delta * per_sample(mask, delta).to(delta.dtype)
         if isinstance(strength, Tensor):
-            return torch.addcmul(y, (delta * scale).to(y.dtype), over_samples(strength, y).to(y.dtype))
+            return torch.addcmul(y, (delta * scale).to(y.dtype), per_sample(strength, y).to(y.dtype))
         return torch.add(y, delta.to(y.dtype), alpha=strength * scale)
 
     def dropout_mask(self, purpose: str, chance: float, shape: Sequence[int], device: torch.device) -> Tensor:
@@ -140,16 +141,6 @@ class Adapter(nn.Module):
             generator = torch.Generator(device).manual_seed(key(k, purpose, self.name))
             parts.append(torch.rand((rows, *shape[1:]), generator=generator, device=device))
         return torch.cat(parts) >= chance
-
-
-def over_samples(values: Tensor, like: Tensor) -> Tensor:
-    """(b,) -> (b * n, 1, ...) for `like` (b * n, ...): samples may have several rows each, as the chunks of a long
-    caption."""
-    rows, odd = divmod(like.shape[0], values.shape[0])
-    if odd:
-        raise RuntimeError(f"{like.shape[0]} rows do not share out over the multipliers of {values.shape[0]} samples")
-    values = values.to(like.device)
-    return (values if rows == 1 else values.repeat_interleave(rows)).view(-1, *[1] * (like.ndim - 1))
 
 
 def as_input(x: Tensor, weight: Tensor) -> Tensor:

@@ -350,9 +350,9 @@ def check_finite(tensors: Mapping[str, Tensor], what: str, cast: torch.dtype | N
     bad = []
     for name, t in tensors.items():
         if t.is_floating_point():
-            per_sample = t.float() if t.element_size() == 1 else t  # isfinite knows no 8-bit floats
-            if not bool(torch.isfinite(per_sample).all()):
-                bad.append(f"{name} ({int((~torch.isfinite(per_sample)).sum()):,} of {t.numel():,} values)")
+            values = t.float() if t.element_size() == 1 else t  # isfinite knows no 8-bit floats
+            if not bool(torch.isfinite(values).all()):
+                bad.append(f"{name} ({int((~torch.isfinite(values)).sum()):,} of {t.numel():,} values)")
     if bad:
         more = f" and {len(bad) - 3} more" if len(bad) > 3 else ""
         small = cast is not None and torch.finfo(cast).max < torch.finfo(torch.float32).max / 10

@@ -11,13 +11,14 @@ import torch
 from torch import Tensor
 
 from sfumato.errors import UserError
-from sfumato.tensors.noise import NoisySample, per_sample, perturbed, refuse_where
+from sfumato.tensors.noise import NoisySample, perturbed, refuse_where
 from sfumato.tensors.random import SampleRandom
+from sfumato.tensors.shapes import per_sample
 
 SMALLEST = 1e-3
-"""No sigma is drawn below this, the least of diffusers' thousand; the weight sigma_sqrt has no bound at 0."""
+"""No sigma is below this, the least of diffusers' thousand; the weight sigma_sqrt has no bound at 0."""
 LARGEST = 1 - 2**-24
-"""Nor above this, the last fp32 number before 1, so that the clock stays below its end and noise over signal finite."""
+"""Nor above this, the last fp32 number before 1: the timestep stays below its end, and noise over signal finite."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,7 +26,7 @@ class Flow:
     """Rectified flow (arXiv:2209.03003, arXiv:2403.03206): x = (1 - s) * x0 + s * noise; fields are spelled as kohya's
     flags.
 
-    The net says the velocity, noise - x0. The clock t is s * steps, in fp32. s is continuous, where
+    The net predicts the velocity, noise - x0. The timestep t is s * steps, in fp32. s is continuous, where
     sd-scripts takes one of a thousand for `sigma`, which differs by less than 1/1000 before the shift.
     As in the paper and for SD3, all densities are of s itself; sd-scripts' FLUX counts those of
     logit_normal and mode from the noisy end (u stands for 1 - u).
@@ -39,12 +40,12 @@ class Flow:
     logit_std: float | None = None
     mode_scale: float | None = None
     model_prediction_type: Literal["raw", "additive", "sigma_scaled"] = "raw"
-    """How the net is read; said here as a target and a weight, for the loss compares what it says with a target.
+    """How the net's prediction is read. Here that is a target and a weight: the loss compares a prediction with a target.
 
     raw: the velocity. sigma_scaled: the data that follow from it, x - s * v, are compared with the true ones.
     For the squared loss that is the velocity's loss times s^2; the other losses get the same weight, though for
     them the two are not equal. additive: the velocity less the input, noise - x0 - x, which is neither what
-    published models were trained to say nor what samplers expect.
+    published models were trained to predict nor what samplers expect.
     """
     min_timestep: int | None = None
     max_timestep: int | None = None
@@ -52,7 +53,7 @@ class Flow:
     ip_noise_gamma: float | None = None
     ip_noise_gamma_random_strength: bool = False
     shift: float = 1.0
-    """The family's own: samplers walk by it, and training goes by it where discrete_flow_shift is not set."""
+    """The family's own: samplers use it, and training does where discrete_flow_shift is not set."""
     steps: int = 1000
 
     @classmethod
@@ -63,14 +64,14 @@ class Flow:
         Errors: one `UserError` with all of those that were set, and with all that would do nothing or harm.
         """
         configs = (options, noise, loss)
-        told = {f.name: getattr(c, f.name) for c in configs for f in fields(cls) if hasattr(c, f.name)}
+        values = {f.name: getattr(c, f.name) for c in configs for f in fields(cls) if hasattr(c, f.name)}
         # What is 0 or false is switched off.
         given = [
             f.name for c in configs for f in fields(c) if f.name in refused and getattr(c, f.name) not in (f.default, 0)
         ]
         wrong = [f"{name}: {refused[name]}; leave it out" for name in given]
         try:
-            flow = cls(**(told | {"shift": shift}))
+            flow = cls(**(values | {"shift": shift}))
         except UserError as error:
             raise UserError(*wrong, *error.messages) from None
         if wrong:
@@ -130,10 +131,10 @@ class Flow:
         elif self.timestep_sampling == "flux_shift":
             shift = math.exp(flux_mu((height // 2) * (width // 2)))
         low, high = (edge / self.steps for edge in self._range)
-        s = low + (high - low) * shifted(self._drawn(rng), shift)
+        s = low + (high - low) * shifted(self._random(rng), shift)
         return s.clamp(max(low, SMALLEST), min(high, LARGEST))
 
-    def _drawn(self, rng: SampleRandom) -> Tensor:
+    def _random(self, rng: SampleRandom) -> Tensor:
         """(b,) numbers in [0, 1], distributed as asked for but for shift and range."""
         if self.timestep_sampling in ("sigmoid", "shift", "flux_shift"):
             return torch.sigmoid(_or(self.sigmoid_scale, 1.0) * rng.normal("timestep", ()))
@@ -176,7 +177,7 @@ def flux_mu(tokens: int) -> float:
 
 
 def schedule(steps: int, *, shift: float | None = None, mu: float | None = None) -> Tensor:
-    """The sigmas that a sampler walks, from 1 to 0: (steps + 1,), fp32.
+    """The sigmas of a sampler's steps, from 1 to 0: (steps + 1,), fp32.
 
     With neither: even down to 1 / steps, as FLUX.1 schnell. `mu`: the same, shifted by e^mu, as FLUX.1 dev and
     Chroma with `flux_mu`; log(6) is Lumina's shift of 6. `shift`: as diffusers' scheduler is set up by a number of

@@ -1,4 +1,4 @@
-"""How latents are noised: what the denoiser sees, what it should say, and what an error of it weighs."""
+"""How latents are noised: what the denoiser gets, what it should predict, and what an error of it weighs."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from sfumato.errors import UserError
 from sfumato.tensors.random import SampleRandom
+from sfumato.tensors.shapes import per_sample
 
 SNR_LIMIT = 1000.0
 """Debiased and v-scaled weights hold the signal-to-noise ratio below this, as sd-scripts does."""
@@ -23,14 +24,14 @@ class NoisySample:
     """A batch as the denoiser gets it; floats are fp32, all on the latents' device."""
 
     x: Tensor
-    """(b, c, h, w) what the denoiser sees."""
+    """(b, c, h, w) what the denoiser gets."""
     t: Tensor
-    """(b,) its clock, in the process's own units."""
+    """(b,) its timestep, in the process's own units."""
     target: Tensor
-    """(b, c, h, w) what it should say."""
+    """(b, c, h, w) what it should predict."""
     weight: Tensor
     """(b,) loss weight of the timestep."""
-    sigma: Tensor
+    noise_to_signal: Tensor
     """(b,) noise over signal; infinite where there is no signal."""
 
 
@@ -39,7 +40,7 @@ class NoiseProcess(Protocol):
 
     @property
     def steps(self) -> int:
-        """Length of the clock: t lies in [0, steps)."""
+        """Number of timesteps: t lies in [0, steps)."""
         ...
 
     def noise(self, latents: Tensor, rng: SampleRandom) -> NoisySample:
@@ -47,7 +48,7 @@ class NoiseProcess(Protocol):
         ...
 
     def scheduler_config(self) -> dict[str, Any]:
-        """What diffusers' schedulers must be told to walk the way back."""
+        """The config of diffusers' schedulers for the way back."""
         ...
 
 
@@ -56,7 +57,7 @@ class DDPM:
     """Discrete diffusion (arXiv:2006.11239) on Stable Diffusion's schedule; fields are spelled as kohya's flags."""
 
     prediction: Literal["eps", "v"] = "eps"
-    """The net says the noise, or the velocity of arXiv:2202.00512."""
+    """The net predicts the noise, or the velocity of arXiv:2202.00512."""
     steps: int = 1000
     zero_terminal_snr: bool = False
     min_timestep: int | None = None
@@ -76,8 +77,8 @@ class DDPM:
     @classmethod
     def of(cls, prediction: Literal["eps", "v"], *configs: object) -> DDPM:
         """Take the fields from config records that spell them alike (`NoiseConfig`, `LossConfig`)."""
-        told = {f.name: getattr(c, f.name) for c in configs for f in fields(cls) if hasattr(c, f.name)}
-        return cls(prediction=prediction, **told)
+        given = {f.name: getattr(c, f.name) for c in configs for f in fields(cls) if hasattr(c, f.name)}
+        return cls(prediction=prediction, **given)
 
     def __post_init__(self) -> None:
         v, (low, high) = self.prediction == "v", self._range
@@ -127,8 +128,8 @@ class DDPM:
         a, s = (per_sample(n, x0) for n in (signal.sqrt(), (1 - signal).sqrt()))
         x = a * x0 + s * perturbed(noise, rng, self.ip_noise_gamma, self.ip_noise_gamma_random_strength)
         target = noise if self.prediction == "eps" else a * noise - s * x0
-        sigma = ((1 - signal) / signal).sqrt()
-        return NoisySample(x, t.to(x0.device), target, self.weight(t).to(x0.device), sigma.to(x0.device))
+        ratio = ((1 - signal) / signal).sqrt()
+        return NoisySample(x, t.to(x0.device), target, self.weight(t).to(x0.device), ratio.to(x0.device))
 
     def weight(self, t: Tensor) -> Tensor:
         """(b,) whole numbers t on the CPU -> (b,) loss weights: the product of all that are asked for."""
@@ -207,14 +208,9 @@ def refuse_where(wrong: Mapping[str, bool]) -> None:
 
 
 def perturbed(noise: Tensor, rng: SampleRandom, gamma: float | None, random_strength: bool) -> Tensor:
-    """Noise (b, c, h, w) as the input gets it: a little more than the target tells of (input perturbation,
+    """Noise (b, c, h, w) as the input gets it: a little more than is in the target (input perturbation,
     arXiv:2301.11706)."""
     if not gamma:
         return noise
     strength = per_sample(rng.uniform("ip noise strength"), noise) if random_strength else 1.0
     return noise + gamma * strength * rng.normal("ip noise", noise.shape[1:]).to(noise.device)
-
-
-def per_sample(per_sample: Tensor, like: Tensor) -> Tensor:
-    """(b,) -> (b, 1, 1, 1) on the device of `like`."""
-    return per_sample.to(like.device).view(-1, *[1] * (like.ndim - 1))

@@ -60,11 +60,11 @@ class Step(nn.Module):
             self.loss.huber_c,
             self.loss.huber_scale,
             noised.t,
-            noised.sigma,
+            noised.noise_to_signal,
             self.process.steps,
         )
         error = losses.loss(self.loss.loss_type, said.float(), noised.target.float(), c=threshold)
-        return losses.per_sample(error, batch.mask, noised.weight, batch.weight).sum()
+        return losses.sample_losses(error, batch.mask, noised.weight, batch.weight).sum()
 
     def cond(self, batch: Batch) -> Cond:
         """The batch's cond, as kept or from the encoders."""

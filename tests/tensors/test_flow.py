@@ -57,7 +57,7 @@ def test_input_and_clock_equal_diffusers(kind: Any) -> None:
     theirs = scheduler.scale_noise(LATENTS[order], scheduler.timesteps, DRAWS.normal("noise", LATENTS.shape[1:])[order])
     torch.testing.assert_close(noised.x[order], theirs, **CLOSE)
     torch.testing.assert_close(noised.t[order], scheduler.timesteps, atol=1e-4, rtol=0)
-    torch.testing.assert_close(noised.sigma, (noised.t / 1000) / (1 - noised.t / 1000), rtol=1e-3, atol=0)
+    torch.testing.assert_close(noised.noise_to_signal, (noised.t / 1000) / (1 - noised.t / 1000), rtol=1e-3, atol=0)
 
 
 def test_one_step_of_diffusers_sampler_along_the_target_is_the_data() -> None:
@@ -229,7 +229,7 @@ def test_all_numbers_are_finite_and_the_clock_is_in_its_range(told: dict[str, An
     assert (noised.t <= told.get("max_timestep", 1000) + 1e-4).all()
     assert (noised.weight > 0).all()
     for kind in ("constant", "exponential", "snr"):
-        threshold = losses.huber_threshold(kind, 0.1, 1.0, noised.t, noised.sigma, process.steps)
+        threshold = losses.huber_threshold(kind, 0.1, 1.0, noised.t, noised.noise_to_signal, process.steps)
         assert threshold.isfinite().all() and (threshold > 0).all()
 
 
@@ -257,7 +257,7 @@ def gradient(said: torch.Tensor, cost: torch.Tensor) -> torch.Tensor:
 
 def ours(noised: NoisySample, said: torch.Tensor) -> torch.Tensor:
     error = losses.loss("l2", said, noised.target)
-    return losses.per_sample(error, None, noised.weight, torch.ones(len(said)))
+    return losses.sample_losses(error, None, noised.weight, torch.ones(len(said)))
 
 
 def test_sigma_scaled_has_value_and_gradient_of_a_loss_on_the_data() -> None:

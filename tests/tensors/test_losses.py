@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sfumato.tensors.losses import huber_threshold, loss, per_sample
+from sfumato.tensors.losses import huber_threshold, loss, sample_losses
 
 SAID, TARGET = torch.randn(2, 3, 4, 5, 6, generator=torch.Generator().manual_seed(0))
 C = torch.tensor([0.05, 0.1, 1.0])
@@ -67,10 +67,10 @@ def test_the_order_of_weights() -> None:
     error = torch.tensor([[[[1.0, 3.0]]], [[[5.0, 7.0]]]])
     mask = torch.tensor([[[[1.0, 0.0]]], [[[0.5, 1.0]]]])
     timestep, sample = torch.tensor([2.0, 3.0]), torch.tensor([1.0, 0.5])
-    assert per_sample(error, None, timestep, sample).tolist() == [4.0, 9.0]
-    assert per_sample(error, mask, timestep, sample).tolist() == [1.0, 7.125]
+    assert sample_losses(error, None, timestep, sample).tolist() == [4.0, 9.0]
+    assert sample_losses(error, mask, timestep, sample).tolist() == [1.0, 7.125]
 
 
 def test_a_mask_covers_all_channels() -> None:
     error, mask = torch.ones(1, 4, 2, 2), torch.tensor([[[[1.0, 0.0], [0.0, 0.0]]]])
-    assert per_sample(error, mask, torch.ones(1), torch.ones(1)).tolist() == [0.25]
+    assert sample_losses(error, mask, torch.ones(1), torch.ones(1)).tolist() == [0.25]

@@ -53,7 +53,7 @@ def test_the_last_step_of_the_rescaled_schedule_is_pure_noise() -> None:
     noised = ours.noise(LATENTS, DRAWS)
     assert torch.equal(noised.x, DRAWS.normal("noise", LATENTS.shape[1:]))
     assert torch.equal(noised.target, -LATENTS)
-    assert noised.sigma.isinf().all()
+    assert noised.noise_to_signal.isinf().all()
 
 
 @pytest.mark.parametrize(("prediction", "zero"), CASES)
