@@ -1,4 +1,4 @@
-"""A user's mistake, told once and clearly; the command line prints it without a traceback and exits with 2."""
+"""A user's mistake, reported once and clearly; the command line prints it without a traceback and exits with 2."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from types import TracebackType
 
 
 class UserError(Exception):
-    """One or several things that the user can mend.
+    """One or several things that the user can fix.
 
     Each message names the file, key or flag, what was expected, and what to do.
     """
@@ -19,9 +19,9 @@ class UserError(Exception):
 
 
 class Mistakes:
-    """Gathers what several checks find, so that a user is told all of it at once.
+    """Gathers what several checks find, so that a user gets all of it at once.
 
-    `with mistakes: ...` runs a check; the `UserError` that it raises is kept, and the next check goes on.
+    `with mistakes: ...` runs a check; the `UserError` that it raises is noted, and the next check goes on.
     """
 
     def __init__(self) -> None:
@@ -37,7 +37,7 @@ class Mistakes:
             self.messages += error.messages
         return isinstance(error, UserError)
 
-    def tell(self) -> None:
+    def raise_all(self) -> None:
         """Errors: one `UserError` with all that was found."""
         if self.messages:
             raise UserError(*dict.fromkeys(self.messages))

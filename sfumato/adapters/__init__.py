@@ -70,7 +70,7 @@ def from_tensors(tensors: Mapping[str, Tensor]) -> tuple[type[Adapter], LayerOpt
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AdapterPlan:
-    """What a run is told of its adapters, for all layers."""
+    """Settings of a run's adapters, for all layers."""
 
     kind: type[Adapter]
     rank: int = 4
@@ -87,10 +87,10 @@ class AdapterPlan:
     loraplus_encoders: float | None = None
     """The same for text encoders, in place of `plus`."""
     family: Any = None
-    """What the family's own network_args say: an instance of its `Facts.network_args`."""
+    """The family's own network_args: an instance of its `Facts.network_args`."""
 
     def options(self, *, conv: bool) -> LayerOptions:
-        """What a layer's adapter is told; `conv`: a convolution larger than 1x1."""
+        """Settings of a layer's adapter; `conv`: a convolution larger than 1x1."""
         if conv:
             assert self.conv_rank is not None
             return self.kind.Options(rank=self.conv_rank, alpha=self.conv_alpha, **self.more)

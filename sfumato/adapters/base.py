@@ -1,4 +1,4 @@
-"""What every kind of adapter is: one layer's change, heard at the layer's door.
+"""What every kind of adapter is: a change of one layer's output, made in a forward hook.
 
 An adapter looks at its base layer's shape and never owns the layer. It knows nothing of nets, files,
 quantisation or training; `insert.py` puts it in place.
@@ -21,7 +21,7 @@ from sfumato.tensors.shapes import per_sample
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LayerOptions:
-    """What one layer's adapter is told. A kind with more to be told has a subclass with more fields."""
+    """Settings of one layer's adapter. A kind with more settings has a subclass with more fields."""
 
     rank: int = 4
     alpha: float = 1.0
@@ -46,7 +46,7 @@ class AdapterContext:
     """What holds for the forward passes of now; all adapters of a net share one."""
 
     multiplier: float | Tensor = 1.0
-    """Strength of the change: a number, or (b,) one a sample."""
+    """Strength of the change: a number, or (b,), one per sample."""
     rng: SampleRandom | None = None
     """Where the dropouts of this batch come from; needed only in training mode and only if there are dropouts."""
 
@@ -66,6 +66,7 @@ class Adapter(nn.Module):
         super().__init__()
         self.options = options
         self.name = ""
+        """Component and module path of the layer, given by `AdapterNetwork`; for messages, and a key of dropouts."""
         self.context = AdapterContext()
         # Of a layer without values, alpha has one all the same: names and scales of files follow from it.
         place = "cpu" if is_meta(base) else device_of(base)
@@ -129,7 +130,7 @@ class Adapter(nn.Module):
 
     def dropout_mask(self, purpose: str, chance: float, shape: Sequence[int], device: torch.device) -> Tensor:
         """A mask of `shape` (rows of one sample next to each other): False with the given chance, by the batch's own
-        draws."""
+        random numbers."""
         rng = self.context.rng
         if rng is None:
             raise RuntimeError("adapters with dropout in training mode need `AdapterNetwork.rng` for every batch")
@@ -155,7 +156,7 @@ def is_meta(base: nn.Module) -> bool:
 
 
 def init_device(base: nn.Module) -> torch.device:
-    """Where start values are drawn: on the CPU, so that they are the same on every device."""
+    """Where start values are made: on the CPU, so that they are the same on every device."""
     return torch.device("meta" if is_meta(base) else "cpu")
 
 

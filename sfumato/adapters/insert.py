@@ -1,5 +1,4 @@
-"""Chooses layers by path, gives each an adapter, and listens at its door; the net's own tensors and keys stay as they
-are."""
+"""Chooses layers by path and gives each an adapter in a forward hook; the net's own tensors and keys stay the same."""
 
 from __future__ import annotations
 
@@ -105,7 +104,7 @@ class AdapterNetwork(nn.Module):
                 adapter.name, adapter.context = f"{component}.{path}", self.context
                 adapters[path.replace(".", "|")] = adapter  # names of parts take no dots
                 self._hooked[component, path] = adapter, layer
-                self._handles.append(layer.register_forward_hook(_listen(adapter)))
+                self._handles.append(layer.register_forward_hook(_hook(adapter)))
 
     @property
     def multiplier(self) -> float | Tensor:
@@ -209,7 +208,7 @@ def from_state(
     return network
 
 
-def _listen(adapter: Adapter) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
+def _hook(adapter: Adapter) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
     def hook(_: nn.Module, args: tuple[Tensor, ...], y: Tensor) -> Tensor:
         out: Tensor = adapter(args[0], y)
         return out

@@ -1,4 +1,4 @@
-"""From an image to the pixels that a net sees: resize, crop, mirror, colours, and the mask along with them."""
+"""From an image to the pixels that a net gets: resize, crop, mirror, colours, and the mask along with them."""
 
 from __future__ import annotations
 
@@ -60,8 +60,8 @@ def cut(
     image: Image.Image, placement: Placement, crop: Crop, *, flip: bool, interpolation: Interpolation | None = None
 ) -> Image.Image:
     """The part of an image (or of its mask) that belongs to the bucket; `crop` is in the image that is not mirrored."""
-    kept = resize(image, placement.resized, interpolation).crop(placement.box(crop))
-    return kept.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if flip else kept
+    part = resize(image, placement.resized, interpolation).crop(placement.box(crop))
+    return part.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if flip else part
 
 
 def pixels(image: Image.Image) -> Tensor:
@@ -104,10 +104,10 @@ def load(
     flip: bool = False,
     colours: random.Random | None = None,
 ) -> dict[str, Tensor]:
-    """Read an image as a net sees it: "pixels" (3, H, W) in [-1, 1], and "mask" (1, h, w) in [0, 1] where its folder
+    """Read an image as a net gets it: "pixels" (3, H, W) in [-1, 1], and "mask" (1, h, w) in [0, 1] where its folder
     has masks.
 
-    `colours`: vary them by these draws. Raises UserError naming the file.
+    `colours`: vary them by these random numbers. Raises UserError naming the file.
     """
     image = open_image(file.path, file.digest)
     covering = None
@@ -117,8 +117,8 @@ def load(
         image = image.convert("RGB")
     elif file.mask_path:
         covering = flat(open_image(file.mask_path, file.mask_digest), "black").getchannel("R")
-    seen = cut(flat(image), placement, crop, flip=flip, interpolation=options.resize_interpolation)
-    read = {"pixels": pixels(vary_colours(seen, colours) if colours else seen)}
+    part = cut(flat(image), placement, crop, flip=flip, interpolation=options.resize_interpolation)
+    read = {"pixels": pixels(vary_colours(part, colours) if colours else part)}
     if covering is not None:
         read["mask"] = mask(
             cut(covering, placement, crop, flip=flip, interpolation=options.resize_interpolation), stride

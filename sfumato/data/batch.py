@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 Cond = Mapping[str, Tensor]
-"""What the text encoders say, by name: {"hidden": (b, n, d), ...}."""
+"""Outputs of the text encoders, by name: {"hidden": (b, n, d), ...}."""
 Tokens = Mapping[str, Tensor]
-"""What the tokenizers say, by name: {"ids": (b, chunks, 77), ...}."""
+"""Outputs of the tokenizers, by name: {"ids": (b, chunks, 77), ...}."""
 Size = tuple[int, int]
 """(width, height) in pixels."""
 
@@ -27,7 +27,7 @@ class Batch:
 
     captions: Sequence[str]
     keys: Sequence[int]
-    """One random key a sample, of (seed, epoch, sample)."""
+    """One random key per sample, of (seed, epoch, sample)."""
     weight: Tensor
     """(b,) loss weight of the sample: prior_loss_weight for regularisation images."""
     multiplier: Tensor

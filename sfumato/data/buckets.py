@@ -10,7 +10,7 @@ from sfumato.config.data import BucketOptions
 from sfumato.data.batch import Size
 
 Crop = tuple[int, int]
-"""(left, top) of what is kept of the resized image."""
+"""(left, top) of what is cut out of the resized image."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -171,7 +171,7 @@ def latents_shape(plan: Plan, item: Item, strategy: LatentsCachingStrategy) -> t
 
 
 def latents_mismatch(entry: Mapping[str, Tensor], plan: Plan, item: Item, strategy: LatentsCachingStrategy) -> str:
-    """How an entry differs from what is kept of such an image, or nothing."""
+    """How an entry differs from what is stored of such an image, or nothing."""
     shape, subset = latents_shape(plan, item, strategy), plan.subset(item)
     expected = {"latents": shape}
     if subset.flip_aug:
@@ -184,7 +184,7 @@ def latents_mismatch(entry: Mapping[str, Tensor], plan: Plan, item: Item, strate
 
 
 def check_fixed(datasets: Iterable[DatasetConfig], *, latents: bool = False, texts: bool = False) -> None:
-    """Errors: `UserError` for options that change what is to be kept each time."""
+    """Errors: `UserError` for options that change each time what is to be cached."""
     wrong: list[str] = []
     for subset in (subset for dataset in datasets for subset in dataset.subsets):
         moving = [name for name in ("random_crop", "color_aug") if latents and getattr(subset, name)]
@@ -252,7 +252,7 @@ def _entries(
     encode: Callable[[Tensor], Tensor],
     strategy: LatentsCachingStrategy,
 ) -> list[dict[str, Tensor]]:
-    """What is kept of each image: latents, those of the mirrored image where images are mirrored, the mask where it has
+    """The entry of each image: latents, those of the mirrored image where images are mirrored, the mask where it has
     one."""
     pixels = torch.stack([t["pixels"] for t in tensors])  # (b, 3, H, W)
     entries = [{"latents": latents} for latents in _encoded(plan, portion, pixels, encode, strategy)]
@@ -271,7 +271,7 @@ def _encoded(
     encode: Callable[[Tensor], Tensor],
     strategy: LatentsCachingStrategy,
 ) -> list[Tensor]:
-    """(c, h, w) latents of each image, as they are kept."""
+    """(c, h, w) latents of each image, as they are stored."""
     with torch.no_grad():
         latents = encode(pixels).detach().cpu().to(strategy.dtype)
     for job, latent in zip(portion, latents, strict=True):
@@ -307,10 +307,10 @@ def cache_texts(
     common |= {f"setting {name}": value for name, value in {**strategy.settings, **settings}.items()}
     parts: dict[str, KeyParts] = {owner: {"caption": caption, **common} for owner, caption in owners.items()}
     keys: dict[Hashable, str] = {caption: key(parts[owner]) for owner, caption in owners.items()}
-    kept = set(strategy.fields) - set(strategy.ragged.values())
+    stored = set(strategy.fields) - set(strategy.ragged.values())
 
     def mismatch(_: str, entry: Mapping[str, Tensor]) -> str:
-        if entry.keys() != kept:
+        if entry.keys() != stored:
             return "its entry holds other fields"
         same = all(t.dtype == strategy.dtype for t in entry.values() if t.is_floating_point())
         return "" if same else "its entry is of another dtype"
@@ -325,7 +325,10 @@ def cache_texts(
             for i, job in enumerate(portion):
                 put(
                     job.key,
-                    {name: _kept(t, strategy.dtype, owners[job.owner]) for name, t in strategy.keep(cond, i).items()},
+                    {
+                        name: _stored(t, strategy.dtype, owners[job.owner])
+                        for name, t in strategy.entry(cond, i).items()
+                    },
                 )
             if progress:
                 progress(start + len(portion), len(jobs))
@@ -347,7 +350,7 @@ def every_caption(plan: Plan) -> dict[str, str]:
     return owners
 
 
-def _kept(value: Tensor, dtype: torch.dtype, caption: str) -> Tensor:
+def _stored(value: Tensor, dtype: torch.dtype, caption: str) -> Tensor:
     value = value.detach().cpu()
     value = value.to(dtype) if value.is_floating_point() else value
     if value.is_floating_point() and not torch.isfinite(value).all():

@@ -1,4 +1,4 @@
-"""The caption of an image as it is drawn for one step: pure text, and randomness handed in."""
+"""The caption of a sample, varied from its image's: pure text, and randomness handed in."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ _WILDCARD = re.compile(r"\{\{|\}\}|\{([^{}]+)\}")
 
 
 def vary(lines: Sequence[str], options: CaptionOptions, rng: random.Random, *, epoch: int, step: int) -> str:
-    """The caption for one draw of an image, in sd-scripts' order: affixes, dropout, wildcards, then tags.
+    """The caption of one sample of an image, in sd-scripts' order: affixes, dropout, wildcards, then tags.
 
     `lines`: of the caption file. `epoch` counts from 1, `step` (optimizer steps done) from 0;
     `options.token_warmup_step` must be whole steps (`with_whole_warmup`).
     """
-    # Each draw below is made only when its option is set, so a chance of 0 changes nothing for the draws that follow.
+    # A random number is taken only when its option is set, so a chance of 0 changes nothing for those that follow.
     if options.caption_dropout_rate > 0 and rng.random() < options.caption_dropout_rate:
         return ""
     if options.caption_dropout_every_n_epochs > 0 and epoch % options.caption_dropout_every_n_epochs == 0:
@@ -28,7 +28,7 @@ def vary(lines: Sequence[str], options: CaptionOptions, rng: random.Random, *, e
     line = rng.choice(lines) if options.enable_wildcard else lines[0]
     caption = affixed(line, options)
     if options.enable_wildcard:
-        caption = _WILDCARD.sub(lambda found: _drawn(found, rng), caption)
+        caption = _WILDCARD.sub(lambda found: _choice(found, rng), caption)
     return _varied_tags(caption, options, rng, step)
 
 
@@ -37,7 +37,7 @@ def affixed(line: str, options: CaptionOptions) -> str:
     return " ".join(part for part in (options.caption_prefix, line, options.caption_suffix) if part)
 
 
-def _drawn(found: re.Match[str], rng: random.Random) -> str:
+def _choice(found: re.Match[str], rng: random.Random) -> str:
     return rng.choice(found[1].split("|")) if found[1] else found[0][0]
 
 
@@ -59,7 +59,7 @@ def _varied_tags(caption: str, options: CaptionOptions, rng: random.Random, step
 
 
 def _joint(separator: str) -> str:
-    """What stands between tags that were parted: the separator and a space; a separator of blanks alone stays as it
+    """What is put between tags that were split: the separator and a space; a separator of blanks alone stays as it
     is."""
     return f"{separator.rstrip()} " if separator.strip() else separator
 
@@ -80,7 +80,7 @@ def _split(text: str, options: CaptionOptions) -> list[str]:
 
 
 def tags(lines: Sequence[str], options: CaptionOptions) -> list[str]:
-    """The tags of an image for counts, in lower case as sd-scripts counts them: of lines that can be drawn, parted by
+    """The tags of an image for counts, in lower case as sd-scripts counts them: of lines that may be chosen, split at
     all separators."""
     found: list[str] = []
     for line in lines if options.enable_wildcard else lines[:1]:
@@ -117,7 +117,7 @@ def every(lines: Sequence[str], options: CaptionOptions, limit: int = 256) -> li
         spelt = _spelt(affixed(line, options), limit) if options.enable_wildcard else [affixed(line, options)]
         if spelt is None or len(found) + len(spelt) > limit:
             return None
-        # No draw is made here: with nothing endless set, the tags do not move.
+        # No random number is taken: with nothing endless set, the tags do not move.
         found += [_varied_tags(caption, options, random.Random(0), 0) for caption in spelt]
     return list(dict.fromkeys(found + [""] * drops))
 
@@ -128,7 +128,7 @@ def whole(lines: Sequence[str], options: CaptionOptions) -> list[str]:
     texts = [affixed(line, options) for line in (lines if options.enable_wildcard else lines[:1])]
     if options.enable_wildcard:
         texts = [_WILDCARD.sub(_longest, text) for text in texts]
-    # No draw is made here: nothing moves.
+    # No random number is taken: nothing moves.
     return [_varied_tags(text, options, random.Random(0), 0) for text in texts]
 
 

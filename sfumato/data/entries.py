@@ -1,5 +1,4 @@
-"""The bytes of a kept entry: a safetensors file that says whose it is, with a checksum, so that it is verified whenever
-it is read."""
+"""The bytes of a cached entry: a safetensors file with its key and a checksum, verified whenever it is read."""
 
 from __future__ import annotations
 
@@ -16,7 +15,7 @@ from sfumato.formats import files
 
 
 class Damaged(Exception):
-    """An entry is not what was kept; the message says in a few words what is wrong with it."""
+    """An entry is not what was stored; the message says in a few words what is wrong with it."""
 
 
 def facts(name: str, tensors: Mapping[str, Tensor]) -> dict[str, str]:
@@ -46,7 +45,7 @@ def unpack(name: str, data: bytes) -> dict[str, Tensor]:
         tensors = load(data)
     except SafetensorError:
         raise Damaged("its entry is damaged") from None
-    # A sum is finite where all values are, and is made in a fiftieth of the time of a look at each.
+    # A sum is finite where all values are, and takes a fiftieth of the time of a test of each.
     if not all(math.isfinite(t.float().sum()) for t in tensors.values() if t.is_floating_point()):
         raise Damaged("its entry is not finite")
     return tensors

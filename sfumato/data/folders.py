@@ -22,11 +22,11 @@ class Listing:
     others: Counter[str] = field(default_factory=Counter)
     """Ending, in small letters -> how many other files have it."""
     troubles: list[tuple[Path, str]] = field(default_factory=list)
-    """What has an image's ending and is no file, and sub-folders that cannot be read; with the reason."""
+    """What has an image's ending and is not a file, and sub-folders that cannot be read; with the reason."""
 
 
 def listing(folder: Path, *, recursive: bool = False) -> Listing:
-    """What lies in a folder. Names that begin with a dot are other systems' leavings (`._a.png`), not images."""
+    """What lies in a folder. Names that begin with a dot are left by other systems (`._a.png`), not images."""
     found = Listing()
     for root, _, names in os.walk(folder, onerror=lambda error: found.troubles.append(_unread(error))):
         for name in names:

@@ -36,7 +36,7 @@ _UPRIGHT = {
 
 
 class Unreadable(Exception):
-    """An image cannot be read; the message says why."""
+    """An image cannot be read; the message gives the reason."""
 
 
 def oriented_size(path: Path) -> Size:
@@ -114,7 +114,7 @@ def _start(source: Path | IO[bytes]) -> bytes:
 
 
 def _seems(start: bytes) -> str:
-    """What the first bytes of a file that is not read say it is, or nothing."""
+    """What an unsupported file is, by its first bytes, or nothing."""
     if start.startswith((b"%!PS", b"\xc5\xd0\xd3\xc6")):
         return "a PostScript file (EPS)"
     if start.startswith(b"%PDF"):
@@ -133,7 +133,7 @@ def _seems(start: bytes) -> str:
 def _orientation(image: Image.Image) -> int:
     """EXIF orientation, 1 (upright) to 8, without decoding the image."""
     if image.format == "TIFF":
-        return 1  # Pillow turns these itself, and says their upright size
+        return 1  # Pillow turns these itself, and reports their upright size
     late = _exif_behind_the_image(image)
     # An image with broken EXIF data is still an image; other readers show it as it lies.
     with suppress(Exception):
@@ -166,7 +166,7 @@ def _exif_behind_the_image(image: Image.Image) -> bytes:
 
 def _eight_bits(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I"):
-        # Greys of 16 bits (kept in 32 by some formats): Pillow's own conversion would clip them at 255.
+        # Greys of 16 bits (in 32 bits in some formats): Pillow's own conversion would clip them at 255.
         grey = np.asarray(image).astype(np.int64).clip(0, 65535) // 257
         return Image.fromarray(grey.astype(np.uint8)).convert("RGB")
     if image.mode == "F":

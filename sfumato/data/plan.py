@@ -1,4 +1,4 @@
-"""Which images are seen, in which buckets and batches, and how many steps that makes; known before training."""
+"""Which images are trained on, in which buckets and batches; known before training."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Item:
     placement: Placement
     dataset: int
     repeats: int
-    """Times it is seen in an epoch."""
+    """Times it is trained on in an epoch."""
 
     def key(self, seed: int, epoch: int, repeat: int) -> int:
         """What all randomness of one sample of this image follows from."""
@@ -159,7 +159,7 @@ def make_plan(
         wrong.append(_listed(bad))
     if (samples := sum(item.repeats for item in items)) > LARGEST_EPOCH:
         wrong.append(
-            f"images x num_repeats are {samples:,} samples an epoch, and each is drawn by itself: at most "
+            f"images x num_repeats are {samples:,} samples an epoch, and each is placed by itself: at most "
             f"{LARGEST_EPOCH:,} are possible; "
             "lower num_repeats (dataset_repeats), and train longer by max_train_epochs or max_train_steps"
         )
@@ -180,7 +180,7 @@ def _listed(bad: Sequence[SkippedFile]) -> str:
     lines = list(
         dict.fromkeys(f"  {skip.path}: {skip.reason}" for skip in bad)
     )  # a folder may stand in several datasets
-    advice = "mend or remove them, or train without them by skip_unreadable (--skip_unreadable)"
+    advice = "fix or remove them, or train without them by skip_unreadable (--skip_unreadable)"
     return "\n".join([f"{len(lines)} images cannot be used; {advice}:", *lines])
 
 
@@ -232,19 +232,19 @@ def _repeat_regularisation(items: Sequence[Item]) -> tuple[list[Item], list[Skip
     train = [item for item in items if not item.image.is_reg]
     regs = [item for item in items if item.image.is_reg]
     goal, samples = sum(item.repeats for item in train), 0
-    kept: list[Item] = []
+    used: list[Item] = []
     for item in regs:
         if samples >= goal:
             break
-        kept.append(item)
+        used.append(item)
         samples += item.repeats
-    if kept and samples < goal:
+    if used and samples < goal:
         # All are in use: each gets its share of what is missing, the first ones what does not divide.
-        share, rest = divmod(goal - samples, len(kept))
-        kept = [replace(item, repeats=item.repeats + share + (i < rest)) for i, item in enumerate(kept)]
+        share, rest = divmod(goal - samples, len(used))
+        used = [replace(item, repeats=item.repeats + share + (i < rest)) for i, item in enumerate(used)]
     reason = f"regularisation image not needed: there are {samples} samples of them for {goal} of training"
-    return train + kept, [
-        SkippedFile(item.image.path, reason, unreadable=False, subset=item.image.subset) for item in regs[len(kept) :]
+    return train + used, [
+        SkippedFile(item.image.path, reason, unreadable=False, subset=item.image.subset) for item in regs[len(used) :]
     ]
 
 

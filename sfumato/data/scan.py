@@ -112,13 +112,13 @@ def examine(
             facts[path] = found
     todo = [p for p in paths if p not in facts]
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        # In portions, so that a run that is killed here has kept most of what it learnt.
+        # In portions, so that a run that is killed here has stored most of what it found.
         for start in range(0, len(todo), 256):
             portion = todo[start : start + 256]
             stamps = {p: stamp(p) for p in portion}
             fresh = dict(zip(portion, pool.map(lambda p: _examine(p, bodies), portion), strict=True))
             facts |= fresh
-            # A problem is not remembered: it may be mended without touching the file (a plug-in that was missing).
+            # A problem is not remembered: it may be fixed without touching the file (a plug-in that was missing).
             rows = {str(p.absolute()): _row(f, stamps[p]) for p, f in fresh.items() if not f.problem}
             index.write("picture", rows)
             if progress:
@@ -159,16 +159,16 @@ def _digest(data: bytes) -> str:
 
 def _listing(subset: SubsetConfig) -> Listing | str:
     """What lies in a subset's folder, or what is wrong with it."""
-    if said := trouble(subset.image_dir, "folder"):
-        return f"image_dir {subset.image_dir!r}: {said}"
+    if wrong := trouble(subset.image_dir, "folder"):
+        return f"image_dir {subset.image_dir!r}: {wrong}"
     folder = Path(subset.image_dir)
     found = listing(folder, recursive=subset.recursive)
     if found.images or any(path != folder for path, _ in found.troubles):
         return found
     if found.troubles:
         return f"image_dir {subset.image_dir}: {found.troubles[0][1]}"
-    said = ", ".join(f"{n} {suffix}" for suffix, n in found.others.most_common())
-    only = f"; only {said}" if said else ""
+    others = ", ".join(f"{n} {suffix}" for suffix, n in found.others.most_common())
+    only = f"; only {others}" if others else ""
     hint = "" if subset.recursive else "; `recursive = true` looks into sub-folders"
     return f"image_dir {subset.image_dir}: no images in this folder ({', '.join(SUFFIXES)}){only}{hint}"
 
@@ -193,8 +193,8 @@ def _masks(subset: SubsetConfig, paths: Sequence[Path]) -> dict[Path, Path]:
     if not subset.conditioning_data_dir:
         return {}
     folder, root = Path(subset.conditioning_data_dir), Path(subset.image_dir)
-    if said := trouble(folder, "folder"):
-        raise UserError(f"conditioning_data_dir {subset.conditioning_data_dir!r}: {said}")
+    if wrong := trouble(folder, "folder"):
+        raise UserError(f"conditioning_data_dir {subset.conditioning_data_dir!r}: {wrong}")
     by_stem = {p.relative_to(folder).with_suffix("").as_posix(): p for p in listing(folder, recursive=True).images}
     stems = {p: p.relative_to(root).with_suffix("").as_posix() for p in paths}
     return {p: by_stem[stem] for p, stem in stems.items() if stem in by_stem}
@@ -274,7 +274,7 @@ def _problem(
 
 
 def _captions(path: Path, subset: SubsetConfig) -> tuple[str, ...] | str | None:
-    """The lines of an image's caption file, None when there is no file, or a string that says what is wrong with it."""
+    """The lines of an image's caption file, None when there is no file, or a string: what is wrong with it."""
     for file in _caption_files(path, subset):
         try:
             status = file.stat()
@@ -295,8 +295,8 @@ def _caption_files(path: Path, subset: SubsetConfig) -> list[Path]:
 
 
 def _lines(file: Path, status: os.stat_result) -> tuple[str, ...] | str:
-    """A caption file's lines that are not blank, an empty one if there is none; or a string that says what is wrong
-    with it."""
+    """A caption file's lines that are not blank, an empty one if there is none; or a string: what is wrong with
+    it."""
     if (found := kind(status.st_mode)) != "file":
         return f"its caption {file} is a {found}, not a file"
     if status.st_size > LONGEST_CAPTION:
@@ -333,7 +333,7 @@ def _caption_notes(
         notes.append(f"{empty}, and their images train with an empty caption ({_some(blank)})")
     if long:
         many = f"{subset.image_dir}: {len(long)} captions have several lines"
-        notes.append(f"{many} and only the first is used ({_some(long)}); enable_wildcard draws one")
+        notes.append(f"{many} and only the first is used ({_some(long)}); enable_wildcard chooses one each time")
     return notes
 
 
@@ -346,8 +346,8 @@ def open_image(path: Path, digest: str = "") -> Image.Image:
 
     `digest`: of the bytes that are expected, as in `ImageFile`; other ones are refused.
     """
-    if said := trouble(path):
-        raise UserError(f"{path}: {said}")
+    if wrong := trouble(path):
+        raise UserError(f"{path}: {wrong}")
     try:
         data = path.read_bytes()
         if digest and _digest(data) != digest:

@@ -24,7 +24,7 @@ from sfumato.formats.paths import printable
 KeyParts = Mapping[str, object]
 """What an entry depends on, by name; JSON values."""
 Progress = Callable[[int, int], None]
-"""Told (done, total) as work goes on."""
+"""Called with (done, total) as work goes on."""
 
 
 def default_root() -> Path:
@@ -42,7 +42,7 @@ _TABLE = "CREATE TABLE IF NOT EXISTS known (kind TEXT, name TEXT, value TEXT, PR
 
 @dataclass(slots=True)
 class TensorStore:
-    """Named tensors by key: one safetensors file an entry below `root`, or the memory of this process when `root` is
+    """Named tensors by key: one safetensors file per entry below `root`, or the memory of this process when `root` is
     None.
 
     A file is written aside and renamed, so an entry is whole or absent, however the run ends.
@@ -52,7 +52,7 @@ class TensorStore:
     _memory: dict[str, dict[str, Tensor]] = field(default_factory=dict)
 
     def path(self, name: str) -> Path:
-        """The file of an entry; two letters a folder keep folders short."""
+        """The file of an entry; folders are named by its first two letters, which keeps them short."""
         assert self.root is not None
         return self.root / "entries" / name[:2] / f"{name}.safetensors"
 
@@ -62,7 +62,7 @@ class TensorStore:
     def get(self, name: str) -> dict[str, Tensor] | None:
         """The tensors of an entry, or None when there is none of this name.
 
-        Raises Damaged, and removes the entry, when it is not what was kept.
+        Raises Damaged, and removes the entry, when it is not what was stored.
         """
         if self.root is None:
             return self._memory.get(name)
@@ -79,14 +79,14 @@ class TensorStore:
             raise
 
     def put(self, name: str, tensors: Mapping[str, Tensor]) -> None:
-        """Keep an entry. Raises UserError when the disk is full."""
-        kept = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
+        """Store an entry. Raises UserError when the disk is full."""
+        stored = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
         if self.root is None:
-            self._memory[name] = kept
+            self._memory[name] = stored
             return
         path = self.path(name)
         path.parent.mkdir(parents=True, exist_ok=True)
-        files.save(path, kept, facts(name, kept))
+        files.save(path, stored, facts(name, stored))
 
 
 @contextmanager
@@ -113,7 +113,7 @@ def writing(store: TensorStore, ahead: int = 8) -> Iterator[Callable[[str, Mappi
 class FileIndex:
     """What is known by (kind, name), in one sqlite file below `root`, or in memory when `root` is None.
 
-    Only what can be worked out again is kept here, so the file may be deleted at any time.
+    Only what can be worked out again is in it, so the file may be deleted at any time.
     Connections live for one call: a FileIndex can be copied to another process.
     """
 
@@ -139,7 +139,7 @@ class FileIndex:
         return found
 
     def write(self, kind: str, values: Mapping[str, object]) -> None:
-        """Keep JSON values by name, replacing earlier ones."""
+        """Store JSON values by name, replacing earlier ones."""
         if not values:
             return
         rows = [(kind, printable(name), json.dumps(value, sort_keys=True)) for name, value in values.items()]
@@ -189,7 +189,7 @@ def unusable(
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         for start in range(
             0, len(todo), 256
-        ):  # in portions, so that a run that is killed here has kept most of what it learnt
+        ):  # in portions, so that a run that is killed here has stored most of what it found
             portion = todo[start : start + 256]
             wrong = dict(zip(portion, pool.map(lambda name: _wrong(store, name, mismatch), portion), strict=True))
             found |= {name: reason for name, reason in wrong.items() if reason is not None}
@@ -229,12 +229,12 @@ def why(old: KeyParts | None, new: KeyParts) -> str:
 
 
 _OPAQUE = ("picture", "mask", "caption", "VAE", "text encoder", "crop")
-"""Parts whose values would tell a reader nothing."""
+"""Parts whose values mean nothing to a reader."""
 
 
 def _change(name: str, old: object, new: object) -> str:
-    return f"{name} changed" if name in _OPAQUE else f"{name} {_say(old)} -> {_say(new)}"
+    return f"{name} changed" if name in _OPAQUE else f"{name} {_text(old)} -> {_text(new)}"
 
 
-def _say(value: object) -> str:
+def _text(value: object) -> str:
     return "x".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)

@@ -1,4 +1,4 @@
-"""The four strategies of a family: how captions become tokens and cond, and how latents and cond are kept."""
+"""The four strategies of a family: how captions become tokens and cond, and how latents and cond are cached."""
 
 from __future__ import annotations
 
@@ -59,13 +59,13 @@ class TextEncodingStrategy(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LatentsCachingStrategy:
-    """What a family says of its latents; keeping them is the same for all."""
+    """A family's latents; caching them is the same for all."""
 
     stride: int = 8
     """Image pixels a latent pixel."""
     channels: int = 4
     dtype: torch.dtype = torch.float16
-    """What latents are kept in."""
+    """What latents are cached in."""
     patch: int = 1
     """Latent pixels a side that the denoiser takes together: sides of images are multiples of stride x patch."""
     suffix: str = "_sd.npz"
@@ -86,12 +86,12 @@ class LatentsCachingStrategy:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TextEncoderOutputsCachingStrategy:
-    """What a family says of its text outputs."""
+    """A family's text outputs, and how they are cached."""
 
     fields: tuple[str, ...]
-    """Names in cond that are kept."""
+    """Names in cond that are cached."""
     ragged: Mapping[str, str] = field(default_factory=dict)
-    """Field (n, d) -> the field (n,), true for its used rows, which come first: such a field is kept without the
+    """Field (n, d) -> the field (n,), true for its used rows, which come first: such a field is cached without the
     others. In a cond of any `length` the second field may be missing, which means that all rows are used: attention is
     faster without a mask."""
     length: int | None = None
@@ -101,14 +101,14 @@ class TextEncoderOutputsCachingStrategy:
     """Ending of sd-scripts' own cache files, for importing them; empty: it has none."""
     settings: Mapping[str, object] = field(default_factory=dict)
 
-    def keep(self, cond: Cond, i: int) -> dict[str, Tensor]:
-        """What is kept of the i-th caption of a cond."""
+    def entry(self, cond: Cond, i: int) -> dict[str, Tensor]:
+        """What is cached of the i-th caption of a cond."""
         used = {name: int(cond[mask][i].sum()) for name, mask in self.ragged.items() if mask in cond}
-        kept = [name for name in self.fields if name not in self.ragged.values()]
-        return {name: cond[name][i][: used.get(name)] for name in kept}
+        stored = [name for name in self.fields if name not in self.ragged.values()]
+        return {name: cond[name][i][: used.get(name)] for name in stored}
 
     def join(self, entries: Sequence[Mapping[str, Tensor]]) -> Cond:
-        """The cond of a batch from what was kept of its captions."""
+        """The cond of a batch from the entries of its captions."""
         joined = {}
         for name in entries[0]:
             values = [entry[name] for entry in entries]

@@ -51,7 +51,7 @@ class Dialect:
     """No alpha is written; alpha / rank is multiplied into lora_up (PEFT). Such a dialect holds LoRA alone."""
 
     def names(self, path: ModulePath) -> tuple[tuple[str, ...], Rule | None]:
-        """Foreign names of a layer, without leaf: one, or one a piece of a fused layer; and the rule that cuts it."""
+        """Foreign names of a layer, without leaf: one, or one per piece of a fused layer; and the rule that cuts it."""
         component, module = path
         if component not in self.prefix:
             raise UserError(
@@ -177,9 +177,9 @@ def _unclaimed(strange: list[str], layers: Mapping[str, _NamedLayer], total: int
     first: dict[str, str] = {}
     for key in strange:
         first.setdefault(key.split(".lora_")[0] if ".lora_" in key else key.rpartition(".")[0], key)
-    said = [f"  {key}{nearest(head, layers)}" for head, key in list(first.items())[:5]]
+    shown = [f"  {key}{nearest(head, layers)}" for head, key in list(first.items())[:5]]
     more = [f"  and those of {len(first) - 5} more names"] if len(first) > 5 else []
-    return "\n".join([f"{len(strange)} of {total} keys of the adapter name no layer of this model:", *said, *more])
+    return "\n".join([f"{len(strange)} of {total} keys of the adapter name no layer of this model:", *shown, *more])
 
 
 # --- values ---

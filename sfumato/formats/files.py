@@ -164,8 +164,8 @@ def _unpickle(path: Path) -> dict[str, Tensor]:
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
     except pickle.UnpicklingError as error:
         what = re.search(r"GLOBAL ([\w.]+)", str(error))
-        held = f"holds code ({what[1]})" if what else "cannot be read as plain tensors"
-        raise UserError(f"{path}: {held}, which sfumato does not run; ask for a .safetensors of it") from None
+        wrong = f"holds code ({what[1]})" if what else "cannot be read as plain tensors"
+        raise UserError(f"{path}: {wrong}, which sfumato does not run; ask for a .safetensors of it") from None
     except Exception as error:  # a broken pickle can raise anything
         why = str(error).partition("\n")[0].partition(". ")[0] or type(error).__name__
         raise UserError(f"{path}: truncated, or not a file that torch saved ({why})") from None

@@ -68,19 +68,19 @@ class Header:
 
 
 def parse(text: bytes, file_size: int, where: str) -> Header:
-    """The header whose JSON is `text`, of a file of `file_size` bytes. Errors: `UserError` that says what is damaged;
+    """The header whose JSON is `text`, of a file of `file_size` bytes. Errors: `UserError` with what is damaged;
     `where`: the file."""
     try:
         entries = json.loads(text.decode(), object_pairs_hook=_once, parse_constant=_no_constant)
         if not isinstance(entries, dict) or not text.startswith(b"{"):
-            raise ValueError("it is no JSON object")
+            raise ValueError("it is not a JSON object")
         metadata = _metadata(entries.pop("__metadata__", {}))
         tensors = {_name(name): _tensor(name, entry) for name, entry in entries.items()}
     except RecursionError:
         raise UserError(f"{where}: not a safetensors file (its header is nested too deeply)") from None
     except ValueError as error:
         raise UserError(
-            f"{where}: not a safetensors file, or a damaged one: its header is no table of tensors ({error})"
+            f"{where}: not a safetensors file, or a damaged one: its header is not a table of tensors ({error})"
         ) from None
     tensors = dict(sorted(tensors.items(), key=lambda item: (item[1].start, item[0])))
     _check_layout(where, tensors, file_size - 8 - len(text))
@@ -91,14 +91,14 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """A JSON object whose keys stand once."""
     found = dict(pairs)
     if len(found) < len(pairs):
-        seen: set[str] = set()
-        twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
+        before: set[str] = set()
+        twice = next(key for key, _ in pairs if key in before or before.add(key))  # type: ignore[func-returns-value]
         raise ValueError(f"{twice!r} stands in it twice")
     return found
 
 
 def _no_constant(name: str) -> None:
-    raise ValueError(f"{name} is no number")
+    raise ValueError(f"{name} is not a number")
 
 
 def _metadata(found: object) -> dict[str, str]:
@@ -122,7 +122,7 @@ def _tensor(name: str, entry: object) -> TensorInfo:
     if not isinstance(entry, dict):
         raise ValueError(f"tensor {name!r} is {_shown(entry)}, expected a table of dtype, shape and data_offsets")
     dtype, shape, offsets = (entry.get(key) for key in ("dtype", "shape", "data_offsets"))
-    # A format that is newer than this list may stand here: `show` tells it, and training refuses it.
+    # A format that is newer than this list may stand here: `show` prints it, and training refuses it.
     if not isinstance(dtype, str) or not re.fullmatch(r"[A-Z][A-Z0-9_]*", dtype):
         raise ValueError(f"tensor {name!r} has the dtype {_shown(dtype)}; expected one of {', '.join(DTYPES)}")
     if not isinstance(shape, list) or not all(_is_count(n) and n < _LONGEST_SIDE for n in shape):

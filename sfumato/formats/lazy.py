@@ -26,7 +26,7 @@ PIECE = 1 << 16
 all."""
 
 PROBES = 16
-"""Places of a file that are compared where its times alone do not tell whether it was changed."""
+"""Places of a file that are compared where its times alone do not show whether it was changed."""
 
 
 class _File:

@@ -17,7 +17,7 @@ from typing import Literal
 
 STALE = 600
 """Seconds untouched after which a file of a dead process is removed while others may write beside it: a process of
-another machine or container may live although its number says nothing here."""
+another machine or container may live although its number means nothing here."""
 KINDS = (".safetensors", ".json", ".txt", ".model", ".jinja")
 """Endings of what sfumato writes into folders; a folder that holds anything else is not removed."""
 _DESKTOP = (".DS_Store", "Thumbs.db", "desktop.ini")  # what file managers put into every folder
@@ -112,7 +112,7 @@ def made_here(folder: Path) -> bool:
     try:
         return all(_made_here(p) for p in folder.rglob("*"))
     except OSError:
-        return False  # what cannot be seen may be anything
+        return False  # what cannot be listed may be anything
 
 
 def _made_here(path: Path) -> bool:

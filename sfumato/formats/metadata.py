@@ -1,4 +1,4 @@
-"""What a saved file says of itself: modelspec 1.0.1 and kohya's `ss_*` fields, with hashes as sd-scripts computes
+"""The metadata of a saved file: modelspec 1.0.1 and kohya's `ss_*` fields, with hashes as sd-scripts computes
 them."""
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ _OF_ADAPTERS = (
 )
 """Fields that a whole model does not have."""
 _OF_WHOLE_MODELS = ("train_text_encoder", "learning_rate_te")
-"""Fields that an adapter does not have: its text encoder goes by other settings, and may be trained where these say
+"""Fields that an adapter does not have: its text encoder goes by other settings, and may be trained where these are
 "False"."""
 
 _OPTIONS = {  # section of the config -> its fields that are written, as ss_<field>
@@ -203,8 +203,8 @@ def training(config: Config, run: RunFacts, datasets: Sequence[DatasetFacts] = (
 
 def called(kind: type, args: Mapping[str, object]) -> str:
     """`ss_optimizer`: a class by its path, and what it was called with: `torch.optim.adamw.AdamW(weight_decay=0.1)`."""
-    said = ",".join(f"{name}={value}" for name, value in args.items())
-    return f"{kind.__module__}.{kind.__qualname__}" + (f"({said})" if said else "")
+    text = ",".join(f"{name}={value}" for name, value in args.items())
+    return f"{kind.__module__}.{kind.__qualname__}" + (f"({text})" if text else "")
 
 
 def base_model(name: str, kind: str = "sd_model", memo: Path | None = None) -> dict[str, str]:
@@ -332,7 +332,7 @@ def model_hash(path: str | Path, memo: Path | None = None) -> str:
 
 
 def remembered(name: str, paths: Sequence[Path], make: Callable[[], str], memo: Path | None = None) -> str:
-    """What `make` says of some files, read once and not in each run: it is remembered by the files' stamps.
+    """What `make` finds in some files, read once and not in each run: it is remembered by the files' stamps.
 
     `memo`: the JSON file that remembers; default `~/.cache/sfumato/hashes.json`. When it cannot be written, nothing is
     remembered.
@@ -343,7 +343,7 @@ def remembered(name: str, paths: Sequence[Path], make: Callable[[], str], memo: 
     if isinstance(found, list) and found[:-1] == state:
         return str(found[-1])
     digest = make()
-    with suppress(UserError):  # a home that cannot be written is no reason to stop a run
+    with suppress(UserError):  # a home that cannot be written does not stop a run
         write_text(memo, json.dumps({**_memory(memo), name: [*state, digest]}, indent=1))
     return digest
 

@@ -1,4 +1,4 @@
-"""Paths as users have them: a name as text that can be printed and kept, and what stands there, found without opening
+"""Paths as users have them: a name as text that can be printed and stored, and what stands there, found without opening
 it."""
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _KINDS = (
 
 def printable(path: str | os.PathLike[str]) -> str:
     """A path's text with `\\xff` for each byte that is not UTF-8: Python's own marks for them can be neither printed
-    nor kept."""
+    nor stored."""
     return _NOT_TEXT.sub(lambda found: _spelt(ord(found[0])), os.fspath(path))
 
 

@@ -3,7 +3,7 @@
 NAME-state/
   manifest.json           written last: size and sha256 of each file, and when
   facts.json              plain values
-  <part>.safetensors      tensors, one file a part: "adapter", "optimizer", "ema" ...
+  <part>.safetensors      tensors, one file per part: "adapter", "optimizer", "ema" ...
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def save_run(folder: str | Path, tensors: Mapping[str, Mapping[str, Tensor]], fa
     """
     folder = Path(folder)
     if odd := next((name for name in tensors if not re.fullmatch(r"\w[\w.-]*", name)), None):
-        raise ValueError(f"{odd!r} is no name for a file")
+        raise ValueError(f"{odd!r} is not a name for a file")
     needed = sum(t.nbytes for part in tensors.values() for t in part.values())
     try:
         with aside_folder(folder, needed) as temp:
@@ -78,7 +78,7 @@ def load_run(folder: str | Path) -> tuple[dict[str, dict[str, Tensor]], dict[str
 
 
 def check_whole(folder: Path) -> None:
-    """Errors: `UserError` if a state is not whole as far as names and sizes tell: all that a look costs nothing for."""
+    """Errors: `UserError` if a state is not whole as far as names and sizes show, which costs nothing."""
     leftovers.restore(folder.parent, lambda name: name == folder.name)
     for wait in range(_TRIES):
         before, damage = _manifest(folder), damages(folder, content=False)
@@ -153,18 +153,18 @@ def newest(parent: str | Path, named: str) -> Path | None:
         bad = {}
         for folder in sorted(states, key=_age, reverse=True):
             if not (damage := damages(folder)):
-                _tell(bad)
+                _warn(bad)
                 return folder
             bad[folder] = "; ".join(damage)
         if states == {p: _manifest(p) for p in _folders(parent) if fits(p.name)} and not leftovers.exchanging(
             parent, fits
         ):
             break  # nobody is replacing one: they are damaged
-    _tell(bad)
+    _warn(bad)
     return None
 
 
-def _tell(bad: Mapping[Path, str]) -> None:
+def _warn(bad: Mapping[Path, str]) -> None:
     for folder, damage in bad.items():
         _log.warning("%s is passed over: %s", folder, damage)
 
@@ -178,7 +178,7 @@ def _folders(parent: Path) -> list[Path]:
 def _age(folder: Path) -> tuple[float, float]:
     """What states are ordered by: the optimizer step, then the time of writing."""
     facts, manifest = _json(folder / "facts.json"), _manifest(folder) or {}
-    # One whose facts cannot be read is looked at first, and told as damaged.
+    # One whose facts cannot be read is first, and reported as damaged.
     step = _number(facts.get("step")) if isinstance(facts, dict) else math.inf
     return step, _number(manifest.get("written"))
 
@@ -228,16 +228,16 @@ def _unpack(packed: Any, tensors: Mapping[str, Tensor]) -> Any:
     if not isinstance(packed, dict):
         return packed
     if len(packed) == 1:
-        (kind, held), *_ = packed.items()
+        (kind, content), *_ = packed.items()
         match kind:
             case "$tensor":
-                return tensors[held]
+                return tensors[content]
             case "$tuple":
-                return tuple(_unpack(v, tensors) for v in held)
+                return tuple(_unpack(v, tensors) for v in content)
             case "$dict":
-                return {_unpack(k, tensors): _unpack(v, tensors) for k, v in held}
+                return {_unpack(k, tensors): _unpack(v, tensors) for k, v in content}
             case "$float":
-                return float(held)
+                return float(content)
     return {k: _unpack(v, tensors) for k, v in packed.items()}
 
 
@@ -259,5 +259,5 @@ def _pack(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
             return dict(pairs)
         return {"$dict": [[_pack(k, path, tensors), v] for k, v in pairs]}
     raise TypeError(
-        f"{path or 'value'}: a {type(value).__module__}.{type(value).__qualname__} cannot be kept in a run's state"
+        f"{path or 'value'}: a {type(value).__module__}.{type(value).__qualname__} cannot be stored in a run's state"
     )

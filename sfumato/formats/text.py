@@ -76,11 +76,11 @@ def _too_deep(path: str | Path, kind: str) -> UserError:
     return UserError(f"{path}: is not {kind} that can be read: more than {DEEPEST} tables or lists stand in each other")
 
 
-def _broken(path: str | Path, text: str, said: str) -> str:
-    """What the parser said, with the line in front and the usual cause."""
-    found = re.search(r" \(at line (\d+), column \d+\)", said)
+def _broken(path: str | Path, text: str, message: str) -> str:
+    """The parser's message, with the line in front and the usual cause."""
+    found = re.search(r" \(at line (\d+), column \d+\)", message)
     if not found:  # at the end of the document
-        return f"{path}: is not TOML: {said}"
+        return f"{path}: is not TOML: {message}"
     number = int(found.group(1))
     line = text.splitlines()[number - 1] if number <= len(text.splitlines()) else ""
     hint = (
@@ -88,4 +88,4 @@ def _broken(path: str | Path, text: str, said: str) -> str:
         if "\\" in line
         else ""
     )
-    return f"{path}:{number}: is not TOML: {said.replace(found.group(0), '')}: {line.strip()[:200]}{hint}"
+    return f"{path}:{number}: is not TOML: {message.replace(found.group(0), '')}: {line.strip()[:200]}{hint}"

@@ -49,7 +49,7 @@ NAMES: dict[str, str] = {
 _PRESETS: dict[str, dict[str, Any]] = {
     "SGDNesterov": {"momentum": 0.9, "nesterov": True},
     "SGDNesterov8bit": {"momentum": 0.9, "nesterov": True},
-    # What dadaptation does when nothing is said.
+    # dadaptation's own defaults.
     "DAdaptAdaGrad": {"eps": 1e-6},
     "DAdaptLion": {"betas": (0.9, 0.99), "weight_decouple": True},
     "DAdaptSGD": {"momentum": 0.0},
@@ -84,7 +84,7 @@ def optimizer(config: OptimizerConfig, groups: Sequence[Group]) -> torch.optim.O
             lr=None if finds_own_rate(kind, args) else config.learning_rate,
             **{**_PRESETS.get(name, {}), **args},
         )
-    # What a class of any library finds wrong with its arguments, it says in errors of any kind.
+    # A class of any library may report wrong arguments by an error of any kind.
     except Exception as e:
         raise UserError(f"{flag} with optimizer_args {' '.join(config.optimizer_args) or 'of its own'}: {e}") from e
     return made
@@ -110,7 +110,7 @@ def spelled(args: Mapping[str, Any], kind: type[torch.optim.Optimizer]) -> dict[
 
 
 def in_low_bits(optimizer: torch.optim.Optimizer, seed: int) -> torch.optim.Optimizer:
-    """The same optimizer for weights held in bf16: it computes in fp32, and what it computed is rounded
+    """The same optimizer for weights in bf16: it computes in fp32, and what it computed is rounded
     stochastically."""
     if has_modes(optimizer):
         raise UserError(
@@ -127,11 +127,11 @@ def has_modes(optimizer: torch.optim.Optimizer | type[torch.optim.Optimizer]) ->
 
 @contextmanager
 def evaluating(optimizer: torch.optim.Optimizer) -> Iterator[None]:
-    """Within, the weights are those to use: to save or to draw with. Most optimizers have one kind of weights alone."""
+    """Within, the weights are those to save or to sample with. Most optimizers have one kind of weights alone."""
     if not has_modes(optimizer):
         yield
         return
-    held = [(p, p.detach().clone()) for group in optimizer.param_groups for p in group["params"]]
+    trained = [(p, p.detach().clone()) for group in optimizer.param_groups for p in group["params"]]
     optimizer.eval()  # type: ignore[attr-defined]
     try:
         yield
@@ -139,7 +139,7 @@ def evaluating(optimizer: torch.optim.Optimizer) -> Iterator[None]:
         training(optimizer)
         # There and back again is exact but for rounding: with this, saving leaves no trace in what is trained.
         with torch.no_grad():
-            for p, own in held:
+            for p, own in trained:
                 p.copy_(own)
 
 

@@ -1,4 +1,4 @@
-"""A moving average of trained weights, to save and to draw with."""
+"""A moving average of trained weights, to save and to sample with."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Weights held in bf16, trained by any optimizer: it steps on fp32 copies, which are rounded back stochastically.
+"""Weights in bf16, trained by any optimizer: it steps on fp32 copies, which are rounded back stochastically.
 
 With plain rounding, a change below 1/256 of a weight is lost whole; stochastic rounding keeps it on average.
 """
@@ -20,18 +20,18 @@ _CLOCK = "rounded_steps"
 def attach(optimizer: torch.optim.Optimizer, seed: int) -> None:
     """Hook an optimizer. Its state stays in fp32, over saving and loading as well. Weights of other dtypes are left
     alone."""
-    held: dict[Tensor, Tensor] = {}
+    originals: dict[Tensor, Tensor] = {}
 
     def widen(*_: Any) -> None:
         for p in _low(optimizer):
             grad, p.grad = p.grad, None
-            held[p] = p.data
+            originals[p] = p.data
             p.data = p.data.float()
             p.grad = None if grad is None else grad.float()
 
     def narrow(*_: Any) -> None:
         steps = optimizer.param_groups[0].setdefault(_CLOCK, 0)
-        for i, (p, low) in enumerate(held.items()):
+        for i, (p, low) in enumerate(originals.items()):
             grad, p.grad = p.grad, None
             if grad is not None:
                 generator = torch.Generator(low.device).manual_seed(key(seed, "round", steps, i))
@@ -39,13 +39,13 @@ def attach(optimizer: torch.optim.Optimizer, seed: int) -> None:
             p.data = low
             p.grad = None if grad is None else grad.to(low.dtype)
         optimizer.param_groups[0][_CLOCK] = steps + 1
-        held.clear()
+        originals.clear()
 
     def restore(*_: Any) -> None:
-        for p, low in held.items():
+        for p, low in originals.items():
             p.grad = None
             p.data = low
-        held.clear()
+        originals.clear()
 
     optimizer.register_step_pre_hook(widen)
     optimizer.register_step_post_hook(narrow)

@@ -33,7 +33,7 @@ class Trial:
 def trial(
     config: OptimizerConfig, groups: Sequence[Group], *, low_bits: bool = False, steps: int | None = None
 ) -> Trial:
-    """Build the optimizer, let it make a step, look whether its state can be kept, and put the schedule on it.
+    """Build the optimizer, let it make a step, check that its state can be saved, and put the schedule on it.
 
     `groups`: those of the run or `stand_in`s of them; their weights are not touched. `steps`: of the run, if that is
     known. Errors: `UserError` for whatever the user asked for that cannot work.
@@ -90,7 +90,7 @@ def _step(config: OptimizerConfig, optimizer: torch.optim.Optimizer) -> None:
     # Classes of any library fail in ways of their own.
     except Exception as e:
         raise UserError(
-            f"optimizer_type {config.optimizer_type}: it cannot make a plain step whose state can be kept ({e}); "
+            f"optimizer_type {config.optimizer_type}: it cannot make a plain step whose state can be saved ({e}); "
             "choose another one"
         ) from e
 
@@ -100,21 +100,21 @@ def _rates(config: OptimizerConfig, optimizer: torch.optim.Optimizer, groups: Se
     kind, name = type(optimizer), config.optimizer_type
     used = {each["name"]: each["lr"] for group in groups for each in group.for_torch()}
     values = set(used.values())
-    said = (
+    shown = (
         f"{next(iter(values)):g}"
         if len(values) == 1
         else ", ".join(f"{rate:g} ({part})" for part, rate in used.items())
     )
     if build.finds_own_rate(kind, optimizer.defaults):
         return [
-            f"{name} finds its own learning rate (relative_step=True); {said} does not act, it would with "
+            f"{name} finds its own learning rate (relative_step=True); {shown} does not act, it would with "
             "relative_step=False"
         ]
     out = []
     if build.takes_one_rate(kind):
         first = next(iter(used.values()))
         if len(values) > 1:
-            out.append(f"{name} has one learning rate for all that is trained: of {said} it is the first that acts")
+            out.append(f"{name} has one learning rate for all that is trained: of {shown} it is the first that acts")
         if first <= 0.1:
             out.append(
                 f"{name} scales the learning rate by a factor that it finds itself; {first:g} is low, 1.0 is usual"

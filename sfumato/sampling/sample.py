@@ -242,7 +242,7 @@ def encode_prompts(models: Models, prompts: Sequence[Prompt], device: torch.devi
     said = dict.fromkeys(text for p in prompts for text in ([p.negative_prompt] if p.scale > 1 else []) + [p.prompt])
     strategy, nets = models.family.outputs(models), list(models.encoders.values())
     with present(nets, device), torch.no_grad(), _evaluating(nets):
-        return {text: {name: t.cpu() for name, t in strategy.keep(encode(models, [text]), 0).items()} for text in said}
+        return {text: {name: t.cpu() for name, t in strategy.entry(encode(models, [text]), 0).items()} for text in said}
 
 
 def encode(models: Models, captions: Sequence[str]) -> Cond:

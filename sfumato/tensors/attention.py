@@ -18,7 +18,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Te
     """Softmax(q k^T / sqrt(d)) v.
 
     q: (b, heads, n, d); k, v: (b, heads, m, d); mask: broadcastable to (b, heads, n, m), either boolean
-    (True: may be seen) or added to the scores. Returns (b, heads, n, d).
+    (True: attended to) or added to the scores. Returns (b, heads, n, d).
     """
     return _chosen(q, k, v, mask)
 

@@ -40,7 +40,7 @@ class Flow:
     logit_std: float | None = None
     mode_scale: float | None = None
     model_prediction_type: Literal["raw", "additive", "sigma_scaled"] = "raw"
-    """How the net's prediction is read. Here that is a target and a weight: the loss compares a prediction with a target.
+    """How the net's prediction is read: here as a target and a weight, for the loss compares it with a target.
 
     raw: the velocity. sigma_scaled: the data that follow from it, x - s * v, are compared with the true ones.
     For the squared loss that is the velocity's loss times s^2; the other losses get the same weight, though for

@@ -1,8 +1,8 @@
-"""Randomness without a global state: every draw is keyed by what it is for.
+"""Randomness without a global state: every random number is keyed by what it is for.
 
-A key is a 64-bit number made of (seed, epoch, sample, purpose ...), so a draw depends on nothing else:
-not on worker count, on how batches are cut, or on how many draws came before (counter-based
-generators, Salmon et al. 2011, in spirit; here a keyed seed a draw).
+A key is a 64-bit number made of (seed, epoch, sample, purpose ...), so a number depends on nothing else:
+not on worker count, on how batches are cut, or on how many numbers came before (counter-based
+generators, Salmon et al. 2011, in spirit; here each has a keyed seed).
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def python_random(*parts: int | str) -> random.Random:
 
 @dataclass(frozen=True, slots=True)
 class SampleRandom:
-    """The random numbers of a batch; sample i draws from `keys[i]` and a purpose alone."""
+    """The random numbers of a batch; those of sample i follow from `keys[i]` and a purpose alone."""
 
     keys: Sequence[int]
 

@@ -85,7 +85,7 @@ def check(config: Config, method: Method, datasets: tuple[DatasetConfig, ...], r
         check_samplers(models, process, prompts, config.sample.sample_sampler)
     with wrong:
         outputs.check(config, method, datasets, models.source if models else None, read)
-    wrong.tell()
+    wrong.raise_all()
     assert models is not None
     with outlined(models, config, plan) as trainable:
         notes = _rates_notes(config, models) if plan else []
@@ -93,7 +93,7 @@ def check(config: Config, method: Method, datasets: tuple[DatasetConfig, ...], r
         with wrong:
             tried = trial(config.optimizer, trainable.groups(), low_bits=config.train.full_bf16, steps=_steps(config))
             notes += [*tried.notices, *resume.check(config, plan, models.the_source(), tried)]
-        wrong.tell()
+        wrong.raise_all()
         return Checked(prompts, plan, models, tuple(_trained(trainable)), trainable.suffix(), tuple(notes))
 
 
@@ -129,7 +129,7 @@ def check_model(config: Config, models: Models) -> None:
             strategy(models)
     with wrong:
         check_base_weights(config, models)
-    wrong.tell()
+    wrong.raise_all()
 
 
 @contextmanager
@@ -153,7 +153,7 @@ def _prompts(config: Config, datasets: tuple[DatasetConfig, ...]) -> list[Prompt
         sampler(config.sample.sample_sampler)
     with wrong:
         prompts = of_run(config, datasets)
-    wrong.tell()
+    wrong.raise_all()
     return prompts
 
 

@@ -149,12 +149,12 @@ def test_a_batch_of_prompts_is_as_one_by_one(case: Case, models: Models) -> None
     strategy = models.family.outputs(models)
     x, t = latents_of(models, len(CAPTIONS)), torch.full((len(CAPTIONS),), 500.0)
     together, apart = cond_of(models, CAPTIONS), [cond_of(models, [caption]) for caption in CAPTIONS]
-    kept = [strategy.keep(together, i) for i in range(len(CAPTIONS))]
+    kept = [strategy.entry(together, i) for i in range(len(CAPTIONS))]
     said = predict(models, x, t, together)
     torch.testing.assert_close(predict(models, x, t, strategy.join(kept)), said, atol=1e-5, rtol=1e-4)
     for i, cond in enumerate(apart):
         torch.testing.assert_close(predict(models, x[i : i + 1], t[:1], cond), said[i : i + 1], atol=1e-5, rtol=1e-4)
-        short = strategy.join([strategy.keep(cond, 0)])
+        short = strategy.join([strategy.entry(cond, 0)])
         torch.testing.assert_close(predict(models, x[i : i + 1], t[:1], short), said[i : i + 1], atol=1e-5, rtol=1e-4)
 
 

@@ -81,7 +81,7 @@ def test_captions_of_any_length_are_those_of_the_pipeline(models: Models, length
 
 def test_what_is_seen_is_what_is_kept(models: Models) -> None:
     cond = encoded(models, CAPTIONS)
-    kept = [OUTPUTS.keep(cond, i) for i in range(3)]
+    kept = [OUTPUTS.entry(cond, i) for i in range(3)]
     assert [list(each) for each in kept] == [["t5"]] * 3
     assert [len(each["t5"]) for each in kept] == cond["t5_mask"].sum(1).tolist()
     assert OUTPUTS.dtype == torch.bfloat16

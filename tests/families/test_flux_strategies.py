@@ -64,10 +64,10 @@ def test_the_pooled_state_is_not_projected(dev: Models) -> None:
 def test_without_a_mask_padding_is_content_and_all_rows_are_kept(dev: Models) -> None:
     cond, strategy = said(dev), FAMILY.outputs(dev)
     assert set(cond) == {"pooled", "t5"}
-    kept = strategy.keep(cond, 1)
+    kept = strategy.entry(cond, 1)
     assert set(kept) == {"pooled", "t5"} and len(kept["t5"]) == 512
     assert kept["t5"][100:].abs().max() > 0.1
-    back = strategy.join([strategy.keep(cond, i) for i in range(3)])
+    back = strategy.join([strategy.entry(cond, i) for i in range(3)])
     assert all(torch.equal(back[name], cond[name]) for name in cond)
 
 
@@ -76,7 +76,7 @@ def test_with_a_mask_only_the_captions_own_rows_are_kept(masked: Models) -> None
     used = cond["t5_mask"].sum(1).tolist()
     assert used[1] == 1 and used[0] < used[2]  # an empty caption has its end mark
     assert not cond["t5"][~cond["t5_mask"]].any()
-    kept = [strategy.keep(cond, i) for i in range(3)]
+    kept = [strategy.entry(cond, i) for i in range(3)]
     assert [len(entry["t5"]) for entry in kept] == used
     back = strategy.join(kept)
     assert back["t5"].shape[1] == max(used)
@@ -92,7 +92,7 @@ def test_a_mask_that_hides_nothing_is_left_out(masked: Models) -> None:
         cond = FAMILY.encode(masked).encode(masked.encoders, tokens)
     assert set(cond) == {"pooled", "t5"}
     strategy = FAMILY.outputs(masked)
-    assert set(strategy.join([strategy.keep(cond, 0)] * 2)) == {"pooled", "t5"}
+    assert set(strategy.join([strategy.entry(cond, 0)] * 2)) == {"pooled", "t5"}
 
 
 def test_t5_sees_no_padding_under_a_mask(masked: Models, dev: Models) -> None:

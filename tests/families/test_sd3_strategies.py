@@ -128,7 +128,7 @@ def test_what_is_kept_comes_back_whole(files: Files, tmp_path: Path, masked: boo
     """T5's rows are kept without hidden padding, in bf16, and come back at full length; padding that is content is kept as well."""
     models = opened(files, apply_t5_attn_mask=masked, apply_lg_attn_mask=masked)
     strategy, cond = FAMILY.outputs(models), said(models)
-    entries = [strategy.keep(cond, i) for i in range(len(CAPTIONS))]
+    entries = [strategy.entry(cond, i) for i in range(len(CAPTIONS))]
     used = [len(encoders.t5_tokenizer()(caption).input_ids) for caption in CAPTIONS] if masked else [256] * 3
     assert [len(entry["t5"]) for entry in entries] == used
     assert strategy.dtype == torch.bfloat16
@@ -143,7 +143,7 @@ def test_the_length_stays_the_same_whatever_a_batch_holds(files: Files) -> None:
     models = opened(files, apply_t5_attn_mask=True, t5xxl_max_token_length=40)
     strategy, cond = FAMILY.outputs(models), said(models)
     for i in range(len(CAPTIONS)):
-        assert strategy.join([strategy.keep(cond, i)])["t5"].shape == (1, 40, sd3.CONTEXT)
+        assert strategy.join([strategy.entry(cond, i)])["t5"].shape == (1, 40, sd3.CONTEXT)
 
 
 def test_settings_say_what_the_result_depends_on(files: Files) -> None:
@@ -200,7 +200,7 @@ def test_dropouts_of_the_encoders_are_independent_and_go_by_the_sample_alone(fil
 def test_dropout_is_the_same_from_kept_outputs_and_leaves_drawn_images_alone(files: Files) -> None:
     models = opened(files, clip_l_dropout_rate=0.5, t5_dropout_rate=0.5, apply_t5_attn_mask=True)
     strategy, cond = FAMILY.outputs(models), said(models)
-    kept = strategy.join([strategy.keep(cond, i) for i in range(len(CAPTIONS))])
+    kept = strategy.join([strategy.entry(cond, i) for i in range(len(CAPTIONS))])
     live, cached = (told(models, each, [1, 2, 3]) for each in (cond, kept))
     assert all(torch.equal(live[name], cached[name]) for name in live)
     certain = opened(files, clip_l_dropout_rate=1.0, clip_g_dropout_rate=1.0, t5_dropout_rate=1.0)

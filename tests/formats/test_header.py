@@ -56,10 +56,10 @@ def test_an_odd_entry_names_its_tensor(tmp_path: Path, entry: dict[str, Any], wo
     [
         (b"[" * 5000 + b"]" * 5000, "nested too deeply"),
         (b'{"w":' * 5000 + b"1" + b"}" * 5000, "nested too deeply"),
-        (b'{"w":1', "no table of tensors"),
-        (b"[1]", "no JSON object"),
-        (b'{"w":' + b"9" * 5000 + b"}", "no table of tensors"),
-        (b'{"w":NaN}', "NaN is no number"),
+        (b'{"w":1', "not a table of tensors"),
+        (b"[1]", "not a JSON object"),
+        (b'{"w":' + b"9" * 5000 + b"}", "not a table of tensors"),
+        (b'{"w":NaN}', "NaN is not a number"),
         (b'{"w":null}', "tensor 'w' is None"),
         (b'{"\\ud800":{"dtype":"F32","shape":[2,3],"data_offsets":[0,24]}}', "not Unicode text"),
         (b'{"w":{"dtype":"F32","shape":[2,3],"data_offsets":[0,24]},"w":1}', "'w' stands in it twice"),
@@ -68,7 +68,7 @@ def test_an_odd_entry_names_its_tensor(tmp_path: Path, entry: dict[str, Any], wo
             "the metadata 'step' is 3, expected text",
         ),
         (b'{"__metadata__":[],"w":{"dtype":"F32","shape":[2,3],"data_offsets":[0,24]}}', "__metadata__ is"),
-        ('{"w":1}'.encode("utf-16"), "no table of tensors"),
+        ('{"w":1}'.encode("utf-16"), "not a table of tensors"),
     ],
     ids=range(12),
 )

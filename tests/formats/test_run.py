@@ -158,7 +158,7 @@ run.save_run({str(folder)!r}, {{"adapter": {{"a": torch.ones(2)}}}}, {{"step": 2
 
 
 def test_names_of_parts_stay_in_the_folder(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="no name for a file"):
+    with pytest.raises(ValueError, match="not a name for a file"):
         run.save_run(tmp_path / "s", {"../x": {}}, {})
     assert os.listdir(tmp_path) == []
 
@@ -198,7 +198,7 @@ def test_pack_names_tensors_by_their_place() -> None:
 
 
 def test_pack_refuses_what_would_need_pickle() -> None:
-    with pytest.raises(TypeError, match=r"a\.0: a builtins\.set cannot be kept"):
+    with pytest.raises(TypeError, match=r"a\.0: a builtins\.set cannot be stored"):
         run.pack({"a": [{1, 2}]})
 
 

@@ -21,7 +21,7 @@ def _tried(steps=100, rates=None, **fields):
         ({"optimizer_type": "LBFGS"}, "cannot make a plain step"),
         ({"optimizer_type": "SparseAdam"}, "cannot make a plain step"),
         ({"optimizer_type": "pytorch_optimizer.AdaHessian"}, "cannot make a plain step"),
-        ({"optimizer_type": "pytorch_optimizer.AdaShift"}, "state can be kept"),
+        ({"optimizer_type": "pytorch_optimizer.AdaShift"}, "state can be saved"),
         ({"optimizer_type": "pytorch_optimizer.SAM"}, "base_optimizer"),
         ({"optimizer_type": "nothing.at.All"}, "cannot be imported"),
         (
