@@ -6,7 +6,6 @@ import gzip
 import json
 import re
 from collections.abc import Callable
-from functools import cache
 from pathlib import Path
 
 import torch
@@ -16,7 +15,6 @@ from sfumato import families
 Table = dict[str, tuple[int, ...]]
 
 
-@cache
 def table(name: str) -> Table:
     """{tensor name: shape} of a real file; `tests/key_table.py` makes the tables."""
     path = Path(__file__).parents[1] / "fixtures" / "keys" / f"{name}.json.gz"
