@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
@@ -12,7 +11,7 @@ from sfumato import families
 from sfumato.errors import UserError
 from sfumato.formats import files
 from sfumato.models import locate
-from sfumato.models.detection import CLAIMS, WHOLE, Detected, Kind, Shapes
+from sfumato.models.detection import ADAPTER_TENSOR, CLAIMS, WHOLE, Detected, Kind, Shapes, has
 
 CALLED: Mapping[Kind, str] = {
     "adapter": "an adapter (such as a LoRA), not a base model: give it as --network_weights, "
@@ -31,9 +30,7 @@ FUTURE = {
 """Models that sfumato does not train yet, and the names that they are known by; a family of theirs is asked first."""
 
 SEEMS = {
-    "an adapter (such as a LoRA) for a model that its names do not tell, not a base model": (
-        r".*\.((lora_(down|up|A|B)|lora\.(down|up))(\.default)?(\.weight)?|hada_w1_a|lokr_w[12](_a)?|oft_blocks)"
-    ),
+    "an adapter (such as a LoRA) for a model that its names do not tell, not a base model": ADAPTER_TENSOR,
     "a VAE of a model that is not supported yet": r"(encoder|decoder)\.conv_in\.weight",
     "a language model, such as some models read captions with, not a base model": (
         r"(model\.|language_model\.)*layers\.\d+\.self_attn\.q_proj\.weight"
@@ -95,10 +92,10 @@ def detect_file(name: str | Path, flag: str = "pretrained_model_name_or_path") -
 def unknown(shapes: Shapes) -> str:
     """What a file that no family knows seems to be, as the end of a sentence."""
     for model, pattern in FUTURE.items():
-        if any(re.fullmatch(pattern, key) for key in shapes):
+        if has(shapes, pattern):
             return f"of {model}, which is not supported yet"
     for what, pattern in SEEMS.items():
-        if any(re.fullmatch(pattern, key) for key in shapes):
+        if has(shapes, pattern):
             return what
     first = ", ".join(repr(key) for key in list(shapes)[:2])
     return f"no model that sfumato knows (its tensors: {len(shapes)}, {first} ...)"

@@ -125,9 +125,13 @@ def as_encoded(models: Models, cond: Cond, setting: SampleInfo) -> Cond:
     return cond
 
 
-def common_rate(options: Any, component: str, path: str) -> float | None:
-    """For `Family.rate`: every weight has the common rate of its component."""
-    return None
+ENCODER_RATES = {"clip_l": "learning_rate_te1", "clip_g": "learning_rate_te2", "t5xxl": "learning_rate_te3"}
+"""Text encoder -> kohya's numbered flag of its rate, where a family has it among its options."""
+
+
+def encoder_rate(options: Any, component: str, path: str) -> float | None:
+    """For `Family.rate`: that of the text encoder's numbered flag; everything else has the common rate."""
+    return getattr(options, ENCODER_RATES.get(component, ""), None)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -208,7 +212,7 @@ class Family:
     trainable: Callable[[Any, AdapterPlan | None], frozenset[str] | None] = lambda options, plan: None
     """(options, the plan of adapters, or None for a whole model) -> the text encoders that training may change; None:
     all."""
-    rate: Callable[[Any, str, str], float | None] = common_rate
+    rate: Callable[[Any, str, str], float | None] = encoder_rate
     """(options, component, path of a weight) -> its rate when a whole model is trained; None: the common one; 0: it is
     not trained."""
     encoder_lr_order: tuple[str, ...] = ()

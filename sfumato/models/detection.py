@@ -13,7 +13,7 @@ WHOLE = ("denoiser", "text_encoder", "vae")
 PREFIX = "model.diffusion_model."
 """What stands before a denoiser's names in single files that hold more."""
 NEVER = r"(?!)"
-ADAPTER_TENSOR = re.compile(
+ADAPTER_TENSOR = (
     r".*\.((lora|hada|lokr)_\w+(\.\w+)*|lora\.(up|down)\.weight|oft_blocks|oft_diag|diff|diff_b|dora_scale|alpha)"
 )
 DOWN = r"\.(lora_down|lora_A|lora\.down)\.(default\.)?weight"
@@ -135,7 +135,7 @@ class Signature:
         return Detected(family=self.family, kind="adapter", dialect=dialect, variant=variant)
 
 
-def has(shapes: Shapes, pattern: str | re.Pattern[str]) -> bool:
+def has(shapes: Shapes, pattern: str) -> bool:
     """Whether a name is as the pattern says, whole."""
     compiled = re.compile(pattern)
     return any(compiled.fullmatch(name) for name in shapes)

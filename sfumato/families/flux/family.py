@@ -37,7 +37,7 @@ from sfumato.models.base import Family, Models, SampleInfo, TokenizerSpec
 from sfumato.models.components import Checkpoint, Config, denoiser
 from sfumato.models.detection import PREFIX
 from sfumato.models.encoders.clip import CLIP_TARGETS, clip_component
-from sfumato.models.encoders.t5 import EMBEDDING, T5_TARGETS, t5_component
+from sfumato.models.encoders.t5 import EMBEDDING, T5_TARGETS, t5_component, trains_t5
 from sfumato.models.encoders.tokenizers import clip_tokenizer, t5_home, t5_vocabulary
 from sfumato.models.flow_options import REFUSED
 from sfumato.models.layers import Shapes, numbered
@@ -198,13 +198,7 @@ def adapter_dialects(keys: KeyMap) -> dict[str, Dialect]:
 
 def trainable(options: Any, plan: AdapterPlan | None) -> frozenset[str]:
     """T5 is trained only where it is asked for."""
-    t5 = options.train_t5xxl or (plan is not None and plan.family is not None and plan.family.train_t5xxl)
-    return frozenset({"clip_l", "t5xxl"} if t5 else {"clip_l"})
-
-
-def rate(options: Any, component: str, path: str) -> float | None:
-    """The rates of kohya's numbered text encoders."""
-    return {"clip_l": options.learning_rate_te1, "t5xxl": options.learning_rate_te3}.get(component)
+    return frozenset({"clip_l", "t5xxl"} if trains_t5(options, plan) else {"clip_l"})
 
 
 FAMILY = Family(
@@ -235,6 +229,5 @@ FAMILY = Family(
     },
     target_layer=target_layer,
     trainable=trainable,
-    rate=rate,
     encoder_lr_order=("clip_l", "t5xxl"),
 )

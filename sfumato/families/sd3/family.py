@@ -26,10 +26,10 @@ from sfumato.families.sd3.positions import embedded, places, scaled
 from sfumato.families.sd3.strategies import CLIPS, LATENTS, Sd3Encode, Sd3Tokenize, outputs
 from sfumato.formats.dialect import Dialect
 from sfumato.models.autoencoders import vae_component
-from sfumato.models.base import Family, Models, SampleInfo, TokenizerSpec
+from sfumato.models.base import Family, Models, SampleInfo, TokenizerSpec, encoder_rate
 from sfumato.models.components import Checkpoint, Config, denoiser
 from sfumato.models.encoders.clip import CLIP_TARGETS, clip_component
-from sfumato.models.encoders.t5 import EMBEDDING, T5_TARGETS, t5_component
+from sfumato.models.encoders.t5 import EMBEDDING, T5_TARGETS, t5_component, trains_t5
 from sfumato.models.encoders.tokenizers import clip_tokenizer, t5_home, t5_vocabulary
 from sfumato.models.flow_options import REFUSED
 from sfumato.models.layers import Shapes
@@ -97,7 +97,7 @@ def complete(options: Options, source: Checkpoint) -> tuple[Completed, Checkpoin
     if asked and not has_t5:
         wrong.append(f"{asked[0]}: {source.path} holds no T5; name its file with t5xxl, or leave {asked[0]} out")
     shapes = source.components["denoiser"].shapes()
-    if wrong or (wrong := _misfits(shapes, source)):
+    if wrong or (wrong := _width_mismatches(shapes, source)):
         raise UserError(*wrong)
     shift = options.discrete_flow_shift if options.training_shift is None else options.training_shift
     told: dict[str, Any] = {
@@ -110,7 +110,7 @@ def complete(options: Options, source: Checkpoint) -> tuple[Completed, Checkpoin
     return Completed(**told, version=facts.version(shapes), blocks=count, has_t5=has_t5), _without_clips_own(source)
 
 
-def _misfits(shapes: Shapes, source: Checkpoint) -> list[str]:
+def _width_mismatches(shapes: Shapes, source: Checkpoint) -> list[str]:
     """A message for text encoders whose widths are not those that the transformer takes."""
     clips = [source.components[name].shapes() for name in CLIPS]
     tokens = "text_model.embeddings.token_embedding.weight"
@@ -247,22 +247,17 @@ def dialects(models: Models) -> Mapping[str, Dialect]:
 
 def trainable(options: Any, plan: AdapterPlan | None) -> frozenset[str]:
     """T5 is trained only where it is asked for. Errors: `UserError` where there is none."""
-    t5 = options.train_t5xxl or (plan is not None and plan.family is not None and plan.family.train_t5xxl)
+    t5 = trains_t5(options, plan)
     if t5 and isinstance(options, Completed) and not options.has_t5:
         raise UserError("train_t5xxl: the model holds no T5; name its file with t5xxl, or leave train_t5xxl out")
     return frozenset({*CLIPS, "t5xxl"} if t5 else CLIPS)
 
 
 def rate(options: Any, component: str, path: str) -> float | None:
-    """The rates of kohya's numbered text encoders; nothing for what has no say: how the text, which ends there, looks
-    in the last block."""
+    """As of all text encoders; nothing for the queries of the text in the last block, which ends there."""
     if path == f"joint_blocks.{options.blocks - 1}.context_block.attn.ln_q.weight":
         return 0.0
-    return {
-        "clip_l": options.learning_rate_te1,
-        "clip_g": options.learning_rate_te2,
-        "t5xxl": options.learning_rate_te3,
-    }.get(component)
+    return encoder_rate(options, component, path)
 
 
 FAMILY = Family(

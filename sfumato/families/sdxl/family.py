@@ -22,7 +22,7 @@ from sfumato.families.sdxl.net import UNet, blocks
 from sfumato.families.sdxl.strategies import LATENTS, OUTPUTS, SdxlEncode, SdxlTokenize
 from sfumato.formats.dialect import Dialect, usual
 from sfumato.models.autoencoders import vae_component
-from sfumato.models.base import Family, Models, SampleInfo, TokenizerSpec
+from sfumato.models.base import Family, Models, SampleInfo, TokenizerSpec, encoder_rate
 from sfumato.models.components import Checkpoint, Config, denoiser
 from sfumato.models.encoders.clip import CLIP_TARGETS, clip_component
 from sfumato.models.encoders.tokenizers import clip_tokenizer
@@ -114,17 +114,15 @@ def predict(net: nn.Module, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
 
 def trainable(options: Options, plan: AdapterPlan | None) -> frozenset[str] | None:
     """A text encoder whose rate is 0 is left as it is."""
-    rates = {"clip_l": options.learning_rate_te1, "clip_g": options.learning_rate_te2}
-    return None if plan is not None else frozenset(name for name, rate in rates.items() if rate != 0)
+    return None if plan is not None else frozenset(n for n in ("clip_l", "clip_g") if encoder_rate(options, n, "") != 0)
 
 
 def rate(options: Options, component: str, path: str) -> float | None:
     """The rate of a weight when a whole model is trained."""
     if component == "denoiser":
         return options.block_lr[block(path)] if options.block_lr else None
-    if component == "clip_g":
-        return options.learning_rate_te2
-    return 0.0 if path.startswith(UNUSED) else options.learning_rate_te1
+    unused = component == "clip_l" and path.startswith(UNUSED)
+    return 0.0 if unused else encoder_rate(options, component, path)
 
 
 def block(path: str) -> int:

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sfumato.adapters import AdapterPlan
 from sfumato.formats.names import KeyMap, rule
 from sfumato.models.components import Component, KeyFormat, matching
 from sfumato.models.layers import Shapes, count_layers
@@ -121,3 +122,8 @@ def t5_keys(names: Collection[str]) -> KeyMap:
 def t5_idle(names: Collection[str]) -> list[str]:
     """Of the names in a file, the embedding's second copy."""
     return [TWIN] if EMBEDDING in names and TWIN in names else []
+
+
+def trains_t5(options: Any, plan: AdapterPlan | None) -> bool:
+    """For `Family.trainable`: whether the options, or the network_args of a plan of adapters, ask for T5."""
+    return bool(options.train_t5xxl or (plan and plan.family and plan.family.train_t5xxl))
