@@ -23,7 +23,7 @@ def names() -> tuple[str, ...]:
 
 
 def facts(name: str) -> Facts:
-    """What a family says of itself before torch is imported."""
+    """What is known of a family before torch is imported."""
     return cast("Facts", import_module(f"sfumato.families.{name}.facts").FACTS)
 
 

@@ -36,7 +36,7 @@ SEEMS = {
         r"(model\.|language_model\.)*layers\.\d+\.self_attn\.q_proj\.weight"
     ),
 }
-"""What a file is, if not of which model: a pattern of names that tell it."""
+"""What a file is, if not of which model -> pattern of the names by which it is known."""
 
 
 def identify(shapes: Shapes, metadata: Mapping[str, str] | None = None) -> Detected | None:

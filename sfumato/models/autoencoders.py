@@ -16,7 +16,7 @@ from sfumato.models.layers import Shapes, count_layers
 SD_SCALE = 0.18215
 """Factor from raw latents to those of the denoiser in Stable Diffusion 1.x and 2.x."""
 LDM_MARK, DIFFUSERS_MARK = "encoder.down.0.block.0.conv1.weight", "encoder.down_blocks.0.resnets.0.conv1.weight"
-"""A tensor by which the spelling of a KL autoencoder is known."""
+"""A tensor by which a KL autoencoder's key format is known."""
 _UNUSED = matching(r"(?!(encoder|decoder|quant_conv|post_quant_conv)\.).*")
 """A VAE's own checkpoint also holds the loss that it was trained with, and an average of the weights."""
 EARLY_MARK = "encoder.mid_block.attentions.0.query.weight"
@@ -78,7 +78,7 @@ def vae_component(
     channels: int = 4,
     bundled: bool = True,
 ) -> Component:
-    """A KL autoencoder. `scale`, `shift`: what is used where no config says it. `channels`: of its latents."""
+    """A KL autoencoder. `scale`, `shift`: what is used without a config. `channels`: of its latents."""
 
     def scaling(config: Config) -> tuple[float, float]:
         return float(config.get("scaling_factor", scale)), float(config.get("shift_factor", shift) or 0.0)
@@ -115,7 +115,7 @@ def vae_key_format(names: Collection[str]) -> KeyFormat | None:
 
 
 def vae_keys(names: Collection[str]) -> KeyMap:
-    """native: diffusers' AutoencoderKL. foreign: LDM. For a net with tensors of these names, in either spelling."""
+    """native: diffusers' AutoencoderKL. foreign: LDM. For a net with tensors of these names, of either side."""
     starts = ("encoder.down.", "encoder.down_blocks.")
     levels = len({name.split(".")[2] for name in names if name.startswith(starts)})
     rules = [rule("quant_conv"), rule("post_quant_conv")]

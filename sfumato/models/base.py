@@ -1,4 +1,4 @@
-"""What a family says of itself. Everything else is written once and applied to it from outside."""
+"""The record of a family and a loaded model. Everything else is written once and applied to them from outside."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Models:
 
     family: Family
     options: Any
-    """The family's `facts.Options`, completed by what the file says (v prediction, for example)."""
+    """The family's `facts.Options`, completed by what the file holds (v prediction, for example)."""
     denoiser: nn.Module
     encoders: Mapping[str, nn.Module]
     """By name: {"clip_l": ...}; module paths are the names that files use."""
@@ -48,7 +48,7 @@ class Models:
     source: Checkpoint | None = None
     """What it was read from; what was not trained is copied from there."""
     dtypes: Mapping[str, torch.dtype | None] = field(default_factory=dict)
-    """What each component is held in; None: as in its file."""
+    """Number format of each component's weights; None: as in its file."""
 
     @property
     def vae(self) -> nn.Module | None:
@@ -56,7 +56,7 @@ class Models:
         return self.vaes["vae"] if isinstance(self.vaes, OnDemand) else self.vaes
 
     def scaled(self, latents: Tensor) -> Tensor:
-        """Raw latents -> those of the denoiser. Where the files tell how, no VAE is made for it."""
+        """Raw latents -> those of the denoiser. If the VAE's config is known, no VAE is made for it."""
         weights = self.source.components.get("vae") if self.source else None
         if weights is None or weights.component.scaling is None:
             return scale(self.the_vae(), latents)
@@ -95,14 +95,14 @@ class Models:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SampleInfo:
-    """What b samples are, besides what their captions say."""
+    """What conditions b samples besides their captions."""
 
     sizes: Tensor
     """(b, 6) original height and width, crop top and left, target height and width, in pixels."""
     guidance: Tensor | None = None
-    """(b,) the guidance that a distilled model is told; None: the family's own for training."""
+    """(b,) guidance, the input of a distilled model; None: the family's own for training."""
     rng: SampleRandom | None = None
-    """Where what is left out by chance while training comes from; None when images are drawn."""
+    """Source of chance for what is dropped in training; None when sampling."""
 
 
 def check_sizes(models: Models, sizes: Iterable[tuple[str, int, int, str]]) -> None:
@@ -121,7 +121,7 @@ def check_sizes(models: Models, sizes: Iterable[tuple[str, int, int, str]]) -> N
 
 
 def as_encoded(models: Models, cond: Cond, setting: SampleInfo) -> Cond:
-    """For `Family.condition`: the denoiser is told nothing but what the text encoders say."""
+    """For `Family.condition`: the denoiser takes what the text encoders give, and nothing else."""
     return cond
 
 
@@ -170,34 +170,38 @@ class Family:
     components: Sequence[Component]
     """Its nets in files; "denoiser" is what is trained, "vae" the autoencoder, all others are text encoders."""
     optional: frozenset[str] = frozenset()
-    """Parts that a model may lack."""
+    """Components that a model may lack."""
     passthrough_keys: re.Pattern[str] = re.compile(r"(?!)")
     """Pattern of full names in single files that belong to no net and are copied on save."""
     complete: Callable[[Any, Checkpoint], tuple[Any, Checkpoint]] = lambda options, source: (options, source)
-    """The options with what the files say filled in, and the source without what is not the model's.
+    """(options, source) -> the options completed from the files, and the source without what is not the model's.
     Errors: `UserError` if they contradict."""
     tokenizer_specs: Mapping[str, TokenizerSpec]
     """Text encoder -> its tokenizer."""
     new_folder: Callable[[Models], NewFolder] | None = None
     """None: saved as a diffusers folder only if it came as one."""
-    respell: Callable[[Models, dict[str, Tensor]], dict[str, Tensor]] = lambda models, tensors: tensors
+    adjust_single_file: Callable[[Models, dict[str, Tensor]], dict[str, Tensor]] = lambda models, tensors: tensors
     """A last change to the tensors of a single file about to be saved."""
     tokenize: Callable[[Models], TokenizeStrategy]
+    """Captions -> tokens."""
     encode: Callable[[Models], TextEncodingStrategy]
+    """Tokens -> cond."""
     latents: LatentsCachingStrategy
+    """Shape of the latents, and how they are cached."""
     outputs: Callable[[Models], TextEncoderOutputsCachingStrategy]
+    """How cond is cached."""
     process: Callable[[Models, NoiseConfig, LossConfig], NoiseProcess]
-    """(models, noise config, loss config) -> how latents are noised, what the net should say, and what an error
-    weighs."""
+    """(models, noise config, loss config) -> how latents are noised, the target of the prediction, and the weights of
+    the loss."""
     condition: Callable[[Models, Cond, SampleInfo], Cond] = as_encoded
-    """(models, what the encoders say, setting) -> all that `predict` is told besides x and t."""
+    """(models, output of the text encoders, sample info) -> all inputs of `predict` besides x and t."""
     predict: Callable[[nn.Module, Tensor, Tensor, Cond], Tensor]
-    """(denoiser, x (b, c, h, w), t (b,), cond) -> what the denoiser says, shaped as x."""
+    """(denoiser, x (b, c, h, w), t (b,), cond) -> what the denoiser predicts, shaped as x."""
     sigmas: Callable[[Models, int, int], Tensor] | None = None
-    """(models, steps, latent pixels of the image) -> (steps + 1,) noise levels from 1 to 0 that an image is drawn
+    """(models, steps, latent pixels of the image) -> (steps + 1,) noise levels from 1 to 0 that an image is sampled
     along; None: DDPM."""
     largest: Callable[[Models], int] | None = None
-    """models -> the longest side, in pixels, of an image that the denoiser can be told of; None: any."""
+    """models -> the longest side, in pixels, of an image that the denoiser has positions for; None: any."""
     blocks: Callable[[nn.Module], Sequence[nn.Module]]
     """The denoiser's repeated blocks, in forward order: what checkpointing, swapping and compiling act on."""
     encoder_blocks: Callable[[nn.Module], Sequence[nn.Module]] = lambda net: list(cast(Any, net).layers)
@@ -207,7 +211,7 @@ class Family:
     targets: Mapping[str, Mapping[str, tuple[str, ...]]]
     """component -> layer kind ("linear", "conv") -> path patterns (fnmatch) of the layers that adapters go on."""
     target_layer: Callable[[Any, AdapterPlan, TargetLayer], TargetLayer | None] = lambda options, plan, target: target
-    """(options, plan, a layer that gets an adapter) -> the same with what the options say of this layer; None: no
+    """(options, plan, a layer that gets an adapter) -> the same with the options of this layer; None: no
     adapter there."""
     trainable: Callable[[Any, AdapterPlan | None], frozenset[str] | None] = lambda options, plan: None
     """(options, the plan of adapters, or None for a whole model) -> the text encoders that training may change; None:

@@ -1,4 +1,4 @@
-"""The nets of a model in files: a record a net says where it stands, and everything is read and written by it."""
+"""The nets of a model in files: one record per net, by which it is found, read and written."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ class Component:
     net: Callable[[Shapes, Config], nn.Module]
     """A net without values (on the meta device) for native tensors of these shapes. Errors: `UserError`."""
     key_format: Callable[[Shapes], KeyFormat | None]
-    """How tensors of these names (prefix off) and shapes are spelled; None: they are not this component's."""
+    """The key format of tensors of these names (prefix off) and shapes; None: they are not this component's."""
     prefixes: tuple[str, ...] = ("",)
     """What stands before its names in files that hold several components, the usual one first; "": it may stand
     bare."""
@@ -85,13 +85,13 @@ class Component:
     flag: str = ""
     """The setting that names a file of its own; "": there is none."""
     unused_keys: Callable[[Collection[str]], Collection[str]] = lambda names: ()
-    """Of its names (prefix off) those that no net holds; in a single file they are kept as they are."""
+    """Of its names (prefix off) those that no net has; in a single file they are copied on save."""
     tied_keys: Mapping[str, str] = field(default_factory=dict)
     """Those of `unused_keys` that repeat the values of another name: copy -> original."""
     single: Callable[[Shapes], KeyFormat] | None = native_format
-    """How a new single file spells native tensors of these shapes; None: a new one does not hold this component."""
+    """The key format of a new single file; None: a new one does not hold this component."""
     diffusers: Callable[[Shapes], KeyFormat] = native_format
-    """How a diffusers folder spells them."""
+    """The key format of a diffusers folder."""
     scaling: Callable[[Config], tuple[float, float]] | None = None
     """Of a VAE: factor and shift from its raw latents to the denoiser's, (x - shift) * factor."""
 
@@ -189,7 +189,7 @@ class ComponentWeights:
     ) -> nn.Module:
         """The net with its tensors, frozen and in eval mode. Names and shapes are checked before a value is read.
 
-        `read` is told of each tensor how many numbers it has; `map`: whether tensors may be backed by the file.
+        `read` is called with the size of each tensor; `map`: whether tensors may be backed by the file.
         """
         return self.put_into(self.empty(), dtype, read, map)
 
@@ -398,7 +398,7 @@ def unchanged(own: Mapping[str, Tensor], weights: ComponentWeights) -> bool:
 
 
 def single_file(source: Checkpoint, components: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    """The tensors of a single file as the source spells them, or as new ones are spelled. `components`: native tensors
+    """The tensors of a single file in the key format of the source, or of new ones. `components`: native tensors
     by component."""
     out: dict[str, Tensor] = {}
     tied: dict[str, Tensor] = {}

@@ -105,7 +105,7 @@ class Signature:
     own: Callable[[Shapes], bool] = lambda shapes: True
     """Whether an adapter's names or shapes are this family's alone; not asked where its metadata name the family."""
     variant: Callable[[Shapes], str] = lambda shapes: ""
-    """The variant that an adapter's names or shapes tell."""
+    """The variant that an adapter is for, by its names or shapes."""
     singles: Sequence[Single] = ()
     """The files of one component that this family answers for; the first that fits is taken."""
 
@@ -136,13 +136,13 @@ class Signature:
 
 
 def has(shapes: Shapes, pattern: str) -> bool:
-    """Whether a name is as the pattern says, whole."""
+    """Whether the pattern matches a whole name."""
     compiled = re.compile(pattern)
     return any(compiled.fullmatch(name) for name in shapes)
 
 
 def width(shapes: Shapes, pattern: str) -> int | None:
-    """Columns of the first matrix whose name is as the pattern says."""
+    """Columns of the first matrix whose whole name the pattern matches."""
     return next((shape[1] for name, shape in shapes.items() if len(shape) == 2 and re.fullmatch(pattern, name)), None)
 
 

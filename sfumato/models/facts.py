@@ -43,7 +43,7 @@ class Facts:
     defaults: Mapping[str, object] = field(default_factory=dict)
     """Settings of all families that have another default here."""
     prompt: Mapping[str, Any] = field(default_factory=dict)
-    """What a prompt that does not say it is drawn with, where it differs from `sampling/prompts.py: Prompt`."""
+    """Defaults of prompts, where it differs from `sampling/prompts.py: Prompt`."""
     paths: tuple[str, ...] = ()
     """Options that name a file, a folder or a hub id."""
     refused: Mapping[str, str] = field(default_factory=dict)

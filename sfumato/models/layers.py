@@ -91,7 +91,7 @@ def split_heads(qkv: Tensor, channels: int) -> tuple[Tensor, Tensor, Tensor]:
 def timestep_embedding(t: Tensor, channels: int) -> Tensor:
     """t (b,) -> (b, channels), fp32: cosines, then sines, of t at rates from 1 down to 1 / 10,000.
 
-    In the references' order of operations: for large t another rounding of the rates would be seen in the cosines.
+    In the references' order of operations: for large t another rounding of the rates would show in the cosines.
     """
     half = channels // 2
     rates = torch.exp(-math.log(10_000) * torch.arange(half, dtype=torch.float32, device=t.device) / half)

@@ -33,7 +33,7 @@ with what it seems to be. Handed in, as families are above this floor."""
 def examine(
     family: Family, path: str, options: Any, *, detect: Detect | None = None, vae: str | None = None
 ) -> tuple[Any, Checkpoint]:
-    """The options with what the files say, and where the components of a checkpoint are; headers are read and nothing
+    """The completed options, and where the components of a checkpoint are; headers are read and nothing
     else.
 
     Errors: `UserError` for what is missing, of no component, or contradicts the options.
@@ -65,8 +65,8 @@ def outline(
     tokenizer: str | None = None,
     later: Collection[str] = (),
 ) -> Models:
-    """The model without values: its nets on the meta device, for all that can be told from headers. `read_values` fills
-    it.
+    """The model without values: its nets on the meta device, for all that can be known from headers. `read_values`
+    fills it.
 
     `later`: text encoders and VAE that are made when they are asked for, with their tokenizers, if they are needed at
     all: their libraries take seconds to import. Errors: as `examine`, and for tensors that do not fit their net.
@@ -135,11 +135,11 @@ def read_values(
 ) -> None:
     """Give the nets of an `outline` their values; no tensor is in memory twice.
 
-    `dtype`: what denoiser and encoders are held in, one for all or by component; None: as in the file. The VAE stays in
-    the format of its file where nothing else is said. `later`: those that get their values by `materialize` or
+    `dtype`: number format of denoiser and encoders, one for all or by component; None: as in the file. The VAE stays in
+    the format of its file unless it is named. `later`: those that get their values by `materialize` or
     `materialize_vae`, if at all.
     `map`: whether tensors that need no change may be backed by the file; False for nets that are used from the CPU's
-    memory for as long as a training lasts. `progress` is told (done, all) numbers.
+    memory for as long as a training lasts. `progress` is called with (done, all) numbers.
     """
     source = models.source
     assert source is not None
@@ -150,7 +150,7 @@ def read_values(
     now = {name: weights for name, weights in source.components.items() if name not in later}
     done, total = 0, sum(math.prod(shape) for weights in now.values() for shape in weights.shapes().values())
 
-    def tell(more: int) -> None:
+    def count(more: int) -> None:
         nonlocal done
         done += more
         if progress:
@@ -159,7 +159,7 @@ def read_values(
     models.make(now)
     for name, net in models.made().items():
         if name in now:
-            now[name].put_into(net, dtypes.get(name), tell, map).to(device)
+            now[name].put_into(net, dtypes.get(name), count, map).to(device)
 
 
 def materialize(models: Models, device: torch.device | str = "cpu") -> None:
@@ -181,7 +181,7 @@ def materialize_vae(models: Models, device: torch.device | str = "cpu") -> nn.Mo
 
 
 def unload(models: Models) -> None:
-    """Give up the memory of the text encoders; `materialize` brings back what their files say."""
+    """Give up the memory of the text encoders; `materialize` reads it again from their files."""
     for name, net in models.made().items():
         if name in models.encoders:
             net.to("meta")
@@ -271,7 +271,9 @@ def save(
         files.save(
             path.with_name(f"{path.stem}_{name}{path.suffix}"), weights.key_format.write(values.pop(name)), metadata
         )
-    files.save(path, models.family.respell(models, components.single_file(source, values)), metadata, source.check)
+    files.save(
+        path, models.family.adjust_single_file(models, components.single_file(source, values)), metadata, source.check
+    )
 
 
 # --- folders ---

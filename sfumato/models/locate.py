@@ -80,7 +80,7 @@ QUANTISED = re.compile(
 
 
 def refuse_quantised(where: Path | str, names: Iterable[str] = ()) -> None:
-    """Errors: `UserError` if a file is quantised: GGUF, which is seen from its ending, or weights with scales beside
+    """Errors: `UserError` if a file is quantised: GGUF, known by its ending, or weights with scales beside
     them."""
     again = "take the file in fp16 or bf16 (plain fp8 without scales is read as well)"
     if str(where).lower().endswith(".gguf"):

@@ -29,7 +29,7 @@ def fill(net: Net, tensors: Mapping[str, Tensor], what: str) -> Net:
         name for name, t in (*net.named_parameters(), *net.named_buffers()) if t.is_meta and name not in tensors
     ]:
         raise RuntimeError(
-            f"{type(net).__name__}: {', '.join(empty)} still without values after loading {what}: a buffer that is not "
+            f"{type(net).__name__}: {', '.join(empty)} still on the meta device after loading {what}: a buffer that is not "
             "persistent is filled by no file; make it in forward, or register it persistent and in the key table"
         )
     return net.eval().requires_grad_(False)
@@ -38,7 +38,7 @@ def fill(net: Net, tensors: Mapping[str, Tensor], what: str) -> Net:
 def check(net: nn.Module, given: Mapping[str, tuple[int, ...]], what: str) -> None:
     """That tensors of these names and shapes are those of the net.
 
-    Errors: `UserError` that names what is missing, left over or of another shape; `what` says whose tensors they are.
+    Errors: `UserError` that names what is missing, left over or of another shape; `what`: whose tensors they are.
     """
     wanted = shapes(net.state_dict())
     wrong = [f"{what} lacks the tensor {name!r} {shape}" for name, shape in wanted.items() if name not in given]

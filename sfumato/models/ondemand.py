@@ -1,5 +1,5 @@
-"""Nets and tokenizers that are made when they are first used: a run that keeps what they say never imports their
-libraries."""
+"""Nets and tokenizers that are made when they are first used: a run whose text is cached never imports
+their libraries."""
 
 from __future__ import annotations
 

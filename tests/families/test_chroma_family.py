@@ -50,7 +50,7 @@ def encoded(models: Models, captions: list[str]) -> dict[str, Tensor]:
 
 def test_one_token_of_the_padding_is_seen() -> None:
     tokens = ChromaTokenize(t5_tokenizer(), 12).tokenize(CAPTIONS)
-    used, seen = tokens["t5_mask"].sum(1), tokens["t5_seen"]
+    used, seen = tokens["t5_mask"].sum(1), tokens["t5_visible"]
     assert seen.sum(1).tolist() == (used + 1).clamp(max=12).tolist()
     assert int(used.max()) == 12 and int(used.min()) == 1
     assert torch.equal(seen[1], torch.arange(12) < 2)

@@ -260,7 +260,7 @@ def test_exchanged_and_foreign_encoders_are_refused(apart: Files, tmp_path: Path
     with pytest.raises(UserError, match="clip_l, clip_g: the files are exchanged"):
         opened(apart, clip_l=per_sample, clip_g=narrow)
     with pytest.raises(
-        UserError, match="clip_l, clip_g: they say 64 and 64 numbers, the transformer takes 192 of both"
+        UserError, match="clip_l, clip_g: their pooled states are 64 and 64 wide, the transformer takes 192 of both"
     ):
         opened(apart, clip_g=narrow)
     save(tmp_path / "t5.safetensors", encoders.t5().state_dict(), {})

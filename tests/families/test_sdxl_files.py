@@ -232,7 +232,7 @@ def test_a_unet_that_is_told_of_another_text_encoder(tmp_path: Path) -> None:
     tensors = sdxl.single_file()
     name = f"{PREFIX}label_emb.0.0.weight"
     tensors[name] = tensors[name][:, 8:].clone()
-    with pytest.raises(UserError, match=r"is told 1656 numbers .* 128 of the pooled text and 6 x 256"):
+    with pytest.raises(UserError, match=r"takes 1656 numbers .* 128 of the pooled text and 6 x 256"):
         opened(sdxl.put(tmp_path / "model.safetensors", tensors))
 
 

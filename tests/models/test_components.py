@@ -448,7 +448,7 @@ def models(source: Checkpoint) -> Models:
         title="Small",
         components=COMPONENTS,
         tokenizer_specs={},
-        respell=lambda models, tensors: tensors,
+        adjust_single_file=lambda models, tensors: tensors,
     )
     return Models(family, None, held.pop("denoiser"), held, {}, held.pop("vae", None), source)  # type: ignore[arg-type]
 

@@ -28,7 +28,9 @@ def made(*, persistent: bool) -> Net:
 
 
 def test_a_buffer_that_no_file_fills_is_named() -> None:
-    with pytest.raises(RuntimeError, match=r"^Net: angles still without values after loading the file: .* in forward"):
+    with pytest.raises(
+        RuntimeError, match=r"^Net: angles still on the meta device after loading the file: .* in forward"
+    ):
         fill(made(persistent=False), TENSORS, "the file")
 
 

@@ -66,23 +66,23 @@ COMPONENTS = (
 
 
 def complete(options: Options, source: Checkpoint) -> tuple[Completed, Checkpoint]:
-    """How many blocks there are, as the file says."""
-    told = {**asdict(options), "model_type": "chroma", **counts(source.components["denoiser"].shapes())}
-    return Completed(**told), source
+    """The number of blocks, from the file."""
+    completed = {**asdict(options), "model_type": "chroma", **counts(source.components["denoiser"].shapes())}
+    return Completed(**completed), source
 
 
 # --- running ---
 
 
 def tokenize(models: Models) -> ChromaTokenize:
-    """Captions -> tokens, as the options say."""
+    """Captions -> tokens."""
     return ChromaTokenize(models.tokenizers["t5xxl"], models.options.t5xxl_max_token_length)
 
 
 def predict(net: nn.Module, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
-    """The velocity that the transformer says."""
-    said: Tensor = net(x, t / 1000, cond["t5"], cond.get("t5_mask"))
-    return said
+    """The velocity."""
+    prediction: Tensor = net(x, t / 1000, cond["t5"], cond.get("t5_mask"))
+    return prediction
 
 
 def sigmas(models: Models, steps: int, latent_pixels: int) -> Tensor:

@@ -12,8 +12,8 @@ _GUIDANCE = "distilled_guidance_layer"
 
 
 def chroma_keys(shapes: Shapes) -> KeyMap:
-    """native: Chroma's own. foreign: diffusers' ChromaTransformer2DModel. For a net with tensors of these shapes, in
-    either spelling."""
+    """native: Chroma's own. foreign: diffusers' ChromaTransformer2DModel. For a net with tensors of these shapes, of
+    either side."""
     return KeyMap(
         *trunk_rules(shapes),
         rule(f"{_GUIDANCE}.in_proj"),

@@ -1,4 +1,4 @@
-"""The strategies of Chroma: captions through T5 alone, of whose padding the transformer sees one token."""
+"""The strategies of Chroma: captions through T5 alone, of whose padding the transformer attends to one token."""
 
 from __future__ import annotations
 
@@ -42,8 +42,8 @@ class ChromaTokenize:
 
 @dataclass(frozen=True)
 class ChromaEncode:
-    """Tokens -> {"t5": (b, n, 4096)}, and {"t5_mask": (b, n)}, true for what the transformer sees, where it does not
-    see all."""
+    """Tokens -> {"t5": (b, n, 4096)}, and {"t5_mask": (b, n)}, true for what the transformer attends to,
+    where that is not all."""
 
     @property
     def settings(self) -> Mapping[str, object]:
@@ -51,5 +51,5 @@ class ChromaEncode:
         return {"padding seen": PADDING_SEEN}
 
     def encode(self, encoders: Mapping[str, nn.Module], tokens: Tokens) -> Cond:
-        """See the class. In T5 the padding sees the caption, and nothing sees the padding."""
+        """See the class. In T5 the padding attends to the caption, and nothing to the padding."""
         return t5_states(encoders["t5xxl"], tokens)

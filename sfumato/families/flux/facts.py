@@ -13,7 +13,7 @@ from sfumato.models.facts import Facts, Idle
 from sfumato.models.flow_options import FlowOptions
 
 FAMILY = "flux"
-DRAWN_GUIDANCE = 3.5
+SAMPLE_GUIDANCE = 3.5
 """What dev is told where a prompt does not say it."""
 GUIDANCE = 1.0
 """What dev is told while training."""
@@ -204,7 +204,7 @@ FACTS = Facts(
     pipelines=("FluxPipeline", "FluxImg2ImgPipeline", "FluxInpaintPipeline"),
     scripts={"flux_train_network": "network", "flux_train": "full"},
     defaults={"sample_sampler": "euler"},
-    prompt={"width": 1024, "height": 1024, "sample_steps": 20, "scale": 1.0, "guidance_scale": DRAWN_GUIDANCE},
+    prompt={"width": 1024, "height": 1024, "sample_steps": 20, "scale": 1.0, "guidance_scale": SAMPLE_GUIDANCE},
     paths=("clip_l", "t5xxl"),
     refused=flow_options.REFUSED,
     idle=IDLE,

@@ -18,9 +18,9 @@ from sfumato.data.strategies import TextEncoderOutputsCachingStrategy
 from sfumato.errors import UserError
 from sfumato.families.flux.facts import (
     CLIP_L,
-    DRAWN_GUIDANCE,
     GUIDANCE,
     PATCH_CHANNELS,
+    SAMPLE_GUIDANCE,
     T5XXL,
     VAE,
     Completed,
@@ -49,7 +49,7 @@ SHIFT = 3.1582
 SCALE, VAE_SHIFT = 0.3611, 0.1159
 """From raw latents to those of the transformer: (x - shift) * scale."""
 LENGTHS = {True: 512, False: 256}
-"""T5's tokens of a caption, for a model that is told a guidance (dev) and for one that is not (schnell)."""
+"""T5's tokens of a caption, for a model that takes a guidance (dev) and for one that does not (schnell)."""
 PASSTHROUGH = re.compile(r"text_encoders\.(clip_l|t5xxl)\.(logit_scale|text_projection(\.weight)?)")
 """What bundles hold besides the nets."""
 log = logging.getLogger(__name__)
@@ -59,7 +59,7 @@ log = logging.getLogger(__name__)
 
 
 def transformer(shapes: Shapes, config: Config) -> Flux:
-    """A net without values for tensors of these shapes. Errors: `UserError` if it is told more, or its config asks for
+    """A net without values for tensors of these shapes. Errors: `UserError` if it takes more, or its config asks for
     another."""
     check_patches(shapes["img_in.weight"][1])
     net = Flux.of(shapes)
@@ -95,9 +95,9 @@ COMPONENTS = (
 
 
 def complete(options: Options, source: Checkpoint) -> tuple[Completed, Checkpoint]:
-    """What goes by the version, as the file says.
+    """What goes by the version, from the file.
 
-    Errors: `UserError` for a guidance that the model cannot be told, and for encoders of other widths.
+    Errors: `UserError` for a guidance that the model does not take, and for encoders of other widths.
     """
     shapes = source.components["denoiser"].shapes()
     guided = any(name.startswith("guidance_in.") for name in shapes)
@@ -109,14 +109,14 @@ def complete(options: Options, source: Checkpoint) -> tuple[Completed, Checkpoin
     if wrong:
         raise UserError(*wrong)
     guidance = GUIDANCE if options.guidance_scale is None else options.guidance_scale
-    told: dict[str, Any] = {
+    completed: dict[str, Any] = {
         **asdict(options),
         **counts(shapes),
         "guidance_scale": guidance if guided else None,
         "t5xxl_max_token_length": options.t5xxl_max_token_length or LENGTHS[guided],
         "model_type": "flux",
     }
-    return Completed(**told, guided=guided), source
+    return Completed(**completed, guided=guided), source
 
 
 def width_mismatches(source: Checkpoint, widths: Mapping[str, int]) -> list[str]:
@@ -140,7 +140,7 @@ def counts(shapes: Shapes) -> dict[str, int]:
 
 
 def tokenize(models: Models) -> FluxTokenize:
-    """Captions -> tokens, as the options say."""
+    """Captions -> tokens."""
     o, tokenizers = models.options, models.tokenizers
     return FluxTokenize(
         tokenizers["clip_l"], tokenizers["t5xxl"], o.t5xxl_max_token_length, masked=o.apply_t5_attn_mask
@@ -148,7 +148,7 @@ def tokenize(models: Models) -> FluxTokenize:
 
 
 def outputs_strategy(models: Models) -> TextEncoderOutputsCachingStrategy:
-    """What is kept of captions, as the options say."""
+    """What is cached of captions."""
     return outputs(masked=models.options.apply_t5_attn_mask)
 
 
@@ -158,20 +158,20 @@ def process(models: Models, noise: NoiseConfig, loss: LossConfig) -> NoiseProces
 
 
 def condition(models: Models, cond: Cond, setting: SampleInfo) -> Cond:
-    """What the text encoders say, and the guidance where the model is told one."""
+    """Adds the guidance where the model takes one."""
     options, pooled = models.options, cond["pooled"]
     if options.guided:
         common = torch.full((len(pooled),), options.guidance_scale, device=pooled.device)
         return {**cond, "guidance": common if setting.guidance is None else setting.guidance}
-    if setting.guidance is not None and bool((setting.guidance != DRAWN_GUIDANCE).any()):
+    if setting.guidance is not None and bool((setting.guidance != SAMPLE_GUIDANCE).any()):
         log.warning("guidance_scale (--g) has no effect: FLUX.1 schnell takes no guidance")
     return cond
 
 
 def predict(net: nn.Module, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
-    """The velocity that the transformer says."""
-    said: Tensor = net(x, t / 1000, cond["t5"], cond["pooled"], cond.get("guidance"), cond.get("t5_mask"))
-    return said
+    """The velocity."""
+    prediction: Tensor = net(x, t / 1000, cond["t5"], cond["pooled"], cond.get("guidance"), cond.get("t5_mask"))
+    return prediction
 
 
 def sigmas(models: Models, steps: int, latent_pixels: int) -> Tensor:

@@ -15,8 +15,8 @@ FOREIGN_DOUBLE, FOREIGN_SINGLE = "transformer_blocks.{i}", "single_transformer_b
 
 
 def flux_keys(shapes: Shapes) -> KeyMap:
-    """native: Black Forest Labs. foreign: diffusers' FluxTransformer2DModel. For a net with tensors of these shapes, in
-    either spelling."""
+    """native: Black Forest Labs. foreign: diffusers' FluxTransformer2DModel. For a net with tensors of these shapes, of
+    either side."""
     embedders = {"time_in": "timestep_embedder", "vector_in": "text_embedder", "guidance_in": "guidance_embedder"}
     return KeyMap(
         *trunk_rules(shapes),

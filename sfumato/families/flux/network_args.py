@@ -85,8 +85,8 @@ def mistakes(args: NetworkArgs) -> list[str]:
 
 
 def target_layer(options: Any, plan: AdapterPlan, target: TargetLayer) -> TargetLayer | None:
-    """For `Family.target_layer`. `options`: say how many blocks there are, as double_blocks and single_blocks, and
-    whether it is `guided`.
+    """For `Family.target_layer`. `options`: `double_blocks` and `single_blocks`, how many there are, and whether it is
+    `guided`.
 
     Errors: `UserError` for numbers of blocks and for inputs that the model does not have.
     """

@@ -21,8 +21,8 @@ LATENTS = LatentsCachingStrategy(channels=16, patch=PATCH, suffix="_flux.npz", s
 
 
 def outputs(*, masked: bool, fields: Sequence[str] = ("pooled", "t5")) -> TextEncoderOutputsCachingStrategy:
-    """What is kept of captions. `masked`: T5's padding is seen by nobody, and is not kept; else it is part of what the
-    net is told.
+    """What is cached of captions. `masked`: no token attends to T5's padding, which is not cached; else it is part of
+    the net's input.
 
     In bf16, which T5 itself is published in: its states pass fp16's range.
     """
@@ -71,7 +71,7 @@ class FluxEncode:
     """Tokens -> {"pooled": (b, 768), "t5": (b, n, 4096)}, and {"t5_mask": (b, n)} where padding is hidden and there is
     some.
 
-    Without the mask T5 attends to the padding as well, and what it says there is part of what the net is told: so the
+    Without the mask T5 attends to the padding as well, whose states are part of the net's input: so the
     published models were trained.
     """
 
@@ -96,10 +96,10 @@ def t5_tokens(
     tokenizer: Any, captions: Sequence[str], length: int, *, masked: bool, padding: int = 0
 ) -> dict[str, Tensor]:
     """Captions -> {"t5": (b, length)}. With `masked` {"t5": (b, n), "t5_mask": (b, n)}, the mask true for tokens, where
-    n is what the longest caption needs, and {"t5_seen": (b, n)} if the transformer is to see less than all of it.
+    n is what the longest caption needs, and {"t5_visible": (b, n)} if the transformer attends to less than that.
 
-    `padding`: how many tokens of the padding the transformer sees. Decided here, on the CPU, so that no step waits for
-    the device.
+    `padding`: how many tokens of padding the transformer attends to. Decided here, on the CPU, so that no step waits
+    for the device.
     """
     ids, used = padded(tokenizer, captions, length)
     if not masked:
@@ -107,13 +107,15 @@ def t5_tokens(
     counts = (used.sum(1, keepdim=True) + padding).clamp(max=length)
     n = int(counts.max())
     tokens = {"t5": ids[:, :n], "t5_mask": used[:, :n]}
-    return tokens if int(counts.min()) == n else tokens | {"t5_seen": torch.arange(n) < counts}
+    return tokens if int(counts.min()) == n else tokens | {"t5_visible": torch.arange(n) < counts}
 
 
 def t5_states(net: nn.Module, tokens: Tokens) -> dict[str, Tensor]:
     """Tokens of `t5_tokens` -> {"t5": (b, n, d)}, and {"t5_mask": (b, n)} where it hides something; hidden rows are
     zero."""
     device = next(net.parameters()).device
-    ids, mask, seen = (tokens[name].to(device) if name in tokens else None for name in ("t5", "t5_mask", "t5_seen"))
+    ids, mask, visible = (
+        tokens[name].to(device) if name in tokens else None for name in ("t5", "t5_mask", "t5_visible")
+    )
     states: Tensor = net(ids, mask)
-    return {"t5": states} if seen is None else {"t5": states.masked_fill(~seen[..., None], 0), "t5_mask": seen}
+    return {"t5": states} if visible is None else {"t5": states.masked_fill(~visible[..., None], 0), "t5_mask": visible}

@@ -42,7 +42,7 @@ def _unet(shapes: Shapes, config: Config) -> UNet:
 
 
 def check_channels(shapes: Shapes) -> None:
-    """Errors: `UserError` for a U-Net that is told more than latents."""
+    """Errors: `UserError` for a U-Net that takes more than latents."""
     channels = shapes["input_blocks.0.0.weight"][1]
     if channels != LATENTS.channels:
         raise UserError(
@@ -73,7 +73,7 @@ COMPONENTS = (
 
 
 def complete(options: Options, source: Checkpoint) -> tuple[Options, Checkpoint]:
-    """Version and prediction as the files say. Errors: `UserError` if the options name the other version."""
+    """Version and prediction type, from the files. Errors: `UserError` if the options name the other version."""
     v2 = len(source.components["denoiser"].shapes()[_MIDDLE]) == 2
     if options.v2 is not None and options.v2 != v2:
         is_, not_ = ("2.x", "1.x") if v2 else ("1.x", "2.x")
@@ -92,13 +92,13 @@ def complete(options: Options, source: Checkpoint) -> tuple[Options, Checkpoint]
 
 
 def prediction(source: Checkpoint) -> str:
-    """What the U-Net says, "v" or else; empty: the files do not tell."""
+    """What the U-Net predicts, "v" or else; empty: the files do not say."""
     scheduler = source.path / "scheduler" / "scheduler_config.json"
     if scheduler.is_file():
         return {"v_prediction": "v"}.get(str(locate.read_json(scheduler).get("prediction_type")), "")
-    said = source.metadata.get("modelspec.prediction_type", "")
+    named = source.metadata.get("modelspec.prediction_type", "")
     marked = "v_pred" in source.passthrough or source.metadata.get("modelspec.architecture", "").endswith("-768-v")
-    return "v" if marked else said
+    return "v" if marked else named
 
 
 def without_old_average(models: Models, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -112,7 +112,7 @@ def without_old_average(models: Models, tensors: dict[str, Tensor]) -> dict[str,
     return tensors if unchanged(own, weights) else others
 
 
-def respell(models: Models, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+def adjust_single_file(models: Models, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """What programs that read single files expect besides the nets, and without what they would misread."""
     source = models.source
     assert source is not None
@@ -131,13 +131,13 @@ def respell(models: Models, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def tokenize(models: Models) -> SdTokenize:
-    """Captions -> tokens, as the options say."""
+    """Captions -> tokens."""
     (tokenizer,) = models.tokenizers.values()
     return SdTokenize(tokenizer, models.options.max_token_length, models.options.weighted_captions)
 
 
 def encode(models: Models) -> SdEncode:
-    """Tokens -> cond, as the options say."""
+    """Tokens -> cond."""
     (name,) = models.encoders
     return SdEncode(name, models.options.clip_skip or 1)
 
@@ -148,9 +148,9 @@ def process(models: Models, noise: NoiseConfig, loss: LossConfig) -> NoiseProces
 
 
 def predict(net: nn.Module, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
-    """What the U-Net says."""
-    said: Tensor = net(x, t, cond["hidden"])
-    return said
+    """Noise or velocity."""
+    prediction: Tensor = net(x, t, cond["hidden"])
+    return prediction
 
 
 def dialects(models: Models) -> Mapping[str, Dialect]:
@@ -176,7 +176,7 @@ FAMILY = Family(
         "clip_h": TokenizerSpec(folder="tokenizer", make=partial(clip_tokenizer, pad="!")),
     },
     new_folder=new_folder,
-    respell=respell,
+    adjust_single_file=adjust_single_file,
     tokenize=tokenize,
     encode=encode,
     latents=LATENTS,

@@ -1,4 +1,4 @@
-"""diffusers folders of Stable Diffusion: what their configs must say, and the configs of new ones."""
+"""diffusers folders of Stable Diffusion: what is required of their configs, and the configs of new ones."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ UNET_FACTS: dict[str, Any] = {
     "resnet_time_scale_shift": "default",
     "transformer_layers_per_block": 1,
 }
-"""What a config must say, where it says anything, for the net to be the one we have."""
+"""Values of a config, if it has them, of the net that is ours."""
 _MIDDLE = "mid_block.attentions.0.proj_in.weight"
 
 
@@ -49,12 +49,12 @@ def check_unet(config: Config, shapes: Shapes, facts: Mapping[str, Any] = UNET_F
     ]
     foreign = _foreign(shapes)
     widths = _widths(foreign)
-    said = config.get("num_attention_heads") or config.get("attention_head_dim", CONV_HEADS)
+    heads = config.get("num_attention_heads") or config.get("attention_head_dim", CONV_HEADS)
     # diffusers calls the number of heads attention_head_dim here.
-    said = list(said) if isinstance(said, list | tuple) else [said] * len(widths)
+    heads = list(heads) if isinstance(heads, list | tuple) else [heads] * len(widths)
     expected = _heads(foreign, widths)
-    if said != expected:
-        wrong.append(f"unet/config.json: attention heads {said}; for these widths only {expected} is supported")
+    if heads != expected:
+        wrong.append(f"unet/config.json: attention heads {heads}; for these widths only {expected} is supported")
     if wrong:
         raise UserError(*wrong)
 

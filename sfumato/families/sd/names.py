@@ -16,7 +16,7 @@ CLIP_H = "cond_stage_model.model."
 """2.x: OpenCLIP-H in its own names."""
 
 NO_NETS = (
-    r"model_ema\..*"  # the average that a training run kept of the U-Net
+    r"model_ema\..*"  # a training run's average of the U-Net
     r"|(alphas|betas|sqrt_|log_one|posterior_|lvlb_|logvar|scale_factor|global_step).*"  # the schedule, counters
     r"|(v_pred|ztsnr)"  # empty tensors by which some programs mark v prediction and a zero terminal SNR
     r"|denoiser\.sigmas|embedding_manager\..*"
@@ -47,23 +47,23 @@ class Layout:
     @classmethod
     def of(cls, names: Collection[str]) -> Layout:
         """Read off the tensors' names, native ones or diffusers'."""
-        held = set(names)
-        if "input_blocks.0.0.weight" in held:
-            levels = 1 + sum(name.endswith(".op.weight") for name in held)
-            blocks = len({name.split(".")[1] for name in held if name.startswith("input_blocks.")})
+        keys = set(names)
+        if "input_blocks.0.0.weight" in keys:
+            levels = 1 + sum(name.endswith(".op.weight") for name in keys)
+            blocks = len({name.split(".")[1] for name in keys if name.startswith("input_blocks.")})
             layers = (blocks - levels) // levels
             return cls(
                 layers,
-                tuple(f"input_blocks.{1 + level * (layers + 1)}.1.norm.weight" in held for level in range(levels)),
+                tuple(f"input_blocks.{1 + level * (layers + 1)}.1.norm.weight" in keys for level in range(levels)),
             )
-        levels = len({name.split(".")[1] for name in held if name.startswith("down_blocks.")})
-        layers = len({name.split(".")[3] for name in held if name.startswith("down_blocks.0.resnets.")})
-        return cls(layers, tuple(f"down_blocks.{level}.attentions.0.norm.weight" in held for level in range(levels)))
+        levels = len({name.split(".")[1] for name in keys if name.startswith("down_blocks.")})
+        layers = len({name.split(".")[3] for name in keys if name.startswith("down_blocks.0.resnets.")})
+        return cls(layers, tuple(f"down_blocks.{level}.attentions.0.norm.weight" in keys for level in range(levels)))
 
 
 def unet_keys(names: Collection[str]) -> KeyMap:
-    """native: LDM. foreign: diffusers' UNet2DConditionModel. For a net with tensors of these names, in either
-    spelling."""
+    """native: LDM. foreign: diffusers' UNet2DConditionModel. For a net with tensors of these names, of either
+    side."""
     layout = Layout.of(names)
     ends = [
         rule("time_embed.0", "time_embedding.linear_1"),

@@ -84,7 +84,7 @@ COMPONENTS = (
 
 
 def complete(options: Options, source: Checkpoint) -> tuple[Completed, Checkpoint]:
-    """The options with what the files say and the recipe's own values.
+    """The options completed from the files and with the recipe's own values.
 
     Errors: `UserError` for options out of range, for those of a T5 that is not there, and for encoders of other widths.
     """
@@ -100,14 +100,16 @@ def complete(options: Options, source: Checkpoint) -> tuple[Completed, Checkpoin
     if wrong or (wrong := _width_mismatches(shapes, source)):
         raise UserError(*wrong)
     shift = options.discrete_flow_shift if options.training_shift is None else options.training_shift
-    told: dict[str, Any] = {
+    completed: dict[str, Any] = {
         **asdict(options),
         "weighting_scheme": facts.scheme(options),
         "discrete_flow_shift": shift,
         "training_shift": None,
     }
     count = len({name.split(".")[1] for name in shapes if name.startswith("joint_blocks.")})
-    return Completed(**told, version=facts.version(shapes), blocks=count, has_t5=has_t5), _without_clips_own(source)
+    return Completed(**completed, version=facts.version(shapes), blocks=count, has_t5=has_t5), _without_clips_own(
+        source
+    )
 
 
 def _width_mismatches(shapes: Shapes, source: Checkpoint) -> list[str]:
@@ -116,13 +118,13 @@ def _width_mismatches(shapes: Shapes, source: Checkpoint) -> list[str]:
     tokens = "text_model.embeddings.token_embedding.weight"
     widths = [clip[tokens][1] for clip in clips]
     pooled = [clip.get(PROJECTION, (width,))[0] for clip, width in zip(clips, widths, strict=True)]
-    # What the transformer's file lacks is told when it is filled.
-    told, expected = (shapes.get(name, (0, 0))[1] for name in ("y_embedder.mlp.0.weight", "context_embedder.weight"))
+    # What the transformer's file lacks is reported when it is filled.
+    y_width, expected = (shapes.get(name, (0, 0))[1] for name in ("y_embedder.mlp.0.weight", "context_embedder.weight"))
     wrong = []
-    if told and sum(pooled) != told:
+    if y_width and sum(pooled) != y_width:
         wrong.append(
-            f"clip_l, clip_g: they say {pooled[0]} and {pooled[1]} numbers, the transformer takes {told} of both: one "
-            "is another CLIP"
+            f"clip_l, clip_g: their pooled states are {pooled[0]} and {pooled[1]} wide, the transformer takes {y_width} of both: "
+            "one is another CLIP"
         )
     elif widths[0] > widths[1]:
         wrong.append("clip_l, clip_g: the files are exchanged, as clip_l is the wider one")
@@ -136,7 +138,7 @@ def _width_mismatches(shapes: Shapes, source: Checkpoint) -> list[str]:
 def _without_clips_own(source: Checkpoint) -> Checkpoint:
     """CLIP-L's file without the projection that compares texts with images, which files for other uses hold.
 
-    Stable Diffusion 3 is told what CLIP-L pools as it is: the projection in its own files is the identity, or near it
+    Stable Diffusion 3 takes what CLIP-L pools as it is: the projection in its own files is the identity, or near it
     where it was trained.
     """
     weights = source.components["clip_l"]
@@ -154,7 +156,7 @@ def _without_clips_own(source: Checkpoint) -> Checkpoint:
 
 
 def tokenize(models: Models) -> Sd3Tokenize:
-    """Captions -> tokens, as the options say."""
+    """Captions -> tokens."""
     o, tokenizers = models.options, models.tokenizers
     clips = {name: tokenizers[name] for name in CLIPS}
     return Sd3Tokenize(
@@ -163,7 +165,7 @@ def tokenize(models: Models) -> Sd3Tokenize:
 
 
 def outputs_strategy(models: Models) -> TextEncoderOutputsCachingStrategy:
-    """What is kept of captions, as the options say."""
+    """What is cached of captions."""
     o = models.options
     return outputs(t5=o.has_t5, length=o.t5xxl_max_token_length, masked=o.apply_t5_attn_mask)
 
@@ -193,38 +195,36 @@ def condition(models: Models, cond: Cond, setting: SampleInfo) -> Cond:
     else:
         t5 = cond["t5"]
     context = torch.cat([F.pad(clips, (0, width - clips.shape[-1])), t5], 1)
-    told = {"context": context, "y": torch.cat([cond[f"{name}_pooled"] for name in CLIPS], -1)}
+    out = {"context": context, "y": torch.cat([cond[f"{name}_pooled"] for name in CLIPS], -1)}
     if setting.rng is not None and (o.enable_scaled_pos_embed or o.pos_emb_random_crop_rate):
         patches, rate = setting.sizes[:, 4:] // LATENTS.multiple, o.pos_emb_random_crop_rate  # (b, 2) rows and columns
-        told |= (
+        out |= (
             {"scaled": scaled(patches, rate, setting.rng)}
             if o.enable_scaled_pos_embed
             else {"crop": places(patches, net.side, rate, setting.rng)}
         )
-    return told
+    return out
 
 
 def _dropped(cond: Cond, rates: Mapping[str, float], rng: SampleRandom) -> Cond:
-    """What the encoders say, each for some samples zero, by its own chance."""
-    told = dict(cond)
+    """The encoders' outputs, each zero for some samples, by its own chance."""
+    out = dict(cond)
     for name, rate in rates.items():
         if rate:
             gone = rng.uniform(f"{name} dropout") < rate
-            for part in told.keys() & {name, f"{name}_pooled"}:
-                told[part] = told[part].masked_fill(
-                    gone.to(told[part].device).view(-1, *[1] * (told[part].ndim - 1)), 0
-                )
-    return told
+            for part in out.keys() & {name, f"{name}_pooled"}:
+                out[part] = out[part].masked_fill(gone.to(out[part].device).view(-1, *[1] * (out[part].ndim - 1)), 0)
+    return out
 
 
 def predict(net: nn.Module, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
-    """The velocity that the transformer says."""
+    """The velocity."""
     positions = None
     if "scaled" in cond:
         h, w = (n // LATENTS.patch for n in x.shape[-2:])
         positions = embedded(cond["scaled"], h, w, cast(MMDiT, net).pos_embed.shape[-1])
-    said: Tensor = net(x, t, cond["context"], cond["y"], cond.get("crop"), positions)
-    return said
+    prediction: Tensor = net(x, t, cond["context"], cond["y"], cond.get("crop"), positions)
+    return prediction
 
 
 def sigmas(models: Models, steps: int, latent_pixels: int) -> Tensor:

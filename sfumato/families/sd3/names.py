@@ -50,8 +50,8 @@ _BLOCK: dict[str, tuple[str, ...]] = {
 
 
 def transformer_keys(names: Collection[str]) -> KeyMap:
-    """native: Stability's. foreign: diffusers' SD3Transformer2DModel. For a net with tensors of these names, in either
-    spelling."""
+    """native: Stability's. foreign: diffusers' SD3Transformer2DModel. For a net with tensors of these names, of either
+    side."""
     last = max(
         (int(m[1]) for name in names if (m := re.match(r"(?:joint|transformer)_blocks\.(\d+)\.", name))), default=0
     )

@@ -74,7 +74,7 @@ class NetworkArgs:
 
 
 def target_layer(options: Any, plan: AdapterPlan, target: TargetLayer) -> TargetLayer | None:
-    """For `Family.target_layer`. `options`: say how many blocks there are, as `blocks`.
+    """For `Family.target_layer`. `options.blocks`: how many there are.
 
     Errors: `UserError` for numbers of blocks that the model does not have, and for what would do nothing.
     """

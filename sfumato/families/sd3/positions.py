@@ -29,7 +29,7 @@ def scaled(patches: Tensor, rate: float, rng: SampleRandom) -> Tensor:
     """(b, 3) row and column of each image's first patch and the step from patch to patch, so that the whole of an image
     spans what one of 1024 x 1024 does.
 
-    So small images are seen as a large one is, and not as its middle (sd-scripts' enable_scaled_pos_embed, by
+    So small images have the positions of a large one, not those of its middle (sd-scripts' enable_scaled_pos_embed, by
     KohakuBlueleaf). An image's scale follows from its own area. `patches`, `rate`: as for `places`.
     """
     side = patches.prod(1, keepdim=True).sqrt()  # (b, 1) of the square of the same area
@@ -39,7 +39,7 @@ def scaled(patches: Tensor, rate: float, rng: SampleRandom) -> Tensor:
 
 
 def embedded(where: Tensor, h: int, w: int, channels: int) -> Tensor:
-    """What `scaled` says (b, 3) -> (b, h * w, channels) positions of h x w patches, fp32."""
+    """`scaled` (b, 3) -> (b, h * w, channels) positions of h x w patches, fp32."""
     first, step, half = where[:, :2], where[:, 2:], channels // 2
     rows, columns = (first[:, i, None] + step * torch.arange(n, device=where.device) for i, n in enumerate((h, w)))
     x, y = sines(columns, half)[:, None].expand(-1, h, -1, -1), sines(rows, half)[:, :, None].expand(-1, -1, w, -1)

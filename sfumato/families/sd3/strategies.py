@@ -1,4 +1,4 @@
-"""Captions of Stable Diffusion 3 on their way through both CLIPs and T5; what each says is kept by itself."""
+"""Captions of Stable Diffusion 3 on their way through both CLIPs and T5; the output of each is cached by itself."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ LATENTS = LatentsCachingStrategy(channels=16, patch=2, suffix="_sd3.npz", stored
 
 
 def outputs(*, t5: bool, length: int, masked: bool) -> TextEncoderOutputsCachingStrategy:
-    """What is kept of captions. `t5`: whether there is one; `masked`: its padding is not kept, and comes back as zeros
-    up to `length`.
+    """What is cached of captions. `t5`: whether there is one; `masked`: its padding is not cached, and comes back as
+    zeros up to `length`.
 
     In bf16, which has the range of what T5 was published in.
     """
@@ -93,8 +93,8 @@ class Sd3Encode:
         for name in CLIPS:
             net = encoders[name]
             ids, mask = _on(net, tokens, name)
-            said = net(ids, PENULTIMATE)
-            cond |= {name: _visible(said.states, mask), f"{name}_pooled": said.projected}
+            out = net(ids, PENULTIMATE)
+            cond |= {name: _visible(out.states, mask), f"{name}_pooled": out.projected}
         if "t5" in tokens:
             ids, mask = _on(encoders["t5xxl"], tokens, "t5")
             cond["t5"] = _visible(encoders["t5xxl"](ids, mask), mask)

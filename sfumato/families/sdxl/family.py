@@ -61,17 +61,17 @@ COMPONENTS = (
 
 
 def complete(options: Options, source: Checkpoint) -> tuple[Options, Checkpoint]:
-    """The prediction as the files say. Errors: `UserError` for what is of another model."""
+    """The prediction type, from the files. Errors: `UserError` for what is of another model."""
     text, unet = source.components["clip_g"].shapes(), source.components["denoiser"].shapes()
     if "text_projection.weight" not in text:
         raise UserError(
             f"{source.components['clip_g'].where}: the text encoder clip_g lacks its text_projection, which the U-Net "
-            "is told through"
+            "needs"
         )
     pooled, label = text["text_projection.weight"][0], unet["label_emb.0.0.weight"][1]
     if label != pooled + SIZES * SIZE_WIDTH:
         raise UserError(
-            f"{source.path}: the U-Net is told {label} numbers beside the text, where {pooled} of the pooled text and "
+            f"{source.path}: the U-Net takes {label} numbers beside the text, where {pooled} of the pooled text and "
             f"{SIZES} x {SIZE_WIDTH} of the image's sizes were expected: it is no base model of Stable Diffusion XL"
         )
     scheduler(source)
@@ -91,7 +91,7 @@ def _clip_g_tokenizer(folder: Path | None) -> Any:
 
 
 def tokenize(models: Models) -> SdxlTokenize:
-    """Captions -> tokens, as the options say."""
+    """Captions -> tokens."""
     length, weighted = models.options.max_token_length, models.options.weighted_captions
     return SdxlTokenize({name: SdTokenize(models.tokenizers[name], length, weighted) for name in ("clip_l", "clip_g")})
 
@@ -104,9 +104,9 @@ def condition(models: Models, cond: Cond, setting: SampleInfo) -> Cond:
 
 
 def predict(net: nn.Module, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
-    """What the U-Net says."""
-    said: Tensor = net(x, t, cond["hidden"], cond["y"])
-    return said
+    """Noise or velocity."""
+    prediction: Tensor = net(x, t, cond["hidden"], cond["y"])
+    return prediction
 
 
 # --- training ---
@@ -163,7 +163,7 @@ FAMILY = Family(
         "clip_g": TokenizerSpec(folder="tokenizer_2", make=_clip_g_tokenizer),
     },
     new_folder=new_folder,
-    respell=without_old_average,
+    adjust_single_file=without_old_average,
     tokenize=tokenize,
     encode=lambda models: SdxlEncode(),
     latents=LATENTS,

@@ -1,4 +1,4 @@
-"""diffusers folders of Stable Diffusion XL: what their configs must say, and the configs of new ones."""
+"""diffusers folders of Stable Diffusion XL: what is required of their configs, and the configs of new ones."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ UNET_FACTS: dict[str, Any] = {
     "addition_embed_type": "text_time",
     "addition_time_embed_dim": SIZE_WIDTH,
 }
-"""What a config must say, where it says anything, for the net to be the one we have."""
+"""Values of a config, if it has them, of the net that is ours."""
 SAMPLE_SIZE = 128
 """Latent pixels a side of the images that the base model is made for."""
 PREDICTIONS = ("epsilon", "v_prediction")
@@ -63,14 +63,14 @@ def scheduler(source: Checkpoint) -> Mapping[str, Any]:
     path = source.path / "scheduler" / "scheduler_config.json"
     if not path.is_file():
         return {}
-    said = locate.read_json(path)
-    kind, prediction = str(said.get("_class_name")), said.get("prediction_type", PREDICTIONS[0])
+    config = locate.read_json(path)
+    kind, prediction = str(config.get("_class_name")), config.get("prediction_type", PREDICTIONS[0])
     if kind.startswith("EDM") or prediction not in PREDICTIONS:
         raise UserError(
             f"{path}: a {kind} with prediction_type {prediction!r}: only models of DDPM that predict noise or v can be "
             "trained"
         )
-    return said
+    return config
 
 
 def new_folder(models: Models) -> NewFolder:

@@ -29,7 +29,7 @@ PASSTHROUGH = re.compile(
 
 
 def unet_keys(names: Collection[str]) -> KeyMap:
-    """native: the single file. foreign: diffusers' UNet2DConditionModel. For a net with tensors of these names, in
-    either spelling."""
+    """native: the single file. foreign: diffusers' UNet2DConditionModel. For a net with tensors of these names, of
+    either side."""
     label = [rule(f"label_emb.0.{i}", f"add_embedding.linear_{j}") for i, j in ((0, 1), (2, 2))]
     return KeyMap(*sd.unet_keys(names).rules, *label)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from sfumato.data.batch import Cond, Tokens
 from sfumato.data.strategies import LatentsCachingStrategy, Limit, TextEncoderOutputsCachingStrategy
 from sfumato.families.sd.strategies import SdTokenize, join
-from sfumato.models.encoders.clip import ClipSays
+from sfumato.models.encoders.clip import ClipOutput
 
 LAYER = 2
 """The layer whose states are used, from the end; no norm follows."""
@@ -46,8 +46,8 @@ class SdxlTokenize:
 
 @dataclass(frozen=True)
 class SdxlEncode:
-    """Tokens -> {"hidden": (b, 75 * chunks + 2, d of CLIP-L + d of bigG), "pooled": (b, p) what bigG says of the whole
-    caption}."""
+    """Tokens -> {"hidden": (b, 75 * chunks + 2, d of CLIP-L + d of bigG), "pooled": (b, p) bigG's pooled state of the
+    whole caption}."""
 
     @property
     def settings(self) -> Mapping[str, object]:
@@ -66,8 +66,8 @@ def _said(encoders: Mapping[str, nn.Module], name: str, tokens: Tokens) -> tuple
     net = encoders[name]
     device = next(net.parameters()).device
     ids = tokens[f"{name}_ids"].to(device)
-    said = cast(ClipSays, net(ids.flatten(0, 1), LAYER))
-    states, pooled = (t.reshape(*ids.shape[:2], *t.shape[1:]) for t in (said.states, said.projected))
+    out = cast(ClipOutput, net(ids.flatten(0, 1), LAYER))
+    states, pooled = (t.reshape(*ids.shape[:2], *t.shape[1:]) for t in (out.states, out.projected))
     if (weights := tokens.get(f"{name}_weights")) is not None:
         # The mean is not restored afterwards, and the pooled text has no words to weigh, as in sd-scripts' training.
         states = states * weights.to(device, states.dtype)[..., None]

@@ -53,8 +53,8 @@ OPEN_CLIP = KeyMap(
 """native: OpenCLIP's names, with q, k and v in one tensor and the projection as x @ p. foreign: a `ClipText`."""
 
 
-class ClipSays(NamedTuple):
-    """What a text model says of b captions of n tokens."""
+class ClipOutput(NamedTuple):
+    """Of b captions of n tokens."""
 
     states: Tensor
     """(b, n, d) after the layer asked for."""
@@ -67,7 +67,7 @@ class ClipSays(NamedTuple):
 
 
 class ClipText(nn.Module):
-    """Token ids (b, n) -> `ClipSays`."""
+    """Token ids (b, n) -> `ClipOutput`."""
 
     def __init__(self, config: Any, *, projected: bool = False) -> None:
         super().__init__()
@@ -82,17 +82,17 @@ class ClipText(nn.Module):
             nn.Linear(config.hidden_size, config.projection_dim, bias=False) if projected else nn.Identity()
         )
 
-    def forward(self, ids: Tensor, skip: int = 1) -> ClipSays:
+    def forward(self, ids: Tensor, skip: int = 1) -> ClipOutput:
         """States after the `skip`-th layer from the end (1: the last), and what is pooled of the last; the mask is
         causal."""
         positions = torch.arange(ids.shape[1], device=ids.device)[None]
-        said = self.text_model(input_ids=ids, position_ids=positions, output_hidden_states=True)
-        states = said.hidden_states[-skip]
-        return ClipSays(
+        out = self.text_model(input_ids=ids, position_ids=positions, output_hidden_states=True)
+        states = out.hidden_states[-skip]
+        return ClipOutput(
             states,
             self.text_model.final_layer_norm(states),
-            said.pooler_output,
-            self.text_projection(said.pooler_output),
+            out.pooler_output,
+            self.text_projection(out.pooler_output),
         )
 
     @property
@@ -150,9 +150,9 @@ def clip_component(
 ) -> Component:
     """A CLIP text encoder.
 
-    `activation`: what is used where no config says it. `openclip`: whether single files spell it as OpenCLIP does.
-    `projected`: whether its text projection is used; else it is kept as it is. `bundled`: whether new single files hold
-    it. `unused_keys`: further names of no net.
+    `activation`: what is used without a config. `openclip`: whether single files have OpenCLIP's names.
+    `projected`: whether its text projection is used; else it is copied on save. `bundled`: whether new single files
+    hold it. `unused_keys`: further names of no net.
     """
     unused = matching(_UNUSED if projected else _UNUSED + r"|text_projection(\.weight)?")
 

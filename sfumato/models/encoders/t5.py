@@ -41,9 +41,9 @@ class T5Encoder(nn.Module):
             feed.wo = WideLinear(feed.wo.in_features, feed.wo.out_features, bias=False)
 
     def forward(self, ids: Tensor, mask: Tensor | None = None) -> Tensor:
-        """`mask` (b, n): what is 0 or False is seen by no token; None: every token is seen."""
-        seen = None if mask is None else mask.bool()
-        states: Tensor = self.encoder(inputs_embeds=self.shared(ids), attention_mask=seen).last_hidden_state
+        """`mask` (b, n): 0 or False for what no token attends to; None: all attend to all."""
+        attn_mask = None if mask is None else mask.bool()
+        states: Tensor = self.encoder(inputs_embeds=self.shared(ids), attention_mask=attn_mask).last_hidden_state
         return states
 
     @property
@@ -54,7 +54,7 @@ class T5Encoder(nn.Module):
 
 
 class WideLinear(nn.Linear):
-    """A linear layer that is never computed in fp16: what T5's feed-forward says is larger than fp16 can hold.
+    """A linear layer that is never computed in fp16: the outputs of T5's feed-forward pass fp16's range.
 
     Where the weight is in fp16, or autocast is to fp16, it gives fp32; the sums that pass from block to block are fp32
     with it.
@@ -87,7 +87,7 @@ def t5_net(shapes: Shapes) -> T5Encoder:
         num_heads=heads,
         relative_attention_num_buckets=buckets,
         feed_forward_proj="gated-gelu",
-        dropout_rate=0.0,  # it would be drawn from the global generator
+        dropout_rate=0.0,  # it would use the global generator
         tie_word_embeddings=False,
     )
     with torch.device("meta"):

@@ -83,8 +83,8 @@ def padded(tokenizer: Any, captions: Sequence[str], length: int) -> tuple[Tensor
     """Captions -> ids (b, length), cut or padded, and a mask (b, length), True where the tokens are."""
     import torch
 
-    said = tokenizer(list(captions), padding="max_length", truncation=True, max_length=length, return_tensors="pt")
-    return said.input_ids, said.attention_mask.to(torch.bool)
+    encoded = tokenizer(list(captions), padding="max_length", truncation=True, max_length=length, return_tensors="pt")
+    return encoded.input_ids, encoded.attention_mask.to(torch.bool)
 
 
 def limit(encoder: str, tokenizer: Any, tokens: int, raised_by: str = "") -> list[Limit]:
@@ -101,8 +101,8 @@ def limit(encoder: str, tokenizer: Any, tokens: int, raised_by: str = "") -> lis
 
 def _counts(tokenizer: Any, captions: Sequence[str]) -> list[int]:
     # verbose: transformers warns of captions over the model's length, which are what is looked for.
-    said = tokenizer(list(captions), add_special_tokens=False, return_attention_mask=False, verbose=False)
-    return [len(ids) for ids in said.input_ids]
+    encoded = tokenizer(list(captions), add_special_tokens=False, return_attention_mask=False, verbose=False)
+    return [len(ids) for ids in encoded.input_ids]
 
 
 # --- T5 ---
