@@ -123,8 +123,8 @@ def _width_mismatches(shapes: Shapes, source: Checkpoint) -> list[str]:
     wrong = []
     if y_width and sum(pooled) != y_width:
         wrong.append(
-            f"clip_l, clip_g: their pooled states are {pooled[0]} and {pooled[1]} wide, the transformer takes {y_width} of both: "
-            "one is another CLIP"
+            f"clip_l, clip_g: their pooled states are {pooled[0]} and {pooled[1]} wide, the transformer takes "
+            f"{y_width} of both: one is another CLIP"
         )
     elif widths[0] > widths[1]:
         wrong.append("clip_l, clip_g: the files are exchanged, as clip_l is the wider one")
