@@ -25,12 +25,11 @@ def fill(net: Net, tensors: Mapping[str, Tensor], what: str) -> Net:
     """
     check(net, shapes(tensors), what)
     net.load_state_dict(dict(tensors), strict=True, assign=True)
-    if empty := [
-        name for name, t in (*net.named_parameters(), *net.named_buffers()) if t.is_meta and name not in tensors
-    ]:
+    own = (*net.named_parameters(), *net.named_buffers())
+    if empty := [name for name, t in own if t.is_meta and name not in tensors]:
         raise RuntimeError(
-            f"{type(net).__name__}: {', '.join(empty)} still on the meta device after loading {what}: a buffer that is not "
-            "persistent is filled by no file; make it in forward, or register it persistent and in the key table"
+            f"{type(net).__name__}: {', '.join(empty)} still on the meta device after loading {what}: a buffer that is "
+            "not persistent is filled by no file; make it in forward, or register it persistent and in the key table"
         )
     return net.eval().requires_grad_(False)
 
