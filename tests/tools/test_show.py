@@ -128,3 +128,11 @@ def test_showing_needs_no_torch(tmp_path: Path, keys: Callable[[str], Shapes]) -
         "import sys; from sfumato.tools.show import describe; describe(sys.argv[1]); sys.exit('torch' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code, path]).returncode == 0
+
+
+def test_metadata_tell_models_apart_whose_adapters_have_the_same_names(tmp_path: Path) -> None:
+    tensors = {"diffusion_model.double_blocks.0.img_attn.qkv.lora_A.weight": torch.zeros(4, 8)}
+    for name, metadata in (("flux", {}), ("chroma", {"modelspec.architecture": "chroma/lora"})):
+        path = tmp_path / f"{name}.safetensors"
+        files.save(path, tensors, metadata)
+        assert (show.describe(path)["family"], show.describe(path)["kind"]) == (name, "adapter")
