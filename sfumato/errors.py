@@ -47,7 +47,7 @@ class WriteError(UserError):
     """Something could not be written, for a reason outside the run: the disk is full, a folder is read-only."""
 
 
-def nearest(name: str, known: Iterable[str], count: int = 1) -> str:
+def nearest(name: str, known: Iterable[str]) -> str:
     """`; did you mean 'x'?` for a mistyped name, or nothing when none is near."""
-    close = get_close_matches(name, list(known), n=count, cutoff=0.6)
-    return f"; did you mean {' or '.join(repr(c) for c in close)}?" if close else ""
+    close = get_close_matches(name, list(known), n=1, cutoff=0.6)
+    return f"; did you mean {close[0]!r}?" if close else ""

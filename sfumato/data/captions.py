@@ -107,15 +107,19 @@ def endless(options: CaptionOptions) -> list[str]:
     return [name for name in names if getattr(options, name)]
 
 
-def every(lines: Sequence[str], options: CaptionOptions, limit: int = 256) -> list[str] | None:
+MOST_CAPTIONS = 256
+"""Captions of an image that are encoded beforehand."""
+
+
+def every(lines: Sequence[str], options: CaptionOptions) -> list[str] | None:
     """All captions that `vary` can give when nothing is `endless`, in a fixed order; None when they are more than
-    `limit`."""
+    `MOST_CAPTIONS`."""
     drops = options.caption_dropout_rate > 0 or options.caption_dropout_every_n_epochs > 0
     chosen = list(lines) if options.enable_wildcard else [lines[0]]
     found: list[str] = []
     for line in chosen:
-        spelt = _spelt(affixed(line, options), limit) if options.enable_wildcard else [affixed(line, options)]
-        if spelt is None or len(found) + len(spelt) > limit:
+        spelt = _spelt(affixed(line, options)) if options.enable_wildcard else [affixed(line, options)]
+        if spelt is None or len(found) + len(spelt) > MOST_CAPTIONS:
             return None
         # No random number is taken: with nothing endless set, the tags do not move.
         found += [_varied_tags(caption, options, random.Random(0), 0) for caption in spelt]
@@ -148,14 +152,14 @@ def unvaried(options: CaptionOptions) -> CaptionOptions:
     )
 
 
-def _spelt(caption: str, limit: int) -> list[str] | None:
-    """A caption with its wildcards replaced in all ways, or None when there are more than `limit`."""
+def _spelt(caption: str) -> list[str] | None:
+    """A caption with its wildcards replaced in all ways, or None when there are more than `MOST_CAPTIONS`."""
     pieces: list[list[str]] = []
     end = 0
     for found in _WILDCARD.finditer(caption):
         pieces += [[caption[end : found.start()]], found[1].split("|") if found[1] else [found[0][0]]]
         end = found.end()
     pieces.append([caption[end:]])
-    if prod(map(len, pieces)) > limit:
+    if prod(map(len, pieces)) > MOST_CAPTIONS:
         return None
     return ["".join(choice) for choice in product(*pieces)]

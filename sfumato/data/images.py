@@ -11,8 +11,6 @@ from typing import IO
 import numpy as np
 from PIL import AvifImagePlugin, ExifTags, Image, TiffImagePlugin, UnidentifiedImageError, WebPImagePlugin
 
-from sfumato.data.batch import Size
-
 _FORMATS: tuple[str, ...] = (
     *("PNG", "JPEG", "BMP", "DIB", "GIF"),
     *(
@@ -39,20 +37,12 @@ class Unreadable(Exception):
     """An image cannot be read; the message gives the reason."""
 
 
-def oriented_size(path: Path) -> Size:
-    """(width, height) of an image once it is upright, from its header alone. Raises Unreadable, OSError."""
-    with _open(path, path.suffix) as image:
-        width, height = image.size
-        return (height, width) if _orientation(image) >= 5 else (width, height)
-
-
 def read(source: Path | IO[bytes], suffix: str) -> Image.Image:
     """A whole image, upright, in RGB, or in RGBA where it has transparency; the first frame of an animation.
 
     `suffix`: of the file's name, for the message. Raises Unreadable, OSError.
     """
     with _open(source, suffix) as image:
-        turn = _UPRIGHT.get(_orientation(image))
         try:
             image.load()
             plain = _eight_bits(image)
@@ -67,6 +57,7 @@ def read(source: Path | IO[bytes], suffix: str) -> Image.Image:
         ) as error:
             # Pillow's decoders raise all of these on damaged data.
             raise Unreadable(f"damaged: {error}") from error
+        turn = _UPRIGHT.get(_orientation(image))
     return plain.transpose(turn) if turn is not None else plain
 
 
@@ -131,37 +122,13 @@ def _seems(start: bytes) -> str:
 
 
 def _orientation(image: Image.Image) -> int:
-    """EXIF orientation, 1 (upright) to 8, without decoding the image."""
+    """EXIF orientation, 1 (upright) to 8, of a decoded image: a PNG may have its EXIF data behind its pixels."""
     if image.format == "TIFF":
-        return 1  # Pillow turns these itself, and reports their upright size
-    late = _exif_behind_the_image(image)
+        return 1  # Pillow turns these itself
     # An image with broken EXIF data is still an image; other readers show it as it lies.
     with suppress(Exception):
-        if late:
-            exif = Image.Exif()
-            exif.load(late)
-            return int(exif.get(ExifTags.Base.Orientation, 1))
-        if image.format != "PNG" or {"exif", "Raw profile type exif", "XML:com.adobe.xmp"} & image.info.keys():
-            return int(image.getexif().get(ExifTags.Base.Orientation, 1))
+        return int(image.getexif().get(ExifTags.Base.Orientation, 1))
     return 1
-
-
-def _exif_behind_the_image(image: Image.Image) -> bytes:
-    """The eXIf chunk of a PNG that has it after the image's data, where Pillow would decode the image to find it."""
-    stream = getattr(image, "fp", None)
-    if image.format != "PNG" or "exif" in image.info or stream is None:
-        return b""
-    place = stream.tell()
-    try:
-        stream.seek(8)
-        while len(head := stream.read(8)) == 8:
-            length, kind = struct.unpack(">I4s", head)
-            if kind == b"eXIf":
-                return bytes(stream.read(length))
-            stream.seek(length + 4, 1)
-        return b""
-    finally:
-        stream.seek(place)
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:

@@ -128,14 +128,13 @@ def make_plan(
     index: FileIndex,
     *,
     skip_unreadable: bool = False,
-    bodies: bool = True,
     stride: int = 8,
     multiple: int | None = None,
     progress: Progress | None = None,
 ) -> Plan:
     """Find all images and their buckets.
 
-    `bodies`: decode each image once (unless `index` knows it), so that damaged ones show now; False: headers alone.
+    Each image that `index` does not know is decoded once, so that damaged ones show now.
     `stride`: image pixels a latent pixel; `multiple`: what sides are multiples of, if more than that. Raises UserError
     that lists every option that cannot act, or every file that cannot be used, with its reason (those are left out and
     listed in `skipped` instead if `skip_unreadable`).
@@ -146,7 +145,7 @@ def make_plan(
     notes: list[str] = []
     wrong: list[str] = []
     for d, dataset in enumerate(datasets):
-        found = scan(dataset, index, bodies=bodies, progress=progress)
+        found = scan(dataset, index, progress)
         placed, left = _placed(found, dataset, d)
         if placed and all(item.image.is_reg for item in placed):
             wrong.append(f"dataset {d + 1}: {ONLY_REGULARISATION}")

@@ -15,7 +15,7 @@ from PIL import Image
 
 from sfumato.config import DatasetConfig, SubsetConfig
 from sfumato.data.folders import SUFFIXES, Listing, listing
-from sfumato.data.images import Unreadable, oriented_size, read
+from sfumato.data.images import Unreadable, read
 from sfumato.data.store import FileIndex, Progress
 from sfumato.errors import UserError
 from sfumato.formats.files import stamp
@@ -39,7 +39,7 @@ class ImageFile:
     repeats: int
     mask_path: Path | None = None
     digest: str = ""
-    """Hash of the file's bytes; empty when only headers were read."""
+    """Hash of the file's bytes."""
     mask_digest: str = ""
 
 
@@ -76,11 +76,11 @@ class Facts:
     problem: str = ""
 
 
-def scan(dataset: DatasetConfig, index: FileIndex, *, bodies: bool = True, progress: Progress | None = None) -> Scan:
+def scan(dataset: DatasetConfig, index: FileIndex, progress: Progress | None = None) -> Scan:
     """Look through the folders of a dataset.
 
-    `bodies`: decode every image once, so that damaged ones are known now, and hash it; False: read headers alone.
-    What is known of a file that has not changed is taken from `index`, without opening it.
+    Every image is decoded once, so that damaged ones are known now, and hashed; what is known of a file that has not
+    changed is taken from `index`, without opening it.
     Raises UserError for folders that are missing or empty, all at once.
     """
     found = [_listing(subset) for subset in dataset.subsets]
@@ -89,7 +89,7 @@ def scan(dataset: DatasetConfig, index: FileIndex, *, bodies: bool = True, progr
     listings = [f for f in found if not isinstance(f, str)]
     masks = [_masks(subset, found.images) for subset, found in zip(dataset.subsets, listings, strict=True)]
     wanted = [p for found in listings for p in found.images] + [m for of in masks for m in of.values()]
-    facts = examine(wanted, index, bodies=bodies, progress=progress)
+    facts = examine(wanted, index, progress)
     result = Scan()
     for i, subset in enumerate(dataset.subsets):
         result.notes += _left_alone(subset, listings[i])
@@ -98,9 +98,7 @@ def scan(dataset: DatasetConfig, index: FileIndex, *, bodies: bool = True, progr
     return result
 
 
-def examine(
-    paths: Sequence[Path], index: FileIndex, *, bodies: bool, progress: Progress | None = None
-) -> dict[Path, Facts]:
+def examine(paths: Sequence[Path], index: FileIndex, progress: Progress | None = None) -> dict[Path, Facts]:
     """What each image file is, from the index where the file has not changed since (size and times), else from the
     file."""
     paths = list(dict.fromkeys(paths))
@@ -108,7 +106,7 @@ def examine(
     facts: dict[Path, Facts] = {}
     for path in paths:
         row = known.get(str(path.absolute()))
-        if isinstance(row, dict) and (found := _remembered(row, stamp(path))) and (found.digest or not bodies):
+        if isinstance(row, dict) and (found := _remembered(row, stamp(path))):
             facts[path] = found
     todo = [p for p in paths if p not in facts]
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
@@ -116,7 +114,7 @@ def examine(
         for start in range(0, len(todo), 256):
             portion = todo[start : start + 256]
             stamps = {p: stamp(p) for p in portion}
-            fresh = dict(zip(portion, pool.map(lambda p: _examine(p, bodies), portion), strict=True))
+            fresh = dict(zip(portion, pool.map(_examine, portion), strict=True))
             facts |= fresh
             # A problem is not remembered: it may be fixed without touching the file (a plug-in that was missing).
             rows = {str(p.absolute()): _row(f, stamps[p]) for p, f in fresh.items() if not f.problem}
@@ -129,7 +127,7 @@ def examine(
 def _remembered(row: Mapping[str, object], now: list[int]) -> Facts | None:
     """What the index knows of a file that has not changed; None when it has, or when the row is damaged."""
     width, height, digest = row.get("width"), row.get("height"), row.get("digest")
-    if row.get("stamp") != now or not isinstance(digest, str):
+    if row.get("stamp") != now or not digest or not isinstance(digest, str):
         return None
     return (
         Facts(width, height, digest)
@@ -142,10 +140,8 @@ def _row(facts: Facts, of: list[int]) -> dict[str, object]:
     return {"stamp": of, "width": facts.width, "height": facts.height, "digest": facts.digest}
 
 
-def _examine(path: Path, bodies: bool) -> Facts:
+def _examine(path: Path) -> Facts:
     try:
-        if not bodies:
-            return Facts(*oriented_size(path))
         data = path.read_bytes()
         image = read(BytesIO(data), path.suffix)
         return Facts(image.width, image.height, _digest(data))

@@ -53,29 +53,18 @@ def read_header(path: str | Path) -> Header:
     return header.parse(text, size, str(path))
 
 
-def load(
-    path: str | Path,
-    *,
-    device: str | torch.device = "cpu",
-    dtype: torch.dtype | None = None,
-    names: Callable[[str], bool] | None = None,
-) -> dict[str, Tensor]:
+def load(path: str | Path) -> dict[str, Tensor]:
     """{name: tensor} of a .safetensors, .ckpt, .pt, .pth or .bin file, memory-mapped where the format can be.
 
-    `dtype` casts floating tensors only; `names` picks tensors. Pickles are read without running any code in
-    them; "state_dict" is unwrapped, numbers and strings beside tensors are left out. Errors: as `read_header`.
+    Pickles are read without running any code in them; "state_dict" is unwrapped, numbers and strings beside tensors
+    are left out. Errors: as `read_header`.
     """
     path = _existing(path)
     if path.suffix in PICKLES:
-        tensors = {name: t.to(device) for name, t in _unpickle(path).items() if names is None or names(name)}
-    else:
-        check_known(path, read_header(path))
-        with mapped(path, str(device)) as file:
-            wanted = [name for name in file.keys() if names is None or names(name)]  # noqa: SIM118
-            tensors = {name: file.get_tensor(name) for name in wanted}
-    if dtype is None:
-        return tensors
-    return {name: t.to(dtype) if t.is_floating_point() else t for name, t in tensors.items()}
+        return _unpickle(path)
+    check_known(path, read_header(path))
+    with mapped(path) as file:
+        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
 
 
 def check_known(path: Path, found: Header) -> None:
@@ -88,12 +77,12 @@ def check_known(path: Path, found: Header) -> None:
         )
 
 
-def mapped(path: Path, device: str = "cpu") -> Any:
+def mapped(path: Path) -> Any:
     """The safetensors library's view of a file. Errors: `UserError` for what the library refuses."""
     from safetensors import SafetensorError, safe_open
 
     try:
-        return safe_open(path, framework="pt", device=device)
+        return safe_open(path, framework="pt")
     except (SafetensorError, OSError) as error:
         raise UserError(f"{path}: cannot be read: {error}") from error
 

@@ -8,7 +8,7 @@ carries `a.b.weight`, `a.b.bias` and whatever else stands below. A name that no 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -147,8 +147,3 @@ class KeyMap:
 def add_prefix(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     """Every name with `prefix` before it."""
     return {prefix + name: t for name, t in tensors.items()}
-
-
-def with_prefix(names: Iterable[str], prefix: str) -> dict[str, str]:
-    """{name without the prefix: name} for those names that have it."""
-    return {name[len(prefix) :]: name for name in names if name.startswith(prefix)}

@@ -60,11 +60,9 @@ def for_length(config: OptimizerConfig, steps: int) -> list[str]:
     return _warmup(schedules.acting(config, optimizer), optimizer, steps)
 
 
-def stand_in(name: str, lr: float, *, loraplus_ratio: float | None = None, vectors: bool = False) -> Group:
-    """A group of small weights. `vectors`: with biases among them, as whole nets have."""
-    weights = [nn.Parameter(torch.ones(4, 4)), nn.Parameter(torch.ones(4, 4))]
-    biases = [nn.Parameter(torch.ones(4))] if vectors else []
-    return Group(name=name, lr=lr, parameters=[*weights, *biases], plus=weights[1:], loraplus_ratio=loraplus_ratio)
+def stand_in(name: str, lr: float) -> Group:
+    """A group of small weights."""
+    return Group(name=name, lr=lr, parameters=[nn.Parameter(torch.ones(4, 4)), nn.Parameter(torch.ones(4, 4))])
 
 
 def _copied(group: Group) -> Group:

@@ -11,7 +11,7 @@ import pytest
 from folders import noise
 from PIL import Image, ImageOps, PngImagePlugin, features
 
-from sfumato.data.images import Unreadable, flat, oriented_size, read
+from sfumato.data.images import flat, read
 from sfumato.data.scan import open_image
 from sfumato.errors import UserError
 
@@ -80,7 +80,7 @@ def test_exif_orientation(tmp_path: Path, orientation: int, name: str) -> None:
         upright = ImageOps.exif_transpose(raw).convert("RGB")  # Pillow's own, as an oracle
     opened = open_image(tmp_path / name)
     assert np.array_equal(opened, upright)
-    assert oriented_size(tmp_path / name) == opened.size == ((16, 24) if orientation >= 5 else (24, 16))
+    assert opened.size == ((16, 24) if orientation >= 5 else (24, 16))
 
 
 def late_exif() -> bytes:
@@ -98,7 +98,7 @@ def test_exif_behind_the_pixels_counts_as_well(tmp_path: Path) -> None:
     (tmp_path / "a.png").write_bytes(late_exif())
     with Image.open(tmp_path / "a.png") as raw:
         assert ImageOps.exif_transpose(raw).size == (16, 24)
-    assert oriented_size(tmp_path / "a.png") == open_image(tmp_path / "a.png").size == (16, 24)
+    assert open_image(tmp_path / "a.png").size == (16, 24)
 
 
 def test_broken_exif_does_not_cost_the_image(tmp_path: Path) -> None:
@@ -133,9 +133,8 @@ def test_only_the_formats_that_are_meant_are_opened(
 
     monkeypatch.setattr(subprocess, "Popen", started)
     (tmp_path / name).write_bytes(data)
-    for attempt in (open_image, oriented_size):
-        with pytest.raises((UserError, Unreadable), match=seems):
-            attempt(tmp_path / name)
+    with pytest.raises(UserError, match=seems):
+        open_image(tmp_path / name)
 
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "BMP", "DIB", "GIF", "TIFF", "AVIF", "MPO"])
@@ -144,7 +143,7 @@ def test_every_format_that_is_meant_is_opened_whatever_its_ending(tmp_path: Path
         pytest.skip("this Pillow has no AVIF")
     more = {"save_all": True, "append_images": [noise((24, 16), 7)]} if kind == "MPO" else {}
     noise((24, 16), 6).save(tmp_path / "a.png", format=kind, **more)
-    assert open_image(tmp_path / "a.png").size == oriented_size(tmp_path / "a.png") == (24, 16)
+    assert open_image(tmp_path / "a.png").size == (24, 16)
 
 
 @pytest.mark.parametrize("name", ["a.png", "a.jpg", "a.webp", "a.bmp", "a.tif", "a.gif"])

@@ -19,8 +19,8 @@ from sfumato.data.store import FileIndex, TensorStore
 from sfumato.errors import UserError
 
 
-def look(path: Path, index: FileIndex | None = None, bodies: bool = True, **options: object) -> Scan:
-    return scan(dataset(subset(path, **options)), index or FileIndex(), bodies=bodies)
+def look(path: Path, index: FileIndex | None = None, **options: object) -> Scan:
+    return scan(dataset(subset(path, **options)), index or FileIndex())
 
 
 def test_images_come_in_the_order_of_their_names_with_sizes_and_captions(tmp_path: Path) -> None:
@@ -109,16 +109,12 @@ def test_used_and_skipped_are_all_that_was_found(tmp_path: Path) -> None:
     assert all(s.reason for s in made.skipped)
 
 
-def test_headers_alone_give_the_same_images(tmp_path: Path) -> None:
-    folder(tmp_path)
+def test_sizes_are_those_of_upright_images(tmp_path: Path) -> None:
     exif = Image.Exif()
     exif[0x0112] = 6
     noise((80, 40), 3).save(tmp_path / "turned.jpg", exif=exif)
-    whole, headers = look(tmp_path).images, look(tmp_path, bodies=False).images
-    assert [(p.name, p.width, p.height) for p in whole] == [(p.name, p.width, p.height) for p in headers]
-    assert (whole[-1].width, whole[-1].height) == (40, 80)
-    assert [p.digest for p in headers] == [""] * 6
-    assert len({p.digest for p in whole}) == 6
+    [turned] = look(tmp_path).images
+    assert (turned.width, turned.height) == (40, 80) and turned.digest
 
 
 def test_a_second_look_opens_no_image(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -127,7 +123,7 @@ def test_a_second_look_opens_no_image(tmp_path: Path, monkeypatch: pytest.Monkey
     first = look(tmp_path / "p", index)
     opened: list[Path] = []
     examine = module._examine
-    monkeypatch.setattr(module, "_examine", lambda path, bodies: (opened.append(path), examine(path, bodies))[1])
+    monkeypatch.setattr(module, "_examine", lambda path: (opened.append(path), examine(path))[1])
     assert look(tmp_path / "p", FileIndex(tmp_path / "cache")).images == first.images
     assert opened == []
     noise((64, 64), 77).save(tmp_path / "p" / "0.png")

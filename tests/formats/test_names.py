@@ -18,7 +18,6 @@ from sfumato.formats.names import (
     Rule,
     add_prefix,
     rule,
-    with_prefix,
 )
 
 quick = settings(deadline=None, max_examples=25, derandomize=True)
@@ -145,6 +144,5 @@ def test_into_gives_the_native_side_and_back_the_foreign_one() -> None:
     assert table.to_foreign({"a": torch.zeros(1)})["x"].item() == -1
 
 
-def test_prefixes() -> None:
+def test_a_prefix() -> None:
     assert add_prefix({"a": torch.ones(1)}, "p.").keys() == {"p.a"}
-    assert with_prefix(["p.a", "q.b", "p."], "p.") == {"a": "p.a", "": "p."}

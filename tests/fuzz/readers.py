@@ -436,7 +436,7 @@ def _row(stage: Stage, text: bytes) -> None:
         connection.execute(
             "UPDATE known SET value = ?", (value if text[:1] < b"Z" else value.decode("utf-8", "replace"),)
         )
-    found = scan.examine([image], index, bodies=True)[image]
+    found = scan.examine([image], index)[image]
     assert type(found.width) is int and found.width > 0 and isinstance(found.digest, str)
     assert why(index.read("picture", [str(image.absolute())]).get(str(image.absolute())), {"picture": "x"})
 
@@ -491,8 +491,7 @@ def _images() -> tuple[bytes, ...]:
 def _image(stage: Stage, content: bytes) -> None:
     for suffix in (".png", ".jpg"):
         path = stage.file(f"x{suffix}", content)
-        for bodies in (False, True):
-            scan._examine(path, bodies)
+        scan._examine(path)
     scan.open_image(path)
 
 
@@ -509,7 +508,7 @@ def _caption(stage: Stage, content: bytes) -> None:
         enable_wildcard=True,
         caption_tag_dropout_rate=0.5,
     )
-    found = scan.scan(DatasetConfig(subsets=(subset,)), FileIndex(), bodies=False)
+    found = scan.scan(DatasetConfig(subsets=(subset,)), FileIndex())
     for each in found.images:
         captions.vary(each.captions, subset, random.Random(0), epoch=1, step=0)
         captions.every(each.captions, subset)

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import pytest
+import torch
+from torch import nn
 
 from sfumato.config import OptimizerConfig
 from sfumato.errors import UserError
+from sfumato.optim.groups import Group
 from sfumato.optim.trial import for_length, stand_in, trial
 
 
@@ -96,7 +99,8 @@ def test_a_length_that_images_decide_is_looked_at_later():
 
 
 def test_the_weights_of_the_run_are_not_touched():
-    group = stand_in("denoiser", 1e-4, loraplus_ratio=4.0, vectors=True)
+    weights = [nn.Parameter(torch.ones(4, 4)), nn.Parameter(torch.ones(4, 4)), nn.Parameter(torch.ones(4))]
+    group = Group(name="denoiser", lr=1e-4, parameters=weights, plus=weights[1:2], loraplus_ratio=4.0)
     tried = trial(OptimizerConfig(), [group])
     assert [g["name"] for g in tried.optimizer.param_groups] == ["denoiser", "denoiser.plus"]
     assert all((p == 1).all() and p.grad is None for p in group.parameters)

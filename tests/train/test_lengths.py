@@ -32,7 +32,7 @@ def planned(root: Path, *captions: str, **options: object) -> Plan:
         Image.new("RGB", (64, 64)).save(root / f"{i}.png")
         (root / f"{i}.txt").write_text(caption, encoding="utf-8")
     subset = SubsetConfig(image_dir=str(root), **options)  # type: ignore[arg-type]
-    return make_plan([DatasetConfig(subsets=(subset,), resolution=(64, 64))], FileIndex(), bodies=False)
+    return make_plan([DatasetConfig(subsets=(subset,), resolution=(64, 64))], FileIndex())
 
 
 def test_long_captions_are_counted_and_shown_with_the_cure(tmp_path: Path) -> None:
