@@ -145,8 +145,8 @@ def _unpickle(path: Path) -> dict[str, Tensor]:
 
     import torch
 
-    zipped = zipfile.is_zipfile(path)
     try:
+        zipped = zipfile.is_zipfile(path)
         strange = torch.serialization.get_unsafe_globals_in_checkpoint(path) if zipped else []
         inert: list[Any] = [(_Inert, name) for name in strange if name.startswith(("pytorch_lightning.", "lightning."))]
         with torch.serialization.safe_globals(inert):

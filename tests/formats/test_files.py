@@ -6,6 +6,7 @@ import errno
 import os
 import pickle
 import signal
+import struct
 import subprocess
 import sys
 import types
@@ -167,7 +168,9 @@ def test_truncated_pickles(tmp_path: Path) -> None:
     torch.save({"a": torch.ones(1000)}, tmp_path / "a.ckpt")
     (tmp_path / "a.ckpt").write_bytes((tmp_path / "a.ckpt").read_bytes()[:2000])
     (tmp_path / "b.ckpt").write_text("hello there")
-    for name in ("a.ckpt", "b.ckpt"):
+    # The end of a ZIP in several files, on which `zipfile.is_zipfile` itself fails.
+    (tmp_path / "d.ckpt").write_bytes(b"PK\x06\x07" + struct.pack("<LQL", 0, 0, 3) + b"PK\x05\x06" + bytes(18))
+    for name in ("a.ckpt", "b.ckpt", "d.ckpt"):
         with pytest.raises(UserError, match=r"truncated|plain tensors"):
             files.load(tmp_path / name)
     torch.save({"epoch": 3}, tmp_path / "c.ckpt")
