@@ -1,6 +1,6 @@
 """What every kind of adapter is: a change of one layer's output, made in a forward hook.
 
-An adapter looks at its base layer's shape and never owns the layer. It knows nothing of nets, files,
+An adapter takes its sizes from its base layer and never owns the layer. It knows nothing of nets, files,
 quantisation or training; `insert.py` puts it in place.
 """
 

@@ -108,7 +108,7 @@ class AdapterNetwork(nn.Module):
 
     @property
     def multiplier(self) -> float | Tensor:
-        """Strength of all adapters: a number, or (b,) one a sample."""
+        """Strength of all adapters: a number, or (b,), one per sample."""
         return self.context.multiplier
 
     @multiplier.setter

@@ -75,7 +75,7 @@ def place(size: Size, options: BucketOptions, buckets: Sequence[Size] | None = N
     resized = int(width * scale + 0.5), int(height * scale + 0.5)
     if resized[0] * resized[1] > LARGEST:
         there = f"{resized[0]}x{resized[1]} before it is cut to {bucket[0]}x{bucket[1]}"
-        raise ValueError(f"{width}x{height} would be {there}, more than can be held: crop it")
+        raise ValueError(f"{width}x{height} would be {there}, more than fits in memory: crop it")
     return Placement(bucket, resized)
 
 

@@ -51,7 +51,7 @@ class Plan:
     items: tuple[Item, ...]
     skipped: tuple[SkippedFile, ...]
     notes: tuple[str, ...]
-    """What the user should know, a line each."""
+    """What the user should know, one line each."""
     stride: int
 
     def subset(self, item: Item) -> SubsetConfig:
@@ -120,7 +120,7 @@ class Plan:
 
 
 LARGEST_EPOCH = 2**22
-"""Samples of an epoch, of all datasets together: their order is shuffled in memory, with some 150 bytes a sample."""
+"""Samples of an epoch, of all datasets together: their order is shuffled in memory, with some 150 bytes per sample."""
 
 
 def make_plan(
@@ -134,10 +134,10 @@ def make_plan(
 ) -> Plan:
     """Find all images and their buckets.
 
-    Each image that `index` does not know is decoded once, so that damaged ones show now.
-    `stride`: image pixels a latent pixel; `multiple`: what sides are multiples of, if more than that. Raises UserError
-    that lists every option that cannot act, or every file that cannot be used, with its reason (those are left out and
-    listed in `skipped` instead if `skip_unreadable`).
+    Each image that `index` does not know is decoded once, so that damaged ones show now. `stride`: image pixels per
+    latent pixel; `multiple`: what sides are multiples of, if more than that. Raises UserError that lists every option
+    that cannot act, or every file that cannot be used, with its reason (those are left out and listed in `skipped`
+    instead if `skip_unreadable`).
     """
     _check_options(datasets, multiple or stride)
     items: list[Item] = []

@@ -63,7 +63,7 @@ class Scan:
     images: list[ImageFile] = field(default_factory=list)
     skipped: list[SkippedFile] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
-    """What the user should know, a line each."""
+    """What the user should know, one line each."""
 
 
 @dataclass(frozen=True, slots=True)

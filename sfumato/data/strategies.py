@@ -62,7 +62,7 @@ class LatentsCachingStrategy:
     """A family's latents; caching them is the same for all."""
 
     stride: int = 8
-    """Image pixels a latent pixel."""
+    """Image pixels per latent pixel, on a side."""
     channels: int = 4
     dtype: torch.dtype = torch.float16
     """What latents are cached in."""

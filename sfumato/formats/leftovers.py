@@ -29,7 +29,7 @@ _counter = itertools.count()
 
 
 def file_beside(path: Path) -> Path:
-    """Where a file is written before it becomes `path`. The ending is kept: some writers choose the format by it."""
+    """Where a file is written before it becomes `path`. The ending stays: some writers choose the format by it."""
     return path.with_name(f".{path.stem}.{os.getpid()}-{next(_counter)}.part{path.suffix}")
 
 

@@ -19,7 +19,7 @@ from torch import Tensor
 def key(*parts: int | str) -> int:
     """A 63-bit number that depends on all parts and their order."""
     text = "\x1f".join(f"{type(p).__name__}:{p}" for p in parts)
-    # A file's name may hold bytes that are no text; any name gives a number.
+    # A file's name may hold bytes that are not text; any name gives a number.
     digest = blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest()
     return int.from_bytes(digest, "big") >> 1
 

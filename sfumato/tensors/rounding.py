@@ -8,7 +8,7 @@ from torch import Tensor
 
 @torch.no_grad()
 def stochastic_round_(low: Tensor, high: Tensor, generator: torch.Generator) -> Tensor:
-    """Write `high` (fp32) into `low` (bf16, same shape), up or down by chance, so that the mean is kept
+    """Write `high` (fp32) into `low` (bf16, same shape), up or down by chance, so that the mean stays the same
     (arXiv:2010.06192).
 
     A bf16 number is the upper half of an fp32 number: random bits added below carry over as often as the lower

@@ -15,8 +15,8 @@ LORA = AdapterPlan(kind=kind("lora"), rank=4, conv_rank=3, conv_alpha=1.5)
 
 
 def test_ranks_go_by_the_layer(net):
-    places = choose(net, "denoiser", TARGETS, LORA)
-    assert {p.path: (p.options.rank, p.options.alpha) for p in places} == {
+    targets = choose(net, "denoiser", TARGETS, LORA)
+    assert {p.path: (p.options.rank, p.options.alpha) for p in targets} == {
         "block.conv1": (3, 1.5),
         "block.conv2": (3, 1.5),
         "block.proj": (4, 1.0),
@@ -26,8 +26,8 @@ def test_ranks_go_by_the_layer(net):
 
 
 def test_no_convolutions_without_a_rank_for_them(net):
-    places = choose(net, "denoiser", TARGETS, AdapterPlan(kind=kind("lora")))
-    assert [p.path for p in places] == ["block.proj", "block.to_q", "block.to_out"]
+    targets = choose(net, "denoiser", TARGETS, AdapterPlan(kind=kind("lora")))
+    assert [p.path for p in targets] == ["block.proj", "block.to_q", "block.to_out"]
 
 
 def test_nothing_to_train_is_an_error(net):
@@ -54,21 +54,21 @@ def test_a_rank_that_no_layer_can_have_is_refused_before_memory_is_asked_for(net
 
 def test_several_components(net):
     encoder = nn.Sequential(nn.Linear(4, 4))
-    places = {
+    targets = {
         "denoiser": choose(net, "denoiser", TARGETS, LORA),
         "clip_l": choose(encoder, "clip_l", {"linear": ("*",)}, LORA),
     }
-    inserted = AdapterNetwork(places, LORA.kind, seed=0)
+    inserted = AdapterNetwork(targets, LORA.kind, seed=0)
     assert list(inserted.by_path())[-1] == ("clip_l", "0")
     assert len(list(inserted.parameters())) == 12
 
 
-def test_load_tells_all_that_is_wrong(net):
+def test_load_reports_all_that_is_wrong(net):
     state = insert(net, LORA).state()
-    per_sample = insert(net, AdapterPlan(kind=kind("lora"), rank=8)).state()
+    wide = insert(net, AdapterPlan(kind=kind("lora"), rank=8)).state()
     inserted = insert(net, LORA)
-    given = {site: leaves for site, leaves in state.items() if "conv1" not in site[1]}
-    given["denoiser", "block.to_q"] = per_sample["denoiser", "block.to_q"]
+    given = {path: tensors for path, tensors in state.items() if "conv1" not in path[1]}
+    given["denoiser", "block.to_q"] = wide["denoiser", "block.to_q"]
     given["denoiser", "block.to_z"] = state["denoiser", "block.to_q"]
     with pytest.raises(UserError) as e:
         inserted.load(given)

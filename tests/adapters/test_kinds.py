@@ -37,9 +37,9 @@ def test_start_values_follow_from_the_seed_and_the_layer(net, plan):
     assert not all(torch.equal(a, b) for a, b in zip(first, other, strict=True))
     alone = insert(net, replace(plan, conv_rank=None), seed=3)
     whole = insert(net, plan, seed=3)
-    for site, adapter in alone.by_path().items():
-        for a, b in zip(adapter.parameters(), whole.by_path()[site].parameters(), strict=True):
-            assert torch.equal(a, b), site
+    for path, adapter in alone.by_path().items():
+        for a, b in zip(adapter.parameters(), whole.by_path()[path].parameters(), strict=True):
+            assert torch.equal(a, b), path
 
 
 @pytest.mark.parametrize("multiplier", [1.0, -0.7])
@@ -78,18 +78,21 @@ def test_every_leaf_learns(net, plan, x):
 def test_state_round_trip(net, plan, x):
     first = insert(net, plan)
     disturb(first)
-    said, state = net(x), {site: {k: t.clone() for k, t in leaves.items()} for site, leaves in first.state().items()}
+    output, state = (
+        net(x),
+        {path: {k: t.clone() for k, t in tensors.items()} for path, tensors in first.state().items()},
+    )
     first.remove()
     second = insert(net, plan, seed=5)
     second.load(state)
-    assert torch.equal(net(x), said)
+    assert torch.equal(net(x), output)
     second.remove()
-    for leaves in state.values():
-        kind, options = from_tensors(leaves)
+    for tensors in state.values():
+        kind, options = from_tensors(tensors)
         assert kind is plan.kind
         assert (options.rank, options.alpha) in {(4, 2.0), (3, 1.5)}
     third = from_state({"denoiser": net}, state)
-    assert torch.equal(net(x), said)
+    assert torch.equal(net(x), output)
     assert list(third.by_path()) == list(first.by_path())
 
 
@@ -136,7 +139,7 @@ def test_dropouts(net, plan, x, name):
         pytest.skip(f"{plan.kind.__name__} has no {name}")
     whole = insert(net, plan)
     disturb(whole)
-    said = net(x)
+    output = net(x)
     whole.remove()
     inserted = insert(net, replace(plan, more={name: 0.5}))
     disturb(inserted)
@@ -144,12 +147,12 @@ def test_dropouts(net, plan, x, name):
         net(x)
     inserted.rng = SampleRandom((11, 12, 13))
     dropped = net(x)
-    assert not torch.allclose(dropped, said)
-    assert torch.equal(net(x), dropped), "the same draws drop the same"
+    assert not torch.allclose(dropped, output)
+    assert torch.equal(net(x), dropped), "the same random numbers drop the same"
     inserted.rng = SampleRandom((12,))
     close(net(x[1:2]), dropped[1:2], atol=1e-6, rtol=1e-5)  # a sample's dropout does not depend on its batch
     inserted.eval()
-    assert torch.equal(net(x), said)
+    assert torch.equal(net(x), output)
 
 
 @pytest.mark.parametrize("name", ["dropout", "rank_dropout"])
@@ -193,10 +196,10 @@ def test_fp32_adapters_on_a_bf16_net(net, plan, x, autocast):
     net.bfloat16()
     assert all(p.dtype is torch.float32 for p in inserted.parameters())
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        said = net(x if autocast else x.bfloat16())
-    assert said.dtype is torch.bfloat16
-    close(said.float(), exact, atol=0.03, rtol=0.05)
-    said.float().sum().backward()
+        output = net(x if autocast else x.bfloat16())
+    assert output.dtype is torch.bfloat16
+    close(output.float(), exact, atol=0.03, rtol=0.05)
+    output.float().sum().backward()
     assert all(
         p.grad is not None and p.grad.dtype is torch.float32 and p.grad.isfinite().all() for p in inserted.parameters()
     )
@@ -214,18 +217,18 @@ def test_bf16_adapters_on_a_bf16_net(net, plan, x):
 def test_on_the_meta_device(net, plan):
     with torch.device("meta"):
         large = type(net)()
-    shapes = {site: {k: t.shape for k, t in leaves.items()} for site, leaves in insert(large, plan).state().items()}
+    shapes = {path: {k: t.shape for k, t in tensors.items()} for path, tensors in insert(large, plan).state().items()}
     assert shapes == {
-        site: {k: t.shape for k, t in leaves.items()} for site, leaves in insert(net, plan).state().items()
+        path: {k: t.shape for k, t in tensors.items()} for path, tensors in insert(net, plan).state().items()
     }
 
 
 def test_norms_are_scaled_down_to_the_limit(net, plan):
     inserted = insert(net, plan)
     disturb(inserted)
-    weights = {site: net.get_submodule(site[1]).weight for site in inserted.by_path()}
-    before = {site: a.delta_weight(weights[site]) for site, a in inserted.by_path().items()}
-    norms = {site: c.norm().item() for site, c in before.items()}
+    weights = {path: net.get_submodule(path[1]).weight for path in inserted.by_path()}
+    before = {path: a.delta_weight(weights[path]) for path, a in inserted.by_path().items()}
+    norms = {path: c.norm().item() for path, c in before.items()}
     limit = sorted(norms.values())[2]
     try:
         found = inserted.scale_norms(limit * 1.0001)
@@ -233,16 +236,16 @@ def test_norms_are_scaled_down_to_the_limit(net, plan):
         pytest.skip(str(e))
     assert found.scaled == 2
     assert found.largest == pytest.approx(limit, rel=1e-3)
-    for site, adapter in inserted.by_path().items():
-        close(adapter.delta_weight(weights[site]), before[site] * min(1, limit / norms[site]), rtol=1e-3, atol=1e-6)
+    for path, adapter in inserted.by_path().items():
+        close(adapter.delta_weight(weights[path]), before[path] * min(1, limit / norms[path]), rtol=1e-3, atol=1e-6)
 
 
 def test_layers_without_values_are_enough_to_count_and_check(plan):
-    """`plan` builds adapters on the meta device: shapes, names and files are as on a real net, and no number is drawn."""
+    """`plan` builds adapters on the meta device: shapes, names and files are as on a real net, and no random number is made."""
     real, outline = Net(), Net().to("meta")
     inserted, counted = insert(real, plan), insert(outline, plan)
-    shapes = {site: {name: t.shape for name, t in leaves.items()} for site, leaves in inserted.state().items()}
-    assert {site: {name: t.shape for name, t in leaves.items()} for site, leaves in counted.state().items()} == shapes
+    shapes = {path: {name: t.shape for name, t in tensors.items()} for path, tensors in inserted.state().items()}
+    assert {path: {name: t.shape for name, t in tensors.items()} for path, tensors in counted.state().items()} == shapes
     assert all(p.is_meta for p in counted.parameters())
     counted.load(inserted.state())
     counted.remove()

@@ -78,11 +78,11 @@ def test_alpha(alpha, scale):
 
 def test_a_file_without_alpha_means_the_rank():
     adapter = LoRA(nn.Linear(3, 3), LayerOptions(rank=4, alpha=1.0), torch.Generator())
-    leaves = adapter.tensors()
-    del leaves["alpha"]
-    adapter.load_tensors(leaves)
+    tensors = adapter.tensors()
+    del tensors["alpha"]
+    adapter.load_tensors(tensors)
     assert adapter.options.scale == 1.0
-    assert LoRA.read(leaves) == LayerOptions(rank=4, alpha=4.0)
+    assert LoRA.read(tensors) == LayerOptions(rank=4, alpha=4.0)
 
 
 def test_refuses_what_it_cannot_follow():

@@ -41,7 +41,7 @@ def test_a_side_that_grows_asks_for_lanczos(size: tuple[int, int]) -> None:
     ("name", "kind"),
     [("nearest", Image.Resampling.NEAREST), ("lanczos", Image.Resampling.LANCZOS), ("box", Image.Resampling.BOX)],
 )
-def test_interpolation_as_told(name: Any, kind: Image.Resampling) -> None:
+def test_interpolation_as_set(name: Any, kind: Image.Resampling) -> None:
     image = noise((64, 32), 3)
     assert np.array_equal(augment.resize(image, (90, 20), name), image.resize((90, 20), kind))
 
@@ -55,10 +55,10 @@ def test_images_are_resized_as_sd_scripts_resizes_them() -> None:
     assert sum(kind == "area" and name.startswith("shrink") for name, kind, *_ in cases) == 50
     for name, kind, before, after in cases:
         # The default is the average of areas where both sides shrink.
-        seen = augment.resize(
+        result = augment.resize(
             Image.fromarray(resizing.image(before)), after, None if name.startswith("shrink") else cast(Any, kind)
         )
-        assert np.abs(np.asarray(seen).astype(int) - expected[name]).max() <= 1, (name, kind, before, after)
+        assert np.abs(np.asarray(result).astype(int) - expected[name]).max() <= 1, (name, kind, before, after)
 
 
 def shares(before: int, after: int) -> Any:
@@ -73,10 +73,10 @@ def test_shrinking_by_a_fraction_is_the_exact_average_of_areas_for_images_and_ma
     stripes = np.tile((np.arange(600) // 3 % 2 * 255).astype(np.uint8), (90, 1))
     image = Image.fromarray(stripes).convert(mode)
     placement = Placement(bucket=(512, 64), resized=(512, 77))
-    seen = np.asarray(augment.cut(image, placement, placement.centre, flip=False), dtype=float)
+    result = np.asarray(augment.cut(image, placement, placement.centre, flip=False), dtype=float)
     exact = (shares(90, 77) @ stripes @ shares(600, 512).T)[6:70]
-    assert np.abs(seen - (exact[..., None] if mode == "RGB" else exact)).max() <= 1
-    assert len(np.unique(seen)) > 20  # not the {0, 128, 255} of an average of whole pixels
+    assert np.abs(result - (exact[..., None] if mode == "RGB" else exact)).max() <= 1
+    assert len(np.unique(result)) > 20  # not the {0, 128, 255} of an average of whole pixels
 
 
 def test_a_mask_is_resized_as_its_image_is(tmp_path: Path) -> None:
@@ -91,8 +91,8 @@ def test_a_mask_is_resized_as_its_image_is(tmp_path: Path) -> None:
 
 def test_colours_vary_one_image_in_three_and_slightly() -> None:
     image = Image.new("RGB", (2, 2), (200, 90, 40))
-    seen = [np.asarray(augment.vary_colours(image, random.Random(seed))) for seed in range(600)]
-    changed = [np.abs(a.astype(int) - np.asarray(image)).max() for a in seen if not np.array_equal(a, image)]
+    result = [np.asarray(augment.vary_colours(image, random.Random(seed))) for seed in range(600)]
+    changed = [np.abs(a.astype(int) - np.asarray(image)).max() for a in result if not np.array_equal(a, image)]
     assert 140 < len(changed) < 250
     assert max(changed) < 60
 

@@ -141,7 +141,7 @@ def test_one_size_without_buckets() -> None:
         (BucketOptions(enable_bucket=True, resolution=(32, 32), min_bucket_reso=32), "bucket_reso_steps"),
     ],
 )
-def test_options_that_cannot_act_are_told(options: BucketOptions, word: str) -> None:
+def test_options_that_cannot_act_are_reported(options: BucketOptions, word: str) -> None:
     [message] = check(options, 8)
     assert word in message
 

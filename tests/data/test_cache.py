@@ -1,4 +1,4 @@
-"""Exactly what changed is encoded again, and it is said why; a killed run goes on where it was."""
+"""Exactly what changed is encoded again, with the reason; a killed run goes on where it was."""
 
 from __future__ import annotations
 
@@ -130,7 +130,7 @@ def test_a_lost_entry_is_made_again(images: Path, cache: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", [run, run_texts])
-def test_bad_entries_are_made_anew_and_told(images: Path, cache: Path, kind: Callable[..., CachedEntries]) -> None:
+def test_bad_entries_are_made_anew_and_reported(images: Path, cache: Path, kind: Callable[..., CachedEntries]) -> None:
     first = kind(images, cache)
     names = list(first.keys.values())
     sound = {name: first.store.get(name) for name in names}

@@ -50,7 +50,7 @@ def test_every_nth_epoch_is_empty() -> None:
     assert [say("a", epoch=e, caption_dropout_every_n_epochs=2) for e in (1, 2, 3, 4)] == ["a", "", "a", ""]
 
 
-def test_wildcards_draw_and_escape() -> None:
+def test_wildcards_choose_and_escape() -> None:
     assert many("a {red|blue} {{x}}", enable_wildcard=True) == {"a red {x}", "a blue {x}"}
     assert many(("one", "two {a|b}"), enable_wildcard=True) == {"one", "two a", "two b"}
     assert say("a {red|blue}") == "a {red|blue}"
@@ -145,8 +145,8 @@ def test_endless_options_are_named() -> None:
     ],
 )
 def test_every_is_all_that_vary_gives(lines: tuple[str, ...], options: dict[str, Any]) -> None:
-    said = {vary(lines, CaptionOptions(**options), random.Random(seed), epoch=1, step=0) for seed in range(300)}
-    assert set(every(lines, CaptionOptions(**options)) or ()) == said
+    varied = {vary(lines, CaptionOptions(**options), random.Random(seed), epoch=1, step=0) for seed in range(300)}
+    assert set(every(lines, CaptionOptions(**options)) or ()) == varied
 
 
 def test_too_many_wildcards_are_not_counted_out() -> None:

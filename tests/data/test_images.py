@@ -18,7 +18,7 @@ from sfumato.errors import UserError
 GREY = np.arange(256, dtype=np.uint8).reshape(16, 16)
 
 
-def test_modes_keep_what_is_seen(tmp_path: Path) -> None:
+def test_modes_keep_what_is_visible(tmp_path: Path) -> None:
     rgb = noise((20, 12), 1)
     files = {
         "rgb.png": rgb,
@@ -109,7 +109,7 @@ def test_broken_exif_does_not_cost_the_image(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("data", "reason"), [(b"", "empty"), (b"hello", "not an image"), (b"\x89PNG\r\n\x1a\n", "not an image|damaged")]
 )
-def test_what_is_no_image_is_told(tmp_path: Path, data: bytes, reason: str) -> None:
+def test_what_is_no_image_is_reported(tmp_path: Path, data: bytes, reason: str) -> None:
     (tmp_path / "a.png").write_bytes(data)
     with pytest.raises(UserError, match=rf"a\.png: .*({reason})"):
         open_image(tmp_path / "a.png")
@@ -147,7 +147,7 @@ def test_every_format_that_is_meant_is_opened_whatever_its_ending(tmp_path: Path
 
 
 @pytest.mark.parametrize("name", ["a.png", "a.jpg", "a.webp", "a.bmp", "a.tif", "a.gif"])
-def test_a_truncated_image_is_told(tmp_path: Path, name: str) -> None:
+def test_a_truncated_image_is_reported(tmp_path: Path, name: str) -> None:
     noise((64, 64), 5).save(tmp_path / name)
     data = (tmp_path / name).read_bytes()
     (tmp_path / name).write_bytes(data[: len(data) // 2])

@@ -181,17 +181,17 @@ def test_flip_and_crop_take_image_mask_and_sizes_along(tmp_path: Path, cached: b
     kept = latents(of, TensorStore(), FileIndex()) if cached else None
     [batch] = read(loader(of, latents=kept))
     assert batch.mask is not None
-    seen = batch.latents if cached else encode(batch.pixels) if batch.pixels is not None else None
-    assert seen is not None
+    read_images = batch.latents if cached else encode(batch.pixels) if batch.pixels is not None else None
+    assert read_images is not None
     turned = 0
     for i in range(24):
-        red = ((seen[i, 0] + 1) * 127.5).round()
-        assert torch.allclose((seen[i, :1] + 1) / 2, batch.mask[i], atol=2e-3)
+        red = ((read_images[i, 0] + 1) * 127.5).round()
+        assert torch.allclose((read_images[i, :1] + 1) / 2, batch.mask[i], atol=2e-3)
         columns = [float(c) for c in red[0]]
         mirrored = columns[0] > columns[-1]
         turned += mirrored
         left = int(batch.sizes[i, 3])
-        # The first column seen is `left` in the image, or counted from its right edge when mirrored.
+        # The first column is `left` in the image, or counted from its right edge when mirrored.
         first = 95 - left - 3.5 if mirrored else left + 3.5
         assert abs(columns[0] - first) <= 1
         assert batch.sizes[i].tolist() == [64, 96, 0, left, 64, 64]
@@ -211,7 +211,7 @@ def test_images_without_a_mask_count_everywhere(tmp_path: Path) -> None:
     assert batch.mask.shape == (2, 1, 8, 8)
 
 
-def test_regularisation_images_weigh_as_told(tmp_path: Path) -> None:
+def test_regularisation_images_weigh_as_set(tmp_path: Path) -> None:
     of = plan(dataset(subset(folder(tmp_path / "a")), subset(folder(tmp_path / "b"), is_reg=True, class_tokens="dog")))
     batches = read(loader(of, prior_loss_weight=0.25))
     assert Counter(w for b in batches for w in b.weight.tolist()) == {1.0: 5, 0.25: 5}
@@ -219,10 +219,10 @@ def test_regularisation_images_weigh_as_told(tmp_path: Path) -> None:
 
 def test_stored_texts_are_handed_out_by_caption(images: Path) -> None:
     of = plan(dataset(subset(images, caption_dropout_rate=0.5)))
-    said = Loader(
+    cached = Loader(
         plan=of, seed=1, latents=latents(of, TensorStore(), FileIndex()), texts=texts(of, TensorStore(), FileIndex())
     )
-    batches = read(said)
+    batches = read(cached)
     assert "" in [c for b in batches for c in b.captions]
     for batch in batches:
         assert batch.tokens is None
@@ -256,21 +256,21 @@ def replace(path: Path) -> None:
 
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "reason"),
     [(Path.unlink, "does not exist"), (replace, "changed"), (truncate, "changed")],
     ids=["deleted", "replaced", "truncated"],
 )
-def test_a_image_lost_while_training_is_told_once_and_weighs_nothing(
-    tmp_path: Path, change: Callable[[Path], None], said: str, workers: int
+def test_an_image_lost_while_training_is_reported_once_and_weighs_nothing(
+    tmp_path: Path, change: Callable[[Path], None], reason: str, workers: int
 ) -> None:
     of = plan(dataset(subset(folder(tmp_path), num_repeats=2)))
     before = samples(read(loader(of)) + read(loader(of), 1))
     change(tmp_path / "3.png")
-    told: list[str] = []
-    training = loader(of, workers=workers, notice=told.append)
+    notices: list[str] = []
+    training = loader(of, workers=workers, notice=notices.append)
     batches = read(training) + read(training, 1)
-    [line] = told
-    assert "3.png" in line and said in line and "goes on without it" in line
+    [line] = notices
+    assert "3.png" in line and reason in line and "goes on without it" in line
     left = samples(batches)
     assert set(left) < set(before)  # all others are what they were, bit for bit
     assert len(before) - len(left) == 4
@@ -285,9 +285,9 @@ def test_a_mask_replaced_while_training_costs_its_image(tmp_path: Path) -> None:
         Image.new("L", (64, 64), 100).save(tmp_path / "m" / f"{i}.png")
     of = plan(dataset(subset(tmp_path / "p", conditioning_data_dir=str(tmp_path / "m")), batch_size=3))
     Image.new("L", (64, 64), 200).save(tmp_path / "m" / "1.png")
-    told: list[str] = []
-    [batch] = read(loader(of, notice=told.append))
-    assert len(told) == 1 and str(tmp_path / "m" / "1.png") in told[0]
+    notices: list[str] = []
+    [batch] = read(loader(of, notice=notices.append))
+    assert len(notices) == 1 and str(tmp_path / "m" / "1.png") in notices[0]
     assert sorted(batch.weight.tolist()) == [0.0, 1.0, 1.0]
     assert batch.mask is not None and batch.mask.shape == (3, 1, 8, 8)
 
@@ -302,7 +302,7 @@ def test_images_that_are_all_gone_end_the_run_plainly(tmp_path: Path, workers: i
 
 
 @pytest.mark.parametrize("how", ["gone", "damaged", "another shape"])
-def test_an_entry_lost_while_training_is_told_and_weighs_nothing(images: Path, tmp_path: Path, how: str) -> None:
+def test_an_entry_lost_while_training_is_reported_and_weighs_nothing(images: Path, tmp_path: Path, how: str) -> None:
     of, index = plan(dataset(subset(images))), FileIndex()
     kept = latents(of, TensorStore(tmp_path), index)
     path = kept.store.path(kept.keys[0])
@@ -312,9 +312,9 @@ def test_an_entry_lost_while_training_is_told_and_weighs_nothing(images: Path, t
         path.write_bytes(path.read_bytes()[:-1] + b"x")
     else:
         kept.store.put(kept.keys[0], {"latents": torch.ones(3, 4, 4)})
-    told: list[str] = []
-    batches = read(loader(of, latents=kept, notice=told.append))
-    [line] = told
+    notices: list[str] = []
+    batches = read(loader(of, latents=kept, notice=notices.append))
+    [line] = notices
     assert "0.png" in line and how in line and "made anew at the next start" in line
     assert sorted(w for b in batches for w in b.weight.tolist()) == [0.0] + [1.0] * 7
     assert latents(of, TensorStore(tmp_path), index).encoded == 1

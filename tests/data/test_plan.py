@@ -85,7 +85,7 @@ def test_options_that_cannot_act_are_refused(tmp_path: Path, options: dict[str, 
         plan(dataset(subset(folder(tmp_path)), **options))
 
 
-def test_all_wrong_options_are_told_at_once(tmp_path: Path) -> None:
+def test_all_wrong_options_are_reported_at_once(tmp_path: Path) -> None:
     root = folder(tmp_path)
     with pytest.raises(UserError) as caught:
         plan(
@@ -133,13 +133,13 @@ def test_an_epoch_of_more_samples_than_can_be_shuffled_is_refused_at_once(tmp_pa
     assert plan(dataset(subset(tmp_path), batch_size=10**18)).batches_per_epoch == 1
 
 
-def test_an_image_that_would_be_too_large_to_hold_is_told_with_its_size(tmp_path: Path) -> None:
+def test_an_image_that_would_be_too_large_to_hold_is_reported_with_its_size(tmp_path: Path) -> None:
     noise((2, 20_000), 1).save(tmp_path / "thread.png")
     with pytest.raises(UserError, match=r"thread\.png: 2x20000 would be 512x5120000 before it is cut to 512x512"):
         plan(DatasetConfig(subsets=(subset(tmp_path),)))
 
 
-def test_a_folder_of_several_datasets_is_told_of_once(tmp_path: Path) -> None:
+def test_a_folder_of_several_datasets_is_reported_once(tmp_path: Path) -> None:
     a, b = folder(tmp_path / "a"), folder(tmp_path / "a" / "b")
     (a / "0.txt").unlink()
     (b / "1.png").write_bytes(b"")

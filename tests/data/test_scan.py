@@ -92,11 +92,13 @@ def test_all_unreadable_files_of_all_datasets_are_listed_at_once(tmp_path: Path)
     spoil(folder(tmp_path / "b"))
     with pytest.raises(UserError) as caught:
         plan(dataset(subset(tmp_path / "a")), dataset(subset(tmp_path / "b")))
-    said = str(caught.value)
-    assert "6 images cannot be used" in said
-    assert "skip_unreadable" in said
+    message = str(caught.value)
+    assert "6 images cannot be used" in message
+    assert "skip_unreadable" in message
     for name, reason in [("1.png", "damaged"), ("5.jpg", "empty"), ("6.png", "not UTF-8")]:
-        assert all(any(f"{d}/{name}: " in line and reason in line for line in said.splitlines()) for d in "ab"), said
+        assert all(any(f"{d}/{name}: " in line and reason in line for line in message.splitlines()) for d in "ab"), (
+            message
+        )
 
 
 def test_used_and_skipped_are_all_that_was_found(tmp_path: Path) -> None:
@@ -131,7 +133,7 @@ def test_a_second_look_opens_no_image(tmp_path: Path, monkeypatch: pytest.Monkey
     assert opened == [tmp_path / "p" / "0.png"]
 
 
-def test_a_replaced_image_is_seen_though_size_and_mtime_are_the_same(tmp_path: Path) -> None:
+def test_a_replaced_image_is_noticed_though_size_and_mtime_are_the_same(tmp_path: Path) -> None:
     for i in (1, 2):
         noise((8, 8), i).save(tmp_path / f"{i}.bmp")
     index = FileIndex()
@@ -159,7 +161,7 @@ def test_images_of_no_repeats_are_listed(tmp_path: Path) -> None:
     assert {s.reason for s in made.skipped} == {"num_repeats is 0"}
 
 
-def test_pipes_are_told_and_never_opened(tmp_path: Path) -> None:
+def test_pipes_are_reported_and_never_opened(tmp_path: Path) -> None:
     if not hasattr(os, "mkfifo"):
         pytest.skip("this system has no named pipes")
     folder(tmp_path / "p")
@@ -177,7 +179,7 @@ def test_pipes_are_told_and_never_opened(tmp_path: Path) -> None:
     assert "no mask image" in look(tmp_path / "p", conditioning_data_dir=str(masks)).skipped[1].reason
 
 
-def test_links_to_nothing_and_captions_that_are_folders_are_told(tmp_path: Path) -> None:
+def test_links_to_nothing_and_captions_that_are_folders_are_reported(tmp_path: Path) -> None:
     folder(tmp_path)
     (tmp_path / "0.txt").unlink()
     (tmp_path / "0.txt").mkdir()
@@ -189,7 +191,7 @@ def test_links_to_nothing_and_captions_that_are_folders_are_told(tmp_path: Path)
     assert reasons["7.png"] == "is a link to nothing" and "is a folder, not a file" in reasons["0.png"]
 
 
-def test_what_may_not_be_read_is_told_by_file_and_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_may_not_be_read_is_reported_by_file_and_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder(tmp_path / "a")
     locked = folder(tmp_path / "a" / "locked")
 
@@ -213,7 +215,7 @@ def test_what_may_not_be_read_is_told_by_file_and_folder(tmp_path: Path, monkeyp
     assert (skipped.path.name, skipped.reason) == ("2.png", "cannot be read: Permission denied")
 
 
-def test_an_image_that_goes_away_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_image_that_goes_away_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder(tmp_path)
     gone = tmp_path / "2.png"
     real = module.listing
@@ -268,7 +270,7 @@ def test_a_name_too_long_for_a_caption_has_none(tmp_path: Path) -> None:
     assert look(tmp_path, caption_extension=".a_long_ending").images[0].captions == ("",)
 
 
-def test_a_caption_of_megabytes_is_told(tmp_path: Path) -> None:
+def test_a_caption_of_megabytes_is_reported(tmp_path: Path) -> None:
     folder(tmp_path)
     (tmp_path / "0.txt").write_bytes(b"word, " * 200_000)
     assert "bytes long" in look(tmp_path).skipped[0].reason

@@ -155,7 +155,7 @@ def test_nothing_but_entries_is_left_on_the_disk(tmp_path: Path) -> None:
     assert sorted(p.stem for p in tmp_path.rglob("*") if p.is_file()) == sorted(key({"i": i}) for i in range(20))
 
 
-def test_an_entry_that_cannot_be_written_is_told(tmp_path: Path) -> None:
+def test_an_entry_that_cannot_be_written_is_reported(tmp_path: Path) -> None:
     (tmp_path / "entries").write_text("a file where a folder should be")
     with pytest.raises((UserError, OSError)), writing(TensorStore(tmp_path)) as put:
         put(key({}), {"x": torch.zeros(1)})
@@ -171,7 +171,7 @@ def test_the_index_remembers(root: Path | None) -> None:
     assert again.read("texts", ["a", "b"]) == {"a": 3}
 
 
-def test_a_damaged_index_is_told(tmp_path: Path) -> None:
+def test_a_damaged_index_is_reported(tmp_path: Path) -> None:
     (tmp_path / "index.sqlite").write_bytes(b"not a database" * 100)
     with pytest.raises(UserError, match=r"index\.sqlite.*delete it"):
         FileIndex(tmp_path).read("picture", ["a"])

@@ -29,12 +29,12 @@ def test_sound_ones_pass(alpha: torch.Tensor) -> None:
         ({DOWN: torch.ones(2, 4, dtype=torch.int32)}, "holds int32; expected floating-point numbers"),
     ],
 )
-def test_each_fault_is_told_by_file_and_layer(change: dict[str, torch.Tensor], says: str) -> None:
+def test_each_fault_is_reported_by_file_and_layer(change: dict[str, torch.Tensor], says: str) -> None:
     with pytest.raises(
         UserError, match=rf"^network_weights a\.safetensors: lora_te3_x\..*{says.partition('.')[2] or says}"
-    ) as told:
+    ) as error:
         check_adapter({**SOUND, **change}, "network_weights a.safetensors")
-    assert len(told.value.messages) == 1
+    assert len(error.value.messages) == 1
 
 
 def test_an_empty_file_is_refused() -> None:
@@ -43,6 +43,6 @@ def test_an_empty_file_is_refused() -> None:
 
 
 def test_many_faults_are_not_all_listed() -> None:
-    with pytest.raises(UserError) as told:
+    with pytest.raises(UserError) as error:
         check_adapter({f"{i}.alpha": torch.ones(2) for i in range(20)}, "base_weights a.safetensors")
-    assert len(told.value.messages) == 6 and "15 more" in told.value.messages[-1]
+    assert len(error.value.messages) == 6 and "15 more" in error.value.messages[-1]

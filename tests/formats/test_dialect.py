@@ -258,6 +258,6 @@ def test_peft_reads_and_writes_the_same() -> None:
     written = {k.removeprefix("unet."): t for k, t in dialect.write(plain, read).items()}
     before = net.proj.get_delta_weight("default").clone()
     net.proj.scaling["default"] = net.conv_in.scaling["default"] = 1.0
-    said = peft.set_peft_model_state_dict(model, written)
-    assert not said.unexpected_keys
+    result = peft.set_peft_model_state_dict(model, written)
+    assert not result.unexpected_keys
     torch.testing.assert_close(net.proj.get_delta_weight("default"), before)

@@ -90,7 +90,7 @@ def _whole() -> bytes:
 
 
 @pytest.mark.parametrize(
-    ("content", "said"),
+    ("content", "reason"),
     [
         (b"", "the file is empty"),
         (b"abc", "not a safetensors file"),
@@ -105,11 +105,11 @@ def _whole() -> bytes:
         (b"PK\x03\x04aaaaaaaaaaaaaaaa", "a pickled file; rename it to a.ckpt"),
     ],
 )
-def test_what_is_wrong_with_a_file_is_said_once(tmp_path: Path, content: bytes, said: str) -> None:
+def test_what_is_wrong_with_a_file_is_reported_once(tmp_path: Path, content: bytes, reason: str) -> None:
     path = tmp_path / "a.safetensors"
     path.write_bytes(content)
     for read in (files.read_header, files.load):
-        with pytest.raises(UserError, match=said) as error:
+        with pytest.raises(UserError, match=reason) as error:
             read(path)
         assert str(path) in str(error.value)
         assert "\n" not in str(error.value)

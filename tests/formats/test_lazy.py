@@ -227,7 +227,7 @@ def test_parts_of_it_keep_how_it_is_read(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("ending", ENDINGS)
-def test_a_truncated_file_is_told_when_it_is_opened(tmp_path: Path, ending: str) -> None:
+def test_a_truncated_file_is_reported_when_it_is_opened(tmp_path: Path, ending: str) -> None:
     path = written(tmp_path / f"model{ending}", {"a": torch.ones(4000)})
     os.truncate(path, path.stat().st_size - 8000)
     with pytest.raises(UserError, match=rf"model\{ending}: truncated"):
@@ -235,7 +235,7 @@ def test_a_truncated_file_is_told_when_it_is_opened(tmp_path: Path, ending: str)
 
 
 @pytest.mark.parametrize("map", [True, False])
-def test_a_file_that_was_cut_after_it_was_opened_is_told_and_no_page_of_it_is_touched(
+def test_a_file_that_was_cut_after_it_was_opened_is_reported_and_no_page_of_it_is_touched(
     tmp_path: Path, map: bool
 ) -> None:
     path = written(tmp_path / "model.safetensors", {"a": torch.ones(4), "b": torch.ones(4000)})
@@ -246,7 +246,7 @@ def test_a_file_that_was_cut_after_it_was_opened_is_told_and_no_page_of_it_is_to
             lazy[name]
 
 
-def test_what_is_no_weight_file_is_told_when_it_is_opened(tmp_path: Path) -> None:
+def test_what_is_no_weight_file_is_reported_when_it_is_opened(tmp_path: Path) -> None:
     (tmp_path / "code.ckpt").write_bytes(pickle.dumps({"a": os.getcwd}))
     with pytest.raises(UserError, match=r"code\.ckpt"):
         Lazy.of([tmp_path / "code.ckpt"])

@@ -105,7 +105,7 @@ def test_what_no_rule_claims_is_refused(name: str, native: bool) -> None:
     assert repr(name) in str(error.value)
 
 
-def test_the_nearest_name_is_told() -> None:
+def test_the_nearest_name_is_reported() -> None:
     with pytest.raises(UserError, match=r"did you mean 'attn\.to_q\.weight'"):
         KeyMap(rule("attn.to_q.weight", "q")).to_foreign({"attn.to_qq.weight": torch.ones(1)})
 
@@ -129,9 +129,9 @@ def test_pieces_do_not_share_memory_with_the_whole() -> None:
 def test_changes() -> None:
     t = torch.arange(4.0)
     assert SWAP_HALVES.into(t).tolist() == [2, 3, 0, 1]
-    per_sample = torch.arange(6.0).reshape(2, 3)
-    assert TRANSPOSE.into(per_sample).tolist() == [[0, 3], [1, 4], [2, 5]]
-    assert TRANSPOSE.into(per_sample).is_contiguous()
+    wide = torch.arange(6.0).reshape(2, 3)
+    assert TRANSPOSE.into(wide).tolist() == [[0, 3], [1, 4], [2, 5]]
+    assert TRANSPOSE.into(wide).is_contiguous()
     conv = torch.rand(4, 3, 1, 1)
     assert CONV_TO_LINEAR.into(conv).shape == (4, 3)
     assert torch.equal(CONV_TO_LINEAR.back(CONV_TO_LINEAR.into(conv)), conv)

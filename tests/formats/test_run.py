@@ -63,7 +63,7 @@ def flip(path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("damage", "said"),
+    ("damage", "wanted"),
     [
         (lambda f: flip(f / "adapter.safetensors"), r"adapter\.safetensors was changed"),
         (lambda f: os.truncate(f / "ema.safetensors", 20), r"ema\.safetensors has 20 bytes, \d+ were written"),
@@ -76,11 +76,11 @@ def flip(path: Path) -> None:
         ),
     ],
 )
-def test_damage_is_named(tmp_path: Path, damage: Any, said: str) -> None:
+def test_damage_is_named(tmp_path: Path, damage: Any, wanted: str) -> None:
     folder = tmp_path / "x-state"
     run.save_run(folder, COMPONENTS, FACTS)
     damage(folder)
-    with pytest.raises(UserError, match=f"x-state: cannot resume from this state: .*{said}"):
+    with pytest.raises(UserError, match=f"x-state: cannot resume from this state: .*{wanted}"):
         run.load_run(folder)
 
 
@@ -234,7 +234,7 @@ def test_an_optimizer_goes_on_as_if_nothing_had_been(tmp_path: Path) -> None:
     "packed",
     [{"$tensor": "none"}, {"$tensor": []}, {"$dict": [1]}, {"$float": "x"}, {"$tuple": 3}, {"$dict": [[{}, 1]]}],
 )
-def test_values_that_pack_does_not_write_are_told(packed: object) -> None:
+def test_values_that_pack_does_not_write_are_reported(packed: object) -> None:
     with pytest.raises(UserError, match="the state's values are damaged"):
         run.unpack(packed, {})
 
@@ -305,7 +305,7 @@ for step in range(1, 10_000):
     try:
         for _ in range(50):
             assert run.newest(tmp_path, "x-.*") == folder
-            with contextlib.suppress(UserError):  # told, when it was replaced each time it was read
+            with contextlib.suppress(UserError):  # raised when it was replaced each time it was read
                 parts, facts = run.load_run(folder)
                 assert parts["a"]["x"].unique().tolist() == [float(facts["step"])]
     finally:

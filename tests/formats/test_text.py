@@ -28,7 +28,7 @@ DEEP = {
 
 
 @pytest.mark.parametrize("name", DEEP)
-def test_what_is_too_deep_for_a_parser_is_told(name: str, tmp_path: Path) -> None:
+def test_what_is_too_deep_for_a_parser_is_reported(name: str, tmp_path: Path) -> None:
     (tmp_path / name).write_text(DEEP[name], encoding="utf-8")
     for reader in (toml.read, read_prompts):
         with pytest.raises(UserError, match=f"{name}: is not (TOML|JSON)"):
@@ -45,7 +45,7 @@ def test_any_text_is_content_or_a_sentence(text: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["p.txt", "p.toml", "p.json"])
-def test_a_byte_that_is_no_text_is_told_with_its_place(name: str, tmp_path: Path) -> None:
+def test_a_byte_that_is_no_text_is_reported_with_its_place(name: str, tmp_path: Path) -> None:
     (tmp_path / name).write_bytes(b"a cat\xff\n")
     for reader in (toml.read, read_prompts):
         with pytest.raises(
@@ -54,7 +54,7 @@ def test_a_byte_that_is_no_text_is_told_with_its_place(name: str, tmp_path: Path
             reader(tmp_path / name)
 
 
-def test_a_name_that_no_file_can_have_is_told() -> None:
+def test_a_name_that_no_file_can_have_is_reported() -> None:
     with pytest.raises(UserError, match="cannot be read"):
         read_text("a\0b")
 

@@ -26,12 +26,12 @@ def _optimizer(kind: str = "AdamW", *args: str, rate: float = RATE) -> torch.opt
 
 
 def _walk(scheduler, optimizer) -> list[list[float]]:
-    seen = []
+    history = []
     for _ in range(STEPS + 3):
-        seen.append([g["lr"] for g in optimizer.param_groups])
+        history.append([g["lr"] for g in optimizer.param_groups])
         optimizer.step()
         scheduler.step()
-    return seen
+    return history
 
 
 def _mine(**fields) -> list[list[float]]:

@@ -1,4 +1,4 @@
-"""Any optimizer on weights held in bf16."""
+"""Any optimizer on weights in bf16."""
 
 from __future__ import annotations
 

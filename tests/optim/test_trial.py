@@ -75,7 +75,7 @@ def test_what_cannot_work_is_refused(fields, says):
         ),
     ],
 )
-def test_what_does_not_act_is_told(fields, says):
+def test_what_does_not_act_is_reported(fields, says):
     import re
 
     assert any(re.search(says, notice) for notice in _tried(**fields).notices)

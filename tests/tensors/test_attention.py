@@ -55,7 +55,7 @@ def test_equals_the_formula(kind: attention.Kind, monkeypatch: pytest.MonkeyPatc
     torch.testing.assert_close(attention.attention(Q, K, V, added), formula(added))
 
 
-def test_a_missing_library_is_told_and_the_choice_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_library_is_reported_and_the_choice_stays(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "xformers.ops", None)
     with pytest.raises(UserError, match="pip install xformers"):
         attention.choose("xformers")

@@ -27,7 +27,7 @@ from sfumato.tensors.noise import DDPM, NoisySample
 from sfumato.tensors.random import SampleRandom, generator
 
 LATENTS = torch.randn(64, 4, 6, 8, generator=torch.Generator().manual_seed(1))
-DRAWS = SampleRandom(range(64))
+RANDOM = SampleRandom(range(64))
 MANY = SampleRandom(range(4000))
 CLOSE = {"atol": 1e-6, "rtol": 1e-6}
 KINDS = ("sigma", "uniform", "sigmoid", "shift", "flux_shift")
@@ -41,27 +41,29 @@ class Options(FlowOptions):
     """Something that is the family's own."""
 
 
-def of(noise: NoiseConfig | None = None, loss: LossConfig | None = None, shift: float = 1.0, **told: Any) -> Flow:
-    return Flow.of(Options(**told), noise or NoiseConfig(), loss or LossConfig(), refused=REFUSED, shift=shift)
+def of(noise: NoiseConfig | None = None, loss: LossConfig | None = None, shift: float = 1.0, **chosen: Any) -> Flow:
+    return Flow.of(Options(**chosen), noise or NoiseConfig(), loss or LossConfig(), refused=REFUSED, shift=shift)
 
 
 # --- what the net sees and should say ---
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_input_and_clock_equal_diffusers(kind: Any) -> None:
-    noised = Flow(timestep_sampling=kind).noise(LATENTS, DRAWS)
+def test_input_and_timestep_equal_diffusers(kind: Any) -> None:
+    noised = Flow(timestep_sampling=kind).noise(LATENTS, RANDOM)
     order = noised.t.argsort(descending=True)
     scheduler = FlowMatchEulerDiscreteScheduler()
     scheduler.set_timesteps(sigmas=(noised.t[order] / 1000).tolist())
-    theirs = scheduler.scale_noise(LATENTS[order], scheduler.timesteps, DRAWS.normal("noise", LATENTS.shape[1:])[order])
+    theirs = scheduler.scale_noise(
+        LATENTS[order], scheduler.timesteps, RANDOM.normal("noise", LATENTS.shape[1:])[order]
+    )
     torch.testing.assert_close(noised.x[order], theirs, **CLOSE)
     torch.testing.assert_close(noised.t[order], scheduler.timesteps, atol=1e-4, rtol=0)
     torch.testing.assert_close(noised.noise_to_signal, (noised.t / 1000) / (1 - noised.t / 1000), rtol=1e-3, atol=0)
 
 
 def test_one_step_of_diffusers_sampler_along_the_target_is_the_data() -> None:
-    noised = Flow().noise(LATENTS, DRAWS)
+    noised = Flow().noise(LATENTS, RANDOM)
     for i in range(8):
         scheduler = FlowMatchEulerDiscreteScheduler()
         scheduler.set_timesteps(sigmas=[noised.t[i].item() / 1000])
@@ -71,9 +73,9 @@ def test_one_step_of_diffusers_sampler_along_the_target_is_the_data() -> None:
 
 def test_everything_is_fp32_whatever_the_latents_and_the_autocast() -> None:
     half = LATENTS.bfloat16()
-    wanted = Flow().noise(half.float(), DRAWS)
+    wanted = Flow().noise(half.float(), RANDOM)
     with torch.autocast("cpu", torch.bfloat16):
-        noised = Flow().noise(half, DRAWS)
+        noised = Flow().noise(half, RANDOM)
     for field in fields(NoisySample):
         assert getattr(noised, field.name).dtype == torch.float32, field.name
         assert torch.equal(getattr(noised, field.name), getattr(wanted, field.name)), field.name
@@ -97,8 +99,8 @@ TOLD = st.fixed_dictionaries(
 
 @given(TOLD, st.permutations(range(5)))
 @settings(max_examples=40, deadline=None)
-def test_a_sample_does_not_depend_on_its_batch(told: dict[str, Any], order: list[int]) -> None:
-    process = Flow(**told)
+def test_a_sample_does_not_depend_on_its_batch(chosen: dict[str, Any], order: list[int]) -> None:
+    process = Flow(**chosen)
     whole = process.noise(LATENTS[:5], SampleRandom(range(5)))
     parts = [process.noise(LATENTS[order[a:b]], SampleRandom(order[a:b])) for a, b in ((0, 2), (2, 5))]
     for field in fields(whole):
@@ -107,17 +109,17 @@ def test_a_sample_does_not_depend_on_its_batch(told: dict[str, Any], order: list
 
 
 def test_latents_of_five_dimensions_are_noised_alike() -> None:
-    flat, deep = (Flow().noise(x, DRAWS) for x in (LATENTS, LATENTS[:, :, None]))
+    flat, deep = (Flow().noise(x, RANDOM) for x in (LATENTS, LATENTS[:, :, None]))
     assert torch.equal(deep.x[:, :, 0], flat.x) and torch.equal(deep.target[:, :, 0], flat.target)
 
 
 def test_input_perturbation_changes_the_input_alone() -> None:
     zeros = torch.zeros_like(LATENTS)
-    plain, more = (Flow(ip_noise_gamma=g).noise(zeros, DRAWS) for g in (None, 0.5))
+    plain, more = (Flow(ip_noise_gamma=g).noise(zeros, RANDOM) for g in (None, 0.5))
     assert torch.equal(plain.target, more.target) and torch.equal(plain.t, more.t)
     extra = (more.x - plain.x) / (plain.t / 1000).view(-1, 1, 1, 1)
     assert extra.std() == pytest.approx(0.5, rel=0.05)
-    weaker = Flow(ip_noise_gamma=0.5, ip_noise_gamma_random_strength=True).noise(zeros, DRAWS)
+    weaker = Flow(ip_noise_gamma=0.5, ip_noise_gamma_random_strength=True).noise(zeros, RANDOM)
     ratio = ((weaker.x - plain.x) / (more.x - plain.x)).flatten(1).median(1).values
     assert ratio.min() >= 0 and ratio.max() <= 1.001 and ratio.std() > 0.2
 
@@ -126,7 +128,7 @@ def test_input_perturbation_changes_the_input_alone() -> None:
 
 
 @pytest.mark.parametrize(
-    "told",
+    "chosen",
     [
         {"weighting_scheme": "logit_normal", "logit_mean": 0.7, "logit_std": 1.3},
         {"weighting_scheme": "logit_normal"},
@@ -136,26 +138,28 @@ def test_input_perturbation_changes_the_input_alone() -> None:
         {"weighting_scheme": "cosmap"},
     ],
 )
-def test_densities_equal_diffusers_on_the_same_draws(told: dict[str, Any]) -> None:
-    theirs = {"logit_mean": 0.0, "logit_std": 1.0, "mode_scale": 1.29, **told}
+def test_densities_equal_diffusers_on_the_same_random_numbers(chosen: dict[str, Any]) -> None:
+    theirs = {"logit_mean": 0.0, "logit_std": 1.0, "mode_scale": 1.29, **chosen}
     wanted = torch.cat(
         [
             compute_density_for_timestep_sampling(batch_size=1, generator=generator(k, "timestep"), **theirs)
             for k in range(64)
         ]
     )
-    torch.testing.assert_close(Flow(**told).sigmas(DRAWS, 8, 8), wanted.clamp(SMALLEST, LARGEST), **CLOSE)
+    torch.testing.assert_close(Flow(**chosen).sigmas(RANDOM, 8, 8), wanted.clamp(SMALLEST, LARGEST), **CLOSE)
     scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
     shifted = torch.tensor([scheduler.shift * u / (1 + (scheduler.shift - 1) * u) for u in wanted.tolist()])
-    torch.testing.assert_close(Flow(**told, shift=3.0).sigmas(DRAWS, 8, 8), shifted.clamp(SMALLEST, LARGEST), **CLOSE)
+    torch.testing.assert_close(
+        Flow(**chosen, shift=3.0).sigmas(RANDOM, 8, 8), shifted.clamp(SMALLEST, LARGEST), **CLOSE
+    )
 
 
 def test_flux_shift_equals_diffusers_time_shift_at_every_size() -> None:
     scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
-    u = Flow(timestep_sampling="sigmoid", sigmoid_scale=1.7).sigmas(DRAWS, 8, 8)
+    u = Flow(timestep_sampling="sigmoid", sigmoid_scale=1.7).sigmas(RANDOM, 8, 8)
     for height, width in ((32, 32), (64, 96), (128, 128), (256, 200)):
         mu = calculate_shift((height // 2) * (width // 2))
-        ours = Flow(timestep_sampling="flux_shift", sigmoid_scale=1.7).sigmas(DRAWS, height, width)
+        ours = Flow(timestep_sampling="flux_shift", sigmoid_scale=1.7).sigmas(RANDOM, height, width)
         torch.testing.assert_close(ours, scheduler.time_shift(mu, 1.0, u), **CLOSE)
 
 
@@ -172,7 +176,7 @@ E_MU = math.exp(0.5)
 
 
 @pytest.mark.parametrize(
-    ("told", "below"),
+    ("chosen", "below"),
     [
         ({"timestep_sampling": "uniform"}, lambda s: s),
         ({"timestep_sampling": "sigma"}, lambda s: s),
@@ -189,10 +193,10 @@ E_MU = math.exp(0.5)
     ],
 )
 def test_sigmas_are_distributed_by_their_formula(
-    told: dict[str, Any], below: Callable[[torch.Tensor], torch.Tensor]
+    chosen: dict[str, Any], below: Callable[[torch.Tensor], torch.Tensor]
 ) -> None:
-    """Kolmogorov-Smirnov: the share of 4000 draws below each is what the distribution function says; 0.0258 is its 1 % limit."""
-    s = Flow(**told).sigmas(MANY, 32, 32).double().sort().values
+    """Kolmogorov-Smirnov: the share of 4000 numbers below each is what the distribution function says; 0.0258 is its 1 % limit."""
+    s = Flow(**chosen).sigmas(MANY, 32, 32).double().sort().values
     share = torch.arange(1, 4001, dtype=torch.float64) / 4000
     distance = torch.maximum((share - below(s)).abs(), (share - 1 / 4000 - below(s)).abs()).max()
     assert distance < 1.63 / math.sqrt(4000)
@@ -212,8 +216,8 @@ def test_mode_has_the_papers_density() -> None:
 @example({"timestep_sampling": "sigmoid"}, 0.0, -200.0)
 @example({"weighting_scheme": "mode"}, 0.0, 0.0)
 @settings(max_examples=60, deadline=None)
-def test_all_numbers_are_finite_and_the_clock_is_in_its_range(told: dict[str, Any], u: float, n: float) -> None:
-    """Also where the draws are extreme."""
+def test_all_numbers_are_finite_and_timesteps_are_in_their_range(chosen: dict[str, Any], u: float, n: float) -> None:
+    """Also where the random numbers are extreme."""
 
     class Extreme(SampleRandom):
         def uniform(self, purpose: str, shape: Any = ()) -> torch.Tensor:
@@ -222,11 +226,11 @@ def test_all_numbers_are_finite_and_the_clock_is_in_its_range(told: dict[str, An
         def normal(self, purpose: str, shape: Any) -> torch.Tensor:
             return torch.full((2, *shape), n)
 
-    process = Flow(**told)
+    process = Flow(**chosen)
     noised = process.noise(LATENTS[:2], Extreme([0, 1]))
     assert all(getattr(noised, field.name).isfinite().all() for field in fields(NoisySample))
-    assert (noised.t >= max(told.get("min_timestep", 0), 1) - 1e-4).all() and (noised.t < process.steps).all()
-    assert (noised.t <= told.get("max_timestep", 1000) + 1e-4).all()
+    assert (noised.t >= max(chosen.get("min_timestep", 0), 1) - 1e-4).all() and (noised.t < process.steps).all()
+    assert (noised.t <= chosen.get("max_timestep", 1000) + 1e-4).all()
     assert (noised.weight > 0).all()
     for kind in ("constant", "exponential", "snr"):
         threshold = losses.huber_threshold(kind, 0.1, 1.0, noised.t, noised.noise_to_signal, process.steps)
@@ -234,7 +238,7 @@ def test_all_numbers_are_finite_and_the_clock_is_in_its_range(told: dict[str, An
 
 
 def test_a_range_of_one_point_is_that_point() -> None:
-    assert Flow(min_timestep=400, max_timestep=400).noise(LATENTS, DRAWS).t.tolist() == pytest.approx([400.0] * 64)
+    assert Flow(min_timestep=400, max_timestep=400).noise(LATENTS, RANDOM).t.tolist() == pytest.approx([400.0] * 64)
 
 
 # --- what an error weighs ---
@@ -250,48 +254,50 @@ def test_weights_equal_diffusers(scheme: Any) -> None:
     torch.testing.assert_close(scaled, theirs * EVERY**2, **CLOSE)
 
 
-def gradient(said: torch.Tensor, cost: torch.Tensor) -> torch.Tensor:
-    (found,) = torch.autograd.grad(cost.sum(), said)
+def gradient(prediction: torch.Tensor, cost: torch.Tensor) -> torch.Tensor:
+    (found,) = torch.autograd.grad(cost.sum(), prediction)
     return found
 
 
-def ours(noised: NoisySample, said: torch.Tensor) -> torch.Tensor:
-    error = losses.loss("l2", said, noised.target)
-    return losses.sample_losses(error, None, noised.weight, torch.ones(len(said)))
+def ours(noised: NoisySample, prediction: torch.Tensor) -> torch.Tensor:
+    error = losses.loss("l2", prediction, noised.target)
+    return losses.sample_losses(error, None, noised.weight, torch.ones(len(prediction)))
 
 
 def test_sigma_scaled_has_value_and_gradient_of_a_loss_on_the_data() -> None:
-    noised = Flow(model_prediction_type="sigma_scaled", weighting_scheme="cosmap").noise(LATENTS, DRAWS)
-    said = torch.randn(LATENTS.shape, generator=torch.Generator().manual_seed(2)).requires_grad_()
+    noised = Flow(model_prediction_type="sigma_scaled", weighting_scheme="cosmap").noise(LATENTS, RANDOM)
+    prediction = torch.randn(LATENTS.shape, generator=torch.Generator().manual_seed(2)).requires_grad_()
     s = (noised.t / 1000).view(-1, 1, 1, 1)
-    told = (noised.x - s * said - LATENTS).square() * compute_loss_weighting_for_sd3("cosmap", s)
-    wanted = told.flatten(1).mean(1)
-    torch.testing.assert_close(ours(noised, said), wanted, atol=1e-6, rtol=1e-5)
-    torch.testing.assert_close(gradient(said, ours(noised, said)), gradient(said, wanted), atol=1e-7, rtol=1e-4)
+    exact = (noised.x - s * prediction - LATENTS).square() * compute_loss_weighting_for_sd3("cosmap", s)
+    wanted = exact.flatten(1).mean(1)
+    torch.testing.assert_close(ours(noised, prediction), wanted, atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(
+        gradient(prediction, ours(noised, prediction)), gradient(prediction, wanted), atol=1e-7, rtol=1e-4
+    )
 
 
 def test_sigma_sqrt_on_the_data_is_the_plain_loss_on_the_velocity() -> None:
-    plain = Flow().noise(LATENTS, DRAWS)
-    both = Flow(model_prediction_type="sigma_scaled", weighting_scheme="sigma_sqrt").noise(LATENTS, DRAWS)
+    plain = Flow().noise(LATENTS, RANDOM)
+    both = Flow(model_prediction_type="sigma_scaled", weighting_scheme="sigma_sqrt").noise(LATENTS, RANDOM)
     assert torch.equal(plain.target, both.target)
     torch.testing.assert_close(both.weight, plain.weight, **CLOSE)
 
 
-def test_additive_compares_what_is_said_and_the_input_with_the_velocity() -> None:
+def test_additive_compares_what_is_predicted_and_the_input_with_the_velocity() -> None:
     plain, additive = (
-        Flow(model_prediction_type=k, ip_noise_gamma=0.1).noise(LATENTS, DRAWS) for k in ("raw", "additive")
+        Flow(model_prediction_type=k, ip_noise_gamma=0.1).noise(LATENTS, RANDOM) for k in ("raw", "additive")
     )
-    said = torch.randn(LATENTS.shape, generator=torch.Generator().manual_seed(2)).requires_grad_()
-    wanted = (said + additive.x - plain.target).square().flatten(1).mean(1)
-    torch.testing.assert_close(ours(additive, said), wanted)
-    torch.testing.assert_close(gradient(said, ours(additive, said)), gradient(said, wanted))
+    prediction = torch.randn(LATENTS.shape, generator=torch.Generator().manual_seed(2)).requires_grad_()
+    wanted = (prediction + additive.x - plain.target).square().flatten(1).mean(1)
+    torch.testing.assert_close(ours(additive, prediction), wanted)
+    torch.testing.assert_close(gradient(prediction, ours(additive, prediction)), gradient(prediction, wanted))
 
 
 # --- options ---
 
 
 @pytest.mark.parametrize(
-    "told",
+    "chosen",
     [
         *({"timestep_sampling": k, "sigmoid_scale": 1.0} for k in ("sigma", "uniform")),
         *({"timestep_sampling": k, "discrete_flow_shift": 1.0} for k in ("uniform", "sigmoid", "flux_shift")),
@@ -312,11 +318,11 @@ def test_additive_compares_what_is_said_and_the_input_with_the_velocity() -> Non
         {"min_timestep": 500, "max_timestep": 400},
     ],
 )
-def test_what_would_do_nothing_or_harm_is_refused_by_name(told: dict[str, Any]) -> None:
+def test_what_would_do_nothing_or_harm_is_refused_by_name(chosen: dict[str, Any]) -> None:
     with pytest.raises(UserError) as refused:
-        Flow(**told)
+        Flow(**chosen)
     (message,) = refused.value.messages
-    assert message.startswith(list(told)[-1])
+    assert message.startswith(list(chosen)[-1])
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -324,29 +330,29 @@ def test_a_familys_own_shift_and_the_defaults_stand_with_every_sampling(kind: An
     for scheme in ("sigma_sqrt", "cosmap", "none", "uniform"):
         of(timestep_sampling=kind, weighting_scheme=scheme, shift=3.0)
     own, other = (
-        of(timestep_sampling=kind, shift=3.0).sigmas(DRAWS, 8, 8),
-        of(timestep_sampling=kind).sigmas(DRAWS, 8, 8),
+        of(timestep_sampling=kind, shift=3.0).sigmas(RANDOM, 8, 8),
+        of(timestep_sampling=kind).sigmas(RANDOM, 8, 8),
     )
     assert (own > other).all() if kind in ("sigma", "shift") else torch.equal(own, other)
 
 
 def test_the_users_shift_goes_before_the_familys_in_training_alone() -> None:
     flow = of(discrete_flow_shift=2.0, shift=3.0)
-    assert torch.equal(flow.sigmas(DRAWS, 8, 8), Flow(shift=2.0).sigmas(DRAWS, 8, 8))
+    assert torch.equal(flow.sigmas(RANDOM, 8, 8), Flow(shift=2.0).sigmas(RANDOM, 8, 8))
     config = flow.scheduler_config()
     assert config.pop("prediction_type") == "flow"
     assert FlowMatchEulerDiscreteScheduler(**config).shift == 3.0
 
 
 def test_fields_are_taken_from_configs_by_name_and_none_is_lost() -> None:
-    told = {
+    chosen = {
         "timestep_sampling": "shift",
         "sigmoid_scale": 2.0,
         "discrete_flow_shift": 4.0,
         "model_prediction_type": "sigma_scaled",
     }
     noise = {"min_timestep": 10, "max_timestep": 900, "ip_noise_gamma": 0.1, "ip_noise_gamma_random_strength": True}
-    assert of(NoiseConfig(**noise), **told) == Flow(**told, **noise)
+    assert of(NoiseConfig(**noise), **chosen) == Flow(**chosen, **noise)
     own = {f.name for f in fields(Flow)}
     assert {f.name for f in fields(FlowOptions)} <= own
     assert {f.name for f in fields(NoiseConfig)} <= own | set(REFUSED)
@@ -430,8 +436,8 @@ def test_schedules_equal_diffusers(steps: int) -> None:
 
 @given(st.integers(1, 60), st.floats(0.1, 20), st.sampled_from(("shift", "mu", "neither")))
 def test_a_schedule_falls_from_1_to_0(steps: int, shift: float, how: str) -> None:
-    told = {"shift": {"shift": shift}, "mu": {"mu": math.log(shift)}, "neither": {}}[how]
-    sigmas = schedule(steps, **told)
+    given = {"shift": {"shift": shift}, "mu": {"mu": math.log(shift)}, "neither": {}}[how]
+    sigmas = schedule(steps, **given)
     assert sigmas.dtype == torch.float32 and sigmas.shape == (steps + 1,)
     assert sigmas[0] == 1 and sigmas[-1] == 0 and (sigmas.diff() < 0).all()
 

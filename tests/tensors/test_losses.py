@@ -48,8 +48,8 @@ def test_a_huber_loss_without_a_threshold_is_a_mistake() -> None:
 
 
 def test_losses_of_16_bits_are_computed_in_fp32() -> None:
-    said, target = torch.tensor([[300.0]], dtype=torch.float16), torch.zeros(1, 1, dtype=torch.float16)
-    assert loss("l2", said, target).item() == 90000
+    prediction, target = torch.tensor([[300.0]], dtype=torch.float16), torch.zeros(1, 1, dtype=torch.float16)
+    assert loss("l2", prediction, target).item() == 90000
 
 
 def test_thresholds() -> None:

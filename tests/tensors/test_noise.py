@@ -18,7 +18,7 @@ from sfumato.tensors.noise import DDPM
 from sfumato.tensors.random import SampleRandom
 
 LATENTS = torch.randn(64, 4, 6, 8, generator=torch.Generator().manual_seed(1))
-DRAWS = SampleRandom(range(64))
+RANDOM = SampleRandom(range(64))
 CLOSE = {"atol": 1e-6, "rtol": 1e-6}
 EVERY = torch.arange(1000)
 CASES: list[tuple[Literal["eps", "v"], bool]] = [("eps", False), ("v", False), ("v", True)]
@@ -40,8 +40,8 @@ def test_input_and_target_equal_diffusers(prediction: Literal["eps", "v"], zero:
     ours = DDPM(prediction=prediction, zero_terminal_snr=zero)
     scheduler = theirs(ours)
     torch.testing.assert_close(ours.alphas_cumprod, scheduler.alphas_cumprod, **CLOSE)
-    noised = ours.noise(LATENTS, DRAWS)
-    noise = DRAWS.normal("noise", LATENTS.shape[1:])
+    noised = ours.noise(LATENTS, RANDOM)
+    noise = RANDOM.normal("noise", LATENTS.shape[1:])
     torch.testing.assert_close(noised.x, scheduler.add_noise(LATENTS, noise, noised.t), **CLOSE)
     target = noise if prediction == "eps" else scheduler.get_velocity(LATENTS, noise, noised.t)
     torch.testing.assert_close(noised.target, target, **CLOSE)
@@ -50,8 +50,8 @@ def test_input_and_target_equal_diffusers(prediction: Literal["eps", "v"], zero:
 
 def test_the_last_step_of_the_rescaled_schedule_is_pure_noise() -> None:
     ours = DDPM(prediction="v", zero_terminal_snr=True, min_timestep=999)
-    noised = ours.noise(LATENTS, DRAWS)
-    assert torch.equal(noised.x, DRAWS.normal("noise", LATENTS.shape[1:]))
+    noised = ours.noise(LATENTS, RANDOM)
+    assert torch.equal(noised.x, RANDOM.normal("noise", LATENTS.shape[1:]))
     assert torch.equal(noised.target, -LATENTS)
     assert noised.noise_to_signal.isinf().all()
 
@@ -86,12 +86,12 @@ def test_weights_multiply() -> None:
 
 
 @pytest.mark.parametrize(
-    "told", [{"min_snr_gamma": 5.0}, {"debiased_estimation_loss": True}, {"scale_v_pred_loss_like_noise_pred": True}]
+    "chosen", [{"min_snr_gamma": 5.0}, {"debiased_estimation_loss": True}, {"scale_v_pred_loss_like_noise_pred": True}]
 )
-def test_weights_use_the_rescaled_schedule_and_are_finite(told: dict[str, Any]) -> None:
-    rescaled = DDPM(prediction="v", zero_terminal_snr=True, **told).weight(EVERY)
+def test_weights_use_the_rescaled_schedule_and_are_finite(chosen: dict[str, Any]) -> None:
+    rescaled = DDPM(prediction="v", zero_terminal_snr=True, **chosen).weight(EVERY)
     assert rescaled.isfinite().all()
-    assert not torch.allclose(rescaled, DDPM(prediction="v", **told).weight(EVERY), atol=1e-4)
+    assert not torch.allclose(rescaled, DDPM(prediction="v", **chosen).weight(EVERY), atol=1e-4)
 
 
 @given(
@@ -108,8 +108,8 @@ def test_weights_use_the_rescaled_schedule_and_are_finite(told: dict[str, Any]) 
     st.permutations(range(5)),
 )
 @settings(max_examples=25, deadline=None)
-def test_a_sample_does_not_depend_on_its_batch(told: dict[str, Any], order: list[int]) -> None:
-    process = DDPM(**told)
+def test_a_sample_does_not_depend_on_its_batch(chosen: dict[str, Any], order: list[int]) -> None:
+    process = DDPM(**chosen)
     whole = process.noise(LATENTS[:5], SampleRandom(range(5)))
     parts = [process.noise(LATENTS[order[a:b]], SampleRandom(order[a:b])) for a, b in ((0, 2), (2, 5))]
     for field in fields(whole):
@@ -122,11 +122,11 @@ def test_timesteps_fill_their_range() -> None:
     t = DDPM(min_timestep=200, max_timestep=210).noise(torch.zeros(4000, 1, 1, 1), many).t
     assert set(t.tolist()) == set(range(200, 210))
     assert torch.bincount(t)[200:].min() > 300
-    assert set(DDPM(min_timestep=7, max_timestep=7).noise(LATENTS, DRAWS).t.tolist()) == {7}
+    assert set(DDPM(min_timestep=7, max_timestep=7).noise(LATENTS, RANDOM).t.tolist()) == {7}
 
 
 def noise_of(process: DDPM, latents: torch.Tensor = LATENTS) -> torch.Tensor:
-    return process.noise(latents, DRAWS).target
+    return process.noise(latents, RANDOM).target
 
 
 def test_noise_offset_moves_whole_channels() -> None:
@@ -136,7 +136,7 @@ def test_noise_offset_moves_whole_channels() -> None:
     assert shift[..., 0, 0].std() == pytest.approx(0.3, rel=0.15)
 
 
-def test_noise_offset_of_random_strength_is_drawn_for_each_sample() -> None:
+def test_noise_offset_of_random_strength_is_random_for_each_sample() -> None:
     full, part = (
         noise_of(DDPM(noise_offset=0.3, noise_offset_random_strength=r)) - noise_of(DDPM()) for r in (False, True)
     )
@@ -162,19 +162,19 @@ def test_multires_noise_is_smoother_and_of_unit_deviation_in_each_sample() -> No
 
 
 def test_input_perturbation_changes_the_input_alone() -> None:
-    plain, more = (DDPM(ip_noise_gamma=g).noise(torch.zeros_like(LATENTS), DRAWS) for g in (None, 0.5))
+    plain, more = (DDPM(ip_noise_gamma=g).noise(torch.zeros_like(LATENTS), RANDOM) for g in (None, 0.5))
     assert torch.equal(plain.target, more.target) and torch.equal(plain.t, more.t)
     extra = (more.x - plain.x) / (1 - DDPM().alphas_cumprod[plain.t]).sqrt().view(-1, 1, 1, 1)
     assert extra.std() == pytest.approx(0.5, rel=0.05)
-    weaker = DDPM(ip_noise_gamma=0.5, ip_noise_gamma_random_strength=True).noise(torch.zeros_like(LATENTS), DRAWS)
+    weaker = DDPM(ip_noise_gamma=0.5, ip_noise_gamma_random_strength=True).noise(torch.zeros_like(LATENTS), RANDOM)
     ratio = ((weaker.x - plain.x) / (more.x - plain.x)).flatten(1).median(1).values
     assert ratio.min() >= 0 and ratio.max() <= 1 and ratio.std() > 0.2
 
 
 def test_16_bit_latents_are_noised_in_fp32() -> None:
     half = LATENTS.half()
-    noised = DDPM(prediction="v").noise(half, DRAWS)
-    assert torch.equal(noised.x, DDPM(prediction="v").noise(half.float(), DRAWS).x)
+    noised = DDPM(prediction="v").noise(half, RANDOM)
+    assert torch.equal(noised.x, DDPM(prediction="v").noise(half.float(), RANDOM).x)
     assert {noised.x.dtype, noised.target.dtype, noised.weight.dtype} == {torch.float32}
 
 
@@ -185,7 +185,7 @@ def test_fields_are_taken_from_configs_by_name_and_none_is_lost() -> None:
 
 
 @pytest.mark.parametrize(
-    "told",
+    "chosen",
     [
         {"zero_terminal_snr": True},
         {"scale_v_pred_loss_like_noise_pred": True},
@@ -200,9 +200,9 @@ def test_fields_are_taken_from_configs_by_name_and_none_is_lost() -> None:
         {"min_timestep": 500, "max_timestep": 400},
     ],
 )
-def test_what_would_do_nothing_or_harm_is_refused_by_name(told: dict[str, Any]) -> None:
-    with pytest.raises(UserError, match=list(told)[-1]):
-        DDPM(**told)
+def test_what_would_do_nothing_or_harm_is_refused_by_name(chosen: dict[str, Any]) -> None:
+    with pytest.raises(UserError, match=list(chosen)[-1]):
+        DDPM(**chosen)
 
 
 def test_schedulers_walk_the_same_schedule() -> None:
