@@ -93,7 +93,7 @@ def measure(path: str, target: str | None) -> Mapping[str, float]:
     dtype = getattr(torch, FORMATS[target][1]) if target else None
     models = load(family, path, options, dtype=dtype)
     loaded, after = peak(), resident()
-    tensors = [t for net in [*models.nets().values(), models.the_vae()] for t in net.state_dict().values()]
+    tensors = [t for net in [*models.nets().values(), models.vae] for t in net.state_dict().values()]
     for t in tensors:  # every page once, without a copy
         t.reshape(-1).view(torch.uint8)[::1024].sum()
     numbers = sum(t.numel() for t in tensors)

@@ -40,7 +40,7 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=30)
     args = parser.parse_args()
     family = families.family(detect_file(args.model).family)
-    vae = load(family, args.model, families.facts(family.name).options()).the_vae().float()
+    vae = load(family, args.model, families.facts(family.name).options()).vae.float()
     rng = torch.Generator().manual_seed(0)
     means, spreads, changes = [], [], []
     for path in listing(args.images).images[: args.count]:

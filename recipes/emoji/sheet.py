@@ -14,7 +14,7 @@ from sfumato.families.sd.family import FAMILY
 from sfumato.models.loading import load
 from sfumato.sampling.image_files import grid
 from sfumato.sampling.prompts import Prompt
-from sfumato.sampling.sample import draw
+from sfumato.sampling.sample import generate
 
 NAMES = """
 red apple, banana, strawberry, watermelon, pineapple, carrot, mushroom, hamburger, slice of pizza, birthday cake,
@@ -45,16 +45,16 @@ def main() -> None:
         Prompt(prompt=name, width=64, height=64, sample_steps=args.steps, scale=args.scale, seed=args.seed + i)
         for i, name in enumerate(names)
     ]
-    process = FAMILY.process(models, NoiseConfig(), LossConfig())
-    drawn = draw(models, prompts, process=process, sampler="ddim", batch_size=BATCH)
+    process = models.process(NoiseConfig(), LossConfig())
+    images = generate(models, prompts, process=process, sampler="ddim", batch_size=BATCH)
     # `grid` titles whole columns; here each picture has a name of its own, so each row is a grid.
     rows = [
-        grid([drawn[i : i + COLUMNS]], column_titles=names[i : i + COLUMNS], enlarge=2)
+        grid([images[i : i + COLUMNS]], column_titles=names[i : i + COLUMNS], enlarge=2)
         for i in range(0, len(names), COLUMNS)
     ]
     args.out.parent.mkdir(parents=True, exist_ok=True)
     grid([[row] for row in rows]).save(args.out, optimize=True)
-    print(f"{len(drawn)} pictures in {args.out}")
+    print(f"{len(images)} pictures in {args.out}")
 
 
 if __name__ == "__main__":

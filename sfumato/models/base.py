@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from sfumato.adapters import AdapterPlan
 from sfumato.adapters.insert import TargetLayer
 from sfumato.config import LossConfig, NoiseConfig
-from sfumato.data.batch import Cond
+from sfumato.data.batch import Cond, Tokens
 from sfumato.data.strategies import (
     LatentsCachingStrategy,
     TextEncoderOutputsCachingStrategy,
@@ -24,12 +24,14 @@ from sfumato.data.strategies import (
 )
 from sfumato.errors import UserError
 from sfumato.formats.dialect import Dialect
-from sfumato.models.autoencoders import scale
+from sfumato.models.autoencoders import scale, unscale
 from sfumato.models.components import Checkpoint, Component
 from sfumato.models.encoders.tokenizers import MERGES
 from sfumato.models.ondemand import OnDemand
 from sfumato.tensors.noise import NoiseProcess
 from sfumato.tensors.random import SampleRandom
+
+IN_MEMORY = Checkpoint(path=Path("a model made in memory"), components={})
 
 
 @dataclass(slots=True)
@@ -45,36 +47,86 @@ class Models:
     tokenizers: Mapping[str, Any]
     vaes: OnDemand[nn.Module] | nn.Module | None
     """The VAE, or {"vae": one that is made when it is asked for}; see `vae`."""
-    source: Checkpoint | None = None
+    source: Checkpoint = IN_MEMORY
     """What it was read from; what was not trained is copied from there."""
     dtypes: Mapping[str, torch.dtype | None] = field(default_factory=dict)
     """Number format of each component's weights; None: as in its file."""
 
+    def tokenize(self, captions: Sequence[str]) -> Tokens:
+        """b captions -> named tensors whose first dimension is b, on the CPU."""
+        return self.tokenize_strategy.tokenize(captions)
+
+    def encode(self, tokens: Tokens) -> Cond:
+        """Tokens -> the outputs of the text encoders, by name, on the encoders' device. Differentiable."""
+        return self.encode_strategy.encode(self.encoders, tokens)
+
+    def condition(self, cond: Cond, info: SampleInfo) -> Cond:
+        """The outputs of the text encoders -> all that `predict` takes besides x and t."""
+        return self.family.condition(self, cond, info)
+
+    def predict(self, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
+        """x (b, c, h, w), t (b,), cond of `condition` -> the denoiser's prediction, shaped as x."""
+        return self.family.predict(self.denoiser, x, t, cond)
+
+    @torch.no_grad()
+    def encode_images(self, pixels: Tensor) -> Tensor:
+        """(b, 3, H, W) in [-1, 1] -> raw latents (b, c, h, w), fp32 on the VAE's device.
+
+        The VAE runs in the format that it is held in, under autocast too. Errors: as `vae`.
+        """
+        device, dtype = device_and_dtype(self.vae)
+        with torch.autocast(device.type, enabled=False):
+            return self.family.latents.encode(self.vae, pixels.to(device, dtype)).float()
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        """The denoiser's latents (b, c, h, w) -> (b, 3, H, W), fp32, in [-1, 1] but for overshoot; the VAE runs as in
+        `encode_images`."""
+        device, dtype = device_and_dtype(self.vae)
+        with torch.autocast(device.type, enabled=False):
+            raw = unscale(self.vae, latents.to(device, torch.float32))
+            decoded: Tensor = cast(Any, self.vae).decode(raw.to(dtype)).sample
+        return decoded.float()
+
+    def process(self, noise: NoiseConfig, loss: LossConfig) -> NoiseProcess:
+        """How latents are noised, what the prediction should be, and what an error weighs."""
+        return self.family.process(self, noise, loss)
+
     @property
-    def vae(self) -> nn.Module | None:
-        """The VAE, made now if it was not needed before."""
+    def tokenize_strategy(self) -> TokenizeStrategy:
+        """For its settings and limits; it holds no net."""
+        return self.family.tokenize(self)
+
+    @property
+    def encode_strategy(self) -> TextEncodingStrategy:
+        """For its settings."""
+        return self.family.encode(self)
+
+    @property
+    def outputs(self) -> TextEncoderOutputsCachingStrategy:
+        """How the outputs of the text encoders are cached."""
+        return self.family.outputs(self)
+
+    @property
+    def dialects(self) -> Mapping[str, Dialect]:
+        """Adapter key names: "kohya", "comfy", "peft"."""
+        return self.family.dialects(self)
+
+    @property
+    def vae(self) -> nn.Module:
+        """The VAE, made now if it was not needed before. Errors: `UserError` when the checkpoint came without one and
+        none was given."""
+        if self.vaes is None:
+            raise UserError(f"{self.source.path} has no VAE, which images must pass through; give one with --vae")
         return self.vaes["vae"] if isinstance(self.vaes, OnDemand) else self.vaes
 
     def scaled(self, latents: Tensor) -> Tensor:
-        """Raw latents -> those of the denoiser. If the VAE's config is known, no VAE is made for it."""
-        weights = self.source.components.get("vae") if self.source else None
+        """Raw latents -> those of the denoiser. Where the files say how, no VAE is made for it."""
+        weights = self.source.components.get("vae")
         if weights is None or weights.component.scaling is None:
-            return scale(self.the_vae(), latents)
+            return scale(self.vae, latents)
         factor, shift = weights.component.scaling(weights.config)
         return (latents - shift) * factor
-
-    def the_vae(self) -> nn.Module:
-        """The VAE. Errors: `UserError` when the checkpoint came without one and none was given."""
-        if self.vae is None:
-            where = self.source.path if self.source else "the model"
-            raise UserError(f"{where} has no VAE, which images must pass through; give one with --vae")
-        return self.vae
-
-    def the_source(self) -> Checkpoint:
-        """What it was read from. Errors: `ValueError` for a model that was made in memory."""
-        if self.source is None:
-            raise ValueError("the model was not read from files")
-        return self.source
 
     def nets(self) -> Mapping[str, nn.Module]:
         """What can be trained, by component name: the denoiser and the encoders."""
@@ -84,7 +136,7 @@ class Models:
     def make(self, names: Iterable[str]) -> None:
         """Have these nets made, of those that are made when they are asked for."""
         for name in names:
-            assert self.vae is not None if name == "vae" else self.nets()[name]
+            assert self.vae if name == "vae" else self.nets()[name]
 
     def made(self) -> dict[str, nn.Module]:
         """The nets and the VAE as far as they were needed until now."""
@@ -103,6 +155,12 @@ class SampleInfo:
     """(b,) guidance, the input of a distilled model; None: the family's own for training."""
     rng: SampleRandom | None = None
     """Source of chance for what is dropped in training; None when sampling."""
+
+
+def device_and_dtype(net: nn.Module) -> tuple[torch.device, torch.dtype]:
+    """Where a net is and the number format that it is held in."""
+    first = next(p for p in net.parameters() if p.is_floating_point())
+    return first.device, first.dtype
 
 
 def check_sizes(models: Models, sizes: Iterable[tuple[str, int, int, str]]) -> None:

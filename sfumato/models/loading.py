@@ -141,13 +141,11 @@ def read_values(
     `map`: whether tensors that need no change may be backed by the file; False for nets that are used from the CPU's
     memory for as long as a training lasts. `progress` is called with (done, all) numbers.
     """
-    source = models.source
-    assert source is not None
     models.dtypes = dtypes = {
         "vae": None,
         **(dtype if isinstance(dtype, Mapping) else dict.fromkeys(models.nets(), dtype)),
     }
-    now = {name: weights for name, weights in source.components.items() if name not in later}
+    now = {name: weights for name, weights in models.source.components.items() if name not in later}
     done, total = 0, sum(math.prod(shape) for weights in now.values() for shape in weights.shapes().values())
 
     def count(more: int) -> None:
@@ -166,16 +164,14 @@ def materialize(models: Models, device: torch.device | str = "cpu") -> None:
     """All text encoders on the device; those that were left for later get their values."""
     for name, net in models.encoders.items():
         if next(net.parameters()).is_meta:
-            assert models.source is not None
             models.source.components[name].put_into(net, models.dtypes.get(name))
         net.to(device)
 
 
 def materialize_vae(models: Models, device: torch.device | str = "cpu") -> nn.Module:
     """The VAE on the device, with its values. Errors: `UserError` where there is none."""
-    vae = models.the_vae()
+    vae = models.vae
     if next(vae.parameters()).is_meta:
-        assert models.source is not None
         models.source.components["vae"].put_into(vae, models.dtypes.get("vae"))
     return vae.to(device)
 
@@ -244,7 +240,6 @@ def save(
     encoder that has no place in the single file is written beside it, as `NAME_ENCODER`.
     """
     source = models.source
-    assert source is not None
     source.check()
     beside = {n for n in trained if layout == "single_file" and source.components[n].prefix is None}
     wanted = {
@@ -281,7 +276,7 @@ def save(
 
 def check_folder(models: Models) -> None:
     """Errors: `UserError` if the model cannot be saved as a diffusers folder."""
-    if models.family.new_folder is None and (models.source is None or models.source.layout != "diffusers"):
+    if models.family.new_folder is None and models.source.layout != "diffusers":
         raise UserError(
             f"save_model_as: {models.family.title} is saved as a diffusers folder only if it came as one; choose "
             "safetensors"
@@ -294,7 +289,6 @@ def _write_folder(
     """A folder that diffusers' pipeline reads; it appears whole or not at all."""
     check_folder(models)
     source = models.source
-    assert source is not None
     with aside_folder(path, sum(t.nbytes for tensors in values.values() for t in tensors.values())) as folder:
         made = models.family.new_folder(models) if models.family.new_folder else None
         if made is None:

@@ -1,4 +1,4 @@
-"""Images drawn by a model: the same code while training and for `sfumato sample`."""
+"""Images sampled from a model: the same code while training and for `sfumato sample`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from itertools import groupby
+from itertools import count, groupby
 from pathlib import Path
 from typing import Any
 
@@ -16,20 +16,17 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from sfumato.data.batch import Cond
+from sfumato.data.store import Progress
 from sfumato.errors import UserError
-from sfumato.models.autoencoders import unscale
-from sfumato.models.base import Models, SampleInfo, check_sizes
+from sfumato.models.base import Models, SampleInfo, check_sizes, device_and_dtype
 from sfumato.sampling import image_files
 from sfumato.sampling.prompts import SAMPLERS, Prompt, default
 from sfumato.sampling.prompts import sampler as own_name
 from sfumato.tensors.noise import NoiseProcess
 from sfumato.tensors.random import key
 
-Progress = Callable[[int, int], None]
-"""Told (done, all) steps of the denoiser."""
-Known = Mapping[str, Mapping[str, Tensor]]
-"""What the text encoders say of captions, a caption at a time, on the CPU."""
+EncodedPrompts = Mapping[str, Mapping[str, Tensor]]
+"""Caption -> the outputs of the text encoders for it, by name, on the CPU."""
 log = logging.getLogger(__name__)
 
 
@@ -44,30 +41,22 @@ def sample(
     epoch: int | None = None,
     step: int | None = None,
     seed: int = 42,
-    batch_size: int = 1,
     rank: int = 0,
     world: int = 1,
     progress: Progress | None = None,
-    known: Known | None = None,
+    encoded: EncodedPrompts | None = None,
     device: torch.device | None = None,
 ) -> list[Path]:
-    """Draw `prompts` into `folder` and return the files, in the prompts' order.
+    """Write an image of each prompt into `folder` and return the files, in the prompts' order.
 
     A prompt without a seed gets one of (`seed`, its place in the list), the same each time, so that images of
-    one run can be compared. Process `rank` of `world` draws every world-th prompt. Raises `UserError` for a
-    sampler that is unknown or does not fit the process.
+    one run can be compared. Process `rank` of `world` samples every world-th prompt. `progress`: (done, all) steps of
+    the denoiser. Raises `UserError` for a sampler that is unknown or does not fit the process.
     """
     places = range(rank, len(prompts), world)
     seeded = [replace(prompts[i], seed=seed_of(prompts[i], i, seed)) for i in places]
-    images = draw(
-        models,
-        seeded,
-        process=process,
-        sampler=sampler,
-        batch_size=batch_size,
-        progress=progress,
-        known=known,
-        device=device,
+    images = generate(
+        models, seeded, process=process, sampler=sampler, progress=progress, encoded=encoded, device=device
     )
     paths = []
     for place, prompt, image in zip(places, seeded, images, strict=True):
@@ -82,53 +71,45 @@ def seed_of(prompt: Prompt, place: int, seed: int) -> int:
     return prompt.seed if prompt.seed is not None else key("sample", seed, place) % 2**32
 
 
-def draw(
+def generate(
     models: Models,
     prompts: Sequence[Prompt],
     *,
     process: NoiseProcess,
     sampler: str = "ddim",
-    noise: Tensor | None = None,
     batch_size: int = 1,
     progress: Progress | None = None,
-    known: Known | None = None,
+    encoded: EncodedPrompts | None = None,
     device: torch.device | None = None,
 ) -> list[Image.Image]:
-    """One image a prompt. See `draw_latents`, which does all but the decoding.
+    """One image per prompt. See `sample_latents`, which does all but the decoding.
 
-    `known`: of `encode_prompts`; None: the prompts are encoded now. `device`: where the nets are brought while they are
-    used, the text encoders, the denoiser and the VAE in turn; None: they are used where they are.
+    `encoded`: of `encode_prompts`; None: the prompts are encoded now. `device`: where the nets are brought while they
+    are used, the text encoders, the denoiser and the VAE in turn; None: they are used where they are.
     """
-    known = known or encode_prompts(models, prompts, device)
-    with present([models.denoiser], device):
-        latents = draw_latents(
-            models,
-            prompts,
-            process=process,
-            sampler=sampler,
-            noise=noise,
-            batch_size=batch_size,
-            progress=progress,
-            known=known,
+    encoded = encoded or encode_prompts(models, prompts, device)
+    with on_device([models.denoiser], device):
+        latents = sample_latents(
+            models, prompts, process=process, sampler=sampler, batch_size=batch_size, progress=progress, encoded=encoded
         )
-    with present([models.vae] if models.vae is not None else [], device):
+    with on_device([models.vae], device):
         return [decode(models, one, prompt) for one, prompt in zip(latents, prompts, strict=True)]
 
 
 @contextmanager
-def present(nets: Sequence[nn.Module], device: torch.device | None) -> Iterator[None]:
+def on_device(nets: Sequence[nn.Module], device: torch.device | None) -> Iterator[None]:
     """Nets on `device`; afterwards each is where it was."""
-    places = [_place(net)[0] for net in nets]
+    before = [device_and_dtype(net)[0] for net in nets]
     for net in nets:
         net.to(device)
     try:
         yield
     finally:
-        for net, old in zip(nets, places, strict=True):
+        for net, old in zip(nets, before, strict=True):
             net.to(old)
 
 
-def draw_latents(
+def sample_latents(
     models: Models,
     prompts: Sequence[Prompt],
     *,
@@ -137,43 +118,43 @@ def draw_latents(
     noise: Tensor | None = None,
     batch_size: int = 1,
     progress: Progress | None = None,
-    known: Known | None = None,
+    encoded: EncodedPrompts | None = None,
 ) -> list[Tensor]:
-    """One latent (c, h, w) a prompt, scaled as the denoiser takes it, fp32 on the denoiser's device.
+    """One latent (c, h, w) per prompt, scaled as the denoiser takes it, fp32 on the denoiser's device.
 
-    Neighbouring prompts of one size, sampler and number of steps are drawn together, up to `batch_size`. Each
+    Neighbouring prompts of one size, sampler and number of steps are sampled together, up to `batch_size`. Each
     starts from its own seed's noise (0 if it has none), made on the CPU, so that neither company nor device
     changes an image. `noise` (n, c, h, w), of unit deviation, stands in for that of the seeds.
 
     Works under autocast and with nets in 16 bits; nets are in eval mode for the while and get their modes back.
     """
-    _tell_of_no_effect(prompts, models)
+    _warn_of_no_effect(prompts, models)
     check_prompts(models, prompts, sampler)
     groups = [
-        chunk
-        for _, alike in groupby(range(len(prompts)), lambda i: _shape(prompts[i], models, sampler))
-        for chunk in _chunks(list(alike), batch_size)
+        alike[i : i + batch_size]
+        for alike in (list(g) for _, g in groupby(range(len(prompts)), lambda i: _shape(prompts[i], models, sampler)))
+        for i in range(0, len(alike), batch_size)
     ]
-    schedulers = [_prepared(models, process, prompts[group[0]], sampler) for group in groups]
-    count = _Count(progress)
-    count.total = sum(len(scheduler.timesteps) for scheduler in schedulers)
-    known = known or encode_prompts(models, prompts)
-    drawn: list[Tensor] = []
+    schedulers = [_scheduler(models, process, prompts[group[0]], sampler) for group in groups]
+    total, done = sum(len(scheduler.timesteps) for scheduler in schedulers), count(1)
+
+    def advance() -> None:
+        if progress:
+            progress(next(done), total)
+
+    encoded = encoded or encode_prompts(models, prompts)
+    latents: list[Tensor] = []
     with torch.no_grad(), _evaluating([models.denoiser]):
         for group, scheduler in zip(groups, schedulers, strict=True):
             start = None if noise is None else noise[group]
-            drawn += _walk(models, [prompts[i] for i in group], scheduler, start, known, count)
-    return drawn
+            latents += _denoise(models, [prompts[i] for i in group], scheduler, start, encoded, advance)
+    return latents
 
 
 def decode(models: Models, latents: Tensor, prompt: Prompt) -> Image.Image:
-    """A latent (c, h, w) as the denoiser gives it -> the image; the VAE runs in the format that it is held in."""
-    if models.vae is None:
-        raise UserError("this model has no VAE to draw images with; give one with --vae")
-    device, dtype = _place(models.vae)
-    with torch.no_grad(), _evaluating([models.vae]), torch.autocast(device.type, enabled=False):
-        raw = unscale(models.vae, latents[None].to(device, torch.float32))
-        pixels = models.vae.decode(raw.to(dtype)).sample[0].float()  # type: ignore[operator]
+    """A latent (c, h, w) as the denoiser gives it -> the image."""
+    with _evaluating([models.vae]):
+        (pixels,) = models.decode(latents[None])
     if not pixels.isfinite().all():
         cause = (
             "the VAE overflowed: try --no_half_vae"
@@ -186,29 +167,31 @@ def decode(models: Models, latents: Tensor, prompt: Prompt) -> Image.Image:
 
 
 class Euler:
-    """Walks a rectified flow in straight steps, with the calls of diffusers' schedulers."""
+    """Integrates a rectified flow in straight steps, with the calls of diffusers' schedulers."""
 
     init_noise_sigma = 1.0
 
     def __init__(self, sigmas: Tensor) -> None:
         """`sigmas` (steps + 1,): noise levels from 1 to 0."""
         self.sigmas, self.timesteps = sigmas, sigmas[:-1] * 1000
-        self.at = 0
+        self.index = 0
 
-    def scale_model_input(self, x: Tensor, t: Tensor) -> Tensor:
-        """The net sees x as it is."""
-        return x
+    def scale_model_input(self, sample: Tensor, timestep: Tensor) -> Tensor:
+        """The net takes the sample as it is."""
+        return sample
 
-    def step(self, said: Tensor, t: Tensor, x: Tensor, *, return_dict: bool = False) -> tuple[Tensor]:
-        """x at the next noise level, along the velocity that the net said."""
-        here, there = self.sigmas[self.at : self.at + 2]
-        self.at += 1
-        return (x + (there - here) * said,)
+    def step(
+        self, model_output: Tensor, timestep: Tensor, sample: Tensor, *, return_dict: bool = False
+    ) -> tuple[Tensor]:
+        """The sample at the next noise level, along the predicted velocity."""
+        here, there = self.sigmas[self.index : self.index + 2]
+        self.index += 1
+        return (sample + (there - here) * model_output,)
 
 
-def _prepared(models: Models, process: NoiseProcess, prompt: Prompt, sampler: str) -> Any:
-    """The scheduler that a prompt is drawn along, its steps laid out."""
-    name, device = _sampler(models, prompt, sampler), _place(models.denoiser)[0]
+def _scheduler(models: Models, process: NoiseProcess, prompt: Prompt, sampler: str) -> Any:
+    """The scheduler of a prompt, with its timesteps set."""
+    name, device = _sampler(models, prompt, sampler), device_and_dtype(models.denoiser)[0]
     if models.family.sigmas is None:
         scheduler = scheduler_for(process, name)
         scheduler.set_timesteps(prompt.sample_steps, device=device)
@@ -221,7 +204,7 @@ def scheduler_for(process: NoiseProcess, sampler: str) -> Any:
     """The diffusers scheduler of a sampler's name, set up for the process."""
     import diffusers
 
-    class_name, told = SAMPLERS[own_name(sampler)]
+    class_name, extra = SAMPLERS[own_name(sampler)]
     kind, config = getattr(diffusers, class_name), process.scheduler_config()
     known = inspect.signature(kind).parameters
     if config.get("rescale_betas_zero_snr") and "rescale_betas_zero_snr" not in known:
@@ -232,29 +215,26 @@ def scheduler_for(process: NoiseProcess, sampler: str) -> Any:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # the first-generation solver is on its way out of diffusers
-            return kind(**{k: v for k, v in {**config, **told}.items() if k in known})
+            return kind(**{k: v for k, v in {**config, **extra}.items() if k in known})
     except ImportError as error:
         raise UserError(f"sample_sampler {sampler}: needs scipy; run `pip install scipy`, or take another") from error
 
 
-def encode_prompts(models: Models, prompts: Sequence[Prompt], device: torch.device | None = None) -> Known:
-    """What the text encoders say of the prompts, those that images are guided away from too; `device`: as in `draw`."""
-    said = dict.fromkeys(text for p in prompts for text in ([p.negative_prompt] if p.scale > 1 else []) + [p.prompt])
-    strategy, nets = models.family.outputs(models), list(models.encoders.values())
-    with present(nets, device), torch.no_grad(), _evaluating(nets):
-        return {text: {name: t.cpu() for name, t in strategy.entry(encode(models, [text]), 0).items()} for text in said}
+def encode_prompts(models: Models, prompts: Sequence[Prompt], device: torch.device | None = None) -> EncodedPrompts:
+    """The prompts, negative ones too, through the text encoders; `device`: as in `generate`."""
+    texts = dict.fromkeys(text for p in prompts for text in ([p.negative_prompt] if p.scale > 1 else []) + [p.prompt])
+    nets = list(models.encoders.values())
+    encoded = {}
+    with on_device(nets, device), torch.no_grad(), _evaluating(nets):
+        for text in texts:
+            cond = models.encode(models.tokenize([text]))
+            encoded[text] = {name: t.cpu() for name, t in models.outputs.entry(cond, 0).items()}
+    return encoded
 
 
-def encode(models: Models, captions: Sequence[str]) -> Cond:
-    """What the text encoders say of captions."""
-    device = next((_place(net)[0] for net in models.encoders.values()), torch.device("cpu"))
-    tokens = {k: v.to(device) for k, v in models.family.tokenize(models).tokenize(captions).items()}
-    return models.family.encode(models).encode(models.encoders, tokens)
-
-
-def _setting(models: Models, prompts: Sequence[Prompt]) -> SampleInfo:
-    """What the denoiser is told of prompts besides their text: they are whole images of their own size."""
-    device = _place(models.denoiser)[0]
+def _sample_info(models: Models, prompts: Sequence[Prompt]) -> SampleInfo:
+    """What the denoiser takes besides text: prompts are whole images of their own size."""
+    device = device_and_dtype(models.denoiser)[0]
     guidance = [p.guidance_scale for p in prompts]
     return SampleInfo(
         sizes=torch.tensor([[p.height, p.width, 0, 0, p.height, p.width] for p in prompts], device=device),
@@ -262,11 +242,16 @@ def _setting(models: Models, prompts: Sequence[Prompt]) -> SampleInfo:
     )
 
 
-def _walk(
-    models: Models, prompts: Sequence[Prompt], scheduler: Any, noise: Tensor | None, known: Known, count: _Count
+def _denoise(
+    models: Models,
+    prompts: Sequence[Prompt],
+    scheduler: Any,
+    noise: Tensor | None,
+    encoded: EncodedPrompts,
+    advance: Callable[[], None],
 ) -> list[Tensor]:
-    """From noise to latents, along the scheduler's timesteps."""
-    device = _place(models.denoiser)[0]
+    """From noise to latents, along the scheduler's timesteps; `advance` is called after each."""
+    device, dtype = device_and_dtype(models.denoiser)
     generators = [torch.Generator().manual_seed(p.seed or 0) for p in prompts]
     if noise is None:
         noise = torch.cat(
@@ -275,41 +260,26 @@ def _walk(
     x = noise.to(device, torch.float32) * scheduler.init_noise_sigma
     guided = prompts[0].scale > 1
     captions = ([p.negative_prompt for p in prompts] if guided else []) + [p.prompt for p in prompts]
-    text = {
-        name: t.to(device)
-        for name, t in models.family.outputs(models).join([known[caption] for caption in captions]).items()
-    }
-    told = models.family.condition(models, text, _setting(models, [*prompts, *prompts] if guided else prompts))
-    cond = {name: _as_in(t, models.denoiser) for name, t in told.items()}
+    text = {n: t.to(device) for n, t in models.outputs.join([encoded[caption] for caption in captions]).items()}
+    cond = models.condition(text, _sample_info(models, [*prompts, *prompts] if guided else prompts))
+    cond = {n: t.to(device, dtype if t.is_floating_point() else None) for n, t in cond.items()}
     scale = torch.tensor([p.scale for p in prompts], device=device).view(-1, 1, 1, 1)
-    # Samplers that add noise on the way draw it from each image's own generator as well.
+    # Samplers that add noise on the way take it from each image's own generator as well.
     extra = {"generator": generators} if "generator" in inspect.signature(scheduler.step).parameters else {}
     for t in scheduler.timesteps:
-        seen = scheduler.scale_model_input(torch.cat([x, x]) if guided else x, t)
-        clock = t.float().expand(len(seen))  # of its own format, whatever the net's: 16 bits would round it
-        said = models.family.predict(models.denoiser, _as_in(seen, models.denoiser), clock, cond).float()
+        model_input = scheduler.scale_model_input(torch.cat([x, x]) if guided else x, t)
+        timestep = t.float().expand(len(model_input))  # fp32 whatever the net's format: 16 bits would round it
+        prediction = models.predict(model_input.to(dtype), timestep, cond).float()
         if guided:
-            negative, positive = said.chunk(2)
-            said = negative + scale * (positive - negative)
-        x = scheduler.step(said, t, x, **extra, return_dict=False)[0]
-        count.step()
+            negative, positive = prediction.chunk(2)
+            prediction = negative + scale * (positive - negative)
+        x = scheduler.step(prediction, t, x, **extra, return_dict=False)[0]
+        advance()
     return list(x)
 
 
-class _Count:
-    """How far all images together are."""
-
-    def __init__(self, progress: Progress | None) -> None:
-        self.done, self.total, self.progress = 0, 0, progress
-
-    def step(self) -> None:
-        self.done += 1
-        if self.progress:
-            self.progress(self.done, self.total)
-
-
 def check_prompts(models: Models, prompts: Sequence[Prompt], sampler: str) -> None:
-    """Errors: `UserError` for images that are too large for the model, and for samplers that it is not drawn with."""
+    """Errors: `UserError` for images that are too large for the model, and for samplers that do not fit it."""
     check_sizes(
         models, ((f"the prompt {p.prompt!r}", p.width, p.height, "lower its width and height") for p in prompts)
     )
@@ -318,7 +288,7 @@ def check_prompts(models: Models, prompts: Sequence[Prompt], sampler: str) -> No
 
 
 def check_samplers(models: Models, process: NoiseProcess, prompts: Sequence[Prompt], sampler: str) -> None:
-    """Errors: `UserError` for samplers that cannot walk the process, or need a library that is not installed."""
+    """Errors: `UserError` for samplers that do not fit the process, or need a library that is not installed."""
     if models.family.sigmas is None:
         for name in dict.fromkeys(_sampler(models, p, sampler) for p in prompts):
             scheduler_for(process, name)
@@ -328,17 +298,17 @@ def _sampler(models: Models, prompt: Prompt, sampler: str) -> str:
     """The name of the prompt's sampler, or of the run's."""
     name = own_name(prompt.sample_sampler or sampler)
     if models.family.sigmas is not None and name != "euler":
-        raise UserError(f"sample_sampler {name}: {models.family.title} is drawn with euler")
+        raise UserError(f"sample_sampler {name}: {models.family.title} is sampled with euler")
     return name
 
 
-def _tell_of_no_effect(prompts: Sequence[Prompt], models: Models) -> None:
+def _warn_of_no_effect(prompts: Sequence[Prompt], models: Models) -> None:
     multiple = models.family.latents.multiple
-    hears = default(models.options).guidance_scale is not None
+    distilled = default(models.options).guidance_scale is not None
     for p in prompts:
         if p.width % multiple or p.height % multiple:
             log.warning("%dx%d: sides are cut to multiples of %d", p.width, p.height, multiple)
-        if p.guidance_scale is not None and not hears:
+        if p.guidance_scale is not None and not distilled:
             log.warning(
                 "guidance_scale (--g) has no effect: it is for models distilled with guidance; scale (--l) guides this "
                 "one"
@@ -346,7 +316,7 @@ def _tell_of_no_effect(prompts: Sequence[Prompt], models: Models) -> None:
 
 
 def _shape(prompt: Prompt, models: Models, sampler: str) -> tuple[object, ...]:
-    """What images must share to be drawn together."""
+    """What images must share to be sampled together."""
     return (*_latent_shape(models, prompt), prompt.sample_steps, prompt.sample_sampler or sampler, prompt.scale > 1)
 
 
@@ -354,21 +324,6 @@ def _latent_shape(models: Models, prompt: Prompt) -> tuple[int, int, int]:
     facts = models.family.latents
     height, width = (side // facts.multiple * facts.patch for side in (prompt.height, prompt.width))
     return facts.channels, height, width
-
-
-def _chunks(items: list[int], size: int) -> Iterator[list[int]]:
-    return (items[i : i + size] for i in range(0, len(items), size))
-
-
-def _place(net: nn.Module) -> tuple[torch.device, torch.dtype]:
-    """Device and number format of a net."""
-    first = next(p for p in net.parameters() if p.is_floating_point())
-    return first.device, first.dtype
-
-
-def _as_in(x: Tensor, net: nn.Module) -> Tensor:
-    device, dtype = _place(net)
-    return x.to(device, dtype if x.is_floating_point() else None)
 
 
 @contextmanager

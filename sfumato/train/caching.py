@@ -93,7 +93,6 @@ def fingerprint(config: Config, models: Models, component: str) -> str:
 
     Files are read for it once; later runs remember.
     """
-    assert models.source is not None
     weights = models.source.components[component]
     paths = weights.tensors.paths
     dtype = models.dtypes[component]
@@ -131,7 +130,7 @@ def fill_caches(config: Config, data: Data, models: Models, world: dist.World) -
 def tell_long(data: Data, models: Models, say: Callable[[str], None]) -> None:
     """Say which captions are longer than the text encoders take; `models` needs no values."""
     with telling("counting tokens") as tell:
-        lines = lengths.too_long(data.plan, models.family.tokenize(models).limits(), tell)
+        lines = lengths.too_long(data.plan, models.tokenize_strategy.limits(), tell)
     for line in lines:
         say(line)
 
@@ -150,27 +149,24 @@ def _in_turn(world: dist.World, job: Callable[[], _Cached]) -> _Cached:
 
 
 def _cache_latents(config: Config, data: Data, models: Models, world: dist.World, tell: Tell) -> CachedLatents:
-    strategy, dtype = models.family.latents, models.dtypes["vae"]
-
     def encode(pixels: Tensor) -> Tensor:
-        return strategy.encode(materialize_vae(models, world.device), pixels.to(world.device, dtype)).float()
+        materialize_vae(models, world.device)
+        return models.encode_images(pixels)
 
     return cache_latents(
-        data.plan, data.latents, data.index, encode, fingerprint(config, models, "vae"), strategy,
+        data.plan, data.latents, data.index, encode, fingerprint(config, models, "vae"), models.family.latents,
         batch_size=config.memory.vae_batch_size, progress=tell,
     )  # fmt: skip
 
 
 def _cache_texts(config: Config, data: Data, models: Models, world: dist.World, tell: Tell) -> CachedText:
-    tokenize, encode = models.family.tokenize(models), models.family.encode(models)
-
-    def run(tokens: Tokens) -> Cond:
+    def encode(tokens: Tokens) -> Cond:
         materialize(models, world.device)
         with autocast(world.device, dist.precision(config.train.mixed_precision)):  # as in the step
-            return encode.encode(models.encoders, {k: v.to(world.device) for k, v in tokens.items()})
+            return models.encode(tokens)
 
     prints = ", ".join(f"{name} {fingerprint(config, models, name)}" for name in models.encoders)
     return cache_texts(
-        data.plan, data.texts, data.index, tokenize.tokenize, run, prints, models.family.outputs(models),
-        settings={**tokenize.settings, **encode.settings}, progress=tell,
+        data.plan, data.texts, data.index, models.tokenize, encode, prints, models.outputs,
+        settings={**models.tokenize_strategy.settings, **models.encode_strategy.settings}, progress=tell,
     )  # fmt: skip

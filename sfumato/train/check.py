@@ -81,7 +81,7 @@ def check(config: Config, method: Method, datasets: tuple[DatasetConfig, ...], r
         models = outline_models(config)
         check_model(config, models)
         check_prompts(models, prompts, config.sample.sample_sampler)
-        process = models.family.process(models, config.noise, config.loss)
+        process = models.process(config.noise, config.loss)
         check_samplers(models, process, prompts, config.sample.sample_sampler)
     with wrong:
         outputs.check(config, method, datasets, models.source if models else None, read)
@@ -92,7 +92,7 @@ def check(config: Config, method: Method, datasets: tuple[DatasetConfig, ...], r
         notes += trainable.notices
         with wrong:
             tried = trial(config.optimizer, trainable.groups(), low_bits=config.train.full_bf16, steps=_steps(config))
-            notes += [*tried.notices, *resume.check(config, plan, models.the_source(), tried)]
+            notes += [*tried.notices, *resume.check(config, plan, models.source, tried)]
         wrong.raise_all()
         return Checked(prompts, plan, models, tuple(_trained(trainable)), trainable.suffix(), tuple(notes))
 

@@ -107,15 +107,14 @@ def place(config: Config, models: Models, trainable: Trainable, world: dist.Worl
         for net in models.encoders.values():
             net.to("cpu" if caches_text(config) else world.device)
     if models.vaes is not None and not caches_latents(config):
-        models.the_vae().to(world.device)
+        models.vae.to(world.device)
     models.denoiser.to(world.device)
     trainable.modules().to(world.device)
     apply_memory_options(family.blocks(models.denoiser), config.memory)
     for name in models.encoders:
         if name in trainable.trained:
             apply_memory_options(family.encoder_blocks(models.encoders[name]), config.memory)
-    if models.source:
-        models.source.check()  # nothing of the model is backed by its files from here on
+    models.source.check()  # nothing of the model is backed by its files from here on
 
 
 def peak_memory(device: torch.device) -> int:

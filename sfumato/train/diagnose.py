@@ -29,7 +29,7 @@ def lost(run: Run, step: int, loss: float, rates: Mapping[str, float]) -> UserEr
     assert isinstance(inner, Step)
     models, trainable = inner.unowned
     # Training in place changes what was unpickled; a mapped file is read anew.
-    files_of = {name: weights.tensors.paths for name, weights in models.the_source().components.items()}
+    files_of = {name: weights.tensors.paths for name, weights in models.source.components.items()}
     unchanged = [
         n for n, paths in files_of.items() if n not in trainable.trained or not any(p.suffix in PICKLES for p in paths)
     ]
@@ -54,7 +54,7 @@ def blaming(models: Models, components: Iterable[str]) -> Iterator[None]:
 def damaged(models: Models, components: Iterable[str]) -> list[str]:
     """A message for each net whose file holds numbers that are not finite. The files are read for it, one tensor after
     another."""
-    components, out = models.the_source().components, []
+    components, out = models.source.components, []
     for name in components:
         bad = next(
             (key for key, tensor in components[name].tensors.cast(None, map=False).items() if _broken(tensor)), None
@@ -87,7 +87,7 @@ def _of_batch(run: Run, step: Step, batch: Batch) -> str:
     if batch.cond is not None and any(map(_broken, batch.cond.values())):
         return f"The cached text outputs of one of the captions {captions} are not finite: {again}"
     with autocast(run.world.device, step.precision):
-        if batch.pixels is not None and _broken(step.latents(batch.pixels)):
+        if batch.pixels is not None and _broken(step.latents(batch)):
             return f"The VAE overflows on one of the images with the captions {captions}: set no_half_vae"
         models, trainable = step.unowned
         still = not any(name in models.encoders for name in trainable.trained)

@@ -12,6 +12,7 @@ from PIL import Image
 
 from sfumato.adapters.insert import from_state
 from sfumato.config import Config
+from sfumato.data.store import Progress
 from sfumato.errors import UserError
 from sfumato.models.base import Models
 from sfumato.models.loading import materialize, materialize_vae
@@ -47,7 +48,7 @@ class Pipeline:
         materialize(models, device)
         if models.vaes is not None:
             materialize_vae(models, device)
-        return cls(models, models.family.process(models, config.noise, config.loss), precision, device)
+        return cls(models, models.process(config.noise, config.loss), precision, device)
 
     @contextmanager
     def adapted(self, *paths: Path, strength: float = 1.0) -> Iterator[None]:
@@ -69,11 +70,11 @@ class Pipeline:
         *,
         sampler: str = "ddim",
         batch_size: int = 8,
-        progress: sample.Progress | None = None,
+        progress: Progress | None = None,
     ) -> list[Image.Image]:
         """One image a prompt."""
         with autocast(self.device, self.precision):
-            return sample.draw(
+            return sample.generate(
                 self.models, wanted, process=self.process, sampler=sampler, batch_size=batch_size, progress=progress
             )
 

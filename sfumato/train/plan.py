@@ -119,8 +119,7 @@ def steps_line(plan: Plan, budget: StepBudget) -> str:
 def _checked(config: Config, method: Method, datasets: tuple[DatasetConfig, ...], read: Sequence[Path]) -> Checked:
     """As `check`, and nets that a training makes only where nothing is kept of what they say."""
     checked = check(config, method, datasets, read)
-    source = checked.models.source
-    checked.models.make(source.components if source else ())
+    checked.models.make(checked.models.source.components)
     return checked
 
 

@@ -77,13 +77,13 @@ class Facts:
         )
 
     def _prediction(self) -> str:
-        process = self.models.family.process(self.models, self.config.noise, self.config.loss)
+        process = self.models.process(self.config.noise, self.config.loss)
         said = str(process.scheduler_config()["prediction_type"])
         return {"v_prediction": "v"}.get(said, said)
 
     def _base_model(self) -> dict[str, str]:
-        model, source = self.config.model, self.models.source
-        if source and not source.in_place():
+        model = self.config.model
+        if not self.models.source.in_place():
             return {}  # another file stands there now, whose hash would be a lie
         out = metadata.base_model(model.pretrained_model_name_or_path)
         return out | (metadata.base_model(model.vae, "vae") if model.vae else {})

@@ -25,7 +25,7 @@ from sfumato.models.loading import materialize
 from sfumato.optim import build, schedules
 from sfumato.optim.ema import EMA
 from sfumato.sampling.prompts import Prompt
-from sfumato.sampling.sample import Known, encode_prompts, sample
+from sfumato.sampling.sample import EncodedPrompts, encode_prompts, sample
 from sfumato.tensors.noise import NoiseProcess
 from sfumato.train import checkpoints, dist, lock, log, loop, provenance, resume, state
 from sfumato.train.caching import Caches, fill_caches, open_data
@@ -98,18 +98,18 @@ def prepare(
         console.print(steps_line(data.plan, budget))
         console.print(f"{budget.steps} steps in {budget.epochs} epochs")
     load_models(config, precision, method, models, map=world.device.type != "cpu")
-    process = models.family.process(models, config.noise, config.loss)
+    process = models.process(config.noise, config.loss)
     merge_base_weights(config, models)
     caches = fill_caches(config, data, models, world)
     trainable: Trainable = Adapters(models, config, plan) if plan else Full(models, config)
-    known = known_prompts(config, models, prompts, world, precision)
+    encoded = encoded_prompts(config, models, prompts, world, precision)
     place(config, models, trainable, world)
     optimizer = build.optimizer(config.optimizer, trainable.groups())
     if config.train.full_bf16:
         optimizer = build.in_low_bits(optimizer, config.train.seed)
     step = _shared(Step(models, trainable, process, config.loss, precision), trainable, world)
     loader = Loader(
-        plan=data.plan, seed=config.train.seed, tokenize=models.family.tokenize(models).tokenize,
+        plan=data.plan, seed=config.train.seed, tokenize=models.tokenize_strategy.tokenize,
         latents=caches.latents, texts=caches.texts, prior_loss_weight=config.loss.prior_loss_weight,
         accumulation=budget.accumulation, rank=world.rank, world=world.size,
         steps=budget.steps, workers=config.train.max_data_loader_n_workers,
@@ -122,9 +122,9 @@ def prepare(
         ema=EMA(trainable.weights(), config.optimizer.ema_decay) if config.optimizer.ema_decay else None,
         scaler=torch.amp.GradScaler(world.device.type, enabled=precision == "fp16"),
         log=None, began=began,
-        sample=partial(_sample, config, models, process, prompts, known, world, precision),
+        sample=partial(_sample, config, models, process, prompts, encoded, world, precision),
         save_result=lambda path, step, epoch: trainable.save(path, facts.at(step, epoch)),
-        save_state=lambda path: state.save(run, path), identity=resume.identity(config, plan, models.the_source()),
+        save_state=lambda path: state.save(run, path), identity=resume.identity(config, plan, models.source),
     )  # fmt: skip
     state.resume(run)
     if (stop := config.train.stop_text_encoder_training) and run.step >= stop:
@@ -144,10 +144,10 @@ def _shared(step: Step, trainable: Trainable, world: dist.World) -> nn.Module:
     return DistributedDataParallel(step, find_unused_parameters=trainable.trained != ("denoiser",))
 
 
-def known_prompts(
+def encoded_prompts(
     config: Config, models: Models, prompts: list[Prompt], world: dist.World, precision: dist.Precision
-) -> Known | None:
-    """What the text encoders say of the prompts, where their outputs are kept, so that they are not needed again."""
+) -> EncodedPrompts | None:
+    """The prompts through the text encoders, where their outputs are cached: the encoders leave the memory then."""
     if not prompts or not caches_text(config):
         return None
     materialize(models, world.device)
@@ -160,7 +160,7 @@ def _sample(
     models: Models,
     process: NoiseProcess,
     prompts: list[Prompt],
-    known: Known | None,
+    encoded: EncodedPrompts | None,
     world: dist.World,
     precision: dist.Precision,
     step: int,
@@ -174,7 +174,7 @@ def _sample(
         sample(
             models, prompts, Path(config.output.output_dir) / "sample", process=process, name=config.output.output_name,
             sampler=config.sample.sample_sampler, epoch=by_epoch, step=step if by_epoch is None else None,
-            seed=config.train.seed, progress=tell, known=known, device=world.device,
+            seed=config.train.seed, progress=tell, encoded=encoded, device=world.device,
         )  # fmt: skip
 
 

@@ -39,22 +39,19 @@ class Step(nn.Module):
         # In a tuple, so that the frozen nets do not become this module's own.
         self.unowned = (models, trainable)
         self.process, self.loss, self.precision = process, loss, precision
-        self.encode = models.family.encode(models)
 
     def forward(self, batch: Batch) -> Tensor:
         models, trainable = self.unowned
-        family = models.family
         rng = SampleRandom(batch.keys)
         trainable.on_batch(batch.multiplier, rng)
-        raw = batch.latents if batch.latents is not None else self.latents(batch.pixels)
         # A VAE gives latents in whatever order its last layer left them in memory, and nets take over the order. With
         # channels last, torch's GroupNorm crashes the process in the backward pass on the CPU where its input needs no
         # gradient.
-        latents = models.scaled(raw).contiguous()
+        latents = models.scaled(self.latents(batch)).contiguous()
         with autocast(latents.device, self.precision):
             noised = self.process.noise(latents.float(), rng)
-            cond = family.condition(models, self.cond(batch), SampleInfo(sizes=batch.sizes, rng=rng))
-            said = family.predict(models.denoiser, noised.x, noised.t, cond)
+            cond = models.condition(self.cond(batch), SampleInfo(sizes=batch.sizes, rng=rng))
+            prediction = models.predict(noised.x, noised.t, cond)
         threshold = losses.huber_threshold(
             self.loss.huber_schedule,
             self.loss.huber_c,
@@ -63,7 +60,7 @@ class Step(nn.Module):
             noised.noise_to_signal,
             self.process.steps,
         )
-        error = losses.loss(self.loss.loss_type, said.float(), noised.target.float(), c=threshold)
+        error = losses.loss(self.loss.loss_type, prediction.float(), noised.target.float(), c=threshold)
         return losses.sample_losses(error, batch.mask, noised.weight, batch.weight).sum()
 
     def cond(self, batch: Batch) -> Cond:
@@ -76,13 +73,12 @@ class Step(nn.Module):
         with torch.set_grad_enabled(
             torch.is_grad_enabled() and any(name in models.encoders for name in trainable.trained)
         ):
-            return self.encode.encode(models.encoders, batch.tokens)
+            return models.encode(batch.tokens)
 
-    @torch.no_grad()
-    def latents(self, pixels: Tensor | None) -> Tensor:
-        """Raw latents of images, encoded now."""
-        models, _ = self.unowned
-        if pixels is None:
+    def latents(self, batch: Batch) -> Tensor:
+        """The batch's raw latents, as cached or encoded now."""
+        if batch.latents is not None:
+            return batch.latents
+        if batch.pixels is None:
             raise RuntimeError("a batch without latents and without pixels")
-        vae = models.the_vae()
-        return models.family.latents.encode(vae, pixels.to(next(vae.parameters()).dtype)).float()
+        return self.unowned[0].encode_images(batch.pixels)

@@ -144,8 +144,7 @@ class Full:
         return ""
 
     def suffix(self) -> str:
-        source = self.models.source
-        return checkpoints.ending(self.config.output, "full", source.layout if source else "single_file")
+        return checkpoints.ending(self.config.output, "full", self.models.source.layout)
 
     def save(self, path: Path, metadata: Mapping[str, str]) -> None:
         precision = self.config.output.save_precision
@@ -195,7 +194,7 @@ class Adapters:
         if config.train.full_bf16:
             self.network.to(torch.bfloat16)
         # What these names cannot hold is told now, not after the training.
-        dialect.write(models.family.dialects(models)[config.output.dialect], self.state())
+        dialect.write(models.dialects[config.output.dialect], self.state())
         by_path = self.network.by_path().items()
         self._weights = {
             "|".join((*path, name)): p for path, a in by_path for name, p in a.named_parameters() if p.requires_grad
@@ -274,7 +273,7 @@ class Adapters:
 
     def save(self, path: Path, metadata: Mapping[str, str]) -> None:
         precision = self.config.output.save_precision
-        tensors = dialect.write(self.models.family.dialects(self.models)[self.config.output.dialect], self.state())
+        tensors = dialect.write(self.models.dialects[self.config.output.dialect], self.state())
         dtype = SAVE_DTYPES[precision] if precision else None
         if dtype:
             tensors = {name: t.to(dtype) for name, t in tensors.items()}
@@ -296,7 +295,7 @@ def read_adapter(models: Models, path: Path, flag: str = "adapter") -> dict[dial
     ]
     try:
         check_adapter(tensors, f"{flag} {path}")
-        return dialect.read(models.family.dialects(models).values(), tensors, by_path)
+        return dialect.read(models.dialects.values(), tensors, by_path)
     except UserError as error:
         if other := _other_kind(tensors):
             raise UserError(f"{flag} {path} is {other}, not an adapter (such as a LoRA)") from error
@@ -344,7 +343,7 @@ def _check(models: Models, config: Config, plan: AdapterPlan, trained: tuple[str
     """Errors: `UserError` for a dialect that has no names for what is trained, and for what is said of encoders that
     are not trained."""
     dialect, rates = config.output.dialect, config.optimizer.text_encoder_lr
-    nameless = [name for name in trained if name not in models.family.dialects(models)[dialect].prefix]
+    nameless = [name for name in trained if name not in models.dialects[dialect].prefix]
     wrong = [
         f"dialect {dialect}: it has no names for {name}, which is trained; choose kohya or comfy" for name in nameless
     ]

@@ -20,7 +20,7 @@ from sfumato.models import components
 from sfumato.models.autoencoders import scale, unscale
 from sfumato.models.base import Models
 from sfumato.models.loading import save
-from sfumato.sampling.sample import draw_latents
+from sfumato.sampling.sample import sample_latents
 from sfumato.train.check import check
 
 CAPTIONS = ["a cat on a mat", "", "red " * 30 + "end", "one, two! " * 40]
@@ -50,7 +50,7 @@ def models(case: Case, files: Files) -> Models:
 
 
 def states(models: Models) -> dict[str, Tensor]:
-    nets = {**models.nets(), "vae": models.the_vae()}
+    nets = {**models.nets(), "vae": models.vae}
     return {f"{name}.{k}": t for name, net in nets.items() for k, t in net.state_dict().items()}
 
 
@@ -61,9 +61,7 @@ def assert_same(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
 
 def cond_of(models: Models, captions: list[str]) -> dict[str, Tensor]:
     with torch.no_grad():
-        return dict(
-            models.family.encode(models).encode(models.encoders, models.family.tokenize(models).tokenize(captions))
-        )
+        return dict(models.encode(models.tokenize(captions)))
 
 
 def test_every_family_has_cases() -> None:
@@ -126,13 +124,13 @@ def test_only_what_the_file_holds_is_read_and_cast(case: Case, files: Files) -> 
     assert {p.dtype for net in models.nets().values() for p in net.parameters() if p.is_floating_point()} == {
         torch.bfloat16
     }
-    assert next(models.the_vae().parameters()).dtype == torch.float32
+    assert next(models.vae.parameters()).dtype == torch.float32
 
 
 def test_text_is_encoded_as_by_the_pipeline(case: Case, models: Models) -> None:
     with torch.no_grad():
         wanted = case.encoded(case.pipeline(), CAPTIONS)
-    found, ragged = cond_of(models, CAPTIONS), models.family.outputs(models).ragged
+    found, ragged = cond_of(models, CAPTIONS), models.outputs.ragged
     assert set(wanted) <= set(found)
     for name, value in wanted.items():
         if name in ragged:
@@ -146,7 +144,7 @@ def test_text_is_encoded_as_by_the_pipeline(case: Case, models: Models) -> None:
 
 def test_a_batch_of_prompts_is_as_one_by_one(case: Case, models: Models) -> None:
     """Through the text encoders and the denoiser, live and as they are kept."""
-    strategy = models.family.outputs(models)
+    strategy = models.outputs
     x, t = latents_of(models, len(CAPTIONS)), torch.full((len(CAPTIONS),), 500.0)
     together, apart = cond_of(models, CAPTIONS), [cond_of(models, [caption]) for caption in CAPTIONS]
     kept = [strategy.entry(together, i) for i in range(len(CAPTIONS))]
@@ -159,7 +157,7 @@ def test_a_batch_of_prompts_is_as_one_by_one(case: Case, models: Models) -> None
 
 
 def test_padding_changes_what_is_said_only_where_no_mask_hides_it(case: Case, models: Models) -> None:
-    strategy = models.family.outputs(models)
+    strategy = models.outputs
     x, t, cond = latents_of(models, 2), torch.full((2,), 300.0), cond_of(models, CAPTIONS[:2])
     said = predict(models, x, t, cond)
     for name, mask in strategy.ragged.items():
@@ -183,17 +181,15 @@ def predict(models: Models, x: Tensor, t: Tensor, cond: Any) -> Tensor:
     side = models.family.latents.stride
     sizes = torch.tensor([[x.shape[2] * side, x.shape[3] * side, 0, 0, x.shape[2] * side, x.shape[3] * side]] * len(x))
     with torch.no_grad():
-        return models.family.predict(
-            models.denoiser, x, t, models.family.condition(models, cond, SampleInfo(sizes=sizes))
-        )
+        return models.predict(x, t, models.condition(cond, SampleInfo(sizes=sizes)))
 
 
 def test_a_fixed_latent_becomes_the_pipelines_latents(case: Case, models: Models) -> None:
     facts, prompt = models.family.latents, case.prompt
     shape = (1, facts.channels, prompt.height // facts.stride, prompt.width // facts.stride)
     noise = torch.randn(shape, generator=torch.Generator().manual_seed(3))
-    process = models.family.process(models, NoiseConfig(), LossConfig())
-    (ours,) = draw_latents(models, [prompt], process=process, sampler=case.sampler, noise=noise)
+    process = models.process(NoiseConfig(), LossConfig())
+    (ours,) = sample_latents(models, [prompt], process=process, sampler=case.sampler, noise=noise)
     with torch.no_grad():
         wanted = case.drawn(case.pipeline(), prompt, noise.clone())
     torch.testing.assert_close(ours, wanted, atol=1e-3, rtol=1e-3)
@@ -204,14 +200,14 @@ def test_latents_are_scaled_as_by_the_pipeline(case: Case, models: Models) -> No
     pixels = torch.rand(1, 3, 32, 48, generator=torch.Generator().manual_seed(4)) * 2 - 1
     vae = case.pipeline().vae
     with torch.no_grad():
-        raw = models.family.latents.encode(models.the_vae(), pixels)
+        raw = models.encode_images(pixels)
         config, theirs = vae.config, vae.encode(pixels).latent_dist.mode()
         shift = getattr(config, "shift_factor", None) or 0.0
         torch.testing.assert_close(
-            scale(models.the_vae(), raw), (theirs - shift) * config.scaling_factor, atol=1e-5, rtol=1e-5
+            scale(models.vae, raw), (theirs - shift) * config.scaling_factor, atol=1e-5, rtol=1e-5
         )
-        torch.testing.assert_close(unscale(models.the_vae(), scale(models.the_vae(), raw)), raw, atol=1e-5, rtol=1e-5)
-        decoded, wanted = models.the_vae().decode(raw).sample, vae.decode(theirs).sample  # type: ignore[operator]
+        torch.testing.assert_close(unscale(models.vae, scale(models.vae, raw)), raw, atol=1e-5, rtol=1e-5)
+        decoded, wanted = models.decode(scale(models.vae, raw)), vae.decode(theirs).sample
     torch.testing.assert_close(decoded, wanted, atol=1e-4, rtol=1e-4)
 
 

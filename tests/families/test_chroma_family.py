@@ -26,7 +26,7 @@ from sfumato.families.chroma.strategies import OUTPUTS, ChromaTokenize
 from sfumato.formats import dialect
 from sfumato.models.base import Models
 from sfumato.models.meta_init import fill, shapes
-from sfumato.sampling.sample import draw_latents
+from sfumato.sampling.sample import sample_latents
 from sfumato.tensors.flow import Flow
 from sfumato.tensors.random import SampleRandom
 
@@ -42,7 +42,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Models:
 
 def encoded(models: Models, captions: list[str]) -> dict[str, Tensor]:
     with torch.no_grad():
-        return dict(FAMILY.encode(models).encode(models.encoders, FAMILY.tokenize(models).tokenize(captions)))
+        return dict(models.encode(models.tokenize(captions)))
 
 
 # --- captions ---
@@ -92,7 +92,7 @@ def test_what_is_seen_is_what_is_kept(models: Models) -> None:
 
 def test_settings_say_what_the_result_depends_on(models: Models) -> None:
     short = replace(models, options=replace(models.options, t5xxl_max_token_length=8))
-    assert FAMILY.tokenize(models).settings != FAMILY.tokenize(short).settings
+    assert models.tokenize_strategy.settings != short.tokenize_strategy.settings
 
 
 # --- the mask ---
@@ -104,15 +104,15 @@ def test_a_mask_that_hides_nothing_is_left_out(models: Models) -> None:
     x, t = torch.randn(1, 16, 4, 6, generator=torch.Generator().manual_seed(0)), torch.tensor([500.0])
     mask = torch.ones(alone["t5"].shape[:2], dtype=torch.bool)
     with torch.no_grad():
-        with_, without = (FAMILY.predict(models.denoiser, x, t, c) for c in ({**alone, "t5_mask": mask}, alone))
+        with_, without = (models.predict(x, t, c) for c in ({**alone, "t5_mask": mask}, alone))
     torch.testing.assert_close(with_, without, atol=1e-5, rtol=1e-5)
 
 
 def test_the_token_of_padding_is_heard(models: Models) -> None:
     x, t, cond = torch.ones(1, 16, 4, 6), torch.tensor([500.0]), encoded(models, ["a cat"])
     with torch.no_grad():
-        whole = FAMILY.predict(models.denoiser, x, t, cond)
-        less = FAMILY.predict(models.denoiser, x, t, {"t5": cond["t5"][:, :-1]})
+        whole = models.predict(x, t, cond)
+        less = models.predict(x, t, {"t5": cond["t5"][:, :-1]})
     assert (whole - less).abs().max() > 1e-3
 
 
@@ -127,8 +127,8 @@ def test_the_token_of_padding_is_heard(models: Models) -> None:
 def test_images_are_those_of_the_pipeline(models: Models, change: dict[str, Any]) -> None:
     prompt = replace(PROMPT, **change)
     noise = torch.randn(1, 16, prompt.height // 8, prompt.width // 8, generator=torch.Generator().manual_seed(3))
-    process = FAMILY.process(models, NoiseConfig(), LossConfig())
-    (ours,) = draw_latents(models, [prompt], process=process, sampler="euler", noise=noise)
+    process = models.process(NoiseConfig(), LossConfig())
+    (ours,) = sample_latents(models, [prompt], process=process, sampler="euler", noise=noise)
     with torch.no_grad():
         torch.testing.assert_close(ours, drawn(pipeline(), prompt, noise), atol=1e-3, rtol=1e-3)
 
@@ -146,7 +146,7 @@ def test_the_pipelines_images_do_not_depend_on_its_padding_once_its_mask_is_true
 
 
 def test_noise_levels_of_training(models: Models) -> None:
-    process = FAMILY.process(models, NoiseConfig(), LossConfig())
+    process = models.process(NoiseConfig(), LossConfig())
     assert isinstance(process, Flow)
     drawn_ = process.sigmas(SampleRandom(list(range(4000))), 8, 8)
     # The sigmoid of a normal number: 0.5 at the middle, 0.3363 and 0.6637 at the quartiles.
@@ -189,7 +189,7 @@ def kohya(models: Models, *args: str) -> dict[str, tuple[int, ...]]:
     """Names and shapes of an adapter file."""
     inserted = AdapterNetwork(places(models, *args), planned(*args).kind, seed=0)
     inserted.remove()
-    return shapes(dialect.write(FAMILY.dialects(models)["kohya"], inserted.state()))
+    return shapes(dialect.write(models.dialects["kohya"], inserted.state()))
 
 
 def below(table: dict[str, tuple[int, ...]], start: str) -> dict[str, tuple[int, ...]]:
@@ -243,7 +243,7 @@ def test_blocks_that_are_not_there_are_refused(full_size: Models) -> None:
 def test_t5_has_no_name_in_diffusers(full_size: Models) -> None:
     """Its pipeline cannot read adapters of a T5."""
     with pytest.raises(UserError, match="peft names have no place for 't5xxl'"):
-        FAMILY.dialects(full_size)["peft"].names(("t5xxl", "encoder.block.0.layer.0.SelfAttention.q"))
+        full_size.dialects["peft"].names(("t5xxl", "encoder.block.0.layer.0.SelfAttention.q"))
 
 
 def test_the_net_that_makes_modulations_is_not_trained(models: Models) -> None:

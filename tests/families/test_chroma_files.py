@@ -50,7 +50,7 @@ def opened(path: Path, **told: str) -> Models:
 
 
 def states(models: Models) -> dict[str, Tensor]:
-    nets = {**models.nets(), "vae": models.the_vae()}
+    nets = {**models.nets(), "vae": models.vae}
     return {f"{name}.{k}": t for name, net in nets.items() for k, t in net.state_dict().items()}
 
 

@@ -209,7 +209,7 @@ def test_a_tokenizer_folder_may_be_t5s_own(files: Any, tmp_path: Path) -> None:
 
 
 def test_the_vae_of_a_file_is_scaled_as_published(files: Any) -> None:
-    config: Any = opened(files).the_vae().config
+    config: Any = opened(files).vae.config
     assert (config.scaling_factor, config.shift_factor, config.latent_channels) == (0.3611, 0.1159, 16)
 
 

@@ -155,7 +155,7 @@ def test_t5_in_fp8_is_read_as_what_it_holds(bundle: Files, tmp_path: Path) -> No
     assert {p.dtype for p in plain.encoders["t5xxl"].parameters()} == {torch.bfloat16}
     for name, p in per_sample.encoders["t5xxl"].named_parameters():
         assert torch.equal(p, small[T5 + name].float())
-    cond = FAMILY.encode(per_sample).encode(per_sample.encoders, FAMILY.tokenize(per_sample).tokenize(["a cat"]))
+    cond = per_sample.encode(per_sample.tokenize(["a cat"]))
     assert all(t.isfinite().all() for t in cond.values())
 
 
@@ -180,7 +180,7 @@ def test_what_both_clips_pad_with(apart: Files) -> None:
 
 
 def test_latents_are_scaled_as_stable_diffusion_3s(apart: Files) -> None:
-    config = opened(apart).the_vae().config
+    config = opened(apart).vae.config
     assert (config.scaling_factor, config.shift_factor) == (1.5305, 0.0609)  # type: ignore[union-attr]
 
 
@@ -203,7 +203,7 @@ def test_the_recipe_is_filled_in(apart: Files) -> None:
         1.5,
         None,
     )
-    flows = [FAMILY.process(models, NoiseConfig(), LossConfig()) for models in (plain, asked)]
+    flows = [models.process(NoiseConfig(), LossConfig()) for models in (plain, asked)]
     assert flows[0] == Flow(timestep_sampling="sigma", weighting_scheme="logit_normal", shift=3.0)
     assert flows[1] == Flow(timestep_sampling="shift", discrete_flow_shift=1.5, shift=3.0)
 
@@ -312,7 +312,7 @@ def test_clip_l_says_what_it_pooled_where_the_projection_is_not_stable_diffusion
     models = opened(apart, clip_l=str(tmp_path / "clip_l.safetensors"))
     ids = encoders.clip_tokenizer()(["a cat"], padding="max_length", max_length=77, return_tensors="pt").input_ids
     with torch.no_grad():
-        cond = FAMILY.encode(models).encode(models.encoders, FAMILY.tokenize(models).tokenize(["a cat"]))
+        cond = models.encode(models.tokenize(["a cat"]))
         projected = sd3.clip_l()(ids).text_embeds
     torch.testing.assert_close(cond["clip_l_pooled"] @ sd3s.T, projected, atol=1e-5, rtol=1e-5)
 

@@ -318,7 +318,7 @@ def theirs(file: Path | None) -> list[Tensor]:
 
 def ours(models: Models) -> list[Tensor]:
     with torch.no_grad():
-        cond = FAMILY.encode(models).encode(models.encoders, FAMILY.tokenize(models).tokenize(["a cat"]))
+        cond = models.encode(models.tokenize(["a cat"]))
     clips = nn.functional.pad(torch.cat([cond["clip_l"], cond["clip_g"]], -1), (0, sd3.CONTEXT - sd3.POOLED))
     return [
         predicted(models),

@@ -35,7 +35,7 @@ def opened(files: Files, **options: Any) -> Models:
 
 @torch.no_grad()
 def said(models: Models, captions: list[str] = CAPTIONS) -> dict[str, Tensor]:
-    return dict(FAMILY.encode(models).encode(models.encoders, FAMILY.tokenize(models).tokenize(captions)))
+    return dict(models.encode(models.tokenize(captions)))
 
 
 def told(
@@ -46,7 +46,7 @@ def told(
     setting = SampleInfo(
         sizes=torch.tensor([[*size, 0, 0, *size]] * b), rng=None if keys is None else SampleRandom(keys)
     )
-    return dict(FAMILY.condition(models, cond, setting))
+    return dict(models.condition(cond, setting))
 
 
 def assert_close(a: Tensor, b: Tensor) -> None:
@@ -80,7 +80,7 @@ def test_without_t5_zeros_stand_in_its_place_as_in_the_pipeline(tmp_path: Path, 
         tokenizer=str(tmp_path),
     )
     assert set(models.encoders) == {"clip_l", "clip_g"}
-    assert "t5" not in FAMILY.outputs(models).fields
+    assert "t5" not in models.outputs.fields
     found = told(models, said(models))
     for ours, theirs in zip(
         (found["context"], found["y"]), sd3.told(sd3.pipeline("3.5_large"), CAPTIONS, length), strict=True
@@ -127,7 +127,7 @@ def test_hidden_padding_is_that_of_a_caption_without_any(files: Files) -> None:
 def test_what_is_kept_comes_back_whole(files: Files, tmp_path: Path, masked: bool) -> None:
     """T5's rows are kept without hidden padding, in bf16, and come back at full length; padding that is content is kept as well."""
     models = opened(files, apply_t5_attn_mask=masked, apply_lg_attn_mask=masked)
-    strategy, cond = FAMILY.outputs(models), said(models)
+    strategy, cond = models.outputs, said(models)
     entries = [strategy.entry(cond, i) for i in range(len(CAPTIONS))]
     used = [len(encoders.t5_tokenizer()(caption).input_ids) for caption in CAPTIONS] if masked else [256] * 3
     assert [len(entry["t5"]) for entry in entries] == used
@@ -141,7 +141,7 @@ def test_what_is_kept_comes_back_whole(files: Files, tmp_path: Path, masked: boo
 def test_the_length_stays_the_same_whatever_a_batch_holds(files: Files) -> None:
     """The transformer knows no mask: rows of zeros are seen, so their number must not go by the neighbours."""
     models = opened(files, apply_t5_attn_mask=True, t5xxl_max_token_length=40)
-    strategy, cond = FAMILY.outputs(models), said(models)
+    strategy, cond = models.outputs, said(models)
     for i in range(len(CAPTIONS)):
         assert strategy.join([strategy.entry(cond, i)])["t5"].shape == (1, 40, sd3.CONTEXT)
 
@@ -199,7 +199,7 @@ def test_dropouts_of_the_encoders_are_independent_and_go_by_the_sample_alone(fil
 
 def test_dropout_is_the_same_from_kept_outputs_and_leaves_drawn_images_alone(files: Files) -> None:
     models = opened(files, clip_l_dropout_rate=0.5, t5_dropout_rate=0.5, apply_t5_attn_mask=True)
-    strategy, cond = FAMILY.outputs(models), said(models)
+    strategy, cond = models.outputs, said(models)
     kept = strategy.join([strategy.entry(cond, i) for i in range(len(CAPTIONS))])
     live, cached = (told(models, each, [1, 2, 3]) for each in (cond, kept))
     assert all(torch.equal(live[name], cached[name]) for name in live)
@@ -236,6 +236,6 @@ def test_a_image_in_the_middle_is_as_without_a_crop(files: Files) -> None:
         cropped = told(models, cond, [1], size)
         assert "crop" in cropped
         assert torch.equal(
-            FAMILY.predict(models.denoiser, x, t, cropped),
-            FAMILY.predict(models.denoiser, x, t, told(models, cond, None)),
+            models.predict(x, t, cropped),
+            models.predict(x, t, told(models, cond, None)),
         )

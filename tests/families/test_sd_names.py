@@ -120,7 +120,7 @@ def test_adapters_have_the_names_and_shapes_of_sd_scripts(
     keys: Keys, full_size: dict[str, nn.Module], table: str, args: tuple[str, ...]
 ) -> None:
     models, state = adapter(full_size, *args)
-    assert shapes(dialect.write(FAMILY.dialects(models)["kohya"], state)) == keys(table)
+    assert shapes(dialect.write(models.dialects["kohya"], state)) == keys(table)
 
 
 @pytest.mark.parametrize("spelling", ["kohya", "comfy", "peft"])
@@ -128,7 +128,7 @@ def test_every_name_of_an_adapter_is_known_to_comfyui(full_size: dict[str, nn.Mo
     """ComfyUI's table holds the U-Net; a name lands on the tensor that the adapter is for."""
     known = json.loads(gzip.decompress((Path(__file__).parents[1] / "fixtures" / "comfy.sd1.json.gz").read_bytes()))
     models, state = adapter(full_size, "conv_dim=4")
-    dialect_ = FAMILY.dialects(models)[spelling]
+    dialect_ = models.dialects[spelling]
     checked = 0
     for component, path in state:
         if component == "denoiser":
@@ -146,7 +146,7 @@ def test_every_name_of_an_adapter_is_known_to_comfyui(full_size: dict[str, nn.Mo
 @pytest.mark.parametrize("spelling", ["kohya", "comfy", "peft"])
 def test_an_adapter_is_read_back_in_every_dialect(full_size: dict[str, nn.Module], spelling: str) -> None:
     models, state = adapter(full_size, "conv_dim=4")
-    dialects = FAMILY.dialects(models)
+    dialects = models.dialects
     by_path = [
         (name, p)
         for name, net in full_size.items()

@@ -25,7 +25,7 @@ def path(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 
 def states(models: Models, captions: list[str]) -> Tensor:
     with torch.no_grad():
-        return FAMILY.encode(models).encode(models.encoders, FAMILY.tokenize(models).tokenize(captions))["hidden"]
+        return models.encode(models.tokenize(captions))["hidden"]
 
 
 @pytest.mark.parametrize("skip", [None, 1])
@@ -117,17 +117,17 @@ def test_weights_multiply_the_states_of_their_tokens(path: Path) -> None:
     plain = loading.load(FAMILY, str(path), Options(max_token_length=150))
     weighted = loading.load(FAMILY, str(path), Options(max_token_length=150, weighted_captions=True))
     caption = "a (cat:1.5) on [a] mat"
-    tokens = FAMILY.tokenize(weighted).tokenize([caption])
+    tokens = weighted.tokenize([caption])
     expected = states(plain, ["a cat on a mat"])
     factor = tokens["weights"][:, :, 1:-1].flatten(1)[..., None]
     assert sorted(set(factor.flatten().tolist())) == pytest.approx([1 / 1.1, 1.0, 1.5])
     expected[:, 1:-1] *= factor
     torch.testing.assert_close(states(weighted, [caption]), expected)
-    assert torch.equal(tokens["ids"], FAMILY.tokenize(plain).tokenize(["a cat on a mat"])["ids"])
+    assert torch.equal(tokens["ids"], plain.tokenize(["a cat on a mat"])["ids"])
 
 
 def test_settings_say_what_the_result_depends_on(path: Path) -> None:
     a, b = (loading.load(FAMILY, str(path), Options(max_token_length=n, clip_skip=s)) for n, s in ((75, 1), (150, 2)))  # type: ignore[arg-type]
-    assert FAMILY.tokenize(a).settings != FAMILY.tokenize(b).settings
-    assert FAMILY.encode(a).settings != FAMILY.encode(b).settings
-    assert FAMILY.outputs(a).fields == ("hidden",)
+    assert a.tokenize_strategy.settings != b.tokenize_strategy.settings
+    assert a.encode_strategy.settings != b.encode_strategy.settings
+    assert a.outputs.fields == ("hidden",)

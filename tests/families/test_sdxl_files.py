@@ -44,7 +44,7 @@ def assert_same(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
 
 
 def states(models: Models) -> dict[str, Tensor]:
-    nets = {**models.nets(), **({"vae": models.vae} if models.vae else {})}
+    nets = {**models.nets(), **({"vae": models.vae} if models.vaes is not None else {})}
     return {f"{name}.{k}": t for name, net in nets.items() for k, t in net.state_dict().items()}
 
 
@@ -66,14 +66,14 @@ def test_a_vae_of_its_own(tmp_path: Path) -> None:
     """A file without one is trained with a VAE from a folder or a file, and stays without one when it is saved."""
     path = sdxl.put(tmp_path / "bare.safetensors", sdxl.single_file(bundled=False))
     with pytest.raises(UserError, match=r"bare\.safetensors has no VAE, .* give one with --vae"):
-        opened(path).the_vae()
+        assert opened(path).vae
     other = sdxl.vae(9)
     other.save_pretrained(tmp_path / "vae")
     save(tmp_path / "vae.safetensors", other.state_dict(), {})
     for name in ("vae", "vae.safetensors"):
         models = opened(path, vae=tmp_path / name)
-        assert_same(dict(models.the_vae().state_dict()), dict(other.state_dict()))
-        assert scale(models.the_vae(), torch.ones(1)).item() == pytest.approx(0.13025)
+        assert_same(dict(models.vae.state_dict()), dict(other.state_dict()))
+        assert scale(models.vae, torch.ones(1)).item() == pytest.approx(0.13025)
         assert_same(load(path), load(written(models, tmp_path / "out" / "again.safetensors")))
 
 
@@ -118,7 +118,7 @@ def test_folders_as_people_have_them(single: Path, tmp_path: Path, more: dict[st
     sdxl.pipeline().save_pretrained(tmp_path / "folder", **more)
     models = opened(tmp_path / "folder")
     assert_same(states(models), states(opened(single)))
-    assert models.source is not None and models.source.layout == "diffusers"
+    assert models.source.layout == "diffusers"
 
 
 def test_a_folder_becomes_a_single_file(folder: Path, tmp_path: Path) -> None:
@@ -184,7 +184,7 @@ def scheduled(folder: Path) -> Path:
 def test_v_prediction_is_seen_from_the_file(make: Callable[[Path], Path], tmp_path: Path) -> None:
     models = opened(make(tmp_path / "model"))
     assert models.options.v_parameterization
-    process = FAMILY.process(models, NoiseConfig(zero_terminal_snr=True), LossConfig())
+    process = models.process(NoiseConfig(zero_terminal_snr=True), LossConfig())
     assert process.scheduler_config()["prediction_type"] == "v_prediction"
     out = written(models, tmp_path / "out", "diffusers")
     schedule = StableDiffusionXLPipeline.from_pretrained(out).scheduler.config
@@ -197,7 +197,7 @@ def test_noise_prediction_is_what_is_meant_else(single: Path) -> None:
     models = opened(single)
     assert not models.options.v_parameterization and opened(single, v_parameterization=True).options.v_parameterization
     with pytest.raises(UserError, match="zero_terminal_snr"):
-        FAMILY.process(models, NoiseConfig(zero_terminal_snr=True), LossConfig())
+        models.process(NoiseConfig(zero_terminal_snr=True), LossConfig())
 
 
 # --- refused ---
@@ -243,7 +243,7 @@ def test_each_text_encoder_has_its_own_padding(single: Path, tmp_path: Path) -> 
     """A folder with a tokenizer alone is for both, and bigG is padded with the token 0 all the same."""
     encoders.clip_tokenizer().save_pretrained(tmp_path / "given")
     for models in (opened(single), opened(single, tokenizer=tmp_path / "given")):
-        tokens = FAMILY.tokenize(models).tokenize(["a cat"])
+        tokens = models.tokenize(["a cat"])
         end = models.tokenizers["clip_l"].eos_token_id
         first, second = (tokens[f"{name}_ids"][0, 0].tolist() for name in ("clip_l", "clip_g"))
         n = first.index(end)

@@ -205,9 +205,7 @@ def test_adapters_have_the_names_and_shapes_of_sd_scripts(
     models, state = adapter(nets, *args)
     layers = {name: sum(component == name for component, _ in state) for name in nets if name != "vae"}
     assert layers == {"denoiser": 788 if args else 722, "clip_l": 12 * 6, "clip_g": 32 * 6}
-    assert shapes(dialect.write(FAMILY.dialects(models)["kohya"], state)) == {
-        k: v for k, v in wanted.items() if k not in odd
-    }
+    assert shapes(dialect.write(models.dialects["kohya"], state)) == {k: v for k, v in wanted.items() if k not in odd}
 
 
 def test_linear_targets_are_the_layers_of_diffusers_transformers(nets: dict[str, nn.Module], theirs: nn.Module) -> None:
@@ -234,7 +232,7 @@ def test_every_name_of_an_adapter_is_known_to_comfyui(nets: dict[str, nn.Module]
     """ComfyUI's table holds the U-Net; a name lands on the tensor that the adapter is for."""
     known = json.loads(gzip.decompress((Path(__file__).parents[1] / "fixtures" / "comfy.sdxl.json.gz").read_bytes()))
     models, _ = adapter(nets)
-    adapter_dialects = FAMILY.dialects(models)[spelling]
+    adapter_dialects = models.dialects[spelling]
     every = [path for path, layer in nets["denoiser"].named_modules() if isinstance(layer, nn.Linear | nn.Conv2d)]
     for path in every:
         (name,), _ = adapter_dialects.names(("denoiser", path))
@@ -247,7 +245,7 @@ def test_every_name_of_an_adapter_is_known_to_comfyui(nets: dict[str, nn.Module]
 @pytest.mark.parametrize("spelling", SPELLINGS)
 def test_an_adapter_is_read_back_in_every_dialect(nets: dict[str, nn.Module], spelling: str) -> None:
     models, state = adapter(nets, *CONV)
-    dialects = FAMILY.dialects(models)
+    dialects = models.dialects
     by_path = [
         (c, path)
         for c, net in models.nets().items()

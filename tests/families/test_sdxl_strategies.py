@@ -25,7 +25,7 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def said(models: Models, captions: list[str]) -> dict[str, Tensor]:
     with torch.no_grad():
-        return dict(FAMILY.encode(models).encode(models.encoders, FAMILY.tokenize(models).tokenize(captions)))
+        return dict(models.encode(models.tokenize(captions)))
 
 
 def theirs(net: nn.Module, tokenizer: Any, caption: str, length: int) -> tuple[Tensor, Tensor]:
@@ -59,7 +59,7 @@ def test_weights_multiply_the_states_of_their_tokens_in_both_encoders(path: Path
     weighted = loading.load(FAMILY, str(path), Options(max_token_length=150, weighted_captions=True))
     caption = "a (cat:1.5) on [a] mat"
     tokens, expected, found = (
-        FAMILY.tokenize(weighted).tokenize([caption]),
+        weighted.tokenize([caption]),
         said(plain, ["a cat on a mat"]),
         said(weighted, [caption]),
     )
@@ -74,11 +74,11 @@ def test_weights_multiply_the_states_of_their_tokens_in_both_encoders(path: Path
 def test_the_first_end_mark_speaks_for_the_caption(path: Path) -> None:
     """What is written after it is padding to bigG, whose attention looks back only."""
     models = loading.load(FAMILY, str(path), Options())
-    tokens = dict(FAMILY.tokenize(models).tokenize(["a cat"]))
-    before = FAMILY.encode(models).encode(models.encoders, tokens)["pooled"]
+    tokens = dict(models.tokenize(["a cat"]))
+    before = models.encode(tokens)["pooled"]
     ids = tokens["clip_g_ids"].clone()
     ids[..., -3:] = torch.tensor([5, models.tokenizers["clip_g"].eos_token_id, 7])
-    assert torch.equal(FAMILY.encode(models).encode(models.encoders, {**tokens, "clip_g_ids": ids})["pooled"], before)
+    assert torch.equal(models.encode({**tokens, "clip_g_ids": ids})["pooled"], before)
 
 
 def test_settings_say_what_the_result_depends_on(path: Path) -> None:
@@ -119,7 +119,7 @@ def test_sizes_are_told_as_by_the_pipeline(path: Path, cropped: tuple[int, int])
     )
     handle.remove()
     sizes = torch.tensor([[70, 90, *cropped, 32, 48]])
-    cond = FAMILY.condition(models, said(models, ["a cat"]), SampleInfo(sizes=sizes))
+    cond = models.condition(said(models, ["a cat"]), SampleInfo(sizes=sizes))
     torch.testing.assert_close(cond["y"], labels[0], atol=1e-5, rtol=1e-5)
     assert cond["y"].dtype == torch.float32 and cond["y"].shape == (1, sdxl.G_WIDTH + 6 * 256)
 
@@ -130,7 +130,7 @@ def test_sizes_are_exact_whatever_the_format_of_the_text(path: Path) -> None:
     cond = {name: t.bfloat16() for name, t in said(models, ["a cat"]).items()}
     with torch.autocast("cpu", torch.bfloat16):
         a, b = (
-            FAMILY.condition(models, cond, SampleInfo(sizes=torch.tensor([[side, side, 0, 0, side, side]])))["y"]
+            models.condition(cond, SampleInfo(sizes=torch.tensor([[side, side, 0, 0, side, side]])))["y"]
             for side in (1023, 1024)
         )
     assert a.dtype == torch.float32

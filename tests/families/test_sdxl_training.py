@@ -31,7 +31,7 @@ from sfumato.models import loading
 from sfumato.models.base import Models, SampleInfo
 from sfumato.models.detection import PREFIX
 from sfumato.sampling.prompts import Prompt
-from sfumato.sampling.sample import draw_latents
+from sfumato.sampling.sample import sample_latents
 from sfumato.train import dist, loop, run
 from sfumato.train.trainables import Full, read_adapter
 
@@ -144,7 +144,7 @@ def test_what_has_no_gradient_is_not_trained(single: Path) -> None:
     assert {group.name: group.lr for group in full.groups()} == {"denoiser": 1e-5, "clip_l": 2e-5, "clip_g": 3e-5}
     weights = full.weights()
     assert not [name for name in weights if UNUSED.fullmatch(CLIP_L + name.removeprefix("clip_l."))]
-    cond = FAMILY.encode(models).encode(models.encoders, FAMILY.tokenize(models).tokenize(["a cat on a mat"]))
+    cond = models.encode(models.tokenize(["a cat on a mat"]))
     (cond["hidden"].square().sum() + cond["pooled"].square().sum()).backward()
     assert {name for name, p in weights.items() if p.grad is None and not name.startswith("denoiser.")} == set()
     held = {n: p for n, p in models.encoders["clip_l"].named_parameters() if not p.requires_grad}
@@ -288,7 +288,7 @@ def test_the_true_crop_is_told(single: Path, tmp_path: Path) -> None:
 
     def spy(models: Models, cond: Cond, setting: SampleInfo) -> Cond:
         heard.extend(setting.sizes.tolist())
-        return FAMILY.condition(models, cond, setting)
+        return models.condition(cond, setting)
 
     models.family = replace(FAMILY, condition=spy)
     assert a_run.log is not None
@@ -329,8 +329,8 @@ def test_a_whole_model_is_saved_as_a_folder(go: Callable[..., Path], single: Pat
     pipe, models = type(sdxl.pipeline()).from_pretrained(result), loading.load(FAMILY, str(result), Options())
     noise = torch.randn(1, 4, 4, 6, generator=torch.Generator().manual_seed(3))
     prompt = Prompt(prompt="a cat", negative_prompt="dull", width=48, height=32, sample_steps=3, scale=5.0)
-    process = FAMILY.process(models, config().noise, config().loss)
-    (ours,) = draw_latents(models, [prompt], process=process, sampler="euler", noise=noise)
+    process = models.process(config().noise, config().loss)
+    (ours,) = sample_latents(models, [prompt], process=process, sampler="euler", noise=noise)
     torch.testing.assert_close(ours, sdxl.drawn(pipe, prompt, noise), atol=1e-3, rtol=1e-3)
 
 
@@ -344,10 +344,10 @@ def test_an_adapter_does_the_same_in_diffusers(go: Callable[..., Path], single: 
     adapter = go("a", dialect=dialect, network_alpha=1.0, learning_rate=2e-2, max_train_steps=4)
     noise = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
     models = loading.load(FAMILY, str(single), Options())
-    process = FAMILY.process(models, config().noise, config().loss)
+    process = models.process(config().noise, config().loss)
 
     def ours() -> Tensor:
-        return draw_latents(models, [PROMPT], process=process, sampler="euler", noise=noise)[0]
+        return sample_latents(models, [PROMPT], process=process, sampler="euler", noise=noise)[0]
 
     plain = ours()
     from_state(models.nets(), read_adapter(models, adapter)).eval()

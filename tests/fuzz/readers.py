@@ -187,7 +187,6 @@ VAE = {"scaling_factor": 0.18215, "shift_factor": None, "latent_channels": 4}
 def _part(name: str, stage: Stage, text: bytes) -> None:
     """A part of the tiny model with a config.json beside it."""
     source = _outline(stage.model).source
-    assert source is not None
     held = source.components[name]
     from dataclasses import replace
 
@@ -259,7 +258,7 @@ def _leaves(stage: Stage, drawn: list[tuple[str, list[int]]]) -> None:
 @cache
 def _dialects(model: Path) -> list[dialect.Dialect]:
     models = _outline(model)
-    return list(models.family.dialects(models).values())
+    return list(models.dialects.values())
 
 
 # --- words ---

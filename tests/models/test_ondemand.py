@@ -41,7 +41,7 @@ def opened(case: Case, files: Files, later: bool) -> Any:
 
 def settings(models: Any) -> Mapping[str, object]:
     """What keys of kept text outputs depend on."""
-    found: Mapping[str, object] = models.family.tokenize(models).settings
+    found: Mapping[str, object] = models.tokenize_strategy.settings
     return found
 
 
@@ -57,7 +57,7 @@ def test_what_is_not_asked_for_is_not_made(
     assert settings(later) == settings(now)
     assert pickle.loads(pickle.dumps(later.tokenizers)).keys() == now.tokenizers.keys()
     latents = torch.randn(1, later.family.latents.channels, 4, 4)
-    assert torch.equal(later.scaled(latents), scale(now.the_vae(), latents))
+    assert torch.equal(later.scaled(latents), scale(now.vae, latents))
     assert set(later.nets()) == set(now.nets()) and later.vaes is not None
     assert set(later.made()) == {"denoiser"}
 
@@ -65,7 +65,7 @@ def test_what_is_not_asked_for_is_not_made(
 def test_what_is_asked_for_later_is_what_would_have_been_made_at_once(case: Case, files: Files) -> None:
     now, later = opened(case, files, later=False), opened(case, files, later=True)
     materialize(later)
-    pairs = [*zip(now.nets().values(), later.nets().values(), strict=True), (now.the_vae(), materialize_vae(later))]
+    pairs = [*zip(now.nets().values(), later.nets().values(), strict=True), (now.vae, materialize_vae(later))]
     for ours, theirs in pairs:
         one, two = ours.state_dict(), theirs.state_dict()
         assert one.keys() == two.keys() and all(torch.equal(t, two[name]) for name, t in one.items())

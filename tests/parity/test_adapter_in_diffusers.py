@@ -12,7 +12,7 @@ from training import Train, config
 
 from sfumato.formats.files import load
 from sfumato.sampling.prompts import Prompt
-from sfumato.sampling.sample import draw_latents
+from sfumato.sampling.sample import sample_latents
 from sfumato.train.pipeline import Pipeline
 
 PROMPT = Prompt(prompt="image 1, red", negative_prompt="blue", width=64, height=64, sample_steps=4, scale=5.0, seed=3)
@@ -47,7 +47,7 @@ def test_the_same_latents(train: Train, model: Path, dialect: str) -> None:
     drawer = Pipeline.of(config(pretrained_model_name_or_path=str(model)), torch.device("cpu"))
 
     def ours() -> torch.Tensor:
-        return draw_latents(drawer.models, [PROMPT], process=drawer.process, sampler="ddim", noise=noise)[0]
+        return sample_latents(drawer.models, [PROMPT], process=drawer.process, sampler="ddim", noise=noise)[0]
 
     plain = ours()
     with drawer.adapted(adapter):

@@ -23,7 +23,6 @@ from sfumato.config import Config, DatasetConfig, Method, SubsetConfig
 from sfumato.formats.files import read_header
 from sfumato.models.base import Models, SampleInfo
 from sfumato.models.loading import materialize, materialize_vae
-from sfumato.sampling.sample import encode
 from sfumato.train import dist, loop, run
 from sfumato.train.trainables import read_adapter
 
@@ -80,8 +79,8 @@ def says(models: Models) -> Tensor:
     sizes = torch.tensor([[64, 64, 0, 0, 64, 64]] * n)
     materialize(models)  # where text outputs are kept, the encoders were not even read
     with torch.no_grad():
-        cond = models.family.condition(models, encode(models, ["image 1, red", "blue"]), SampleInfo(sizes=sizes))
-        return models.family.predict(models.denoiser, x, torch.tensor([100.0, 700.0]), cond)
+        cond = models.condition(models.encode(models.tokenize(["image 1, red", "blue"])), SampleInfo(sizes=sizes))
+        return models.predict(x, torch.tensor([100.0, 700.0]), cond)
 
 
 def states(models: Models) -> dict[str, Tensor]:

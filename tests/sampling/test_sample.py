@@ -32,7 +32,7 @@ from sfumato.errors import UserError
 from sfumato.models import loading
 from sfumato.models.base import Models
 from sfumato.sampling.prompts import SAMPLERS, Prompt
-from sfumato.sampling.sample import decode, draw, draw_latents, sample, scheduler_for
+from sfumato.sampling.sample import decode, generate, sample, sample_latents, scheduler_for
 from sfumato.tensors.noise import DDPM
 from sfumato.train.pipeline import main
 
@@ -76,7 +76,7 @@ def theirs(pipe: Any, prompt: Prompt, **given: Any) -> Any:
 @pytest.mark.parametrize("sampler", ["ddim", "euler"])
 def test_a_fixed_latent_becomes_diffusers_latents(models: Models, sampler: str, scale: float) -> None:
     prompt = replace(PROMPT, scale=scale)
-    (ours,) = draw_latents(models, [prompt], process=EPS, sampler=sampler, noise=START)
+    (ours,) = sample_latents(models, [prompt], process=EPS, sampler=sampler, noise=START)
     wanted = theirs(pipeline(False, EPS, sampler), prompt, latents=START)[0]
     torch.testing.assert_close(ours, wanted, atol=1e-3, rtol=1e-3)
     assert (ours - START[0]).abs().mean() > 0.1
@@ -89,13 +89,13 @@ def test_a_seed_gives_diffusers_image_with_every_sampler(models: Models, sampler
     """The first noise and, for the ancestral ones, the noise on the way."""
     if sampler == "lms":
         pytest.importorskip("scipy")
-    (ours,) = draw_latents(models, [PROMPT], process=EPS, sampler=sampler)
+    (ours,) = sample_latents(models, [PROMPT], process=EPS, sampler=sampler)
     wanted = theirs(pipeline(False, EPS, sampler), PROMPT, generator=torch.Generator().manual_seed(1))[0]
     torch.testing.assert_close(ours, wanted, atol=1e-3, rtol=1e-3)
 
 
 def test_pixels_are_diffusers(models: Models) -> None:
-    (ours,) = draw(models, [PROMPT], process=EPS, noise=START)
+    ours = decode(models, sample_latents(models, [PROMPT], process=EPS, noise=START)[0], PROMPT)
     wanted = theirs(pipeline(False, EPS, "ddim"), PROMPT, latents=START, output_type="np")[0]
     assert ours.size == (48, 32)
     assert np.abs(np.asarray(ours) / 255 - wanted).max() < 1.01 / 255
@@ -105,8 +105,8 @@ def test_pixels_are_diffusers(models: Models) -> None:
 def test_v_prediction_from_zero_signal(sampler: str, tmp_path: Path) -> None:
     folder = tiny.tiny_sd2_diffusers(tmp_path, prediction="v_prediction")
     models = loading.load(SD, str(folder), families.facts("sd").options())
-    process = SD.process(models, NoiseConfig(zero_terminal_snr=True), LossConfig())
-    (ours,) = draw_latents(models, [PROMPT], process=process, sampler=sampler, noise=START)
+    process = models.process(NoiseConfig(zero_terminal_snr=True), LossConfig())
+    (ours,) = sample_latents(models, [PROMPT], process=process, sampler=sampler, noise=START)
     scheduler = getattr(diffusers, SAMPLERS[sampler][0])(
         beta_start=0.00085,
         beta_end=0.012,
@@ -134,18 +134,18 @@ def test_a_batch_equals_single_runs(tmp_path: Path, sampler: str) -> None:
         replace(PROMPT, seed=5, sample_steps=2),
     ]
     told: list[tuple[int, int]] = []
-    together = draw_latents(
+    together = sample_latents(
         models, prompts, process=EPS, sampler=sampler, batch_size=4, progress=lambda *n: told.append(n)
     )
     for one, prompt in zip(together, prompts, strict=True):
-        (alone,) = draw_latents(models, [prompt], process=EPS, sampler=sampler)
+        (alone,) = sample_latents(models, [prompt], process=EPS, sampler=sampler)
         torch.testing.assert_close(one, alone, atol=1e-5, rtol=1e-5)
     assert told == [(n, 11) for n in range(1, 12)]
 
 
 def test_global_randomness_is_not_touched(models: Models) -> None:
     before = torch.random.get_rng_state()
-    draw(models, [PROMPT], process=EPS, sampler="euler_a")
+    generate(models, [PROMPT], process=EPS, sampler="euler_a")
     assert torch.equal(torch.random.get_rng_state(), before)
 
 
@@ -156,11 +156,11 @@ def test_every_part_gets_its_mode_back(models: Models, monkeypatch: pytest.Monke
     frozen.eval()
     seen = []
     hook = net.register_forward_hook(lambda module, *_: seen.append((module.training, torch.is_grad_enabled())))
-    draw(models, [PROMPT], process=EPS)
+    generate(models, [PROMPT], process=EPS)
     modes = (net.training, frozen.training, list(net.children())[1].training)
     monkeypatch.setattr(models, "family", replace(models.family, predict=lambda *_: 1 / 0))
     with pytest.raises(ZeroDivisionError):
-        draw(models, [PROMPT], process=EPS)
+        generate(models, [PROMPT], process=EPS)
     modes += (net.training,)
     hook.remove()
     net.eval()
@@ -173,11 +173,10 @@ def test_every_part_gets_its_mode_back(models: Models, monkeypatch: pytest.Monke
 )
 def test_16_bits_draw_nearly_the_same(models: Models, tmp_path: Path, dtype: torch.dtype, mixed: bool) -> None:
     half = loading.load(SD, str(tiny.tiny_sd1(tmp_path)), families.facts("sd").options(), dtype=dtype)
-    assert half.vae is not None
     half.vae.to(dtype)
-    exact = draw_latents(models, [PROMPT], process=EPS, noise=START)[0]
+    exact = sample_latents(models, [PROMPT], process=EPS, noise=START)[0]
     with torch.autocast("cpu", torch.bfloat16, enabled=mixed):
-        near = draw_latents(half, [PROMPT], process=EPS, noise=START)[0]
+        near = sample_latents(half, [PROMPT], process=EPS, noise=START)[0]
         image = decode(half, near, PROMPT)
     assert near.dtype == torch.float32
     assert torch.nn.functional.cosine_similarity(near.flatten(), exact.flatten(), 0) > 0.995
@@ -186,7 +185,6 @@ def test_16_bits_draw_nearly_the_same(models: Models, tmp_path: Path, dtype: tor
 
 
 def test_the_vae_keeps_its_own_format_under_autocast(models: Models) -> None:
-    assert models.vae is not None
     seen: list[torch.dtype] = []
     hook = models.vae.decoder.conv_out.register_forward_hook(lambda _m, _x, y: seen.append(y.dtype))  # type: ignore[union-attr, operator, call-arg]
     with torch.autocast("cpu", torch.bfloat16):
@@ -231,7 +229,7 @@ def test_a_image_that_is_not_finite_is_told_and_still_written(models: Models, ca
 def test_what_has_no_effect_is_told(models: Models, caplog: pytest.LogCaptureFixture) -> None:
     odd = replace(PROMPT, width=39, guidance_scale=3.5, sample_steps=1)
     with caplog.at_level(logging.WARNING):
-        (image,) = draw(models, [odd], process=EPS)
+        (image,) = generate(models, [odd], process=EPS)
     assert image.size == (32, 32)
     assert "multiples of 8" in caplog.text and "--g" in caplog.text
 

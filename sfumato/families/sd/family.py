@@ -103,7 +103,6 @@ def prediction(source: Checkpoint) -> str:
 
 def without_old_average(models: Models, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """An average of the old U-Net beside a new one would be taken for the new one's by programs that prefer it."""
-    assert models.source is not None
     weights = models.source.components["denoiser"]
     others = {name: t for name, t in tensors.items() if not name.startswith("model_ema.")}
     if len(others) == len(tensors):
@@ -115,7 +114,6 @@ def without_old_average(models: Models, tensors: dict[str, Tensor]) -> dict[str,
 def adjust_single_file(models: Models, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """What programs that read single files expect besides the nets, and without what they would misread."""
     source = models.source
-    assert source is not None
     tensors = without_old_average(models, tensors)
     layers = {int(name.split(".")[4]) for name in tensors if name.startswith(f"{CLIP_H}transformer.resblocks.")}
     if not layers or not source.path.is_dir():

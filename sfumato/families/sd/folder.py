@@ -136,7 +136,7 @@ def new_folder(models: Models) -> NewFolder:
         "denoiser": unet_config(shapes, 96 if models.options.v2 and v else 64),
         name: text_config(cast(ClipText, encoder)),
     }
-    if models.vae is None:
+    if models.vaes is None:
         absent.add("vae")
     else:
         present["vae"] = ("diffusers", "AutoencoderKL")

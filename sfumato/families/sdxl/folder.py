@@ -77,19 +77,18 @@ def new_folder(models: Models) -> NewFolder:
     """What `StableDiffusionXLPipeline.from_pretrained` reads besides weights; the source folder's own schedule is
     kept."""
     source = models.source
-    assert source is not None
     shapes = {n: tuple(t.shape) for n, t in models.denoiser.state_dict().items()}
     configs = {
         "denoiser": unet_config(shapes),
         "clip_l": sd.text_config(cast(ClipText, models.encoders["clip_l"])),
         "clip_g": sd.text_config(cast(ClipText, models.encoders["clip_g"]), "CLIPTextModelWithProjection"),
     }
-    if models.vae is not None:
+    if models.vaes is not None:
         configs["vae"] = sd.vae_config(models.vae)
     prediction = PREDICTIONS[1 if models.options.v_parameterization else 0]
     schedule = dict(scheduler(source)) or _schedule(zero_snr="ztsnr" in source.passthrough)
     return NewFolder(
-        index=_index(source, str(schedule["_class_name"]), vae=models.vae is not None),
+        index=_index(source, str(schedule["_class_name"]), vae=models.vaes is not None),
         configs=configs,
         scheduler={**schedule, "prediction_type": prediction},
     )
