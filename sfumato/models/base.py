@@ -132,6 +132,46 @@ class Models:
         """How latents are noised, what the prediction should be, and what an error weighs."""
         return self.family.process(self, noise, loss)
 
+    def tokenize(self, captions: Sequence[str]) -> Tokens:
+        """b captions -> named tensors whose first dimension is b, on the CPU."""
+        return self.tokenize_strategy.tokenize(captions)
+
+    def encode(self, tokens: Tokens) -> Cond:
+        """Tokens -> the outputs of the text encoders, by name, on the encoders' device. Differentiable."""
+        return self.encode_strategy.encode(self.encoders, tokens)
+
+    def condition(self, cond: Cond, info: SampleInfo) -> Cond:
+        """The outputs of the text encoders -> all that `predict` takes besides x and t."""
+        return self.family.condition(self, cond, info)
+
+    def predict(self, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
+        """x (b, c, h, w), t (b,), cond of `condition` -> the denoiser's prediction, shaped as x."""
+        return self.family.predict(self.denoiser, x, t, cond)
+
+    @torch.no_grad()
+    def encode_images(self, pixels: Tensor) -> Tensor:
+        """(b, 3, H, W) in [-1, 1] -> raw latents (b, c, h, w), fp32 on the VAE's device.
+
+        The VAE runs in the format that it is held in, under autocast too. Errors: as `vae`.
+        """
+        device, dtype = device_and_dtype(self.vae)
+        with torch.autocast(device.type, enabled=False):
+            return self.family.latents.encode(self.vae, pixels.to(device, dtype)).float()
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        """The denoiser's latents (b, c, h, w) -> (b, 3, H, W), fp32, in [-1, 1] but for overshoot; the VAE runs as in
+        `encode_images`."""
+        device, dtype = device_and_dtype(self.vae)
+        with torch.autocast(device.type, enabled=False):
+            raw = unscale(self.vae, latents.to(device, torch.float32))
+            decoded: Tensor = cast(Any, self.vae).decode(raw.to(dtype)).sample
+        return decoded.float()
+
+    def process(self, noise: NoiseConfig, loss: LossConfig) -> NoiseProcess:
+        """How latents are noised, what the prediction should be, and what an error weighs."""
+        return self.family.process(self, noise, loss)
+
     @property
     def tokenize_strategy(self) -> TokenizeStrategy:
         """For its settings and limits; it holds no net."""
@@ -195,6 +235,12 @@ class SampleInfo:
     """(b,) guidance, the input of a distilled model; None: the family's own for training."""
     rng: SampleRandom | None = None
     """Source of chance for what is dropped in training; None when sampling."""
+
+
+def device_and_dtype(net: nn.Module) -> tuple[torch.device, torch.dtype]:
+    """Where a net is and the number format that it is held in."""
+    first = next(p for p in net.parameters() if p.is_floating_point())
+    return first.device, first.dtype
 
 
 def device_and_dtype(net: nn.Module) -> tuple[torch.device, torch.dtype]:
