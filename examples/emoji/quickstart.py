@@ -35,23 +35,23 @@ def main() -> int:
 
 
 def show(adapter: Path) -> None:
-    """Draw the held-out prompts without and with the adapter; write the grid and the measure."""
+    """Sample the held-out prompts without and with the adapter; write the grid and the measure."""
     from sfumato import families
     from sfumato.config import Config, ModelConfig
     from sfumato.families.detect import detect_file
     from sfumato.sampling.image_files import grid
     from sfumato.sampling.prompts import read_prompts
     from sfumato.train.pipeline import Pipeline
-    from sfumato.train.progress import console, telling
+    from sfumato.train.progress import console, progress
 
     model = str(HERE / "model.safetensors")
     options = families.facts(detect_file(model).family).options()
     pipeline = Pipeline.of(Config(model=ModelConfig(pretrained_model_name_or_path=model), family=options))
     prompts = read_prompts(HERE / "prompts.txt")
-    with telling("drawing before and after") as tell:
-        before = pipeline.sample(prompts, progress=tell)
+    with progress("sampling before and after") as advance:
+        before = pipeline.sample(prompts, progress=advance)
         with pipeline.adapted(adapter):
-            after = pipeline.sample(prompts, progress=tell)
+            after = pipeline.sample(prompts, progress=advance)
     titles = [p.prompt for p in prompts]
     grid([before, after], ["before", "after"], titles, enlarge=2).save(OUT / "before-after.png")
     effect = {"saturation_before": saturation(before), "saturation_after": saturation(after)}

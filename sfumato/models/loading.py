@@ -13,6 +13,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from sfumato.data.store import Progress
 from sfumato.errors import UserError
 from sfumato.formats import files
 from sfumato.formats.folders import aside_folder
@@ -112,7 +113,7 @@ def load(
     dtype: Dtypes = None,
     later: Collection[str] = (),
     map: bool = True,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> Models:
     """A checkpoint (file, folder or hub id), with the components that the options name files for: `outline`, then
     `read_values`.
@@ -131,7 +132,7 @@ def read_values(
     dtype: Dtypes = None,
     later: Collection[str] = (),
     map: bool = True,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> None:
     """Give the nets of an `outline` their values; no tensor is in memory twice.
 
@@ -139,7 +140,7 @@ def read_values(
     the format of its file unless it is named. `later`: those that get their values by `materialize` or
     `materialize_vae`, if at all.
     `map`: whether tensors that need no change may be backed by the file; False for nets that are used from the CPU's
-    memory for as long as a training lasts. `progress` is called with (done, all) numbers.
+    memory for as long as a training lasts. `progress`: (done, all) numbers.
     """
     models.dtypes = dtypes = {
         "vae": None,
@@ -148,7 +149,7 @@ def read_values(
     now = {name: weights for name, weights in models.source.components.items() if name not in later}
     done, total = 0, sum(math.prod(shape) for weights in now.values() for shape in weights.shapes().values())
 
-    def count(more: int) -> None:
+    def advance(more: int) -> None:
         nonlocal done
         done += more
         if progress:
@@ -157,7 +158,7 @@ def read_values(
     models.make(now)
     for name, net in models.made().items():
         if name in now:
-            now[name].put_into(net, dtypes.get(name), count, map).to(device)
+            now[name].put_into(net, dtypes.get(name), advance, map).to(device)
 
 
 def materialize(models: Models, device: torch.device | str = "cpu") -> None:

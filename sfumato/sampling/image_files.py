@@ -1,4 +1,4 @@
-"""Drawn images on disk: their names, what is written in them, and grids of them."""
+"""Sampled images on disk: their names, what is written in them, and grids of them."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def file_name(
 
 
 def save(image: Image.Image, path: Path, prompt: Prompt, sampler: str) -> None:
-    """Write a PNG that says how it was drawn, in the `parameters` field that other programs read."""
+    """Write a PNG that says how it was sampled, in the `parameters` field that other programs read."""
     info = PngInfo()
     info.add_itxt(
         "parameters",
@@ -46,7 +46,7 @@ def grid(
 ) -> Image.Image:
     """Images in rows on white, each in a cell of the largest one's size; `enlarge` repeats pixels of small images.
 
-    Titles, if given, are one a row or one a column, and are wrapped to fit.
+    Titles, if given, are one per row or one per column, and are wrapped to fit.
     """
     font = ImageFont.load_default(14)
     width = max(p.width for row in rows for p in row) * enlarge

@@ -1,4 +1,4 @@
-"""Prompt files: what to draw, as sd-scripts' `--sample_prompts` spells it."""
+"""Prompt files: what to sample, as sd-scripts' `--sample_prompts` spells it."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ SAMPLERS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     # With an odd number of steps the last one must be of a lower order.
     "dpmsingle": ("DPMSolverSinglestepScheduler", {"lower_order_final": True}),
 }
-"""Sampler name -> diffusers' scheduler class, and what it is told besides the process's own settings."""
+"""Sampler name -> diffusers' scheduler class, and its arguments besides the process's own settings."""
 ALIASES = {f"k_{name}": name for name in ("lms", "euler", "euler_a", "dpm_2", "dpm_2_a")}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Prompt:
-    """One image to draw; fields are spelled as the keys of sd-scripts' TOML and JSON prompt files."""
+    """One image to sample; fields are spelled as the keys of sd-scripts' TOML and JSON prompt files."""
 
     prompt: str = ""
     negative_prompt: str = ""
@@ -48,7 +48,7 @@ class Prompt:
     scale: float = 7.5
     """Classifier-free guidance; at 1 or below the negative prompt is not used."""
     guidance_scale: float | None = None
-    """The guidance that distilled models are told; other models do not hear it."""
+    """The guidance embedding of distilled models; others take none."""
     seed: int | None = None
     sample_sampler: str | None = None
     """One of `SAMPLERS`; None: the run's."""
@@ -94,12 +94,12 @@ LIMITS: Mapping[str, tuple[int, int]] = {
 
 
 def default(options: object) -> Prompt:
-    """What a prompt does not say, for the family whose options these are; None: for any."""
+    """What a prompt leaves out, for the family whose options these are; None: for any."""
     return Prompt() if options is None else Prompt(**families.facts_of(options).prompt)
 
 
 def of_run(config: Config, datasets: Sequence[DatasetConfig]) -> list[Prompt]:
-    """The prompts that are drawn while training; one without a size is drawn at the resolution of the run."""
+    """The prompts that are sampled while training; one without a size is sampled at the resolution of the run."""
     if not config.sample.sample_prompts:
         return []
     width, height = datasets[0].resolution if datasets else config.data.resolution
@@ -111,10 +111,10 @@ def sized(default: Prompt, *paths: Path | str) -> Prompt:
     at."""
     for path in map(Path, paths):
         if path.suffix.lower() == ".safetensors" and path.is_file():
-            said = re.fullmatch(
+            size = re.fullmatch(
                 r"([0-9]{1,5})x([0-9]{1,5})", read_header(path).metadata.get("modelspec.resolution", "")
             )
-            width, height = map(int, said.groups()) if said else (0, 0)
+            width, height = map(int, size.groups()) if size else (0, 0)
             low, high = LIMITS["width"]
             if low <= min(width, height) and max(width, height) <= high:
                 return replace(default, width=width, height=height)
@@ -122,9 +122,9 @@ def sized(default: Prompt, *paths: Path | str) -> Prompt:
 
 
 def read_prompts(path: Path | str, default: Prompt | None = None) -> list[Prompt]:
-    """The prompts of a .txt, .toml or .json file; `default` says what they do not.
+    """The prompts of a .txt, .toml or .json file; `default` fills in what they leave out.
 
-    Raises one `UserError` that tells every mistake in the file, each with its line or its place.
+    Raises one `UserError` with every mistake in the file, each with its line or its place.
     """
     path, default = Path(path), default or Prompt()
     readers: Mapping[str, Callable[[Path, str], Iterable[tuple[str, Any]]]] = {
@@ -147,7 +147,7 @@ def read_prompts(path: Path | str, default: Prompt | None = None) -> list[Prompt
     if mistakes:
         raise UserError(*mistakes)
     if not prompts:
-        raise UserError(f"{path}: holds no prompt; write one a line")
+        raise UserError(f"{path}: holds no prompt; write one per line")
     return prompts
 
 
@@ -161,22 +161,22 @@ def parse_line(line: str, place: str = "prompt", default: Prompt | None = None) 
     for dash, name in _LONG_DASH.findall(line):
         if name.lower() in OPTIONS or name.lower() in LATER:
             log.warning("%s: %s%s is read as text: an option begins with two hyphens, --%s", place, dash, name, name)
-    said: dict[str, str] = {"prompt": text.strip()}
+    given: dict[str, str] = {"prompt": text.strip()}
     mistakes = []
     for part in parts:
         name, _, value = part.strip().partition(" ")
         field = OPTIONS.get(name.lower())
         if field is None:
             mistakes.append(_unknown(place, f"option --{name}", name.lower(), LATER, OPTIONS, "--"))
-        elif field in said:
+        elif field in given:
             mistakes.append(f"{place}: --{name} is given twice; give it once")
         elif not value.strip():
             mistakes.append(f"{place}: --{name} needs a value")
         else:
-            said[field] = value.strip()
+            given[field] = value.strip()
     if mistakes:
         raise UserError(*mistakes)
-    return _checked(said, place, default or Prompt())
+    return _checked(given, place, default or Prompt())
 
 
 def _lines(path: Path, text: str) -> Iterable[tuple[str, Any]]:
@@ -207,16 +207,16 @@ def _json(path: Path, text: str) -> Iterable[tuple[str, Any]]:
         yield f"{path}: entry {number}", entry
 
 
-def _checked(said: Mapping[str, Any], place: str, default: Prompt) -> Prompt:
+def _checked(given: Mapping[str, Any], place: str, default: Prompt) -> Prompt:
     """Fields with their right types and within their limits, put over `default`."""
     known = {f.name for f in fields(Prompt)}
     mistakes = [
-        _unknown(place, f"key {key!r}", key, {v: v for v in LATER.values()}, known) for key in said if key not in known
+        _unknown(place, f"key {key!r}", key, {v: v for v in LATER.values()}, known) for key in given if key not in known
     ]
-    if "prompt" not in said:
-        mistakes.append(f'{place}: `prompt` is missing; "" draws without one')
+    if "prompt" not in given:
+        mistakes.append(f'{place}: `prompt` is missing; "" samples without one')
     values: dict[str, Any] = {}
-    for name, value in said.items():
+    for name, value in given.items():
         if name in known:
             try:
                 values[name] = _value(name, value)

@@ -16,7 +16,7 @@ from sfumato.config import Config, DatasetConfig
 from sfumato.data.batch import Cond, Tokens
 from sfumato.data.cache import CachedLatents, CachedText, cache_latents, cache_texts, check_fixed, every_caption
 from sfumato.data.plan import Plan, make_plan
-from sfumato.data.store import FileIndex, TensorStore, default_root
+from sfumato.data.store import FileIndex, Progress, TensorStore, default_root
 from sfumato.formats import files
 from sfumato.formats.files import file_digest
 from sfumato.formats.metadata import remembered
@@ -24,7 +24,7 @@ from sfumato.models.base import Models, check_sizes
 from sfumato.models.loading import materialize, materialize_vae
 from sfumato.train import dist, lengths
 from sfumato.train.diagnose import blaming
-from sfumato.train.progress import Tell, console, telling
+from sfumato.train.progress import console, progress
 from sfumato.train.step import autocast
 from sfumato.train.trainables import caches_latents, caches_text
 
@@ -56,14 +56,14 @@ def open_data(
     on_disk = d.cache_latents_to_disk or d.cache_text_encoder_outputs_to_disk or d.cache_dir
     root = (Path(d.cache_dir) if d.cache_dir else default_root()) if on_disk else None
     index, latents = FileIndex(root), families.of(config.family).latents
-    with telling("reading images", quiet=not world.main) as tell:
+    with progress("reading images", quiet=not world.main) as advance:
         plan = make_plan(
             datasets,
             index,
             skip_unreadable=d.skip_unreadable,
             stride=latents.stride,
             multiple=latents.multiple,
-            progress=tell,
+            progress=advance,
         )
     if world.main:
         for line in dict.fromkeys([*plan.notes, *(f"left out: {skip.path}: {skip.reason}" for skip in plan.skipped)]):
@@ -111,26 +111,26 @@ def fill_caches(config: Config, data: Data, models: Models, world: dist.World) -
     """
     latents = texts = None
     if caches_latents(config):
-        with telling("caching latents", quiet=not world.main) as tell, blaming(models, ["vae"]):
-            latents = _in_turn(world, partial(_cache_latents, config, data, models, world, tell))
+        with progress("caching latents", quiet=not world.main) as advance, blaming(models, ["vae"]):
+            latents = _in_turn(world, partial(_cache_latents, config, data, models, world, advance))
         if (vae := models.made().get("vae")) is not None:
             vae.to("cpu")
     if caches_text(config):
-        with telling("caching text outputs", quiet=not world.main) as tell, blaming(models, models.encoders):
-            texts = _in_turn(world, partial(_cache_texts, config, data, models, world, tell))
+        with progress("caching text outputs", quiet=not world.main) as advance, blaming(models, models.encoders):
+            texts = _in_turn(world, partial(_cache_texts, config, data, models, world, advance))
     # Where all text outputs were found, the captions were counted when they were made.
     if world.main and (texts is None or texts.encoded):
-        tell_long(data, models, console.print)
+        warn_of_long_captions(data, models, console.print)
     for name, cached in (("latents", latents), ("text outputs", texts)):
         if cached and world.main:
             console.print(f"{name}: {cached}")
     return Caches(latents, texts)
 
 
-def tell_long(data: Data, models: Models, say: Callable[[str], None]) -> None:
+def warn_of_long_captions(data: Data, models: Models, say: Callable[[str], None]) -> None:
     """Say which captions are longer than the text encoders take; `models` needs no values."""
-    with telling("counting tokens") as tell:
-        lines = lengths.too_long(data.plan, models.tokenize_strategy.limits(), tell)
+    with progress("counting tokens") as advance:
+        lines = lengths.too_long(data.plan, models.tokenize_strategy.limits(), advance)
     for line in lines:
         say(line)
 
@@ -148,18 +148,18 @@ def _in_turn(world: dist.World, job: Callable[[], _Cached]) -> _Cached:
     return cached
 
 
-def _cache_latents(config: Config, data: Data, models: Models, world: dist.World, tell: Tell) -> CachedLatents:
+def _cache_latents(config: Config, data: Data, models: Models, world: dist.World, advance: Progress) -> CachedLatents:
     def encode(pixels: Tensor) -> Tensor:
         materialize_vae(models, world.device)
         return models.encode_images(pixels)
 
     return cache_latents(
         data.plan, data.latents, data.index, encode, fingerprint(config, models, "vae"), models.family.latents,
-        batch_size=config.memory.vae_batch_size, progress=tell,
+        batch_size=config.memory.vae_batch_size, progress=advance,
     )  # fmt: skip
 
 
-def _cache_texts(config: Config, data: Data, models: Models, world: dist.World, tell: Tell) -> CachedText:
+def _cache_texts(config: Config, data: Data, models: Models, world: dist.World, advance: Progress) -> CachedText:
     def encode(tokens: Tokens) -> Cond:
         materialize(models, world.device)
         with autocast(world.device, dist.precision(config.train.mixed_precision)):  # as in the step
@@ -168,5 +168,5 @@ def _cache_texts(config: Config, data: Data, models: Models, world: dist.World, 
     prints = ", ".join(f"{name} {fingerprint(config, models, name)}" for name in models.encoders)
     return cache_texts(
         data.plan, data.texts, data.index, models.tokenize, encode, prints, models.outputs,
-        settings={**models.tokenize_strategy.settings, **models.encode_strategy.settings}, progress=tell,
+        settings={**models.tokenize_strategy.settings, **models.encode_strategy.settings}, progress=advance,
     )  # fmt: skip

@@ -17,7 +17,7 @@ from sfumato.memory.plan import apply_memory_options
 from sfumato.models.base import Family, Models
 from sfumato.models.loading import outline, read_values, unload
 from sfumato.train import dist
-from sfumato.train.progress import telling
+from sfumato.train.progress import progress
 from sfumato.train.trainables import Trainable, caches_latents, caches_text, read_adapter, whole_nets
 
 
@@ -48,8 +48,8 @@ def load_models(
     dtype |= dict.fromkeys(trained, torch.bfloat16 if config.train.full_bf16 else torch.float32)
     # fp16 overflows in these VAEs, so it is never what they run in.
     dtype["vae"] = torch.bfloat16 if precision == "bf16" and not config.memory.no_half_vae else torch.float32
-    with telling("reading weights") as tell:
-        read_values(models, dtype=dtype, later=_later(config, family), map=map, progress=tell)
+    with progress("reading weights") as advance:
+        read_values(models, dtype=dtype, later=_later(config, family), map=map, progress=advance)
     return models
 
 

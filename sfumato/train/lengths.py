@@ -9,14 +9,14 @@ from pathlib import Path
 
 from sfumato.data import captions
 from sfumato.data.plan import Plan
+from sfumato.data.store import Progress
 from sfumato.data.strategies import Limit
-from sfumato.train.progress import Tell
 
 PORTION = 1000
 """Captions that are counted together."""
 
 
-def too_long(plan: Plan, limits: Sequence[Limit], tell: Tell | None = None) -> list[str]:
+def too_long(plan: Plan, limits: Sequence[Limit], progress: Progress | None = None) -> list[str]:
     """A line for each text encoder that cuts captions: how many, some of them, and what makes it take more."""
     owners = _owners(plan)
     texts, lines = list(owners), []
@@ -26,8 +26,8 @@ def too_long(plan: Plan, limits: Sequence[Limit], tell: Tell | None = None) -> l
             portion = texts[start : start + PORTION]
             counted = zip(portion, limit.count(portion), strict=True)
             long += [(path, count) for text, count in counted if count > limit.tokens for path in owners[text]]
-            if tell:
-                tell(number * len(texts) + start + len(portion), len(limits) * len(texts))
+            if progress:
+                progress(number * len(texts) + start + len(portion), len(limits) * len(texts))
         if long:
             lines.append(_line(limit, long, sum(map(len, owners.values()))))
     return lines

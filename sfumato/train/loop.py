@@ -282,7 +282,7 @@ def _save(run: Run, event: checkpoints.SaveEvent, epoch: int, *, last: bool = Fa
         if last and failed:
             raise WriteError(*(str(each) for each in failed))
         for each in failed:
-            run.mishaps.tell(f"{event.name} not saved whole", each)
+            run.mishaps.report(f"{event.name} not saved whole", each)
         if not failed:
             checkpoints.clean(event, folder, suffix)
     run.world.wait()
@@ -324,7 +324,7 @@ def _sample(run: Run, epoch: int) -> None:
     """Sample images. A failure ends the run only before its first step, when nothing is lost and the settings may be
     wrong."""
     if run.world.main:
-        with run.mishaps.survived("sample images not drawn") if run.step else nullcontext(), evaluation_weights(run):
+        with run.mishaps.survived("sample images not generated") if run.step else nullcontext(), evaluation_weights(run):
             run.sample(run.step, epoch)
     run.world.wait()
 

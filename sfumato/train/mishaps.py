@@ -1,4 +1,4 @@
-"""What goes wrong beside the training itself (a log line, a sample image, an old file): told once, and the training
+"""What goes wrong beside the training itself (a log line, a sample image, an old file): reported once, and the training
 goes on."""
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from sfumato.train.progress import console
 class Mishaps:
     """Those of a run."""
 
-    told: set[str] = field(default_factory=set)
+    reported: set[str] = field(default_factory=set)
 
     @contextmanager
     def survived(self, what: str, kind: type[Exception] = Exception) -> Iterator[None]:
@@ -22,12 +22,12 @@ class Mishaps:
         try:
             yield
         except kind as error:
-            self.tell(what, error)
+            self.report(what, error)
 
-    def tell(self, what: str, error: Exception) -> None:
-        """Say it, unless the same was said before."""
+    def report(self, what: str, error: Exception) -> None:
+        """Print it, unless the same was printed before."""
         why = str(error).strip().partition("\n")[0] or type(error).__name__
         message = f"{what}: {why}; training goes on"
-        if message not in self.told:
-            self.told.add(message)
+        if message not in self.reported:
+            self.reported.add(message)
             console.print(message)

@@ -66,7 +66,7 @@ def check(
         raise UserError(*dict.fromkeys(wrong))
 
 
-def check_drawn(folder: Path) -> None:
+def check_samples(folder: Path) -> None:
     """Errors: `UserError` if sample images cannot be written below a folder."""
     if wrong := _where(folder) + _not_folders(folder, ["sample"]):
         raise UserError(*wrong)

@@ -1,4 +1,4 @@
-"""Drawing with a checkpoint and adapters outside training: `sfumato sample`, the quickstart, notebooks."""
+"""Sampling with a checkpoint and adapters outside training: `sfumato sample`, the quickstart, notebooks."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from sfumato.tensors import attention
 from sfumato.tensors.noise import NoiseProcess
 from sfumato.train import dist, outputs
 from sfumato.train.devices import load_models, merge_base_weights
-from sfumato.train.progress import telling
+from sfumato.train.progress import progress
 from sfumato.train.step import autocast
 from sfumato.train.trainables import read_adapter
 
 
 @dataclass(frozen=True, slots=True)
 class Pipeline:
-    """A loaded model that draws prompts."""
+    """A loaded model that samples prompts."""
 
     models: Models
     process: NoiseProcess
@@ -38,7 +38,7 @@ class Pipeline:
     @classmethod
     def of(cls, config: Config, device: torch.device | None = None) -> Pipeline:
         """The base model of a config with its `base_weights` merged. Errors: `UserError` for whatever the user can
-        mend."""
+        fix."""
         precision = dist.precision(config.train.mixed_precision)
         attention.choose("xformers" if config.memory.xformers else "sdpa")
         device = dist.device_of() if device is None else device
@@ -72,7 +72,7 @@ class Pipeline:
         batch_size: int = 8,
         progress: Progress | None = None,
     ) -> list[Image.Image]:
-        """One image a prompt."""
+        """One image per prompt."""
         with autocast(self.device, self.precision):
             return sample.generate(
                 self.models, wanted, process=self.process, sampler=sampler, batch_size=batch_size, progress=progress
@@ -80,10 +80,10 @@ class Pipeline:
 
 
 def main(config: Config) -> list[Path]:
-    """`sfumato sample`: draw `sample_prompts` with the base model, its `base_weights` and `network_weights`, into
+    """`sfumato sample`: images of `sample_prompts` with the base model, its `base_weights` and `network_weights`, into
     `output_dir/sample`.
 
-    Errors: `UserError` for whatever the user can mend.
+    Errors: `UserError` for whatever the user can fix.
     """
     if not config.sample.sample_prompts:
         raise UserError("sample_prompts is missing: name a file of prompts (.txt, .toml or .json)")
@@ -91,19 +91,19 @@ def main(config: Config) -> list[Path]:
     plain = prompts.sized(prompts.default(config.family), *adapters, config.model.pretrained_model_name_or_path)
     wanted = prompts.read_prompts(config.sample.sample_prompts, plain)
     sampler = prompts.sampler(config.sample.sample_sampler)
-    outputs.check_drawn(Path(config.output.output_dir))
+    outputs.check_samples(Path(config.output.output_dir))
     world = dist.world()
     try:
         pipeline = Pipeline.of(config, world.device)
         with (
             pipeline.adapted(*adapters),
             autocast(world.device, pipeline.precision),
-            telling("drawing samples") as tell,
+            progress("sampling images") as advance,
         ):
             return sample.sample(
                 pipeline.models, wanted, Path(config.output.output_dir) / "sample", process=pipeline.process,
                 name=config.output.output_name,
-                sampler=sampler, seed=config.train.seed, rank=world.rank, world=world.size, progress=tell,
+                sampler=sampler, seed=config.train.seed, rank=world.rank, world=world.size, progress=advance,
             )  # fmt: skip
     finally:
         world.close()

@@ -12,7 +12,7 @@ from sfumato.config import Config, DatasetConfig, Method
 from sfumato.data.plan import Plan
 from sfumato.families.detect import detect_file
 from sfumato.train import checkpoints, dist, lock, resume
-from sfumato.train.caching import Data, open_data, tell_long
+from sfumato.train.caching import Data, open_data, warn_of_long_captions
 from sfumato.train.check import Checked, Trained, check, check_length
 from sfumato.train.loop import StepBudget
 from sfumato.train.progress import answers, print_table
@@ -30,7 +30,7 @@ def show(config: Config, method: Method, datasets: tuple[DatasetConfig, ...], re
     config = resume.settle(config)
     checked = _checked(config, method, datasets, read)
     data = open_data(config, datasets, dist.outside(), checked.models, answers.print)
-    tell_long(data, checked.models, answers.print)
+    warn_of_long_captions(data, checked.models, answers.print)
     budget = _budget(config, data)
     for note in (*checked.notes, *check_length(config, budget.steps)):
         answers.print(note)
@@ -55,7 +55,7 @@ def facts(
     config, notes = resume.settle(config), list[str]()
     checked = _checked(config, method, datasets, read)
     data = open_data(config, datasets, dist.outside(), checked.models, notes.append)
-    tell_long(data, checked.models, notes.append)
+    warn_of_long_captions(data, checked.models, notes.append)
     budget = _budget(config, data)
     return {
         "model": asdict(detect_file(config.model.pretrained_model_name_or_path)),

@@ -5,16 +5,16 @@ from __future__ import annotations
 
 import textwrap
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+from rich import progress as rich_progress
 from rich.cells import cell_len
 from rich.console import Console
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
-    Progress,
     TaskProgressColumn,
     TextColumn,
     TimeElapsedColumn,
@@ -23,6 +23,8 @@ from rich.progress import (
 from rich.segment import Segments
 from rich.table import Table
 from rich.text import Text
+
+from sfumato.data.store import Progress
 
 
 class _Steady(Console):
@@ -45,9 +47,6 @@ console = _literal(_Steady, stderr=True)
 """What is said along the way."""
 answers = _literal(Console, stderr=False)
 """What was asked for, such as the answer of `sfumato plan`."""
-
-Tell = Callable[[int, int], None]
-"""(done, total)."""
 
 
 def print_table(columns: Sequence[str], rows: Sequence[Sequence[str | int]]) -> None:
@@ -82,10 +81,10 @@ class Bar:
         self.title, self.total, self.start, self.done = title, total, start, start
         self.began = self.spoke = time.monotonic()
         self.note = ""
-        self.bar: Progress | None = None
+        self.bar: rich_progress.Progress | None = None
         self.quiet = quiet
         if console.is_terminal and not quiet:
-            self.bar = Progress(
+            self.bar = rich_progress.Progress(
                 _words("{task.description}"), BarColumn(), MofNCompleteColumn(), TaskProgressColumn(),
                 TimeElapsedColumn(), _words("left"), TimeRemainingColumn(), _words("{task.fields[note]}"),
                 console=console,
@@ -125,11 +124,11 @@ def _clock(seconds: float) -> str:
 
 
 @contextmanager
-def telling(title: str, *, quiet: bool = False) -> Iterator[Tell]:
-    """A `tell(done, total)` for jobs that learn their size as they go."""
+def progress(title: str, *, quiet: bool = False) -> Iterator[Progress]:
+    """An `advance(done, total)` for jobs that learn their size as they go."""
     bar: list[Bar] = []
 
-    def tell(done: int, total: int) -> None:
+    def advance(done: int, total: int) -> None:
         if not bar or bar[-1].total != total:  # the next part of the job
             for old in bar[-1:]:
                 old.close()
@@ -137,7 +136,7 @@ def telling(title: str, *, quiet: bool = False) -> Iterator[Tell]:
         bar[-1].to(done)
 
     try:
-        yield tell
+        yield advance
     finally:
         for last in bar[-1:]:
             last.close()

@@ -32,7 +32,7 @@ from sfumato.train.caching import Caches, fill_caches, open_data
 from sfumato.train.check import check, check_length, check_model
 from sfumato.train.devices import load_models, merge_base_weights, outline_models, peak_memory, place
 from sfumato.train.plan import steps_line
-from sfumato.train.progress import console, telling
+from sfumato.train.progress import console, progress
 from sfumato.train.step import Step, autocast
 from sfumato.train.trainables import Adapters, Full, Trainable, caches_text
 
@@ -56,7 +56,7 @@ def train(
 ) -> None:
     """Train and save. `resolved` is the whole config as TOML; it is written beside the result before the first step.
 
-    `read`: the config files that the settings came from. Errors: `UserError` for whatever the user can mend.
+    `read`: the config files that the settings came from. Errors: `UserError` for whatever the user can fix.
     """
     began = time.monotonic()
     world = dist.world()
@@ -170,16 +170,16 @@ def _sample(
         return
     ended = config.sample.sample_every_n_epochs is not None and config.sample.sample_every_n_steps is None
     by_epoch = 0 if step == 0 else epoch + 1 if ended else None  # before the first step it is epoch 0, as in sd-scripts
-    with autocast(world.device, precision), telling("drawing samples") as tell:
+    with autocast(world.device, precision), progress("sampling images") as advance:
         sample(
             models, prompts, Path(config.output.output_dir) / "sample", process=process, name=config.output.output_name,
             sampler=config.sample.sample_sampler, epoch=by_epoch, step=step if by_epoch is None else None,
-            seed=config.train.seed, progress=tell, encoded=encoded, device=world.device,
+            seed=config.train.seed, progress=advance, encoded=encoded, device=world.device,
         )  # fmt: skip
 
 
 def _finish(run: loop.Run, ended: bool) -> None:
-    """Save the result, draw the loss, say what it took."""
+    """Save the result, plot the loss, print what it took."""
     config, step = run.config, run.step
     folder, name = Path(config.output.output_dir), config.output.output_name
     epoch = max(0, -(-step // run.budget.steps_per_epoch) - 1)

@@ -56,7 +56,7 @@ def test_log_samples_and_curve_that_fail_are_told_once_and_training_goes_on(
     said = capsys.readouterr().err
     for text in (
         "lines of the log not written: [Errno 28] no room",
-        "sample images not drawn: out of memory",
+        "sample images not generated: out of memory",
         "curve of the loss not drawn",
     ):
         assert said.count(f"{text}") == 1, said
