@@ -81,7 +81,7 @@ def test_the_largest_sizes_of_the_real_models() -> None:
 
 def test_a_sampler_of_older_models_is_told_before_the_first_step(prepare: Prepare, tmp_path: Path) -> None:
     (tmp_path / "prompts.txt").write_text("a cat --w 64 --h 64 --ss ddim\n")
-    with pytest.raises(UserError, match=r"sample_sampler ddim: Stable Diffusion 3 or 3\.5 is drawn with euler"):
+    with pytest.raises(UserError, match=r"sample_sampler ddim: Stable Diffusion 3 or 3\.5 is sampled with euler"):
         prepare(sample_prompts=str(tmp_path / "prompts.txt"), sample_every_n_steps=1)
 
 
