@@ -1,14 +1,14 @@
-"""What is kept between steps: the images of a run, and the caches of their latents and of what text encoders say of
-captions."""
+"""What is cached between steps: the images of a run, their latents and the text encoders' outputs of captions."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
+import torch
 from torch import Tensor
 
 from sfumato import families
@@ -31,7 +31,7 @@ from sfumato.train.trainables import caches_latents, caches_text
 
 @dataclass(frozen=True, slots=True)
 class Data:
-    """The images of a run and where what is made of them is kept."""
+    """The images of a run and where what is made of them is cached."""
 
     plan: Plan
     latents: TensorStore
@@ -44,12 +44,12 @@ def open_data(
     datasets: tuple[DatasetConfig, ...],
     world: dist.World,
     models: Models,
-    say: Callable[[str], None] = console.print,
+    notify: Callable[[str], None] = console.print,
 ) -> Data:
     """Scan the datasets; memory alone is used unless a cache on disk is asked for.
 
-    `models`: what the images must fit; needs no values. `say`: is told what the user should know. Errors: `UserError`
-    for images that cannot be used, and for options that cannot act with this model or beside what is kept.
+    `models`: what the images must fit; needs no values. `notify`: for what the user should know. Errors: `UserError`
+    for images that cannot be used, and for options that cannot act with this model or with the caches.
     """
     d = config.data
     check_fixed(datasets, latents=caches_latents(config), texts=caches_text(config))
@@ -67,7 +67,7 @@ def open_data(
         )
     if world.main:
         for line in dict.fromkeys([*plan.notes, *(f"left out: {skip.path}: {skip.reason}" for skip in plan.skipped)]):
-            say(line)
+            notify(line)
     check_sizes(models, plan.largest())
     if caches_text(config):
         every_caption(plan)
@@ -81,15 +81,14 @@ def open_data(
 
 @dataclass(frozen=True, slots=True)
 class Caches:
-    """What is kept of images and captions; None where they are encoded in each step."""
+    """Latents and text outputs; None where they are encoded in each step."""
 
     latents: CachedLatents | None = None
     texts: CachedText | None = None
 
 
 def fingerprint(config: Config, models: Models, component: str) -> str:
-    """Changes when what a net says does: with its file, with what is merged into it and with the format that it runs
-    in.
+    """Changes when a net's outputs do: with its file, with what is merged into it and with the format that it runs in.
 
     Files are read for it once; later runs remember.
     """
@@ -105,19 +104,19 @@ def fingerprint(config: Config, models: Models, component: str) -> str:
 
 
 def fill_caches(config: Config, data: Data, models: Models, world: dist.World) -> Caches:
-    """Encode what is asked to be kept and is not there yet; the first process fills a disk, each its own memory.
+    """Encode what is asked to be cached and is not there yet; the first process fills a disk, each its own memory.
 
     The VAE and the text encoders take turns on the device, where the denoiser is not yet.
     """
     latents = texts = None
     if caches_latents(config):
-        with progress("caching latents", quiet=not world.main) as advance, blaming(models, ["vae"]):
-            latents = _in_turn(world, partial(_cache_latents, config, data, models, world, advance))
+        with _caching("latents", models, ["vae"], world) as advance:
+            latents = _cache_latents(config, data, models, world.device, advance)
         if (vae := models.made().get("vae")) is not None:
             vae.to("cpu")
     if caches_text(config):
-        with progress("caching text outputs", quiet=not world.main) as advance, blaming(models, models.encoders):
-            texts = _in_turn(world, partial(_cache_texts, config, data, models, world, advance))
+        with _caching("text outputs", models, models.encoders, world) as advance:
+            texts = _cache_texts(config, data, models, world.device, advance)
     # Where all text outputs were found, the captions were counted when they were made.
     if world.main and (texts is None or texts.encoded):
         warn_of_long_captions(data, models, console.print)
@@ -127,30 +126,28 @@ def fill_caches(config: Config, data: Data, models: Models, world: dist.World) -
     return Caches(latents, texts)
 
 
-def warn_of_long_captions(data: Data, models: Models, say: Callable[[str], None]) -> None:
-    """Say which captions are longer than the text encoders take; `models` needs no values."""
+def warn_of_long_captions(data: Data, models: Models, notify: Callable[[str], None]) -> None:
+    """Print which captions are longer than the text encoders take; `models` needs no values."""
     with progress("counting tokens") as advance:
         lines = lengths.too_long(data.plan, models.tokenize_strategy.limits(), advance)
     for line in lines:
-        say(line)
+        notify(line)
 
 
-_Cached = TypeVar("_Cached")
+@contextmanager
+def _caching(what: str, models: Models, components: Iterable[str], world: dist.World) -> Iterator[Progress]:
+    """The first process runs the block before the others, which then find on the disk what it made."""
+    with progress(f"caching {what}", quiet=not world.main) as advance, blaming(models, components):
+        if not world.main:
+            world.wait()
+        yield advance
+        if world.main:
+            world.wait()
 
 
-def _in_turn(world: dist.World, job: Callable[[], _Cached]) -> _Cached:
-    """The first process does the job before the others, which then find on the disk what it made."""
-    if not world.main:
-        world.wait()
-    cached = job()
-    if world.main:
-        world.wait()
-    return cached
-
-
-def _cache_latents(config: Config, data: Data, models: Models, world: dist.World, advance: Progress) -> CachedLatents:
+def _cache_latents(config: Config, data: Data, models: Models, device: torch.device, advance: Progress) -> CachedLatents:
     def encode(pixels: Tensor) -> Tensor:
-        materialize_vae(models, world.device)
+        materialize_vae(models, device)
         return models.encode_images(pixels)
 
     return cache_latents(
@@ -159,10 +156,10 @@ def _cache_latents(config: Config, data: Data, models: Models, world: dist.World
     )  # fmt: skip
 
 
-def _cache_texts(config: Config, data: Data, models: Models, world: dist.World, advance: Progress) -> CachedText:
+def _cache_texts(config: Config, data: Data, models: Models, device: torch.device, advance: Progress) -> CachedText:
     def encode(tokens: Tokens) -> Cond:
-        materialize(models, world.device)
-        with autocast(world.device, dist.precision(config.train.mixed_precision)):  # as in the step
+        materialize(models, device)
+        with autocast(device, dist.precision(config.train.mixed_precision)):  # as in the step
             return models.encode(tokens)
 
     prints = ", ".join(f"{name} {fingerprint(config, models, name)}" for name in models.encoders)

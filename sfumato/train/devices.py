@@ -32,35 +32,28 @@ def outline_models(config: Config) -> Models:
     )  # fmt: skip
 
 
-def load_models(
-    config: Config, precision: dist.Precision, method: Method | None, models: Models | None = None, *, map: bool = True
-) -> Models:
-    """The base model, each net read straight into the format that it is used in: frozen ones in that of the
+def load_models(config: Config, models: Models, method: Method | None = None, *, map: bool = True) -> None:
+    """Give an outline its values, each net read straight into the format that it is used in: frozen ones in that of the
     computation, trained ones as they are trained, the VAE in fp32 where that is safer. `method`: None when nothing is
-    trained. `models`: its outline, if there is one. `map`: whether tensors may stay backed by the files; not where they
-    are used from the CPU's memory, or a file that changes meanwhile would change the training, or end it."""
-    models = models or outline_models(config)
-    family = models.family
-    trained = (
-        whole_nets(family, config, [component.name for component in family.components]) if method == "full" else ()
-    )
-    dtype = dict.fromkeys([component.name for component in family.components], dist.DTYPES[precision])
-    dtype |= dict.fromkeys(trained, torch.bfloat16 if config.train.full_bf16 else torch.float32)
+    trained. `map`: whether tensors may stay backed by the files; not where they are used from the CPU's memory, or a
+    file that changes meanwhile would change the training, or end it."""
+    family, precision = models.family, dist.precision(config.train.mixed_precision)
+    names = [component.name for component in family.components]
+    dtype = dict.fromkeys(names, dist.DTYPES[precision])
+    if method == "full":
+        trained_in = torch.bfloat16 if config.train.full_bf16 else torch.float32
+        dtype |= dict.fromkeys(whole_nets(family, config, names), trained_in)
     # fp16 overflows in these VAEs, so it is never what they run in.
     dtype["vae"] = torch.bfloat16 if precision == "bf16" and not config.memory.no_half_vae else torch.float32
     with progress("reading weights") as advance:
         read_values(models, dtype=dtype, later=_later(config, family), map=map, progress=advance)
-    return models
 
 
 def _later(config: Config, family: Family) -> list[str]:
-    """What may not be needed at all, because what it says is kept: it is made and read when it is used."""
-    texts = (
-        [component.name for component in family.components if component.name not in ("denoiser", "vae")]
-        if unloads_text(config)
-        else []
-    )
-    return [*texts, "vae"] if caches_latents(config) and not config.sample.sample_prompts else texts
+    """What may not be needed at all, because its outputs are cached: it is made and read when it is used."""
+    encoders = [component.name for component in family.components if component.name not in ("denoiser", "vae")]
+    vae = ["vae"] if caches_latents(config) and not config.sample.sample_prompts else []
+    return (encoders if unloads_text(config) else []) + vae
 
 
 def check_base_weights(config: Config, models: Models) -> None:

@@ -324,7 +324,10 @@ def _sample(run: Run, epoch: int) -> None:
     """Sample images. A failure ends the run only before its first step, when nothing is lost and the settings may be
     wrong."""
     if run.world.main:
-        with run.mishaps.survived("sample images not generated") if run.step else nullcontext(), evaluation_weights(run):
+        with (
+            run.mishaps.survived("sample images not generated") if run.step else nullcontext(),
+            evaluation_weights(run),
+        ):
             run.sample(run.step, epoch)
     run.world.wait()
 

@@ -20,7 +20,7 @@ from sfumato.sampling import prompts, sample
 from sfumato.tensors import attention
 from sfumato.tensors.noise import NoiseProcess
 from sfumato.train import dist, outputs
-from sfumato.train.devices import load_models, merge_base_weights
+from sfumato.train.devices import load_models, merge_base_weights, outline_models
 from sfumato.train.progress import progress
 from sfumato.train.step import autocast
 from sfumato.train.trainables import read_adapter
@@ -42,7 +42,8 @@ class Pipeline:
         precision = dist.precision(config.train.mixed_precision)
         attention.choose("xformers" if config.memory.xformers else "sdpa")
         device = dist.device_of() if device is None else device
-        models = load_models(config, precision, None)
+        models = outline_models(config)
+        load_models(config, models)
         merge_base_weights(config, models)
         models.denoiser.to(device)
         materialize(models, device)

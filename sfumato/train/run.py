@@ -9,7 +9,6 @@ import time
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -44,7 +43,7 @@ def cache(config: Config, datasets: tuple[DatasetConfig, ...]) -> Caches:
         models = outline_models(config)
         check_model(config, models)
         data = open_data(config, datasets, world, models)
-        load_models(config, dist.precision(config.train.mixed_precision), None, models)
+        load_models(config, models)
         merge_base_weights(config, models)
         return fill_caches(config, data, models, world)
     finally:
@@ -88,7 +87,7 @@ def prepare(
     precision = dist.precision(config.train.mixed_precision)
     config = resume.settle(config)
     checked = check(config, method, datasets, read)
-    prompts, plan, models = checked.prompts, checked.plan, checked.models
+    plan, models = checked.plan, checked.models
     data = open_data(config, datasets, world, models)
     budget = loop.StepBudget.of(config, data.plan.batches_per_epoch, world.size)
     notes = [*checked.notes, *check_length(config, budget.steps)]
@@ -97,12 +96,12 @@ def prepare(
             console.print(note)
         console.print(steps_line(data.plan, budget))
         console.print(f"{budget.steps} steps in {budget.epochs} epochs")
-    load_models(config, precision, method, models, map=world.device.type != "cpu")
+    load_models(config, models, method, map=world.device.type != "cpu")
     process = models.process(config.noise, config.loss)
     merge_base_weights(config, models)
     caches = fill_caches(config, data, models, world)
     trainable: Trainable = Adapters(models, config, plan) if plan else Full(models, config)
-    encoded = encoded_prompts(config, models, prompts, world, precision)
+    samples = Samples(config, models, process, checked.prompts, world.device)
     place(config, models, trainable, world)
     optimizer = build.optimizer(config.optimizer, trainable.groups())
     if config.train.full_bf16:
@@ -122,7 +121,7 @@ def prepare(
         ema=EMA(trainable.weights(), config.optimizer.ema_decay) if config.optimizer.ema_decay else None,
         scaler=torch.amp.GradScaler(world.device.type, enabled=precision == "fp16"),
         log=None, began=began,
-        sample=partial(_sample, config, models, process, prompts, encoded, world, precision),
+        sample=samples.write,
         save_result=lambda path, step, epoch: trainable.save(path, facts.at(step, epoch)),
         save_state=lambda path: state.save(run, path), identity=resume.identity(config, plan, models.source),
     )  # fmt: skip
@@ -144,38 +143,36 @@ def _shared(step: Step, trainable: Trainable, world: dist.World) -> nn.Module:
     return DistributedDataParallel(step, find_unused_parameters=trainable.trained != ("denoiser",))
 
 
-def encoded_prompts(
-    config: Config, models: Models, prompts: list[Prompt], world: dist.World, precision: dist.Precision
-) -> EncodedPrompts | None:
-    """The prompts through the text encoders, where their outputs are cached: the encoders leave the memory then."""
-    if not prompts or not caches_text(config):
-        return None
-    materialize(models, world.device)
-    with autocast(world.device, precision):
-        return encode_prompts(models, prompts)
+class Samples:
+    """The sample images of a run, written while it trains."""
 
+    def __init__(
+        self, config: Config, models: Models, process: NoiseProcess, prompts: list[Prompt], device: torch.device
+    ) -> None:
+        """Where text outputs are cached, the prompts are encoded now, as the text encoders leave the memory then."""
+        self.config, self.models, self.process, self.prompts, self.device = config, models, process, prompts, device
+        self.precision = dist.precision(config.train.mixed_precision)
+        self.encoded: EncodedPrompts | None = None
+        if prompts and caches_text(config):
+            materialize(models, device)
+            with autocast(device, self.precision):
+                self.encoded = encode_prompts(models, prompts)
 
-def _sample(
-    config: Config,
-    models: Models,
-    process: NoiseProcess,
-    prompts: list[Prompt],
-    encoded: EncodedPrompts | None,
-    world: dist.World,
-    precision: dist.Precision,
-    step: int,
-    epoch: int,
-) -> None:
-    if not prompts:
-        return
-    ended = config.sample.sample_every_n_epochs is not None and config.sample.sample_every_n_steps is None
-    by_epoch = 0 if step == 0 else epoch + 1 if ended else None  # before the first step it is epoch 0, as in sd-scripts
-    with autocast(world.device, precision), progress("sampling images") as advance:
-        sample(
-            models, prompts, Path(config.output.output_dir) / "sample", process=process, name=config.output.output_name,
-            sampler=config.sample.sample_sampler, epoch=by_epoch, step=step if by_epoch is None else None,
-            seed=config.train.seed, progress=advance, encoded=encoded, device=world.device,
-        )  # fmt: skip
+    def write(self, step: int, epoch: int) -> None:
+        """An image of each prompt after `step` steps, in `epoch` (counted from 0)."""
+        if not self.prompts:
+            return
+        output, s = self.config.output, self.config.sample
+        by_epoch = s.sample_every_n_epochs is not None and s.sample_every_n_steps is None
+        named = {"epoch": epoch + 1} if by_epoch else {"step": step}
+        if step == 0:
+            named = {"epoch": 0}  # as in sd-scripts
+        with autocast(self.device, self.precision), progress("sampling images") as advance:
+            sample(
+                self.models, self.prompts, Path(output.output_dir) / "sample", process=self.process,
+                name=output.output_name, sampler=s.sample_sampler, seed=self.config.train.seed, progress=advance,
+                encoded=self.encoded, device=self.device, **named,
+            )  # fmt: skip
 
 
 def _finish(run: loop.Run, ended: bool) -> None:
