@@ -36,7 +36,7 @@ def load_models(config: Config, models: Models, method: Method | None = None, *,
     """Give an outline its values, each net read straight into the format that it is used in: frozen ones in that of the
     computation, trained ones as they are trained, the VAE in fp32 where that is safer. `method`: None when nothing is
     trained. `map`: whether tensors may stay backed by the files; not where they are used from the CPU's memory, or a
-    file that changes meanwhile would change the training, or end it."""
+    file that changes meanwhile would change the training, or end it. `base_weights` are merged into the nets."""
     family, precision = models.family, dist.precision(config.train.mixed_precision)
     names = [component.name for component in family.components]
     dtype = dict.fromkeys(names, dist.DTYPES[precision])
@@ -47,6 +47,7 @@ def load_models(config: Config, models: Models, method: Method | None = None, *,
     dtype["vae"] = torch.bfloat16 if precision == "bf16" and not config.memory.no_half_vae else torch.float32
     with progress("reading weights") as advance:
         read_values(models, dtype=dtype, later=_later(config, family), map=map, progress=advance)
+    _merge_base_weights(config, models)
 
 
 def _later(config: Config, family: Family) -> list[str]:
@@ -74,7 +75,7 @@ def _misfit(models: Models, path: str) -> tuple[str, ...]:
     return ()
 
 
-def merge_base_weights(config: Config, models: Models) -> None:
+def _merge_base_weights(config: Config, models: Models) -> None:
     """Merge `base_weights` into the nets, each at its strength."""
     strengths = config.network.base_weights_multiplier
     for i, path in enumerate(config.network.base_weights):
@@ -90,7 +91,7 @@ def unloads_text(config: Config) -> bool:
     return caches_text(config) and not config.network.base_weights
 
 
-def place(config: Config, models: Models, trainable: Trainable, world: dist.World) -> None:
+def place_models(config: Config, models: Models, trainable: Trainable, device: torch.device) -> None:
     """Nets to the device they are used on, those that leave it first; checkpointing around what gradients pass
     through."""
     family = models.family
@@ -98,11 +99,11 @@ def place(config: Config, models: Models, trainable: Trainable, world: dist.Worl
         unload(models)
     else:
         for net in models.encoders.values():
-            net.to("cpu" if caches_text(config) else world.device)
+            net.to("cpu" if caches_text(config) else device)
     if models.vaes is not None and not caches_latents(config):
-        models.vae.to(world.device)
-    models.denoiser.to(world.device)
-    trainable.modules().to(world.device)
+        models.vae.to(device)
+    models.denoiser.to(device)
+    trainable.modules().to(device)
     apply_memory_options(family.blocks(models.denoiser), config.memory)
     for name in models.encoders:
         if name in trainable.trained:

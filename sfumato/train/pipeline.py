@@ -20,7 +20,7 @@ from sfumato.sampling import prompts, sample
 from sfumato.tensors import attention
 from sfumato.tensors.noise import NoiseProcess
 from sfumato.train import dist, outputs
-from sfumato.train.devices import load_models, merge_base_weights, outline_models
+from sfumato.train.devices import load_models, outline_models
 from sfumato.train.progress import progress
 from sfumato.train.step import autocast
 from sfumato.train.trainables import read_adapter
@@ -44,7 +44,6 @@ class Pipeline:
         device = dist.device_of() if device is None else device
         models = outline_models(config)
         load_models(config, models)
-        merge_base_weights(config, models)
         models.denoiser.to(device)
         materialize(models, device)
         if models.vaes is not None:

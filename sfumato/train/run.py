@@ -29,7 +29,7 @@ from sfumato.tensors.noise import NoiseProcess
 from sfumato.train import checkpoints, dist, lock, log, loop, provenance, resume, state
 from sfumato.train.caching import Caches, fill_caches, open_data
 from sfumato.train.check import check, check_length, check_model
-from sfumato.train.devices import load_models, merge_base_weights, outline_models, peak_memory, place
+from sfumato.train.devices import load_models, outline_models, peak_memory, place_models
 from sfumato.train.plan import steps_line
 from sfumato.train.progress import console, progress
 from sfumato.train.step import Step, autocast
@@ -44,7 +44,6 @@ def cache(config: Config, datasets: tuple[DatasetConfig, ...]) -> Caches:
         check_model(config, models)
         data = open_data(config, datasets, world, models)
         load_models(config, models)
-        merge_base_weights(config, models)
         return fill_caches(config, data, models, world)
     finally:
         world.close()
@@ -98,15 +97,14 @@ def prepare(
         console.print(f"{budget.steps} steps in {budget.epochs} epochs")
     load_models(config, models, method, map=world.device.type != "cpu")
     process = models.process(config.noise, config.loss)
-    merge_base_weights(config, models)
     caches = fill_caches(config, data, models, world)
     trainable: Trainable = Adapters(models, config, plan) if plan else Full(models, config)
     samples = Samples(config, models, process, checked.prompts, world.device)
-    place(config, models, trainable, world)
+    place_models(config, models, trainable, world.device)
     optimizer = build.optimizer(config.optimizer, trainable.groups())
     if config.train.full_bf16:
         optimizer = build.in_low_bits(optimizer, config.train.seed)
-    step = _shared(Step(models, trainable, process, config.loss, precision), trainable, world)
+    step = _distributed(Step(models, trainable, process, config.loss, precision), trainable, world)
     loader = Loader(
         plan=data.plan, seed=config.train.seed, tokenize=models.tokenize_strategy.tokenize,
         latents=caches.latents, texts=caches.texts, prior_loss_weight=config.loss.prior_loss_weight,
@@ -120,8 +118,7 @@ def prepare(
         training_step=step, optimizer=optimizer, schedule=schedules.schedule(config.optimizer, optimizer, budget.steps),
         ema=EMA(trainable.weights(), config.optimizer.ema_decay) if config.optimizer.ema_decay else None,
         scaler=torch.amp.GradScaler(world.device.type, enabled=precision == "fp16"),
-        log=None, began=began,
-        sample=samples.write,
+        log=None, began=began, sample=samples.write,
         save_result=lambda path, step, epoch: trainable.save(path, facts.at(step, epoch)),
         save_state=lambda path: state.save(run, path), identity=resume.identity(config, plan, models.source),
     )  # fmt: skip
@@ -135,7 +132,7 @@ def prepare(
     return run
 
 
-def _shared(step: Step, trainable: Trainable, world: dist.World) -> nn.Module:
+def _distributed(step: Step, trainable: Trainable, world: dist.World) -> nn.Module:
     """The step, of which several processes exchange the gradients."""
     if world.size == 1:
         return step
