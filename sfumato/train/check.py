@@ -1,5 +1,4 @@
-"""Everything that can be told of a run before an image or a weight is read; `plan` and `train` ask the same
-function."""
+"""Every check of a run that needs no image and no weight; `plan` and `train` call the same function."""
 
 from __future__ import annotations
 
@@ -25,7 +24,7 @@ from sfumato.train.trainables import Adapters, Full, Trainable
 
 @dataclass(frozen=True, slots=True)
 class Trained:
-    """A component that is trained, as far as shapes tell."""
+    """A component that is trained, as far as shapes show."""
 
     component: str
     layers: int
@@ -38,7 +37,7 @@ class Trained:
 
 @dataclass(frozen=True, slots=True)
 class Checked:
-    """What a run will be, as far as its settings and the headers of its files tell."""
+    """What a run will be, as far as its settings and the headers of its files show."""
 
     prompts: list[Prompt]
     plan: AdapterPlan | None
@@ -49,11 +48,11 @@ class Checked:
     suffix: str
     """Ending of the result's file name; empty for a folder."""
     notes: tuple[str, ...] = ()
-    """What a user should know: settings that do not act, and what is other than in the state that is taken up."""
+    """What a user should know: settings that do not act, and what differs from the state that is resumed."""
 
 
 def check(config: Config, method: Method, datasets: tuple[DatasetConfig, ...], read: Sequence[Path] = ()) -> Checked:
-    """All that is known before an image or a weight is read. Errors: one `UserError` with all that was found.
+    """All that is known before an image or a weight is read. Errors: one `UserError` with everything that was found.
 
     Every check that needs only settings, headers or shapes has its place here, in one of three steps: what needs the
     settings alone, what needs the model's shapes, and what needs the weights that are trained (without values).
@@ -104,7 +103,7 @@ def check_length(config: Config, steps: int) -> list[str]:
 
 
 def _steps(config: Config) -> int | None:
-    """Optimizer steps of the run, if the settings alone say it."""
+    """Optimizer steps of the run, where the settings alone give them."""
     return None if config.train.max_train_epochs else config.train.max_train_steps or 1600
 
 
@@ -158,7 +157,7 @@ def _prompts(config: Config, datasets: tuple[DatasetConfig, ...]) -> list[Prompt
 
 
 def _trained(trainable: Trainable) -> Iterator[Trained]:
-    """A row a component."""
+    """One row per component."""
     by_path = trainable.network.by_path() if isinstance(trainable, Adapters) else None
     rates: dict[str, list[float]] = {}
     numbers: dict[str, int] = {}

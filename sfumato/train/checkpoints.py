@@ -99,7 +99,7 @@ def clean(event: SaveEvent, folder: Path, suffix: str) -> None:
 
 
 def _remove(path: Path) -> None:
-    """Remove an old result or state. What is not sfumato's stays; what cannot be removed is told, and does not end a
+    """Remove an old result or state. What is not sfumato's stays; what cannot be removed is reported, and ends no
     run."""
     try:
         if not path.is_dir():

@@ -1,4 +1,4 @@
-"""Models on devices: loaded in the number formats in which they are used, placed where they work, and away when they do
+"""Models on devices: read in the number formats in which they are used, moved to where they work, unloaded when they do
 not."""
 
 from __future__ import annotations
@@ -58,12 +58,12 @@ def _later(config: Config, family: Family) -> list[str]:
 
 
 def check_base_weights(config: Config, models: Models) -> None:
-    """That `base_weights` fit nets that need no values. Errors: `UserError`, of each file."""
-    if wrong := [message for path in config.network.base_weights for message in _misfit(models, path)]:
+    """That `base_weights` fit the nets, which need no values. Errors: `UserError`, with each file's."""
+    if wrong := [message for path in config.network.base_weights for message in _mismatch(models, path)]:
         raise UserError(*wrong)
 
 
-def _misfit(models: Models, path: str) -> tuple[str, ...]:
+def _mismatch(models: Models, path: str) -> tuple[str, ...]:
     """Why an adapter cannot be merged into nets of these shapes."""
     try:
         from_state(models.nets(), read_adapter(models, Path(path), "base_weights")).remove()

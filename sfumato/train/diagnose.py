@@ -1,4 +1,4 @@
-"""Why numbers are not finite: looked for once, when it has happened, so that no step pays for it."""
+"""Why numbers are not finite: examined once, when it has happened, so that no step pays for it."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ if TYPE_CHECKING:
     from sfumato.train.loop import Run
 
 
-def lost(run: Run, step: int, loss: float, rates: Mapping[str, float]) -> UserError:
+def not_finite(run: Run, step: int, loss: float, rates: Mapping[str, float]) -> UserError:
     """What to raise when the loss of a step is not finite: one message, with the cause. `rates`: by group, as they
     acted."""
-    said = f"the loss of step {step} is {loss}; nothing was saved after it, earlier results in output_dir are sound"
+    what = f"the loss of step {step} is {loss}; nothing was saved after it, earlier results in output_dir are sound"
     inner = getattr(run.training_step, "module", run.training_step)
     assert isinstance(inner, Step)
     models, trainable = inner.unowned
@@ -35,13 +35,13 @@ def lost(run: Run, step: int, loss: float, rates: Mapping[str, float]) -> UserEr
     ]
     for causes in (damaged(models, unchanged), _of_batches(run, inner, step)):
         if causes:
-            return UserError(f"{said}. {causes[0]}")
-    return UserError(f"{said}. {_of_training(run, step, rates)}")
+            return UserError(f"{what}. {causes[0]}")
+    return UserError(f"{what}. {_of_training(run, step, rates)}")
 
 
 @contextmanager
 def blaming(models: Models, components: Iterable[str]) -> Iterator[None]:
-    """Within, a message on numbers that are not finite gives way to one on the file of the net that made them, if that
+    """Within, an error about numbers that are not finite becomes one about the file of the net that made them, if that
     is the cause."""
     try:
         yield
@@ -68,7 +68,7 @@ def damaged(models: Models, components: Iterable[str]) -> list[str]:
 
 
 def _of_batches(run: Run, step: Step, number: int) -> list[str]:
-    """What is wrong with what the step was given."""
+    """What is wrong with the batches of the step."""
     epoch, place = divmod(number - 1, run.budget.steps_per_epoch)
     # By itself: the run's own readers may be on their way to the next batch.
     loader = replace(run.loader, workers=0)
@@ -81,7 +81,7 @@ def _of_batches(run: Run, step: Step, number: int) -> list[str]:
 @torch.no_grad()
 def _of_batch(run: Run, step: Step, batch: Batch) -> str:
     captions = ", ".join(map(repr, batch.captions))
-    again = "remove the cache, and it is made anew"
+    again = "remove the cache, and it is made again"
     if _broken(batch.latents):
         return f"The cached latents of one of the images with the captions {captions} are not finite: {again}"
     if batch.cond is not None and any(map(_broken, batch.cond.values())):
@@ -90,8 +90,8 @@ def _of_batch(run: Run, step: Step, batch: Batch) -> str:
         if batch.pixels is not None and _broken(step.latents(batch)):
             return f"The VAE overflows on one of the images with the captions {captions}: set no_half_vae"
         models, trainable = step.unowned
-        still = not any(name in models.encoders for name in trainable.trained)
-        if batch.cond is None and still and any(map(_broken, step.cond(batch).values())):
+        frozen = not any(name in models.encoders for name in trainable.trained)
+        if batch.cond is None and frozen and any(map(_broken, step.cond(batch).values())):
             return (
                 f"A text encoder overflows in {step.precision} on one of the captions {captions}: use mixed_precision "
                 "bf16 or no"
@@ -109,9 +109,9 @@ def _of_training(run: Run, number: int, rates: Mapping[str, float]) -> str:
             else "look at network_alpha, noise and loss settings, which scale what is trained"
         )
         return f"It is the first step, the model's files and the batch are sound: {cure}"
-    said = ", ".join(f"{rate:g} ({name})" for name, rate in rates.items())
+    were = ", ".join(f"{rate:g} ({name})" for name, rate in rates.items())
     return (
-        f"Lower the learning rate, which was {said}{', or use mixed_precision bf16 in place of fp16' if half else ''}"
+        f"Lower the learning rate, which was {were}{', or use mixed_precision bf16 in place of fp16' if half else ''}"
     )
 
 

@@ -1,7 +1,7 @@
 """Which process this is, which device it uses, and what a launcher asked for.
 
-`accelerate launch` and `torchrun` only start processes: what they say stands in the environment and is
-read here, once.
+`accelerate launch` and `torchrun` only start processes: what they set is in the environment and is read
+here, once.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class World:
 
     @property
     def main(self) -> bool:
-        """Whether this process writes files and speaks to the user."""
+        """Whether this process writes files and prints."""
         return self.rank == 0
 
     def wait(self) -> None:
@@ -81,13 +81,13 @@ def device_of(local_rank: int = 0) -> torch.device:
 
 
 def precision(asked: Precision | None) -> Precision:
-    """What the config asks for, else what `accelerate launch --mixed_precision` says, else "no"."""
-    said = asked or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    """What the config asks for, else what `accelerate launch --mixed_precision` sets, else "no"."""
+    name = asked or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     for known in DTYPES:
-        if said == known:
+        if name == known:
             return known
-    raise UserError(f"mixed_precision {said!r} (from accelerate launch) is not supported; expected {', '.join(DTYPES)}")
+    raise UserError(f"mixed_precision {name!r} (from accelerate launch) is not supported; expected {', '.join(DTYPES)}")
 
 
 DTYPES: dict[Precision, torch.dtype] = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-"""What frozen weights are held in, by mixed precision."""
+"""The number format of frozen weights, by mixed precision."""

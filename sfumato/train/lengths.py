@@ -1,5 +1,5 @@
 """Captions that are longer than the text encoders take: counted before training, with examples, as what is cut is not
-learnt."""
+learned."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ PORTION = 1000
 
 
 def too_long(plan: Plan, limits: Sequence[Limit], progress: Progress | None = None) -> list[str]:
-    """A line for each text encoder that cuts captions: how many, some of them, and what makes it take more."""
+    """One line per text encoder that cuts captions: how many, some of them, and what makes it take more."""
     owners = _owners(plan)
     texts, lines = list(owners), []
     for number, limit in enumerate(limits):

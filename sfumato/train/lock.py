@@ -45,7 +45,7 @@ def alone(folder: Path, name: str, *, main: bool = True) -> Iterator[None]:
 
 
 def taken(config: Config) -> str:
-    """Says that another run writes what this config asks for, just now; nothing when none does."""
+    """A message that another run writes what this config asks for, just now; empty when none does."""
     folder, name = Path(config.output.output_dir), config.output.output_name
     path = _path(folder, name)
     if not path.exists():
@@ -113,7 +113,7 @@ def _release(lock: BaseFileLock) -> None:
 def _make(folder: Path) -> list[Path]:
     """Make the folder; returns what had to be made, the innermost first."""
     missing = [p for p in (folder, *folder.parents) if not os.path.lexists(p)]
-    with suppress(OSError):  # what is wrong with it is told with all else that is
+    with suppress(OSError):  # what is wrong with it is reported with all other mistakes
         folder.mkdir(parents=True, exist_ok=True)
     return missing
 

@@ -1,4 +1,4 @@
-"""What is written down while training: JSON lines always, tensorboard and wandb when asked, the loss as an image."""
+"""What is logged while training: JSON lines always, tensorboard and wandb when asked, the loss as an image."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ class Sink(Protocol):
 
 
 class Lines:
-    """`NAME.jsonl`: one JSON object a line; a resumed run goes on where its state ends."""
+    """`NAME.jsonl`: one JSON object per line; a resumed run goes on where its state ends."""
 
     def __init__(self, path: Path, start: int) -> None:
         self.path = path
-        kept = [line for line in _lines(path) if _step_of(line) <= start] if start and path.exists() else []
-        files.write_text(path, "".join(line + "\n" for line in kept))
+        earlier = [line for line in _lines(path) if _step_of(line) <= start] if start and path.exists() else []
+        files.write_text(path, "".join(line + "\n" for line in earlier))
         self.file = path.open("a", buffering=1, encoding="utf-8")
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
@@ -39,16 +39,16 @@ class Lines:
 
 
 def _lines(path: Path) -> list[str]:
-    """A log's lines; a byte that is no text, as a crash may leave it, costs its own line alone."""
+    """A log's lines; a byte that is not text, as a crash may leave it, costs its own line alone."""
     return path.read_text(encoding="utf-8", errors="replace").split("\n")
 
 
 def _entry(line: str) -> dict[str, Any]:
-    """What a line says, or nothing if it says no numbers of a step."""
+    """The numbers of a line; empty if it holds none of a step."""
     with suppress(ValueError, RecursionError):
-        said = json.loads(line)
-        if isinstance(said, dict) and isinstance(said.get("step"), (int, float)):
-            return {name: value for name, value in said.items() if isinstance(value, (int, float))}
+        values = json.loads(line)
+        if isinstance(values, dict) and isinstance(values.get("step"), (int, float)):
+            return {name: value for name, value in values.items() if isinstance(value, (int, float))}
     return {}
 
 
@@ -108,7 +108,7 @@ def check(config: LogConfig) -> None:
 
 
 class Log:
-    """All sinks of a run. One that fails is told of once and tried again with the next line: no training ends for its
+    """All sinks of a run. One that fails is reported once and tried again with the next line: no training ends for its
     log."""
 
     def __init__(self, config: Config, start: int, settings: Mapping[str, Any]) -> None:
@@ -157,7 +157,7 @@ def smooth(values: list[float], weight: float) -> list[float]:
 
 
 def curve(log: Path, image: Path) -> None:
-    """Draw the loss and the learning rates of a log as a PNG."""
+    """Plot the loss and the learning rates of a log as a PNG."""
     from matplotlib.figure import Figure
 
     numbers = read(log)

@@ -1,4 +1,4 @@
-"""The one loop: batches in, optimizer steps, and now and then an image, a result or the run's state.
+"""The one loop: batches in, optimizer steps, and now and then images, a result or the run's state.
 
 One clock, the optimizer step: schedule, intervals, file names and resuming read it alone.
 """
@@ -102,7 +102,7 @@ class Run:
 
 @dataclass(slots=True)
 class PendingMetrics:
-    """Losses that still lie on the device, so that no step waits for one to be read."""
+    """Losses that are still on the device, so that no step waits for one to be read."""
 
     values: list[tuple[int, Tensor, Tensor, list[float]]] = field(default_factory=list)
     read: float = 0.0
@@ -112,7 +112,7 @@ class PendingMetrics:
         self.values.append((step, loss, norm, rates))
 
     def flush(self, run: Run, epoch: int) -> None:
-        """Read, check and write what has gathered."""
+        """Read, check and log what has gathered."""
         if not self.values:
             return
         numbers = torch.stack(
@@ -121,7 +121,7 @@ class PendingMetrics:
         for (step, _, _, rates), (loss, norm) in zip(self.values, numbers, strict=True):
             named = dict(zip([g["name"] for g in run.optimizer.param_groups], rates, strict=True))
             if not math.isfinite(loss):
-                raise diagnose.lost(run, step, loss, named)
+                raise diagnose.not_finite(run, step, loss, named)
             self.average = loss if math.isnan(self.average) else 0.95 * self.average + 0.05 * loss
             if run.log:
                 lrs = {f"lr/{n}": lr for n, lr in named.items()}
@@ -139,9 +139,9 @@ class Interrupt:
 
     def __enter__(self) -> Interrupt:
         for number in (signal.SIGINT, signal.SIGTERM):
-            # Only the main thread may listen; elsewhere (a notebook's worker, say) the default stays.
+            # Only the main thread may handle signals; elsewhere (a notebook's worker, say) the default stays.
             try:
-                self.old[number] = signal.signal(number, self._hear)
+                self.old[number] = signal.signal(number, self._handle)
             except ValueError:
                 break
         return self
@@ -150,7 +150,7 @@ class Interrupt:
         for number, handler in self.old.items():
             signal.signal(number, handler)
 
-    def _hear(self, number: int, frame: FrameType | None) -> None:
+    def _handle(self, number: int, frame: FrameType | None) -> None:
         self.asked = True
         for n, handler in self.old.items():
             signal.signal(n, handler)
@@ -265,7 +265,7 @@ def _due_actions(run: Run, epoch: int) -> Callable[[], None] | None:
 
 
 def _save(run: Run, event: checkpoints.SaveEvent, epoch: int, *, last: bool = False) -> None:
-    """Save what is due. What cannot be written (a full disk) is told, and training goes on: the old results are
+    """Save what is due. What cannot be written (a full disk) is reported, and training goes on: the old results are
     untouched, none is removed, and there may be room when the next is due. `last`: nothing comes after it, so errors
     are raised, once all is tried."""
     folder = Path(run.config.output.output_dir)
@@ -299,8 +299,8 @@ def _save_state(run: Run, event: checkpoints.SaveEvent) -> None:
 
 
 def save_what_is_done(run: Run, *, anyway: bool = False) -> None:
-    """After an error: the state of the run, if states are asked for and there are whole steps that none holds yet. Says
-    where it is.
+    """After an error: save the state of the run and print where, if states are asked for and there are whole steps that
+    none holds yet.
 
     `anyway`: even if none is asked for.
     """

@@ -12,7 +12,7 @@ from sfumato.train.progress import console
 
 @dataclass(slots=True)
 class Mishaps:
-    """Those of a run."""
+    """Those of a run, each reported once."""
 
     reported: set[str] = field(default_factory=set)
 

@@ -1,7 +1,7 @@
-"""What a run would write, held against what it reads: nothing of the user's is overwritten, and every name can be
+"""What a run would write, compared with what it reads: nothing of the user's is overwritten, and every name can be
 written.
 
-Only paths that exist can be lost, so the folder of the results is looked through for names that this run may write.
+Only paths that exist can be lost, so the folder of the results is searched for names that this run may write.
 """
 
 from __future__ import annotations
@@ -50,8 +50,8 @@ def check(
     folder = Path(config.output.output_dir)
     layout = source.layout if source else "single_file"
     inputs = _inputs(config, datasets, source, read)
-    wrong = _where(folder)
-    # A model's folder comes before those in it, so the first that fits says it all.
+    wrong = _folder_mistakes(folder)
+    # A model's folder comes before those in it, so the first that fits is enough.
     if inside := next(((setting, path) for setting, path in inputs.folders if _inside(folder, path)), None):
         wrong.append(
             f"output_dir: {folder} is in the model that {inside[0]} names ({inside[1]}); choose a folder outside of it"
@@ -68,7 +68,7 @@ def check(
 
 def check_samples(folder: Path) -> None:
     """Errors: `UserError` if sample images cannot be written below a folder."""
-    if wrong := _where(folder) + _not_folders(folder, ["sample"]):
+    if wrong := _folder_mistakes(folder) + _not_folders(folder, ["sample"]):
         raise UserError(*wrong)
 
 
@@ -110,7 +110,7 @@ def _inputs(
     return found
 
 
-def _where(folder: Path) -> list[str]:
+def _folder_mistakes(folder: Path) -> list[str]:
     """What is wrong with the folder of the results."""
     there = next(p for p in (folder.absolute(), *folder.absolute().parents) if os.path.lexists(p))
     if not there.is_dir():
@@ -127,7 +127,7 @@ def _existing(config: Config, suffix: str, components: Sequence[str]) -> Iterato
     folder, name = Path(config.output.output_dir), config.output.output_name
     with suppress(OSError):
         for entry in sorted(os.listdir(folder)):
-            # On disks that do not tell capitals apart, `Model.toml` is what `model.toml` is written over.
+            # On disks that do not distinguish capitals, `Model.toml` is what `model.toml` is written over.
             rest = entry[len(name) :].lower()
             if entry[: len(name)].casefold() != name.casefold() or not os.path.lexists(folder / f"{name}{rest}"):
                 continue
@@ -165,13 +165,13 @@ def _collisions(path: Path, is_folder: bool, inputs: Inputs) -> list[str]:
                 f"output_name: the result {path} would take the place of a folder that holds {file}, which {setting} "
                 f"names; {cure}"
             ]
-    for folder, deep, endings in inputs.images:
+    for folder, recursive, endings in inputs.images:
         if is_folder and _inside(folder, path):
             return [
                 f"output_name: the result {path} would take the place of a folder that holds images of the dataset; "
                 f"{cure}"
             ]
-        if path.suffix in endings and (_inside(path.parent, folder) if deep else _same(path.parent, folder)):
+        if path.suffix in endings and (_inside(path.parent, folder) if recursive else _same(path.parent, folder)):
             return [f"output_name: {path} would be written over a file of the dataset's folder {folder}; {cure}"]
     if is_folder:
         return [why] if (why := irreplaceable(path)) else []

@@ -41,7 +41,7 @@ def show(config: Config, method: Method, datasets: tuple[DatasetConfig, ...], re
     answers.print(steps_line(data.plan, budget))
     answers.print(f"{budget.steps} steps in all, {budget.epochs} epochs")
     answers.print(
-        f"kept between steps: {' and '.join(_kept(config)) or 'nothing: images and captions are encoded in every step'}"
+        f"cached: {' and '.join(_cached(config)) or 'nothing: images and captions are encoded in every step'}"
     )
     print_table(RESULTS, _results(config, budget, checked))
     if other := lock.taken(config):
@@ -67,7 +67,7 @@ def facts(
         "steps_per_epoch": budget.steps_per_epoch,
         "steps": budget.steps,
         "epochs": budget.epochs,
-        "kept": _kept(config),
+        "kept": _cached(config),
         "another_run": lock.taken(config),
         "results": [dict(zip(RESULTS, row, strict=True)) for row in _results(config, budget, checked)],
     }
@@ -117,7 +117,7 @@ def steps_line(plan: Plan, budget: StepBudget) -> str:
 
 
 def _checked(config: Config, method: Method, datasets: tuple[DatasetConfig, ...], read: Sequence[Path]) -> Checked:
-    """As `check`, and nets that a training makes only where nothing is kept of what they say."""
+    """As `check`; makes the nets, too, that a training needs only where their outputs are not cached."""
     checked = check(config, method, datasets, read)
     checked.models.make(checked.models.source.components)
     return checked
@@ -141,7 +141,7 @@ def _trained_row(each: Trained) -> tuple[str, ...]:
     return each.component, f"{each.layers:,}", f"{each.numbers:,}", f"{each.numbers * 4 / 2**20:,.1f}", rates
 
 
-def _kept(config: Config) -> list[str]:
+def _cached(config: Config) -> list[str]:
     return [
         name for name, cached in (("latents", caches_latents(config)), ("text outputs", caches_text(config))) if cached
     ]

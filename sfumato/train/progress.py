@@ -1,5 +1,4 @@
-"""What a run says on the terminal: lines and tables as they are, progress with speed and ETA (plain lines now and then
-in a file)."""
+"""What a run prints: lines and tables as they are, progress with speed and ETA (plain lines now and then in a file)."""
 
 from __future__ import annotations
 
@@ -44,16 +43,16 @@ def _literal(kind: type[Console], *, stderr: bool) -> Console:
 
 
 console = _literal(_Steady, stderr=True)
-"""What is said along the way."""
+"""Messages along the way, on stderr."""
 answers = _literal(Console, stderr=False)
-"""What was asked for, such as the answer of `sfumato plan`."""
+"""What was asked for, such as the table of `sfumato plan`, on stdout."""
 
 
 def print_table(columns: Sequence[str], rows: Sequence[Sequence[str | int]]) -> None:
     """Print a table on stdout; no cell is cut: where the terminal is narrow, headings and the longest cells are broken
     into lines."""
-    words = [tuple(map(str, row)) for row in rows]
-    longest = [max(map(cell_len, cells)) for cells in zip(*words, strict=True)] or [0] * len(columns)
+    texts = [tuple(map(str, row)) for row in rows]
+    longest = [max(map(cell_len, cells)) for cells in zip(*texts, strict=True)] or [0] * len(columns)
     whole = [max(cells, cell_len(column)) for column, cells in zip(columns, longest, strict=True)]
     narrow = 1 + sum(width + 3 for width in whole) > answers.width
     table, least = Table(), 1
@@ -63,7 +62,7 @@ def print_table(columns: Sequence[str], rows: Sequence[Sequence[str | int]]) -> 
         broken = cells == max(longest)
         least += 3 + (min(width, NARROWEST) if broken else width)
         table.add_column(Text(textwrap.fill(column, width)), overflow="fold", no_wrap=not broken)
-    for row in words:
+    for row in texts:
         table.add_row(*map(Text, row))
     # What is wider even so is left to the terminal, which breaks the lines: a narrower table would lose letters.
     shown = answers.render(table, answers.options.update(width=max(answers.width, least)))
@@ -71,41 +70,41 @@ def print_table(columns: Sequence[str], rows: Sequence[Sequence[str | int]]) -> 
 
 
 NARROWEST = 12
-"""Letters a line that the longest cells of a table keep."""
+"""Letters per line that the longest cells of a table keep."""
 
 
 class Bar:
-    """How far one job is."""
+    """The progress of one job."""
 
     def __init__(self, title: str, total: int, start: int = 0, *, quiet: bool = False) -> None:
         self.title, self.total, self.start, self.done = title, total, start, start
-        self.began = self.spoke = time.monotonic()
+        self.began = self.printed = time.monotonic()
         self.note = ""
         self.bar: rich_progress.Progress | None = None
         self.quiet = quiet
         if console.is_terminal and not quiet:
             self.bar = rich_progress.Progress(
-                _words("{task.description}"), BarColumn(), MofNCompleteColumn(), TaskProgressColumn(),
-                TimeElapsedColumn(), _words("left"), TimeRemainingColumn(), _words("{task.fields[note]}"),
+                _column("{task.description}"), BarColumn(), MofNCompleteColumn(), TaskProgressColumn(),
+                TimeElapsedColumn(), _column("left"), TimeRemainingColumn(), _column("{task.fields[note]}"),
                 console=console,
             )  # fmt: skip
             self.bar.start()
             self.task = self.bar.add_task(title, total=total, completed=start, note="")
 
     def speed(self) -> float:
-        """Units a second since the start."""
+        """Units per second since the start."""
         return (self.done - self.start) / max(time.monotonic() - self.began, 1e-9)
 
     def to(self, done: int, note: str = "") -> None:
-        """Say that `done` of `total` is done."""
+        """Show that `done` of `total` is done."""
         self.done, self.note = done, note
         if self.bar:
             self.bar.update(self.task, completed=done, note=note)
-        elif not self.quiet and time.monotonic() - self.spoke > 15:
-            self.spoke = time.monotonic()
+        elif not self.quiet and time.monotonic() - self.printed > 15:
+            self.printed = time.monotonic()
             left = (self.total - done) / max(self.speed(), 1e-9)
             console.print(
-                f"{self.title} {done}/{self.total}  {self.speed():.2f}/s  {_clock(left)} left  {note}".rstrip()
+                f"{self.title} {done}/{self.total}  {self.speed():.2f}/s  {_duration(left)} left  {note}".rstrip()
             )
 
     def close(self) -> None:
@@ -113,11 +112,11 @@ class Bar:
             self.bar.stop()
 
 
-def _words(template: str) -> TextColumn:
+def _column(template: str) -> TextColumn:
     return TextColumn(template, markup=False)
 
 
-def _clock(seconds: float) -> str:
+def _duration(seconds: float) -> str:
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"

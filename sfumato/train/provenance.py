@@ -1,4 +1,4 @@
-"""What a result says of how it was made: modelspec and kohya's `ss_*` fields, gathered from the run."""
+"""The metadata of a result, which says how it was made: modelspec and kohya's `ss_*` fields, gathered from the run."""
 
 from __future__ import annotations
 
@@ -28,9 +28,7 @@ def now() -> float:
     return float(os.environ.get("SOURCE_DATE_EPOCH") or time.time())
 
 
-@dataclass(
-    slots=True,
-)
+@dataclass(slots=True)
 class Facts:
     """All that a result's metadata is made of."""
 
@@ -50,12 +48,12 @@ class Facts:
         """The metadata of a result after `step` optimizer steps, in `epoch` (counted from 0)."""
         spec = self._modelspec()
         self._datasets = self._datasets or datasets(self.plan)  # counting all tags takes a while for many images
-        told = metadata.training(self.config, self._run(step, epoch + 1), self._datasets)
+        training = metadata.training(self.config, self._run(step, epoch + 1), self._datasets)
         if self.config.output.no_metadata:
-            return spec | told
+            return spec | training
         # Hashing the base model reads all of it, once; later runs remember.
         self._base = self._base or self._base_model()
-        return spec | told | self._base
+        return spec | training | self._base
 
     def _family(self) -> FamilyFacts:
         return families.facts(self.models.family.name)
@@ -78,13 +76,13 @@ class Facts:
 
     def _prediction(self) -> str:
         process = self.models.process(self.config.noise, self.config.loss)
-        said = str(process.scheduler_config()["prediction_type"])
-        return {"v_prediction": "v"}.get(said, said)
+        name = str(process.scheduler_config()["prediction_type"])
+        return {"v_prediction": "v"}.get(name, name)
 
     def _base_model(self) -> dict[str, str]:
         model = self.config.model
         if not self.models.source.in_place():
-            return {}  # another file stands there now, whose hash would be a lie
+            return {}  # another file stands there now, whose hash would be wrong
         out = metadata.base_model(model.pretrained_model_name_or_path)
         return out | (metadata.base_model(model.vae, "vae") if model.vae else {})
 
@@ -122,11 +120,11 @@ def _as_kohya_calls(module: str) -> str:
 
 
 def datasets(plan: Plan) -> list[metadata.DatasetFacts]:
-    """What the scan found, a record a dataset."""
+    """What the scan found, one record per dataset."""
     out, folders = [], plan.folders()
     for d, dataset in enumerate(plan.datasets):
         by_subset = [folders[d, s] for s in range(len(dataset.subsets))]
-        items = [item for mine in by_subset for item in mine]
+        items = [item for subset in by_subset for item in subset]
         buckets: Counter[tuple[int, int]] = Counter()
         for item in items:
             buckets[item.placement.bucket] += item.repeats
@@ -134,10 +132,10 @@ def datasets(plan: Plan) -> list[metadata.DatasetFacts]:
         out.append(
             metadata.DatasetFacts(
                 config=dataset,
-                images=[len(mine) for mine in by_subset],
+                images=[len(subset) for subset in by_subset],
                 tags=[
-                    Counter(tag for i in mine for tag in captions.tags(i.image.captions, plan.subset(i)))
-                    for mine in by_subset
+                    Counter(tag for i in subset for tag in captions.tags(i.image.captions, plan.subset(i)))
+                    for subset in by_subset
                 ],
                 buckets=buckets,
                 mean_ar_error=sum(errors) / max(len(errors), 1),

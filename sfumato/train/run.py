@@ -81,7 +81,7 @@ def prepare(
     began: float,
     read: Sequence[Path] = (),
 ) -> loop.Run:
-    """Everything up to the first step, in this order: what headers tell, images, model, caches, trainable, memory,
+    """Everything up to the first step, in this order: checks, images, model, caches, trainable, memory,
     optimizer, state."""
     precision = dist.precision(config.train.mixed_precision)
     config = resume.settle(config)

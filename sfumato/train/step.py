@@ -27,8 +27,7 @@ def autocast(device: torch.device, precision: Precision) -> AbstractContextManag
 class Step(nn.Module):
     """A batch -> the sum of its samples' weighted errors (a scalar, fp32).
 
-    A module, so that DistributedDataParallel can stand around it; it holds what is trained and looks at
-    the rest.
+    A module, so that DistributedDataParallel can wrap it; it owns what is trained and only uses the rest.
     """
 
     def __init__(
@@ -36,7 +35,7 @@ class Step(nn.Module):
     ) -> None:
         super().__init__()
         self.trained = trainable.modules()
-        # In a tuple, so that the frozen nets do not become this module's own.
+        # In a tuple, so that the frozen nets do not become submodules.
         self.unowned = (models, trainable)
         self.process, self.loss, self.precision = process, loss, precision
 
@@ -64,7 +63,7 @@ class Step(nn.Module):
         return losses.sample_losses(error, batch.mask, noised.weight, batch.weight).sum()
 
     def cond(self, batch: Batch) -> Cond:
-        """The batch's cond, as kept or from the encoders."""
+        """The batch's cond, as cached or encoded now."""
         if batch.cond is not None:
             return {name: t.float() if t.is_floating_point() else t for name, t in batch.cond.items()}
         if batch.tokens is None:
