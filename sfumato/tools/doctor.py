@@ -72,7 +72,7 @@ def installed(name: str) -> str | None:
 
 
 def _memory() -> int | None:
-    """Bytes of main memory, where the system says."""
+    """Bytes of main memory, where the system reports it."""
     try:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (AttributeError, OSError, ValueError):  # Windows has no sysconf
@@ -115,44 +115,46 @@ def _device(i: int) -> dict[str, Any]:
 
 def verdicts(facts: dict[str, Any]) -> list[dict[str, str]]:
     """What the facts mean for training, the worst first."""
-    said = [*_software(facts), *_cards(facts), *_room(facts)]
-    return sorted(said, key=lambda v: ("problem", "warning", "ok").index(v["level"]))
+    every = [*_software(facts), *_cards(facts), *_room(facts)]
+    return sorted(every, key=lambda v: ("problem", "warning", "ok").index(v["level"]))
 
 
-def _say(level: str, text: str) -> dict[str, str]:
+def _verdict(level: str, text: str) -> dict[str, str]:
     return {"level": level, "text": text}
 
 
 def _software(facts: dict[str, Any]) -> list[dict[str, str]]:
-    said = []
+    out = []
     if facts["bits"] == 32:
-        said.append(
-            _say("problem", "this Python is a 32-bit build, which torch does not support: install a 64-bit one")
+        out.append(
+            _verdict("problem", "this Python is a 32-bit build, which torch does not support: install a 64-bit one")
         )
     if missing := [name for name, found in facts["libraries"].items() if found is None]:
-        said.append(_say("problem", f"not installed: {', '.join(missing)}; run `pip install -e .` in sfumato's folder"))
+        out.append(
+            _verdict("problem", f"not installed: {', '.join(missing)}; run `pip install -e .` in sfumato's folder")
+        )
     if "torch_error" in facts:
-        said.append(_say("problem", f"torch does not start: {facts['torch_error']}"))
+        out.append(_verdict("problem", f"torch does not start: {facts['torch_error']}"))
     elif tuple(int(n) for n in facts["libraries"]["torch"].split(".")[:2]) < LEAST_TORCH:
-        said.append(
-            _say(
+        out.append(
+            _verdict(
                 "problem",
                 f"torch {facts['libraries']['torch']} is too old: {'.'.join(map(str, LEAST_TORCH))} or newer is needed",
             )
         )
     for name, found in facts["optional"].items():
         if found is None:
-            said.append(_say("ok", f"{name} is not installed (optional: {OPTIONAL[name]})"))
-    return said
+            out.append(_verdict("ok", f"{name} is not installed (optional: {OPTIONAL[name]})"))
+    return out
 
 
 def _cards(facts: dict[str, Any]) -> list[dict[str, str]]:
-    said = []
+    out = []
     for i, card in enumerate(facts["devices"]):
         name = f"card {i}, {card['name']}"
         if card["error"]:
-            said.append(
-                _say(
+            out.append(
+                _verdict(
                     "problem",
                     f"{name}: torch cannot compute on it ({card['error']}); install a torch built for "
                     f"{card['capability']}",
@@ -163,29 +165,29 @@ def _cards(facts: dict[str, Any]) -> list[dict[str, str]]:
                 card["memory_free"],
                 "mixed_precision bf16" if card["bf16"] else "mixed_precision fp16 (it has no bf16)",
             )
-            said.append(_say("ok", f"{name}: {size(free)} of {size(card['memory'])} free; use {precision}"))
+            out.append(_verdict("ok", f"{name}: {size(free)} of {size(card['memory'])} free; use {precision}"))
             if free < card["memory"] / 2:
-                said.append(_say("warning", f"{name}: more than half of its memory is taken by other programs"))
+                out.append(_verdict("warning", f"{name}: more than half of its memory is taken by other programs"))
     if not facts["devices"]:
         built = facts.get("cuda_build") or facts.get("hip_build")
         why = "no card is visible to it (driver? CUDA_VISIBLE_DEVICES?)" if built else "this torch is a CPU build"
         where = "on Apple's GPU" if facts.get("mps") else f"on the CPU: {why}"
-        said.append(_say("ok" if facts.get("mps") else "warning", f"training runs {where}"))
-    return said
+        out.append(_verdict("ok" if facts.get("mps") else "warning", f"training runs {where}"))
+    return out
 
 
 def _room(facts: dict[str, Any]) -> list[dict[str, str]]:
-    said = []
+    out = []
     for folder, free in facts["disk_free"].items():
-        said.append(_say("warning" if free < LEAST_DISK else "ok", f"{size(free)} free on the disk of {folder}"))
+        out.append(_verdict("warning" if free < LEAST_DISK else "ok", f"{size(free)} free on the disk of {folder}"))
     if facts["memory"]:
-        said.append(
-            _say(
+        out.append(
+            _verdict(
                 "warning" if facts["memory"] < LEAST_MEMORY else "ok",
                 f"{size(facts['memory'])} of main memory, {facts['cpus']} CPUs",
             )
         )
-    return said
+    return out
 
 
 def size(count: float) -> str:

@@ -23,9 +23,9 @@ def describe(path: str | Path) -> dict[str, Any]:
     """JSON-able facts of a file, a diffusers folder, or a folder of one component's weights.
 
     `kind`: checkpoint, adapter, vae, text_encoder, embedding, controlnet or unknown (then `seems` says more);
-    `family`, `variant`, `dialect`, `prediction`: None where the file does not say; `parts` of a checkpoint;
+    `family`, `variant`, `dialect`, `prediction`: None where the file does not show it; `parts` of a checkpoint;
     `tensors`, `parameters`, `bytes`: counts; `dtypes`: tensors of each; `ranks`: LoRA layers of each rank;
-    `metadata`: as in the file. Errors: `UserError` for what is missing, truncated or no weight file.
+    `metadata`: as in the file. Errors: `UserError` for what is missing, truncated or not a weight file.
     """
     path = Path(path).expanduser()
     headers = _headers(path)
@@ -54,12 +54,12 @@ def describe(path: str | Path) -> dict[str, Any]:
 
 
 def text(facts: dict[str, Any]) -> str:
-    """The facts for a reader: one a line, long metadata cut."""
+    """The facts for a reader: one per line, long metadata cut."""
     of = " ".join(str(facts[key]) for key in ("family", "variant") if facts[key])
     lines = [f"{facts['path']}: {facts['kind'].replace('_', ' ')}{f' of {of}' if of else ''}"]
     if "seems" in facts:
         lines.append(f"  {facts['seems']}")
-    told = {
+    labelled = {
         "names": facts["dialect"],
         "prediction": facts["prediction"],
         "parts": ", ".join(facts["parts"]),
@@ -68,7 +68,7 @@ def text(facts: dict[str, Any]) -> str:
         "size": f"{facts['bytes'] / 2**20:,.1f} MiB",
         "LoRA": ", ".join(f"{n:,} layers of rank {rank}" for rank, n in facts["ranks"].items()),
     }
-    lines += [f"  {name:<12}{value}" for name, value in told.items() if value]
+    lines += [f"  {name:<12}{value}" for name, value in labelled.items() if value]
     if facts["metadata"]:
         lines.append("  metadata")
     for key, value in sorted(facts["metadata"].items()):

@@ -27,7 +27,7 @@ RESULTS = ("after", "files")
 def show(config: Config, method: Method, datasets: tuple[DatasetConfig, ...], read: Sequence[Path] = ()) -> None:
     """`sfumato plan`: print what a training would do. Errors: `UserError`, as the training itself would give before its
     first step."""
-    config = resume.settle(config)
+    config = resume.resolve_auto(config)
     checked = _checked(config, method, datasets, read)
     data = open_data(config, datasets, dist.outside(), checked.models, answers.print)
     warn_of_long_captions(data, checked.models, answers.print)
@@ -52,7 +52,7 @@ def facts(
     config: Config, method: Method, datasets: tuple[DatasetConfig, ...], read: Sequence[Path] = ()
 ) -> dict[str, Any]:
     """`sfumato plan --json`: the same, for scripts. Errors: as `show`."""
-    config, notes = resume.settle(config), list[str]()
+    config, notes = resume.resolve_auto(config), list[str]()
     checked = _checked(config, method, datasets, read)
     data = open_data(config, datasets, dist.outside(), checked.models, notes.append)
     warn_of_long_captions(data, checked.models, notes.append)

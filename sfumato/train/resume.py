@@ -1,9 +1,10 @@
-"""What a run is, kept in its states, and whether another run may take a state up: told or refused from `facts.json`
-alone, early."""
+"""What a run is, as its states record it, and whether another run may resume from one: reported or refused early, from
+`facts.json` alone."""
 
 from __future__ import annotations
 
 import json
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import partial
@@ -25,27 +26,21 @@ from sfumato.optim.trial import Trial
 from sfumato.train import checkpoints, dist
 from sfumato.train.progress import console
 
-_SILENT = ("model", "data", "output", "memory", "sample", "log")
+_NOT_COMPARED = ("model", "data", "output", "memory", "sample", "log")
 """Sections that do not change what is trained, or are compared by what they name: the base model, the datasets."""
-_ELSEWHERE = (
-    *(
-        "max_train_steps",
-        "max_train_epochs",
-        "max_data_loader_n_workers",
-        "persistent_data_loader_workers",
-        "mixed_precision",
-    ),
-    *("optimizer_type", "optimizer_args", "ema_decay"),
-    *("network_module", "network_dim", "network_weights", "dim_from_weights"),
-)
-"""Settings that change nothing, or are spoken of apart."""
-_START = ("d0",)
+_COMPARED_APART = (
+    "max_train_steps", "max_train_epochs", "max_data_loader_n_workers", "persistent_data_loader_workers",
+    "mixed_precision", "optimizer_type", "optimizer_args", "ema_decay",
+    "network_module", "network_dim", "network_weights", "dim_from_weights",
+)  # fmt: skip
+"""Settings that change nothing, or have a message of their own."""
+_AT_START = ("d0",)
 """Arguments that act when a run begins, and never after."""
 
 
-def settle(config: Config) -> Config:
-    """The config with the state's folder in place of `auto`: the newest one, or None where there is none yet, which is
-    said."""
+def resolve_auto(config: Config) -> Config:
+    """The config with the newest state's folder in place of `auto`, or with None where there is no state yet, which is
+    printed."""
     output = config.output
     if output.resume != "auto":
         return config
@@ -58,19 +53,19 @@ def settle(config: Config) -> Config:
 def identity(config: Config, plan: AdapterPlan | None, source: Checkpoint) -> dict[str, Any]:
     """What a run is, in JSON's values: its settings, the base model and what is trained."""
     files = {component.flag for component in families.of(config.family).components}
-    told = as_json(asdict(config))
-    told["family"] = {name: value for name, value in (told["family"] or {}).items() if name not in files}
+    settings = as_json(asdict(config))
+    settings["family"] = {name: value for name, value in (settings["family"] or {}).items() if name not in files}
     return {
-        "config": told,
+        "config": settings,
         "precision": dist.precision(config.train.mixed_precision),
-        "base": {name: _sampled(weights) for name, weights in source.components.items()},
+        "base": {name: _digest(weights) for name, weights in source.components.items()},
         "adapter": {"kind": plan.kind.__name__, "rank": plan.rank, "conv_rank": plan.conv_rank} if plan else None,
     }
 
 
 def check(config: Config, plan: AdapterPlan | None, source: Checkpoint, tried: Trial) -> list[str]:
-    """What is other than in the state that `resume` names, a line each. Errors: `UserError` for what a resumed run
-    cannot change."""
+    """A line for each difference to the state that `resume` names. Errors: `UserError` for what a resumed run cannot
+    change."""
     if config.output.resume is None:
         return []
     folder = Path(config.output.resume)
@@ -130,34 +125,27 @@ def _other_optimizer(config: Config, facts: Mapping[str, Any], tried: Trial) -> 
     if before is not None and before != path_of(tried.optimizer):
         return [f"the optimizer was {before} and is now {path_of(tried.optimizer)}; set that again"]
     try:
-        entries = runs.unpack(packed, _Nothing())["state"].values()
-        kept = {key for each in entries for key in each}
+        entries = runs.unpack(packed, defaultdict[str, Any](lambda: None))["state"].values()
+        found = {key for each in entries for key in each}
     except (LookupError, TypeError, AttributeError, ValueError):
-        return ["what it says of the optimizer is damaged"]
+        return ["its record of the optimizer is damaged"]
     needed = {key for each in tried.optimizer.state.values() for key in each}
-    if tried.stepped and kept and (lacking := sorted(needed - kept)):
+    if tried.stepped and found and (lacking := sorted(needed - found)):
         return [
             f"{name} needs {', '.join(lacking)} in it; was it of another optimizer, or were other optimizer_args used?"
         ]
     return []
 
 
-class _Nothing(dict[str, Any]):
-    """In place of tensors that are not read."""
-
-    def __missing__(self, key: str) -> None:
-        return None
-
-
 def _other_base(config: Config, saved: Mapping[str, Any], now: Mapping[str, Any], source: Checkpoint) -> list[str]:
     then = saved["base"]
-    other = [name for name, print_of in now["base"].items() if name != "vae" and then.get(name, print_of) != print_of]
-    if not other:
+    changed = [name for name, digest in now["base"].items() if name != "vae" and then.get(name, digest) != digest]
+    if not changed:
         return []
-    where = ", ".join(dict.fromkeys(str(source.components[name].where) for name in other))
+    where = ", ".join(dict.fromkeys(str(source.components[name].where) for name in changed))
     cure = "with the result as network_weights" if now["adapter"] else "from the result"
     return [
-        f"{where} is not the model that the run began with ({', '.join(other)}); give that one, or start anew {cure}"
+        f"{where} is not the model that the run began with ({', '.join(changed)}); give that one, or start anew {cure}"
     ]
 
 
@@ -189,38 +177,38 @@ def _other_adapter(
     return out
 
 
-# --- what is told ---
+# --- what is reported ---
 
 
 def changes(saved: Mapping[str, Any], now: Mapping[str, Any], kind: type[torch.optim.Optimizer]) -> list[str]:
-    """A line for each setting that is other than in the state, and what becomes of it."""
+    """A line for each setting that differs from the state's, with what that means."""
     then, here = saved["config"], now["config"]
-    said = partial("{} was {} and is now {}: it acts from here on".format)
-    lines = [said(name, _shown(a), _shown(b)) for name, a, b in _differing(then, here)]
+    changed = partial("{} was {} and is now {}: it acts from here on".format)
+    lines = [changed(name, _shown(a), _shown(b)) for name, a, b in _differing(then, here)]
     lines += [
-        said(f"optimizer_args {name}", *map(_shown, pair)) for name, pair in changed_args(then, here, kind).items()
+        changed(f"optimizer_args {name}", *map(_shown, pair)) for name, pair in changed_args(then, here, kind).items()
     ]
     if (a := saved["precision"]) != (b := now["precision"]):
-        lines.append(said("mixed_precision", a, b))
+        lines.append(changed("mixed_precision", a, b))
     if then["network"]["network_weights"] != (file := here["network"]["network_weights"]) and file:
         lines.append(f"network_weights {file} does not act: the weights are those of the state")
     if saved["base"].get("vae") != now["base"].get("vae"):
         lines.append("the VAE is another one: its latents are what is trained on from here on")
     before, after = then["optimizer"]["ema_decay"], here["optimizer"]["ema_decay"]
     if before and not after:
-        lines.append("ema_decay is not set any more: the average kept so far is dropped")
+        lines.append("ema_decay is not set any more: the average so far is dropped")
     elif after and not before:
         lines.append("ema_decay is new: the moving average starts from the weights as they are now")
     elif before != after:
-        lines.append(said("ema_decay", before, after))
+        lines.append(changed("ema_decay", before, after))
     return lines
 
 
 def _differing(then: Mapping[str, Any], here: Mapping[str, Any]) -> Iterator[tuple[str, Any, Any]]:
-    """(setting, old value, new value), of the settings that both know."""
-    for section in sorted(here.keys() - set(_SILENT)):
+    """(setting, old value, new value), of the settings that both have."""
+    for section in sorted(here.keys() - set(_NOT_COMPARED)):
         a, b = then.get(section) or {}, here[section] or {}
-        for name in sorted(a.keys() & b.keys() - set(_ELSEWHERE)):
+        for name in sorted(a.keys() & b.keys() - set(_COMPARED_APART)):
             if a[name] != b[name]:
                 yield name, a[name], b[name]
 
@@ -234,7 +222,7 @@ def changed_args(
     """
     a, b = ({} if config is None else _args(config["optimizer"], kind) for config in (then, here))
     out = {name: (a.get(name), b.get(name)) for name in {**a, **b} if a.get(name) != b.get(name)}
-    if then is not None and (fixed := [name for name in out if name in _START]):
+    if then is not None and (fixed := [name for name in out if name in _AT_START]):
         raise UserError(f"optimizer_args {fixed[0]}: it acts when a run begins, a resumed one cannot change it")
     return out
 
@@ -244,8 +232,7 @@ def _args(optimizer: Mapping[str, Any], kind: type[torch.optim.Optimizer]) -> di
 
 
 def dataset_changes(saved: Sequence[Any], datasets: Sequence[DatasetConfig]) -> list[str]:
-    """A line for each option of a dataset or folder that is other than in the state; [] where they cannot be
-    compared."""
+    """A line for each option of a dataset or folder that differs from the state's; [] where they cannot be compared."""
     here = as_json([asdict(d) for d in datasets])
     if len(saved) != len(here) or any(len(a["subsets"]) != len(b["subsets"]) for a, b in zip(saved, here, strict=True)):
         return []
@@ -290,9 +277,9 @@ def _shown(value: Any) -> str:
     return " ".join(map(_shown, value)) if isinstance(value, (list, tuple)) else str(value)
 
 
-def _sampled(weights: ComponentWeights) -> str:
-    """Hash of a net's names, shapes, formats and first numbers: it tells trainings apart without reading all of a
-    file."""
+def _digest(weights: ComponentWeights) -> str:
+    """Hash of a net's names, shapes, formats and first numbers: it distinguishes trainings without reading all of
+    a file."""
     tensors, shapes, digest = weights.tensors, weights.tensors.shapes, blake2b(digest_size=16)
     for name in sorted(tensors):
         first = _first(tensors, name)

@@ -84,7 +84,7 @@ def prepare(
     """Everything up to the first step, in this order: checks, images, model, caches, trainable, memory,
     optimizer, state."""
     precision = dist.precision(config.train.mixed_precision)
-    config = resume.settle(config)
+    config = resume.resolve_auto(config)
     checked = check(config, method, datasets, read)
     plan, models = checked.plan, checked.models
     data = open_data(config, datasets, world, models)

@@ -1,4 +1,4 @@
-"""A run's state on disk: what must be kept so that a resumed run equals an unbroken one.
+"""A run's state on disk: what must be saved so that a resumed run equals an unbroken one.
 
 Schedule and randomness follow from the step alone, so the weights, the optimizer, their average and the
 step are all there is.
@@ -44,13 +44,13 @@ def save(run: Run, folder: Path) -> None:
         "datasets": resuming.as_json([asdict(d) for d in run.plan.datasets]),
         "seed": run.config.train.seed,
         "identity": run.identity,
-        "carried": run.trainable.carries(),
+        "carried": run.trainable.frozen_digest(),
     }
     runs.save_run(folder, parts, facts)
 
 
 def resume(run: Run) -> None:
-    """Take up the state in the folder that the config names, if it names one. Says what is different now."""
+    """Load the state in the folder that the config names, if it names one, and print what is different now."""
     if run.config.output.resume is None:
         return
     folder = Path(run.config.output.resume)
@@ -80,8 +80,8 @@ def _load_optimizer(run: Run, facts: dict[str, Any], moments: dict[str, Tensor])
     run.optimizer.load_state_dict(runs.unpack(facts["optimizer"], moments))
     then = (facts.get("identity") or {}).get("config")
     changed = resuming.changed_args(then, resuming.as_json(asdict(run.config)), type(run.optimizer))
-    for group, mine in zip(run.optimizer.param_groups, own, strict=True):
-        group.update({name: mine[name] for name in changed if name in mine})
+    for group, current in zip(run.optimizer.param_groups, own, strict=True):
+        group.update({name: current[name] for name in changed if name in current})
 
 
 def _load_average(run: Run, saved: dict[str, Tensor] | None) -> None:
@@ -104,10 +104,12 @@ def _load_weights(run: Run, saved: dict[str, Tensor]) -> None:
 
 
 def _differences(run: Run, facts: dict[str, Any]) -> list[str]:
-    """What only the images tell, and what a state of an older sfumato says. Errors: `ValueError` if what is not trained
-    is another."""
-    if facts.get("carried", "") != run.trainable.carries():
-        raise ValueError("the parts of network_weights that are not trained are other ones now; give the file of then")
+    """What only the images show, and what a state of an older sfumato records. Errors: `ValueError` if what is not
+    trained differs."""
+    if facts.get("carried", "") != run.trainable.frozen_digest():
+        raise ValueError(
+            "the parts of network_weights that are not trained have changed; give the file that the run began with"
+        )
     out = []
     if facts["dataset"] != run.plan.digest():
         out.append(

@@ -28,14 +28,14 @@ SAVE_DTYPES = {"float": torch.float32, "fp16": torch.float16, "bf16": torch.bflo
 
 
 class Trainable(Protocol):
-    """Something with weights to train, that can say them, take them back and write them to a file."""
+    """Something with weights to train, that can list them in groups and write them to a file."""
 
     kind: str
     """Ending of the modelspec architecture: "" for a whole model, "lora" for an adapter."""
     trained: tuple[str, ...]
     """Components that change."""
     notices: tuple[str, ...]
-    """What a user should know of how it was put together."""
+    """Notes for the user on how it was put together."""
 
     def weights(self) -> dict[str, nn.Parameter]:
         """Everything that is trained, or was before it was frozen, by a name that stays the same from run to run."""
@@ -54,19 +54,19 @@ class Trainable(Protocol):
         ...
 
     def on_batch(self, multiplier: Tensor, rng: SampleRandom) -> None:
-        """Told before each batch: the strength (b,) of its samples and where their dropouts come from."""
+        """Called before each batch: the strength (b,) of its samples and where their dropouts come from."""
         ...
 
     def after_step(self) -> None:
-        """Told after each optimizer step."""
+        """Called after each optimizer step."""
         ...
 
     def freeze_encoders(self) -> None:
-        """Train the text encoders no longer."""
+        """Stop training the text encoders."""
         ...
 
-    def carries(self) -> str:
-        """A fingerprint of what the result holds besides the weights and the base model's own; empty for nothing."""
+    def frozen_digest(self) -> str:
+        """A fingerprint of what the result holds besides what is trained and the base model; empty for nothing."""
         ...
 
     def suffix(self) -> str:
@@ -140,7 +140,7 @@ class Full:
         for name in self.trained[1:]:
             self.models.nets()[name].requires_grad_(False)
 
-    def carries(self) -> str:
+    def frozen_digest(self) -> str:
         return ""
 
     def suffix(self) -> str:
@@ -167,33 +167,35 @@ class Adapters:
         given = (
             read_adapter(models, Path(network.network_weights), "network_weights") if network.network_weights else {}
         )
-        mine = {path: tensors for path, tensors in given.items() if path[0] in self.trained}
-        self.carried = _carried(models, config, {path: tensors for path, tensors in given.items() if path not in mine})
+        loaded = {path: tensors for path, tensors in given.items() if path[0] in self.trained}
+        self.frozen = _frozen_adapters(
+            models, config, {path: tensors for path, tensors in given.items() if path not in loaded}
+        )
         self.notices: tuple[str, ...] = ()
-        if self.carried:
-            names = ", ".join(self.carried.components)
+        if self.frozen:
+            names = ", ".join(self.frozen.components)
             self.notices += (
                 f"network_weights: {names} is not trained; the file's part for it acts and goes into the result as it "
                 "is",
             )
         if network.dim_from_weights:
-            self.trained = _in_file(self.trained, mine, config)
+            self.trained = _in_file(self.trained, loaded, config)
             if lacking := ", ".join(name for name in self.rates if name not in self.trained):
                 self.notices += (
                     f"network_weights has nothing for {lacking}, which dim_from_weights therefore leaves untrained",
                 )
-            self.network = from_state(nets, mine, plan, seed=config.train.seed)
+            self.network = from_state(nets, loaded, plan, seed=config.train.seed)
         else:
             target = partial(models.family.target_layer, models.options, plan)
             layers = {
                 name: choose(nets[name], name, models.family.targets[name], plan, target) for name in self.trained
             }
             self.network = AdapterNetwork(layers, plan.kind, seed=config.train.seed)
-            if mine:
-                self.network.load(mine)
+            if loaded:
+                self.network.load(loaded)
         if config.train.full_bf16:
             self.network.to(torch.bfloat16)
-        # What these names cannot hold is told now, not after the training.
+        # What these names cannot hold is reported now, not after the training.
         dialect.write(models.dialects[config.output.dialect], self.state())
         by_path = self.network.by_path().items()
         self._weights = {
@@ -220,16 +222,16 @@ class Adapters:
 
     def state(self) -> dict[dialect.ModulePath, dialect.AdapterTensors]:
         """All that a result holds: what is trained, and what a file brought besides."""
-        return {**self.network.state(), **(self.carried.state() if self.carried else {})}
+        return {**self.network.state(), **(self.frozen.state() if self.frozen else {})}
 
     def remove(self) -> None:
         """The nets are again as they were."""
-        for each in (self.network, self.carried):
+        for each in (self.network, self.frozen):
             if each:
                 each.remove()
 
     def modules(self) -> nn.Module:
-        return nn.ModuleList([self.network, self.carried]) if self.carried else self.network
+        return nn.ModuleList([self.network, self.frozen]) if self.frozen else self.network
 
     def train(self, mode: bool) -> None:
         self.network.train(mode)
@@ -240,7 +242,7 @@ class Adapters:
         self._strength(multiplier)
 
     def _strength(self, multiplier: float | Tensor) -> None:
-        for each in (self.network, self.carried):
+        for each in (self.network, self.frozen):
             if each:
                 each.multiplier = multiplier
 
@@ -254,8 +256,8 @@ class Adapters:
             if component != "denoiser":
                 adapter.requires_grad_(False)
 
-    def carries(self) -> str:
-        state = self.carried.state().items() if self.carried else ()
+    def frozen_digest(self) -> str:
+        state = self.frozen.state().items() if self.frozen else ()
         return (
             files.fingerprint({"|".join((*path, name)): t for path, tensors in state for name, t in tensors.items()})
             if state
@@ -297,20 +299,20 @@ def read_adapter(models: Models, path: Path, flag: str = "adapter") -> dict[dial
         check_adapter(tensors, f"{flag} {path}")
         return dialect.read(models.dialects.values(), tensors, by_path)
     except UserError as error:
-        if other := _other_kind(tensors):
-            raise UserError(f"{flag} {path} is {other}, not an adapter (such as a LoRA)") from error
+        if kind := _other_kind(tensors):
+            raise UserError(f"{flag} {path} is {kind}, not an adapter (such as a LoRA)") from error
         raise
 
 
 def _other_kind(tensors: Mapping[str, Tensor]) -> str:
-    """What a file holds that is no adapter, if it is known."""
+    """What a file is that is not an adapter, where that is known."""
     found = identify({name: tuple(t.shape) for name, t in tensors.items()})
     if found is None or found.kind == "adapter":
         return ""
     return CALLED.get(found.kind, "a base model").partition(",")[0]
 
 
-def _carried(
+def _frozen_adapters(
     models: Models, config: Config, given: Mapping[dialect.ModulePath, dialect.AdapterTensors]
 ) -> AdapterNetwork | None:
     """What `network_weights` brings for components that are not trained: it acts as it is, and goes into the result."""
@@ -323,8 +325,8 @@ def _carried(
             "cannot take into account: "
             "leave cache_text_encoder_outputs out, or start from a file of the denoiser alone"
         )
-    carried = from_state(models.nets(), given)
-    return carried.eval().requires_grad_(False)
+    frozen = from_state(models.nets(), given)
+    return frozen.eval().requires_grad_(False)
 
 
 def _in_file(
@@ -340,8 +342,8 @@ def _in_file(
 
 
 def _check(models: Models, config: Config, plan: AdapterPlan, trained: tuple[str, ...]) -> None:
-    """Errors: `UserError` for a dialect that has no names for what is trained, and for what is said of encoders that
-    are not trained."""
+    """Errors: `UserError` for a dialect that has no names for what is trained, and for settings of encoders that are
+    not trained."""
     dialect, rates = config.output.dialect, config.optimizer.text_encoder_lr
     nameless = [name for name in trained if name not in models.dialects[dialect].prefix]
     wrong = [
@@ -389,12 +391,12 @@ def net_rates(family: Family, encoders: Collection[str], config: Config) -> dict
 
 
 def caches_text(config: Config) -> bool:
-    """Whether text outputs are kept, so that no text encoder is trained."""
+    """Whether text outputs are cached, so that no text encoder is trained."""
     return config.data.cache_text_encoder_outputs or config.data.cache_text_encoder_outputs_to_disk
 
 
 def caches_latents(config: Config) -> bool:
-    """Whether latents are kept."""
+    """Whether latents are cached."""
     return config.data.cache_latents or config.data.cache_latents_to_disk
 
 

@@ -48,7 +48,7 @@ def test_what_network_weights_holds_of_a_part_that_is_not_trained_stays(
     )
     assert "clip_l is not trained; the file" in capsys.readouterr().err
     assert all(name.startswith("denoiser") for name in a_run.trainable.weights())
-    assert {site[0] for site in a_run.trainable.carried.by_path()} == {"clip_l"}
+    assert {site[0] for site in a_run.trainable.frozen.by_path()} == {"clip_l"}
     if not options.get("dim_from_weights"):
         return
     loop.train(a_run)
