@@ -40,7 +40,7 @@ class Models:
 
     family: Family
     options: Any
-    """The family's `facts.Options`, completed by what the file holds (v prediction, for example)."""
+    """The family's `facts.Options`, completed by what the files hold (v prediction, for example)."""
     denoiser: nn.Module
     encoders: Mapping[str, nn.Module]
     """By name: {"clip_l": ...}; module paths are the names that files use."""
@@ -50,7 +50,7 @@ class Models:
     source: Checkpoint = IN_MEMORY
     """What it was read from; what was not trained is copied from there."""
     dtypes: Mapping[str, torch.dtype | None] = field(default_factory=dict)
-    """Number format of each component's weights; None: as in its file."""
+    """The number format of each component; None: as in its file."""
 
     def tokenize(self, captions: Sequence[str]) -> Tokens:
         """b captions -> named tensors whose first dimension is b, on the CPU."""
@@ -72,87 +72,7 @@ class Models:
     def encode_images(self, pixels: Tensor) -> Tensor:
         """(b, 3, H, W) in [-1, 1] -> raw latents (b, c, h, w), fp32 on the VAE's device.
 
-        The VAE runs in the format that it is held in, under autocast too. Errors: as `vae`.
-        """
-        device, dtype = device_and_dtype(self.vae)
-        with torch.autocast(device.type, enabled=False):
-            return self.family.latents.encode(self.vae, pixels.to(device, dtype)).float()
-
-    @torch.no_grad()
-    def decode(self, latents: Tensor) -> Tensor:
-        """The denoiser's latents (b, c, h, w) -> (b, 3, H, W), fp32, in [-1, 1] but for overshoot; the VAE runs as in
-        `encode_images`."""
-        device, dtype = device_and_dtype(self.vae)
-        with torch.autocast(device.type, enabled=False):
-            raw = unscale(self.vae, latents.to(device, torch.float32))
-            decoded: Tensor = cast(Any, self.vae).decode(raw.to(dtype)).sample
-        return decoded.float()
-
-    def process(self, noise: NoiseConfig, loss: LossConfig) -> NoiseProcess:
-        """How latents are noised, what the prediction should be, and what an error weighs."""
-        return self.family.process(self, noise, loss)
-
-    def tokenize(self, captions: Sequence[str]) -> Tokens:
-        """b captions -> named tensors whose first dimension is b, on the CPU."""
-        return self.tokenize_strategy.tokenize(captions)
-
-    def encode(self, tokens: Tokens) -> Cond:
-        """Tokens -> the outputs of the text encoders, by name, on the encoders' device. Differentiable."""
-        return self.encode_strategy.encode(self.encoders, tokens)
-
-    def condition(self, cond: Cond, info: SampleInfo) -> Cond:
-        """The outputs of the text encoders -> all that `predict` takes besides x and t."""
-        return self.family.condition(self, cond, info)
-
-    def predict(self, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
-        """x (b, c, h, w), t (b,), cond of `condition` -> the denoiser's prediction, shaped as x."""
-        return self.family.predict(self.denoiser, x, t, cond)
-
-    @torch.no_grad()
-    def encode_images(self, pixels: Tensor) -> Tensor:
-        """(b, 3, H, W) in [-1, 1] -> raw latents (b, c, h, w), fp32 on the VAE's device.
-
-        The VAE runs in the format that it is held in, under autocast too. Errors: as `vae`.
-        """
-        device, dtype = device_and_dtype(self.vae)
-        with torch.autocast(device.type, enabled=False):
-            return self.family.latents.encode(self.vae, pixels.to(device, dtype)).float()
-
-    @torch.no_grad()
-    def decode(self, latents: Tensor) -> Tensor:
-        """The denoiser's latents (b, c, h, w) -> (b, 3, H, W), fp32, in [-1, 1] but for overshoot; the VAE runs as in
-        `encode_images`."""
-        device, dtype = device_and_dtype(self.vae)
-        with torch.autocast(device.type, enabled=False):
-            raw = unscale(self.vae, latents.to(device, torch.float32))
-            decoded: Tensor = cast(Any, self.vae).decode(raw.to(dtype)).sample
-        return decoded.float()
-
-    def process(self, noise: NoiseConfig, loss: LossConfig) -> NoiseProcess:
-        """How latents are noised, what the prediction should be, and what an error weighs."""
-        return self.family.process(self, noise, loss)
-
-    def tokenize(self, captions: Sequence[str]) -> Tokens:
-        """b captions -> named tensors whose first dimension is b, on the CPU."""
-        return self.tokenize_strategy.tokenize(captions)
-
-    def encode(self, tokens: Tokens) -> Cond:
-        """Tokens -> the outputs of the text encoders, by name, on the encoders' device. Differentiable."""
-        return self.encode_strategy.encode(self.encoders, tokens)
-
-    def condition(self, cond: Cond, info: SampleInfo) -> Cond:
-        """The outputs of the text encoders -> all that `predict` takes besides x and t."""
-        return self.family.condition(self, cond, info)
-
-    def predict(self, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
-        """x (b, c, h, w), t (b,), cond of `condition` -> the denoiser's prediction, shaped as x."""
-        return self.family.predict(self.denoiser, x, t, cond)
-
-    @torch.no_grad()
-    def encode_images(self, pixels: Tensor) -> Tensor:
-        """(b, 3, H, W) in [-1, 1] -> raw latents (b, c, h, w), fp32 on the VAE's device.
-
-        The VAE runs in the format that it is held in, under autocast too. Errors: as `vae`.
+        The VAE runs in its own number format, under autocast too. Errors: as `vae`.
         """
         device, dtype = device_and_dtype(self.vae)
         with torch.autocast(device.type, enabled=False):
@@ -201,7 +121,7 @@ class Models:
         return self.vaes["vae"] if isinstance(self.vaes, OnDemand) else self.vaes
 
     def scaled(self, latents: Tensor) -> Tensor:
-        """Raw latents -> those of the denoiser. Where the files say how, no VAE is made for it."""
+        """Raw latents -> those of the denoiser. Where the files hold the factors, no VAE is made for it."""
         weights = self.source.components.get("vae")
         if weights is None or weights.component.scaling is None:
             return scale(self.vae, latents)
@@ -227,42 +147,30 @@ class Models:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SampleInfo:
-    """What conditions b samples besides their captions."""
+    """What the denoiser takes of b samples besides their captions."""
 
     sizes: Tensor
     """(b, 6) original height and width, crop top and left, target height and width, in pixels."""
     guidance: Tensor | None = None
-    """(b,) guidance, the input of a distilled model; None: the family's own for training."""
+    """(b,) the guidance embedding of a distilled model; None: the family's own for training."""
     rng: SampleRandom | None = None
-    """Source of chance for what is dropped in training; None when sampling."""
+    """For what is dropped by chance while training; None when images are sampled."""
 
 
 def device_and_dtype(net: nn.Module) -> tuple[torch.device, torch.dtype]:
-    """Where a net is and the number format that it is held in."""
-    first = next(p for p in net.parameters() if p.is_floating_point())
-    return first.device, first.dtype
-
-
-def device_and_dtype(net: nn.Module) -> tuple[torch.device, torch.dtype]:
-    """Where a net is and the number format that it is held in."""
-    first = next(p for p in net.parameters() if p.is_floating_point())
-    return first.device, first.dtype
-
-
-def device_and_dtype(net: nn.Module) -> tuple[torch.device, torch.dtype]:
-    """Where a net is and the number format that it is held in."""
+    """Device and number format of a net."""
     first = next(p for p in net.parameters() if p.is_floating_point())
     return first.device, first.dtype
 
 
 def check_sizes(models: Models, sizes: Iterable[tuple[str, int, int, str]]) -> None:
-    """`sizes`: whose it is, width and height in pixels, what to do. Errors: `UserError` for each that the denoiser is
-    too small for."""
+    """`sizes`: whose it is, width and height in pixels, what to do. Errors: `UserError` for each that is too large for
+    the denoiser."""
     if models.family.largest is None:
         return
     most = models.family.largest(models)
     wrong = [
-        f"{whose}: {width} x {height} pixels are too large for this model, which knows at most {most} x {most}; {cure}"
+        f"{whose}: {width} x {height} pixels are too large for this model, which takes at most {most} x {most}; {cure}"
         for whose, width, height, cure in sizes
         if max(width, height) > most
     ]
@@ -270,8 +178,8 @@ def check_sizes(models: Models, sizes: Iterable[tuple[str, int, int, str]]) -> N
         raise UserError(*dict.fromkeys(wrong))
 
 
-def as_encoded(models: Models, cond: Cond, setting: SampleInfo) -> Cond:
-    """For `Family.condition`: the denoiser takes what the text encoders give, and nothing else."""
+def as_encoded(models: Models, cond: Cond, info: SampleInfo) -> Cond:
+    """For `Family.condition`: the denoiser takes the outputs of the text encoders and nothing else."""
     return cond
 
 

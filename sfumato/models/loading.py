@@ -34,7 +34,7 @@ with what it seems to be. Handed in, as families are above this floor."""
 def examine(
     family: Family, path: str, options: Any, *, detect: Detect | None = None, vae: str | None = None
 ) -> tuple[Any, Checkpoint]:
-    """The completed options, and where the components of a checkpoint are; headers are read and nothing
+    """The options completed from the files, and where the components of a checkpoint are; headers are read and nothing
     else.
 
     Errors: `UserError` for what is missing, of no component, or contradicts the options.
@@ -66,8 +66,8 @@ def outline(
     tokenizer: str | None = None,
     later: Collection[str] = (),
 ) -> Models:
-    """The model without values: its nets on the meta device, for all that can be known from headers. `read_values`
-    fills it.
+    """The model without values: its nets on the meta device, for all that headers show. `read_values` fills
+    it.
 
     `later`: text encoders and VAE that are made when they are asked for, with their tokenizers, if they are needed at
     all: their libraries take seconds to import. Errors: as `examine`, and for tensors that do not fit their net.
@@ -136,8 +136,8 @@ def read_values(
 ) -> None:
     """Give the nets of an `outline` their values; no tensor is in memory twice.
 
-    `dtype`: number format of denoiser and encoders, one for all or by component; None: as in the file. The VAE stays in
-    the format of its file unless it is named. `later`: those that get their values by `materialize` or
+    `dtype`: the number format of denoiser and encoders, one for all or by component; None: as in the file. The VAE is
+    in the format of its file unless it is named. `later`: those that get their values by `materialize` or
     `materialize_vae`, if at all.
     `map`: whether tensors that need no change may be backed by the file; False for nets that are used from the CPU's
     memory for as long as a training lasts. `progress`: (done, all) numbers.
@@ -178,27 +178,27 @@ def materialize_vae(models: Models, device: torch.device | str = "cpu") -> nn.Mo
 
 
 def unload(models: Models) -> None:
-    """Give up the memory of the text encoders; `materialize` reads it again from their files."""
+    """Give up the memory of the text encoders; `materialize` reads them again."""
     for name, net in models.made().items():
         if name in models.encoders:
             net.to("meta")
 
 
-def _tokenizer(vocabulary: TokenizerSpec, source: Checkpoint, given: str | None, *, later: bool) -> Any:
+def _tokenizer(spec: TokenizerSpec, source: Checkpoint, given: str | None, *, later: bool) -> Any:
     """The tokenizer given, else the one in the folder or beside the file, else the family's own; `later`: made when it
     is used."""
-    folder = _tokenizer_folder(vocabulary, source, given)
-    return LaterTokenizer(vocabulary.make, folder, folder or vocabulary.home()) if later else vocabulary.make(folder)
+    folder = _tokenizer_folder(spec, source, given)
+    return LaterTokenizer(spec.make, folder, folder or spec.home()) if later else spec.make(folder)
 
 
-def _tokenizer_folder(vocabulary: TokenizerSpec, source: Checkpoint, given: str | None) -> Path | None:
+def _tokenizer_folder(spec: TokenizerSpec, source: Checkpoint, given: str | None) -> Path | None:
     if given is not None:
         path = locate.local(given, "tokenizer")
-        if (path / vocabulary.folder).is_dir():
-            return path / vocabulary.folder
-        if vocabulary.alone:
+        if (path / spec.folder).is_dir():
+            return path / spec.folder
+        if spec.alone:
             return path
-    beside = (source.path if source.path.is_dir() else source.path.parent) / vocabulary.folder
+    beside = (source.path if source.path.is_dir() else source.path.parent) / spec.folder
     return beside if beside.is_dir() else None
 
 
@@ -206,19 +206,19 @@ def _check_vocabulary(name: str, tokenizer: Any, encoder: nn.Module) -> None:
     rows = cast(Any, encoder).config.vocab_size
     if len(tokenizer) > rows:
         raise UserError(
-            f"tokenizer: it knows {len(tokenizer)} tokens, the text encoder {name} only {rows}; give this model's own "
+            f"tokenizer: it has {len(tokenizer)} tokens, the text encoder {name} only {rows}; give this model's own "
             "with tokenizer"
         )
 
 
-def _put_beside(vocabulary: TokenizerSpec, tokenizer: Any, beside: Path) -> None:
+def _put_beside(spec: TokenizerSpec, tokenizer: Any, beside: Path) -> None:
     """A vocabulary of its own goes with the file, or it could not be used; CLIP's comes with every program."""
-    if not vocabulary.alone or is_stock(tokenizer):
+    if not spec.alone or is_stock(tokenizer):
         return
     if not beside.exists():
         with aside_folder(beside) as temp:
             tokenizer.save_pretrained(temp)
-    elif vocabulary.make(beside).get_vocab() != tokenizer.get_vocab():
+    elif spec.make(beside).get_vocab() != tokenizer.get_vocab():
         raise UserError(
             f"{beside}: another model's tokenizer stands where this model's must; choose another output_dir"
         )
@@ -259,9 +259,9 @@ def save(
     if layout == "diffusers":
         _write_folder(models, path, values, metadata)
         return
-    for name, vocabulary in models.family.tokenizer_specs.items():
+    for name, spec in models.family.tokenizer_specs.items():
         if name in values:
-            _put_beside(vocabulary, models.tokenizers[name], path.parent / vocabulary.folder)
+            _put_beside(spec, models.tokenizers[name], path.parent / spec.folder)
     for name in beside:
         weights = source.components[name]
         files.save(

@@ -1,5 +1,5 @@
-"""Nets and tokenizers that are made when they are first used: a run whose text is cached never imports
-their libraries."""
+"""Nets and tokenizers that are made when they are first used: a run that caches their outputs never imports their
+libraries."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class OnDemand(Mapping[str, T]):
 
 
 class LaterTokenizer:
-    """A tokenizer that is made when it is first used; what cache keys hold of it is remembered from run to run."""
+    """A tokenizer that is made when it is first used; what cache keys need of it is remembered from run to run."""
 
     def __init__(self, make: Callable[[Path | None], Any], folder: Path | None, home: Path) -> None:
         """`make`: of `TokenizerSpec`. `home`: the folder or file that it reads."""
@@ -54,7 +54,7 @@ class LaterTokenizer:
     @cached_property
     def _facts(self) -> dict[str, Any]:
         paths = sorted(p for p in self._home.iterdir() if p.is_file()) if self._home.is_dir() else [self._home]
-        name = f"tokenizer of {_called(self._make)} from {' '.join(str(p.resolve()) for p in paths)}"
+        name = f"tokenizer of {_qualified(self._make)} from {' '.join(str(p.resolve()) for p in paths)}"
         facts: dict[str, Any] = json.loads(remembered(name, paths, self._read_facts))
         return facts
 
@@ -87,7 +87,7 @@ class LaterTokenizer:
         return getattr(self._tokenizer, name)
 
 
-def _called(make: Callable[..., Any]) -> str:
+def _qualified(make: Callable[..., Any]) -> str:
     """A function's name with the arguments that it is bound to."""
     bound = f" with {make.args} {make.keywords}" if isinstance(make, partial) else ""
     function: Any = make.func if isinstance(make, partial) else make

@@ -7,6 +7,7 @@ import os
 import platform
 import shutil
 import sys
+from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -115,79 +116,62 @@ def _device(i: int) -> dict[str, Any]:
 
 def verdicts(facts: dict[str, Any]) -> list[dict[str, str]]:
     """What the facts mean for training, the worst first."""
-    every = [*_software(facts), *_cards(facts), *_room(facts)]
-    return sorted(every, key=lambda v: ("problem", "warning", "ok").index(v["level"]))
+    found = [*_software(facts), *_cards(facts), *_room(facts)]
+    return sorted(found, key=lambda v: ("problem", "warning", "ok").index(v["level"]))
 
 
 def _verdict(level: str, text: str) -> dict[str, str]:
     return {"level": level, "text": text}
 
 
-def _software(facts: dict[str, Any]) -> list[dict[str, str]]:
-    out = []
+def _software(facts: dict[str, Any]) -> Iterator[dict[str, str]]:
     if facts["bits"] == 32:
-        out.append(
-            _verdict("problem", "this Python is a 32-bit build, which torch does not support: install a 64-bit one")
-        )
+        yield _verdict("problem", "this Python is a 32-bit build, which torch does not support: install a 64-bit one")
     if missing := [name for name, found in facts["libraries"].items() if found is None]:
-        out.append(
-            _verdict("problem", f"not installed: {', '.join(missing)}; run `pip install -e .` in sfumato's folder")
-        )
+        yield _verdict("problem", f"not installed: {', '.join(missing)}; run `pip install -e .` in sfumato's folder")
     if "torch_error" in facts:
-        out.append(_verdict("problem", f"torch does not start: {facts['torch_error']}"))
+        yield _verdict("problem", f"torch does not start: {facts['torch_error']}")
     elif tuple(int(n) for n in facts["libraries"]["torch"].split(".")[:2]) < LEAST_TORCH:
-        out.append(
-            _verdict(
-                "problem",
-                f"torch {facts['libraries']['torch']} is too old: {'.'.join(map(str, LEAST_TORCH))} or newer is needed",
-            )
+        yield _verdict(
+            "problem",
+            f"torch {facts['libraries']['torch']} is too old: {'.'.join(map(str, LEAST_TORCH))} or newer is needed",
         )
     for name, found in facts["optional"].items():
         if found is None:
-            out.append(_verdict("ok", f"{name} is not installed (optional: {OPTIONAL[name]})"))
-    return out
+            yield _verdict("ok", f"{name} is not installed (optional: {OPTIONAL[name]})")
 
 
-def _cards(facts: dict[str, Any]) -> list[dict[str, str]]:
-    out = []
+def _cards(facts: dict[str, Any]) -> Iterator[dict[str, str]]:
     for i, card in enumerate(facts["devices"]):
         name = f"card {i}, {card['name']}"
         if card["error"]:
-            out.append(
-                _verdict(
-                    "problem",
-                    f"{name}: torch cannot compute on it ({card['error']}); install a torch built for "
-                    f"{card['capability']}",
-                )
+            yield _verdict(
+                "problem",
+                f"{name}: torch cannot compute on it ({card['error']}); install a torch built for {card['capability']}",
             )
         else:
             free, precision = (
                 card["memory_free"],
                 "mixed_precision bf16" if card["bf16"] else "mixed_precision fp16 (it has no bf16)",
             )
-            out.append(_verdict("ok", f"{name}: {size(free)} of {size(card['memory'])} free; use {precision}"))
+            yield _verdict("ok", f"{name}: {size(free)} of {size(card['memory'])} free; use {precision}")
             if free < card["memory"] / 2:
-                out.append(_verdict("warning", f"{name}: more than half of its memory is taken by other programs"))
+                yield _verdict("warning", f"{name}: more than half of its memory is taken by other programs")
     if not facts["devices"]:
         built = facts.get("cuda_build") or facts.get("hip_build")
         why = "no card is visible to it (driver? CUDA_VISIBLE_DEVICES?)" if built else "this torch is a CPU build"
         where = "on Apple's GPU" if facts.get("mps") else f"on the CPU: {why}"
-        out.append(_verdict("ok" if facts.get("mps") else "warning", f"training runs {where}"))
-    return out
+        yield _verdict("ok" if facts.get("mps") else "warning", f"training runs {where}")
 
 
-def _room(facts: dict[str, Any]) -> list[dict[str, str]]:
-    out = []
+def _room(facts: dict[str, Any]) -> Iterator[dict[str, str]]:
     for folder, free in facts["disk_free"].items():
-        out.append(_verdict("warning" if free < LEAST_DISK else "ok", f"{size(free)} free on the disk of {folder}"))
+        yield _verdict("warning" if free < LEAST_DISK else "ok", f"{size(free)} free on the disk of {folder}")
     if facts["memory"]:
-        out.append(
-            _verdict(
-                "warning" if facts["memory"] < LEAST_MEMORY else "ok",
-                f"{size(facts['memory'])} of main memory, {facts['cpus']} CPUs",
-            )
+        yield _verdict(
+            "warning" if facts["memory"] < LEAST_MEMORY else "ok",
+            f"{size(facts['memory'])} of main memory, {facts['cpus']} CPUs",
         )
-    return out
 
 
 def size(count: float) -> str:

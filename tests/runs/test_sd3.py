@@ -56,7 +56,7 @@ def test_images_larger_than_the_table_are_told_before_anything_is_encoded(
     with pytest.raises(UserError) as told:
         run.prepare(made, "network", (large,), dist.world(), 0.0)
     assert told.value.messages == (
-        "dataset 1: 192 x 208 pixels are too large for this model, which knows at most 192 x 192; lower its resolution or max_bucket_reso",
+        "dataset 1: 192 x 208 pixels are too large for this model, which takes at most 192 x 192; lower its resolution or max_bucket_reso",
     )
 
 
@@ -64,7 +64,7 @@ def test_prompts_larger_than_the_table_are_told_before_the_first_step(prepare: P
     (tmp_path / "prompts.txt").write_text("a cat --w 64 --h 64\na dog --w 208 --h 64\n")
     with pytest.raises(
         UserError,
-        match="the prompt 'a dog': 208 x 64 pixels are too large for this model, which knows at most 192 x 192",
+        match="the prompt 'a dog': 208 x 64 pixels are too large for this model, which takes at most 192 x 192",
     ):
         prepare(sample_prompts=str(tmp_path / "prompts.txt"), sample_every_n_steps=1)
 
