@@ -34,7 +34,7 @@ FORMATS = {
 CASES = [(stored, target) for stored in ("fp16", "bf16", "fp32") for target in ("fp16", "bf16", "fp32")] + [
     ("fp8", None)
 ]
-"""Format of the file, format asked for; None: none is, so fp8 is held in bf16."""
+"""Format of the file, format asked for; None: none is, so fp8 is read into bf16."""
 ALLOWED = 1.10
 """Growth of memory as a part of the target's size."""
 GB = 1e9
@@ -80,18 +80,18 @@ def measure(path: str, target: str | None) -> Mapping[str, float]:
     from diffusers import AutoencoderKL
     from transformers import CLIPTextModel, CLIPTokenizer
 
+    import sfumato
     from sfumato import families
     from sfumato.families.detect import detect_file
-    from sfumato.models.loading import load
+    from sfumato.models import loading
 
-    assert AutoencoderKL and CLIPTextModel and CLIPTokenizer
+    assert AutoencoderKL and CLIPTextModel and CLIPTokenizer and loading
     torch.set_num_threads(1)
-    name = detect_file(path).family
-    family, options = families.family(name), families.facts(name).options()
+    families.family(detect_file(path).family)
     before = resident()
     start = sum(before.values())
     dtype = getattr(torch, FORMATS[target][1]) if target else None
-    models = load(family, path, options, dtype=dtype)
+    models = sfumato.load(path, dtype=dtype)
     loaded, after = peak(), resident()
     tensors = [t for net in [*models.nets().values(), models.vae] for t in net.state_dict().values()]
     for t in tensors:  # every page once, without a copy
@@ -113,13 +113,13 @@ def run(path: Path, target: str | None) -> dict[str, Any]:
     """`measure` in a fresh process."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, __file__, "--measure", str(path), target or "none"]
-    said = subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout
-    found: dict[str, Any] = json.loads(said.splitlines()[-1])
+    output = subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout
+    found: dict[str, Any] = json.loads(output.splitlines()[-1])
     return found
 
 
 def rows() -> list[dict[str, Any]]:
-    """All cases, a file at a time."""
+    """All cases, one file after another."""
     made = []
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.safetensors"

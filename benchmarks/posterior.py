@@ -1,25 +1,24 @@
-"""How far a latent drawn from a VAE's posterior lies from the posterior's mean, which sfumato trains on.
+"""How far a latent sampled from a VAE's posterior lies from the posterior's mean, which sfumato trains on.
 
-sd-scripts draws latents from the posterior (once, where they are cached), sfumato takes its mean. Prints the deviation
-of the draw beside the deviation of the latents themselves, and how much the decoded images differ.
+sd-scripts samples latents from the posterior (once, where they are cached), sfumato takes its mean. Prints the
+deviation of the sample beside the deviation of the latents themselves, and how much the decoded images differ.
 """
 
 from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
-from sfumato import families
+import sfumato
 from sfumato.data.folders import listing
 from sfumato.data.images import flat
 from sfumato.data.scan import open_image
-from sfumato.families.detect import detect_file
-from sfumato.models.loading import load
 
 ROOT = Path(__file__).parents[1]
 
@@ -39,20 +38,19 @@ def main() -> None:
     parser.add_argument("--side", type=int, default=64)
     parser.add_argument("--count", type=int, default=30)
     args = parser.parse_args()
-    family = families.family(detect_file(args.model).family)
-    vae = load(family, args.model, families.facts(family.name).options()).vae.float()
+    vae: Any = sfumato.load(args.model).vae.float()
     rng = torch.Generator().manual_seed(0)
     means, spreads, changes = [], [], []
     for path in listing(args.images).images[: args.count]:
         posterior = vae.encode(pixels(path, args.side)).latent_dist
-        drawn = posterior.mean + posterior.std * torch.randn(posterior.mean.shape, generator=rng)
+        sampled = posterior.mean + posterior.std * torch.randn(posterior.mean.shape, generator=rng)
         means.append(posterior.mean)
         spreads.append(posterior.std)
-        changes.append((vae.decode(drawn).sample - vae.decode(posterior.mean).sample).abs().mean() * 127.5)
+        changes.append((vae.decode(sampled).sample - vae.decode(posterior.mean).sample).abs().mean() * 127.5)
     latents, spread = torch.cat(means).std().item(), torch.cat(spreads).square().mean().sqrt().item()
     print(f"{len(means)} images of {args.side} px: latents' deviation {latents:.4f}, posterior's {spread:.4f}")
     print(
-        f"a draw is off by {spread / latents:.2%} of the latents' deviation, {(spread / latents) ** 2:.4%} of their "
+        f"a sample is off by {spread / latents:.2%} of the latents' deviation, {(spread / latents) ** 2:.4%} of their "
         "variance"
     )
     print(f"decoded, it differs by {torch.stack(changes).mean():.2f} of 255 levels on average")

@@ -1,7 +1,7 @@
 """Seconds a step and peak memory of training an adapter on nets of full size with random weights, on the accelerator at
 hand.
 
-Names and shapes come from the key tables of the real checkpoints. Latents and text are random and count as kept
+Names and shapes come from the key tables of the real checkpoints. Latents and text are random and count as cached
 beforehand, so this is the training step alone: forward, backward, clipping and AdamW, as `train/loop.py` does them.
 `--tiny` keeps two blocks of each kind, which shows on a CPU that the script runs.
 
@@ -42,7 +42,7 @@ BLOCKS = re.compile(r"((?:joint|double|single|transformer)_blocks)\.(\d+)\.")
 
 
 def cases(length: int = 512) -> dict[str, dict[str, Any]]:
-    """Family -> the table of its denoiser, a prefix to take off, what a caption gives, and what the files would say."""
+    """Family -> the table of its denoiser, and the shapes of a caption's text outputs."""
     return {
         "sdxl": {"table": "sdxl.unet", "text": {"hidden": (77, 2048), "pooled": (1280,)}},
         "sd3": {
@@ -65,14 +65,14 @@ def shapes_of(table: str, *, tiny: bool) -> dict[str, tuple[int, ...]]:
     last: dict[str, int] = {}
     for m in filter(None, map(BLOCKS.match, found)):
         last[m[1]] = max(last.get(m[1], 0), int(m[2]))
-    kept: dict[str, tuple[int, ...]] = {}
+    out: dict[str, tuple[int, ...]] = {}
     for name, shape in found.items():
         m = BLOCKS.match(name)
         if m is None or int(m[2]) == 0:
-            kept[name] = shape
+            out[name] = shape
         elif int(m[2]) == last[m[1]]:  # the last one may be of another make
-            kept[name.replace(m[0], f"{m[1]}.1.", 1)] = shape
-    return kept
+            out[name.replace(m[0], f"{m[1]}.1.", 1)] = shape
+    return out
 
 
 def random_net(family: Any, shapes: Mapping[str, tuple[int, ...]], device: torch.device) -> nn.Module:
@@ -143,7 +143,7 @@ def measure(name: str, args: argparse.Namespace, device: torch.device) -> dict[s
 
 
 def random_batch(family: Any, text: Mapping[str, tuple[int, ...]], resolution: int) -> Batch:
-    """A batch of one, whose latents and text are kept."""
+    """A batch of one, whose latents and text are cached."""
     g = torch.Generator().manual_seed(0)
     side = resolution // family.latents.stride
 
@@ -162,7 +162,7 @@ def random_batch(family: Any, text: Mapping[str, tuple[int, ...]], resolution: i
 
 
 def wait(device: torch.device) -> None:
-    """Until the device has done what it was told."""
+    """Until the device has done all that was queued."""
     if device.type != "cpu":
         torch.accelerator.synchronize()
 
@@ -196,7 +196,7 @@ def main() -> None:
             torch.cuda.reset_peak_memory_stats()
         rows.append(measure(name, args, device))
         print("  ".join(f"{key} {value}" for key, value in rows[-1].items()), flush=True)
-    told = {
+    result = {
         **machine(device),
         "resolution": args.resolution,
         "rank": args.rank,
@@ -204,8 +204,10 @@ def main() -> None:
         "rows": rows,
     }
     if not args.tiny:
-        out = args.out or ROOT / "benchmarks" / "results" / f"step.{re.sub(r'[^A-Za-z0-9]+', '-', told['device'])}.json"
-        out.write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")
+        out = (
+            args.out or ROOT / "benchmarks" / "results" / f"step.{re.sub(r'[^A-Za-z0-9]+', '-', result['device'])}.json"
+        )
+        out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
         print(out)
 
 

@@ -8,10 +8,8 @@ from pathlib import Path
 import torch
 from pictures import captions
 
+import sfumato
 from sfumato.config import LossConfig, NoiseConfig
-from sfumato.families.sd.facts import Options
-from sfumato.families.sd.family import FAMILY
-from sfumato.models.loading import load
 from sfumato.sampling.image_files import grid
 from sfumato.sampling.prompts import Prompt
 from sfumato.sampling.sample import generate
@@ -39,7 +37,7 @@ def main() -> None:
     unknown = set(names) - {caption for _, caption in captions()}
     if unknown:
         raise SystemExit(f"not in captions.txt: {', '.join(sorted(unknown))}")
-    models = load(FAMILY, args.model, Options(), dtype=torch.float32)
+    models = sfumato.load(args.model, dtype=torch.float32)
     models.vae.float()
     prompts = [
         Prompt(prompt=name, width=64, height=64, sample_steps=args.steps, scale=args.scale, seed=args.seed + i)
