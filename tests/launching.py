@@ -16,7 +16,7 @@ SCRIPTS = Path(__file__).parents[1] / "scripts"
 
 def launch(script: str, words: Sequence[str], folder: Path) -> str:
     """`python scripts/SCRIPT.py WORDS` as from `folder`, which takes the place of the home folder; returns what it printed on stderr."""
-    path, said, here = str(SCRIPTS / f"{script}.py"), io.StringIO(), Path.cwd()
+    path, text, here = str(SCRIPTS / f"{script}.py"), io.StringIO(), Path.cwd()
     home = {"HOME": str(folder), "USERPROFILE": str(folder), "CUDA_VISIBLE_DEVICES": ""}
     with (
         patch.object(sys, "argv", [path, *words]),
@@ -25,10 +25,10 @@ def launch(script: str, words: Sequence[str], folder: Path) -> str:
     ):
         os.chdir(folder)
         try:
-            with contextlib.redirect_stderr(said):
+            with contextlib.redirect_stderr(text):
                 runpy.run_path(path, run_name="__main__")
         except SystemExit as end:
-            assert not end.code, said.getvalue()[-3000:]
+            assert not end.code, text.getvalue()[-3000:]
         finally:
             os.chdir(here)
-    return said.getvalue()
+    return text.getvalue()

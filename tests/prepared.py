@@ -1,4 +1,4 @@
-"""A tiny run put together up to its first step, for tests of what is said before, and of single steps."""
+"""A tiny run put together up to its first step, for tests of what is checked before, and of single steps."""
 
 from __future__ import annotations
 
@@ -39,8 +39,8 @@ def folder(where: Path) -> Path:
 
 def options(where: Path, **changed: Any) -> Any:
     """The config of a run there, with results in `first`."""
-    told = {"pretrained_model_name_or_path": str(where / "model.safetensors"), "output_dir": str(where / "first")}
-    return config(**{**OPTIONS, **told, **changed})
+    settings = {"pretrained_model_name_or_path": str(where / "model.safetensors"), "output_dir": str(where / "first")}
+    return config(**{**OPTIONS, **settings, **changed})
 
 
 def data(where: Path, **changed: Any) -> tuple[DatasetConfig, ...]:

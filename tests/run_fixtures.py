@@ -43,7 +43,7 @@ def train(model: Path, images: Path, tmp_path: Path) -> Train:
     """Train with these flat options; returns the output folder."""
 
     def go(name: str, method: Method = "network", *, subset: dict[str, Any] | None = None, **options: Any) -> Path:
-        told = {
+        settings = {
             "pretrained_model_name_or_path": str(model),
             "output_dir": str(tmp_path / name),
             "output_name": "out",
@@ -55,7 +55,7 @@ def train(model: Path, images: Path, tmp_path: Path) -> Train:
         }
         folder = SubsetConfig(**{"image_dir": str(images), **(subset or {})})
         data = DatasetConfig(subsets=(folder,), resolution=(64, 64), batch_size=2)
-        run.train(config(**{**told, **options}), method, (data,))
+        run.train(config(**{**settings, **options}), method, (data,))
         return tmp_path / name
 
     return go

@@ -1,4 +1,4 @@
-"""Chroma trains what it is told to: adapters on T5, cut layers, low precision; diffusers' pipeline draws the same with the result."""
+"""Chroma trains what is asked for: adapters on T5, cut layers, low precision; diffusers' pipeline samples the same with the result."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Files:
     return CASE.write(tmp_path_factory.mktemp("model"))
 
 
-def adapted(files: Files, images: Path, out: Path, **told: Any) -> tuple[Adapters, Models, Path]:
+def adapted(files: Files, images: Path, out: Path, **settings: Any) -> tuple[Adapters, Models, Path]:
     """An adapter trained for three steps and saved."""
-    a_run = prepared(CASE, files, images, out, "network", **told)
+    a_run = prepared(CASE, files, images, out, "network", **settings)
     assert isinstance(a_run.trainable, Adapters)
     models = trained(a_run)
     a_run.save_result(out / "out.safetensors", 3, 0)
@@ -64,11 +64,11 @@ def test_adapters_on_t5_where_they_are_asked_for(files: Files, images: Path, tmp
 
 
 def test_the_text_encoder_alone(files: Files, images: Path, tmp_path: Path) -> None:
-    told = {"network_train_text_encoder_only": True}
-    trainable, _, _ = adapted(files, images, tmp_path / "t5", network_args=("train_t5xxl=True",), **told)
+    settings = {"network_train_text_encoder_only": True}
+    trainable, _, _ = adapted(files, images, tmp_path / "t5", network_args=("train_t5xxl=True",), **settings)
     assert trainable.trained == ("t5xxl",)
     with pytest.raises(UserError, match="nothing is left to train"):
-        prepared(CASE, files, images, tmp_path / "nothing", "network", **told)
+        prepared(CASE, files, images, tmp_path / "nothing", "network", **settings)
 
 
 @pytest.mark.parametrize("args", [(), ("split_qkv=True",)], ids=["fused", "split"])
@@ -92,7 +92,7 @@ def said_by_diffusers(model: Any, x: Tensor, t5: Tensor) -> Tensor:
     b, _, h, w = x.shape
     ids = ChromaPipeline._prepare_latent_image_ids(b, h // 2, w // 2, "cpu", torch.float32)
     with true_mask(model):
-        said = model(
+        prediction = model(
             hidden_states=ChromaPipeline._pack_latents(x, *x.shape),
             encoder_hidden_states=t5,
             timestep=torch.tensor([0.3]),
@@ -100,14 +100,14 @@ def said_by_diffusers(model: Any, x: Tensor, t5: Tensor) -> Tensor:
             txt_ids=torch.zeros(t5.shape[1], 3),
             attention_mask=torch.ones(b, t5.shape[1] + len(ids)),
         ).sample
-    return ChromaPipeline._unpack_latents(said, h * 8, w * 8, 8)
+    return ChromaPipeline._unpack_latents(prediction, h * 8, w * 8, 8)
 
 
 @pytest.mark.parametrize(
-    "told", [{"mixed_precision": "bf16"}, {"mixed_precision": "bf16", "full_bf16": True}], ids=["mixed", "full"]
+    "settings", [{"mixed_precision": "bf16"}, {"mixed_precision": "bf16", "full_bf16": True}], ids=["mixed", "full"]
 )
-def test_bf16(files: Files, images: Path, tmp_path: Path, told: dict[str, Any]) -> None:
-    trainable, _, path = adapted(files, images, tmp_path, cache_text_encoder_outputs=True, **told)
+def test_bf16(files: Files, images: Path, tmp_path: Path, settings: dict[str, Any]) -> None:
+    trainable, _, path = adapted(files, images, tmp_path, cache_text_encoder_outputs=True, **settings)
     assert all(t.isfinite().all() for t in load(path).values())
     assert all(adapter.lora_up.weight.any() for adapter in trainable.network.by_path().values())  # type: ignore[union-attr]
 
@@ -123,7 +123,7 @@ def test_the_net_that_makes_modulations_is_left_out_of_whole_models(files: Files
 
 
 def test_the_result_says_what_it_is_of(files: Files, images: Path, tmp_path: Path) -> None:
-    said = read_header(adapted(files, images, tmp_path)[2]).metadata
+    metadata = read_header(adapted(files, images, tmp_path)[2]).metadata
     wanted = {
         "modelspec.architecture": "chroma/lora",
         "ss_base_model_version": "chroma",
@@ -134,4 +134,4 @@ def test_the_result_says_what_it_is_of(files: Files, images: Path, tmp_path: Pat
         "ss_apply_t5_attn_mask": "True",
         "ss_t5xxl_max_token_length": "512",
     }
-    assert {name: said.get(name) for name in wanted} == wanted
+    assert {name: metadata.get(name) for name in wanted} == wanted

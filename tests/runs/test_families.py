@@ -43,10 +43,10 @@ def files(case: Case, tmp_path_factory: pytest.TempPathFactory) -> Files:
     return case.write(tmp_path_factory.mktemp("model"))
 
 
-def prepared(case: Case, files: Files, images: Path, out: Path, method: Method, **told: Any) -> loop.Run:
+def prepared(case: Case, files: Files, images: Path, out: Path, method: Method, **settings: Any) -> loop.Run:
     """A run of three steps, ready to go."""
     facts = families.facts(case.family)
-    options = {**files.options, **case.options, **told.pop("options", {})}
+    options = {**files.options, **case.options, **settings.pop("options", {})}
     flat = {
         "pretrained_model_name_or_path": str(files.model),
         "vae": files.vae,
@@ -58,7 +58,7 @@ def prepared(case: Case, files: Files, images: Path, out: Path, method: Method, 
         "network_alpha": 2.0,
         "seed": 7,
         **facts.defaults,
-        **told,
+        **settings,
     }
     data = DatasetConfig(subsets=(SubsetConfig(image_dir=str(images)),), resolution=(128, 64), batch_size=2)
     made: Config = config(**flat, family=facts.options(**options))
@@ -106,8 +106,8 @@ def test_a_whole_model_with_its_text_encoders(case: Case, files: Files, images: 
     whole(case, files, images, tmp_path, {"denoiser", *encoders}, train_text_encoder=True)
 
 
-def whole(case: Case, files: Files, images: Path, out: Path, components: set[str], **told: Any) -> None:
-    a_run = prepared(case, files, images, out, "full", **told)
+def whole(case: Case, files: Files, images: Path, out: Path, components: set[str], **settings: Any) -> None:
+    a_run = prepared(case, files, images, out, "full", **settings)
     before = states(a_run.trainable.models)  # type: ignore[attr-defined]
     models = trained(a_run)
     moved = changed(before, states(models))
@@ -140,8 +140,8 @@ class Adapted:
     out: Path
 
     @classmethod
-    def by(cls, case: Case, files: Files, images: Path, out: Path, kind: str, **told: Any) -> Adapted:
-        a_run = prepared(case, files, images, out, "network", network_module=kind, **told)
+    def by(cls, case: Case, files: Files, images: Path, out: Path, kind: str, **settings: Any) -> Adapted:
+        a_run = prepared(case, files, images, out, "network", network_module=kind, **settings)
         before = states(a_run.trainable.models)  # type: ignore[attr-defined]
         trained(a_run)
         return cls(a_run, before, out)

@@ -20,7 +20,7 @@ COMMON = """
 
 
 def trained(script: str, folder: Path, images: Path, *command: str) -> tuple[dict[str, Tensor], str]:
-    """Run a launcher; what it saved, and what it said."""
+    """Run a launcher; what it saved, and what it printed."""
     files = write(folder)
     (folder / "data.toml").write_text(
         f'[[datasets]]\nresolution = 64\nbatch_size = 2\n[[datasets.subsets]]\nimage_dir = "{images}"\n'
@@ -30,10 +30,10 @@ def trained(script: str, folder: Path, images: Path, *command: str) -> tuple[dic
         --pretrained_model_name_or_path {files.model} --t5xxl {files.options["t5xxl"]} --ae {files.vae} --dataset_config {folder / "data.toml"}
         --output_dir {folder / "out"} --output_name out --sample_prompts {folder / "prompts.txt"}
     """
-    told = [*named.split(), *COMMON.split(), *command]
-    said = launch(script, told, folder)
+    settings = [*named.split(), *COMMON.split(), *command]
+    text = launch(script, settings, folder)
     assert len(list((folder / "out" / "sample").glob("*.png"))) == 1
-    return load(folder / "out" / "out.safetensors"), said
+    return load(folder / "out" / "out.safetensors"), text
 
 
 @pytest.fixture
@@ -46,10 +46,10 @@ def test_an_adapter(folder: Path, images: Path) -> None:
     clip_l = images.parent / "clip_l.safetensors"
     clip_l.touch()
     network = "--network_module networks.lora_flux --network_dim 2 --network_alpha 1 --network_train_unet_only --optimizer_type AdamW"
-    saved, said = trained(
+    saved, text = trained(
         "flux_train_network", folder, images, *network.split(), "--learning_rate", "5e-4", "--clip_l", str(clip_l)
     )
-    assert "--clip_l: accepted, no effect" in said
+    assert "--clip_l: accepted, no effect" in text
     assert {name.rpartition(".lora_")[0].partition("blocks_")[0] for name in saved if ".lora_up" in name} == {
         "lora_unet_double_",
         "lora_unet_single_",

@@ -36,8 +36,8 @@ def trained(script: str, files: Files, images: Path, command: str) -> Path:
     (folder / "prompts.txt").write_text("a cat --n dull --w 64 --h 32 --d 1 --s 2 --l 4.0\n")
     encoders = " ".join(f"--{name} {path}" for name, path in files.options.items())
     named = f"--pretrained_model_name_or_path {files.model} {encoders} --dataset_config {folder / 'data.toml'} --output_dir {folder / 'out'}"
-    told = f"{named} --sample_prompts {folder / 'prompts.txt'} {COMMON} {command}".split()
-    launch(script, told, folder)
+    settings = f"{named} --sample_prompts {folder / 'prompts.txt'} {COMMON} {command}".split()
+    launch(script, settings, folder)
     assert len(list((folder / "out" / "sample").glob("*.png"))) == 1
     return folder / "out"
 

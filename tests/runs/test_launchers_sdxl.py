@@ -54,12 +54,12 @@ def test_an_adapter(trained: tuple[Path, Path]) -> None:
         t.any() for name, t in tensors.items() if name.startswith("lora_te2_") and name.endswith("lora_up.weight")
     )
     with safe_open(result, "pt") as file:
-        said = file.metadata()
+        metadata = file.metadata()
     assert (
-        said["modelspec.architecture"] == "stable-diffusion-xl-v1-base/lora"
-        and said["ss_base_model_version"] == "sdxl_base_v1-0"
+        metadata["modelspec.architecture"] == "stable-diffusion-xl-v1-base/lora"
+        and metadata["ss_base_model_version"] == "sdxl_base_v1-0"
     )
-    assert said["ss_network_module"] == "networks.lora" and said["ss_max_token_length"] == "225"
+    assert metadata["ss_network_module"] == "networks.lora" and metadata["ss_max_token_length"] == "225"
 
 
 @pytest.mark.parametrize("trained", [("sdxl_train", FULL)], indirect=True, ids=["full"])

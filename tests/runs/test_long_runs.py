@@ -42,7 +42,7 @@ def failing(real: Callable[..., Any], when: Callable[[int], bool], error: Except
     return call
 
 
-def test_log_samples_and_curve_that_fail_are_told_once_and_training_goes_on(
+def test_log_samples_and_curve_that_fail_are_reported_once_and_training_goes_on(
     train: Train, tmp_path: Path, monkeypatch: Patch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "prompts.txt").write_text("a cat --w 64 --h 64 --s 1")
@@ -53,18 +53,18 @@ def test_log_samples_and_curve_that_fail_are_told_once_and_training_goes_on(
     monkeypatch.setattr(run, "sample", failing(run.sample, lambda call: call > 1, RuntimeError("out of memory")))
     folder = train("a", **FAST, sample_prompts=str(tmp_path / "prompts.txt"), sample_every_n_steps=1)
     assert load(folder / "out.safetensors")
-    said = capsys.readouterr().err
+    output = capsys.readouterr().err
     for text in (
         "lines of the log not written: [Errno 28] no room",
         "sample images not generated: out of memory",
         "curve of the loss not drawn",
     ):
-        assert said.count(f"{text}") == 1, said
+        assert output.count(f"{text}") == 1, output
     assert len(list((folder / "sample").iterdir())) == 1
     assert [json.loads(line)["step"] for line in (folder / "out.jsonl").read_text().splitlines()] == [1, 4]
 
 
-def test_a_result_that_does_not_fit_on_the_disk_is_told_and_the_old_ones_stay(
+def test_a_result_that_does_not_fit_on_the_disk_is_reported_and_the_old_ones_stay(
     train: Train, monkeypatch: Patch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     real = trainables.Adapters.save
@@ -140,7 +140,9 @@ def test_a_last_result_that_does_not_fit_is_saved_elsewhere(train: Train, tmp_pa
     assert (tmp_path / "a" / "out-step00000002-state").is_dir()
 
 
-def test_what_save_precision_cannot_hold_is_told_not_saved(train: Train, tmp_path: Path, monkeypatch: Patch) -> None:
+def test_what_save_precision_cannot_hold_is_reported_not_saved(
+    train: Train, tmp_path: Path, monkeypatch: Patch
+) -> None:
     real = trainables.Adapters.save
 
     def huge(self: Any, path: Path, metadata: Any) -> None:
@@ -165,7 +167,7 @@ def test_a_base_model_that_changes_while_a_whole_model_is_trained_gives_a_senten
     train: Train, model: Path, tmp_path: Path, monkeypatch: Patch, change: str
 ) -> None:
     base = Path(shutil.copy(model, tmp_path / "base.safetensors"))
-    told = {
+    settings = {
         "pretrained_model_name_or_path": str(base),
         "tokenizer": str(model.parent / "tokenizer"),
         "max_train_steps": 2,
@@ -180,7 +182,7 @@ def test_a_base_model_that_changes_while_a_whole_model_is_trained_gives_a_senten
 
     monkeypatch.setattr(loop, "_optimizer_step", changing)
     with pytest.raises(UserError, match=r"base\.safetensors: changed while it was in use"):
-        train("a", "full", **FAST, **told, save_state_on_train_end=True)
+        train("a", "full", **FAST, **settings, save_state_on_train_end=True)
     assert not (tmp_path / "a" / "out.safetensors").exists()
     assert (tmp_path / "a" / "out-step00000002-state").is_dir()
 
@@ -191,7 +193,7 @@ def test_a_base_model_that_is_replaced_by_another_while_a_whole_model_is_trained
 ) -> None:
     whole = load(train("whole", "full", **FAST, max_train_steps=2) / "out.safetensors")
     base = Path(shutil.copy(model, tmp_path / "base.safetensors"))
-    told = {
+    settings = {
         "pretrained_model_name_or_path": str(base),
         "tokenizer": str(model.parent / "tokenizer"),
         "max_train_steps": 2,
@@ -204,7 +206,7 @@ def test_a_base_model_that_is_replaced_by_another_while_a_whole_model_is_trained
         return real(a_run, *args)
 
     monkeypatch.setattr(loop, "_optimizer_step", replacing)
-    out = train("a", "full", **FAST, **told) / "out.safetensors"
+    out = train("a", "full", **FAST, **settings) / "out.safetensors"
     assert all(torch.equal(t, whole[name]) for name, t in load(out).items())
     assert "ss_sd_model_hash" not in files.read_header(out).metadata
 

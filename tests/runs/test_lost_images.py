@@ -14,7 +14,7 @@ from training import Train
 from sfumato.train import loop
 
 
-def test_a_image_deleted_and_one_replaced_while_training_are_told_and_the_run_goes_on(
+def test_a_image_deleted_and_one_replaced_while_training_are_reported_and_the_run_goes_on(
     train: Train, images: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     step = loop._optimizer_step
@@ -27,9 +27,9 @@ def test_a_image_deleted_and_one_replaced_while_training_are_told_and_the_run_go
 
     monkeypatch.setattr(loop, "_optimizer_step", losing)
     folder = train("a", max_train_epochs=3)
-    said = " ".join(capsys.readouterr().err.split())
+    text = " ".join(capsys.readouterr().err.split())
     for name, why in (("1.png", "does not exist"), ("3.png", "has changed")):
-        assert said.count(f"{name}: ") == 1 and why in said
+        assert text.count(f"{name}: ") == 1 and why in text
     losses = [json.loads(line)["loss"] for line in (folder / "out.jsonl").read_text().splitlines()]
     assert len(losses) == 9 and all(math.isfinite(loss) for loss in losses)
     assert (folder / "out.safetensors").exists()

@@ -28,9 +28,9 @@ def test_a_full_disk_while_saving(train: Train, tmp_path: Path, monkeypatch: pyt
 def test_a_truncated_base_model(train: Train, model: Path, tmp_path: Path) -> None:
     cut = tmp_path / "cut.safetensors"
     cut.write_bytes(model.read_bytes()[:100_000])
-    with pytest.raises(UserError, match=r"cut\.safetensors") as told:
+    with pytest.raises(UserError, match=r"cut\.safetensors") as error:
         train("a", pretrained_model_name_or_path=str(cut))
-    assert len(told.value.messages) == 1
+    assert len(error.value.messages) == 1
 
 
 def test_an_adapter_as_base_model(train: Train) -> None:
@@ -48,7 +48,7 @@ def test_an_empty_folder(train: Train, tmp_path: Path) -> None:
 def test_a_loss_that_is_not_finite(train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from sfumato.train import step
 
-    monkeypatch.setattr(step.losses, "loss", lambda kind, said, target, **_: said * torch.nan)
+    monkeypatch.setattr(step.losses, "loss", lambda kind, prediction, target, **_: prediction * torch.nan)
     with pytest.raises(UserError, match="the loss of step 1 is nan"):
         train("a")
     assert not (tmp_path / "a" / "out.safetensors").exists()
@@ -62,7 +62,7 @@ def test_what_was_not_trained_cannot_be_resumed(train: Train) -> None:
         train("c", resume=str(first / "out-state"), network_dim=2)
 
 
-def test_a_model_without_its_parts_is_told_before_images_are_read(
+def test_a_model_without_its_parts_is_reported_before_images_are_read(
     train: Train, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tensors = files.load(model)

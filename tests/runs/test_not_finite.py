@@ -1,4 +1,4 @@
-"""Numbers that are not finite have one cause, and that is what is said."""
+"""Numbers that are not finite have one cause, and that is reported."""
 
 from __future__ import annotations
 
@@ -32,19 +32,19 @@ def _spoiled(where: Path, prefix: str) -> str:
 
 def _lost(where: Path, out: Path, **options: Any) -> str:
     a_run = prepared.prepare(where, output_dir=str(out), save_state=False, **options)
-    with pytest.raises(UserError) as told:
+    with pytest.raises(UserError) as error:
         loop.train(a_run)
-    assert len(told.value.messages) == 1
-    return told.value.messages[0]
+    assert len(error.value.messages) == 1
+    return error.value.messages[0]
 
 
 @pytest.mark.parametrize(
     ("prefix", "title"), [("model.diffusion_model.", "U-Net"), ("cond_stage_model.", "text encoder")]
 )
 def test_a_damaged_base_model_is_named(where: Path, tmp_path: Path, prefix: str, title: str) -> None:
-    said = _lost(where, tmp_path, pretrained_model_name_or_path=_spoiled(where, prefix))
-    assert "spoiled.safetensors" in said and title in said and "NaN" in said
-    assert "earning rate" not in said and "overflow" not in said
+    text = _lost(where, tmp_path, pretrained_model_name_or_path=_spoiled(where, prefix))
+    assert "spoiled.safetensors" in text and title in text and "NaN" in text
+    assert "earning rate" not in text and "overflow" not in text
 
 
 @pytest.mark.parametrize("prefix", ["first_stage_model.encoder.", "cond_stage_model."])
@@ -71,12 +71,12 @@ def test_a_damaged_cache_is_named(where: Path, tmp_path: Path, monkeypatch: pyte
         return replace(batch, latents=batch.latents * torch.nan) if what == "latents" else replace(batch, cond=cond)
 
     monkeypatch.setattr(Loader, "_batch", spoiled)
-    said = _lost(where, tmp_path, cache_latents=True, cache_text_encoder_outputs=True)
-    assert f"The cached {what} of one of the" in said and "'picture 0'" in said
+    text = _lost(where, tmp_path, cache_latents=True, cache_text_encoder_outputs=True)
+    assert f"The cached {what} of one of the" in text and "'picture 0'" in text
 
 
 def test_a_learning_rate_that_is_too_high_is_named_as_it_was_used(where: Path, tmp_path: Path) -> None:
-    said = _lost(
+    text = _lost(
         where,
         tmp_path,
         optimizer_type="torch.optim.SGD",
@@ -85,7 +85,7 @@ def test_a_learning_rate_that_is_too_high_is_named_as_it_was_used(where: Path, t
         max_train_steps=5,
         max_grad_norm=0.0,
     )
-    assert "Lower the learning rate, which was 1e+30 (denoiser)" in said
+    assert "Lower the learning rate, which was 1e+30 (denoiser)" in text
 
 
 def test_an_adapter_with_nan_is_named_by_file_and_layer(where: Path, tmp_path: Path) -> None:

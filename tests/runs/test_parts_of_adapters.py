@@ -80,19 +80,21 @@ def test_a_part_that_the_kept_text_outputs_do_not_know_is_refused(where: Path, t
         )
 
 
-def test_a_part_that_the_file_has_not_is_told(where: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_part_that_the_file_has_not_is_reported(
+    where: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     tensors = {name: t for name, t in files.load(where / "both.safetensors").items() if name.startswith("lora_unet")}
     files.save(tmp_path / "unet.safetensors", tensors, {})
-    told = {
+    settings = {
         "network_weights": str(tmp_path / "unet.safetensors"),
         "dim_from_weights": True,
         "output_dir": str(tmp_path),
     }
-    a_run = prepared.prepare(where, network_train_unet_only=False, **told)
+    a_run = prepared.prepare(where, network_train_unet_only=False, **settings)
     assert "has nothing for clip_l" in capsys.readouterr().err
     assert [g["name"] for g in a_run.optimizer.param_groups] == ["denoiser"]
     with pytest.raises(UserError, match="nothing for clip_l is in it; leave dim_from_weights out"):
-        prepared.prepare(where, network_train_unet_only=False, network_train_text_encoder_only=True, **told)
+        prepared.prepare(where, network_train_unet_only=False, network_train_text_encoder_only=True, **settings)
 
 
 @pytest.mark.parametrize(
@@ -115,7 +117,7 @@ def test_rates_of_0_everywhere_leave_nothing_to_train(where: Path, tmp_path: Pat
         prepared.prepare(where, "full", output_dir=str(tmp_path), learning_rate=0.0)
 
 
-def test_more_rates_than_text_encoders_are_told(
+def test_more_rates_than_text_encoders_are_reported(
     where: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     a_run = prepared.prepare(

@@ -1,4 +1,4 @@
-"""What a user sets beside `resume` acts, or is refused, or is told: never dropped without a word."""
+"""What a user sets beside `resume` acts, or is refused, or is reported: never dropped without a word."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ def before(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def _resumed(
     where: Path, out: Path, method: str = "network", data: dict[str, Any] | None = None, **options: Any
 ) -> Any:
-    told = {"resume": str(where / "first" / "out-state"), "max_train_steps": 4, "output_dir": str(out), **options}
-    return prepared.prepare(where, method, data, **told)
+    settings = {"resume": str(where / "first" / "out-state"), "max_train_steps": 4, "output_dir": str(out), **options}
+    return prepared.prepare(where, method, data, **settings)
 
 
 def test_changed_arguments_of_the_optimizer_act(
@@ -37,13 +37,13 @@ def test_changed_arguments_of_the_optimizer_act(
     a_run = _resumed(before, tmp_path, optimizer_args=("weight_decay=0.5", "betas=(0.5, 0.6)"), learning_rate=1e-4)
     (group,) = a_run.optimizer.param_groups
     assert (group["weight_decay"], group["betas"], group["lr"]) == (0.5, (0.5, 0.6), 1e-4)
-    said = capsys.readouterr().err
+    text = capsys.readouterr().err
     for line in (
         "optimizer_args weight_decay was 0.01 and is now 0.5",
         "optimizer_args betas was not set and is now 0.5 0.6",
         "learning_rate was 0.001",
     ):
-        assert line in said
+        assert line in text
 
 
 def test_what_did_not_change_is_not_spoken_of(before: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -68,7 +68,7 @@ def test_what_did_not_change_is_not_spoken_of(before: Path, tmp_path: Path, caps
     ],
     ids=lambda v: str(v)[:40],
 )
-def test_other_settings_are_told(
+def test_other_settings_are_reported(
     before: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], options: dict[str, Any], says: str
 ) -> None:
     if "network_weights" in options:

@@ -34,15 +34,15 @@ def test_another_seed_gives_another_result(train: Train) -> None:
 
 
 def test_workers_do_not_matter(train: Train) -> None:
-    told = {"subset": {"shuffle_caption": True, "flip_aug": True, "random_crop": True}}
-    a, b = train("a", max_data_loader_n_workers=0, **told), train("b", max_data_loader_n_workers=2, **told)
+    settings = {"subset": {"shuffle_caption": True, "flip_aug": True, "random_crop": True}}
+    a, b = train("a", max_data_loader_n_workers=0, **settings), train("b", max_data_loader_n_workers=2, **settings)
     assert_same(a / "out.safetensors", b / "out.safetensors")
 
 
 @pytest.mark.parametrize("method", ["network", "full"])
 def test_resuming_equals_going_on(train: Train, method: str) -> None:
     """8 steps = 3 + 2 + 3, across epochs of 3 steps, with everything random switched on."""
-    told: dict[str, Any] = {
+    settings: dict[str, Any] = {
         "method": method,
         "lr_scheduler": "cosine",
         "lr_warmup_steps": 2,
@@ -51,15 +51,15 @@ def test_resuming_equals_going_on(train: Train, method: str) -> None:
         "subset": {"shuffle_caption": True, "flip_aug": True, "caption_dropout_rate": 0.3},
     }
     if method == "network":
-        told["network_args"] = DROPS
-    whole = train("whole", max_train_steps=8, **told)
-    stop_after(train, 3, **told)
-    stop_after(train, 5, resume="auto", **told)
-    train("parts", max_train_steps=8, resume="auto", **told)
+        settings["network_args"] = DROPS
+    whole = train("whole", max_train_steps=8, **settings)
+    stop_after(train, 3, **settings)
+    stop_after(train, 5, resume="auto", **settings)
+    train("parts", max_train_steps=8, resume="auto", **settings)
     assert_same(whole / "out.safetensors", whole.parent / "parts" / "out.safetensors")
 
 
-def stop_after(train: Train, step: int, **told: Any) -> None:
+def stop_after(train: Train, step: int, **settings: Any) -> None:
     """Train into "parts" and press Ctrl+C in the given step."""
     old = loop._optimizer_step
 
@@ -72,7 +72,7 @@ def stop_after(train: Train, step: int, **told: Any) -> None:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loop, "_optimizer_step", pressing)
-        folder = train("parts", max_train_steps=8, **told)
+        folder = train("parts", max_train_steps=8, **settings)
     assert (folder / f"out-step{step:08d}.safetensors").exists()
     assert (folder / f"out-step{step:08d}-state").is_dir()
     assert not (folder / "out.safetensors").exists()
@@ -80,9 +80,9 @@ def stop_after(train: Train, step: int, **told: Any) -> None:
 
 def test_how_batches_are_cut_does_not_matter(train: Train) -> None:
     """One batch of 4 and two accumulated ones of 2 give the same step, up to rounding: every sample weighs the same."""
-    told: dict[str, Any] = {"subset": {"num_repeats": 4}, "cache_latents": True}
-    a = load(train("a", gradient_accumulation_steps=10, max_train_steps=2, **told) / "out.safetensors")
-    b = load(train("b", gradient_accumulation_steps=10, max_train_epochs=2, **told) / "out.safetensors")
+    settings: dict[str, Any] = {"subset": {"num_repeats": 4}, "cache_latents": True}
+    a = load(train("a", gradient_accumulation_steps=10, max_train_steps=2, **settings) / "out.safetensors")
+    b = load(train("b", gradient_accumulation_steps=10, max_train_epochs=2, **settings) / "out.safetensors")
     for name in a:
         torch.testing.assert_close(a[name], b[name], rtol=0, atol=0)
 

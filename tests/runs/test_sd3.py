@@ -1,4 +1,4 @@
-"""Runs of Stable Diffusion 3: what is told early, rates of single encoders, and what chance does while training."""
+"""Runs of Stable Diffusion 3: what is refused early, rates of single encoders, and what chance does while training."""
 
 from __future__ import annotations
 
@@ -35,16 +35,16 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Files:
 
 @pytest.fixture
 def prepare(files: Files, images: Path, tmp_path: Path) -> Prepare:
-    def go(method: Method = "network", **told: Any) -> loop.Run:
-        return prepared(CASE, files, images, tmp_path / "out", method, **told)
+    def go(method: Method = "network", **settings: Any) -> loop.Run:
+        return prepared(CASE, files, images, tmp_path / "out", method, **settings)
 
     return go
 
 
-# --- told before the first step ---
+# --- refused before the first step ---
 
 
-def test_images_larger_than_the_table_are_told_before_anything_is_encoded(
+def test_images_larger_than_the_table_are_reported_before_anything_is_encoded(
     files: Files, images: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def encoded(*_: Any, **__: Any) -> Any:
@@ -53,14 +53,14 @@ def test_images_larger_than_the_table_are_told_before_anything_is_encoded(
     monkeypatch.setattr(caching, "cache_latents", encoded)
     made: Config = config(pretrained_model_name_or_path=str(files.model), cache_latents=True, family=Options())
     large = DatasetConfig(subsets=(SubsetConfig(image_dir=str(images)),), resolution=(192, 208))
-    with pytest.raises(UserError) as told:
+    with pytest.raises(UserError) as error:
         run.prepare(made, "network", (large,), dist.world(), 0.0)
-    assert told.value.messages == (
+    assert error.value.messages == (
         "dataset 1: 192 x 208 pixels are too large for this model, which takes at most 192 x 192; lower its resolution or max_bucket_reso",
     )
 
 
-def test_prompts_larger_than_the_table_are_told_before_the_first_step(prepare: Prepare, tmp_path: Path) -> None:
+def test_prompts_larger_than_the_table_are_reported_before_the_first_step(prepare: Prepare, tmp_path: Path) -> None:
     (tmp_path / "prompts.txt").write_text("a cat --w 64 --h 64\na dog --w 208 --h 64\n")
     with pytest.raises(
         UserError,
@@ -79,13 +79,13 @@ def test_the_largest_sizes_of_the_real_models() -> None:
     assert FAMILY.largest is not None and FAMILY.largest(ComponentWeights()) == 3072  # type: ignore[arg-type]
 
 
-def test_a_sampler_of_older_models_is_told_before_the_first_step(prepare: Prepare, tmp_path: Path) -> None:
+def test_a_sampler_of_older_models_is_reported_before_the_first_step(prepare: Prepare, tmp_path: Path) -> None:
     (tmp_path / "prompts.txt").write_text("a cat --w 64 --h 64 --ss ddim\n")
     with pytest.raises(UserError, match=r"sample_sampler ddim: Stable Diffusion 3 or 3\.5 is sampled with euler"):
         prepare(sample_prompts=str(tmp_path / "prompts.txt"), sample_every_n_steps=1)
 
 
-def test_an_adapter_on_t5_in_diffusers_names_is_told_before_the_first_step(prepare: Prepare) -> None:
+def test_an_adapter_on_t5_in_diffusers_names_is_reported_before_the_first_step(prepare: Prepare) -> None:
     with pytest.raises(UserError, match=r"peft.* no names for t5xxl"):
         prepare(network_args=("train_t5xxl=True",), dialect="peft")
 
@@ -94,15 +94,15 @@ def test_an_adapter_on_t5_in_diffusers_names_is_told_before_the_first_step(prepa
 
 
 @pytest.mark.parametrize(
-    ("told", "moving"),
+    ("settings", "moving"),
     [
         ({"learning_rate_te2": 0.0}, {"clip_l"}),
         ({"learning_rate_te1": 0.0}, {"clip_g"}),
         ({"learning_rate_te1": 0.0, "train_t5xxl": True}, {"clip_g", "t5xxl"}),
     ],
 )
-def test_a_rate_of_0_freezes_an_encoder(prepare: Prepare, told: Mapping[str, Any], moving: set[str]) -> None:
-    a_run = prepare("full", train_text_encoder=True, options=told)
+def test_a_rate_of_0_freezes_an_encoder(prepare: Prepare, settings: Mapping[str, Any], moving: set[str]) -> None:
+    a_run = prepare("full", train_text_encoder=True, options=settings)
     before = states(a_run.trainable.models)  # type: ignore[attr-defined]
     moved = {name.partition(".")[0] for name in changed(before, states(trained(a_run)))}
     assert moved == {"denoiser", *moving}
@@ -174,14 +174,14 @@ def test_cached_runs_equal_live_ones_in_every_weight_where_nothing_is_rounded(
     results = []
     for cached in (False, True):
         # Not Adam: it divides by a gradient's own size, so that a processor's last bit may be as much as the step.
-        told = {
+        settings = {
             "optimizer_type": "SGDNesterov",
             "learning_rate": 1.0,
             "network_train_unet_only": True,
             "options": options,
         }
         a_run = prepared(
-            CASE, files, images, tmp_path / str(cached), "network", cache_text_encoder_outputs=cached, **told
+            CASE, files, images, tmp_path / str(cached), "network", cache_text_encoder_outputs=cached, **settings
         )
         start = {name: p.detach().clone() for name, p in a_run.trainable.weights().items()}
         trained(a_run)

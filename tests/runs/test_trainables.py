@@ -146,26 +146,28 @@ def test_the_arithmetic_of_kept_files() -> None:
 
 
 def test_metadata_says_how_it_was_made(train: Train) -> None:
-    told = {"network_module": "networks.lora_flux", "optimizer_args": ("weight_decay=0.5", "betas=0.8,0.9")}
-    path = train("a", training_comment="hello", **told) / "out.safetensors"
+    settings = {"network_module": "networks.lora_flux", "optimizer_args": ("weight_decay=0.5", "betas=0.8,0.9")}
+    path = train("a", training_comment="hello", **settings) / "out.safetensors"
     with safe_open(path, "pt") as file:
-        said = file.metadata()
+        metadata = file.metadata()
     assert (
-        said["ss_network_module"] == "networks.lora_flux" and said["ss_network_dim"] == "2" and said["ss_steps"] == "4"
+        metadata["ss_network_module"] == "networks.lora_flux"
+        and metadata["ss_network_dim"] == "2"
+        and metadata["ss_steps"] == "4"
     )
-    assert said["ss_optimizer"] == "torch.optim.adamw.AdamW(weight_decay=0.5,betas=(0.8, 0.9))"
-    assert KOHYAS - said.keys() == set()
-    assert said["ss_training_comment"] == "hello" and said["ss_base_model_version"] == "sd_v1"
-    assert said["modelspec.architecture"] == "stable-diffusion-v1/lora"
-    assert len(said["sshs_model_hash"]) == 64
-    assert json.loads(said["ss_tag_frequency"])["images"]["red"] == 5
+    assert metadata["ss_optimizer"] == "torch.optim.adamw.AdamW(weight_decay=0.5,betas=(0.8, 0.9))"
+    assert KOHYAS - metadata.keys() == set()
+    assert metadata["ss_training_comment"] == "hello" and metadata["ss_base_model_version"] == "sd_v1"
+    assert metadata["modelspec.architecture"] == "stable-diffusion-v1/lora"
+    assert len(metadata["sshs_model_hash"]) == 64
+    assert json.loads(metadata["ss_tag_frequency"])["images"]["red"] == 5
 
 
 def test_a_whole_models_metadata_says_nothing_of_adapters(train: Train) -> None:
     with safe_open(train("a", "full", max_train_steps=1) / "out.safetensors", "pt") as file:
-        said = file.metadata()
-    assert said["ss_steps"] == "1" and not [
-        name for name in said if name.startswith("ss_network_") or name == "ss_scale_weight_norms"
+        metadata = file.metadata()
+    assert metadata["ss_steps"] == "1" and not [
+        name for name in metadata if name.startswith("ss_network_") or name == "ss_scale_weight_norms"
     ]
 
 
@@ -180,7 +182,7 @@ def test_sd2_with_v_prediction_trains(train: Train, tmp_path: Path) -> None:
         assert file.metadata()["modelspec.prediction_type"] == "v"
 
 
-def test_samples_are_drawn_at_the_runs_own_size_and_named_as_sd_scripts_names_them(
+def test_samples_are_sampled_at_the_runs_own_size_and_named_as_sd_scripts_names_them(
     train: Train, tmp_path: Path
 ) -> None:
     (tmp_path / "prompts.txt").write_text("a cat --s 2 --d 1\na dog --w 32 --h 48 --s 2\n")
@@ -206,12 +208,12 @@ def test_samples_are_drawn_at_the_runs_own_size_and_named_as_sd_scripts_names_th
 def test_sample_draws_at_the_size_that_the_file_was_trained_at(train: Train, model: Path, tmp_path: Path) -> None:
     (tmp_path / "prompts.txt").write_text("a cat --s 1 --d 1\n")
     lora = train("a", max_train_steps=1) / "out.safetensors"
-    told = {
+    settings = {
         "sample_prompts": str(tmp_path / "prompts.txt"),
         "sample_sampler": "euler",
         "output_dir": str(tmp_path / "drawn"),
     }
-    [path] = pipeline.main(config(pretrained_model_name_or_path=str(model), network_weights=str(lora), **told))
+    [path] = pipeline.main(config(pretrained_model_name_or_path=str(model), network_weights=str(lora), **settings))
     with Image.open(path) as image:
         assert image.size == (64, 64)
 
@@ -230,11 +232,11 @@ def calls_of(monkeypatch: pytest.MonkeyPatch, method: str) -> list[str]:
     """The parts of which a method of `ComponentWeights` is called from now on."""
     calls, old = list[str](), getattr(ComponentWeights, method)
 
-    def told(held: ComponentWeights, *args: Any) -> Any:
-        calls.append(held.component.name)
-        return old(held, *args)
+    def recorded(weights: ComponentWeights, *args: Any) -> Any:
+        calls.append(weights.component.name)
+        return old(weights, *args)
 
-    monkeypatch.setattr(ComponentWeights, method, told)
+    monkeypatch.setattr(ComponentWeights, method, recorded)
     return calls
 
 
@@ -242,19 +244,24 @@ def test_a_second_start_makes_neither_vae_nor_text_encoder(
     train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What they say is in the cache; the result is the same, and a whole model still has them, from its file."""
-    told: dict[str, Any] = {
+    settings: dict[str, Any] = {
         "cache_text_encoder_outputs_to_disk": True,
         "cache_latents_to_disk": True,
         "cache_dir": str(tmp_path / "cache"),
     }
-    first = load(train("a", "full", **told) / "out.safetensors")
+    first = load(train("a", "full", **settings) / "out.safetensors")
     made, read = (calls_of(monkeypatch, name) for name in ("empty", "put_into"))
-    second = load(train("b", "full", **told) / "out.safetensors")
+    second = load(train("b", "full", **settings) / "out.safetensors")
     assert made == read == ["denoiser"]
     assert changed(first, second) == set()
     (tmp_path / "prompts.txt").write_text("a cat --w 64 --h 64 --s 1\n")
     train(
-        "c", "full", **told, sample_prompts=str(tmp_path / "prompts.txt"), sample_at_first=True, sample_sampler="euler"
+        "c",
+        "full",
+        **settings,
+        sample_prompts=str(tmp_path / "prompts.txt"),
+        sample_at_first=True,
+        sample_sampler="euler",
     )
     assert read[1:] == ["denoiser", "vae", "clip_l"]
 
@@ -264,7 +271,7 @@ def test_what_is_cached_beforehand_is_what_training_would_cache(
 ) -> None:
     """`sfumato cache` merges base_weights as training does: text encoders say something else with them."""
     adapter = train("a", learning_rate=1e-1) / "out.safetensors"
-    told = {
+    settings = {
         "pretrained_model_name_or_path": str(model),
         "base_weights": (str(adapter),),
         "cache_dir": str(tmp_path / "cache"),
@@ -274,11 +281,11 @@ def test_what_is_cached_beforehand_is_what_training_would_cache(
     def cached(folder: Path) -> dict[str, bytes]:
         return {p.name: p.read_bytes() for p in (folder / "entries").rglob("*.safetensors")}
 
-    run.cache(config(**told, cache_text_encoder_outputs_to_disk=True), (data,))
+    run.cache(config(**settings, cache_text_encoder_outputs_to_disk=True), (data,))
     before = cached(tmp_path / "cache")
     train(
         "b",
-        **{**told, "cache_dir": str(tmp_path / "other")},
+        **{**settings, "cache_dir": str(tmp_path / "other")},
         cache_text_encoder_outputs_to_disk=True,
         max_train_steps=1,
     )

@@ -17,7 +17,7 @@ def test_names_are_sd_scripts() -> None:
     assert re.fullmatch(r"cat_00_\d{14}_0\.png", file_name("cat", 0, seed=0))
 
 
-def test_a_image_says_how_it_was_drawn(tmp_path: Path) -> None:
+def test_a_image_says_how_it_was_sampled(tmp_path: Path) -> None:
     path = tmp_path / "new" / "a.png"
     save(
         Image.new("RGB", (8, 16), "red"),
@@ -27,9 +27,9 @@ def test_a_image_says_how_it_was_drawn(tmp_path: Path) -> None:
     )
     with Image.open(path) as image:
         assert image.getpixel((0, 0)) == (255, 0, 0)
-        said = image.info["parameters"]
+        text = image.info["parameters"]
     assert (
-        said == "ein Kätzchen 🐱\nNegative prompt: dull\nSteps: 30, Sampler: euler, CFG scale: 7.5, Seed: 5, Size: 8x16"
+        text == "ein Kätzchen 🐱\nNegative prompt: dull\nSteps: 30, Sampler: euler, CFG scale: 7.5, Seed: 5, Size: 8x16"
     )
     assert list(path.parent.iterdir()) == [path]
 

@@ -69,16 +69,16 @@ def test_a_text_file_skips_comments_and_blank_lines(tmp_path: Path) -> None:
     ]
 
 
-def test_all_mistakes_are_told_with_their_lines(tmp_path: Path) -> None:
+def test_all_mistakes_are_reported_with_their_lines(tmp_path: Path) -> None:
     path = written(
         tmp_path, "p.txt", "ok --w 64\na --q 1\nb --w wide --s 0\n\nc --cn x.png --d 1 --d 2 --n\nd --ss eulr --w 64px"
     )
     with pytest.raises(UserError) as caught:
         read_prompts(path)
-    said = list(caught.value.messages)
-    assert [m.removeprefix(f"{path}:")[:1] for m in said] == ["2", "3", "3", "5", "5", "5", "6", "6"]
+    messages = list(caught.value.messages)
+    assert [m.removeprefix(f"{path}:")[:1] for m in messages] == ["2", "3", "3", "5", "5", "5", "6", "6"]
     for message, words in zip(
-        said, ("--q", "wide", "1 to 1000", "controlnet_image", "twice", "--n needs", "'euler'", "64px"), strict=True
+        messages, ("--q", "wide", "1 to 1000", "controlnet_image", "twice", "--n needs", "'euler'", "64px"), strict=True
     ):
         assert words in message
 
@@ -140,14 +140,14 @@ def test_json_takes_tables_and_lines(tmp_path: Path) -> None:
         ("p.yaml", "a", ".txt, .toml or .json"),
     ],
 )
-def test_mistakes_are_told(tmp_path: Path, name: str, text: str, words: str) -> None:
+def test_mistakes_are_reported(tmp_path: Path, name: str, text: str, words: str) -> None:
     path = written(tmp_path, name, text)
     with pytest.raises(UserError) as caught:
         read_prompts(path)
     assert str(path) in str(caught.value) and words in str(caught.value)
 
 
-def test_a_file_that_cannot_be_read_is_told(tmp_path: Path) -> None:
+def test_a_file_that_cannot_be_read_is_reported(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="cannot be read"):
         read_prompts(tmp_path / "none.txt")
     (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
@@ -183,14 +183,14 @@ def test_a_prompt_without_a_size_has_the_size_of_the_run(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize(
-    ("said", "size"),
+    ("text", "size"),
     [("64x96", (64, 96)), ("0x0", None), ("64", None), ("99999x64", None), ("64x4", None), ("x64", None), (None, None)],
 )
 def test_a_prompt_without_a_size_has_the_size_that_the_file_was_trained_at(
-    said: str | None, size: tuple[int, int] | None, tmp_path: Path
+    text: str | None, size: tuple[int, int] | None, tmp_path: Path
 ) -> None:
     first, second = tmp_path / "a.safetensors", tmp_path / "b.safetensors"
-    files.save(first, {"x": torch.zeros(1)}, {"modelspec.resolution": said} if said else {})
+    files.save(first, {"x": torch.zeros(1)}, {"modelspec.resolution": text} if text else {})
     files.save(second, {"x": torch.zeros(1)}, {"modelspec.resolution": "32x48"})
     for paths, wanted in (((first,), size or (512, 512)), ((tmp_path, "owner/name", first, second), size or (32, 48))):
         found = sized(Prompt(), *paths)

@@ -133,14 +133,14 @@ def test_a_batch_equals_single_runs(tmp_path: Path, sampler: str) -> None:
         replace(PROMPT, width=32, seed=4),
         replace(PROMPT, seed=5, sample_steps=2),
     ]
-    told: list[tuple[int, int]] = []
+    calls: list[tuple[int, int]] = []
     together = sample_latents(
-        models, prompts, process=EPS, sampler=sampler, batch_size=4, progress=lambda *n: told.append(n)
+        models, prompts, process=EPS, sampler=sampler, batch_size=4, progress=lambda *n: calls.append(n)
     )
     for one, prompt in zip(together, prompts, strict=True):
         (alone,) = sample_latents(models, [prompt], process=EPS, sampler=sampler)
         torch.testing.assert_close(one, alone, atol=1e-5, rtol=1e-5)
-    assert told == [(n, 11) for n in range(1, 12)]
+    assert calls == [(n, 11) for n in range(1, 12)]
 
 
 def test_global_randomness_is_not_touched(models: Models) -> None:
@@ -171,7 +171,7 @@ def test_every_part_gets_its_mode_back(models: Models, monkeypatch: pytest.Monke
 @pytest.mark.parametrize(
     ("dtype", "mixed"), [(torch.float32, True), (torch.bfloat16, True), (torch.bfloat16, False), (torch.float16, False)]
 )
-def test_16_bits_draw_nearly_the_same(models: Models, tmp_path: Path, dtype: torch.dtype, mixed: bool) -> None:
+def test_16_bits_sample_nearly_the_same(models: Models, tmp_path: Path, dtype: torch.dtype, mixed: bool) -> None:
     half = loading.load(SD, str(tiny.tiny_sd1(tmp_path)), families.facts("sd").options(), dtype=dtype)
     half.vae.to(dtype)
     exact = sample_latents(models, [PROMPT], process=EPS, noise=START)[0]
@@ -220,13 +220,15 @@ def test_files_and_seeds(models: Models, tmp_path: Path) -> None:
     assert "Seed: 1," in read(first[0])[1]
 
 
-def test_a_image_that_is_not_finite_is_told_and_still_written(models: Models, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_image_that_is_not_finite_is_reported_and_still_written(
+    models: Models, caplog: pytest.LogCaptureFixture
+) -> None:
     with caplog.at_level(logging.WARNING):
         image = decode(models, torch.full((4, 2, 2), torch.nan), PROMPT)
     assert image.size == (16, 16) and "diverged" in caplog.text and "'a cat'" in caplog.text
 
 
-def test_what_has_no_effect_is_told(models: Models, caplog: pytest.LogCaptureFixture) -> None:
+def test_what_has_no_effect_is_reported(models: Models, caplog: pytest.LogCaptureFixture) -> None:
     odd = replace(PROMPT, width=39, guidance_scale=3.5, sample_steps=1)
     with caplog.at_level(logging.WARNING):
         (image,) = generate(models, [odd], process=EPS)
@@ -243,7 +245,7 @@ def test_samplers_that_do_not_fit_are_refused() -> None:
         scheduler_for(EPS, "eulr")
 
 
-def test_a_sampler_whose_library_is_missing_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_sampler_whose_library_is_missing_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     class Missing:
         def __init__(self) -> None:
             raise ImportError("scipy")
@@ -290,7 +292,7 @@ def run(
     return read(path)[0]
 
 
-def test_the_command_draws_with_adapters_worn_or_merged(tmp_path: Path) -> None:
+def test_the_command_samples_with_adapters_worn_or_merged(tmp_path: Path) -> None:
     plain = run(tmp_path, "plain", NetworkConfig())
     file = str(lora(tmp_path))
     worn = run(tmp_path, "worn", NetworkConfig(network_weights=file))
@@ -301,7 +303,7 @@ def test_the_command_draws_with_adapters_worn_or_merged(tmp_path: Path) -> None:
     assert np.abs(worn - half).mean() < 5
 
 
-def test_a_wrong_sampler_is_told_before_weights_are_read(tmp_path: Path) -> None:
+def test_a_wrong_sampler_is_reported_before_weights_are_read(tmp_path: Path) -> None:
     (tmp_path / "p.txt").write_text("a cat")
     for sampling, words in (
         (SampleConfig(sample_prompts=str(tmp_path / "p.txt"), sample_sampler="dimm"), "ddim"),
@@ -311,7 +313,7 @@ def test_a_wrong_sampler_is_told_before_weights_are_read(tmp_path: Path) -> None
             main(Config(sample=sampling))
 
 
-def test_a_folder_that_cannot_be_made_is_told_before_weights_are_read(tmp_path: Path) -> None:
+def test_a_folder_that_cannot_be_made_is_reported_before_weights_are_read(tmp_path: Path) -> None:
     (tmp_path / "p.txt").write_text("a cat")
     (tmp_path / "sample").write_text("a file")
     with pytest.raises(UserError, match="sample: a folder is to be written here, and this is a file"):

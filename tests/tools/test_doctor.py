@@ -32,10 +32,10 @@ def worst(**changes: Any) -> dict[str, str]:
 
 def test_this_machine_is_described(capsys: pytest.CaptureFixture[str]) -> None:
     code = main(["doctor", "--json"])
-    said = json.loads(capsys.readouterr().out)
-    assert {"python", "libraries", "devices", "disk_free", "verdicts"} <= set(said)
-    assert code == int(any(v["level"] == "problem" for v in said["verdicts"]))
-    assert said["verdicts"][-1]["text"] in doctor.text(said)
+    report = json.loads(capsys.readouterr().out)
+    assert {"python", "libraries", "devices", "disk_free", "verdicts"} <= set(report)
+    assert code == int(any(v["level"] == "problem" for v in report["verdicts"]))
+    assert report["verdicts"][-1]["text"] in doctor.text(report)
 
 
 def test_a_healthy_machine_has_no_complaint() -> None:
@@ -66,6 +66,6 @@ def test_what_stands_in_the_way_comes_first(changes: dict[str, Any], level: str,
     assert found["level"] == level and text in found["text"]
 
 
-def test_a_card_without_bf16_is_told_to_use_fp16() -> None:
+def test_a_card_without_bf16_is_sent_to_fp16() -> None:
     card = {**facts()["devices"][0], "bf16": False}
     assert "mixed_precision fp16" in worst(devices=[card])["text"]

@@ -31,7 +31,7 @@ def data(images: Path, **subset: Any) -> tuple[DatasetConfig, ...]:
     return (DatasetConfig(subsets=(folder,), resolution=(64, 64), batch_size=2),)
 
 
-def told(model: Path, where: Path, **options: Any) -> Config:
+def settings(model: Path, where: Path, **options: Any) -> Config:
     given = {
         "pretrained_model_name_or_path": str(model),
         "output_dir": str(where / "out"),
@@ -54,7 +54,7 @@ def refused(model: Path, images: Path, tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(devices, "read_values", lambda *_, **__: pytest.fail("weights were read"))
 
     def ask(method: Method = "network", subset: dict[str, Any] | None = None, **options: Any) -> str:
-        given, datasets = told(model, tmp_path, **options), data(images, **(subset or {}))
+        given, datasets = settings(model, tmp_path, **options), data(images, **(subset or {}))
         with pytest.raises(UserError) as by_plan:
             plan.show(given, method, datasets)
         with pytest.raises(UserError) as by_train:
@@ -101,35 +101,35 @@ def test_adapters_that_do_not_fit(refused: Refused, tmp_path: Path) -> None:
     assert "name no layer" in refused(network_weights=str(tmp_path / "other.safetensors"))
     assert "name no layer" in refused(base_weights=(str(tmp_path / "other.safetensors"),))
     base = str(tiny.tiny_sd1(tmp_path / "base"))
-    for said in (refused(network_weights=base), refused(base_weights=(base,))):
-        assert "model.safetensors is a base model, not an adapter (such as a LoRA)" in said
+    for text in (refused(network_weights=base), refused(base_weights=(base,))):
+        assert "model.safetensors is a base model, not an adapter (such as a LoRA)" in text
     files.save(tmp_path / "empty.safetensors", {})
-    said = refused(base_weights=(str(tmp_path / "empty.safetensors"),))
-    assert said.count("empty.safetensors") == 1 and "base_weights" in said and "holds no tensors" in said
-    said = refused(base_weights=(str(tmp_path / "wide.safetensors"),))
-    assert "wide.safetensors" in said and "has shape [3, 64], expected [3, 32]" in said
+    text = refused(base_weights=(str(tmp_path / "empty.safetensors"),))
+    assert text.count("empty.safetensors") == 1 and "base_weights" in text and "holds no tensors" in text
+    text = refused(base_weights=(str(tmp_path / "wide.safetensors"),))
+    assert "wide.safetensors" in text and "has shape [3, 64], expected [3, 32]" in text
 
 
-def test_arguments_in_one_string_are_told_beside_each_other_and_a_file_is_named_once(
+def test_arguments_in_one_string_are_reported_beside_each_other_and_a_file_is_named_once(
     refused: Refused, tmp_path: Path
 ) -> None:
     files.save(tmp_path / "nan.safetensors", {"lora_unet_x.lora_up.weight": torch.tensor([float("nan")])})
     many = {"optimizer_args": ("a=1 b=2",), "lr_scheduler_args": ("0",), "network_args": ("c=1 d=2",)}
-    said = refused(**many, base_weights=(str(tmp_path / "nan.safetensors"),))
-    assert all(f"{name} {texts[0]!r}: " in said for name, texts in many.items())
-    assert said.count("nan.safetensors") == 1
+    text = refused(**many, base_weights=(str(tmp_path / "nan.safetensors"),))
+    assert all(f"{name} {texts[0]!r}: " in text for name, texts in many.items())
+    assert text.count("nan.safetensors") == 1
 
 
 def test_samplers_and_prompts(refused: Refused, tmp_path: Path) -> None:
     (tmp_path / "prompts.txt").write_text("a cat --ss pndm\n", encoding="utf-8")
     v = Options(v_parameterization=True)
-    said = refused(
+    text = refused(
         sample_prompts=str(tmp_path / "prompts.txt"), sample_every_n_steps=2, zero_terminal_snr=True, family=v
     )
-    assert "pndm: cannot begin at zero signal" in said
+    assert "pndm: cannot begin at zero signal" in text
     (tmp_path / "prompts.txt").write_text("a cat --zz 4\n", encoding="utf-8")
-    said = refused(sample_prompts=str(tmp_path / "prompts.txt"), sample_sampler="best", network_args=("colour=2",))
-    assert "--zz" in said and "'best'" in said and "'colour'" in said  # all mistakes at once
+    text = refused(sample_prompts=str(tmp_path / "prompts.txt"), sample_sampler="best", network_args=("colour=2",))
+    assert "--zz" in text and "'best'" in text and "'colour'" in text  # all mistakes at once
 
 
 @pytest.mark.parametrize(
@@ -161,14 +161,14 @@ def test_weights_in_a_format_of_whole_numbers(refused: Refused, model: Path, tmp
     tensors = files.load(model)
     name = "model.diffusion_model.time_embed.0.weight"
     files.save(tmp_path / "odd.safetensors", {**tensors, name: torch.zeros(tensors[name].shape, dtype=torch.int32)})
-    said = refused(
+    text = refused(
         pretrained_model_name_or_path=str(tmp_path / "odd.safetensors"), tokenizer=str(model.parent / "tokenizer")
     )
-    assert "'time_embed.0.weight' is in the format I32" in said and "F32" in said
+    assert "'time_embed.0.weight' is in the format I32" in text and "F32" in text
 
 
 def test_images_that_are_too_large_for_the_model(model: Path, images: Path, tmp_path: Path) -> None:
-    given = told(model, tmp_path)
+    given = settings(model, tmp_path)
     models = devices.outline_models(given)
     models.family = dataclasses.replace(models.family, largest=lambda _: 32)
     with pytest.raises(UserError, match="dataset 1: 64 x 64 pixels are too large"):
@@ -176,7 +176,7 @@ def test_images_that_are_too_large_for_the_model(model: Path, images: Path, tmp_
 
 
 def test_what_is_trained_is_counted_without_values(model: Path, images: Path, tmp_path: Path) -> None:
-    given = told(model, tmp_path, network_args=("conv_dim=2",), text_encoder_lr=(1e-5,))
+    given = settings(model, tmp_path, network_args=("conv_dim=2",), text_encoder_lr=(1e-5,))
     checked = check.check(given, "network", data(images))
     denoiser, text = checked.trained
     assert all(p.is_meta for net in checked.models.nets().values() for p in net.parameters())
@@ -192,10 +192,10 @@ def test_what_is_trained_is_counted_without_values(model: Path, images: Path, tm
 def test_results_are_named_with_their_ending(
     model: Path, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    plan.show(told(model, tmp_path, save_every_n_steps=2), "network", data(images))
-    said = "".join(capsys.readouterr().out.split())
-    assert "lora-step00000002.safetensors" in said and "lora.safetensors" in said
-    found = json.loads(json.dumps(plan.facts(told(model, tmp_path, save_model_as="ckpt"), "full", data(images))))
+    plan.show(settings(model, tmp_path, save_every_n_steps=2), "network", data(images))
+    text = "".join(capsys.readouterr().out.split())
+    assert "lora-step00000002.safetensors" in text and "lora.safetensors" in text
+    found = json.loads(json.dumps(plan.facts(settings(model, tmp_path, save_model_as="ckpt"), "full", data(images))))
     assert found["results"][-1]["files"].endswith("lora.ckpt")
     assert isinstance(found["folders"][0]["images"], int)
     assert found["steps"] == 4 and found["trained"][0]["component"] == "denoiser"

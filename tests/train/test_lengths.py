@@ -37,8 +37,8 @@ def planned(root: Path, *captions: str, **options: object) -> Plan:
 
 def test_long_captions_are_counted_and_shown_with_the_cure(tmp_path: Path) -> None:
     made = planned(tmp_path, "a b c", "a b c d", "a b c d e", "a b c d")
-    said = "3 of 4 captions have more than the 3 tokens that CLIP reads: 2.png (5), 1.png (4), 3.png (4); max_token_length makes it take more"
-    assert lengths.too_long(made, [WORDS]) == [said]
+    text = "3 of 4 captions have more than the 3 tokens that CLIP reads: 2.png (5), 1.png (4), 3.png (4); max_token_length makes it take more"
+    assert lengths.too_long(made, [WORDS]) == [text]
     assert lengths.too_long(made, []) == []
 
 
@@ -54,13 +54,13 @@ def test_thousands_of_captions_are_counted_in_portions(tmp_path: Path) -> None:
     seen: list[int] = []
     limit = Limit(encoder="T5", tokens=0, count=lambda texts: seen.append(len(texts)) or [1] * len(texts))
     made = planned(tmp_path, *map(str, range(7)))
-    told: list[tuple[int, int]] = []
+    calls: list[tuple[int, int]] = []
     lengths.PORTION, before = 3, lengths.PORTION
     try:
-        lengths.too_long(made, [limit, limit], lambda done, total: told.append((done, total)))
+        lengths.too_long(made, [limit, limit], lambda done, total: calls.append((done, total)))
     finally:
         lengths.PORTION = before
-    assert seen == [3, 3, 1] * 2 and told[-1] == (14, 14)
+    assert seen == [3, 3, 1] * 2 and calls[-1] == (14, 14)
 
 
 def test_each_family_counts_as_its_tokens_are_cut() -> None:
@@ -87,11 +87,11 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Config, tuple[Dataset
     images = make_images(root)
     (images / "3.txt").write_text("red " * 90)
     model = tiny.tiny_sd1(root / "model")
-    told = config(
+    settings = config(
         pretrained_model_name_or_path=str(model), output_dir=str(root / "out"), max_train_steps=1, network_dim=1,
         cache_text_encoder_outputs_to_disk=True, cache_dir=str(root / "cache"), network_train_unet_only=True,
     )  # fmt: skip
-    return told, (DatasetConfig(subsets=(SubsetConfig(image_dir=str(images)),), resolution=(64, 64)),)
+    return settings, (DatasetConfig(subsets=(SubsetConfig(image_dir=str(images)),), resolution=(64, 64)),)
 
 
 def test_plan_says_which_captions_are_cut(run: tuple[Config, tuple[DatasetConfig, ...]]) -> None:

@@ -17,8 +17,8 @@ HOLD = "import sys; from pathlib import Path; from sfumato.train import lock\nwi
 
 
 def test_a_second_run_of_the_same_name_is_refused_naming_the_first(tmp_path: Path) -> None:
-    told = config(output_dir=str(tmp_path), output_name="me")
-    assert lock.taken(told) == ""
+    settings = config(output_dir=str(tmp_path), output_name="me")
+    assert lock.taken(settings) == ""
     assert not list(tmp_path.iterdir())
     first = subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     try:
@@ -28,9 +28,9 @@ def test_a_second_run_of_the_same_name_is_refused_naming_the_first(tmp_path: Pat
             lock.alone(tmp_path, "me"),
         ):
             pytest.fail("two at once")
-        assert "another run" in lock.taken(told)
+        assert "another run" in lock.taken(settings)
         if os.name != "nt":  # where a locked file cannot be read
-            assert f"process {first.pid})" in lock.taken(told)
+            assert f"process {first.pid})" in lock.taken(settings)
         with (
             lock.alone(tmp_path, "other"),
             lock.alone(tmp_path / "deeper", "me"),
@@ -40,9 +40,9 @@ def test_a_second_run_of_the_same_name_is_refused_naming_the_first(tmp_path: Pat
     finally:
         first.kill()
         first.communicate()
-    assert lock.taken(told) == ""
+    assert lock.taken(settings) == ""
     with lock.alone(tmp_path, "me"):
-        assert "another run" in lock.taken(told)
+        assert "another run" in lock.taken(settings)
     assert not list(tmp_path.iterdir())
 
 

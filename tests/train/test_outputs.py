@@ -29,8 +29,12 @@ def check(model: Path, tmp_path: Path) -> Check:
     (tmp_path / "out").mkdir()
 
     def go(*, method: Method = "network", folder: str = "", read: tuple[Path, ...] = (), **options: Any) -> None:
-        told = {"pretrained_model_name_or_path": str(model), "output_dir": str(tmp_path / "out"), "output_name": "me"}
-        made = config(**{**told, **options})
+        settings = {
+            "pretrained_model_name_or_path": str(model),
+            "output_dir": str(tmp_path / "out"),
+            "output_name": "me",
+        }
+        made = config(**{**settings, **options})
         source = examine(FAMILY, made.model.pretrained_model_name_or_path, made.family, vae=made.model.vae)[1]
         data = (DatasetConfig(subsets=(SubsetConfig(image_dir=folder),)),) if folder else ()
         outputs.check(made, method, data, source, read)
@@ -184,9 +188,9 @@ def test_a_file_where_a_folder_is_to_be_is_found_before_the_first_step(check: Ch
     (tmp_path / "out" / "me-state").write_text("")
     (tmp_path / "out" / "sample").write_text("")
     (tmp_path / "prompts.txt").write_text("a cat")
-    with pytest.raises(UserError) as told:
+    with pytest.raises(UserError) as error:
         check(sample_prompts=str(tmp_path / "prompts.txt"))
-    assert len(told.value.messages) == 2
+    assert len(error.value.messages) == 2
     for output_dir in (tmp_path / "prompts.txt", tmp_path / "prompts.txt" / "deeper"):
         with pytest.raises(UserError, match="is a file, not a folder"):
             check(output_dir=str(output_dir))
@@ -203,13 +207,13 @@ def test_a_state_of_sd_scripts_is_not_replaced(check: Check, tmp_path: Path) -> 
 def mine(model: Path, images: Path, tmp_path: Path) -> Path:
     """`me.toml`, a config of a run that writes `out/me`."""
     shutil.copytree(images, tmp_path / "data" / "1_cat")
-    said = {
+    values = {
         "pretrained_model_name_or_path": model,
         "output_dir": tmp_path / "out",
         "output_name": "me",
         "train_data_dir": tmp_path / "data",
     }
-    text = "".join(f"{key} = {json.dumps(str(value))}\n" for key, value in said.items()) + "resolution = 64\n"
+    text = "".join(f"{key} = {json.dumps(str(value))}\n" for key, value in values.items()) + "resolution = 64\n"
     (tmp_path / "me.toml").write_text(text, encoding="utf-8")
     return tmp_path / "me.toml"
 

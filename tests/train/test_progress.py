@@ -26,8 +26,8 @@ def test_names_in_square_brackets_are_printed_as_they_are(name: str, capsys: pyt
     progress.console.print(f"{name}: done")
     progress.answers.print(f"{name}: planned")
     progress.print_table(("folder", name), [(name, "1")])
-    said = capsys.readouterr()
-    assert said.err == f"{name}: done\n" and said.out.startswith(f"{name}: planned\n") and said.out.count(name) == 3
+    text = capsys.readouterr()
+    assert text.err == f"{name}: done\n" and text.out.startswith(f"{name}: planned\n") and text.out.count(name) == 3
 
 
 def test_a_live_bar_prints_its_title_and_note_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""What is said along the way may go into a file on a full disk."""
+"""What a run prints along the way may go into a file on a full disk."""
 
 from __future__ import annotations
 
