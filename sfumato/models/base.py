@@ -40,7 +40,7 @@ class Models:
 
     family: Family
     options: Any
-    """The family's `facts.Options`, completed by what the files hold (v prediction, for example)."""
+    """The family's `facts.Options`, completed by what the file holds (v prediction, for example)."""
     denoiser: nn.Module
     encoders: Mapping[str, nn.Module]
     """By name: {"clip_l": ...}; module paths are the names that files use."""
@@ -50,7 +50,7 @@ class Models:
     source: Checkpoint = IN_MEMORY
     """What it was read from; what was not trained is copied from there."""
     dtypes: Mapping[str, torch.dtype | None] = field(default_factory=dict)
-    """The number format of each component; None: as in its file."""
+    """Number format of each component's weights; None: as in its file."""
 
     def tokenize(self, captions: Sequence[str]) -> Tokens:
         """b captions -> named tensors whose first dimension is b, on the CPU."""
@@ -121,7 +121,7 @@ class Models:
         return self.vaes["vae"] if isinstance(self.vaes, OnDemand) else self.vaes
 
     def scaled(self, latents: Tensor) -> Tensor:
-        """Raw latents -> those of the denoiser. Where the files hold the factors, no VAE is made for it."""
+        """Raw latents -> those of the denoiser. If the VAE's config is known, no VAE is made for it."""
         weights = self.source.components.get("vae")
         if weights is None or weights.component.scaling is None:
             return scale(self.vae, latents)
@@ -147,14 +147,14 @@ class Models:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SampleInfo:
-    """What the denoiser takes of b samples besides their captions."""
+    """What conditions b samples besides their captions."""
 
     sizes: Tensor
     """(b, 6) original height and width, crop top and left, target height and width, in pixels."""
     guidance: Tensor | None = None
-    """(b,) the guidance embedding of a distilled model; None: the family's own for training."""
+    """(b,) guidance, the input of a distilled model; None: the family's own for training."""
     rng: SampleRandom | None = None
-    """For what is dropped by chance while training; None when images are sampled."""
+    """Source of chance for what is dropped in training; None when sampling."""
 
 
 def device_and_dtype(net: nn.Module) -> tuple[torch.device, torch.dtype]:
@@ -179,7 +179,7 @@ def check_sizes(models: Models, sizes: Iterable[tuple[str, int, int, str]]) -> N
 
 
 def as_encoded(models: Models, cond: Cond, info: SampleInfo) -> Cond:
-    """For `Family.condition`: the denoiser takes the outputs of the text encoders and nothing else."""
+    """For `Family.condition`: the denoiser takes what the text encoders give, and nothing else."""
     return cond
 
 
