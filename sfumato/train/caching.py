@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -145,7 +144,9 @@ def _caching(what: str, models: Models, components: Iterable[str], world: dist.W
             world.wait()
 
 
-def _cache_latents(config: Config, data: Data, models: Models, device: torch.device, advance: Progress) -> CachedLatents:
+def _cache_latents(
+    config: Config, data: Data, models: Models, device: torch.device, advance: Progress
+) -> CachedLatents:
     def encode(pixels: Tensor) -> Tensor:
         materialize_vae(models, device)
         return models.encode_images(pixels)

@@ -83,7 +83,7 @@ def test_adapters_in_every_dialect_are_known_by_names_and_metadata(case: Case, m
     layers = {
         path: m for path, m in models.denoiser.named_modules() if isinstance(m, torch.nn.Linear) and id(m) in inside
     }
-    for name, dialect in models.family.dialects(models).items():
+    for name, dialect in models.dialects.items():
         down = dialect.tensor_names.get("lora_down.weight", "lora_down.weight")
         made = {
             f"{n}.{down}": (2, m.in_features)

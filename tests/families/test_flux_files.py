@@ -243,7 +243,7 @@ def test_schnell_is_told_no_guidance(tmp_path: Path) -> None:
 
 
 def test_the_defaults_train_as_the_recipe_says(files: Any) -> None:
-    process = FAMILY.process(opened(files), NoiseConfig(), LossConfig())
+    process = opened(files).process(NoiseConfig(), LossConfig())
     assert isinstance(process, Flow)
     assert (process.timestep_sampling, process.model_prediction_type, process.shift) == ("shift", "raw", SHIFT)
     rng = SampleRandom(range(4000))
@@ -255,4 +255,4 @@ def test_the_defaults_train_as_the_recipe_says(files: Any) -> None:
 
 def test_what_flow_has_no_use_for_is_refused(files: Any) -> None:
     with pytest.raises(UserError, match="noise_offset"):
-        FAMILY.process(opened(files), NoiseConfig(noise_offset=0.05), LossConfig())
+        opened(files).process(NoiseConfig(noise_offset=0.05), LossConfig())

@@ -210,13 +210,13 @@ def test_the_recipe_is_filled_in(apart: Files) -> None:
 
 @pytest.mark.parametrize("sampling", ["sigma", "uniform", "sigmoid", "shift", "flux_shift"])
 def test_every_way_of_drawing_noise_levels_can_be_chosen_alone(apart: Files, sampling: str) -> None:
-    process = FAMILY.process(opened(apart, timestep_sampling=sampling), NoiseConfig(), LossConfig())
+    process = opened(apart, timestep_sampling=sampling).process(NoiseConfig(), LossConfig())
     assert isinstance(process, Flow) and process.timestep_sampling == sampling
 
 
 def test_settings_of_older_models_are_refused(apart: Files) -> None:
     with pytest.raises(UserError, match="noise_offset: a flow is sampled from plain noise"):
-        FAMILY.process(opened(apart), NoiseConfig(noise_offset=0.05), LossConfig())
+        opened(apart).process(NoiseConfig(noise_offset=0.05), LossConfig())
 
 
 @pytest.mark.parametrize("name", ["apply_t5_attn_mask", "train_t5xxl", "t5_dropout_rate", "learning_rate_te3"])

@@ -153,7 +153,7 @@ def test_settings_say_what_the_result_depends_on(files: Files) -> None:
         {"apply_lg_attn_mask": True},
         {"apply_t5_attn_mask": True},
     ]
-    found = [str(FAMILY.tokenize(opened(files, **change)).settings) for change in changes]
+    found = [str(opened(files, **change).tokenize_strategy.settings) for change in changes]
     assert len(set(found)) == len(changes)
 
 

@@ -83,7 +83,7 @@ def test_the_first_end_mark_speaks_for_the_caption(path: Path) -> None:
 
 def test_settings_say_what_the_result_depends_on(path: Path) -> None:
     a, b, c = (
-        FAMILY.tokenize(loading.load(FAMILY, str(path), Options(**told))).settings  # type: ignore[arg-type]
+        loading.load(FAMILY, str(path), Options(**told)).tokenize_strategy.settings  # type: ignore[arg-type]
         for told in ({}, {"max_token_length": 150}, {"weighted_captions": True})
     )
     assert a != b != c != a
