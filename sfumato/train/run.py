@@ -183,7 +183,7 @@ def _finish(run: loop.Run, ended: bool) -> None:
         if config.output.save_state or config.output.save_state_on_train_end:
             run.save_state(folder / checkpoints.state_name(name))
     if run.log:
-        with run.mishaps.survived("the curve of the loss not drawn"):
+        with run.mishaps.survived("the curve of the loss not plotted"):
             log.curve(run.log.path, folder / f"{name}-loss.png")
     seconds = time.monotonic() - run.began
     first = run.first_step_after or seconds

@@ -57,7 +57,7 @@ def test_log_samples_and_curve_that_fail_are_reported_once_and_training_goes_on(
     for text in (
         "lines of the log not written: [Errno 28] no room",
         "sample images not generated: out of memory",
-        "curve of the loss not drawn",
+        "curve of the loss not plotted",
     ):
         assert output.count(f"{text}") == 1, output
     assert len(list((folder / "sample").iterdir())) == 1
