@@ -1,0 +1,221 @@
+"""What no test on the CPU shows: tiny models of every family trained through the front end on the accelerator at hand.
+
+python benchmarks/on_card.py --out results.json          # one kind of model per family, then all others
+python benchmarks/on_card.py --cases sdxl-base           # on a machine without an accelerator: CPU against CPU
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import re
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Mapping
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import numpy as np
+import torch
+from PIL import Image
+from step import isolated, record  # puts tests/ on the path
+
+# isort: split
+from run_fixtures import make_images
+from tinies.cases import Case, Files, cases
+from training import config
+
+from sfumato import families
+from sfumato.adapters.insert import from_state
+from sfumato.config import DatasetConfig, SubsetConfig
+from sfumato.formats.files import load
+from sfumato.train import dist, run
+from sfumato.train.trainables import read_adapter
+
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what deterministic algorithms need of cuBLAS
+STEPS, BOUND = 6, 1e-3
+"""Steps of a run; how far the losses of two devices may differ, as a share."""
+COMMON: dict[str, Any] = {
+    "output_name": "out", "max_train_steps": STEPS, "learning_rate": 1e-3, "network_dim": 2, "network_alpha": 2.0,
+    "seed": 7, "save_every_n_steps": 3, "save_state": True,
+}  # fmt: skip
+CACHED = {"network_train_unet_only": True, "cache_latents": True, "cache_text_encoder_outputs": True}
+BF16 = {**CACHED, "mixed_precision": "bf16"}
+AGAIN = {**BF16, "gradient_checkpointing": True}
+WHOLE = {"method": "full", "cache_latents": True, "cache_text_encoder_outputs": True, "mixed_precision": "bf16"}
+RUNS: dict[str, dict[str, Any]] = {
+    "cpu": CACHED,
+    "exact": CACHED,
+    "fp32": CACHED,
+    "fp32 again": CACHED,
+    "fp32 resumed": {**CACHED, "resume": "fp32"},
+    "bf16": {**BF16, "sample_every_n_steps": STEPS},
+    "bf16 resumed": {**BF16, "resume": "bf16"},
+    "deterministic": BF16,
+    "deterministic resumed": {**BF16, "resume": "deterministic"},
+    "checkpointing": AGAIN,
+    "checkpointing resumed": {**AGAIN, "resume": "checkpointing"},
+    "fp16": {**CACHED, "mixed_precision": "fp16"},
+    "uncached": {"mixed_precision": "bf16", "gradient_checkpointing": True},
+    "full_bf16": {**WHOLE, "full_bf16": True},
+    "full_bf16 resumed": {**WHOLE, "full_bf16": True, "resume": "full_bf16"},
+}
+"""The runs, by what they are set to; resume: from the third step of that run. exact: convolutions not in TF32, torch's
+default. deterministic: with torch's deterministic algorithms alone."""
+
+
+class Runs:
+    """The runs of one tiny model; each is made when it is asked for."""
+
+    def __init__(self, case: Case, folder: Path) -> None:
+        self.case, self.folder = case, folder
+        self.files: Files = case.write(folder / "model")
+        self.images = make_images(folder)
+        (folder / "prompts.txt").write_text("a cat --w 64 --h 64 --s 4 --d 1", encoding="utf-8")
+
+    def __getitem__(self, name: str) -> Path:
+        """The folder with a run's results."""
+        out = self.folder / name
+        if not out.exists():
+            told = dict(RUNS[name])
+            if source := told.pop("resume", None):
+                told["resume"] = str(self[source] / "out-step00000003-state")
+            if "sample_every_n_steps" in told:
+                told["sample_prompts"] = str(self.folder / "prompts.txt")
+            torch.backends.cudnn.allow_tf32 = name != "exact"
+            torch.use_deterministic_algorithms(name.startswith("deterministic"), warn_only=True)
+            with patch.dict(os.environ, {"ACCELERATE_USE_CPU": "true"} if name == "cpu" else {}):
+                self._train(out, told.pop("method", "network"), told)
+        return out
+
+    def _train(self, out: Path, method: Any, told: dict[str, Any]) -> None:
+        facts, files = families.facts(self.case.family), self.files
+        options = facts.options(**{**files.options, **self.case.options})
+        model = {"pretrained_model_name_or_path": str(files.model), "vae": files.vae, "output_dir": str(out)}
+        data = DatasetConfig(subsets=(SubsetConfig(image_dir=str(self.images)),), resolution=(128, 64), batch_size=1)
+        run.train(config(**{**COMMON, **facts.defaults, **model, **told}, family=options), method, (data,))
+
+    def losses(self, name: str) -> list[float]:
+        """Of each step."""
+        return [json.loads(line)["loss"] for line in (self[name] / "out.jsonl").read_text("utf-8").splitlines()]
+
+    def apart(self, one: str, other: str) -> float:
+        """The largest difference of two runs' losses, as a share."""
+        pairs = zip(self.losses(one), self.losses(other), strict=True)
+        return max(abs(a - b) / abs(b) for a, b in pairs)
+
+    def same(self, one: str, other: str) -> dict[str, Any]:
+        """Whether two runs gave the same result, bit for bit."""
+        a, b = (load(self[name] / "out.safetensors") for name in (one, other))
+        differ = [name for name in a if not torch.equal(a[name], b[name])]
+        largest = max((float((a[n].float() - b[n].float()).abs().max()) for n in differ), default=0.0)
+        return {"pass": a.keys() == b.keys() and not differ, "differ": len(differ), "of": len(a), "largest": largest}
+
+    def ends(self, name: str) -> dict[str, Any]:
+        """Whether a run comes to its end; losses that are not finite end it before."""
+        losses = self.losses(name)
+        return {"pass": len(losses) == STEPS, "losses": losses}
+
+
+def close(one: str, other: str, bound: float = BOUND) -> Callable[[Runs], dict[str, Any]]:
+    """A check that two runs have about the same losses."""
+
+    def check(runs: Runs) -> dict[str, Any]:
+        apart = runs.apart(one, other)
+        return {"pass": apart <= bound, "apart": apart, one: runs.losses(one), other: runs.losses(other)}
+
+    return check
+
+
+def same(one: str) -> Callable[[Runs], dict[str, Any]]:
+    """A check that the resumed run gave what the unbroken one did."""
+    return lambda runs: runs.same(f"{one} resumed", one)
+
+
+def samples(runs: Runs) -> dict[str, Any]:
+    """One image, which is not of a single colour."""
+    made = sorted((runs["bf16"] / "sample").glob("*.png"))
+    spread = [float(np.asarray(Image.open(path)).std()) for path in made]
+    return {"pass": len(made) == 1 and min(spread) > 0, "images": len(made), "spread": spread}
+
+
+def loads(runs: Runs) -> dict[str, Any]:
+    """Every layer that the file has changes something, but for those that nothing can change."""
+    models = runs.case.models(runs.files)
+    nets = models.nets()
+    network = from_state(nets, read_adapter(models, runs["checkpointing"] / "out.safetensors")).by_path()
+    still = [
+        f"{component}.{path}"
+        for (component, path), adapter in network.items()
+        if not adapter.delta_weight(nets[component].get_submodule(path).weight.detach()).any()
+    ]
+    wrong = [path for path in still if not re.fullmatch(runs.case.unmoved, f"{path}.weight")]
+    return {"pass": bool(network) and not wrong, "layers": len(network), "unchanged": wrong}
+
+
+CHECKS: dict[str, Callable[[Runs], dict[str, Any]]] = {
+    "losses in fp32 are the CPU's": close("exact", "cpu"),
+    "losses in fp32 are the CPU's, convolutions in TF32": close("fp32", "cpu"),
+    "the same run twice is the same, bit for bit": lambda runs: runs.same("fp32 again", "fp32"),
+    "resumed equals unbroken, fp32": same("fp32"),
+    "resumed equals unbroken, bf16": same("bf16"),
+    "resumed equals unbroken, bf16 and checkpointing": same("checkpointing"),
+    "resumed equals unbroken, bf16, deterministic algorithms": same("deterministic"),
+    "losses in bf16 are near those in fp32": close("bf16", "fp32", 0.03),
+    "checkpointing changes no loss": close("checkpointing", "bf16"),
+    "sampling in bf16 gives an image": samples,
+    "the adapter's file loads": loads,
+    "fp16 ends": lambda runs: runs.ends("fp16"),
+    "text encoders train, nothing cached": lambda runs: runs.ends("uncached"),
+    "full_bf16 ends": lambda runs: runs.ends("full_bf16"),
+    "resumed equals unbroken, full_bf16": same("full_bf16"),
+}
+
+
+def report(name: str, limit: float) -> dict[str, Any]:
+    """Every check of the tiny model of this name, in a process of its own; an error is a check that fails."""
+    warnings.simplefilter("ignore")
+    began, device = time.monotonic(), dist.device_of()
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+        runs = Runs(next(case for case in cases() if case.name == name), Path(folder))
+        checks = {n: {"pass": False, **isolated(limit, device, lambda c=c: c(runs))} for n, c in CHECKS.items()}  # type: ignore[misc]
+    return {"seconds": round(time.monotonic() - began, 1), "checks": checks}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    names = [case.name for case in cases()]
+    parser.add_argument("--cases", nargs="*", default=names, choices=names)
+    parser.add_argument("--jobs", type=int, default=1, help="models at a time")
+    parser.add_argument("--limit", type=float, default=60, help="seconds that one check may take")
+    parser.add_argument("--out", type=Path, help="the JSON file that gets the section `truth`")
+    args = parser.parse_args()
+    device, found = dist.device_of(), dict[str, dict[str, Any]]()
+    with ProcessPoolExecutor(args.jobs, multiprocessing.get_context("spawn")) as pool:
+        reports = {pool.submit(report, name, args.limit): name for name in args.cases}
+        for future in as_completed(reports):
+            name = reports[future]
+            if error := future.exception():
+                found[name] = {"error": repr(error)}
+                print(f"{name}: {error!r}", flush=True)
+            else:
+                found[name] = future.result()
+                show(name, found[name])
+            record(args.out, "truth", device, {"steps": STEPS, "bound": BOUND, "models": found})
+
+
+def show(name: str, found: Mapping[str, Any]) -> None:
+    """Print how many checks passed, and those that did not."""
+    failed = {check: figures for check, figures in found["checks"].items() if not figures["pass"]}
+    print(f"{name}: {len(CHECKS) - len(failed)} of {len(CHECKS)} in {found['seconds']} s", flush=True)
+    for check, figures in failed.items():
+        print(f"  FAILED {check}: {figures}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
