@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, fields
 from functools import cache
 from importlib import import_module
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, cast, get_args, get_type_hints
 
 from torch import Tensor
 
@@ -130,7 +130,7 @@ def parse(network: NetworkConfig, family: type | None = None) -> AdapterPlan:
         args["dropout"] = network.network_dropout
     rank = 4 if network.network_dim is None else network.network_dim
     alpha = 1.0 if network.network_alpha is None else network.network_alpha
-    errors += _sense(chosen, rank, args)
+    errors += _sense(chosen, args)
     if network.dim_from_weights and network.network_weights:
         shaping = {name for name, kind_of in theirs.items() if kind_of != "bool" or name == "split_qkv"}
         given = [name for name in args if name.startswith("conv_") or name in shaping]
@@ -164,7 +164,8 @@ def _known_args(chosen: type[Adapter]) -> dict[str, str]:
 
 def _types(record: type) -> dict[str, str]:
     """Field of a dataclass -> the name of its type, which may also be None."""
-    return {f.name: str(f.type).removesuffix(" | None") for f in fields(record)}
+    hints = get_type_hints(record)
+    return {f.name: next(iter(get_args(hints[f.name])), hints[f.name]).__name__ for f in fields(record)}
 
 
 def _typed(name: str, text: str, kind_of: str, errors: list[str]) -> Any:
@@ -182,9 +183,9 @@ def _typed(name: str, text: str, kind_of: str, errors: list[str]) -> Any:
         return None
 
 
-def _sense(chosen: type[Adapter], rank: int, args: Mapping[str, Any]) -> list[str]:
+def _sense(chosen: type[Adapter], args: Mapping[str, Any]) -> list[str]:
     """What is wrong with values that have the right types."""
-    errors = [] if rank > 0 else [f"network_dim {rank}: expected 1 or more"]
+    errors = []
     if (args.get("conv_dim") or 0) < 0:
         errors.append(f"network_args conv_dim={args['conv_dim']}: expected 1 or more, or 0 for none")
     if "conv_alpha" in args and not args.get("conv_dim"):

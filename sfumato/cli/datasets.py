@@ -8,13 +8,15 @@ import re
 import textwrap
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import fields, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from sfumato.cli import options, paths, rules, toml, values
 from sfumato.cli.report import Given, Report
-from sfumato.config import DatasetConfig, SubsetConfig
+from sfumato.config import DatasetConfig, Settings, SubsetConfig
 from sfumato.config.data import ONLY_REGULARISATION, CaptionOptions, ImageOptions
+from sfumato.config.relations import caches_text
 from sfumato.data import folders
 from sfumato.errors import UserError, nearest
 from sfumato.formats.paths import trouble
@@ -40,26 +42,26 @@ REFUSED = {
 }
 
 
-def read(settings: Mapping[str, Any], given: Mapping[str, Given], report: Report) -> tuple[DatasetConfig, ...]:
+def read(settings: Settings, given: Mapping[str, Given], report: Report) -> tuple[DatasetConfig, ...]:
     """The datasets that the settings name, checked; what is wrong goes to the report.
 
-    `settings`: all settings by name, which the files fall back to; `given`: those that a user set.
+    `settings`: what the files fall back to; `given`: what a user set.
     """
     source = given.get("dataset_config") or given.get("train_data_dir")
     lenient = source is not None and source.lenient
-    if settings["dataset_config"]:
-        tables = from_file(paths.expanded(settings["dataset_config"]), report, lenient=lenient)
+    if settings.dataset_config:
+        tables = from_file(paths.expanded(settings.dataset_config), report, lenient=lenient)
     else:
         tables = from_folders(settings, given, report)
     used: dict[str, set[Any]] = {}
     found = [_dataset(table, subsets, settings, used, report) for table, subsets in tables]
     left_out: list[str] = []
     made = tuple(d for d in (replace(d, subsets=_acting(d.subsets, lenient, left_out)) for d in found) if d.subsets)
-    for said in left_out:
-        report.note(said)
+    for note in left_out:
+        report.note(note)
     if lenient and found and not made and not report.errors:
         report.error(
-            f"{source}: no folder of images is left to train on:" + "".join(f"\n  {said}" for said in left_out)
+            f"{source}: no folder of images is left to train on:" + "".join(f"\n  {note}" for note in left_out)
         )
     if made:
         _unused_flags(settings, given, used, report)
@@ -169,34 +171,35 @@ def _setting(given: Given, known: set[str], report: Report) -> Given | None:
         report.error(f"{given}: unknown setting here{elsewhere or nearest(given.key, known)}")
         return None
     try:
-        value = values.convert(_kinds()[given.key], given.value, text=False)
+        value = values.convert(_known()[given.key].kind, given.value, text=False)
     except ValueError as e:
         report.error(f"{given}: {e}")
         return None
     given = replace(given, value=value)
-    # Folders that kohya's scripts pass over are told in `_acting`, when all of their settings are known.
+    # Folders that kohya's scripts pass over are left to `_acting`, when all of their settings are known.
     if given.lenient and given.key == "num_repeats" and isinstance(value, int) and value < 1:
         return given
-    if said := rules.in_range(given.key, value):
-        report.error(f"{given}: {said}")
+    if problem := rules.mistake(_known()[given.key], value):
+        report.error(f"{given}: {problem}")
         return None
     return paths.settle(given, Report() if given.lenient and given.key == "image_dir" else report)
 
 
-def _kinds() -> dict[str, Any]:
-    return {name: o.kind for record in (DatasetConfig, SubsetConfig) for name, o in options.of(record, "data").items()}
+@cache
+def _known() -> dict[str, options.Option]:
+    return {**options.of(DatasetConfig, "data"), **options.of(SubsetConfig, "data")}
 
 
 # --- folders of folders ---------------------------------------------------------------------------
 
 
-def from_folders(settings: Mapping[str, Any], given: Mapping[str, Given], report: Report) -> Tables:
+def from_folders(settings: Settings, given: Mapping[str, Given], report: Report) -> Tables:
     """One dataset of the folders `<repeats>_<class tokens>` in train_data_dir and reg_data_dir."""
     subsets = [
         s
-        for key in ("train_data_dir", "reg_data_dir")
-        if settings[key]
-        for s in _folders(key, Path(settings[key]), given, report)
+        for key, folder in (("train_data_dir", settings.train_data_dir), ("reg_data_dir", settings.reg_data_dir))
+        if folder
+        for s in _folders(key, Path(folder), given, report)
     ]
     return [({}, subsets)] if subsets else []
 
@@ -216,17 +219,16 @@ def _folders(key: str, root: Path, given: Mapping[str, Given], report: Report) -
         if not match or not int(match.group(1)):
             report.note(f"{folder}: left out: its name is not `<repeats>_<class tokens>`")
             continue
-        said = rules.in_range("class_tokens", match.group(2)) or rules.in_range("num_repeats", int(match.group(1)))
-        if said:
-            report.error(f"{paths.short(folder)}: its name says `<repeats>_<class tokens>`: {said}; rename it")
-            continue
-        told = {
+        own = {
             "image_dir": str(folder),
             "num_repeats": int(match.group(1)),
             "class_tokens": match.group(2),
             "is_reg": key == "reg_data_dir",
         }
-        found.append({name: Given(name, value, str(folder), False) for name, value in told.items()})
+        if problem := next(filter(None, (rules.mistake(_known()[name], value) for name, value in own.items())), ""):
+            report.error(f"{paths.short(folder)}: its name says `<repeats>_<class tokens>`: {problem}; rename it")
+            continue
+        found.append({name: Given(name, value, str(folder), False) for name, value in own.items()})
     if not found:
         report.error(
             f"{given.get(key, f'--{key}')}: {root} has no folder `<repeats>_<class tokens>`, such as "
@@ -262,8 +264,8 @@ def _acting(subsets: Iterable[SubsetConfig], lenient: bool, left_out: list[str])
 def _passed_over(subset: SubsetConfig) -> str:
     if subset.num_repeats < 1:
         return f"num_repeats is {subset.num_repeats}"
-    if said := trouble(subset.image_dir, "folder"):
-        return said
+    if problem := trouble(subset.image_dir, "folder"):
+        return problem
     found = folders.listing(Path(subset.image_dir), recursive=subset.recursive)
     return "" if found.images or found.troubles else "no images are in it"
 
@@ -272,16 +274,16 @@ def _passed_over(subset: SubsetConfig) -> str:
 
 
 def _dataset(
-    table: Found, subsets: list[Found], settings: Mapping[str, Any], used: dict[str, set[Any]], report: Report
+    table: Found, subsets: list[Found], settings: Settings, used: dict[str, set[Any]], report: Report
 ) -> DatasetConfig:
     def value(name: str, *levels: Found) -> Any:
         for level in levels:
             if name in level and level[name].value is not None:
                 return level[name].value
         flag = _FLAGS.get(name, name)
-        if name == "num_repeats" and settings["dataset_repeats"] == 1:
+        if name == "num_repeats" and settings.dataset_repeats == 1:
             flag = name
-        return settings.get(flag, _default(name))
+        return getattr(settings, flag, _known()[name].default)
 
     def note(name: str, found: Any) -> Any:
         used.setdefault(name, set()).add(found)
@@ -300,22 +302,16 @@ def _dataset(
     return DatasetConfig(**own, subsets=tuple(made))
 
 
-def _default(name: str) -> Any:
-    return next(o[name].default for o in (options.of(SubsetConfig, ""), options.of(DatasetConfig, "")) if name in o)
-
-
-def _unused_flags(
-    settings: Mapping[str, Any], given: Mapping[str, Given], used: Mapping[str, set[Any]], report: Report
-) -> None:
+def _unused_flags(settings: Settings, given: Mapping[str, Given], used: Mapping[str, set[Any]], report: Report) -> None:
     """Flags that every dataset overrules."""
     for name, found in used.items():
         flag = _FLAGS.get(name, name)
         flag = flag if flag in given else name
         each = given.get(flag)
-        if each is None or settings[flag] in found:
+        if each is None or settings.value(flag) in found:
             continue
-        if each.flag or settings[flag] != options.common()[flag].default:
-            source = settings["dataset_config"] or settings["train_data_dir"]
+        if each.flag or settings.value(flag) != options.common()[flag].default:
+            source = settings.dataset_config or settings.train_data_dir
             report.without_effect(
                 each, f"{source} says {name} itself, for every {'dataset' if name in _DATASET - _SHARED else 'folder'}"
             )
@@ -329,9 +325,7 @@ _NOT_CACHED = ("color_aug", "random_crop", "face_crop_aug_range")
 _NOT_FINITE = ("shuffle_caption", "caption_tag_dropout_rate", "token_warmup_step", "enable_wildcard")
 
 
-def check(
-    datasets: Iterable[DatasetConfig], settings: Mapping[str, Any], given: Mapping[str, Given], report: Report
-) -> None:
+def check(datasets: Iterable[DatasetConfig], settings: Settings, given: Mapping[str, Given], report: Report) -> None:
     """Report what does not go together in the datasets."""
     datasets = tuple(datasets)
     for number, dataset in enumerate(datasets, 1):
@@ -341,11 +335,11 @@ def check(
         for subset in dataset.subsets:
             _check_subset(subset, settings, report)
     subsets = [s for d in datasets for s in d.subsets]
-    if settings["masked_loss"] and not any(s.alpha_mask or s.conditioning_data_dir for s in subsets):
+    if settings.masked_loss and not any(s.alpha_mask or s.conditioning_data_dir for s in subsets):
         report.error(
             f"{given.get('masked_loss', 'masked_loss')}: no folder has masks: set alpha_mask or conditioning_data_dir"
         )
-    if "prior_loss_weight" in given and settings["prior_loss_weight"] != 1.0 and not any(s.is_reg for s in subsets):
+    if "prior_loss_weight" in given and settings.prior_loss_weight != 1.0 and not any(s.is_reg for s in subsets):
         report.without_effect(
             given["prior_loss_weight"], "no folder holds regularisation images (is_reg, reg_data_dir)"
         )
@@ -373,25 +367,23 @@ def _check_buckets(dataset: DatasetConfig, report: Report) -> None:
         )
 
 
-def _check_subset(subset: SubsetConfig, settings: Mapping[str, Any], report: Report) -> None:
+def _check_subset(subset: SubsetConfig, settings: Settings, report: Report) -> None:
     def on(names: Iterable[str]) -> list[str]:
         return [name for name in names if getattr(subset, name)]
 
-    if (settings["cache_latents"] or settings["cache_latents_to_disk"]) and (found := on(_NOT_CACHED)):
+    if (settings.cache_latents or settings.cache_latents_to_disk) and (found := on(_NOT_CACHED)):
         report.error(
             f"{subset.image_dir}: {', '.join(found)} cannot be used with cache_latents: images are encoded only once "
             "(flip_aug can)"
         )
-    if (settings["cache_text_encoder_outputs"] or settings["cache_text_encoder_outputs_to_disk"]) and (
-        found := on(_NOT_FINITE)
-    ):
+    if caches_text(settings) and (found := on(_NOT_FINITE)):
         report.error(
             f"{subset.image_dir}: {', '.join(found)} cannot be used with cache_text_encoder_outputs: captions are "
             "encoded only once"
         )
     if not on(_CUTS) and subset.keep_tokens:
         report.note(f"{subset.image_dir}: keep_tokens: no effect without {', '.join(_CUTS[:2])} or {_CUTS[2]}")
-    if subset.conditioning_data_dir and not settings["masked_loss"]:
+    if subset.conditioning_data_dir and not settings.masked_loss:
         report.error(
             f"{subset.image_dir}: conditioning_data_dir needs masked_loss: set it, or leave conditioning_data_dir out"
         )

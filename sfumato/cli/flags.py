@@ -1,4 +1,4 @@
-"""Defaults < TOML < flags -> one checked `Config`, with everything that is wrong told at once; imports no torch."""
+"""Defaults < TOML < flags -> one checked `Config`, with everything that is wrong in one error; imports no torch."""
 
 from __future__ import annotations
 
@@ -6,31 +6,23 @@ import argparse
 import os
 import sys
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, NoReturn
 
 from sfumato import families
 from sfumato.cli import habits, kohya_settings, options, paths, rules, toml, values
 from sfumato.cli.report import Given, Report
-from sfumato.config import Config, DatasetConfig, Method
+from sfumato.config import Config, DatasetConfig, Method, Settings
+from sfumato.config.rules import zero_is_off
 from sfumato.errors import UserError, nearest
 from sfumato.formats.paths import trouble
 from sfumato.models.facts import Facts
-
-Say = Callable[[str], None]
 
 CONFIGS = {
     "config": "TOML file with any of these settings, in sections of any name; flags win over it.",
     "config_file": "The same for a file made for kohya's scripts: settings without effect are stated, not refused.",
 }
-_ZERO_IS_OFF = """
-    save_every_n_epochs save_every_n_steps save_n_epoch_ratio save_last_n_epochs save_last_n_steps
-    save_last_n_epochs_state save_last_n_steps_state sample_every_n_steps sample_every_n_epochs
-    multires_noise_iterations max_train_epochs min_snr_gamma v_pred_like_loss noise_offset adaptive_noise_scale
-    ip_noise_gamma scale_weight_norms network_dropout
-"""
-"""Kohya's files write 0 where nothing is meant, and its scripts take 0 for off."""
 
 
 class Parser(argparse.ArgumentParser):
@@ -51,8 +43,8 @@ def parser(prog: str, *, names: Iterable[str] | None = None) -> Parser:
         allow_abbrev=False,
         argument_default=argparse.SUPPRESS,
     )
-    for name, said in CONFIGS.items():
-        made.add_argument(f"--{name}", metavar="FILE", help=said)
+    for name, text in CONFIGS.items():
+        made.add_argument(f"--{name}", metavar="FILE", help=text)
     wanted = None if names is None else set(names)
     groups: dict[str, Any] = {}
     for option in options.known().values():
@@ -66,15 +58,15 @@ def parser(prog: str, *, names: Iterable[str] | None = None) -> Parser:
 
 
 def _argument(option: options.Option) -> dict[str, Any]:
-    said = option.help.replace("%", "%%")
+    text = option.help.replace("%", "%%")
     shown = values.expected(option.kind)
     if bool in values.parts(option.kind):
-        return {"nargs": "?", "const": True, "metavar": "false", "help": said}
+        return {"nargs": "?", "const": True, "metavar": "false", "help": text}
     if shown.startswith("a list"):
-        return {"nargs": "*", "metavar": "X", "help": said}
+        return {"nargs": "*", "metavar": "X", "help": text}
     default = "" if option.default in (None, "") else f" (default: {show(option.default)})"
     choices = f" [{shown.removeprefix('one of ')}]" if shown.startswith("one of ") else ""
-    return {"metavar": "X", "help": f"{said}{choices}{default}".replace(" (default: %)", " (default: %%)")}
+    return {"metavar": "X", "help": f"{text}{choices}{default}".replace(" (default: %)", " (default: %%)")}
 
 
 def show(value: object) -> str:
@@ -86,29 +78,16 @@ def show(value: object) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Resolved:
-    """A checked config and what is to be said of it."""
+    """A checked config, and notes on it."""
 
     config: Config
     datasets: tuple[DatasetConfig, ...]
     notices: tuple[str, ...]
     read: tuple[Path, ...] = field(default=(), compare=False)
-    """The config files that said it."""
+    """The config files that were read."""
 
 
-def resolve(
-    argv: Sequence[str], method: Method, *, say: Say | None = None, **options: Any
-) -> tuple[Config, tuple[DatasetConfig, ...]]:
-    """The config and datasets of a command line; notices go to `say` (default: stderr of the first process).
-
-    Errors: one `UserError` with all mistakes, each with its file, line and key. For `options` see `resolve_all`.
-    """
-    found = resolve_all(argv, method, **options)
-    for notice in found.notices:
-        (say or tell)(notice)
-    return found.config, found.datasets
-
-
-def tell(notice: str) -> None:
+def note(notice: str) -> None:
     """A note on stderr, by the first process of a run."""
     if os.environ.get("RANK", "0") == "0":
         print(f"note: {notice}", file=sys.stderr)
@@ -126,7 +105,9 @@ def resolve_all(
     defaults: Mapping[str, object] | None = None,
     adapt: Callable[[dict[str, Given], Report], None] | None = None,
 ) -> Resolved:
-    """As `resolve`, with the notices returned.
+    """The config and datasets of a command line.
+
+    Errors: one `UserError` with all mistakes, each with its file, line and key.
 
     `data`: whether images are needed. `only`: the flags there are; files may say more, for other commands.
     `kohya`: state what has no effect instead of refusing it. `short`: flags that may be shortened. `defaults`: other
@@ -143,43 +124,25 @@ def resolve_all(
     facts = families.facts(family)
     known = {**options.common(), **options.of_family(family)}
     plain = {name: o.default for name, o in known.items()} | dict(facts.defaults) | dict(defaults or {})
-    settings = plain | checked(known, given, report)
+    found = plain | checked(known, given, report)
+    settings = _settings(found, facts, method)
     datasets = _datasets(settings, given, report) if data else ()
-    rules.clashes(settings, given, method, report)
-    if data:
-        rules.idle(settings, plain, given, method, report)
-    _of_family(facts, settings, plain, given, method, report)
+    rules.idle(settings, plain, given, facts, report, trains=data)
+    settings = _settings(found | {name: plain[name] for name in report.idle}, facts, method)
+    rules.clashes(settings, given, facts, report)
     report.finish()
-    settings |= {name: plain[name] for name in report.idle}
-    return Resolved(build(settings, family), datasets, tuple(report.notices), read)
+    return Resolved(build(settings), datasets, tuple(report.notices), read)
 
 
-def _of_family(
-    facts: Facts,
-    settings: Mapping[str, Any],
-    plain: Mapping[str, Any],
-    given: Mapping[str, Given],
-    method: Method,
-    report: Report,
-) -> None:
-    """Report what the family has no use for, and what is wrong with its own options."""
-    for name, why in facts.refused.items():
-        if name in given and settings[name] != plain[name]:
-            report.error(f"{given[name]}: {why}")
-    view = rules.View(settings, method)
-    for rule in facts.idle:
-        for name in rule.keys:
-            if name in given and name not in report.idle and settings[name] != plain[name] and rule.when(view):
-                report.without_effect(given[name], rule.why)
-    for message in facts.check(_record(facts.options, {**settings, **{name: plain[name] for name in report.idle}})):
-        name = message.partition(":")[0]
-        report.error(f"{given[name]}:{message.partition(':')[2]}" if name in given else message)
+def _settings(values: Mapping[str, Any], facts: Facts, method: Method) -> Settings:
+    own = facts.options(**{f.name: values[f.name] for f in fields(facts.options)})
+    return Settings(**{name: values[name] for name in options.common()}, method=method, family=own)
 
 
-def _datasets(settings: Mapping[str, Any], given: Mapping[str, Given], report: Report) -> tuple[DatasetConfig, ...]:
+def _datasets(settings: Settings, given: Mapping[str, Given], report: Report) -> tuple[DatasetConfig, ...]:
     from sfumato.cli import datasets
 
-    if not (settings["dataset_config"] or settings["train_data_dir"]):
+    if not (settings.dataset_config or settings.train_data_dir):
         report.error(
             "no images: set dataset_config (a dataset file) or train_data_dir (a folder of folders `<repeats>_<class "
             "tokens>`)"
@@ -197,11 +160,11 @@ def gather(
     only: Iterable[str] | None = None,
     short: Collection[str] = (),
 ) -> dict[str, Given]:
-    """What the command line and the files that it names say, by setting; flags win."""
+    """The settings of the command line and of the files that it names; flags win."""
     parsed, strange = parser(prog, names=only).parse_known_args(
         [habits.full_name(word, short, report) for word in argv]
     )
-    said, flag_names = vars(parsed), every_name() if only is None else [*only, *CONFIGS]
+    flag_values, flag_names = vars(parsed), every_name() if only is None else [*only, *CONFIGS]
     for word in strange:
         if word.startswith("--"):
             name = word[2:].partition("=")[0]
@@ -210,16 +173,16 @@ def gather(
             report.error(f"{word!r}: a flag was expected, such as --config FILE")
     found: dict[str, Given] = {}
     for key in CONFIGS:
-        if key in said:
-            found |= from_file(said.pop(key), report, key=key, lenient=lenient or key == "config_file")
-    flags = [Given(name, _flag_value(value), "", True, lenient) for name, value in said.items()]
+        if key in flag_values:
+            found |= from_file(flag_values.pop(key), report, key=key, lenient=lenient or key == "config_file")
+    flags = [Given(name, _flag_value(value), "", True, lenient) for name, value in flag_values.items()]
     return habits.without_silent(found | {g.key: g for g in _own_words(flags, report)}, report)
 
 
 def _strange(name: str, known: Sequence[str], prog: str, short: Collection[str]) -> str:
     if several := habits.beginning(name, short):
         return f"could be {', '.join(f'--{n}' for n in several)}: write it out"
-    return f"is no flag of `{prog}`" if name in every_name() else f"unknown flag{nearest(name, known)}"
+    return f"is not a flag of `{prog}`" if name in every_name() else f"unknown flag{nearest(name, known)}"
 
 
 def _flag_value(value: Any) -> Any:
@@ -232,8 +195,8 @@ def every_name() -> list[str]:
 
 
 def _own_words(settings: Iterable[Given], report: Report) -> list[Given]:
-    told = [kohya_settings.translate(g, report) if g.key in kohya_settings.names() else g for g in settings]
-    return [g for g in told if g is not None]
+    found = [kohya_settings.translate(g, report) if g.key in kohya_settings.names() else g for g in settings]
+    return [g for g in found if g is not None]
 
 
 def from_file(name: str, report: Report, *, key: str, lenient: bool) -> dict[str, Given]:
@@ -242,23 +205,23 @@ def from_file(name: str, report: Report, *, key: str, lenient: bool) -> dict[str
     path = Path(name).expanduser()
     if not os.path.exists(path) and Path(f"{path}.toml").is_file():
         path = Path(f"{path}.toml")
-    if said := paths.missing("config file", path):
-        report.error(said)
+    if problem := paths.missing("config file", path):
+        report.error(problem)
         report.finish()
     try:
         content, lines = toml.read(path)
     except UserError as e:
         report.errors += e.messages
-        report.finish()  # what the file would have said is not known, so nothing can be missed in it
-    if said := _dataset_file(content, key):
-        report.error(f"{path}: {said}")
+        report.finish()  # what the file sets is not known, so nothing can be missed in it
+    if problem := _dataset_file(content, key):
+        report.error(f"{path}: {problem}")
         report.finish()
     found: dict[str, Given] = {}
     for place, value in _flat(content):
         where = f"{path}:{lines[place]}" if place in lines else str(path)
         each = Given(str(place[-1]), value, where, False, lenient, path)
-        if said := _not_a_setting(each, found):
-            report.error(f"{each}: {said}")
+        if problem := _not_a_setting(each, found):
+            report.error(f"{each}: {problem}")
         elif not (lenient and value == ""):  # front ends write "" where nothing is set
             found[each.key] = each
     return {g.key: g for g in _own_words(habits.gathered(found, report).values(), report)}
@@ -339,32 +302,25 @@ def checked(known: Mapping[str, options.Option], given: Mapping[str, Given], rep
         except ValueError as e:
             report.error(f"{each}: {e}")
             continue
-        if value == 0 and name in _ZERO_IS_OFF.split():
+        if value == 0 and zero_is_off(known[name].hint):
             value = None
-        if said := rules.in_range(name, value):
-            report.error(f"{each}: {said}")
+        if problem := rules.mistake(known[name], value):
+            report.error(f"{each}: {problem}")
         else:
             found[name] = value
     return found
 
 
-def build(settings: Mapping[str, Any], family: str) -> Config:
-    """The records from the values of all settings."""
-    records = {section: _record(record, settings) for section, record in options.sections().items()}
-    return Config(**records, family=_record(families.facts(family).options, settings))
-
-
-def _record(record: type, settings: Mapping[str, Any]) -> Any:
-    return record(**{f.name: settings[f.name] for f in fields(record)})
+def build(settings: Settings) -> Config:
+    """The records from all settings."""
+    records = {
+        section: record(**{f.name: getattr(settings, f.name) for f in fields(record)})
+        for section, record in options.sections().items()
+    }
+    return Config(**records, family=settings.family)
 
 
 def write_toml(config: Config) -> str:
     """The whole config as TOML that reads back to the same `Config`."""
     tables = {name: getattr(config, name) for name in options.sections()}
     return toml.write({**tables, "family": config.family})
-
-
-def with_family(config: Config, **changes: Any) -> Config:
-    """The config with some of the family's own options changed."""
-    family: Any = config.family
-    return replace(config, family=replace(family, **changes))

@@ -55,7 +55,7 @@ def _run(script: str, argv: list[str]) -> int:
     what = scripts()[script]
     resolved = resolve(script, argv)
     for notice in resolved.notices:
-        flags.tell(notice)
+        flags.note(notice)
     main.train(what.method, resolved)
     return 0
 
@@ -71,7 +71,7 @@ def resolve(script: str, argv: Sequence[str]) -> flags.Resolved:
         argv, what.method, prog=f"{script}.py", kohya=True, short=flags_of(what), defaults=DEFAULTS, adapt=adapt
     )
     found = _without_idle_defaults(found)
-    family = type(found.config.family).__module__.split(".")[-2]
+    family = found.config.family.family
     if family not in what.families:
         theirs = [
             f"{name}.py"

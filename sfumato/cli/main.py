@@ -197,7 +197,7 @@ def _resolved(
 
     resolved = flags.resolve_all(words, method, data=data, prog=prog, only=only)
     for notice in resolved.notices:
-        flags.tell(notice)
+        flags.note(notice)
     return resolved
 
 

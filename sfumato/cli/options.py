@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 from sfumato import families
-from sfumato.config import Config
+from sfumato.config import Config, rules
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,6 +23,8 @@ class Option:
     """Field of `Config` ("data", "optimizer" ...), or the family's name."""
     kind: Any
     """The field's type."""
+    hint: Any
+    """The same with the rules that stand with it."""
     default: object
     help: str
 
@@ -64,20 +66,22 @@ def known() -> Mapping[str, Option]:
 def _shared(name: str, having: tuple[str, ...]) -> Option:
     """An option of several families: its help says what each of them says."""
     options = {family: of_family(family)[name] for family in having}
-    first, said = options[having[0]], dict.fromkeys(option.help for option in options.values())
-    if len(said) > 1:
-        told = {text: ", ".join(family for family, option in options.items() if option.help == text) for text in said}
-        said = dict.fromkeys(f"{families}: {text}" for text, families in told.items())
+    first, texts = options[having[0]], list(dict.fromkeys(option.help for option in options.values()))
+    if len(texts) > 1:
+        having_it = [", ".join(name for name, option in options.items() if option.help == text) for text in texts]
+        texts = [f"{names}: {text}" for names, text in zip(having_it, texts, strict=True)]
     default = first.default if all(option.default == first.default for option in options.values()) else None
     kind = first.kind if all(option.kind == first.kind for option in options.values()) else str | None
-    return replace(first, kind=kind, default=default, help=" ".join(said))
+    return replace(first, kind=kind, default=default, help=" ".join(texts))
 
 
-@cache
 def of(record: type, section: str) -> dict[str, Option]:
     """A dataclass's fields as options, in order."""
-    hints, said = get_type_hints(record), help_texts(record)
-    return {f.name: Option(f.name, section, hints[f.name], _default(f), said.get(f.name, "")) for f in fields(record)}
+    kinds, hints, texts = get_type_hints(record), rules.hints(record), help_texts(record)
+    return {
+        f.name: Option(f.name, section, kinds[f.name], hints[f.name], _default(f), texts.get(f.name, ""))
+        for f in fields(record)
+    }
 
 
 def _default(field: Any) -> object:

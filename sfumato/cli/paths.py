@@ -8,31 +8,22 @@ from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
-from sfumato import families
+from sfumato.cli import options
 from sfumato.cli.report import Given, Report
+from sfumato.config import SubsetConfig, rules
 from sfumato.errors import nearest
 from sfumato.formats import leftovers
 from sfumato.formats.paths import printable, trouble
 
-FOLDERS = frozenset({"train_data_dir", "reg_data_dir", "image_dir", "conditioning_data_dir", "tokenizer"})
-FILES = frozenset({"dataset_config", "sample_prompts", "network_weights", "base_weights"})
-MADE = frozenset({"output_dir", "logging_dir", "cache_dir"})
-"""Folders that are made where they are missing."""
-EITHER = frozenset({"pretrained_model_name_or_path", "vae"})
-"""A file, a folder or a hub id; families have more such options."""
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _WEIGHTS = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")
 
 
 @cache
-def _either() -> frozenset[str]:
-    return EITHER.union(*(families.facts(name).paths for name in families.names()))
-
-
-@cache
-def names() -> frozenset[str]:
-    """All settings that hold paths."""
-    return FOLDERS | FILES | MADE | _either() | {"resume"}
+def _kinds() -> dict[str, str]:
+    """Setting -> what it names a path to (`config/rules.py: PathTo`)."""
+    every = {**options.known(), **options.of(SubsetConfig, "data")}
+    return {name: kind for name, option in every.items() if (kind := rules.path_to(option.hint))}
 
 
 def is_hub_id(name: str) -> bool:
@@ -49,14 +40,12 @@ def expanded(name: str) -> Path:
 
 def settle(given: Given, report: Report) -> Given:
     """A setting with its paths checked; those of a file may stand beside that file as well as in the current folder."""
-    if (
-        given.key in MADE
-        and isinstance(given.value, str)
-        and given.value
-        and (said := _in_the_way(expanded(given.value)))
-    ):
-        report.error(f"{given}: {said}; choose another folder")
-    if given.key not in FOLDERS | FILES | _either() | {"resume"}:
+    kind = _kinds().get(given.key)
+    if kind is None:
+        return given
+    if kind == "new folder":
+        if isinstance(given.value, str) and given.value and (problem := _in_the_way(expanded(given.value))):
+            report.error(f"{given}: {problem}; choose another folder")
         return given
     beside = given.source.parent if given.source else None
     if isinstance(given.value, (list, tuple)):
@@ -65,33 +54,34 @@ def settle(given: Given, report: Report) -> Given:
 
 
 def _settled(given: Given, value: object, beside: Path | None, report: Report) -> object:
-    if not isinstance(value, str) or not value or (given.key == "resume" and value == "auto"):
+    kind = _kinds()[given.key]
+    if not isinstance(value, str) or not value or (kind == "state" and value == "auto"):
         return value  # of the wrong type, or not set
     path = expanded(value)
     if beside is not None and not path.is_absolute() and not os.path.exists(path) and os.path.exists(beside / path):
         value, path = str(beside / path), beside / path
-    if given.key == "resume":
+    if kind == "state":
         leftovers.restore(
             path.parent, lambda name: name == path.name
         )  # if a run was killed while it replaced this state
-    if said := _wrong(given.key, value, path, beside):
-        report.error(f"{given}: {said}")
+    if problem := _wrong(kind, value, path, beside):
+        report.error(f"{given}: {problem}")
     return value
 
 
-def _wrong(key: str, value: str, path: Path, beside: Path | None) -> str:
-    what = "file or folder" if key in _either() else "file" if key in FILES else "folder"
-    if not trouble(path, what) or (key in _either() and is_hub_id(value)):
+def _wrong(kind: str, value: str, path: Path, beside: Path | None) -> str:
+    what = {"weights": "file or folder", "state": "folder"}.get(kind, kind)
+    if not trouble(path, what) or (kind == "weights" and is_hub_id(value)):
         return ""
     return _missing(what, path, beside)
 
 
 def _missing(what: str, path: Path, beside: Path | None) -> str:
-    said, name = trouble(path, what), short(path)
-    if said.startswith("is a "):
-        return f"expected a {what}, but {name} {said.partition(',')[0]}"
-    if said != "does not exist":
-        return f"{what} {name} {said}"
+    problem, name = trouble(path, what), short(path)
+    if problem.startswith("is a "):
+        return f"expected a {what}, but {name} {problem.partition(',')[0]}"
+    if problem != "does not exist":
+        return f"{what} {name} {problem}"
     start = (
         ""
         if path.is_absolute()
@@ -103,17 +93,17 @@ def _missing(what: str, path: Path, beside: Path | None) -> str:
 def _in_the_way(path: Path) -> str:
     """Why no folder can be made at a path; empty when it is there or can be."""
     for folder in (path, *path.parents):
-        if (said := trouble(folder, "folder")) != "does not exist":
-            return said and f"{short(folder)} {said}"
+        if (problem := trouble(folder, "folder")) != "does not exist":
+            return problem and f"{short(folder)} {problem}"
     return ""
 
 
 def missing(what: str, path: Path) -> str:
     """Why there is no file at a path, `what` being its name in the message; empty when there is one."""
-    said = trouble(path)
-    if said == "does not exist":
-        said += near(path) or ("" if path.is_absolute() else f" (relative paths start at {Path.cwd()})")
-    return f"{what} {short(path)} {said}" if said else ""
+    problem = trouble(path)
+    if problem == "does not exist":
+        problem += near(path) or ("" if path.is_absolute() else f" (relative paths start at {Path.cwd()})")
+    return f"{what} {short(path)} {problem}" if problem else ""
 
 
 def short(path: Path) -> str:

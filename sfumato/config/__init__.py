@@ -1,13 +1,15 @@
-"""Floor 0: what a run is told, as frozen dataclasses, one a concern; stdlib only.
+"""Floor 0: the settings of a run, as frozen dataclasses, one per concern; stdlib and annotated-types only.
 
-One field is one kohya flag, in the same spelling; the string under a field is its help text and its
-line in `docs/options.md`. `None` means "not set". Validation of types and of keys happens at the
-border (`cli/flags.py`), never here.
+One field is one kohya flag, in the same spelling; the string under a field is its help text and its line in
+`docs/options.md`; its range and what it needs stand beside its type (`rules.py`). `None` means "not set". Values are
+checked when a record is made; keys, types, and settings that would do nothing at the border (`cli/flags.py`).
 """
 
+from sfumato.config import relations, rules
 from sfumato.config.data import DataConfig, DatasetConfig, SubsetConfig
 from sfumato.config.run import (
     Config,
+    FamilyOptions,
     LogConfig,
     LossConfig,
     MemoryConfig,
@@ -18,13 +20,17 @@ from sfumato.config.run import (
     OptimizerConfig,
     OutputConfig,
     SampleConfig,
+    Settings,
     TrainConfig,
 )
+
+rules.check_names(Settings, rules.hints(Settings), (*relations.IDLE, *relations.CLASHES))
 
 __all__ = [
     "Config",
     "DataConfig",
     "DatasetConfig",
+    "FamilyOptions",
     "LogConfig",
     "LossConfig",
     "MemoryConfig",
@@ -35,6 +41,7 @@ __all__ = [
     "OptimizerConfig",
     "OutputConfig",
     "SampleConfig",
+    "Settings",
     "SubsetConfig",
     "TrainConfig",
 ]

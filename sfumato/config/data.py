@@ -5,14 +5,34 @@ The options of a subset and of a dataset fall back: subset -> dataset -> [genera
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
+
+from annotated_types import Interval
+
+from sfumato.config.rules import (
+    Amount,
+    Count,
+    Excludes,
+    File,
+    Folder,
+    Must,
+    Natural,
+    Needs,
+    NewFolder,
+    PathTo,
+    Record,
+    Share,
+    Side,
+)
 
 ONLY_REGULARISATION = (
     "all of its folders hold regularisation images (is_reg), which are seen only beside training images of the same "
     "dataset: "
     "put them into the [[datasets]] of the folder that they go with, or leave is_reg out"
 )
+_DATASET_FILE = Excludes("dataset_config", why="dataset_config names the folders")
 Interpolation = Literal["lanczos", "nearest", "bilinear", "linear", "bicubic", "cubic", "area", "box"]
 
 
@@ -20,13 +40,16 @@ Interpolation = Literal["lanczos", "nearest", "bilinear", "linear", "bicubic", "
 class CaptionOptions:
     """What happens to a caption each time its image is drawn."""
 
-    caption_extension: str = ".txt"
+    caption_extension: Annotated[
+        str,
+        Must(re.compile(r"\.?[^./\\\0][^/\\\0]*", re.DOTALL).fullmatch, "the ending of caption files, such as .txt"),
+    ] = ".txt"
     """Ending of the caption files."""
     shuffle_caption: bool = False
     """Shuffle the tags of a caption."""
-    caption_separator: str = ","
+    caption_separator: Annotated[str, Must(bool, "at least one character, such as a comma")] = ","
     """What stands between the tags of a caption."""
-    keep_tokens: int = 0
+    keep_tokens: Natural = 0
     """Tags at the front that are neither shuffled nor dropped."""
     keep_tokens_separator: str | None = None
     """Mark in the caption that parts kept tags from the rest (a second one starts a kept end)."""
@@ -38,15 +61,15 @@ class CaptionOptions:
     """Put before each caption."""
     caption_suffix: str | None = None
     """Put after each caption."""
-    caption_dropout_rate: float = 0.0
+    caption_dropout_rate: Share = 0.0
     """Chance that the caption is empty."""
-    caption_dropout_every_n_epochs: int = 0
+    caption_dropout_every_n_epochs: Natural = 0
     """Every n-th epoch has empty captions."""
-    caption_tag_dropout_rate: float = 0.0
+    caption_tag_dropout_rate: Share = 0.0
     """Chance that a tag is dropped."""
-    token_warmup_min: int = 1
+    token_warmup_min: Natural = 1
     """Tags shown at the start of token warm-up."""
-    token_warmup_step: float = 0
+    token_warmup_step: Amount = 0
     """Optimizer steps over which more and more tags are shown (below 1: share of the run)."""
 
 
@@ -54,7 +77,7 @@ class CaptionOptions:
 class ImageOptions:
     """What happens to an image each time it is drawn."""
 
-    num_repeats: int = 1
+    num_repeats: Count = 1
     """Times each image is seen in an epoch."""
     color_aug: bool = False
     """Vary hue and brightness slightly (not with cached latents)."""
@@ -74,13 +97,13 @@ class ImageOptions:
 class SubsetConfig(CaptionOptions, ImageOptions):
     """One folder of images."""
 
-    image_dir: str = ""
+    image_dir: Annotated[str, PathTo("folder")] = ""
     """Folder of the images."""
     class_tokens: str | None = None
     """Caption of images that have no caption file."""
     is_reg: bool = False
     """These are regularisation images."""
-    conditioning_data_dir: str | None = None
+    conditioning_data_dir: Folder = None
     """Folder of mask images with the same names."""
     recursive: bool = False
     """Look into sub-folders as well."""
@@ -90,15 +113,15 @@ class SubsetConfig(CaptionOptions, ImageOptions):
 class BucketOptions:
     """Sizes that images are brought to."""
 
-    resolution: tuple[int, int] = (512, 512)
+    resolution: tuple[Side, Side] = (512, 512)
     """Size of training, `512` or `W,H`: the area of a bucket is at most this."""
     enable_bucket: bool = False
     """Bring each image to the bucket of the nearest aspect ratio instead of one size."""
-    min_bucket_reso: int = 256
+    min_bucket_reso: Side = 256
     """Shortest side of a bucket."""
-    max_bucket_reso: int = 1024
+    max_bucket_reso: Side = 1024
     """Longest side of a bucket."""
-    bucket_reso_steps: int = 64
+    bucket_reso_steps: Annotated[int, Interval(ge=8, le=16384)] = 64
     """Sides of buckets are multiples of this."""
     bucket_no_upscale: bool = False
     """Never enlarge an image."""
@@ -117,25 +140,25 @@ class DatasetConfig(BucketOptions):
 
     subsets: tuple[SubsetConfig, ...] = ()
     """The folders."""
-    batch_size: int = 1
+    batch_size: Count = 1
     """Images a batch."""
     network_multiplier: float = 1.0
     """Strength of the adapter on these images."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class DataConfig(CaptionOptions, ImageOptions, BucketOptions):
+@dataclass(frozen=True, kw_only=True)
+class DataConfig(Record, CaptionOptions, ImageOptions, BucketOptions):
     """Where images come from, and defaults for the datasets."""
 
-    dataset_config: str | None = None
+    dataset_config: File = None
     """Dataset file (TOML or JSON) with [general], [[datasets]] and [[datasets.subsets]]."""
-    train_data_dir: str | None = None
+    train_data_dir: Annotated[Folder, _DATASET_FILE] = None
     """Folder of folders `<repeats>_<class tokens>` in place of dataset_config."""
-    reg_data_dir: str | None = None
+    reg_data_dir: Annotated[Folder, _DATASET_FILE, Needs("train_data_dir")] = None
     """Folder of folders `<repeats>_<class tokens>` with regularisation images."""
-    train_batch_size: int = 1
+    train_batch_size: Count = 1
     """Images a batch, where the dataset file says nothing."""
-    dataset_repeats: int = 1
+    dataset_repeats: Count = 1
     """Times each image is seen in an epoch, where the dataset file says nothing."""
     class_tokens: str | None = None
     """Caption of images that have no caption file, where the dataset file says nothing."""
@@ -147,7 +170,7 @@ class DataConfig(CaptionOptions, ImageOptions, BucketOptions):
     """Encode each caption once and keep the outputs (the text encoder is not trained then)."""
     cache_text_encoder_outputs_to_disk: bool = False
     """Keep the text outputs on disk, for later runs (implies cache_text_encoder_outputs)."""
-    cache_dir: str | None = None
+    cache_dir: Annotated[NewFolder, Needs("cache_latents_to_disk", "cache_text_encoder_outputs_to_disk")] = None
     """Where caches on disk live; default: `~/.cache/sfumato`."""
     skip_unreadable: bool = False
     """Train without the images that cannot be read, instead of stopping."""

@@ -1,4 +1,4 @@
-"""Floor 3: one folder a family, found by its name; a new family adds no line here.
+"""Floor 4: one folder per family, found by its name; a new family adds no line here.
 
 `facts.py` of a family imports no torch and holds the record `FACTS`: its options and how its files are recognised.
 `family.py` holds the record `FAMILY`.
@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 if TYPE_CHECKING:
+    from sfumato.config import FamilyOptions
     from sfumato.models.base import Family
     from sfumato.models.facts import Facts
 
@@ -32,11 +33,11 @@ def family(name: str) -> Family:
     return cast("Family", import_module(f"sfumato.families.{name}.family").FAMILY)
 
 
-def of(options: object) -> Family:
+def of(options: FamilyOptions) -> Family:
     """The family whose `Options` these are."""
-    return family(type(options).__module__.split(".")[2])
+    return family(options.family)
 
 
-def facts_of(options: object) -> Facts:
+def facts_of(options: FamilyOptions) -> Facts:
     """The facts of the family whose `Options` these are."""
-    return facts(type(options).__module__.split(".")[2])
+    return facts(options.family)

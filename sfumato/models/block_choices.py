@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
+from sfumato.config import rules
+from sfumato.config.rules import Must
 from sfumato.errors import UserError
 
 if TYPE_CHECKING:
@@ -31,6 +34,36 @@ def indices(text: str) -> frozenset[int] | None:
             return None
         chosen |= set(range(int(found[1]), int(found[2] or found[1]) + 1))
     return frozenset(chosen)
+
+
+Blocks = Annotated[
+    str | None,
+    Must(lambda text: text.strip() == "all" or indices(text) is not None, "all, none or numbers such as 0-5,8"),
+]
+"""Numbers of blocks, as `indices` reads them."""
+
+
+def one_for_each(names: Sequence[str]) -> Must:
+    """The rule of a text of ranks, one for each of these layers."""
+    example = ",".join("4" if i in (0, len(names) - 1) else "0" for i in range(len(names)))
+    return Must(
+        lambda text: len(ranks(text) or ()) == len(names),
+        f"{len(names)} ranks, those of {', '.join(names)}, such as [{example}]",
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Arguments:
+    """A base of the network_args of a family, for `Facts.network_args`."""
+
+    def __post_init__(self) -> None:
+        wrong = [f"{name}={getattr(self, name)}: {message}" for name, message in rules.mistakes(self)]
+        if wrong := wrong + self.contradictions():
+            raise UserError(*(f"network_args {message}" for message in wrong))
+
+    def contradictions(self) -> list[str]:
+        """A message for each argument that contradicts another, or would do nothing."""
+        return []
 
 
 def rank_of(args: Any, dims: Mapping[str, str], path: str) -> int | None:

@@ -2,34 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from sfumato.config import FamilyOptions, LossConfig, NoiseConfig, Settings, relations, rules
+from sfumato.config.rules import Clash, Idle
+from sfumato.errors import UserError
 from sfumato.models.detection import Signature
-
-
-@dataclass(frozen=True, slots=True)
-class Idle:
-    """Options of a family that do nothing when `when` holds."""
-
-    keys: tuple[str, ...]
-    when: Callable[[Any], Any]
-    """Of all settings of the run by name, the common ones too, and `method` ("network" or "full")."""
-    why: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Facts:
     """The record `FACTS` of a family's `facts.py`."""
 
-    options: type
-    """The dataclass of what a run can be told about this family alone."""
+    options: type[FamilyOptions]
+    """The settings of this family alone."""
     signature: Signature
     """How its files are recognised."""
-    architecture: Callable[[Any], str]
+    architecture: Callable[[FamilyOptions], str]
     """options -> the model's name in modelspec metadata, without the ending for adapters."""
-    base_model_version: Callable[[Any], str]
+    base_model_version: Callable[[FamilyOptions], str]
     """options -> the model's name in sd-scripts' metadata, `ss_base_model_version`."""
     pipelines: tuple[str, ...]
     """Classes that a diffusers folder of this family names."""
@@ -40,21 +33,47 @@ class Facts:
     """kohya's scripts -> what they train."""
     trains_text: tuple[str, ...] = ()
     """Those of `scripts` that train the text encoder unless told otherwise."""
-    defaults: Mapping[str, object] = field(default_factory=dict)
+    defaults: Mapping[str, Any] = field(default_factory=dict)
     """Settings of all families that have another default here."""
     prompt: Mapping[str, Any] = field(default_factory=dict)
-    """Defaults of prompts, where it differs from `sampling/prompts.py: Prompt`."""
-    paths: tuple[str, ...] = ()
-    """Options that name a file, a folder or a hub id."""
+    """Defaults of prompts, where they differ from `sampling/prompts.py: Prompt`."""
     refused: Mapping[str, str] = field(default_factory=dict)
     """Settings that would do nothing for this family, and why."""
     idle: tuple[Idle, ...] = ()
-    """Options that do nothing beside others."""
-    check: Callable[[Any], Sequence[str]] = lambda options: ()
-    """options -> a message, beginning with an option's name, for each one that is out of range or contradicts
-    another."""
+    """Settings that do nothing beside others, beyond the rules that stand with the options."""
+    clashes: tuple[Clash, ...] = ()
+    """Settings that cannot stand together."""
     network_args: type | None = None
     """The dataclass of network_args that only this family has; its fields are int, float, bool or str, or None where
     not set."""
     metadata: tuple[str, ...] = ()
     """Options that are written into results, as `ss_<option>`."""
+
+    def __post_init__(self) -> None:
+        known = {**rules.hints(Settings), **rules.hints(self.options)}
+        rules.check_names(self.options, known, (*self.idle, *self.clashes))
+
+    def without_effect(self, settings: Settings, *, trains: bool = True) -> dict[str, str]:
+        """The settings that do nothing beside the others -> why. `trains`: in a training, not for samples alone."""
+        if not trains:
+            return rules.idle(settings, (self.options,), self.idle)
+        return rules.idle(settings, (Settings, self.options), (*relations.IDLE, *self.idle))
+
+    def clashing(self, settings: Settings) -> list[Clash]:
+        """The rules that these settings break."""
+        return [rule for rule in (*relations.CLASHES, *self.clashes) if rule.when(settings)]
+
+    def check(self, settings: Settings) -> None:
+        """For a config that was made in Python. Errors: one `UserError` with all clashes, and with all settings of
+        noise, loss and the family's own that would do nothing."""
+        plain = Settings(**self.defaults, family=self.options())
+        found = {**self.without_effect(settings), **self.refused}
+        numbers = [name for record in (NoiseConfig, LossConfig, self.options) for name in rules.hints(record)]
+        # What is 0 or false is switched off.
+        wrong = [
+            f"{name}: {found[name]}; leave it out"
+            for name in numbers
+            if name in found and settings.value(name) not in (plain.value(name), 0)
+        ]
+        if wrong := wrong + [f"{rule.names[0]}: {rule.why}" for rule in self.clashing(settings)]:
+            raise UserError(*wrong)

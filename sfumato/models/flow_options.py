@@ -5,32 +5,50 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
-from sfumato.models.facts import Idle
+from annotated_types import Interval
 
+from sfumato.config import FamilyOptions, Settings, rules
+from sfumato.config.rules import Idle, Needs, Positive
+
+Sampling = Literal["sigma", "uniform", "sigmoid", "shift", "flux_shift"]
 Scheme = Literal["sigma_sqrt", "logit_normal", "mode", "cosmap", "none", "uniform"]
+
+_SPREAD = Needs(
+    "timestep_sampling",
+    among=("sigmoid", "shift", "flux_shift"),
+    why="timestep_sampling sigma and uniform have no spread",
+)
+Shift = Annotated[
+    Positive | None,
+    Needs(
+        "timestep_sampling", among=("sigma", "shift"), why="only timestep_sampling sigma and shift are shifted by it"
+    ),
+]
+_NORMAL = Needs("weighting_scheme", among=("logit_normal",), why="only weighting_scheme logit_normal has it")
+_MODE = Needs("weighting_scheme", among=("mode",), why="only weighting_scheme mode has it")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class FlowOptions:
-    """What a run can be told about timesteps and loss of a rectified flow; a family's `Options` extend it."""
+class FlowOptions(FamilyOptions):
+    """The settings of timesteps and loss of a rectified flow; a family's `Options` extend it."""
 
-    timestep_sampling: Literal["sigma", "uniform", "sigmoid", "shift", "flux_shift"] = "sigma"
+    timestep_sampling: Sampling = "sigma"
     """How noise levels are drawn. sigma: by weighting_scheme, then shifted; uniform: evenly; sigmoid: the sigmoid of a
     normal number; shift: the same, then shifted; flux_shift: the same, shifted the more the larger the image is."""
-    sigmoid_scale: float | None = None
+    sigmoid_scale: Annotated[Positive | None, _SPREAD] = None
     """Spread of timestep_sampling sigmoid, shift and flux_shift; default 1. Below 1: more of the middle."""
-    discrete_flow_shift: float | None = None
+    discrete_flow_shift: Shift = None
     """Shift of timestep_sampling sigma and shift, above 1 towards more noise; default: the model's own."""
     weighting_scheme: Scheme = "uniform"
     """logit_normal and mode: the density of timestep_sampling sigma. sigma_sqrt and cosmap: weights of the loss. none,
     uniform: neither."""
-    logit_mean: float | None = None
+    logit_mean: Annotated[float | None, _NORMAL] = None
     """Mean of weighting_scheme logit_normal, above 0 towards more noise; default 0."""
-    logit_std: float | None = None
+    logit_std: Annotated[Positive | None, _NORMAL] = None
     """Spread of weighting_scheme logit_normal; default 1."""
-    mode_scale: float | None = None
+    mode_scale: Annotated[Annotated[float, Interval(ge=-1, le=1.75)] | None, _MODE] = None
     """Strength of weighting_scheme mode, -1 to 1.75: above 0 more of the middle; default 1.29."""
     model_prediction_type: Literal["raw", "additive", "sigma_scaled"] = "raw"
     """raw: the model says the velocity, which is what the loss compares. sigma_scaled: the loss compares the image that
@@ -54,47 +72,20 @@ REFUSED: Mapping[str, str] = {
 }
 """Settings of noise and loss that a flow has no use for, and why."""
 
+
+def _flow(settings: Settings) -> FlowOptions:
+    return FlowOptions.of(settings.family)
+
+
 IDLE = (
     Idle(
-        ("sigmoid_scale",),
-        lambda o: o.timestep_sampling in ("sigma", "uniform"),
-        "timestep_sampling sigma and uniform have no spread",
-    ),
-    Idle(
-        ("discrete_flow_shift",),
-        lambda o: o.timestep_sampling not in ("sigma", "shift"),
-        "only timestep_sampling sigma and shift are shifted by it",
-    ),
-    Idle(
         ("weighting_scheme",),
-        lambda o: o.weighting_scheme in ("logit_normal", "mode") and o.timestep_sampling != "sigma",
+        lambda s: _flow(s).weighting_scheme in ("logit_normal", "mode") and _flow(s).timestep_sampling != "sigma",
         "as a density it acts with timestep_sampling sigma alone",
     ),
-    Idle(
-        ("logit_mean", "logit_std"),
-        lambda o: o.weighting_scheme != "logit_normal",
-        "only weighting_scheme logit_normal has it",
-    ),
-    Idle(("sample_sampler",), lambda v: v.sample_sampler != "euler", "this model is drawn with euler"),
-    Idle(("mode_scale",), lambda o: o.weighting_scheme != "mode", "only weighting_scheme mode has it"),
+    Idle(("sample_sampler",), lambda s: s.sample_sampler != "euler", "this model is sampled with euler"),
 )
-"""For `Facts.idle`: options that do nothing beside others."""
+"""For `Facts.idle`: settings that do nothing beside others."""
 
-METADATA = (
-    *("timestep_sampling", "sigmoid_scale", "discrete_flow_shift", "weighting_scheme"),
-    *("logit_mean", "logit_std", "mode_scale", "model_prediction_type"),
-)
+METADATA = tuple(rules.hints(FlowOptions))
 """For `Facts.metadata`."""
-
-
-def check(options: FlowOptions) -> list[str]:
-    """For `Facts.check`: values out of range."""
-    positive = [
-        name
-        for name in ("sigmoid_scale", "discrete_flow_shift", "logit_std")
-        if (value := getattr(options, name)) is not None and value <= 0
-    ]
-    wrong = [f"{name}: expected above 0, found {getattr(options, name):g}" for name in positive]
-    if options.mode_scale is not None and not -1 <= options.mode_scale <= 1.75:
-        wrong.append(f"mode_scale: expected -1 to 1.75, found {options.mode_scale:g}")
-    return wrong

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from sfumato import families
-from sfumato.config import Config, DatasetConfig
+from sfumato.config import Config, DatasetConfig, FamilyOptions
 from sfumato.errors import UserError, nearest
 from sfumato.formats.files import read_header
 from sfumato.formats.text import parse_json, parse_toml, read_text
@@ -93,9 +93,9 @@ LIMITS: Mapping[str, tuple[int, int]] = {
 }
 
 
-def default(options: object) -> Prompt:
-    """What a prompt leaves out, for the family whose options these are; None: for any."""
-    return Prompt() if options is None else Prompt(**families.facts_of(options).prompt)
+def default(options: FamilyOptions) -> Prompt:
+    """What a prompt leaves out, for the family whose options these are."""
+    return Prompt(**families.facts_of(options).prompt)
 
 
 def of_run(config: Config, datasets: Sequence[DatasetConfig]) -> list[Prompt]:

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from sfumato.errors import UserError
-from sfumato.tensors.noise import NoisySample, perturbed, refuse_where
+from sfumato.tensors.noise import NoisySample, perturbed
 from sfumato.tensors.random import SampleRandom
 from sfumato.tensors.shapes import per_sample
 
@@ -57,54 +55,10 @@ class Flow:
     steps: int = 1000
 
     @classmethod
-    def of(cls, options: Any, noise: Any, loss: Any, *, refused: Mapping[str, str], shift: float = 1.0) -> Flow:
-        """Take the fields from config records that spell them alike: a family's `Options`, `NoiseConfig`, `LossConfig`.
-
-        `refused`: settings that a flow has no use for, and why (`models/flow_options.py: REFUSED`).
-        Errors: one `UserError` with all of those that were set, and with all that would do nothing or harm.
-        """
-        configs = (options, noise, loss)
+    def of(cls, *configs: object, shift: float = 1.0) -> Flow:
+        """Take the fields from config records that spell them alike: a family's `Options`, `NoiseConfig`."""
         values = {f.name: getattr(c, f.name) for c in configs for f in fields(cls) if hasattr(c, f.name)}
-        # What is 0 or false is switched off.
-        given = [
-            f.name for c in configs for f in fields(c) if f.name in refused and getattr(c, f.name) not in (f.default, 0)
-        ]
-        wrong = [f"{name}: {refused[name]}; leave it out" for name in given]
-        try:
-            flow = cls(**(values | {"shift": shift}))
-        except UserError as error:
-            raise UserError(*wrong, *error.messages) from None
-        if wrong:
-            raise UserError(*wrong)
-        return flow
-
-    def __post_init__(self) -> None:
-        kind, scheme, (low, high) = self.timestep_sampling, self.weighting_scheme, self._range
-        normal = scheme == "logit_normal"
-        above_0 = {name: getattr(self, name) for name in ("sigmoid_scale", "discrete_flow_shift", "logit_std", "shift")}
-        wrong = {
-            f"sigmoid_scale: does nothing with timestep_sampling {kind}": self.sigmoid_scale is not None
-            and kind in ("sigma", "uniform"),
-            f"discrete_flow_shift: does nothing with timestep_sampling {kind}": (
-                self.discrete_flow_shift is not None and kind not in ("sigma", "shift")
-            ),
-            f"weighting_scheme {scheme}: does nothing with timestep_sampling {kind}, only with sigma": (
-                scheme in ("logit_normal", "mode") and kind != "sigma"
-            ),
-            "logit_mean: does nothing without weighting_scheme logit_normal": self.logit_mean is not None
-            and not normal,
-            "logit_std: does nothing without weighting_scheme logit_normal": self.logit_std is not None and not normal,
-            "mode_scale: does nothing without weighting_scheme mode": self.mode_scale is not None and scheme != "mode",
-            "ip_noise_gamma_random_strength: does nothing without ip_noise_gamma": (
-                self.ip_noise_gamma_random_strength and not self.ip_noise_gamma
-            ),
-            **{f"{name} {value}: must be above 0": value is not None and value <= 0 for name, value in above_0.items()},
-            # Outside of this the map folds back on itself (arXiv:2403.03206, 3.1).
-            f"mode_scale {self.mode_scale}: must be -1 to 1.75": not -1 <= (self.mode_scale or 0) <= 2 / (math.pi - 2),
-            f"min_timestep {low}: must be 0 to {self.steps - 1}": not 0 <= low < self.steps,
-            f"max_timestep {high}: must be {max(low, 1)} to {self.steps}": not max(low, 1) <= high <= self.steps,
-        }
-        refuse_where(wrong)
+        return cls(**(values | {"shift": shift}))
 
     @property
     def _range(self) -> tuple[int, int]:

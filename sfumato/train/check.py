@@ -9,7 +9,7 @@ from pathlib import Path
 
 from sfumato import adapters, families
 from sfumato.adapters import AdapterPlan
-from sfumato.config import Config, DatasetConfig, Method
+from sfumato.config import Config, DatasetConfig, Method, Settings
 from sfumato.errors import Mistakes
 from sfumato.models.base import Models
 from sfumato.optim.arguments import literals
@@ -59,6 +59,9 @@ def check(config: Config, method: Method, datasets: tuple[DatasetConfig, ...], r
     `read`: the config files that the settings came from, which no result may overwrite.
     """
     wrong, prompts, plan, models = Mistakes(), list[Prompt](), None, None
+    facts = families.facts_of(config.family)
+    with wrong:
+        facts.check(Settings.of(config, method))
     with wrong:
         dist.precision(config.train.mixed_precision)
     with wrong:
@@ -71,11 +74,7 @@ def check(config: Config, method: Method, datasets: tuple[DatasetConfig, ...], r
     with wrong:
         prompts = _prompts(config, datasets)
     with wrong:
-        plan = (
-            adapters.parse(config.network, families.facts_of(config.family).network_args)
-            if method == "network"
-            else None
-        )
+        plan = adapters.parse(config.network, facts.network_args) if method == "network" else None
     with wrong:
         models = outline_models(config)
         check_model(config, models)

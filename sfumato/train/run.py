@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import shutil
 import tempfile
 import time
@@ -128,7 +127,7 @@ def prepare(
     build.training(optimizer)
     trainable.train(True)
     if world.main:
-        run.log = log.Log(config, run.step, asdict(dataclasses.replace(config, family=None)))
+        run.log = log.Log(config, run.step, asdict(config))
     return run
 
 

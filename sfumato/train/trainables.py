@@ -265,13 +265,7 @@ class Adapters:
         )
 
     def suffix(self) -> str:
-        ending = checkpoints.ending(self.config.output, "network", "single_file")
-        if not ending:
-            asked = self.config.output.save_model_as
-            raise UserError(
-                f"save_model_as = {asked!r} is for whole models; an adapter is saved as safetensors, ckpt or pt"
-            )
-        return ending
+        return checkpoints.ending(self.config.output, "network", "single_file")
 
     def save(self, path: Path, metadata: Mapping[str, str]) -> None:
         precision = self.config.output.save_precision

@@ -79,7 +79,7 @@ def test_helpers_are_no_kinds():
         ({"network_args": ("conv_alpha=1",)}, "conv_alpha does nothing without conv_dim"),
         ({"network_args": ("rank_dropout=1.0",)}, "rank_dropout 1.0: expected a chance"),
         ({"network_args": ("dropout=0.1",), "network_dropout": 0.2}, "set twice"),
-        ({"network_dim": 0}, "network_dim 0: expected 1 or more"),
+        ({"network_dim": 0}, "network_dim: expected 1 or more, found 0"),
     ],
 )
 def test_mistakes(fields, says):
@@ -89,5 +89,5 @@ def test_mistakes(fields, says):
 
 def test_all_mistakes_at_once():
     with pytest.raises(UserError) as e:
-        parse(NetworkConfig(network_dim=-1, network_args=("x=1", "conv_dim=z")))
+        parse(NetworkConfig(network_args=("x=1", "conv_dim=z", "conv_alpha=1")))
     assert len(e.value.messages) == 3

@@ -48,7 +48,7 @@ resolution = 512
 
 def read(text: str, *argv: str, name: str = "data.toml") -> tuple[DatasetConfig, ...]:
     Path(name).write_text(text)
-    return flags.resolve([*MODEL, "--dataset_config", name, *argv], "network", say=lambda _: None)[1]
+    return flags.resolve_all([*MODEL, "--dataset_config", name, *argv], "network").datasets
 
 
 def test_a_setting_falls_back_from_subset_to_dataset_to_general_to_flag_to_default(home: Path) -> None:
@@ -176,7 +176,7 @@ def test_folders_of_folders_are_one_dataset(home: Path) -> None:
 
 def test_a_folder_of_images_is_no_folder_of_folders(home: Path) -> None:
     with pytest.raises(UserError, match="has no folder `<repeats>_<class tokens>`"):
-        flags.resolve([*MODEL, "--train_data_dir", "images"], "network")
+        flags.resolve_all([*MODEL, "--train_data_dir", "images"], "network")
 
 
 def test_a_flag_that_the_file_overrules_everywhere_is_told(home: Path) -> None:
@@ -315,7 +315,7 @@ def test_settings_that_no_dataset_can_have_are_refused_with_their_line(setting: 
 @pytest.mark.parametrize("extension", ["", ".", "/txt"])
 def test_a_caption_extension_that_is_none_is_refused_on_the_command_line(extension: str, home: Path) -> None:
     with pytest.raises(UserError, match="--caption_extension: expected the ending of caption files"):
-        flags.resolve([*BASE, "--caption_extension", extension], "network")
+        flags.resolve_all([*BASE, "--caption_extension", extension], "network")
 
 
 @pytest.mark.parametrize("name", ["x" * 5000, "x/" * 2500, "a\0b", "~nobody-of-this-name/x"])
@@ -330,14 +330,14 @@ def test_text_that_is_no_unicode_is_refused_where_it_would_be_read(home: Path) -
     with pytest.raises(UserError, match="class_tokens: expected text in UTF-8"):
         read('{"datasets": [{"subsets": [{"image_dir": "images", "class_tokens": "\\ud800"}]}]}', name="data.json")
     with pytest.raises(UserError, match="--caption_prefix: expected text in UTF-8"):
-        flags.resolve([*BASE, "--caption_prefix", "\udcff"], "network")
+        flags.resolve_all([*BASE, "--caption_prefix", "\udcff"], "network")
 
 
 @pytest.mark.skipif(sys.platform in ("win32", "darwin"), reason="names are text here")
 def test_a_folder_whose_class_tokens_are_no_text_is_told(home: Path) -> None:
     os.makedirs(b"train/3_caf\xe9")
     with pytest.raises(UserError, match=r"3_caf\\xe9: its name says .*expected text in UTF-8; rename it"):
-        flags.resolve([*MODEL, "--train_data_dir", "train"], "network")
+        flags.resolve_all([*MODEL, "--train_data_dir", "train"], "network")
 
 
 def test_what_is_written_of_a_name_that_is_no_text_can_be_saved_and_read(home: Path) -> None:

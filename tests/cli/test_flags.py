@@ -59,7 +59,9 @@ def test_every_setting_has_a_help_text_a_flag_and_one_place() -> None:
 
 def test_defaults_give_way_to_files_and_files_to_flags(home: Path) -> None:
     Path("run.toml").write_text("[any]\nlearning_rate = 3e-4\nseed = 7\nflip_aug = true\n")
-    config, _ = flags.resolve([*BASE, "--config", "run.toml", "--learning_rate=5e-4", "--flip_aug", "false"], "network")
+    config = flags.resolve_all(
+        [*BASE, "--config", "run.toml", "--learning_rate=5e-4", "--flip_aug", "false"], "network"
+    ).config
     assert (config.optimizer.learning_rate, config.train.seed, config.data.flip_aug, config.network.network_module) == (
         5e-4,
         7,
@@ -231,9 +233,9 @@ def test_paths_may_stand_beside_the_file_that_names_them(home: Path) -> None:
         'dataset_config = "data.toml"\npretrained_model_name_or_path = "base.safetensors"\n'
     )
     (home / "data.toml").unlink()
-    config, datasets = flags.resolve(["--config", "deep/run.toml"], "network")
-    assert config.data.dataset_config == "deep/data.toml"
-    assert Path(datasets[0].subsets[0].image_dir).samefile(home / "images")
+    found = flags.resolve_all(["--config", "deep/run.toml"], "network")
+    assert found.config.data.dataset_config == "deep/data.toml"
+    assert Path(found.datasets[0].subsets[0].image_dir).samefile(home / "images")
 
 
 def test_a_state_whose_replacement_was_killed_halfway_may_be_resumed(home: Path) -> None:
@@ -242,5 +244,5 @@ def test_a_state_whose_replacement_was_killed_halfway_may_be_resumed(home: Path)
     old = home / f".out-state.{ended.pid}.old"
     old.mkdir()
     (old / "manifest.json").write_text("{}")
-    assert flags.resolve([*BASE, "--resume", "out-state"], "network")[0].output.resume == "out-state"
+    assert flags.resolve_all([*BASE, "--resume", "out-state"], "network").config.output.resume == "out-state"
     assert (home / "out-state" / "manifest.json").is_file() and not old.exists()

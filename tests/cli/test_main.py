@@ -31,7 +31,7 @@ def test_help_and_version(capsys: pytest.CaptureFixture[str]) -> None:
         (["train", "netwrk"], "expected network or full; did you mean 'network'?"),
         (["show"], "required: FILE"),
         (["show", "nothing.safetensors"], "nothing.safetensors"),
-        (["sample", "--learning_rate", "1"], "--learning_rate: is no flag of `sfumato sample`"),
+        (["sample", "--learning_rate", "1"], "--learning_rate: is not a flag of `sfumato sample`"),
         (["sample", *BASE[:2]], "set sample_prompts"),
     ],
 )

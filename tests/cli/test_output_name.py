@@ -36,9 +36,9 @@ TAKEN = ["last", "console", "null", "com10", "com", "my model v1.2", "été", "�
 @pytest.mark.parametrize("name", REFUSED, ids=ascii)
 def test_names_that_a_system_forbids_are_refused_on_all(home: Path, name: str) -> None:
     with pytest.raises(UserError, match=r"output_name: expected"):
-        flags.resolve([*LINE, name], "network")
+        flags.resolve_all([*LINE, name], "network")
 
 
 @pytest.mark.parametrize("name", TAKEN, ids=ascii)
 def test_other_names_are_taken(home: Path, name: str) -> None:
-    assert flags.resolve([*LINE[:-1], f"--output_name={name}"], "network")[0].output.output_name == name
+    assert flags.resolve_all([*LINE[:-1], f"--output_name={name}"], "network").config.output.output_name == name

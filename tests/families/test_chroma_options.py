@@ -65,7 +65,7 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def ours(*argv: str) -> Options:
-    options = flags.resolve([*BASE, *argv], "network", say=lambda note: None)[0].family
+    options = flags.resolve_all([*BASE, *argv], "network").config.family
     assert isinstance(options, Options)
     return options
 
@@ -127,8 +127,11 @@ def test_other_ways_to_draw_noise_levels_can_be_chosen() -> None:
     ("argv", "said"),
     [
         (["--clip_l", "clip_l.safetensors"], "--clip_l: would have no effect: Chroma has no CLIP"),
-        (["--guidance_scale", "3.5"], "--guidance_scale: Chroma takes no guidance, so 0 was expected, found 3.5"),
-        (["--apply_t5_attn_mask", "false"], "--apply_t5_attn_mask: Chroma was trained with T5's padding hidden"),
+        (["--guidance_scale", "3.5"], "--guidance_scale: expected 0, as Chroma takes no guidance"),
+        (
+            ["--apply_t5_attn_mask", "false"],
+            "--apply_t5_attn_mask: expected true, as Chroma was trained with T5's padding hidden",
+        ),
         (["--t5xxl_max_token_length", "0"], "--t5xxl_max_token_length: expected 1 or more, found 0"),
         (["--model_type", "flux"], "--model_type: expected one of chroma, found the text 'flux'"),
         (["--discrete_flow_shift", "3"], "--discrete_flow_shift: would have no effect"),

@@ -147,9 +147,9 @@ def test_t5_is_trained_where_it_is_asked_for() -> None:
         (("x_attn_dim=-1",), "x_attn_dim=-1: expected 0"),
         (
             ("emb_dims=[4,4]",),
-            r"emb_dims=\[4,4\]: expected six ranks, those of context_embedder, t_embedder, x_embedder, y_embedder",
+            r"emb_dims=\[4,4\]: expected 6 ranks, those of context_embedder, t_embedder, x_embedder, y_embedder",
         ),
-        (("emb_dims=many",), "emb_dims=many: expected six ranks"),
+        (("emb_dims=many",), "emb_dims=many: expected 6 ranks"),
         (("train_block_indices=3-1",), "train_block_indices=3-1: expected all, none or numbers such as 0-5,8"),
         (("train_block_indices=a",), "train_block_indices=a: expected"),
         (("split_qkv=yes",), "split_qkv=yes: expected True or False"),

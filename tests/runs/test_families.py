@@ -6,7 +6,7 @@ import json
 import re
 from collections.abc import Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from training import config
 
 from sfumato import adapters, families
 from sfumato.adapters.insert import from_state
-from sfumato.config import Config, DatasetConfig, Method, SubsetConfig
+from sfumato.config import Config, DatasetConfig, Method, Settings, SubsetConfig
 from sfumato.formats.files import read_header
 from sfumato.models.base import Models, SampleInfo
 from sfumato.models.loading import materialize, materialize_vae
@@ -62,6 +62,8 @@ def prepared(case: Case, files: Files, images: Path, out: Path, method: Method, 
     }
     data = DatasetConfig(subsets=(SubsetConfig(image_dir=str(images)),), resolution=(128, 64), batch_size=2)
     made: Config = config(**flat, family=facts.options(**options))
+    idle = facts.without_effect(Settings.of(made, method))
+    made = replace(made, family=facts.options(**{name: v for name, v in options.items() if name not in idle}))
     return run.prepare(made, method, (data,), dist.world(), 0.0)
 
 

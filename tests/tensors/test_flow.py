@@ -19,7 +19,6 @@ from hypothesis import strategies as st
 
 from sfumato.cli import options
 from sfumato.config import LossConfig, NoiseConfig
-from sfumato.errors import UserError
 from sfumato.models.flow_options import REFUSED, FlowOptions
 from sfumato.tensors import losses
 from sfumato.tensors.flow import LARGEST, SMALLEST, Flow, flux_mu, schedule
@@ -41,8 +40,8 @@ class Options(FlowOptions):
     """Something that is the family's own."""
 
 
-def of(noise: NoiseConfig | None = None, loss: LossConfig | None = None, shift: float = 1.0, **chosen: Any) -> Flow:
-    return Flow.of(Options(**chosen), noise or NoiseConfig(), loss or LossConfig(), refused=REFUSED, shift=shift)
+def of(noise: NoiseConfig | None = None, shift: float = 1.0, **chosen: Any) -> Flow:
+    return Flow.of(Options(**chosen), noise or NoiseConfig(), shift=shift)
 
 
 # --- what the net sees and should say ---
@@ -296,35 +295,6 @@ def test_additive_compares_what_is_predicted_and_the_input_with_the_velocity() -
 # --- options ---
 
 
-@pytest.mark.parametrize(
-    "chosen",
-    [
-        *({"timestep_sampling": k, "sigmoid_scale": 1.0} for k in ("sigma", "uniform")),
-        *({"timestep_sampling": k, "discrete_flow_shift": 1.0} for k in ("uniform", "sigmoid", "flux_shift")),
-        *({"timestep_sampling": k, "weighting_scheme": w} for k in KINDS[1:] for w in ("logit_normal", "mode")),
-        *({"weighting_scheme": w, n: 0.5} for w in ("uniform", "mode") for n in ("logit_mean", "logit_std")),
-        *({"weighting_scheme": w, "mode_scale": 1.0} for w in ("none", "logit_normal")),
-        {"ip_noise_gamma_random_strength": True},
-        {"timestep_sampling": "sigmoid", "sigmoid_scale": 0.0},
-        {"discrete_flow_shift": -1.0},
-        {"shift": 0.0},
-        {"weighting_scheme": "logit_normal", "logit_std": 0.0},
-        {"weighting_scheme": "mode", "mode_scale": 1.8},
-        {"weighting_scheme": "mode", "mode_scale": -1.1},
-        {"min_timestep": 1000},
-        {"min_timestep": -1},
-        {"max_timestep": 1001},
-        {"max_timestep": 0},
-        {"min_timestep": 500, "max_timestep": 400},
-    ],
-)
-def test_what_would_do_nothing_or_harm_is_refused_by_name(chosen: dict[str, Any]) -> None:
-    with pytest.raises(UserError) as refused:
-        Flow(**chosen)
-    (message,) = refused.value.messages
-    assert message.startswith(list(chosen)[-1])
-
-
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_familys_own_shift_and_the_defaults_stand_with_every_sampling(kind: Any) -> None:
     for scheme in ("sigma_sqrt", "cosmap", "none", "uniform"):
@@ -373,35 +343,6 @@ def test_options_have_the_types_and_defaults_of_the_process_and_a_text_each() ->
 def test_options_need_no_torch() -> None:
     code = "import sys, sfumato.models.flow_options; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
-
-
-def test_settings_of_ddpm_are_refused_all_at_once() -> None:
-    noise = NoiseConfig(
-        noise_offset=0.1,
-        noise_offset_random_strength=True,
-        adaptive_noise_scale=0.1,
-        multires_noise_iterations=6,
-        multires_noise_discount=0.8,
-        zero_terminal_snr=True,
-        ip_noise_gamma_random_strength=True,
-    )
-    loss = LossConfig(
-        min_snr_gamma=5.0, scale_v_pred_loss_like_noise_pred=True, v_pred_like_loss=1.0, debiased_estimation_loss=True
-    )
-    with pytest.raises(UserError) as refused:
-        of(noise, loss, sigmoid_scale=2.0)
-    named = [message.split(":")[0] for message in refused.value.messages]
-    assert named == [*REFUSED, "sigmoid_scale", "ip_noise_gamma_random_strength"]
-
-
-@pytest.mark.parametrize("name", list(REFUSED))
-def test_each_of_them_is_refused_alone_but_not_when_switched_off(name: str) -> None:
-    record = NoiseConfig if name in {f.name for f in fields(NoiseConfig)} else LossConfig
-    on, off = (True, False) if get_type_hints(record)[name] is bool else (7, 0)
-    section = "noise" if record is NoiseConfig else "loss"
-    with pytest.raises(UserError, match=f"^{name}: {REFUSED[name]}; leave it out$"):
-        of(**{section: record(**{name: on})})
-    assert of(**{section: record(**{name: off})}) == of()
 
 
 # --- the way back ---

@@ -69,7 +69,7 @@ def refused(model: Path, images: Path, tmp_path: Path, monkeypatch: pytest.Monke
     ("options", "words"),
     [
         ({"network_train_text_encoder_only": True, "stop_text_encoder_training": 0}, "nothing is left to train"),
-        ({"save_model_as": "diffusers"}, "is for whole models"),
+        ({"save_model_as": "diffusers"}, "an adapter is saved as safetensors, ckpt or pt"),
         ({"network_module": "networks.nothing"}, "network_module"),
         ({"network_args": ("conv_dim=x",)}, "conv_dim"),
         ({"text_encoder_lr": (1e-4, 1e-5), "network_train_unet_only": True}, "text_encoder_lr"),

@@ -4,37 +4,43 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
-from sfumato.errors import UserError
+from sfumato.config.rules import Count, Must, Only, Weights
 from sfumato.families.flux import network_args
 from sfumato.families.flux.facts import ADAPTERS, FOREIGN, VAE
 from sfumato.models import flow_options
 from sfumato.models.detection import Detected, Shapes, Signature, has, marked, parts
-from sfumato.models.facts import Facts, Idle
-from sfumato.models.flow_options import FlowOptions
+from sfumato.models.facts import Facts
+from sfumato.models.flow_options import FlowOptions, Sampling, Shift
 
 FAMILY = "chroma"
+
+_NO_CLIP = Only(None, "Chroma has no CLIP; T5 alone reads its captions")
+_NO_GUIDANCE = Must(
+    lambda guidance: guidance == 0,
+    "0, as Chroma takes no guidance (images are guided by the scale of their prompts, --l)",
+)
+_MASKED = Must(bool, "true, as Chroma was trained with T5's padding hidden")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Options(FlowOptions):
-    """What a run can be told about Chroma."""
+    """Settings of Chroma alone."""
 
-    timestep_sampling: Literal["sigma", "uniform", "sigmoid", "shift", "flux_shift"] = "sigmoid"
-    """How noise levels are drawn. sigma: by weighting_scheme, then shifted; uniform: evenly; sigmoid: the sigmoid of a
-    normal number; shift: the same, then shifted; flux_shift: the same, shifted the more the larger the image is."""
-    discrete_flow_shift: float | None = None
+    family = FAMILY
+    timestep_sampling: Sampling = "sigmoid"
+    discrete_flow_shift: Shift = None
     """Shift of timestep_sampling sigma and shift, above 1 towards more noise; default 3.1582."""
-    clip_l: str | None = None
+    clip_l: Annotated[Weights, _NO_CLIP] = None
     """CLIP-L, where the base model's file does not hold it: file, folder or hub id. Chroma has none."""
-    t5xxl: str | None = None
+    t5xxl: Weights = None
     """T5-XXL, where the base model's file does not hold it: file, folder or hub id."""
-    t5xxl_max_token_length: int = 512
+    t5xxl_max_token_length: Count = 512
     """T5's tokens of a caption; longer ones are cut."""
-    apply_t5_attn_mask: bool = True
+    apply_t5_attn_mask: Annotated[bool, _MASKED] = True
     """Hide T5's padding; for Chroma, which sees one token of it, always on."""
-    guidance_scale: float = 0.0
+    guidance_scale: Annotated[float, _NO_GUIDANCE] = 0.0
     """The guidance that the model is told while training; Chroma is told none, so it is always 0."""
     model_type: Literal["chroma"] | None = None
     """kohya's name of the family, which is seen from the file anyway."""
@@ -48,24 +54,6 @@ class Completed(Options):
     single_blocks: int
 
 
-def check(options: Options) -> list[str]:
-    """For `Facts.check`."""
-    wrong = flow_options.check(options)
-    if options.guidance_scale != 0:
-        wrong.append(
-            f"guidance_scale: Chroma takes no guidance, so 0 was expected, found {options.guidance_scale:g}; leave it "
-            "out "
-            "(images are guided by the scale of their prompts, --l)"
-        )
-    if not options.apply_t5_attn_mask:
-        wrong.append(
-            "apply_t5_attn_mask: Chroma was trained with T5's padding hidden and is always told so; leave it out"
-        )
-    if options.t5xxl_max_token_length < 1:
-        wrong.append(f"t5xxl_max_token_length: expected 1 or more, found {options.t5xxl_max_token_length}")
-    return wrong
-
-
 # --- network_args ---
 
 _MOD_DIMS = ("img_mod_dim", "txt_mod_dim", "single_mod_dim")
@@ -76,13 +64,10 @@ _NO_INPUTS = ("time_in", "vector_in", "guidance_in")
 class NetworkArgs(network_args.NetworkArgs):
     """Those of FLUX.1; ranks for layers that Chroma does not have can only be 0."""
 
-    def __post_init__(self) -> None:
-        if wrong := [*network_args.mistakes(self), *self._of_no_layer()]:
-            raise UserError(*(f"network_args {message}" for message in wrong))
-
-    def _of_no_layer(self) -> list[str]:
+    def contradictions(self) -> list[str]:
+        """See `Arguments.contradictions`."""
         ranks = {name: getattr(self, name) for name in _MOD_DIMS}
-        wrong = [
+        wrong = network_args.NetworkArgs.contradictions(self) + [
             f"{name}={rank}: Chroma makes its modulations outside of the blocks; leave it out"
             for name, rank in ranks.items()
             if rank
@@ -139,13 +124,8 @@ FACTS = Facts(
     scripts={"flux_train_network": "network", "flux_train": "full"},
     defaults={"sample_sampler": "euler"},
     prompt={"width": 1024, "height": 1024, "sample_steps": 35, "scale": 5.0},
-    paths=("clip_l", "t5xxl"),
     refused=flow_options.REFUSED,
-    idle=(
-        *flow_options.IDLE,
-        Idle(("clip_l",), lambda options: True, "Chroma has no CLIP; T5 alone reads its captions"),
-    ),
-    check=check,
+    idle=flow_options.IDLE,
     network_args=NetworkArgs,
     metadata=(*flow_options.METADATA, "guidance_scale", "apply_t5_attn_mask", "t5xxl_max_token_length", "model_type"),
 )

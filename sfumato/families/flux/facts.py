@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
+from sfumato.config import FamilyOptions, Settings
+from sfumato.config.rules import Amount, Count, Idle, Weights
 from sfumato.families.flux.network_args import NetworkArgs
 from sfumato.models import flow_options
 from sfumato.models.detection import Detected, Shapes, Signature, Single, has, marked, parts, vae
-from sfumato.models.facts import Facts, Idle
-from sfumato.models.flow_options import FlowOptions
+from sfumato.models.facts import Facts
+from sfumato.models.flow_options import FlowOptions, Sampling, Shift
+from sfumato.models.text_options import OWN_RATES, T5Rate, TextEncoderRate, TrainT5
 
 FAMILY = "flux"
 SAMPLE_GUIDANCE = 3.5
@@ -21,28 +23,27 @@ GUIDANCE = 1.0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Options(FlowOptions):
-    """What a run can be told about FLUX.1."""
+    """Settings of FLUX.1 alone."""
 
-    timestep_sampling: Literal["sigma", "uniform", "sigmoid", "shift", "flux_shift"] = "shift"
-    """How noise levels are drawn. sigma: by weighting_scheme, then shifted; uniform: evenly; sigmoid: the sigmoid of a
-    normal number; shift: the same, then shifted; flux_shift: the same, shifted the more the larger the image is."""
-    discrete_flow_shift: float | None = None
+    family = FAMILY
+    timestep_sampling: Sampling = "shift"
+    discrete_flow_shift: Shift = None
     """Shift of timestep_sampling sigma and shift, above 1 towards more noise; default 3.1582."""
-    clip_l: str | None = None
+    clip_l: Weights = None
     """CLIP-L, where the base model's file does not hold it: file, folder or hub id."""
-    t5xxl: str | None = None
+    t5xxl: Weights = None
     """T5-XXL, where the base model's file does not hold it: file, folder or hub id."""
-    t5xxl_max_token_length: int | None = None
+    t5xxl_max_token_length: Count | None = None
     """T5's tokens of a caption; longer ones are cut. Default: 512 for dev, 256 for schnell."""
     apply_t5_attn_mask: bool = False
     """Hide T5's padding from everything. The models themselves were trained with it in sight."""
-    guidance_scale: float | None = None
+    guidance_scale: Amount | None = None
     """The guidance that dev is told while training; default 1. Schnell is told none."""
-    train_t5xxl: bool = False
+    train_t5xxl: TrainT5 = False
     """Train T5 as well where text encoders are trained."""
-    learning_rate_te1: float | None = None
+    learning_rate_te1: TextEncoderRate = None
     """Learning rate of CLIP-L when whole models are trained; default: learning_rate_te."""
-    learning_rate_te3: float | None = None
+    learning_rate_te3: T5Rate = None
     """Learning rate of T5 when whole models are trained; default: learning_rate_te."""
     model_type: Literal["flux"] | None = None
     """kohya's name of the family, which is seen from the file anyway."""
@@ -58,69 +59,15 @@ class Completed(Options):
     single_blocks: int
 
 
-def architecture(options: Options) -> str:
+def architecture(options: FamilyOptions) -> str:
     """The model's name in modelspec metadata, without the ending for adapters."""
     schnell = isinstance(options, Completed) and not options.guided
     return "flux-1-schnell" if schnell else "flux-1-dev"
 
 
-_TE_RATES = ("learning_rate_te1", "learning_rate_te3")
-
-
-def check(options: Any) -> list[str]:
-    """For `Facts.check`."""
-    length = options.t5xxl_max_token_length
-    wrong = [*flow_options.check(options), *negative(options, ("guidance_scale", *_TE_RATES))]
-    return (
-        wrong
-        if length is None or length > 0
-        else [*wrong, f"t5xxl_max_token_length: expected 1 or more, found {length}"]
-    )
-
-
-def negative(options: Any, names: Iterable[str]) -> list[str]:
-    """A message for each of these options that is below 0."""
-    given = {name: getattr(options, name) for name in names}
-    return [
-        f"{name}: expected 0 or more, found {value:g}"
-        for name, value in given.items()
-        if value is not None and value < 0
-    ]
-
-
-def _trains_text(v: Any) -> bool:
-    return bool(v.method == "full" and v.train_text_encoder)
-
-
-IDLE = (
-    *flow_options.IDLE,
-    Idle(
-        _TE_RATES,
-        lambda v: v.method != "full",
-        "an adapter's text encoders go by text_encoder_lr and network_train_unet_only",
-    ),
-    Idle(
-        (*_TE_RATES, "train_t5xxl"),
-        lambda v: v.method == "full" and not v.train_text_encoder,
-        "it needs train_text_encoder",
-    ),
-    Idle(("learning_rate_te3",), lambda v: _trains_text(v) and not v.train_t5xxl, "it needs train_t5xxl as well"),
-    Idle(
-        ("learning_rate_te",),
-        lambda v: (
-            _trains_text(v) and v.learning_rate_te1 is not None and not (v.train_t5xxl and v.learning_rate_te3 is None)
-        ),
-        "learning_rate_te1 (for T5 learning_rate_te3) takes its place",
-    ),
-    Idle(
-        ("train_t5xxl",),
-        lambda v: (
-            v.method != "full"
-            and (v.network_train_unet_only or v.cache_text_encoder_outputs or v.cache_text_encoder_outputs_to_disk)
-        ),
-        "network_train_unet_only and cache_text_encoder_outputs leave the text encoders alone",
-    ),
-)
+def _own_rates(settings: Settings) -> bool:
+    o = Options.of(settings.family)
+    return o.learning_rate_te1 is not None and (o.learning_rate_te3 is not None or not o.train_t5xxl)
 
 
 # --- files ---
@@ -205,10 +152,8 @@ FACTS = Facts(
     scripts={"flux_train_network": "network", "flux_train": "full"},
     defaults={"sample_sampler": "euler"},
     prompt={"width": 1024, "height": 1024, "sample_steps": 20, "scale": 1.0, "guidance_scale": SAMPLE_GUIDANCE},
-    paths=("clip_l", "t5xxl"),
     refused=flow_options.REFUSED,
-    idle=IDLE,
-    check=check,
+    idle=(*flow_options.IDLE, Idle(("learning_rate_te",), _own_rates, OWN_RATES)),
     network_args=NetworkArgs,
     metadata=(*flow_options.METADATA, "guidance_scale", "apply_t5_attn_mask", "t5xxl_max_token_length", "model_type"),
 )

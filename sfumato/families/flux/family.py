@@ -39,7 +39,6 @@ from sfumato.models.detection import PREFIX
 from sfumato.models.encoders.clip import CLIP_TARGETS, clip_component
 from sfumato.models.encoders.t5 import EMBEDDING, T5_TARGETS, t5_component, trains_t5
 from sfumato.models.encoders.tokenizers import clip_tokenizer, t5_home, t5_vocabulary
-from sfumato.models.flow_options import REFUSED
 from sfumato.models.layers import Shapes, numbered
 from sfumato.tensors.flow import Flow, flux_mu, schedule
 from sfumato.tensors.noise import NoiseProcess
@@ -154,7 +153,7 @@ def outputs_strategy(models: Models) -> TextEncoderOutputsCachingStrategy:
 
 def process(models: Models, noise: NoiseConfig, loss: LossConfig) -> NoiseProcess:
     """Rectified flow."""
-    return Flow.of(models.options, noise, loss, refused=REFUSED, shift=SHIFT)
+    return Flow.of(models.options, noise, shift=SHIFT)
 
 
 def condition(models: Models, cond: Cond, setting: SampleInfo) -> Cond:

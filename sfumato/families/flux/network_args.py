@@ -5,10 +5,11 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
+from sfumato.config.rules import Must, Natural
 from sfumato.errors import UserError
-from sfumato.models.block_choices import check_split, indices, is_chosen, rank_of, ranks
+from sfumato.models.block_choices import Arguments, Blocks, check_split, is_chosen, one_for_each, rank_of, ranks
 
 if TYPE_CHECKING:
     from sfumato.adapters import AdapterPlan
@@ -30,58 +31,42 @@ INPUTS = ("img_in", "time_in", "vector_in", "guidance_in", "txt_in")
 INPUT_TARGETS = tuple(f"{name}*" for name in INPUTS)
 """For `Family.targets`."""
 BLOCKS = ("double", "single")
+_KIND = Must(("all", *BLOCKS).__contains__, f"all, {' or '.join(BLOCKS)}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class NetworkArgs:
+class NetworkArgs(Arguments):
     """For `Facts.network_args`. A rank of 0 leaves the layers out; None: they have network_dim."""
 
-    img_attn_dim: int | None = None
-    txt_attn_dim: int | None = None
-    img_mlp_dim: int | None = None
-    txt_mlp_dim: int | None = None
-    img_mod_dim: int | None = None
-    txt_mod_dim: int | None = None
-    single_dim: int | None = None
-    single_mod_dim: int | None = None
-    in_dims: str | None = None
+    img_attn_dim: Natural | None = None
+    txt_attn_dim: Natural | None = None
+    img_mlp_dim: Natural | None = None
+    txt_mlp_dim: Natural | None = None
+    img_mod_dim: Natural | None = None
+    txt_mod_dim: Natural | None = None
+    single_dim: Natural | None = None
+    single_mod_dim: Natural | None = None
+    in_dims: Annotated[str | None, one_for_each(INPUTS)] = None
     """Five ranks, of `INPUTS`: "[4,0,0,0,4]"."""
-    train_double_block_indices: str | None = None
+    train_double_block_indices: Blocks = None
     """Numbers of the blocks of two streams that get adapters: "all", "none" or "0-5,8"."""
-    train_single_block_indices: str | None = None
+    train_single_block_indices: Blocks = None
     """The same for the blocks of one stream."""
-    train_blocks: str | None = None
+    train_blocks: Annotated[str | None, _KIND] = None
     """all, double or single."""
     split_qkv: bool = False
     """q, k and v (and the two-layer net in a block of one stream) have adapters of their own, saved as one."""
     train_t5xxl: bool = False
     """Adapters on T5 as well."""
 
-    def __post_init__(self) -> None:
-        if wrong := mistakes(self):
-            raise UserError(*(f"network_args {message}" for message in wrong))
-
-
-def mistakes(args: NetworkArgs) -> list[str]:
-    """A message for each value that is out of range, cannot be read or would do nothing."""
-    given = {name: getattr(args, name) for name in DIMS}
-    wrong = [
-        f"{name}={value}: expected 0 (none) or more" for name, value in given.items() if value is not None and value < 0
-    ]
-    if args.in_dims is not None and len(ranks(args.in_dims) or ()) != len(INPUTS):
-        wrong.append(
-            f"in_dims={args.in_dims}: expected {len(INPUTS)} ranks, those of {', '.join(INPUTS)}, such as [4,0,0,0,4]"
-        )
-    if args.train_blocks not in (None, "all", *BLOCKS):
-        wrong.append(f"train_blocks={args.train_blocks}: expected all, {' or '.join(BLOCKS)}")
-    for kind in BLOCKS:
-        name = f"train_{kind}_block_indices"
-        text = getattr(args, name)
-        if text is not None and text.strip() != "all" and indices(text) is None:
-            wrong.append(f"{name}={text}: expected all, none or numbers such as 0-5,8")
-        elif text is not None and args.train_blocks in BLOCKS and args.train_blocks != kind:
-            wrong.append(f"{name}: does nothing with train_blocks={args.train_blocks}; leave one of the two out")
-    return wrong
+    def contradictions(self) -> list[str]:
+        """See `Arguments.contradictions`."""
+        chosen = {kind: getattr(self, f"train_{kind}_block_indices") for kind in BLOCKS}
+        return [
+            f"train_{kind}_block_indices: does nothing with train_blocks={self.train_blocks}; leave one of the two out"
+            for kind, numbers in chosen.items()
+            if numbers is not None and self.train_blocks in BLOCKS and self.train_blocks != kind
+        ]
 
 
 def target_layer(options: Any, plan: AdapterPlan, target: TargetLayer) -> TargetLayer | None:

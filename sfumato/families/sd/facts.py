@@ -6,6 +6,8 @@ import re
 from dataclasses import dataclass
 from typing import Literal
 
+from sfumato.config import FamilyOptions
+from sfumato.config.rules import Count
 from sfumato.models.detection import DOWN, Detected, Shapes, Signature, Single, clip, has, marked, parts, vae, width
 from sfumato.models.facts import Facts
 
@@ -15,14 +17,16 @@ CONTEXT_XL = 2048
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Options:
-    """What a run can be told about Stable Diffusion 1.x and 2.x."""
+class Options(FamilyOptions):
+    """Settings of Stable Diffusion 1.x and 2.x alone."""
+
+    family = FAMILY
 
     v2: bool | None = None
     """The base model is Stable Diffusion 2.x; default: seen from the file."""
     v_parameterization: bool = False
     """The model predicts v instead of noise (Stable Diffusion 2.x at 768 px)."""
-    clip_skip: int | None = None
+    clip_skip: Count | None = None
     """Use the text encoder's n-th layer from the end; default 1 (the last)."""
     max_token_length: Literal[75, 150, 225] = 75
     """Tokens of a caption; longer ones are cut. 150 and 225 are encoded in chunks of 75."""
@@ -30,16 +34,18 @@ class Options:
     """Read `(word:1.3)` and `[word]` in captions as weights."""
 
 
-def architecture(options: Options) -> str:
+def architecture(options: FamilyOptions) -> str:
     """The model's name in modelspec metadata, without the ending for adapters."""
-    if not options.v2:
+    o = Options.of(options)
+    if not o.v2:
         return "stable-diffusion-v1"
-    return "stable-diffusion-v2-768-v" if options.v_parameterization else "stable-diffusion-v2-512"
+    return "stable-diffusion-v2-768-v" if o.v_parameterization else "stable-diffusion-v2-512"
 
 
-def base_model_version(options: Options) -> str:
+def base_model_version(options: FamilyOptions) -> str:
     """The model's name in sd-scripts' metadata, `ss_base_model_version`."""
-    return ("sd_v2" if options.v2 else "sd_v1") + ("_v" if options.v_parameterization else "")
+    o = Options.of(options)
+    return ("sd_v2" if o.v2 else "sd_v1") + ("_v" if o.v_parameterization else "")
 
 
 # --- files ---

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Literal
 
+from annotated_types import Interval
+
+from sfumato.config import FamilyOptions, Settings
+from sfumato.config.rules import Clash, Idle, Positive, Share, Weights
 from sfumato.families.sd3.network_args import NetworkArgs
 from sfumato.models import flow_options
 from sfumato.models.detection import DOWN, Detected, Shapes, Signature, has, marked, parts, width
-from sfumato.models.facts import Facts, Idle
-from sfumato.models.flow_options import FlowOptions, Scheme
+from sfumato.models.facts import Facts
+from sfumato.models.flow_options import FlowOptions, Scheme, Shift
+from sfumato.models.text_options import OWN_RATES, T5Rate, TextEncoderRate, TrainT5
 
 FAMILY = "sd3"
 Version = Literal["medium", "3.5-medium", "3.5-large"]
@@ -19,46 +24,49 @@ LONGEST = 512
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Options(FlowOptions):
-    """What a run can be told about Stable Diffusion 3 and 3.5."""
+    """Settings of Stable Diffusion 3 and 3.5 alone."""
 
+    family = FAMILY
     # None stands for what goes with timestep_sampling; `Completed` has it filled in.
     weighting_scheme: Scheme | None = None  # type: ignore[assignment]
     """logit_normal and mode: the density of timestep_sampling sigma. sigma_sqrt and cosmap: weights of the loss. none,
     uniform: neither. Default: logit_normal with timestep_sampling sigma, else uniform."""
-    discrete_flow_shift: float | None = None
+    logit_mean: float | None = None
+    logit_std: Positive | None = None
+    discrete_flow_shift: Shift = None
     """Shift of timestep_sampling sigma and shift, above 1 towards more noise; default 3."""
-    training_shift: float | None = None
+    training_shift: Shift = None
     """The same by the name that sd-scripts has for it here."""
-    clip_l: str | None = None
+    clip_l: Weights = None
     """CLIP-L, where the base model's file does not hold it: file, folder or hub id."""
-    clip_g: str | None = None
+    clip_g: Weights = None
     """CLIP-G, where the base model's file does not hold it: file, folder or hub id."""
-    t5xxl: str | None = None
+    t5xxl: Weights = None
     """T5-XXL, where the base model's file does not hold it: file, folder or hub id. Without it the model is told zeros
     in its place."""
-    t5xxl_max_token_length: int = 256
+    t5xxl_max_token_length: Annotated[int, Interval(ge=1, le=LONGEST)] = 256
     """T5's tokens of a caption; longer ones are cut."""
     apply_lg_attn_mask: bool = False
     """Make zero what CLIP-L and CLIP-G say of padding, which is else told to the model, as pipelines do."""
     apply_t5_attn_mask: bool = False
     """Hide padding from T5 and make zero what it says of it, which is else told to the model, as pipelines do."""
-    clip_l_dropout_rate: float = 0.0
+    clip_l_dropout_rate: Share = 0.0
     """Chance that a sample is trained without what CLIP-L says."""
-    clip_g_dropout_rate: float = 0.0
+    clip_g_dropout_rate: Share = 0.0
     """Chance that a sample is trained without what CLIP-G says."""
-    t5_dropout_rate: float = 0.0
+    t5_dropout_rate: Share = 0.0
     """Chance that a sample is trained without what T5 says."""
-    pos_emb_random_crop_rate: float = 0.0
+    pos_emb_random_crop_rate: Share = 0.0
     """Chance that a sample is trained elsewhere than in the middle of the table of positions (as 3.5 medium was)."""
     enable_scaled_pos_embed: bool = False
     """Let images of any size span the positions of one of 1024 x 1024 while training, and not those of its middle."""
-    train_t5xxl: bool = False
+    train_t5xxl: TrainT5 = False
     """Train T5 as well where text encoders are trained."""
-    learning_rate_te1: float | None = None
+    learning_rate_te1: TextEncoderRate = None
     """Learning rate of CLIP-L when whole models are trained; default: learning_rate_te; 0 freezes."""
-    learning_rate_te2: float | None = None
+    learning_rate_te2: TextEncoderRate = None
     """The same of CLIP-G."""
-    learning_rate_te3: float | None = None
+    learning_rate_te3: T5Rate = None
     """The same of T5."""
 
 
@@ -72,90 +80,48 @@ class Completed(Options):
     has_t5: bool
 
 
-def scheme(options: Any) -> str:
+def scheme(options: Options) -> str:
     """The weighting_scheme, its default filled in: that of the paper (arXiv:2403.03206) where it can act."""
     return options.weighting_scheme or ("logit_normal" if options.timestep_sampling == "sigma" else "uniform")
 
 
-def architecture(options: Options) -> str:
+def architecture(options: FamilyOptions) -> str:
     """The model's name in modelspec metadata, without the ending for adapters."""
     version = options.version if isinstance(options, Completed) else "medium"
     return f"stable-diffusion-{version}" if version.startswith("3.5") else f"stable-diffusion-3-{version}"
 
 
-def base_model_version(options: Options) -> str:
+def base_model_version(options: FamilyOptions) -> str:
     """The model's name in kohya's metadata, `ss_base_model_version`."""
     version = options.version if isinstance(options, Completed) else "medium"
     return {"medium": "sd3_m", "3.5-medium": "sd3.5_m", "3.5-large": "sd3.5_l"}[version]
 
 
-RATES = ("clip_l_dropout_rate", "clip_g_dropout_rate", "t5_dropout_rate", "pos_emb_random_crop_rate")
-TE_RATES = ("learning_rate_te1", "learning_rate_te2", "learning_rate_te3")
+def _own_rates(settings: Settings) -> bool:
+    o = Options.of(settings.family)
+    t5 = o.learning_rate_te3 is not None or not o.train_t5xxl
+    return o.learning_rate_te1 is not None and o.learning_rate_te2 is not None and t5
 
 
-def check(options: Options) -> list[str]:
-    """For `Facts.check`."""
-    wrong = flow_options.check(options)
-    shift, length = options.training_shift, options.t5xxl_max_token_length
-    if shift is not None and options.discrete_flow_shift is not None:
-        wrong.append(
-            "training_shift: is the same as discrete_flow_shift, which is set as well; leave one of the two out"
-        )
-    elif shift is not None and shift <= 0:
-        wrong.append(f"training_shift: expected above 0, found {shift:g}")
-    if not 1 <= length <= LONGEST:
-        wrong.append(f"t5xxl_max_token_length: expected 1 to {LONGEST}, found {length}")
-    wrong += [
-        f"{name}: expected 0 to 1, found {value:g}" for name in RATES if not 0 <= (value := getattr(options, name)) <= 1
-    ]
-    given = {name: getattr(options, name) for name in TE_RATES}
-    return wrong + [
-        f"{name}: expected 0 or more, found {value:g}"
-        for name, value in given.items()
-        if value is not None and value < 0
-    ]
+def _two_shifts(settings: Settings) -> bool:
+    o = Options.of(settings.family)
+    return o.training_shift is not None and o.discrete_flow_shift is not None
 
 
-_LOGIT = ("logit_mean", "logit_std")
 IDLE = (
-    *(rule for rule in flow_options.IDLE if rule.keys != _LOGIT),
-    Idle(_LOGIT, lambda v: scheme(v) != "logit_normal", "only weighting_scheme logit_normal has it"),
+    *flow_options.IDLE,
     Idle(
+        ("logit_mean", "logit_std"),
+        lambda s: scheme(Options.of(s.family)) != "logit_normal",
+        "only weighting_scheme logit_normal has it",
+    ),
+    Idle(("learning_rate_te",), _own_rates, OWN_RATES),
+)
+CLASHES = (
+    Clash(
         ("training_shift",),
-        lambda v: v.timestep_sampling not in ("sigma", "shift"),
-        "only timestep_sampling sigma and shift are shifted by it",
-    ),
-    Idle(
-        TE_RATES,
-        lambda v: v.method != "full",
-        "an adapter's text encoders go by text_encoder_lr and network_train_unet_only",
-    ),
-    Idle(
-        (*TE_RATES, "train_t5xxl"),
-        lambda v: v.method == "full" and not v.train_text_encoder,
-        "it needs train_text_encoder",
-    ),
-    Idle(
-        ("learning_rate_te3",),
-        lambda v: v.method == "full" and v.train_text_encoder and not v.train_t5xxl,
-        "it needs train_t5xxl as well",
-    ),
-    Idle(
-        ("learning_rate_te",),
-        lambda v: (
-            v.learning_rate_te1 is not None
-            and v.learning_rate_te2 is not None
-            and (v.learning_rate_te3 is not None or not v.train_t5xxl)
-        ),
-        "every text encoder that is trained has a rate of its own",
-    ),
-    Idle(
-        ("train_t5xxl",),
-        lambda v: (
-            v.method != "full"
-            and (v.network_train_unet_only or v.cache_text_encoder_outputs or v.cache_text_encoder_outputs_to_disk)
-        ),
-        "network_train_unet_only and cache_text_encoder_outputs leave the text encoders alone",
+        _two_shifts,
+        "is the same as discrete_flow_shift, which is set as well; leave one of the two out",
     ),
 )
 
@@ -237,14 +203,13 @@ FACTS = Facts(
     scripts={"sd3_train_network": "network", "sd3_train": "full"},
     defaults={"sample_sampler": "euler"},
     prompt={"width": 1024, "height": 1024, "sample_steps": 28, "scale": 5.0},
-    paths=("clip_l", "clip_g", "t5xxl"),
     refused=flow_options.REFUSED,
     idle=IDLE,
-    check=check,
+    clashes=CLASHES,
     network_args=NetworkArgs,
     metadata=(
         *flow_options.METADATA,
         *("apply_lg_attn_mask", "apply_t5_attn_mask", "t5xxl_max_token_length"),
-        *RATES,
+        *("clip_l_dropout_rate", "clip_g_dropout_rate", "t5_dropout_rate", "pos_emb_random_crop_rate"),
     ),
 )

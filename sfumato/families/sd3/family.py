@@ -31,7 +31,6 @@ from sfumato.models.components import Checkpoint, Config, denoiser
 from sfumato.models.encoders.clip import CLIP_TARGETS, clip_component
 from sfumato.models.encoders.t5 import EMBEDDING, T5_TARGETS, t5_component, trains_t5
 from sfumato.models.encoders.tokenizers import clip_tokenizer, t5_home, t5_vocabulary
-from sfumato.models.flow_options import REFUSED
 from sfumato.models.layers import Shapes
 from sfumato.tensors.flow import Flow, schedule
 from sfumato.tensors.noise import NoiseProcess
@@ -86,9 +85,9 @@ COMPONENTS = (
 def complete(options: Options, source: Checkpoint) -> tuple[Completed, Checkpoint]:
     """The options completed from the files and with the recipe's own values.
 
-    Errors: `UserError` for options out of range, for those of a T5 that is not there, and for encoders of other widths.
+    Errors: `UserError` for options of a T5 that is not there, and for encoders of other widths.
     """
-    wrong, has_t5 = facts.check(options), "t5xxl" in source.components
+    wrong, has_t5 = list[str](), "t5xxl" in source.components
     asked = [
         name
         for name in ("apply_t5_attn_mask", "t5_dropout_rate", "train_t5xxl", "learning_rate_te3")
@@ -172,7 +171,7 @@ def outputs_strategy(models: Models) -> TextEncoderOutputsCachingStrategy:
 
 def process(models: Models, noise: NoiseConfig, loss: LossConfig) -> NoiseProcess:
     """Rectified flow."""
-    return Flow.of(models.options, noise, loss, refused=REFUSED, shift=SHIFT)
+    return Flow.of(models.options, noise, shift=SHIFT)
 
 
 def condition(models: Models, cond: Cond, setting: SampleInfo) -> Cond:

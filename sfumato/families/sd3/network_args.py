@@ -5,10 +5,11 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
+from sfumato.config.rules import Natural
 from sfumato.errors import UserError
-from sfumato.models.block_choices import check_split, indices, is_chosen, rank_of, ranks
+from sfumato.models.block_choices import Arguments, Blocks, check_split, is_chosen, one_for_each, rank_of, ranks
 
 if TYPE_CHECKING:
     from sfumato.adapters import AdapterPlan
@@ -37,40 +38,23 @@ EMBEDDER_TARGETS = tuple(f"{name}*" for name in EMBEDDERS)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class NetworkArgs:
+class NetworkArgs(Arguments):
     """For `Facts.network_args`. A rank of 0 leaves the layers out; None: they have network_dim."""
 
-    context_attn_dim: int | None = None
-    context_mlp_dim: int | None = None
-    context_mod_dim: int | None = None
-    x_attn_dim: int | None = None
-    x_mlp_dim: int | None = None
-    x_mod_dim: int | None = None
-    emb_dims: str | None = None
+    context_attn_dim: Natural | None = None
+    context_mlp_dim: Natural | None = None
+    context_mod_dim: Natural | None = None
+    x_attn_dim: Natural | None = None
+    x_mlp_dim: Natural | None = None
+    x_mod_dim: Natural | None = None
+    emb_dims: Annotated[str | None, one_for_each(EMBEDDERS)] = None
     """Six ranks, of `EMBEDDERS`: "[4,0,0,0,0,4]"."""
-    train_block_indices: str | None = None
+    train_block_indices: Blocks = None
     """Numbers of the blocks that get adapters: "all", "none" or "0-5,8"."""
     split_qkv: bool = False
     """q, k and v have adapters of their own, saved as one."""
     train_t5xxl: bool = False
     """Adapters on T5 as well."""
-
-    def __post_init__(self) -> None:
-        given = {name: getattr(self, name) for name in DIMS}
-        wrong = [
-            f"{name}={value}: expected 0 (none) or more"
-            for name, value in given.items()
-            if value is not None and value < 0
-        ]
-        if self.emb_dims is not None and len(ranks(self.emb_dims) or ()) != len(EMBEDDERS):
-            wrong.append(
-                f"emb_dims={self.emb_dims}: expected six ranks, those of {', '.join(EMBEDDERS)}, such as [4,0,0,0,0,4]"
-            )
-        text = self.train_block_indices
-        if text is not None and text.strip() != "all" and indices(text) is None:
-            wrong.append(f"train_block_indices={text}: expected all, none or numbers such as 0-5,8")
-        if wrong:
-            raise UserError(*(f"network_args {message}" for message in wrong))
 
 
 def target_layer(options: Any, plan: AdapterPlan, target: TargetLayer) -> TargetLayer | None:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Literal
 
+from sfumato.config import FamilyOptions, Settings
+from sfumato.config.rules import Amount, Count, Idle, Must, Only
 from sfumato.families.sd.facts import CONTEXT_XL, TO_K, UNET, UNET_DIFFUSERS, controlnet
 from sfumato.models.detection import DOWN, Detected, Shapes, Signature, Single, clip, has, marked, parts, width
-from sfumato.models.facts import Facts, Idle
+from sfumato.models.facts import Facts
+from sfumato.models.text_options import OWN_RATES, TextEncoderRate
 
 FAMILY = "sdxl"
 BLOCKS = 23
@@ -21,10 +23,16 @@ SIZES = 6
 SIZES_REFINER = 5
 """Sizes that the refiner is told: an aesthetic score stands for the target's two."""
 
+_NO_CLIP_SKIP = Only(None, "this model always takes the layer before the last of its text encoders")
+_BLOCK_LR = Must(lambda rates: len(rates) in (0, BLOCKS), f"{BLOCKS} numbers with commas between them")
+_FULL = Only("full", "it is for `train full`; an adapter's rate on the U-Net is unet_lr")
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Options:
-    """What a run can be told about Stable Diffusion XL."""
+class Options(FamilyOptions):
+    """Settings of Stable Diffusion XL alone."""
+
+    family = FAMILY
 
     v_parameterization: bool = False
     """The model predicts v instead of noise; seen from the file where that says so."""
@@ -32,40 +40,27 @@ class Options:
     """Tokens of a caption; longer ones are cut. 150 and 225 are encoded in chunks of 75."""
     weighted_captions: bool = False
     """Read `(word:1.3)` and `[word]` in captions as weights."""
-    clip_skip: int | None = None
+    clip_skip: Annotated[Count | None, _NO_CLIP_SKIP] = None
     """No effect: this model was made for the layer before the last of both text encoders, and takes no other."""
-    learning_rate_te1: float | None = None
+    learning_rate_te1: TextEncoderRate = None
     """Learning rate of the first text encoder (CLIP-L) when a whole model is trained; default: learning_rate_te; 0
     freezes it."""
-    learning_rate_te2: float | None = None
+    learning_rate_te2: TextEncoderRate = None
     """Learning rate of the second text encoder (OpenCLIP bigG) when a whole model is trained; default:
     learning_rate_te; 0 freezes it."""
-    block_lr: tuple[float, ...] = ()
+    block_lr: Annotated[tuple[Amount, ...], _BLOCK_LR, _FULL] = ()
     """Learning rates of the U-Net's blocks when a whole model is trained, 23 numbers: time and size embeddings, 9 input
     blocks, 3 middle blocks, 9 output blocks, the last layer; 0 freezes a block."""
 
 
-def architecture(options: Options) -> str:
+def architecture(options: FamilyOptions) -> str:
     """The model's name in modelspec metadata, without the ending for adapters."""
     return "stable-diffusion-xl-v1-base"
 
 
-def base_model_version(options: Options) -> str:
+def base_model_version(options: FamilyOptions) -> str:
     """The model's name in sd-scripts' metadata, `ss_base_model_version`."""
     return "sdxl_base_v1-0"
-
-
-def check(options: Options) -> Sequence[str]:
-    """What is wrong with values that have the right types."""
-    wrong = []
-    if options.block_lr and len(options.block_lr) != BLOCKS:
-        wrong.append(f"block_lr: expected {BLOCKS} numbers with commas between them, found {len(options.block_lr)}")
-    if any(rate < 0 for rate in options.block_lr):
-        wrong.append(f"block_lr: expected 0 or more, found {min(options.block_lr):g}")
-    for name in ("learning_rate_te1", "learning_rate_te2"):
-        if (rate := getattr(options, name)) is not None and rate < 0:
-            wrong.append(f"{name}: expected 0 or more, found {rate:g}")
-    return wrong
 
 
 # --- files ---
@@ -131,41 +126,25 @@ SIGNATURE = Signature(
 # --- settings without effect ---
 
 
-def _adapters_only(v: Any) -> bool:
-    return bool(v.method != "full")
+def _own_rates(settings: Settings) -> bool:
+    o = Options.of(settings.family)
+    return o.learning_rate_te1 is not None and o.learning_rate_te2 is not None
 
 
-def _no_common_rate(v: Any) -> bool:
+def _freezes_text(settings: Settings) -> bool:
+    o = Options.of(settings.family)
+    return settings.method == "full" and o.learning_rate_te1 == 0 == o.learning_rate_te2
+
+
+def _no_common_rate(settings: Settings) -> bool:
     """Whether no weight goes by learning_rate when a whole model is trained."""
-    text = v.train_text_encoder and v.learning_rate_te is None and None in (v.learning_rate_te1, v.learning_rate_te2)
-    return bool(v.method == "full" and v.block_lr and not text)
+    text = settings.train_text_encoder and settings.learning_rate_te is None and not _own_rates(settings)
+    return settings.method == "full" and bool(Options.of(settings.family).block_lr) and not text
 
 
 IDLE = (
-    Idle(("clip_skip",), lambda v: True, "this model always takes the layer before the last of its text encoders"),
-    Idle(("block_lr",), _adapters_only, "it is for `train full`; an adapter's rate on the U-Net is unet_lr"),
-    Idle(
-        ("learning_rate_te1", "learning_rate_te2"),
-        _adapters_only,
-        "it is for `train full`; an adapter goes by text_encoder_lr",
-    ),
-    Idle(
-        ("learning_rate_te1", "learning_rate_te2"),
-        lambda v: v.method == "full" and not v.train_text_encoder,
-        "it needs train_text_encoder",
-    ),
-    Idle(
-        ("learning_rate_te",),
-        lambda v: (
-            v.method == "full" and v.train_text_encoder and None not in (v.learning_rate_te1, v.learning_rate_te2)
-        ),
-        "learning_rate_te1 and learning_rate_te2 take its place",
-    ),
-    Idle(
-        ("train_text_encoder",),
-        lambda v: v.method == "full" and v.learning_rate_te1 == 0 == v.learning_rate_te2,
-        "learning_rate_te1 and learning_rate_te2 are 0",
-    ),
+    Idle(("learning_rate_te",), _own_rates, OWN_RATES),
+    Idle(("train_text_encoder",), _freezes_text, "learning_rate_te1 and learning_rate_te2 are 0"),
     Idle(("learning_rate",), _no_common_rate, "block_lr takes its place"),
 )
 
@@ -180,5 +159,4 @@ FACTS = Facts(
     scripts={"sdxl_train_network": "network", "sdxl_train": "full"},
     prompt={"width": 1024, "height": 1024},
     idle=IDLE,
-    check=check,
 )

@@ -1,0 +1,94 @@
+"""What relates several settings of all families, beyond the rules that stand with each."""
+
+from __future__ import annotations
+
+import os
+from importlib.util import find_spec
+
+from sfumato.config.rules import Clash, Idle
+from sfumato.config.run import Settings
+
+
+def caches_text(s: Settings) -> bool:
+    """Whether the outputs of the text encoders are kept."""
+    return s.cache_text_encoder_outputs or s.cache_text_encoder_outputs_to_disk
+
+
+def _trains_text(s: Settings) -> bool:
+    if caches_text(s) or s.stop_text_encoder_training == 0:
+        return False
+    if s.method == "full":
+        return s.train_text_encoder
+    return not s.network_train_unet_only and (not s.text_encoder_lr or any(s.text_encoder_lr))
+
+
+IDLE = (
+    Idle(
+        ("stop_text_encoder_training",),
+        lambda s: s.stop_text_encoder_training and not _trains_text(s),
+        "the text encoder is not trained anyway",
+    ),
+    Idle(
+        ("text_encoder_lr",),
+        lambda s: s.network_train_unet_only and any(s.text_encoder_lr),
+        "network_train_unet_only leaves the text encoder alone",
+    ),
+    Idle(
+        ("text_encoder_lr",),
+        lambda s: caches_text(s) and any(s.text_encoder_lr),
+        "cache_text_encoder_outputs leaves the text encoder alone",
+    ),
+    Idle(
+        ("text_encoder_lr",),
+        lambda s: s.stop_text_encoder_training == 0 and any(s.text_encoder_lr),
+        "stop_text_encoder_training 0 leaves the text encoder alone",
+    ),
+    Idle(
+        ("network_dim", "network_alpha"),
+        lambda s: s.dim_from_weights and s.network_weights,
+        "dim_from_weights takes them from network_weights",
+    ),
+    Idle(
+        ("xformers",),
+        lambda s: not find_spec("xformers"),
+        "xformers is not installed; PyTorch's own attention is used, which gives the same result",
+    ),
+)
+"""Settings that do nothing beside others."""
+
+CLASHES = (
+    Clash(
+        ("network_train_text_encoder_only", "network_train_unet_only"),
+        lambda s: s.method == "network" and s.network_train_unet_only and s.network_train_text_encoder_only,
+        "network_train_unet_only and network_train_text_encoder_only exclude each other; leave both out to train both",
+    ),
+    Clash(("xformers", "sdpa"), lambda s: s.xformers and s.sdpa, "xformers and sdpa exclude each other"),
+    Clash(
+        ("base_weights_multiplier",),
+        lambda s: s.base_weights and len(s.base_weights_multiplier) > len(s.base_weights),
+        "there are more strengths than base_weights",
+    ),
+    Clash(
+        ("max_timestep", "min_timestep"),
+        lambda s: (s.min_timestep or 0) >= (1000 if s.max_timestep is None else s.max_timestep),
+        "min_timestep must be below max_timestep",
+    ),
+    Clash(
+        ("cache_text_encoder_outputs", "cache_text_encoder_outputs_to_disk"),
+        lambda s: (
+            caches_text(s) and (s.train_text_encoder if s.method == "full" else s.network_train_text_encoder_only)
+        ),
+        "text outputs cannot be kept while the text encoder is trained",
+    ),
+    Clash(
+        ("full_bf16",),
+        lambda s: s.full_bf16 and (s.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")) != "bf16",
+        "weights in bf16 are trained with mixed_precision bf16 alone; set it too, or leave full_bf16 out",
+    ),
+    Clash(
+        ("save_model_as",),
+        lambda s: s.method == "network" and s.save_model_as in ("diffusers", "diffusers_safetensors"),
+        "an adapter is saved as safetensors, ckpt or pt; for diffusers' key names set dialect peft",
+    ),
+)
+"""Settings that cannot stand together."""
