@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from sfumato.adapters import AdapterPlan
 from sfumato.adapters.insert import TargetLayer
-from sfumato.config import LossConfig, NoiseConfig
+from sfumato.config import FamilyOptions, LossConfig, NoiseConfig
 from sfumato.data.batch import Cond, Tokens
 from sfumato.data.strategies import (
     LatentsCachingStrategy,
@@ -39,7 +39,7 @@ class Models:
     """A loaded checkpoint. Nets are in eval mode and frozen; trainables thaw what they train."""
 
     family: Family
-    options: Any
+    options: FamilyOptions
     """The family's `facts.Options`, completed by what the file holds (v prediction, for example)."""
     denoiser: nn.Module
     encoders: Mapping[str, nn.Module]
@@ -187,9 +187,10 @@ ENCODER_RATES = {"clip_l": "learning_rate_te1", "clip_g": "learning_rate_te2", "
 """Text encoder -> kohya's numbered flag of its rate, where a family has it among its options."""
 
 
-def encoder_rate(options: Any, component: str, path: str) -> float | None:
+def encoder_rate(options: FamilyOptions, component: str, path: str) -> float | None:
     """For `Family.rate`: that of the text encoder's numbered flag; everything else has the common rate."""
-    return getattr(options, ENCODER_RATES.get(component, ""), None)
+    rate: float | None = getattr(options, ENCODER_RATES.get(component, ""), None)
+    return rate
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -231,7 +232,10 @@ class Family:
     """Components that a model may lack."""
     passthrough_keys: re.Pattern[str] = re.compile(r"(?!)")
     """Pattern of full names in single files that belong to no net and are copied on save."""
-    complete: Callable[[Any, Checkpoint], tuple[Any, Checkpoint]] = lambda options, source: (options, source)
+    complete: Callable[[FamilyOptions, Checkpoint], tuple[FamilyOptions, Checkpoint]] = lambda options, source: (
+        options,
+        source,
+    )
     """(options, source) -> the options completed from the files, and the source without what is not the model's.
     Errors: `UserError` if they contradict."""
     tokenizer_specs: Mapping[str, TokenizerSpec]
@@ -268,13 +272,15 @@ class Family:
     """Adapter key names: "kohya", "comfy", "peft"."""
     targets: Mapping[str, Mapping[str, tuple[str, ...]]]
     """component -> layer kind ("linear", "conv") -> path patterns (fnmatch) of the layers that adapters go on."""
-    target_layer: Callable[[Any, AdapterPlan, TargetLayer], TargetLayer | None] = lambda options, plan, target: target
+    target_layer: Callable[[FamilyOptions, AdapterPlan, TargetLayer], TargetLayer | None] = (
+        lambda options, plan, target: target
+    )
     """(options, plan, a layer that gets an adapter) -> the same with the options of this layer; None: no
     adapter there."""
-    trainable: Callable[[Any, AdapterPlan | None], frozenset[str] | None] = lambda options, plan: None
+    trainable: Callable[[FamilyOptions, AdapterPlan | None], frozenset[str] | None] = lambda options, plan: None
     """(options, the plan of adapters, or None for a whole model) -> the text encoders that training may change; None:
     all."""
-    rate: Callable[[Any, str, str], float | None] = encoder_rate
+    rate: Callable[[FamilyOptions, str, str], float | None] = encoder_rate
     """(options, component, path of a weight) -> its rate when a whole model is trained; None: the common one; 0: it is
     not trained."""
     encoder_lr_order: tuple[str, ...] = ()

@@ -13,6 +13,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from sfumato.config import FamilyOptions
 from sfumato.data.store import Progress
 from sfumato.errors import UserError
 from sfumato.formats import files
@@ -32,7 +33,7 @@ with what it seems to be. Handed in, as families are above this floor."""
 
 
 def examine(
-    family: Family, path: str, options: Any, *, detect: Detect | None = None, vae: str | None = None
+    family: Family, path: str, options: FamilyOptions, *, detect: Detect | None = None, vae: str | None = None
 ) -> tuple[Any, Checkpoint]:
     """The options completed from the files, and where the components of a checkpoint are; headers are read and nothing
     else.
@@ -59,7 +60,7 @@ def examine(
 def outline(
     family: Family,
     path: str,
-    options: Any,
+    options: FamilyOptions,
     *,
     detect: Detect | None = None,
     vae: str | None = None,
@@ -104,7 +105,7 @@ def outline(
 def load(
     family: Family,
     path: str,
-    options: Any,
+    options: FamilyOptions,
     *,
     detect: Detect | None = None,
     vae: str | None = None,

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
 from sfumato.adapters import AdapterPlan
 from sfumato.adapters.insert import AdapterNetwork, choose, from_state
-from sfumato.config import Config
+from sfumato.config import Config, FamilyOptions
 from sfumato.errors import UserError
 from sfumato.families.detect import CALLED, identify
 from sfumato.formats import dialect, files
@@ -357,7 +357,7 @@ def _check(models: Models, config: Config, plan: AdapterPlan, trained: tuple[str
 
 
 def adapter_rates(
-    family: Family, options: Any, encoders: Collection[str], config: Config, plan: AdapterPlan
+    family: Family, options: FamilyOptions, encoders: Collection[str], config: Config, plan: AdapterPlan
 ) -> dict[str, float]:
     """Component -> learning rate, of those that adapters are trained on; a rate of 0 leaves a component out.
 

@@ -10,6 +10,7 @@ import pytest
 from sfumato.config import Config, LossConfig, NoiseConfig, Settings
 from sfumato.errors import UserError
 from sfumato.models import flow_options
+from sfumato.models.detection import Signature
 from sfumato.models.facts import Facts
 from sfumato.models.flow_options import REFUSED, FlowOptions
 
@@ -24,7 +25,7 @@ class Options(FlowOptions):
 
 FACTS = Facts(
     options=Options,
-    detect=lambda shapes: None,
+    signature=Signature("flow", {}, lambda shapes: None, {}),
     architecture=lambda options: "",
     base_model_version=lambda options: "",
     pipelines=(),

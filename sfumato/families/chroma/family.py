@@ -8,6 +8,7 @@ from dataclasses import asdict
 from torch import Tensor, nn
 
 from sfumato.adapters import AdapterPlan
+from sfumato.config import FamilyOptions
 from sfumato.data.batch import Cond
 from sfumato.errors import UserError
 from sfumato.families.chroma.facts import MARK, Completed, Options
@@ -65,10 +66,10 @@ COMPONENTS = (
 )
 
 
-def complete(options: Options, source: Checkpoint) -> tuple[Completed, Checkpoint]:
+def complete(options: FamilyOptions, source: Checkpoint) -> tuple[Completed, Checkpoint]:
     """The number of blocks, from the file."""
-    completed = {**asdict(options), "model_type": "chroma", **counts(source.components["denoiser"].shapes())}
-    return Completed(**completed), source
+    values = {**asdict(Options.of(options)), "model_type": "chroma", **counts(source.components["denoiser"].shapes())}
+    return Completed(**values), source
 
 
 # --- running ---
@@ -76,7 +77,7 @@ def complete(options: Options, source: Checkpoint) -> tuple[Completed, Checkpoin
 
 def tokenize(models: Models) -> ChromaTokenize:
     """Captions -> tokens."""
-    return ChromaTokenize(models.tokenizers["t5xxl"], models.options.t5xxl_max_token_length)
+    return ChromaTokenize(models.tokenizers["t5xxl"], Completed.of(models.options).t5xxl_max_token_length)
 
 
 def predict(net: nn.Module, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
@@ -98,12 +99,12 @@ def dialects(models: Models) -> Mapping[str, Dialect]:
     return adapter_dialects(chroma_keys({name: tuple(t.shape) for name, t in models.denoiser.state_dict().items()}))
 
 
-def trainable(options: Options, plan: AdapterPlan | None) -> frozenset[str]:
+def trainable(options: FamilyOptions, plan: AdapterPlan | None) -> frozenset[str]:
     """T5 gets adapters only where that is asked for; of a whole model it is trained where text encoders are."""
     return frozenset({"t5xxl"} if plan is None or plan.family.train_t5xxl else ())
 
 
-def rate(options: Options, component: str, path: str) -> float | None:
+def rate(options: FamilyOptions, component: str, path: str) -> float | None:
     """The net that makes the modulations stays as it is, as in the training of the published models."""
     return 0 if component == "denoiser" and path.startswith(f"{MARK}.") else None
 

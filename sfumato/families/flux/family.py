@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from sfumato.adapters import AdapterPlan
-from sfumato.config import LossConfig, NoiseConfig
+from sfumato.config import FamilyOptions, LossConfig, NoiseConfig
 from sfumato.data.batch import Cond
 from sfumato.data.strategies import TextEncoderOutputsCachingStrategy
 from sfumato.errors import UserError
@@ -93,29 +93,29 @@ COMPONENTS = (
 )
 
 
-def complete(options: Options, source: Checkpoint) -> tuple[Completed, Checkpoint]:
+def complete(options: FamilyOptions, source: Checkpoint) -> tuple[Completed, Checkpoint]:
     """What goes by the version, from the file.
 
     Errors: `UserError` for a guidance that the model does not take, and for encoders of other widths.
     """
-    shapes = source.components["denoiser"].shapes()
+    o, shapes = Options.of(options), source.components["denoiser"].shapes()
     guided = any(name.startswith("guidance_in.") for name in shapes)
     wrong = width_mismatches(
         source, {"clip_l": shapes["vector_in.in_layer.weight"][1], "t5xxl": shapes["txt_in.weight"][1]}
     )
-    if not guided and options.guidance_scale is not None:
+    if not guided and o.guidance_scale is not None:
         wrong.append(f"guidance_scale: {source.path} is FLUX.1 schnell, which takes no guidance; leave it out")
     if wrong:
         raise UserError(*wrong)
-    guidance = GUIDANCE if options.guidance_scale is None else options.guidance_scale
-    completed: dict[str, Any] = {
-        **asdict(options),
+    guidance = GUIDANCE if o.guidance_scale is None else o.guidance_scale
+    values: dict[str, Any] = {
+        **asdict(o),
         **counts(shapes),
         "guidance_scale": guidance if guided else None,
-        "t5xxl_max_token_length": options.t5xxl_max_token_length or LENGTHS[guided],
+        "t5xxl_max_token_length": o.t5xxl_max_token_length or LENGTHS[guided],
         "model_type": "flux",
     }
-    return Completed(**completed, guided=guided), source
+    return Completed(**values, guided=guided), source
 
 
 def width_mismatches(source: Checkpoint, widths: Mapping[str, int]) -> list[str]:
@@ -140,7 +140,7 @@ def counts(shapes: Shapes) -> dict[str, int]:
 
 def tokenize(models: Models) -> FluxTokenize:
     """Captions -> tokens."""
-    o, tokenizers = models.options, models.tokenizers
+    o, tokenizers = Completed.of(models.options), models.tokenizers
     return FluxTokenize(
         tokenizers["clip_l"], tokenizers["t5xxl"], o.t5xxl_max_token_length, masked=o.apply_t5_attn_mask
     )
@@ -148,7 +148,7 @@ def tokenize(models: Models) -> FluxTokenize:
 
 def outputs_strategy(models: Models) -> TextEncoderOutputsCachingStrategy:
     """What is cached of captions."""
-    return outputs(masked=models.options.apply_t5_attn_mask)
+    return outputs(masked=Completed.of(models.options).apply_t5_attn_mask)
 
 
 def process(models: Models, noise: NoiseConfig, loss: LossConfig) -> NoiseProcess:
@@ -158,9 +158,9 @@ def process(models: Models, noise: NoiseConfig, loss: LossConfig) -> NoiseProces
 
 def condition(models: Models, cond: Cond, setting: SampleInfo) -> Cond:
     """Adds the guidance where the model takes one."""
-    options, pooled = models.options, cond["pooled"]
-    if options.guided:
-        common = torch.full((len(pooled),), options.guidance_scale, device=pooled.device)
+    guidance, pooled = Completed.of(models.options).guidance_scale, cond["pooled"]
+    if guidance is not None:
+        common = torch.full((len(pooled),), guidance, device=pooled.device)
         return {**cond, "guidance": common if setting.guidance is None else setting.guidance}
     if setting.guidance is not None and bool((setting.guidance != SAMPLE_GUIDANCE).any()):
         log.warning("guidance_scale (--g) has no effect: FLUX.1 schnell takes no guidance")
@@ -175,7 +175,7 @@ def predict(net: nn.Module, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
 
 def sigmas(models: Models, steps: int, latent_pixels: int) -> Tensor:
     """The larger the image, the longer dev stays with noise; schnell's steps are even."""
-    return schedule(steps, mu=flux_mu(latent_pixels // PATCH**2) if models.options.guided else None)
+    return schedule(steps, mu=flux_mu(latent_pixels // PATCH**2) if Completed.of(models.options).guided else None)
 
 
 # --- training ---
@@ -195,7 +195,7 @@ def adapter_dialects(keys: KeyMap) -> dict[str, Dialect]:
     return usual(kohya, comfy, peft, {"denoiser": keys})
 
 
-def trainable(options: Any, plan: AdapterPlan | None) -> frozenset[str]:
+def trainable(options: FamilyOptions, plan: AdapterPlan | None) -> frozenset[str]:
     """T5 is trained only where it is asked for."""
     return frozenset({"clip_l", "t5xxl"} if trains_t5(options, plan) else {"clip_l"})
 

@@ -14,6 +14,7 @@ from sfumato.models.block_choices import Arguments, Blocks, check_split, is_chos
 if TYPE_CHECKING:
     from sfumato.adapters import AdapterPlan
     from sfumato.adapters.insert import TargetLayer
+    from sfumato.config import FamilyOptions
 
 DIMS: Mapping[str, str] = {
     "img_attn_dim": "double_blocks.*.img_attn.*",
@@ -69,7 +70,7 @@ class NetworkArgs(Arguments):
         ]
 
 
-def target_layer(options: Any, plan: AdapterPlan, target: TargetLayer) -> TargetLayer | None:
+def target_layer(options: FamilyOptions, plan: AdapterPlan, target: TargetLayer) -> TargetLayer | None:
     """For `Family.target_layer`. `options`: `double_blocks` and `single_blocks`, how many there are, and whether it is
     `guided`.
 
@@ -98,7 +99,7 @@ def target_layer(options: Any, plan: AdapterPlan, target: TargetLayer) -> Target
     return target._replace(options=layer_options)
 
 
-def _input_rank(options: Any, args: NetworkArgs | None, name: str) -> int:
+def _input_rank(options: FamilyOptions, args: NetworkArgs | None, name: str) -> int:
     inputs = None if args is None or args.in_dims is None else ranks(args.in_dims)
     if args is None or inputs is None:
         return 0

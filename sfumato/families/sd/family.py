@@ -9,7 +9,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from sfumato.config import LossConfig, NoiseConfig
+from sfumato.config import FamilyOptions, LossConfig, NoiseConfig
 from sfumato.data.batch import Cond
 from sfumato.errors import UserError
 from sfumato.families.sd.facts import Options
@@ -72,23 +72,23 @@ COMPONENTS = (
 )
 
 
-def complete(options: Options, source: Checkpoint) -> tuple[Options, Checkpoint]:
+def complete(options: FamilyOptions, source: Checkpoint) -> tuple[Options, Checkpoint]:
     """Version and prediction type, from the files. Errors: `UserError` if the options name the other version."""
-    v2 = len(source.components["denoiser"].shapes()[_MIDDLE]) == 2
-    if options.v2 is not None and options.v2 != v2:
+    o, v2 = Options.of(options), len(source.components["denoiser"].shapes()[_MIDDLE]) == 2
+    if o.v2 is not None and o.v2 != v2:
         is_, not_ = ("2.x", "1.x") if v2 else ("1.x", "2.x")
         raise UserError(f"v2: {source.path} is Stable Diffusion {is_}, not {not_}; leave v2 out")
     wanted, other = ("clip_h", "clip_l") if v2 else ("clip_l", "clip_h")
     if wanted not in source.components:
         raise UserError(f"{source.path} holds no text encoder of this version; a whole model is needed")
     layers = count_layers(source.components[wanted].shapes(), LAYERS)
-    if not 1 <= (options.clip_skip or 1) <= layers:
+    if not 1 <= (o.clip_skip or 1) <= layers:
         raise UserError(
-            f"clip_skip: {options.clip_skip}; the text encoder has {layers} layers, so 1 to {layers} was expected"
+            f"clip_skip: {o.clip_skip}; the text encoder has {layers} layers, so 1 to {layers} was expected"
         )
     components = {name: each for name, each in source.components.items() if name != other}
-    v = options.v_parameterization or prediction(source) == "v"
-    return replace(options, v2=v2, v_parameterization=v), replace(source, components=components)
+    v = o.v_parameterization or prediction(source) == "v"
+    return replace(o, v2=v2, v_parameterization=v), replace(source, components=components)
 
 
 def prediction(source: Checkpoint) -> str:
@@ -131,18 +131,19 @@ def adjust_single_file(models: Models, tensors: dict[str, Tensor]) -> dict[str, 
 def tokenize(models: Models) -> SdTokenize:
     """Captions -> tokens."""
     (tokenizer,) = models.tokenizers.values()
-    return SdTokenize(tokenizer, models.options.max_token_length, models.options.weighted_captions)
+    o = Options.of(models.options)
+    return SdTokenize(tokenizer, o.max_token_length, o.weighted_captions)
 
 
 def encode(models: Models) -> SdEncode:
     """Tokens -> cond."""
     (name,) = models.encoders
-    return SdEncode(name, models.options.clip_skip or 1)
+    return SdEncode(name, Options.of(models.options).clip_skip or 1)
 
 
 def process(models: Models, noise: NoiseConfig, loss: LossConfig) -> NoiseProcess:
     """DDPM with what the model predicts."""
-    return DDPM.of("v" if models.options.v_parameterization else "eps", noise, loss)
+    return DDPM.of("v" if Options.of(models.options).v_parameterization else "eps", noise, loss)
 
 
 def predict(net: nn.Module, x: Tensor, t: Tensor, cond: Cond) -> Tensor:

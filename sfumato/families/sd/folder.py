@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from sfumato.errors import UserError
+from sfumato.families.sd.facts import Options
 from sfumato.families.sd.names import Layout, unet_keys
 from sfumato.families.sd.net import CONV_HEADS, LINEAR_HEAD_WIDTH
 from sfumato.models.base import Models, NewFolder
@@ -123,7 +124,8 @@ def new_folder(models: Models) -> NewFolder:
     """What `StableDiffusionPipeline.from_pretrained` reads besides weights. A source folder's safety checker is not
     copied."""
     ((name, encoder),) = models.encoders.items()
-    v = models.options.v_parameterization
+    o = Options.of(models.options)
+    v = o.v_parameterization
     shapes = {n: tuple(t.shape) for n, t in models.denoiser.state_dict().items()}
     present = {
         "scheduler": ("diffusers", "DDIMScheduler"),
@@ -133,7 +135,7 @@ def new_folder(models: Models) -> NewFolder:
     }
     absent = {"feature_extractor", "image_encoder", "safety_checker"}
     configs = {
-        "denoiser": unet_config(shapes, 96 if models.options.v2 and v else 64),
+        "denoiser": unet_config(shapes, 96 if o.v2 and v else 64),
         name: text_config(cast(ClipText, encoder)),
     }
     if models.vaes is None:

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sfumato.adapters import AdapterPlan
-from sfumato.config import LossConfig, NoiseConfig
+from sfumato.config import FamilyOptions, LossConfig, NoiseConfig
 from sfumato.data.batch import Cond
 from sfumato.data.strategies import TextEncoderOutputsCachingStrategy
 from sfumato.errors import UserError
@@ -82,33 +82,31 @@ COMPONENTS = (
 )
 
 
-def complete(options: Options, source: Checkpoint) -> tuple[Completed, Checkpoint]:
+def complete(options: FamilyOptions, source: Checkpoint) -> tuple[Completed, Checkpoint]:
     """The options completed from the files and with the recipe's own values.
 
     Errors: `UserError` for options of a T5 that is not there, and for encoders of other widths.
     """
-    wrong, has_t5 = list[str](), "t5xxl" in source.components
+    o, has_t5, wrong = Options.of(options), "t5xxl" in source.components, list[str]()
     asked = [
         name
         for name in ("apply_t5_attn_mask", "t5_dropout_rate", "train_t5xxl", "learning_rate_te3")
-        if getattr(options, name)
+        if getattr(o, name)
     ]
     if asked and not has_t5:
         wrong.append(f"{asked[0]}: {source.path} holds no T5; name its file with t5xxl, or leave {asked[0]} out")
     shapes = source.components["denoiser"].shapes()
     if wrong or (wrong := _width_mismatches(shapes, source)):
         raise UserError(*wrong)
-    shift = options.discrete_flow_shift if options.training_shift is None else options.training_shift
-    completed: dict[str, Any] = {
-        **asdict(options),
-        "weighting_scheme": facts.scheme(options),
+    shift = o.discrete_flow_shift if o.training_shift is None else o.training_shift
+    values: dict[str, Any] = {
+        **asdict(o),
+        "weighting_scheme": facts.scheme(o),
         "discrete_flow_shift": shift,
         "training_shift": None,
     }
     count = len({name.split(".")[1] for name in shapes if name.startswith("joint_blocks.")})
-    return Completed(**completed, version=facts.version(shapes), blocks=count, has_t5=has_t5), _without_clips_own(
-        source
-    )
+    return Completed(**values, version=facts.version(shapes), blocks=count, has_t5=has_t5), _without_clips_own(source)
 
 
 def _width_mismatches(shapes: Shapes, source: Checkpoint) -> list[str]:
@@ -156,7 +154,7 @@ def _without_clips_own(source: Checkpoint) -> Checkpoint:
 
 def tokenize(models: Models) -> Sd3Tokenize:
     """Captions -> tokens."""
-    o, tokenizers = models.options, models.tokenizers
+    o, tokenizers = Completed.of(models.options), models.tokenizers
     clips = {name: tokenizers[name] for name in CLIPS}
     return Sd3Tokenize(
         clips, tokenizers.get("t5xxl"), o.t5xxl_max_token_length, o.apply_lg_attn_mask, o.apply_t5_attn_mask
@@ -165,7 +163,7 @@ def tokenize(models: Models) -> Sd3Tokenize:
 
 def outputs_strategy(models: Models) -> TextEncoderOutputsCachingStrategy:
     """What is cached of captions."""
-    o = models.options
+    o = Completed.of(models.options)
     return outputs(t5=o.has_t5, length=o.t5xxl_max_token_length, masked=o.apply_t5_attn_mask)
 
 
@@ -181,7 +179,7 @@ def condition(models: Models, cond: Cond, setting: SampleInfo) -> Cond:
     While training also what chance takes away, and where images lie, if that may differ: {"crop": (b, 2)} in the table
     of positions, or {"scaled": (b, 3)} in one that fits their size.
     """
-    net, o = cast(MMDiT, models.denoiser), models.options
+    net, o = cast(MMDiT, models.denoiser), Completed.of(models.options)
     if setting.rng is not None:
         rates = {"clip_l": o.clip_l_dropout_rate, "clip_g": o.clip_g_dropout_rate, "t5": o.t5_dropout_rate}
         cond = _dropped(cond, rates, setting.rng)
@@ -244,7 +242,7 @@ def dialects(models: Models) -> Mapping[str, Dialect]:
     return names.dialects(models.denoiser.state_dict())
 
 
-def trainable(options: Any, plan: AdapterPlan | None) -> frozenset[str]:
+def trainable(options: FamilyOptions, plan: AdapterPlan | None) -> frozenset[str]:
     """T5 is trained only where it is asked for. Errors: `UserError` where there is none."""
     t5 = trains_t5(options, plan)
     if t5 and isinstance(options, Completed) and not options.has_t5:
@@ -252,9 +250,9 @@ def trainable(options: Any, plan: AdapterPlan | None) -> frozenset[str]:
     return frozenset({*CLIPS, "t5xxl"} if t5 else CLIPS)
 
 
-def rate(options: Any, component: str, path: str) -> float | None:
+def rate(options: FamilyOptions, component: str, path: str) -> float | None:
     """As of all text encoders; nothing for the queries of the text in the last block, which ends there."""
-    if path == f"joint_blocks.{options.blocks - 1}.context_block.attn.ln_q.weight":
+    if path == f"joint_blocks.{Completed.of(options).blocks - 1}.context_block.attn.ln_q.weight":
         return 0.0
     return encoder_rate(options, component, path)
 

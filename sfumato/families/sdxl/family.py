@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from sfumato.adapters import AdapterPlan
+from sfumato.config import FamilyOptions
 from sfumato.data.batch import Cond
 from sfumato.errors import UserError
 from sfumato.families.sd.family import check_channels, prediction, process, without_old_average
@@ -60,7 +61,7 @@ COMPONENTS = (
 )
 
 
-def complete(options: Options, source: Checkpoint) -> tuple[Options, Checkpoint]:
+def complete(options: FamilyOptions, source: Checkpoint) -> tuple[Options, Checkpoint]:
     """The prediction type, from the files. Errors: `UserError` for what is of another model."""
     text, unet = source.components["clip_g"].shapes(), source.components["denoiser"].shapes()
     if "text_projection.weight" not in text:
@@ -75,8 +76,9 @@ def complete(options: Options, source: Checkpoint) -> tuple[Options, Checkpoint]
             f"{SIZES} x {SIZE_WIDTH} of the image's sizes were expected: it is no base model of Stable Diffusion XL"
         )
     scheduler(source)
-    v = options.v_parameterization or prediction(source) == "v"
-    return replace(options, v_parameterization=v), source
+    o = Options.of(options)
+    v = o.v_parameterization or prediction(source) == "v"
+    return replace(o, v_parameterization=v), source
 
 
 def _clip_g_tokenizer(folder: Path | None) -> Any:
@@ -92,7 +94,8 @@ def _clip_g_tokenizer(folder: Path | None) -> Any:
 
 def tokenize(models: Models) -> SdxlTokenize:
     """Captions -> tokens."""
-    length, weighted = models.options.max_token_length, models.options.weighted_captions
+    o = Options.of(models.options)
+    length, weighted = o.max_token_length, o.weighted_captions
     return SdxlTokenize({name: SdTokenize(models.tokenizers[name], length, weighted) for name in ("clip_l", "clip_g")})
 
 
@@ -112,15 +115,18 @@ def predict(net: nn.Module, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
 # --- training ---
 
 
-def trainable(options: Options, plan: AdapterPlan | None) -> frozenset[str] | None:
+def trainable(options: FamilyOptions, plan: AdapterPlan | None) -> frozenset[str] | None:
     """A text encoder whose rate is 0 is left as it is."""
-    return None if plan is not None else frozenset(n for n in ("clip_l", "clip_g") if encoder_rate(options, n, "") != 0)
+    o = Options.of(options)
+    rates = {"clip_l": o.learning_rate_te1, "clip_g": o.learning_rate_te2}
+    return None if plan is not None else frozenset(name for name, rate in rates.items() if rate != 0)
 
 
-def rate(options: Options, component: str, path: str) -> float | None:
+def rate(options: FamilyOptions, component: str, path: str) -> float | None:
     """The rate of a weight when a whole model is trained."""
     if component == "denoiser":
-        return options.block_lr[block(path)] if options.block_lr else None
+        rates = Options.of(options).block_lr
+        return rates[block(path)] if rates else None
     unused = component == "clip_l" and path.startswith(UNUSED)
     return 0.0 if unused else encoder_rate(options, component, path)
 

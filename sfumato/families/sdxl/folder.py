@@ -9,7 +9,7 @@ from typing import Any, cast
 from sfumato.errors import UserError
 from sfumato.families.sd import folder as sd
 from sfumato.families.sd.names import Layout
-from sfumato.families.sdxl.facts import SIZE_WIDTH
+from sfumato.families.sdxl.facts import SIZE_WIDTH, Options
 from sfumato.models import locate
 from sfumato.models.base import Models, NewFolder
 from sfumato.models.components import Checkpoint, Config
@@ -85,7 +85,7 @@ def new_folder(models: Models) -> NewFolder:
     }
     if models.vaes is not None:
         configs["vae"] = sd.vae_config(models.vae)
-    prediction = PREDICTIONS[1 if models.options.v_parameterization else 0]
+    prediction = PREDICTIONS[1 if Options.of(models.options).v_parameterization else 0]
     schedule = dict(scheduler(source)) or _schedule(zero_snr="ztsnr" in source.passthrough)
     return NewFolder(
         index=_index(source, str(schedule["_class_name"]), vae=models.vaes is not None),

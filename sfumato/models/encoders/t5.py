@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sfumato.adapters import AdapterPlan
+from sfumato.config import FamilyOptions
 from sfumato.formats.names import KeyMap, rule
 from sfumato.models.components import Component, KeyFormat, matching
 from sfumato.models.layers import Shapes, count_layers
@@ -124,6 +125,6 @@ def t5_idle(names: Collection[str]) -> list[str]:
     return [TWIN] if EMBEDDING in names and TWIN in names else []
 
 
-def trains_t5(options: Any, plan: AdapterPlan | None) -> bool:
+def trains_t5(options: FamilyOptions, plan: AdapterPlan | None) -> bool:
     """For `Family.trainable`: whether the options, or the network_args of a plan of adapters, ask for T5."""
-    return bool(options.train_t5xxl or (plan and plan.family and plan.family.train_t5xxl))
+    return any(getattr(asking, "train_t5xxl", False) for asking in (options, plan and plan.family))
