@@ -28,7 +28,7 @@ def full_name(word: str, names: Collection[str], report: Report) -> str:
     if not word.startswith("--") or not short or short in names:
         return word
     if len(meant := beginning(short, names)) != 1:
-        return word  # unknown, or said by `ambiguous`
+        return word  # unknown, or of several meanings: reported with the unknown flags
     report.note(f"--{short}: read as --{meant[0]}")
     return f"--{meant[0]}{equals}{value}"
 

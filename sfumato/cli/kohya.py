@@ -23,7 +23,7 @@ class Script:
     method: Method
     families: tuple[str, ...]
     trains_text: bool = False
-    """It trains the text encoder unless told otherwise."""
+    """It trains the text encoder unless asked otherwise."""
 
 
 @cache
@@ -133,7 +133,7 @@ def _number(given: Given | None) -> int | None:
     try:
         return int(given.value) if given is not None and isinstance(given.value, (int, str)) else None
     except ValueError:
-        return None  # said by the check of types
+        return None  # the check of types reports it
 
 
 def _log_folder(given: dict[str, Given], report: Report) -> None:

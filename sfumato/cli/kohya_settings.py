@@ -1,4 +1,4 @@
-"""Settings of kohya's scripts that are no field of ours: another name, no effect here, or not supported."""
+"""Settings of kohya's scripts that are not ours: another name, no effect here, or not supported."""
 
 from __future__ import annotations
 
@@ -119,7 +119,7 @@ _OFF: tuple[object, ...] = (False, None, "", "no", "none", 0, "0", "0.0", "false
 
 
 def names() -> frozenset[str]:
-    """All of kohya's settings that are no field of ours."""
+    """All of kohya's settings that are not ours."""
     return frozenset({*RENAMED, *INERT, *REFUSED})
 
 
@@ -132,10 +132,10 @@ def translate(given: Given, report: Report) -> Given | None:
     """The setting in our own words; None when it was answered here: stated, or refused unless it is switched off."""
     if given.key in RENAMED:
         key, value = RENAMED[given.key]
-        said = replace(given, key=key, value=_alone(given.value), where=given.where or f"--{given.key}")
+        ours = replace(given, key=key, value=_alone(given.value), where=given.where or f"--{given.key}")
         if value is None:
-            return said
-        return replace(said, value=value, flag=False) if not off(given) else None
+            return ours
+        return replace(ours, value=value, flag=False) if not off(given) else None
     if given.key in INERT:
         report.note(f"{given}: accepted, no effect: {INERT[given.key]}")
     elif not off(given):

@@ -42,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def guarded(job: Callable[[], int]) -> int:
-    """Run a job; a user's mistake is told on stderr without a traceback."""
+    """Run a job; a user's mistake goes to stderr without a traceback."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):
             stream.reconfigure(
@@ -55,8 +55,7 @@ def guarded(job: Callable[[], int]) -> int:
             print(f"error: {message}", file=sys.stderr)
         return 2
     except BrokenPipeError:
-        # The reader, `head` say, has seen enough. What is still buffered must go nowhere, or Python complains at its
-        # end.
+        # The reader, such as `head`, has read enough. What is still buffered must go nowhere, or Python complains.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except OSError as e:
@@ -79,7 +78,7 @@ def _dispatch(words: list[str]) -> int:
         return 0
     if words[0] not in COMMANDS:
         raise UserError(
-            f"{words[0]!r} is no command of sfumato{nearest(words[0], COMMANDS)} (there are {', '.join(COMMANDS)})"
+            f"{words[0]!r} is not a command of sfumato{nearest(words[0], COMMANDS)} (there are {', '.join(COMMANDS)})"
         )
     return COMMANDS[words[0]].run(words[1:])
 
@@ -109,17 +108,17 @@ def _train(words: list[str]) -> int:
 
 
 def train(method: Method, resolved: Resolved) -> None:
-    """Train what was resolved; the config, with what the dataset file said, is written beside the result."""
+    """Train what was resolved; the config, with the datasets, is written beside the result."""
     # By default it walks through what is imported, again and again while it grows: a fifth of the time to the first
     # step.
     gc.set_threshold(50_000, 20, 20)
     from sfumato.cli import datasets, flags
     from sfumato.train import run
 
-    said = "".join(f"# {line}\n" for line in datasets.write(resolved.datasets).splitlines())
+    comment = "".join(f"# {line}\n" for line in datasets.write(resolved.datasets).splitlines())
     text = (
         f"# sfumato {__version__}, train {method}\n{flags.write_toml(resolved.config)}\n# The datasets of this "
-        f"run:\n{said}"
+        f"run:\n{comment}"
     )
     run.train(resolved.config, method, resolved.datasets, resolved=text, read=resolved.read)
 
@@ -235,7 +234,7 @@ COMMANDS: Mapping[str, Command] = {
     "train": Command(_train, "train an adapter (train network) or a whole model (train full)"),
     "plan": Command(_plan, "check everything and say what a training would do, without training"),
     "cache": Command(_cache, "encode images and captions for later trainings"),
-    "sample": Command(_sample, "draw images"),
+    "sample": Command(_sample, "sample images"),
     "show": Command(_show, "say what a weight file is"),
     "doctor": Command(_doctor, "say what this machine has and whether it can train"),
 }

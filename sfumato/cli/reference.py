@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 
 from sfumato import families
 from sfumato.cli import flags, kohya_settings, options, values
+from sfumato.config import rules
 
 HEAD = """# Options
 
@@ -36,11 +37,16 @@ def page() -> str:
     return "\n".join(parts)
 
 
-def _section(title: str, said: str, found: Iterable[options.Option]) -> str:
-    rows = [f"| `{o.name}` | {_cell(values.expected(o.kind))} | {_shown(o.default)} | {_cell(o.help)} |" for o in found]
+def _section(title: str, text: str, found: Iterable[options.Option]) -> str:
+    rows = [f"| `{o.name}` | {_cell(_expected(o))} | {_shown(o.default)} | {_cell(o.help)} |" for o in found]
     return "\n".join(
-        [f"## {title}", "", said, "", "| setting | value | default | meaning |", "|---|---|---|---|", *rows, ""]
+        [f"## {title}", "", text, "", "| setting | value | default | meaning |", "|---|---|---|---|", *rows, ""]
     )
+
+
+def _expected(option: options.Option) -> str:
+    """The type and the range in words: "a whole number, 1 or more"."""
+    return ", ".join(filter(None, (values.expected(option.kind), rules.range_of(option.hint))))
 
 
 def _shown(default: object) -> str:
@@ -70,7 +76,7 @@ def _pairs(title: str, rows: Mapping[str, str]) -> list[str]:
         "",
         "| setting | |",
         "|---|---|",
-        *(f"| `{name}` | {_cell(said)} |" for name, said in sorted(rows.items())),
+        *(f"| `{name}` | {_cell(text)} |" for name, text in sorted(rows.items())),
         "",
     ]
 

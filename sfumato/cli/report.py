@@ -1,4 +1,4 @@
-"""Everything that is wrong or worth saying about what a user wrote, gathered so that it is told at once."""
+"""Everything that is wrong or worth saying about what a user wrote, gathered so that it comes at once."""
 
 from __future__ import annotations
 

@@ -28,7 +28,7 @@ from sfumato.config.rules import (
 )
 
 ONLY_REGULARISATION = (
-    "all of its folders hold regularisation images (is_reg), which are seen only beside training images of the same "
+    "all of its folders hold regularisation images (is_reg), which are used only beside training images of the same "
     "dataset: "
     "put them into the [[datasets]] of the folder that they go with, or leave is_reg out"
 )
@@ -38,7 +38,7 @@ Interpolation = Literal["lanczos", "nearest", "bilinear", "linear", "bicubic", "
 
 @dataclass(frozen=True, kw_only=True)  # no slots: two slotted bases cannot be joined
 class CaptionOptions:
-    """What happens to a caption each time its image is drawn."""
+    """What happens to a caption each time its image is used."""
 
     caption_extension: Annotated[
         str,
@@ -56,7 +56,7 @@ class CaptionOptions:
     secondary_separator: str | None = None
     """Mark within a tag that is turned into caption_separator after shuffling."""
     enable_wildcard: bool = False
-    """`{a|b}` draws one of them; a caption file of several lines draws a line."""
+    """Of `{a|b}` one is chosen each time; of a caption file of several lines, one line."""
     caption_prefix: str | None = None
     """Put before each caption."""
     caption_suffix: str | None = None
@@ -75,10 +75,10 @@ class CaptionOptions:
 
 @dataclass(frozen=True, kw_only=True)  # no slots: two slotted bases cannot be joined
 class ImageOptions:
-    """What happens to an image each time it is drawn."""
+    """What happens to an image each time it is used."""
 
     num_repeats: Count = 1
-    """Times each image is seen in an epoch."""
+    """Times each image is used in an epoch."""
     color_aug: bool = False
     """Vary hue and brightness slightly (not with cached latents)."""
     flip_aug: bool = False
@@ -159,7 +159,7 @@ class DataConfig(Record, CaptionOptions, ImageOptions, BucketOptions):
     train_batch_size: Count = 1
     """Images a batch, where the dataset file says nothing."""
     dataset_repeats: Count = 1
-    """Times each image is seen in an epoch, where the dataset file says nothing."""
+    """Times each image is used in an epoch, where the dataset file says nothing."""
     class_tokens: str | None = None
     """Caption of images that have no caption file, where the dataset file says nothing."""
     cache_latents: bool = False

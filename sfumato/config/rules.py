@@ -223,6 +223,11 @@ def span(rules: Iterable[Any]) -> str:
     return "" if above is None else f"above {above:g}"
 
 
+def range_of(hint: Any) -> str:
+    """The range of a setting, or of each of its values, in words; empty where there is none."""
+    return span(marks(hint)) or next(filter(None, map(range_of, get_args(hint)[: 1 if marks(hint) else None])), "")
+
+
 def idle(settings: Settings, records: Iterable[type], table: Iterable[Idle]) -> dict[str, str]:
     """The settings that do nothing beside the others -> why, by the rules in these records and in a table."""
     found: dict[str, str] = {}

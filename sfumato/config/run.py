@@ -265,7 +265,7 @@ class NoiseConfig(Record):
     noise_offset: NumberOrOff = None
     """Add a random brightness of this strength to the noise of each channel (about 0.05 to 0.1)."""
     noise_offset_random_strength: Annotated[bool, Needs("noise_offset")] = False
-    """Draw the strength of noise_offset evenly between 0 and its value."""
+    """Choose the strength of noise_offset at random, evenly between 0 and its value."""
     adaptive_noise_scale: Annotated[NumberOrOff, Needs("noise_offset")] = None
     """Add this times the latent's mean magnitude to noise_offset."""
     multires_noise_iterations: CountOrOff = None
@@ -275,13 +275,13 @@ class NoiseConfig(Record):
     ip_noise_gamma: NumberOrOff = None
     """Extra noise on the input only, not on the target (input perturbation, about 0.1)."""
     ip_noise_gamma_random_strength: Annotated[bool, Needs("ip_noise_gamma")] = False
-    """Draw ip_noise_gamma evenly between 0 and its value."""
+    """Choose the strength of ip_noise_gamma at random, evenly between 0 and its value."""
     zero_terminal_snr: bool = False
     """Rescale the schedule so that the last timestep is pure noise (needs v prediction)."""
     min_timestep: Annotated[int, Interval(ge=0, le=999)] | None = None
-    """Lowest timestep drawn; default 0."""
+    """Lowest timestep; default 0."""
     max_timestep: Annotated[int, Interval(ge=1, le=1000)] | None = None
-    """Timesteps are drawn below this; default 1000."""
+    """Timesteps are below this; default 1000."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -345,17 +345,17 @@ class NetworkConfig(Record):
 
 @dataclass(frozen=True, kw_only=True)
 class SampleConfig(Record):
-    """Images drawn while training."""
+    """Sample images made while training."""
 
     sample_every_n_steps: Annotated[CountOrOff, Needs("sample_prompts")] = None
-    """Draw the sample prompts every n optimizer steps."""
+    """Sample the prompts every n optimizer steps."""
     sample_every_n_epochs: Annotated[CountOrOff, Needs("sample_prompts")] = None
-    """Draw the sample prompts every n epochs."""
+    """Sample the prompts every n epochs."""
     sample_at_first: Annotated[bool, Needs("sample_prompts")] = False
-    """Draw the sample prompts before the first step."""
+    """Sample the prompts before the first step."""
     sample_prompts: Annotated[File, _SAMPLED] = None
-    """File of prompts: .txt (one a line, with `--w --h --d --s --l --n`), .toml or .json. One without a size is drawn
-    at the resolution of the run, by `sfumato sample` at the one that the file says it was trained at."""
+    """File of prompts: .txt (one a line, with `--w --h --d --s --l --n`), .toml or .json. One without a size is
+    sampled at the resolution of the run, by `sfumato sample` at the resolution that the file was trained at."""
     sample_sampler: Annotated[str, _SAMPLED] = "ddim"
     """ddim, pndm, lms, euler, euler_a, heun, dpm_2, dpm_2_a, dpmsolver, dpmsolver++, dpmsingle."""
 

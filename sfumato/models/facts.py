@@ -32,7 +32,7 @@ class Facts:
     scripts: Mapping[str, Literal["network", "full"]] = field(default_factory=dict)
     """kohya's scripts -> what they train."""
     trains_text: tuple[str, ...] = ()
-    """Those of `scripts` that train the text encoder unless told otherwise."""
+    """Those of `scripts` that train the text encoder unless asked otherwise."""
     defaults: Mapping[str, Any] = field(default_factory=dict)
     """Settings of all families that have another default here."""
     prompt: Mapping[str, Any] = field(default_factory=dict)

@@ -35,7 +35,7 @@ class FlowOptions(FamilyOptions):
     """The settings of timesteps and loss of a rectified flow; a family's `Options` extend it."""
 
     timestep_sampling: Sampling = "sigma"
-    """How noise levels are drawn. sigma: by weighting_scheme, then shifted; uniform: evenly; sigmoid: the sigmoid of a
+    """How noise levels are chosen. sigma: by weighting_scheme, then shifted; uniform: evenly; sigmoid: the sigmoid of a
     normal number; shift: the same, then shifted; flux_shift: the same, shifted the more the larger the image is."""
     sigmoid_scale: Annotated[Positive | None, _SPREAD] = None
     """Spread of timestep_sampling sigmoid, shift and flux_shift; default 1. Below 1: more of the middle."""
@@ -48,8 +48,9 @@ class FlowOptions(FamilyOptions):
     """Mean of weighting_scheme logit_normal, above 0 towards more noise; default 0."""
     logit_std: Annotated[Positive | None, _NORMAL] = None
     """Spread of weighting_scheme logit_normal; default 1."""
+    # Beyond this range the density folds back on itself (arXiv:2403.03206, 3.1).
     mode_scale: Annotated[Annotated[float, Interval(ge=-1, le=1.75)] | None, _MODE] = None
-    """Strength of weighting_scheme mode, -1 to 1.75: above 0 more of the middle; default 1.29."""
+    """Strength of weighting_scheme mode: above 0 more of the middle; default 1.29."""
     model_prediction_type: Literal["raw", "additive", "sigma_scaled"] = "raw"
     """raw: the model says the velocity, which is what the loss compares. sigma_scaled: the loss compares the image that
     follows from it. additive: the model learns to say the velocity less its input, which no sampler expects."""

@@ -25,7 +25,7 @@ class Options(FlowOptions):
 
 FACTS = Facts(
     options=Options,
-    signature=Signature("flow", {}, lambda shapes: None, {}),
+    signature=Signature(family="flow", claims={}, denoiser=lambda shapes: None, adapters={}),
     architecture=lambda options: "",
     base_model_version=lambda options: "",
     pipelines=(),

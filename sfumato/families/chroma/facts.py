@@ -41,7 +41,7 @@ class Options(FlowOptions):
     apply_t5_attn_mask: Annotated[bool, _MASKED] = True
     """Hide T5's padding; for Chroma, which sees one token of it, always on."""
     guidance_scale: Annotated[float, _NO_GUIDANCE] = 0.0
-    """The guidance that the model is told while training; Chroma is told none, so it is always 0."""
+    """The guidance that the model is given while training; Chroma takes none, so it is always 0."""
     model_type: Literal["chroma"] | None = None
     """kohya's name of the family, which is seen from the file anyway."""
 

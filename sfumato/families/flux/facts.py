@@ -38,7 +38,7 @@ class Options(FlowOptions):
     apply_t5_attn_mask: bool = False
     """Hide T5's padding from everything. The models themselves were trained with it in sight."""
     guidance_scale: Amount | None = None
-    """The guidance that dev is told while training; default 1. Schnell is told none."""
+    """The guidance that dev is given while training; default 1. Schnell takes none."""
     train_t5xxl: TrainT5 = False
     """Train T5 as well where text encoders are trained."""
     learning_rate_te1: TextEncoderRate = None

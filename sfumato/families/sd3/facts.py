@@ -42,14 +42,14 @@ class Options(FlowOptions):
     clip_g: Weights = None
     """CLIP-G, where the base model's file does not hold it: file, folder or hub id."""
     t5xxl: Weights = None
-    """T5-XXL, where the base model's file does not hold it: file, folder or hub id. Without it the model is told zeros
-    in its place."""
+    """T5-XXL, where the base model's file does not hold it: file, folder or hub id. Without it the model is given
+    zeros in its place."""
     t5xxl_max_token_length: Annotated[int, Interval(ge=1, le=LONGEST)] = 256
     """T5's tokens of a caption; longer ones are cut."""
     apply_lg_attn_mask: bool = False
-    """Make zero what CLIP-L and CLIP-G say of padding, which is else told to the model, as pipelines do."""
+    """Make zero what CLIP-L and CLIP-G say of padding, which the model otherwise takes, as in pipelines."""
     apply_t5_attn_mask: bool = False
-    """Hide padding from T5 and make zero what it says of it, which is else told to the model, as pipelines do."""
+    """Hide padding from T5 and make zero what it says of it, which the model otherwise takes, as in pipelines."""
     clip_l_dropout_rate: Share = 0.0
     """Chance that a sample is trained without what CLIP-L says."""
     clip_g_dropout_rate: Share = 0.0
