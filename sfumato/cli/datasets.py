@@ -387,11 +387,6 @@ def _check_subset(subset: SubsetConfig, settings: Settings, report: Report) -> N
         report.error(
             f"{subset.image_dir}: conditioning_data_dir needs masked_loss: set it, or leave conditioning_data_dir out"
         )
-    if subset.face_crop_aug_range and not re.fullmatch(r"[\d.]+,[\d.]+", subset.face_crop_aug_range):
-        report.error(
-            f'{subset.image_dir}: face_crop_aug_range: expected "min,max" such as "2.0,4.0", '
-            f"found {subset.face_crop_aug_range!r}"
-        )
 
 
 def write(datasets: Iterable[DatasetConfig]) -> str:

@@ -32,6 +32,7 @@ ONLY_REGULARISATION = (
     "dataset: "
     "put them into the [[datasets]] of the folder that they go with, or leave is_reg out"
 )
+_SPAN = Must(re.compile(r"[\d.]+,[\d.]+").fullmatch, '"min,max" such as "2.0,4.0"')
 _DATASET_FILE = Excludes("dataset_config", why="dataset_config names the folders")
 Interpolation = Literal["lanczos", "nearest", "bilinear", "linear", "bicubic", "cubic", "area", "box"]
 
@@ -85,7 +86,7 @@ class ImageOptions:
     """Mirror half of the images."""
     random_crop: bool = False
     """Crop at a random place instead of the centre (not with cached latents)."""
-    face_crop_aug_range: str | None = None
+    face_crop_aug_range: Annotated[str | None, _SPAN] = None
     """Crop around the face named in the file name (`_x_y_w_h`), scaled by "min,max" (not with cached latents)."""
     alpha_mask: bool = False
     """Weigh the loss by the image's alpha channel."""

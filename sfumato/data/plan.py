@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from hashlib import blake2b
 
-from sfumato.config import DatasetConfig, SubsetConfig
+from sfumato.config import DatasetConfig, SubsetConfig, rules
 from sfumato.config.data import ONLY_REGULARISATION
 from sfumato.data.batch import Size
 from sfumato.data.buckets import Placement, check, place, resolutions
@@ -191,9 +191,8 @@ def _check_options(datasets: Sequence[DatasetConfig], multiple: int) -> None:
         )
     for d, dataset in enumerate(datasets):
         where = f"dataset {d + 1}"
+        wrong += [f"{where}: {name}: {message}" for name, message in rules.mistakes(dataset)]
         wrong += [f"{where}: {message}" for message in check(dataset, multiple)]
-        if dataset.batch_size < 1:
-            wrong.append(f"{where}: batch_size {dataset.batch_size} must be 1 or more")
         for subset in dataset.subsets:
             wrong += [f"{where}, {subset.image_dir}: {message}" for message in _check_subset(subset)]
     if wrong:
@@ -201,14 +200,11 @@ def _check_options(datasets: Sequence[DatasetConfig], multiple: int) -> None:
 
 
 def _check_subset(subset: SubsetConfig) -> list[str]:
-    wrong = []
+    wrong = [f"{name}: {message}" for name, message in rules.mistakes(subset)]
     if subset.face_crop_aug_range is not None:
         wrong.append("face_crop_aug_range is not supported yet: leave it out")
     if subset.alpha_mask and subset.conditioning_data_dir:
         wrong.append("alpha_mask and conditioning_data_dir both give a mask: choose one")
-    for name in ("caption_dropout_rate", "caption_tag_dropout_rate"):
-        if not 0 <= getattr(subset, name) <= 1:
-            wrong.append(f"{name} {getattr(subset, name)} must be from 0 to 1")
     return wrong
 
 

@@ -95,7 +95,7 @@ LIMITS: Mapping[str, tuple[int, int]] = {
 
 def default(options: FamilyOptions) -> Prompt:
     """What a prompt leaves out, for the family whose options these are."""
-    return Prompt(**families.facts_of(options).prompt)
+    return Prompt(**families.facts_of(options).prompt) if options.family else Prompt()
 
 
 def of_run(config: Config, datasets: Sequence[DatasetConfig]) -> list[Prompt]:

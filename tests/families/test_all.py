@@ -13,7 +13,7 @@ from torch import Tensor
 from training import config
 
 from sfumato import families
-from sfumato.config import LossConfig, Method, NoiseConfig
+from sfumato.config import LossConfig, Method, NoiseConfig, Settings
 from sfumato.families.detect import detect_file, identify
 from sfumato.formats.files import load
 from sfumato.models import components
@@ -225,9 +225,11 @@ def test_a_run_is_checked_on_nets_without_values(
 ) -> None:
     """`plan` and `train` see every layer and count what is trained before a weight is read."""
     monkeypatch.setattr(components.ComponentWeights, "put_into", lambda *_: pytest.fail("weights were read"))
-    told = families.facts(case.family).options(**{**files.options, **case.options})
+    facts, options = families.facts(case.family), {**files.options, **case.options}
+    idle = facts.without_effect(Settings(method=method, family=facts.options(**options)))
+    given = facts.options(**{name: value for name, value in options.items() if name not in idle})
     checked = check(
-        config(pretrained_model_name_or_path=str(files.model), vae=files.vae, network_dim=2, family=told), method, ()
+        config(pretrained_model_name_or_path=str(files.model), vae=files.vae, network_dim=2, family=given), method, ()
     )
     assert checked.trained[0].component == "denoiser" and all(each.numbers and each.layers for each in checked.trained)
     assert checked.suffix == ".safetensors"

@@ -12,10 +12,10 @@ import torch
 from tinies import encoders, flux
 from torch import Tensor
 
-from sfumato.config import LossConfig, NoiseConfig
+from sfumato.config import LossConfig, NoiseConfig, Settings
 from sfumato.errors import UserError
 from sfumato.families.detect import detect_file
-from sfumato.families.flux.facts import CLIP_L, Options
+from sfumato.families.flux.facts import CLIP_L, FACTS, Options
 from sfumato.families.flux.family import FAMILY, SHIFT
 from sfumato.formats.files import load, save
 from sfumato.formats.names import add_prefix
@@ -253,6 +253,6 @@ def test_the_defaults_train_as_the_recipe_says(files: Any) -> None:
     assert sigma.dtype == torch.float32
 
 
-def test_what_flow_has_no_use_for_is_refused(files: Any) -> None:
+def test_what_flow_has_no_use_for_is_refused() -> None:
     with pytest.raises(UserError, match="noise_offset"):
-        opened(files).process(NoiseConfig(noise_offset=0.05), LossConfig())
+        FACTS.check(Settings(noise_offset=0.05, family=Options()))

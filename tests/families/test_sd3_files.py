@@ -14,10 +14,10 @@ from tinies import encoders, sd3
 from tinies.cases import Files
 from torch import Tensor
 
-from sfumato.config import LossConfig, NoiseConfig
+from sfumato.config import LossConfig, NoiseConfig, Settings
 from sfumato.errors import UserError
 from sfumato.families.detect import detect_file
-from sfumato.families.sd3.facts import Completed, Options
+from sfumato.families.sd3.facts import FACTS, Completed, Options
 from sfumato.families.sd3.family import FAMILY
 from sfumato.families.sd3.names import CLIP_G, CLIP_L, T5, VAE
 from sfumato.formats.files import load, save
@@ -214,9 +214,9 @@ def test_every_way_of_drawing_noise_levels_can_be_chosen_alone(apart: Files, sam
     assert isinstance(process, Flow) and process.timestep_sampling == sampling
 
 
-def test_settings_of_older_models_are_refused(apart: Files) -> None:
+def test_settings_of_older_models_are_refused() -> None:
     with pytest.raises(UserError, match="noise_offset: a flow is sampled from plain noise"):
-        opened(apart).process(NoiseConfig(noise_offset=0.05), LossConfig())
+        FACTS.check(Settings(noise_offset=0.05, family=Options()))
 
 
 @pytest.mark.parametrize("name", ["apply_t5_attn_mask", "train_t5xxl", "t5_dropout_rate", "learning_rate_te3"])

@@ -53,7 +53,7 @@ class Options(FlowOptions):
 class Completed(Options):
     """The options, with what the file says. guidance_scale and t5xxl_max_token_length are those of the model."""
 
-    t5xxl_max_token_length: int
+    t5xxl_max_token_length: int = 512
     guided: bool
     """Whether it is told a guidance: dev is, schnell is not."""
     double_blocks: int

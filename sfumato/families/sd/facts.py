@@ -17,21 +17,26 @@ CONTEXT_XL = 2048
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Options(FamilyOptions):
-    """Settings of Stable Diffusion 1.x and 2.x alone."""
+class UnetOptions(FamilyOptions):
+    """Settings of all models with a U-Net."""
 
-    family = FAMILY
-
-    v2: bool | None = None
-    """The base model is Stable Diffusion 2.x; default: seen from the file."""
     v_parameterization: bool = False
-    """The model predicts v instead of noise (Stable Diffusion 2.x at 768 px)."""
-    clip_skip: Count | None = None
-    """Use the text encoder's n-th layer from the end; default 1 (the last)."""
+    """The model predicts v instead of noise; default: as the file says, if it does."""
     max_token_length: Literal[75, 150, 225] = 75
     """Tokens of a caption; longer ones are cut. 150 and 225 are encoded in chunks of 75."""
     weighted_captions: bool = False
     """Read `(word:1.3)` and `[word]` in captions as weights."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Options(UnetOptions):
+    """Settings of Stable Diffusion 1.x and 2.x alone."""
+
+    family = FAMILY
+    v2: bool | None = None
+    """The base model is Stable Diffusion 2.x; default: as the file says."""
+    clip_skip: Count | None = None
+    """Use the text encoder's n-th layer from the end; default 1 (the last)."""
 
 
 def architecture(options: FamilyOptions) -> str:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from sfumato.config import FamilyOptions, LossConfig, NoiseConfig
 from sfumato.data.batch import Cond
 from sfumato.errors import UserError
-from sfumato.families.sd.facts import Options
+from sfumato.families.sd.facts import Options, UnetOptions
 from sfumato.families.sd.folder import check_unet, new_folder
 from sfumato.families.sd.names import CLIP_H, CLIP_L, PASSTHROUGH, TARGETS, VAE, unet_keys
 from sfumato.families.sd.net import UNet, blocks
@@ -143,7 +143,7 @@ def encode(models: Models) -> SdEncode:
 
 def process(models: Models, noise: NoiseConfig, loss: LossConfig) -> NoiseProcess:
     """DDPM with what the model predicts."""
-    return DDPM.of("v" if Options.of(models.options).v_parameterization else "eps", noise, loss)
+    return DDPM.of("v" if UnetOptions.of(models.options).v_parameterization else "eps", noise, loss)
 
 
 def predict(net: nn.Module, x: Tensor, t: Tensor, cond: Cond) -> Tensor:

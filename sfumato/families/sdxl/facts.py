@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated
 
 from sfumato.config import FamilyOptions, Settings
 from sfumato.config.rules import Amount, Count, Idle, Must, Only
-from sfumato.families.sd.facts import CONTEXT_XL, TO_K, UNET, UNET_DIFFUSERS, controlnet
+from sfumato.families.sd.facts import CONTEXT_XL, TO_K, UNET, UNET_DIFFUSERS, UnetOptions, controlnet
 from sfumato.models.detection import DOWN, Detected, Shapes, Signature, Single, clip, has, marked, parts, width
 from sfumato.models.facts import Facts
 from sfumato.models.text_options import OWN_RATES, TextEncoderRate
@@ -29,17 +29,10 @@ _FULL = Only("full", "it is for `train full`; an adapter's rate on the U-Net is 
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Options(FamilyOptions):
+class Options(UnetOptions):
     """Settings of Stable Diffusion XL alone."""
 
     family = FAMILY
-
-    v_parameterization: bool = False
-    """The model predicts v instead of noise; seen from the file where that says so."""
-    max_token_length: Literal[75, 150, 225] = 75
-    """Tokens of a caption; longer ones are cut. 150 and 225 are encoded in chunks of 75."""
-    weighted_captions: bool = False
-    """Read `(word:1.3)` and `[word]` in captions as weights."""
     clip_skip: Annotated[Count | None, _NO_CLIP_SKIP] = None
     """No effect: this model was made for the layer before the last of both text encoders, and takes no other."""
     learning_rate_te1: TextEncoderRate = None
