@@ -89,7 +89,6 @@ def test_pydantic_reads_the_same_ranges(record: type) -> None:
         (lambda: OutputConfig(output_name="nul"), "output_name: expected a name that Windows takes too"),
         (lambda: Options(clip_skip=0), "clip_skip: expected 1 or more, found 0"),
     ],
-    ids=str,
 )
 def test_ranges_hold_however_a_record_is_made(make: Any, message: str) -> None:
     with pytest.raises(UserError) as error:
