@@ -27,7 +27,6 @@ from sfumato.train import dist, loop, run
 from sfumato.train.trainables import read_adapter
 
 ALL = [pytest.param(case, id=case.name) for case in cases()]
-CURVES = Path(__file__).parents[1] / "fixtures" / "curves.json"
 CACHED = {"cache_latents": True, "cache_text_encoder_outputs": True}
 KEPT = {"max_train_steps": 20, "network_train_unet_only": True, **CACHED}
 KINDS = sorted(adapters.kinds(), key=lambda kind: kind != "lora")
@@ -216,12 +215,17 @@ def weight_of(models: Models, site: tuple[str, str]) -> Tensor:
     return weight
 
 
+def pinned(case: Case) -> Path:
+    """The file of the losses of a case's family."""
+    return Path(__file__).parents[1] / "fixtures" / "curves" / f"{case.family}.json"
+
+
 def curve(case: Case, files: Files, images: Path, out: Path) -> list[float]:
     """Losses of 20 steps."""
     return Adapted.by(case, files, images, out, KINDS[0], **KEPT).losses()
 
 
 def test_twenty_steps_are_what_they_were(case: Case, kept: Adapted) -> None:
-    """A change that should not alter numbers does not. One that should brings a new tests/fixtures/curves.json: see tests/curves.py."""
-    wanted = json.loads(CURVES.read_text(encoding="utf-8"))[case.name]
+    """A change that should not alter numbers does not. One that should brings a new tests/fixtures/curves/: see tests/curves.py."""
+    wanted = json.loads(pinned(case).read_text(encoding="utf-8"))[case.name]
     assert kept.losses() == pytest.approx(wanted, rel=1e-3)

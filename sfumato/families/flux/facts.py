@@ -16,9 +16,9 @@ from sfumato.models.text_options import OWN_RATES, T5Rate, TextEncoderRate, Trai
 
 FAMILY = "flux"
 SAMPLE_GUIDANCE = 3.5
-"""What dev is told where a prompt does not say it."""
+"""For dev, where a prompt does not set it."""
 GUIDANCE = 1.0
-"""What dev is told while training."""
+"""For dev, while training."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,7 +55,7 @@ class Completed(Options):
 
     t5xxl_max_token_length: int = 512
     guided: bool
-    """Whether it is told a guidance: dev is, schnell is not."""
+    """Whether it takes a guidance: dev does, schnell does not."""
     double_blocks: int
     single_blocks: int
 

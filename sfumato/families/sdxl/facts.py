@@ -19,9 +19,9 @@ BLOCKS = 23
 SIZE_WIDTH = 256
 """Numbers that each of the embedded sizes takes in the label, which begins with the pooled text."""
 SIZES = 6
-"""Sizes that the base model is told: original height and width, crop top and left, target height and width."""
+"""Sizes that the base model takes: original height and width, crop top and left, target height and width."""
 SIZES_REFINER = 5
-"""Sizes that the refiner is told: an aesthetic score stands for the target's two."""
+"""Sizes that the refiner takes: an aesthetic score stands for the target's two."""
 
 _NO_CLIP_SKIP = Only(None, "this model always takes the layer before the last of its text encoders")
 _BLOCK_LR = Must(lambda rates: len(rates) in (0, BLOCKS), f"{BLOCKS} numbers with commas between them")
