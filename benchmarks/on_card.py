@@ -82,23 +82,23 @@ class Runs:
         """The folder with a run's results."""
         out = self.folder / name
         if not out.exists():
-            told = dict(RUNS[name])
-            if source := told.pop("resume", None):
-                told["resume"] = str(self[source] / "out-step00000003-state")
-            if "sample_every_n_steps" in told:
-                told["sample_prompts"] = str(self.folder / "prompts.txt")
+            settings = dict(RUNS[name])
+            if source := settings.pop("resume", None):
+                settings["resume"] = str(self[source] / "out-step00000003-state")
+            if "sample_every_n_steps" in settings:
+                settings["sample_prompts"] = str(self.folder / "prompts.txt")
             torch.backends.cudnn.allow_tf32 = name != "exact"
             torch.use_deterministic_algorithms(name.startswith("deterministic"), warn_only=True)
             with patch.dict(os.environ, {"ACCELERATE_USE_CPU": "true"} if name == "cpu" else {}):
-                self._train(out, told.pop("method", "network"), told)
+                self._train(out, settings.pop("method", "network"), settings)
         return out
 
-    def _train(self, out: Path, method: Any, told: dict[str, Any]) -> None:
+    def _train(self, out: Path, method: Any, settings: dict[str, Any]) -> None:
         facts, files = families.facts(self.case.family), self.files
         options = facts.options(**{**files.options, **self.case.options})
         model = {"pretrained_model_name_or_path": str(files.model), "vae": files.vae, "output_dir": str(out)}
         data = DatasetConfig(subsets=(SubsetConfig(image_dir=str(self.images)),), resolution=(128, 64), batch_size=1)
-        run.train(config(**{**COMMON, **facts.defaults, **model, **told}, family=options), method, (data,))
+        run.train(config(**{**COMMON, **facts.defaults, **model, **settings}, family=options), method, (data,))
 
     def losses(self, name: str) -> list[float]:
         """Of each step."""

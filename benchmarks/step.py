@@ -58,7 +58,7 @@ WARM, ROUNDS, STEPS = 2, 3, 4
 """Steps that are not timed; rounds that are, and steps of each: the device is waited for once a round."""
 BLOCKS = re.compile(r"(.*(?:joint|double|single|transformer)_blocks)\.(\d+)\.")
 VARIANTS = ("checkpointing", "plain", "full", "checkpointing+compiled", "plain+compiled")
-"""How a net is trained, the most wanted first. full: all weights, held in bf16, with checkpointing; else LoRA."""
+"""How a net is trained, the most wanted first. full: all weights, themselves in bf16, with checkpointing; else LoRA."""
 FULL = ("sdxl",)
 """Families whose full training fits a card."""
 
@@ -84,14 +84,14 @@ def two_blocks(table: Shapes) -> Shapes:
     last: dict[str, int] = {}
     for m in filter(None, map(BLOCKS.match, table)):
         last[m[1]] = max(last.get(m[1], 0), int(m[2]))
-    kept: Shapes = {}
+    out: Shapes = {}
     for name, shape in table.items():
         m = BLOCKS.match(name)
         if m is None or int(m[2]) == 0:
-            kept[name] = shape
+            out[name] = shape
         elif int(m[2]) == last[m[1]]:
-            kept[f"{m[1]}.1.{name[m.end() :]}"] = shape
-    return kept
+            out[f"{m[1]}.1.{name[m.end() :]}"] = shape
+    return out
 
 
 def random_models(family: str, variant: str, args: argparse.Namespace, device: torch.device) -> tuple[Config, Models]:
@@ -148,7 +148,7 @@ def training_step(
     devices.apply_memory_options(models.family.blocks(models.denoiser), config.memory)
     if "compiled" in variant:
         compile_blocks(models.family.blocks(models.denoiser))
-    process = models.family.process(models, config.noise, config.loss)
+    process = models.process(config.noise, config.loss)
     step = Step(models, trainable, process, config.loss, dist.precision(config.train.mixed_precision))
     optimizer = build.optimizer(config.optimizer, trainable.groups())
     if config.train.full_bf16:
@@ -281,9 +281,9 @@ def machine(device: torch.device) -> dict[str, Any]:
 def record(out: Path | None, section: str, device: torch.device, content: Mapping[str, Any]) -> None:
     """Write one section of a file of results; the others stay."""
     if out is not None:
-        held = json.loads(out.read_text(encoding="utf-8")) if out.exists() else {}
-        held |= {section: {**machine(device), "command": shlex.join(sys.argv), **content}}
-        out.write_text(json.dumps(held, indent=1) + "\n", encoding="utf-8")
+        sections = json.loads(out.read_text(encoding="utf-8")) if out.exists() else {}
+        sections |= {section: {**machine(device), "command": shlex.join(sys.argv), **content}}
+        out.write_text(json.dumps(sections, indent=1) + "\n", encoding="utf-8")
 
 
 def main() -> None:
