@@ -212,11 +212,6 @@ def _add_subset(
         if reason := _problem(subset, facts[path], mask, facts, captions):
             result.skipped.append(SkippedFile(path, reason, subset=number))
             continue
-        if subset.num_repeats < 1:
-            result.skipped.append(
-                SkippedFile(path, f"num_repeats is {subset.num_repeats}", unreadable=False, subset=number)
-            )
-            continue
         assert not isinstance(captions, str)
         lines = captions if captions is not None else (subset.class_tokens or "",)
         bare += [path] if captions is None and not subset.class_tokens else []

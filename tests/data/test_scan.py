@@ -153,12 +153,10 @@ def test_masks_are_found_by_name_and_must_have_the_shape_of_their_image(tmp_path
     assert "no mask image" in found.skipped[1].reason
 
 
-def test_images_of_no_repeats_are_listed(tmp_path: Path) -> None:
+def test_images_cannot_have_no_repeats(tmp_path: Path) -> None:
     folder(tmp_path / "a")
-    folder(tmp_path / "b", [(64, 64)])
-    made = plan(dataset(subset(tmp_path / "a", num_repeats=0), subset(tmp_path / "b")))
-    assert len(made.items) == 1
-    assert {s.reason for s in made.skipped} == {"num_repeats is 0"}
+    with pytest.raises(UserError, match="num_repeats: expected 1 or more, found 0"):
+        plan(dataset(subset(tmp_path / "a", num_repeats=0)))
 
 
 def test_pipes_are_reported_and_never_opened(tmp_path: Path) -> None:

@@ -288,7 +288,7 @@ def test_the_true_crop_is_told(single: Path, tmp_path: Path) -> None:
 
     def spy(models: Models, cond: Cond, setting: SampleInfo) -> Cond:
         heard.extend(setting.sizes.tolist())
-        return models.condition(cond, setting)
+        return FAMILY.condition(models, cond, setting)
 
     models.family = replace(FAMILY, condition=spy)
     assert a_run.log is not None

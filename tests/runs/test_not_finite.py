@@ -81,11 +81,12 @@ def test_a_learning_rate_that_is_too_high_is_named_as_it_was_used(where: Path, t
         tmp_path,
         optimizer_type="torch.optim.SGD",
         optimizer_args=(),
-        unet_lr=1e30,
+        unet_lr=1000.0,
+        network_alpha=1e20,
         max_train_steps=5,
         max_grad_norm=0.0,
     )
-    assert "Lower the learning rate, which was 1e+30 (denoiser)" in text
+    assert "Lower the learning rate, which was 1000 (denoiser)" in text
 
 
 def test_an_adapter_with_nan_is_named_by_file_and_layer(where: Path, tmp_path: Path) -> None:
