@@ -95,7 +95,9 @@ class Runs:
 
     def _train(self, out: Path, method: Any, settings: dict[str, Any]) -> None:
         facts, files = families.facts(self.case.family), self.files
-        options = facts.options(**{**files.options, **self.case.options})
+        # T5 is not among what these runs train.
+        own = {name: value for name, value in self.case.options.items() if name != "train_t5xxl"}
+        options = facts.options(**{**files.options, **own})
         model = {"pretrained_model_name_or_path": str(files.model), "vae": files.vae, "output_dir": str(out)}
         data = DatasetConfig(subsets=(SubsetConfig(image_dir=str(self.images)),), resolution=(128, 64), batch_size=1)
         run.train(config(**{**COMMON, **facts.defaults, **model, **settings}, family=options), method, (data,))

@@ -199,6 +199,8 @@ def measure(family: str, variant: str, args: argparse.Namespace, device: torch.d
             go()
         flops = counter.get_total_flops()
     wait(device)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()  # counting takes memory of its own
     first, times, losses = time.monotonic() - ready, [], []
     warm, rounds, steps = (0, 1, 1) if args.tiny else (WARM, ROUNDS, STEPS)
     for count in [warm, *[steps] * rounds]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol, cast
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -68,10 +68,6 @@ class LatentsCachingStrategy:
     """What latents are cached in."""
     patch: int = 1
     """Latent pixels a side that the denoiser takes together: sides of images are multiples of stride x patch."""
-    suffix: str = "_sd.npz"
-    """Ending of sd-scripts' own cache files, for importing them."""
-    stored: Literal["raw", "final"] = "raw"
-    """Whether sd-scripts' files hold latents before or after the VAE's shift and scale; ours are always raw."""
 
     @property
     def multiple(self) -> int:
@@ -97,8 +93,6 @@ class TextEncoderOutputsCachingStrategy:
     length: int | None = None
     """Rows that ragged fields are padded to with zeros when they are read; None: to the longest of a batch."""
     dtype: torch.dtype = torch.float16
-    suffix: str = ""
-    """Ending of sd-scripts' own cache files, for importing them; empty: it has none."""
     settings: Mapping[str, object] = field(default_factory=dict)
 
     def entry(self, cond: Cond, i: int) -> dict[str, Tensor]:

@@ -13,6 +13,8 @@ from sfumato.formats.names import CONV_TO_LINEAR, KeyMap, Rule, rule
 from sfumato.models.components import NATIVE, Component, Config, KeyFormat, matching
 from sfumato.models.layers import Shapes, count_layers
 
+FLUX_SCALE, FLUX_SHIFT = 0.3611, 0.1159
+"""From raw latents to those of the denoiser, (x - shift) * scale, in FLUX.1 and the models that have its VAE."""
 SD_SCALE = 0.18215
 """Factor from raw latents to those of the denoiser in Stable Diffusion 1.x and 2.x."""
 LDM_MARK, DIFFUSERS_MARK = "encoder.down.0.block.0.conv1.weight", "encoder.down_blocks.0.resnets.0.conv1.weight"

@@ -246,6 +246,16 @@ def matching(pattern: str) -> Callable[[Collection[str]], Collection[str]]:
     return lambda names: [name for name in names if compiled.fullmatch(name)]
 
 
+def check_config(config: Config, expected: Mapping[str, Any]) -> None:
+    """Errors: `UserError` for each thing in which a transformer's config asks for another net than its tensors make."""
+    if wrong := [
+        f"transformer/config.json: {k} is {config[k]!r}; {v!r} was expected"
+        for k, v in expected.items()
+        if config.get(k, v) != v
+    ]:
+        raise UserError(*wrong)
+
+
 # --- reading ---
 
 

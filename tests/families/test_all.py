@@ -79,6 +79,7 @@ def test_adapters_in_every_dialect_are_known_by_names_and_metadata(case: Case, m
     """The patterns of `facts.py` fit the names that the table makes, and its `claims` what is written into results."""
     facts, key = families.facts(case.family), {"architecture": "modelspec.architecture"}.get(claim, f"ss_{claim}")
     metadata = {key: getattr(facts, claim)(models.options)}
+    assert facts.signature.claim(metadata, key) is not None
     inside = {id(m) for block in models.family.blocks(models.denoiser) for m in block.modules()}
     layers = {
         path: m for path, m in models.denoiser.named_modules() if isinstance(m, torch.nn.Linear) and id(m) in inside

@@ -227,5 +227,6 @@ def curve(case: Case, files: Files, images: Path, out: Path) -> list[float]:
 
 def test_twenty_steps_are_what_they_were(case: Case, kept: Adapted) -> None:
     """A change that should not alter numbers does not. One that should brings a new tests/fixtures/curves/: see tests/curves.py."""
+    assert pinned(case).exists(), f"run `python tests/curves.py {case.name}`"
     wanted = json.loads(pinned(case).read_text(encoding="utf-8"))[case.name]
     assert kept.losses() == pytest.approx(wanted, rel=1e-3)

@@ -69,13 +69,14 @@ def foreign(family: str, native: Table) -> Table:
     return {name: tuple(t.shape) for name, t in found.items()}
 
 
-def lora(prefix: str, weights: Table, only: str = "") -> Table:
-    """An adapter of rank 4 for every matrix of the blocks, as ComfyUI and PEFT name it."""
+def lora(prefix: str, weights: Table, only: str = "block") -> Table:
+    """An adapter of rank 4 for every matrix whose name the pattern `only` is found in, as ComfyUI and PEFT name it."""
     made: Table = {}
     for name, shape in weights.items():
-        if name.endswith(".weight") and len(shape) == 2 and "block" in name and re.search(only, name):
+        if name.endswith(".weight") and len(shape) == 2 and re.search(only, name):
             path = prefix + name.removesuffix(".weight")
             made |= {f"{path}.lora_A.weight": (4, shape[1]), f"{path}.lora_B.weight": (shape[0], 4)}
+    assert made, f"no matrix has a name with {only!r} in it"
     return made
 
 

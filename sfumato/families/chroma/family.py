@@ -16,23 +16,14 @@ from sfumato.families.chroma.names import TARGETS, chroma_keys
 from sfumato.families.chroma.net import Chroma
 from sfumato.families.chroma.strategies import OUTPUTS, ChromaEncode, ChromaTokenize
 from sfumato.families.flux.facts import T5XXL, VAE
-from sfumato.families.flux.family import (
-    PASSTHROUGH,
-    SCALE,
-    VAE_SHIFT,
-    adapter_dialects,
-    check_config,
-    check_patches,
-    counts,
-    process,
-)
+from sfumato.families.flux.family import PASSTHROUGH, adapter_dialects, check_patches, counts, process
 from sfumato.families.flux.net import PATCH, blocks
 from sfumato.families.flux.network_args import INPUT_TARGETS, target_layer
 from sfumato.families.flux.strategies import LATENTS
 from sfumato.formats.dialect import Dialect
-from sfumato.models.autoencoders import vae_component
+from sfumato.models.autoencoders import FLUX_SCALE, FLUX_SHIFT, vae_component
 from sfumato.models.base import Family, Models, TokenizerSpec
-from sfumato.models.components import Checkpoint, Config, denoiser
+from sfumato.models.components import Checkpoint, Config, check_config, denoiser
 from sfumato.models.detection import PREFIX
 from sfumato.models.encoders.t5 import T5_TARGETS, t5_component
 from sfumato.models.encoders.tokenizers import t5_home, t5_vocabulary
@@ -49,7 +40,7 @@ def transformer(shapes: Shapes, config: Config) -> Chroma:
         raise UserError("the transformer takes pixels, not latents (Chroma1 Radiance), which is not supported yet")
     check_patches(shapes["img_in.weight"][1])
     net = Chroma.of(shapes)
-    check_config(config, {"axes_dims_rope": list(net.axes)})
+    check_config(config, {"patch_size": 1, "axes_dims_rope": list(net.axes)})
     return net
 
 
@@ -62,7 +53,7 @@ COMPONENTS = (
         diffusers="x_embedder.weight",
     ),
     t5_component((T5XXL,), "text_encoder"),
-    vae_component((VAE,), SCALE, VAE_SHIFT, channels=LATENTS.channels, bundled=False),
+    vae_component((VAE,), FLUX_SCALE, FLUX_SHIFT, channels=LATENTS.channels, bundled=False),
 )
 
 

@@ -32,9 +32,9 @@ from sfumato.families.flux.network_args import INPUT_TARGETS, target_layer
 from sfumato.families.flux.strategies import LATENTS, FluxEncode, FluxTokenize, outputs
 from sfumato.formats.dialect import Dialect, usual
 from sfumato.formats.names import KeyMap
-from sfumato.models.autoencoders import vae_component
+from sfumato.models.autoencoders import FLUX_SCALE, FLUX_SHIFT, vae_component
 from sfumato.models.base import Family, Models, SampleInfo, TokenizerSpec
-from sfumato.models.components import Checkpoint, Config, denoiser
+from sfumato.models.components import Checkpoint, Config, check_config, denoiser
 from sfumato.models.detection import PREFIX
 from sfumato.models.encoders.clip import CLIP_TARGETS, clip_component
 from sfumato.models.encoders.t5 import EMBEDDING, T5_TARGETS, t5_component, trains_t5
@@ -45,8 +45,6 @@ from sfumato.tensors.noise import NoiseProcess
 
 SHIFT = 3.1582
 """Shift towards noise while training: e^1.15, which samplers use for images of 1024 x 1024."""
-SCALE, VAE_SHIFT = 0.3611, 0.1159
-"""From raw latents to those of the transformer: (x - shift) * scale."""
 LENGTHS = {True: 512, False: 256}
 """T5's tokens of a caption, for a model that takes a guidance (dev) and for one that does not (schnell)."""
 PASSTHROUGH = re.compile(r"text_encoders\.(clip_l|t5xxl)\.(logit_scale|text_projection(\.weight)?)")
@@ -62,7 +60,9 @@ def transformer(shapes: Shapes, config: Config) -> Flux:
     another."""
     check_patches(shapes["img_in.weight"][1])
     net = Flux.of(shapes)
-    check_config(config, {"axes_dims_rope": list(net.axes), "guidance_embeds": net.guidance_in is not None})
+    check_config(
+        config, {"patch_size": 1, "axes_dims_rope": list(net.axes), "guidance_embeds": net.guidance_in is not None}
+    )
     return net
 
 
@@ -74,22 +74,11 @@ def check_patches(channels: int) -> None:
         )
 
 
-def check_config(config: Config, facts: Mapping[str, Any]) -> None:
-    """Errors: `UserError` for each thing in which a transformer's config asks for another net than its tensors make."""
-    expected = {"patch_size": 1, **facts}
-    if wrong := [
-        f"transformer/config.json: {k} is {config[k]!r}; {v!r} was expected"
-        for k, v in expected.items()
-        if config.get(k, v) != v
-    ]:
-        raise UserError(*wrong)
-
-
 COMPONENTS = (
     denoiser(transformer, flux_keys, prefixes=("", PREFIX), native="img_in.weight", diffusers="x_embedder.weight"),
     clip_component("clip_l", (CLIP_L,), "text_encoder", "quick_gelu", flag="clip_l", bundled=False),
     t5_component((T5XXL,), "text_encoder_2"),
-    vae_component((VAE,), SCALE, VAE_SHIFT, channels=LATENTS.channels, bundled=False),
+    vae_component((VAE,), FLUX_SCALE, FLUX_SHIFT, channels=LATENTS.channels, bundled=False),
 )
 
 

@@ -17,7 +17,7 @@ from sfumato.models.encoders.tokenizers import fingerprint, limit, padded
 CLIP_LENGTH = 77
 """Tokens of a caption for CLIP, marks included."""
 
-LATENTS = LatentsCachingStrategy(channels=16, patch=PATCH, suffix="_flux.npz", stored="final")
+LATENTS = LatentsCachingStrategy(channels=16, patch=PATCH)
 
 
 def outputs(*, masked: bool, fields: Sequence[str] = ("pooled", "t5")) -> TextEncoderOutputsCachingStrategy:
@@ -30,7 +30,6 @@ def outputs(*, masked: bool, fields: Sequence[str] = ("pooled", "t5")) -> TextEn
         fields=(*fields, "t5_mask") if masked else tuple(fields),
         ragged={"t5": "t5_mask"} if masked else {},
         dtype=torch.bfloat16,
-        suffix="_flux_te.npz",
     )
 
 

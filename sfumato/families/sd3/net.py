@@ -94,7 +94,7 @@ class MMDiT(Denoiser):
         return velocity
 
     def positions(self, h: int, w: int, crop: Crop | None) -> Tensor:
-        """The part of the table for h x w patches: (1, h * w, c), or (b, h * w, c) with one place a sample."""
+        """The part of the table for h x w patches: (1, h * w, c), or (b, h * w, c) with one place per sample."""
         table = self.pos_embed.reshape(self.side, self.side, -1)
         if isinstance(crop, Tensor):
             rows, columns = (crop[:, i, None] + torch.arange(n, device=crop.device) for i, n in enumerate((h, w)))

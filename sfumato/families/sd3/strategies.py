@@ -19,7 +19,7 @@ CLIP_LENGTH = 77
 PENULTIMATE = 2
 """The layer from the end whose states are used."""
 
-LATENTS = LatentsCachingStrategy(channels=16, patch=2, suffix="_sd3.npz", stored="raw")
+LATENTS = LatentsCachingStrategy(channels=16, patch=2)
 
 
 def outputs(*, t5: bool, length: int, masked: bool) -> TextEncoderOutputsCachingStrategy:
@@ -34,7 +34,6 @@ def outputs(*, t5: bool, length: int, masked: bool) -> TextEncoderOutputsCaching
         ragged={"t5": "t5_mask"} if t5 and masked else {},
         length=length,
         dtype=torch.bfloat16,
-        suffix="_sd3_te.npz",
     )
 
 

@@ -17,8 +17,8 @@ from sfumato.models.encoders.clip import ClipOutput
 
 LAYER = 2
 """The layer whose states are used, from the end; no norm follows."""
-LATENTS = LatentsCachingStrategy(suffix="_sdxl.npz")
-OUTPUTS = TextEncoderOutputsCachingStrategy(fields=("hidden", "pooled"), suffix="_te_outputs.npz")
+LATENTS = LatentsCachingStrategy()
+OUTPUTS = TextEncoderOutputsCachingStrategy(fields=("hidden", "pooled"))
 
 
 @dataclass(frozen=True)

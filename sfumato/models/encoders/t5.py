@@ -77,7 +77,7 @@ def t5_net(shapes: Shapes) -> T5Encoder:
     from transformers import T5Config
 
     vocabulary, width = shapes[EMBEDDING]
-    # The biases of block 0 are used in all blocks; a column a head.
+    # The biases of block 0 are used in all blocks, one column per head.
     buckets, heads = shapes[f"{_FIRST}0.SelfAttention.relative_attention_bias.weight"]
     config = T5Config(
         vocab_size=vocabulary,
