@@ -14,7 +14,6 @@ from sfumato.models.block_choices import Arguments, Blocks, check_split, is_chos
 if TYPE_CHECKING:
     from sfumato.adapters import AdapterPlan
     from sfumato.adapters.insert import TargetLayer
-    from sfumato.config import FamilyOptions
 
 DIMS: Mapping[str, str] = {
     "context_attn_dim": "joint_blocks.*.context_block.attn.*",
@@ -58,13 +57,11 @@ class NetworkArgs(Arguments):
     """Adapters on T5 as well."""
 
 
-def target_layer(options: FamilyOptions, plan: AdapterPlan, target: TargetLayer) -> TargetLayer | None:
-    """For `Family.target_layer`. `options.blocks`: how many there are.
+def target_layer(blocks: int, plan: AdapterPlan, target: TargetLayer) -> TargetLayer | None:
+    """For `Family.target_layer`, of a model with so many blocks.
 
     Errors: `UserError` for numbers of blocks that the model does not have, and for what would do nothing.
     """
-    from sfumato.families.sd3.facts import Completed
-
     if plan.conv_rank is not None:
         raise UserError(
             "network_args conv_dim: does nothing, as this model has no blocks of convolutions; leave it out (see "
@@ -72,7 +69,7 @@ def target_layer(options: FamilyOptions, plan: AdapterPlan, target: TargetLayer)
         )
     args: NetworkArgs = plan.family or NetworkArgs()
     if found := re.match(r"joint_blocks\.(\d+)\.", target.path):
-        chosen = is_chosen(args, "train_block_indices", int(found[1]), Completed.of(options).blocks)
+        chosen = is_chosen(args, "train_block_indices", int(found[1]), blocks)
         rank = rank_of(args, DIMS, target.path) if chosen else 0
     elif name := next((name for name in EMBEDDERS if f"{target.path}.".startswith(f"{name}.")), None):
         rank = 0 if args.emb_dims is None else dict(zip(EMBEDDERS, ranks(args.emb_dims) or (), strict=True))[name]
