@@ -1,8 +1,8 @@
 """sfumato: a trainer for image diffusion models.
 
-models = sfumato.load("model.safetensors", device="cuda", dtype=torch.bfloat16)
-cond = models.encode(models.tokenize(["a cat"]))
-latents = models.scaled(models.encode_images(pixels))  # (b, 3, H, W) in [-1, 1] -> those of the denoiser
+    models = sfumato.load("model.safetensors", device="cuda", dtype=torch.bfloat16)
+    cond = models.encode(models.tokenize(["a cat"]))
+    latents = models.scaled(models.encode_images(pixels))  # (b, 3, H, W) in [-1, 1] -> those of the denoiser
 """
 
 from __future__ import annotations
