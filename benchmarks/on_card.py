@@ -1,7 +1,9 @@
 """What no test on the CPU shows: tiny models of every family trained through the front end on the accelerator at hand.
 
-python benchmarks/on_card.py --out results.json          # one kind of model per family, then all others
-python benchmarks/on_card.py --cases sdxl-base           # on a machine without an accelerator: CPU against CPU
+Each model is one task; what fails is recorded, and the next check goes on.
+
+    python benchmarks/on_card.py --out results.json          # one kind of model per family, then all others
+    python benchmarks/on_card.py --cases sdxl-base           # on a machine without an accelerator: CPU against CPU
 """
 
 from __future__ import annotations

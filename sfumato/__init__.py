@@ -1,5 +1,7 @@
 """sfumato: a trainer for image diffusion models.
 
+A model for notebooks and scripts:
+
     models = sfumato.load("model.safetensors", device="cuda", dtype=torch.bfloat16)
     cond = models.encode(models.tokenize(["a cat"]))
     latents = models.scaled(models.encode_images(pixels))  # (b, 3, H, W) in [-1, 1] -> those of the denoiser
