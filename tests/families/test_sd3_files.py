@@ -148,14 +148,14 @@ def test_t5_in_fp8_is_read_as_what_it_holds(bundle: Files, tmp_path: Path) -> No
         name: t.to(torch.float8_e4m3fn) if name.startswith(T5) else t.half() for name, t in load(bundle.model).items()
     }
     save(tmp_path / "fp8.safetensors", small, {})
-    plain, per_sample = (
+    plain, wide = (
         opened(bundle, tmp_path / "fp8.safetensors"),
         opened(bundle, tmp_path / "fp8.safetensors", dtype=torch.float32),
     )
     assert {p.dtype for p in plain.encoders["t5xxl"].parameters()} == {torch.bfloat16}
-    for name, p in per_sample.encoders["t5xxl"].named_parameters():
+    for name, p in wide.encoders["t5xxl"].named_parameters():
         assert torch.equal(p, small[T5 + name].float())
-    cond = per_sample.encode(per_sample.tokenize(["a cat"]))
+    cond = wide.encode(wide.tokenize(["a cat"]))
     assert all(t.isfinite().all() for t in cond.values())
 
 
@@ -256,9 +256,9 @@ def test_a_missing_tensor_is_named(apart: Files, tmp_path: Path, name: str) -> N
 
 
 def test_exchanged_and_foreign_encoders_are_refused(apart: Files, tmp_path: Path) -> None:
-    narrow, per_sample = apart.options["clip_l"], apart.options["clip_g"]
+    narrow, wide = apart.options["clip_l"], apart.options["clip_g"]
     with pytest.raises(UserError, match="clip_l, clip_g: the files are exchanged"):
-        opened(apart, clip_l=per_sample, clip_g=narrow)
+        opened(apart, clip_l=wide, clip_g=narrow)
     with pytest.raises(
         UserError, match="clip_l, clip_g: their pooled states are 64 and 64 wide, the transformer takes 192 of both"
     ):
@@ -281,8 +281,8 @@ def test_another_models_vae_is_refused(apart: Files, tmp_path: Path) -> None:
 
 def test_models_that_take_more_than_a_image_are_refused(apart: Files, tmp_path: Path) -> None:
     tensors = sd3.single_file("3.5_medium", "transformer", "vae")
-    per_sample = tensors[f"{PREFIX}x_embedder.proj.weight"].repeat(1, 2, 1, 1)
-    save(tmp_path / "fill.safetensors", {**tensors, f"{PREFIX}x_embedder.proj.weight": per_sample}, {})
+    wide = tensors[f"{PREFIX}x_embedder.proj.weight"].repeat(1, 2, 1, 1)
+    save(tmp_path / "fill.safetensors", {**tensors, f"{PREFIX}x_embedder.proj.weight": wide}, {})
     with pytest.raises(UserError, match="takes 32 channels, not 16"):
         opened(apart, tmp_path / "fill.safetensors")
 

@@ -165,10 +165,10 @@ RATES = {"clip_l": "clip_l_dropout_rate", "clip_g": "clip_g_dropout_rate", "t5":
 
 def rows(context: Tensor, y: Tensor) -> dict[str, Tensor]:
     """What each encoder says in what the transformer is told: (b, numbers)."""
-    per_sample = sd3.L_WIDTH
+    width = sd3.L_WIDTH
     return {
-        "clip_l": torch.cat([context[:, :77, :per_sample].flatten(1), y[:, :per_sample]], 1),
-        "clip_g": torch.cat([context[:, :77, per_sample : sd3.POOLED].flatten(1), y[:, per_sample:]], 1),
+        "clip_l": torch.cat([context[:, :77, :width].flatten(1), y[:, :width]], 1),
+        "clip_g": torch.cat([context[:, :77, width : sd3.POOLED].flatten(1), y[:, width:]], 1),
         "t5": context[:, 77:].flatten(1),
     }
 

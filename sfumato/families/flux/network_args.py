@@ -114,7 +114,7 @@ def _input_rank(options: FamilyOptions, args: NetworkArgs | None, name: str) -> 
 def _pieces(plan: AdapterPlan, target: TargetLayer) -> tuple[int, ...]:
     """Output rows of what is fused in a layer; nothing for any other. Errors: as `check_split`."""
     check_split(plan)
-    per_sample, out = (int(n) for n in (cast(Any, target.layer).in_features, cast(Any, target.layer).out_features))
+    width, out = (int(n) for n in (cast(Any, target.layer).in_features, cast(Any, target.layer).out_features))
     if target.path.endswith(".qkv"):
-        return (per_sample,) * 3
-    return (per_sample, per_sample, per_sample, out - 3 * per_sample) if target.path.endswith(".linear1") else ()
+        return (width,) * 3
+    return (width, width, width, out - 3 * width) if target.path.endswith(".linear1") else ()

@@ -35,6 +35,7 @@ from sfumato.models.layers import Shapes
 from sfumato.tensors.flow import Flow, schedule
 from sfumato.tensors.noise import NoiseProcess
 from sfumato.tensors.random import SampleRandom
+from sfumato.tensors.shapes import per_sample
 
 SHIFT = 3.0
 """Towards noise, of training and of samplers (arXiv:2403.03206, 5.3.2)."""
@@ -210,7 +211,7 @@ def _dropped(cond: Cond, rates: Mapping[str, float], rng: SampleRandom) -> Cond:
         if rate:
             gone = rng.uniform(f"{name} dropout") < rate
             for part in out.keys() & {name, f"{name}_pooled"}:
-                out[part] = out[part].masked_fill(gone.to(out[part].device).view(-1, *[1] * (out[part].ndim - 1)), 0)
+                out[part] = out[part].masked_fill(per_sample(gone, out[part]), 0)
     return out
 
 
