@@ -118,7 +118,7 @@ def near(path: Path) -> str:
     while missing.parent != missing and not os.path.exists(missing.parent):
         missing = missing.parent
     try:
-        close = nearest(missing.name, [entry.name for entry in os.scandir(missing.parent)])
+        close = nearest(missing.name, os.listdir(missing.parent))
     except (OSError, ValueError):
         return ""
     return close if missing == path or not close else f" (there is no {missing}){close}"

@@ -57,7 +57,7 @@ def irreplaceable(path: Path) -> str:
     if path.is_symlink() or not path.is_dir():
         return f"{path}: a folder is to be written here, and this is a file; remove it or choose another output_name"
     ours = leftovers.made_here(path) and ((path / "manifest.json").is_file() or _model(path))
-    if ours or not any(path.iterdir()):
+    if ours or not os.listdir(path):
         return ""
     return (
         f"{path}: a folder is to be written here, and this one is not sfumato's; move it away or choose another "
@@ -67,7 +67,7 @@ def irreplaceable(path: Path) -> str:
 
 def _model(folder: Path) -> bool:
     """Whether a diffusers folder was written by sfumato, as its weights say."""
-    for weights in folder.glob("*/*.safetensors"):
+    for weights in sorted(folder.glob("*/*.safetensors")):
         with suppress(UserError, OSError):
             if read_header(weights).metadata.get("modelspec.implementation", "").startswith("sfumato"):
                 return True

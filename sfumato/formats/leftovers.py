@@ -52,7 +52,8 @@ def found(parent: Path, fits: Callable[[str], object], age: float = 0) -> Iterat
     """Leftovers of dead processes whose names fit, untouched for `age` seconds; a folder that cannot be read has
     none."""
     try:
-        entries = [(Path(e.path), e.stat(follow_symlinks=False)) for e in os.scandir(parent) if e.name.startswith(".")]
+        with os.scandir(parent) as listing:  # closed also where a file goes while it is looked at
+            entries = [(Path(e.path), e.stat(follow_symlinks=False)) for e in listing if e.name.startswith(".")]
     except OSError:
         return
     for path, facts in entries:
@@ -110,7 +111,7 @@ def clear_file(path: Path) -> None:
 def made_here(folder: Path) -> bool:
     """Whether a folder holds nothing but kinds of files that sfumato writes into folders."""
     try:
-        return all(_made_here(p) for p in folder.rglob("*"))
+        return all(map(_made_here, list(folder.rglob("*"))))
     except OSError:
         return False  # what cannot be listed may be anything
 

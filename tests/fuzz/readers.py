@@ -427,7 +427,7 @@ ROW = {"stamp": "@stamp@", "width": 8, "height": 8, "digest": "ab"}
 
 def _row(stage: Stage, text: bytes) -> None:
     """What the index says of an image, of any shape: it is worked out again."""
-    image = next(stage.images.rglob("*.png"))
+    image = min(stage.images.rglob("*.png"))
     index = FileIndex(stage.folder / "index")
     index.write("picture", {str(image.absolute()): ROW})
     value = text.replace(b'"@stamp@"', json.dumps(stamp(image)).encode())
