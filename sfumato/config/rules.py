@@ -103,6 +103,9 @@ class Clash:
     why: str
 
 
+RULES = (Ge, Gt, Le, Must, Needs, PathTo, ZeroIsOff)
+"""What may stand beside a setting's type; of an `Interval` its parts."""
+
 # What many settings have in common.
 Count = Annotated[int, Ge(1)]
 Natural = Annotated[int, Ge(0)]
@@ -244,7 +247,10 @@ def idle(settings: Settings, records: Iterable[type], table: Iterable[Idle]) -> 
 
 def check_names(record: type, known: Mapping[str, Any], table: Iterable[Idle | Clash] = ()) -> None:
     """Errors: `NameError` if the rules of a record or of a table name a setting, or a value, that there is not."""
-    rules = [rule for hint in hints(record).values() for rule in marks(hint) if isinstance(rule, Needs)]
+    every = [rule for hint in hints(record).values() for rule in _every_mark(hint)]
+    if strange := [rule for rule in every if not isinstance(rule, RULES)]:
+        raise TypeError(f"{record.__module__}: nothing reads the rule {strange[0]!r}")
+    rules = [rule for rule in every if isinstance(rule, Needs)]
     named = [name for rule in (*rules, *table) for name in rule.names]
     if unknown := sorted({name for name in named if name not in known}):
         raise NameError(f"the rules of {record.__module__} name unknown settings: {', '.join(unknown)}")
@@ -252,6 +258,13 @@ def check_names(record: type, known: Mapping[str, Any], table: Iterable[Idle | C
         choices = {choice for name in rule.names for choice in _choices(known[name])}
         if unknown := sorted(rule.among - choices):
             raise NameError(f"the rules of {record.__module__} name unknown values: {', '.join(unknown)}")
+
+
+def _every_mark(hint: Any) -> Iterator[Any]:
+    for mark in marks(hint):
+        yield from mark if isinstance(mark, Interval) else (mark,)
+    for part in get_args(hint)[: 1 if marks(hint) else None]:
+        yield from _every_mark(part)
 
 
 def _choices(hint: Any) -> Iterator[Any]:

@@ -51,9 +51,13 @@ class Leftover:
 def found(parent: Path, fits: Callable[[str], object], age: float = 0) -> Iterator[Leftover]:
     """Leftovers of dead processes whose names fit, untouched for `age` seconds; a folder that cannot be read has
     none."""
+    entries: list[tuple[Path, os.stat_result]] = []
     try:
-        with os.scandir(parent) as listing:  # closed also where a file goes while it is looked at
-            entries = [(Path(e.path), e.stat(follow_symlinks=False)) for e in listing if e.name.startswith(".")]
+        with os.scandir(parent) as listing:
+            for entry in listing:
+                if entry.name.startswith("."):
+                    with suppress(FileNotFoundError):  # another process has just removed it
+                        entries.append((Path(entry.path), entry.stat(follow_symlinks=False)))
     except OSError:
         return
     for path, facts in entries:

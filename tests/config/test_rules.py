@@ -7,6 +7,7 @@ from dataclasses import dataclass, fields
 from typing import Annotated, Any, Literal
 
 import pytest
+from annotated_types import Interval
 from pydantic import TypeAdapter, ValidationError
 
 from sfumato import families
@@ -46,6 +47,15 @@ def test_the_names_and_values_in_rules_are_checked() -> None:
     for record, table, name in ((Unknown, (), "powr"), (Value, (), "gren"), (Lamp, (Idle(("hew",), bool, ""),), "hew")):
         with pytest.raises(NameError, match=name):
             rules.check_names(record, hints, table)
+
+
+def test_a_rule_that_nothing_reads_is_refused() -> None:
+    @dataclass
+    class Short:
+        share: Annotated[float, Interval(ge=0, lt=1)] | None = None
+
+    with pytest.raises(TypeError, match="nothing reads the rule Lt"):
+        rules.check_names(Short, {})
 
 
 def in_words(hint: Any) -> Iterator[str]:
