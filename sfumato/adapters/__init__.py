@@ -16,7 +16,7 @@ from sfumato.config import NetworkConfig
 from sfumato.config.pairs import several
 from sfumato.errors import UserError, nearest
 
-_HELPERS = {"__init__", "base", "insert"}
+_HELPERS = {"__init__", "base", "insert", "files"}
 _KOHYA = {f"lora_{family}": "lora" for family in ("flux", "sd3", "lumina", "hunyuan_image", "anima")} | {
     "oft_flux": "oft"
 }
@@ -58,11 +58,15 @@ def kind(name: str) -> type[Adapter]:
     raise UserError(f"network_module {name!r} is not known; known: {', '.join(kinds())}{nearest(own, kinds())}")
 
 
-def from_tensors(tensors: Mapping[str, Tensor]) -> tuple[type[Adapter], LayerOptions]:
-    """The kind that a file's tensors are of, with rank and alpha. Errors: `UserError` if none has such tensors."""
-    for name in kinds():
-        if options := kind(name).read(tensors):
-            return kind(name), options
+def from_tensors(
+    tensors: Mapping[str, Tensor], prefer: type[Adapter] | None = None
+) -> tuple[type[Adapter], LayerOptions]:
+    """The kind that a layer's tensors are of, with its options. `prefer`: taken if they may be its own, as several
+    kinds have files that look alike. Errors: `UserError` if none has such tensors."""
+    others = (k for name in kinds() if "read" in vars(k := kind(name)))
+    for each in (prefer, *others) if prefer else others:
+        if options := each.read(tensors):
+            return each, options
     raise UserError(
         f"no kind of adapter has the tensors {', '.join(sorted(tensors))}; known kinds: {', '.join(kinds())}"
     )

@@ -1,12 +1,12 @@
-"""What every kind of adapter is: a change of one layer's output, made in a forward hook.
+"""What every kind of adapter is: a change of one layer, made in hooks before and after its forward.
 
-An adapter takes its sizes from its base layer and never owns the layer. It knows nothing of nets, files,
-quantisation or training; `insert.py` puts it in place.
+An adapter takes its sizes from its base layer and never owns the layer. It knows nothing of nets, quantisation or
+training; `insert.py` puts it in place, `files.py` names its tensors.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from sfumato.errors import UserError
-from sfumato.formats.dialect import AdapterTensors
+from sfumato.formats.dialect import ALPHA, AdapterTensors
 from sfumato.tensors.random import SampleRandom, key
 from sfumato.tensors.shapes import per_sample
 
@@ -49,6 +49,8 @@ class AdapterContext:
     """Strength of the change: a number, or (b,), one per sample."""
     rng: SampleRandom | None = None
     """Where the dropouts of this batch come from; needed only in training mode and only if there are dropouts."""
+    noise_level: Tensor | None = None
+    """(b,) how much noise the latents of this batch have, 0 to 1; None outside of training."""
 
 
 class Adapter(nn.Module):
@@ -58,11 +60,17 @@ class Adapter(nn.Module):
     Options: ClassVar[type[LayerOptions]] = LayerOptions
     supports: ClassVar[frozenset[str]] = frozenset()
     """Which of dropout, rank_dropout, module_dropout the kind has."""
+    has_alpha: ClassVar[bool] = True
+    """Whether a layer's file tensors have an alpha."""
+    rows: ClassVar[Mapping[str, int]] = {}
+    """Tensor of a file -> its dimension along which the layer's output rows lie; those that are not here belong to all
+    rows. Empty: the kind has no exact form for a part of a layer's rows."""
 
     alpha: Tensor
 
     def __init__(self, base: nn.Module, options: LayerOptions, generator: torch.Generator) -> None:
-        """Starts with no effect. `generator` (CPU) gives the start values, in fp32 on the base layer's device."""
+        """Starts with no effect. `base`: the layer, whose values a start may depend on. `generator` (CPU) gives the
+        start values, in fp32 on the base layer's device."""
         super().__init__()
         self.options = options
         self.name = ""
@@ -70,20 +78,33 @@ class Adapter(nn.Module):
         self.context = AdapterContext()
         # Of a layer without values, alpha has one all the same: names and scales of files follow from it.
         place = "cpu" if is_meta(base) else device_of(base)
-        self.register_buffer("alpha", torch.tensor(options.alpha or options.rank, dtype=torch.float32, device=place))
+        if self.has_alpha:
+            self.register_buffer(
+                "alpha", torch.tensor(options.alpha or options.rank, dtype=torch.float32, device=place)
+            )
 
     @classmethod
     def read(cls, tensors: Mapping[str, Tensor]) -> LayerOptions | None:
-        """Rank and alpha of tensors that are of this kind, or None if they are of another."""
+        """The options of tensors that are of this kind, or None if they are of another. A kind whose files look like
+        its parent's leaves this to the parent."""
         raise NotImplementedError
 
-    def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        """The layer's input and output -> its new output, in y's shape and dtype."""
+    def adapt_input(self, x: Tensor) -> Tensor:
+        """The layer's input -> the input that it gets in place of that."""
+        return x
+
+    def forward(self, x: Tensor, y: Tensor, layer: nn.Module) -> Tensor:
+        """The layer's input and output -> its new output, in y's shape and dtype. `layer`: for its weight and bias."""
         raise NotImplementedError
 
     def delta_weight(self, weight: Tensor) -> Tensor:
-        """What merging adds to `weight` at multiplier 1, shaped as it, fp32."""
+        """What merging adds to the layer's `weight` at multiplier 1, shaped as it, fp32; the effect of a multiplier is
+        linear."""
         raise NotImplementedError
+
+    def delta_bias(self, bias: Tensor) -> Tensor | None:
+        """The same for the layer's bias; None: it stays."""
+        return None
 
     def loraplus_parameters(self) -> list[nn.Parameter]:
         """The parameters that LoRA+ (arXiv:2402.12354) gives a higher rate; none: LoRA+ has no meaning for the kind."""
@@ -91,7 +112,7 @@ class Adapter(nn.Module):
 
     def scale_norm(self, limit: float) -> tuple[Tensor, Tensor]:
         """Scale the change so that its Frobenius norm is at most `limit`. Returns (norm after, whether it was scaled),
-        0-d tensors."""
+        0-d tensors; nothing is read back from the device."""
         raise UserError(f"scale_weight_norms has no meaning for {type(self).__name__}: leave it out")
 
     def tensors(self) -> AdapterTensors:
@@ -101,7 +122,7 @@ class Adapter(nn.Module):
     def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
         """The reverse of `tensors`; a file without alpha means alpha = rank. Errors: `UserError` for other names or
         shapes."""
-        given = {"alpha": torch.tensor(float(self.options.rank)), **tensors}
+        given = {**({ALPHA: torch.tensor(float(self.options.rank))} if self.has_alpha else {}), **tensors}
         own = self.state_dict()
         if wrong := sorted(own.keys() ^ given.keys()):
             raise UserError(f"{self.name}: expected {', '.join(sorted(own))}; missing or not known: {', '.join(wrong)}")
@@ -114,7 +135,61 @@ class Adapter(nn.Module):
         with torch.no_grad():
             for name, t in own.items():
                 t.copy_(given[name].reshape(t.shape))
-        self.options = replace(self.options, alpha=float(given["alpha"]))
+        if self.has_alpha:
+            self.options = replace(self.options, alpha=float(given[ALPHA]))
+
+    # The tensors of a file, of a layer whose rows stand elsewhere in other programs.
+
+    @classmethod
+    def row_count(cls, tensors: AdapterTensors) -> int:
+        """Output rows of the layer that these tensors are of. Errors: `UserError` if that has no exact form in
+        pieces."""
+        if leaf := next((leaf for leaf in tensors if leaf in cls.rows), None):
+            return tensors[leaf].shape[cls.rows[leaf]]
+        raise UserError(f"{cls.__name__} has no exact form for a part of a layer's rows")
+
+    @classmethod
+    def cut(cls, tensors: AdapterTensors, rows: Sequence[int]) -> list[AdapterTensors]:
+        """The tensors of a fused layer -> those of its pieces, of so many output rows each. Errors: `UserError` if that
+        has no exact form."""
+        parts = {leaf: torch.split(t, list(rows), cls.rows[leaf]) for leaf, t in tensors.items() if leaf in cls.rows}
+        return [{leaf: parts[leaf][i] if leaf in parts else t for leaf, t in tensors.items()} for i in range(len(rows))]
+
+    @classmethod
+    def join(cls, pieces: Mapping[int, AdapterTensors], rows: Sequence[int]) -> AdapterTensors:
+        """The reverse of `cut`; a piece that is missing changes nothing. Errors: `UserError` if that has no exact
+        form."""
+        first = pieces[min(pieces)]
+        if (
+            not cls.rows
+            or len(pieces) < len(rows)
+            or any(
+                piece.keys() != first.keys()
+                or not all(leaf in cls.rows or torch.equal(t, first[leaf]) for leaf, t in piece.items())
+                for piece in pieces.values()
+            )
+        ):
+            raise UserError(f"{cls.__name__} of the pieces of a fused layer has no exact form for the whole of it")
+        return {
+            leaf: torch.cat([pieces[i][leaf] for i in range(len(rows))], cls.rows[leaf]) if leaf in cls.rows else t
+            for leaf, t in first.items()
+        }
+
+    @classmethod
+    def move_rows(cls, tensors: AdapterTensors, move: Callable[[Tensor], Tensor]) -> AdapterTensors:
+        """The tensors of a layer whose rows go through `move`. Errors: `UserError` if that has no exact form."""
+        if not cls.rows:
+            raise UserError(f"{cls.__name__} has no exact form for rows in another order")
+        return {
+            leaf: move(t.transpose(0, cls.rows[leaf])).transpose(0, cls.rows[leaf]) if leaf in cls.rows else t
+            for leaf, t in tensors.items()
+        }
+
+    @classmethod
+    def fold_alpha(cls, tensors: AdapterTensors) -> AdapterTensors:
+        """The tensors without alpha, its effect multiplied into the others (PEFT). Errors: `UserError` if that has no
+        exact form."""
+        raise UserError(f"these names hold LoRA alone, not {cls.__name__}; save with --dialect kohya")
 
     # What subclasses use.
 
@@ -142,6 +217,17 @@ class Adapter(nn.Module):
             generator = torch.Generator(device).manual_seed(key(k, purpose, self.name))
             parts.append(torch.rand((rows, *shape[1:]), generator=generator, device=device))
         return torch.cat(parts) >= chance
+
+
+class Additive(Adapter):
+    """A kind whose change of the output follows from the input, and is added."""
+
+    def delta(self, x: Tensor) -> Tensor:
+        """The layer's input -> the change of its output, before `options.scale`."""
+        raise NotImplementedError
+
+    def forward(self, x: Tensor, y: Tensor, layer: nn.Module) -> Tensor:
+        return self.add(y, self.delta(x), self.options.scale)
 
 
 def as_input(x: Tensor, weight: Tensor) -> Tensor:

@@ -24,6 +24,7 @@ class TargetLayer(NamedTuple):
     """Its module path in the net."""
     layer: nn.Module
     options: LayerOptions
+    kind: type[Adapter]
 
 
 def choose(
@@ -46,7 +47,8 @@ def choose(
         if not isinstance(module, nn.Linear | nn.Conv2d) or not any(fnmatchcase(path, p) for p in patterns):
             continue
         large = isinstance(module, nn.Conv2d) and module.kernel_size != (1, 1)
-        if target := target_layer(TargetLayer(path, module, plan.options(conv=large and plan.conv_rank is not None))):
+        options = plan.options(conv=large and plan.conv_rank is not None)
+        if target := target_layer(TargetLayer(path, module, options, plan.kind)):
             chosen.append(target)
     if not chosen:
         raise UserError(
@@ -78,18 +80,18 @@ def _full_rank(layer: nn.Module) -> int:
 
 
 class Norms(NamedTuple):
-    """What `AdapterNetwork.scale_norms` found."""
+    """What `AdapterNetwork.scale_norms` found: 0-d tensors, so that nothing is read back from the device."""
 
-    mean: float
-    largest: float
-    scaled: int
+    mean: Tensor
+    largest: Tensor
+    scaled: Tensor
     """Layers whose change was scaled down."""
 
 
 class AdapterNetwork(nn.Module):
     """Adapters at their layers. An `nn.Module` of the adapters alone: its parameters are what is trained."""
 
-    def __init__(self, chosen: Mapping[str, Sequence[TargetLayer]], kind: type[Adapter], *, seed: int) -> None:
+    def __init__(self, chosen: Mapping[str, Sequence[TargetLayer]], *, seed: int) -> None:
         """`chosen`: by component ("denoiser", "clip_l"). Start values depend on the seed and on each layer's own
         name."""
         super().__init__()
@@ -99,11 +101,13 @@ class AdapterNetwork(nn.Module):
         self.components = nn.ModuleDict()
         for component, layers in chosen.items():
             self.components[component] = adapters = nn.ModuleDict()
-            for path, layer, options in layers:
+            for path, layer, options, kind in layers:
                 adapter = kind(layer, options, generator(seed, "adapter", component, path))
                 adapter.name, adapter.context = f"{component}.{path}", self.context
                 adapters[path.replace(".", "|")] = adapter  # names of parts take no dots
                 self._hooked[component, path] = adapter, layer
+                if kind.adapt_input is not Adapter.adapt_input:
+                    self._handles.append(layer.register_forward_pre_hook(_input_hook(adapter)))
                 self._handles.append(layer.register_forward_hook(_hook(adapter)))
 
     @property
@@ -114,6 +118,15 @@ class AdapterNetwork(nn.Module):
     @multiplier.setter
     def multiplier(self, value: float | Tensor) -> None:
         self.context.multiplier = value
+
+    @property
+    def noise_level(self) -> Tensor | None:
+        """(b,) how much noise the batch's latents have, 0 to 1."""
+        return self.context.noise_level
+
+    @noise_level.setter
+    def noise_level(self, value: Tensor | None) -> None:
+        self.context.noise_level = value
 
     @property
     def rng(self) -> SampleRandom | None:
@@ -148,15 +161,19 @@ class AdapterNetwork(nn.Module):
             raise UserError(*sorted(errors)[:8])
 
     @torch.no_grad()
-    def merge(self, sign: float = 1.0) -> None:
-        """Add `sign * multiplier *` every change to its layer's weight, for good. Call `remove` as well, or it acts
-        twice."""
+    def merge(self) -> None:
+        """Add every change, times the multiplier, to its layer, for good: not every kind's could be taken out again.
+        Call `remove` as well, or it acts twice."""
         if isinstance(self.multiplier, Tensor):
             raise RuntimeError("a multiplier for each sample cannot be merged")
         for adapter, layer in self._hooked.values():
             weight = layer.weight
             assert isinstance(weight, Tensor)
-            weight.copy_(weight.float() + sign * self.multiplier * adapter.delta_weight(weight))
+            bias = layer.bias if isinstance(layer.bias, Tensor) else None
+            more = None if bias is None else adapter.delta_bias(bias)
+            weight.copy_(weight.float() + self.multiplier * adapter.delta_weight(weight))
+            if bias is not None and more is not None:
+                bias.copy_(bias.float() + self.multiplier * more)
 
     def remove(self) -> None:
         """The nets are again as they were."""
@@ -168,7 +185,7 @@ class AdapterNetwork(nn.Module):
         """Scale every change whose norm is above `limit` down to it (max-norm regularisation)."""
         norms, scaled = zip(*(adapter.scale_norm(limit) for adapter in self.by_path().values()), strict=True)
         all_norms = torch.stack(norms)
-        return Norms(all_norms.mean().item(), all_norms.max().item(), int(torch.stack(scaled).sum().item()))
+        return Norms(all_norms.mean(), all_norms.max(), torch.stack(scaled).sum())
 
 
 def from_state(
@@ -180,26 +197,25 @@ def from_state(
 ) -> AdapterNetwork:
     """Adapters with the layers, ranks, alphas and values of a file; dropouts and the like come from `plan`.
 
-    `nets`: by component. Errors: `UserError` for an empty file, several kinds in one file, or another kind than the
-    plan's.
+    `nets`: by component. Errors: `UserError` for an empty file, or another kind than the plan's.
     """
     if not state:
         raise UserError("the file holds no adapter")
-    read = {path: from_tensors(tensors) for path, tensors in state.items()}
-    found = {kind for kind, _ in read.values()} | ({plan.kind} if plan else set())
-    if len(found) > 1:
+    read = {path: from_tensors(tensors, plan.kind if plan else None) for path, tensors in state.items()}
+    if plan and (others := {kind.__name__ for kind, _ in read.values() if kind is not plan.kind}):
         raise UserError(
-            f"several kinds of adapters where one was expected: {', '.join(sorted(k.__name__ for k in found))}"
+            f"the file holds {', '.join(sorted(others))}, and {plan.kind.__name__} is trained: choose its kind with "
+            "network_module"
         )
     chosen: dict[str, list[TargetLayer]] = {}
     for component, net in nets.items():
         for path, layer in net.named_modules():
             if (component, path) in read:
-                options = read[component, path][1]
+                kind, options = read[component, path]
                 if plan:
                     options = replace(options, **plan.more)
-                chosen.setdefault(component, []).append(TargetLayer(path, layer, options))
-    network = AdapterNetwork(chosen, found.pop(), seed=seed)
+                chosen.setdefault(component, []).append(TargetLayer(path, layer, options, kind))
+    network = AdapterNetwork(chosen, seed=seed)
     try:
         network.load(state)
     except UserError:
@@ -208,9 +224,16 @@ def from_state(
     return network
 
 
+def _input_hook(adapter: Adapter) -> Callable[[nn.Module, tuple[Tensor, ...]], tuple[Tensor, ...]]:
+    def hook(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return adapter.adapt_input(args[0]), *args[1:]
+
+    return hook
+
+
 def _hook(adapter: Adapter) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
-    def hook(_: nn.Module, args: tuple[Tensor, ...], y: Tensor) -> Tensor:
-        out: Tensor = adapter(args[0], y)
+    def hook(layer: nn.Module, args: tuple[Tensor, ...], y: Tensor) -> Tensor:
+        out: Tensor = adapter(args[0], y, layer)
         return out
 
     return hook

@@ -9,21 +9,23 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from sfumato.adapters.base import Adapter, LayerOptions, as_input, device_of, init_device
+from sfumato.adapters.base import Additive, LayerOptions, as_input, device_of, init_device
 from sfumato.errors import UserError
 from sfumato.formats.dialect import ALPHA, DOWN, UP, AdapterTensors
 
 
-class LoRA(Adapter):
+class LoRA(Additive):
     """`y + multiplier * alpha / rank * up(down(x))`. A convolution's `down` has its kernel, stride and padding; its
     `up` is 1x1."""
 
     supports = frozenset({"dropout", "rank_dropout", "module_dropout"})
+    rows: ClassVar[Mapping[str, int]] = {UP: 0}
 
     def __init__(self, base: nn.Module, options: LayerOptions, generator: torch.Generator) -> None:
         super().__init__(base, options, generator)
@@ -47,11 +49,10 @@ class LoRA(Adapter):
         rank = tensors["lora_down.weight"].shape[0]
         return LayerOptions(rank=rank, alpha=float(tensors.get("alpha", rank)))
 
-    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+    def delta(self, x: Tensor) -> Tensor:
         h = self.lora_down(as_input(x, self.lora_down.weight))
-        if self.training:
-            h = self._drop(h)
-        return self.add(y, self.lora_up(h), self.options.scale)
+        out: Tensor = self.lora_up(self._drop(h) if self.training else h)
+        return out
 
     def delta_weight(self, weight: Tensor) -> Tensor:
         up, down = self.lora_up.weight.float(), self.lora_down.weight.float()
@@ -75,6 +76,31 @@ class LoRA(Adapter):
         self.lora_down.weight.copy_(down)
         self.alpha.copy_(tensors.get(ALPHA, torch.tensor(float(len(down)))))
         self.options = replace(self.options, alpha=float(self.alpha) / len(self.options.pieces))
+
+    @classmethod
+    def join(cls, pieces: Mapping[int, AdapterTensors], rows: Sequence[int]) -> AdapterTensors:
+        """At the same rank when all pieces share one `lora_down`, else at the sum of their ranks."""
+        if any(piece.keys() != {DOWN, UP, ALPHA} for piece in pieces.values()):
+            raise UserError("only LoRA, with lora_down and lora_up in every piece, can be joined to a fused layer")
+        first = pieces[min(pieces)]
+        if len(pieces) == len(rows) and all(
+            torch.equal(p[DOWN], first[DOWN]) and p[ALPHA] == first[ALPHA] for p in pieces.values()
+        ):
+            return super().join(pieces, rows)
+        rank = sum(len(p[DOWN]) for p in pieces.values())
+        up, at = first[UP].new_zeros((sum(rows), rank, *first[UP].shape[2:])), 0
+        for i, part in sorted(pieces.items()):
+            r = len(part[DOWN])
+            up[sum(rows[:i]) : sum(rows[: i + 1]), at : at + r] = part[UP] * (part[ALPHA] / r)
+            at += r
+        down = torch.cat([p[DOWN] for _, p in sorted(pieces.items())])
+        return {DOWN: down, UP: up, ALPHA: torch.tensor(float(rank), dtype=up.dtype)}
+
+    @classmethod
+    def fold_alpha(cls, tensors: AdapterTensors) -> AdapterTensors:
+        up = tensors[UP]
+        scale = float(tensors[ALPHA]) / tensors[DOWN].shape[0] if ALPHA in tensors else 1.0
+        return {DOWN: tensors[DOWN], UP: (up.float() * scale).to(up.dtype)}
 
     def loraplus_parameters(self) -> list[nn.Parameter]:
         return list(self.lora_up.parameters())

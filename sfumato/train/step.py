@@ -49,6 +49,7 @@ class Step(nn.Module):
         latents = models.scaled(self.latents(batch)).contiguous()
         with autocast(latents.device, self.precision):
             noised = self.process.noise(latents.float(), rng)
+            trainable.on_noise(noised.t / self.process.steps)
             cond = models.condition(self.cond(batch), SampleInfo(sizes=batch.sizes, rng=rng))
             prediction = models.predict(noised.x, noised.t, cond)
         threshold = losses.huber_threshold(

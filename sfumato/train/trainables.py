@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from sfumato.adapters import AdapterPlan
+from sfumato.adapters import files as adapter_files
 from sfumato.adapters.insert import AdapterNetwork, choose, from_state
 from sfumato.config import Config, FamilyOptions
 from sfumato.errors import UserError
@@ -55,6 +56,10 @@ class Trainable(Protocol):
 
     def on_batch(self, multiplier: Tensor, rng: SampleRandom) -> None:
         """Called before each batch: the strength (b,) of its samples and where their dropouts come from."""
+        ...
+
+    def on_noise(self, level: Tensor) -> None:
+        """Called before each forward pass: how much noise (b,) the samples have, 0 to 1."""
         ...
 
     def after_step(self) -> None:
@@ -133,6 +138,9 @@ class Full:
     def on_batch(self, multiplier: Tensor, rng: SampleRandom) -> None:
         pass
 
+    def on_noise(self, level: Tensor) -> None:
+        pass
+
     def after_step(self) -> None:
         pass
 
@@ -190,13 +198,13 @@ class Adapters:
             layers = {
                 name: choose(nets[name], name, models.family.targets[name], plan, target) for name in self.trained
             }
-            self.network = AdapterNetwork(layers, plan.kind, seed=config.train.seed)
+            self.network = AdapterNetwork(layers, seed=config.train.seed)
             if loaded:
                 self.network.load(loaded)
         if config.train.full_bf16:
             self.network.to(torch.bfloat16)
         # What these names cannot hold is reported now, not after the training.
-        dialect.write(models.dialects[config.output.dialect], self.state())
+        adapter_files.write(models.dialects[config.output.dialect], self.state())
         by_path = self.network.by_path().items()
         self._weights = {
             "|".join((*path, name)): p for path, a in by_path for name, p in a.named_parameters() if p.requires_grad
@@ -235,11 +243,15 @@ class Adapters:
 
     def train(self, mode: bool) -> None:
         self.network.train(mode)
+        self.network.noise_level = None
         self._strength(1.0)
 
     def on_batch(self, multiplier: Tensor, rng: SampleRandom) -> None:
         self.network.rng = rng
         self._strength(multiplier)
+
+    def on_noise(self, level: Tensor) -> None:
+        self.network.noise_level = level
 
     def _strength(self, multiplier: float | Tensor) -> None:
         for each in (self.network, self.frozen):
@@ -269,7 +281,7 @@ class Adapters:
 
     def save(self, path: Path, metadata: Mapping[str, str]) -> None:
         precision = self.config.output.save_precision
-        tensors = dialect.write(self.models.dialects[self.config.output.dialect], self.state())
+        tensors = adapter_files.write(self.models.dialects[self.config.output.dialect], self.state())
         dtype = SAVE_DTYPES[precision] if precision else None
         if dtype:
             tensors = {name: t.to(dtype) for name, t in tensors.items()}
@@ -291,7 +303,7 @@ def read_adapter(models: Models, path: Path, flag: str = "adapter") -> dict[dial
     ]
     try:
         check_adapter(tensors, f"{flag} {path}")
-        return dialect.read(models.dialects.values(), tensors, by_path)
+        return adapter_files.read(models.dialects.values(), tensors, by_path)
     except UserError as error:
         if kind := _other_kind(tensors):
             raise UserError(f"{flag} {path} is {kind}, not an adapter (such as a LoRA)") from error

@@ -40,7 +40,7 @@ class Net(nn.Module):
 
 
 def insert(net: nn.Module, plan: AdapterPlan, *, seed: int = 0) -> AdapterNetwork:
-    return AdapterNetwork({"denoiser": choose(net, "denoiser", TARGETS, plan)}, plan.kind, seed=seed)
+    return AdapterNetwork({"denoiser": choose(net, "denoiser", TARGETS, plan)}, seed=seed)
 
 
 def disturb(inserted: AdapterNetwork) -> None:

@@ -58,7 +58,7 @@ def test_several_components(net):
         "denoiser": choose(net, "denoiser", TARGETS, LORA),
         "clip_l": choose(encoder, "clip_l", {"linear": ("*",)}, LORA),
     }
-    inserted = AdapterNetwork(targets, LORA.kind, seed=0)
+    inserted = AdapterNetwork(targets, seed=0)
     assert list(inserted.by_path())[-1] == ("clip_l", "0")
     assert len(list(inserted.parameters())) == 12
 

@@ -53,8 +53,6 @@ def test_merged_weights_do_as_the_adapter_does(net, plan, x, multiplier):
     inserted.merge()
     inserted.remove()
     close(net(x), adapted, atol=1e-5, rtol=1e-5)
-    inserted.merge(-1)
-    close(net(x), before, atol=1e-5, rtol=1e-5)
 
 
 def test_change_keeps_the_weights_shape(net, plan):
@@ -165,9 +163,9 @@ def test_dropouts_keep_the_mean(plan, name):
         for p in adapter.parameters():
             p.add_(0.3)
     x = torch.ones(4000, 2, 4)
-    whole = adapter.eval()(x, layer(x))
+    whole = adapter.eval()(x, layer(x), layer)
     adapter.train().context.rng = SampleRandom(range(4000))
-    close(adapter(x, layer(x)).mean((0, 1)), whole.mean((0, 1)), atol=0.03, rtol=0.03)
+    close(adapter(x, layer(x), layer).mean((0, 1)), whole.mean((0, 1)), atol=0.03, rtol=0.03)
 
 
 def test_checkpointed_gradients_are_equal(net, plan, x):

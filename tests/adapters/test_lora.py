@@ -38,7 +38,7 @@ def test_equals_lycoris(case):
     other = LoConModule("x", layer, lora_dim=4, alpha=3.0)
     other.load_state_dict({**adapter.state_dict()}, strict=False)
     close(other.lora_up.weight.reshape(-1), adapter.lora_up.weight.reshape(-1), atol=0, rtol=0)
-    mine = adapter(x, layer(x))
+    mine = adapter(x, layer(x), layer)
     merged = layer.weight + adapter.delta_weight(layer.weight)
     close(other.get_merged_weight()[0].reshape(merged.shape), merged, atol=1e-6, rtol=1e-5)
     other.apply_to()
@@ -47,7 +47,7 @@ def test_equals_lycoris(case):
 
 def test_equals_peft(case):
     layer, adapter, x = case
-    mine = adapter(x, layer(x))
+    mine = adapter(x, layer(x), layer)
     peft = get_peft_model(nn.Sequential(layer), LoraConfig(r=4, lora_alpha=3.0, target_modules=["0"]))
     wrapped = peft.base_model.model[0]
     with torch.no_grad():

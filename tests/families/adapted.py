@@ -37,9 +37,7 @@ def ranks(models: Models, *args: str) -> dict[str, int]:
 
 def inserted(models: Models, plan: AdapterPlan, *components: str) -> AdapterNetwork:
     """Adapters with values, at work."""
-    held = AdapterNetwork(
-        {name: places(models, plan, name) for name in components or ("denoiser",)}, plan.kind, seed=0
-    ).eval()
+    held = AdapterNetwork({name: places(models, plan, name) for name in components or ("denoiser",)}, seed=0).eval()
     g = torch.Generator().manual_seed(0)
     for name, p in held.named_parameters():
         if "lora_up" in name:

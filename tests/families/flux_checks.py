@@ -55,7 +55,7 @@ def dialects(keys: KeyMap) -> dict[str, Dialect]:
 def adapters(net: nn.Module) -> AdapterNetwork:
     """LoRA of rank 4 and alpha 1 at the targets, at work, with values that change the net if it has any."""
     plan = parse(NetworkConfig(network_dim=4, network_alpha=1))
-    inserted = AdapterNetwork({"denoiser": choose(net, "denoiser", TARGETS, plan)}, plan.kind, seed=0)
+    inserted = AdapterNetwork({"denoiser": choose(net, "denoiser", TARGETS, plan)}, seed=0)
     g = torch.Generator().manual_seed(0)
     for leaves in inserted.state().values():
         up = leaves["lora_up.weight"]

@@ -16,6 +16,7 @@ from tinies.encoders import t5_tokenizer
 from torch import Tensor, nn
 
 from sfumato.adapters import AdapterPlan, parse
+from sfumato.adapters import files as adapter_files
 from sfumato.adapters.insert import AdapterNetwork, TargetLayer, choose
 from sfumato.config import LossConfig, NetworkConfig, NoiseConfig
 from sfumato.errors import UserError
@@ -23,7 +24,6 @@ from sfumato.families.chroma.facts import Completed, NetworkArgs
 from sfumato.families.chroma.family import FAMILY
 from sfumato.families.chroma.net import Chroma
 from sfumato.families.chroma.strategies import OUTPUTS, ChromaTokenize
-from sfumato.formats import dialect
 from sfumato.models.base import Models
 from sfumato.models.meta_init import fill, shapes
 from sfumato.sampling.sample import sample_latents
@@ -187,9 +187,9 @@ def places(models: Models, *args: str) -> dict[str, list[TargetLayer]]:
 
 def kohya(models: Models, *args: str) -> dict[str, tuple[int, ...]]:
     """Names and shapes of an adapter file."""
-    inserted = AdapterNetwork(places(models, *args), planned(*args).kind, seed=0)
+    inserted = AdapterNetwork(places(models, *args), seed=0)
     inserted.remove()
-    return shapes(dialect.write(models.dialects["kohya"], inserted.state()))
+    return shapes(adapter_files.write(models.dialects["kohya"], inserted.state()))
 
 
 def below(table: dict[str, tuple[int, ...]], start: str) -> dict[str, tuple[int, ...]]:

@@ -12,11 +12,11 @@ from test_chroma_net import MASK, diffusers, inputs, native
 from tinies import chroma
 from torch import nn
 
+from sfumato.adapters import files as adapter_files
 from sfumato.errors import UserError
 from sfumato.families.chroma.names import TARGETS, chroma_keys
 from sfumato.families.chroma.net import Chroma
 from sfumato.families.flux import names as flux_names
-from sfumato.formats import dialect
 from sfumato.models.meta_init import fill, shapes
 
 Keys = Callable[[str], dict[str, tuple[int, ...]]]
@@ -60,7 +60,7 @@ def test_what_flux_alone_has_is_refused_by_name(keys: Keys, name: str) -> None:
 
 def test_adapters_have_the_names_and_shapes_of_sd_scripts(keys: Keys) -> None:
     table = keys("chroma.transformer")
-    written = dialect.write(dialects(chroma_keys(table))["kohya"], state(adapters(Chroma.of(table))))
+    written = adapter_files.write(dialects(chroma_keys(table))["kohya"], state(adapters(Chroma.of(table))))
     assert TARGETS is flux_names.TARGETS
     assert shapes(written) == {
         name: shape for name, shape in keys("adapter.chroma.lora").items() if name.startswith("lora_unet_")
@@ -99,7 +99,7 @@ def test_every_name_of_every_layer_is_known_to_comfyui(keys: Keys, spelling: str
 
 def test_fused_layers_are_cut_into_the_slices_of_comfyui(keys: Keys) -> None:
     table, known = keys("chroma.transformer"), known_to_comfyui("chroma")
-    written = dialect.write(dialects(chroma_keys(table))["peft"], state(adapters(Chroma.of(table))))
+    written = adapter_files.write(dialects(chroma_keys(table))["peft"], state(adapters(Chroma.of(table))))
     ups = {name.removesuffix(".lora_B.weight"): t for name, t in written.items() if name.endswith(".lora_B.weight")}
     cut = {name: t.shape[0] for name, t in ups.items() if known[name].rows}
     assert len(cut) == 19 * 2 * 3 + 38 * 4
@@ -111,7 +111,7 @@ def test_an_adapter_is_read_back_in_every_dialect(spelling: str) -> None:
     net = native()
     held, adapter_dialects = state(adapters(net)), dialects(chroma_keys(shapes(net.state_dict())))
     by_path = [("denoiser", path) for path, layer in net.named_modules() if isinstance(layer, nn.Linear)]
-    back = dialect.read(adapter_dialects.values(), dialect.write(adapter_dialects[spelling], held), by_path)
+    back = adapter_files.read(adapter_dialects.values(), adapter_files.write(adapter_dialects[spelling], held), by_path)
     assert back.keys() == held.keys()
     assert all(torch.equal(change(back[site]), change(leaves)) for site, leaves in held.items())
 
@@ -120,7 +120,7 @@ def test_an_adapter_is_read_back_in_every_dialect(spelling: str) -> None:
 def test_an_adapter_acts_the_same_in_diffusers() -> None:
     net, told = native(), inputs()
     inserted = adapters(net)
-    written = dialect.write(dialects(chroma_keys(shapes(net.state_dict())))["peft"], state(inserted))
+    written = adapter_files.write(dialects(chroma_keys(shapes(net.state_dict())))["peft"], state(inserted))
     said = net(**told, mask=MASK)
     torch.testing.assert_close(
         said, diffusers(with_peft(chroma.transformer(), written), told, MASK), atol=1e-5, rtol=1e-5

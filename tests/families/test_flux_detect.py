@@ -11,12 +11,12 @@ from flux_checks import adapters, dialects, state
 from sparse import sparse
 from tinies import encoders, flux
 
+from sfumato.adapters import files as adapter_files
 from sfumato.families.detect import detect_file, identify
 from sfumato.families.flux.facts import CLIP_L, SIGNATURE, T5XXL, VAE, Completed, Options, architecture
 from sfumato.families.flux.family import FAMILY
 from sfumato.families.flux.names import flux_keys
 from sfumato.families.flux.net import Flux
-from sfumato.formats import dialect
 from sfumato.formats.names import add_prefix
 from sfumato.models.detection import PREFIX
 from sfumato.models.loading import load
@@ -68,7 +68,7 @@ def test_the_parts_that_come_alone(keys: Keys) -> None:
 @pytest.mark.parametrize("spelling", ["kohya", "comfy", "peft"])
 def test_an_adapter(keys: Keys, spelling: str) -> None:
     table = keys("flux_dev.transformer")
-    written = dialect.write(dialects(flux_keys(table))[spelling], state(adapters(Flux.of(table))))
+    written = adapter_files.write(dialects(flux_keys(table))[spelling], state(adapters(Flux.of(table))))
     found = SIGNATURE.detect(shapes(written))
     assert found is not None
     assert (found.family, found.kind, found.dialect) == ("flux", "adapter", spelling)

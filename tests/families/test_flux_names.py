@@ -15,12 +15,12 @@ from test_flux_net import diffusers, inputs, native
 from tinies import flux
 from torch import nn
 
+from sfumato.adapters import files as adapter_files
 from sfumato.errors import UserError
 from sfumato.families.flux.facts import CLIP_L, T5XXL, VAE
 from sfumato.families.flux.family import FAMILY
 from sfumato.families.flux.names import flux_keys
 from sfumato.families.flux.net import Flux
-from sfumato.formats import dialect
 from sfumato.models.components import Checkpoint, open_model, single_file
 from sfumato.models.detection import PREFIX
 from sfumato.models.meta_init import check, fill, shapes
@@ -135,7 +135,7 @@ def test_a_model_without_single_blocks_has_a_table(keys: Keys) -> None:
 @each_version
 def test_adapters_have_the_names_and_shapes_of_sd_scripts(keys: Keys, version: str) -> None:
     table = keys(f"flux_{version}.transformer")
-    written = dialect.write(dialects(flux_keys(table))["kohya"], state(adapters(Flux.of(table))))
+    written = adapter_files.write(dialects(flux_keys(table))["kohya"], state(adapters(Flux.of(table))))
     assert shapes(written) == {
         name: shape for name, shape in keys("adapter.flux.lora").items() if name.startswith("lora_unet_")
     }
@@ -168,7 +168,7 @@ def test_every_name_of_every_layer_is_known_to_comfyui(keys: Keys, version: str,
 
 def test_fused_layers_are_cut_into_the_slices_of_comfyui(keys: Keys) -> None:
     table, known = keys("flux_dev.transformer"), known_to_comfyui("flux_dev")
-    written = dialect.write(dialects(flux_keys(table))["peft"], state(adapters(Flux.of(table))))
+    written = adapter_files.write(dialects(flux_keys(table))["peft"], state(adapters(Flux.of(table))))
     ups = {name.removesuffix(".lora_B.weight"): t for name, t in written.items() if name.endswith(".lora_B.weight")}
     cut = {name: t.shape[0] for name, t in ups.items() if known[name].rows}
     assert len(cut) == 19 * 2 * 3 + 38 * 4
@@ -180,7 +180,7 @@ def test_an_adapter_is_read_back_in_every_dialect(spelling: str) -> None:
     net = native()
     held, adapter_dialects = state(adapters(net)), dialects(flux_keys(shapes(net.state_dict())))
     by_path = [("denoiser", path) for path, layer in net.named_modules() if isinstance(layer, nn.Linear)]
-    back = dialect.read(adapter_dialects.values(), dialect.write(adapter_dialects[spelling], held), by_path)
+    back = adapter_files.read(adapter_dialects.values(), adapter_files.write(adapter_dialects[spelling], held), by_path)
     assert back.keys() == held.keys()
     assert all(torch.equal(change(back[site]), change(leaves)) for site, leaves in held.items())
 
@@ -189,7 +189,7 @@ def test_an_adapter_is_read_back_in_every_dialect(spelling: str) -> None:
 def test_an_adapter_acts_the_same_in_diffusers() -> None:
     net, told = native(), inputs()
     inserted = adapters(net)
-    written = dialect.write(dialects(flux_keys(shapes(net.state_dict())))["peft"], state(inserted))
+    written = adapter_files.write(dialects(flux_keys(shapes(net.state_dict())))["peft"], state(inserted))
     said = net(**told)
     torch.testing.assert_close(said, diffusers(with_peft(flux.transformer(), written), told), atol=1e-5, rtol=1e-5)
     inserted.remove()

@@ -19,6 +19,7 @@ from test_flux_net import inputs
 from tinies import flux
 from torch import Tensor, nn
 
+from sfumato.adapters import files as adapter_files
 from sfumato.adapters.insert import AdapterNetwork, TargetLayer, choose, from_state
 from sfumato.errors import UserError
 from sfumato.families.flux.facts import Completed, Options
@@ -105,8 +106,8 @@ def test_in_dims_put_adapters_on_what_stands_before_the_blocks(models: Models) -
     }
     assert found == {"img_in": 1, **two}
     plan = plan_of("in_dims=4,4,4,4,4")
-    written = dialect.write(
-        dialects(models)["kohya"], AdapterNetwork({"denoiser": places(models, plan)}, plan.kind, seed=0).state()
+    written = adapter_files.write(
+        dialects(models)["kohya"], AdapterNetwork({"denoiser": places(models, plan)}, seed=0).state()
     )
     assert {
         "lora_unet_img_in.alpha",
@@ -253,7 +254,9 @@ def test_split_adapters_are_those_of_separate_layers(models: Models) -> None:
 
 def saved(models: Models, held: AdapterNetwork, path: Path, spelling: str = "kohya") -> Path:
     save(
-        path, {name: t.contiguous() for name, t in dialect.write(dialects(models)[spelling], held.state()).items()}, {}
+        path,
+        {name: t.contiguous() for name, t in adapter_files.write(dialects(models)[spelling], held.state()).items()},
+        {},
     )
     return path
 
@@ -269,24 +272,18 @@ def test_saved_as_one_pair_it_acts_the_same_at_strength_1(models: Models, tmp_pa
     again = from_state(models.nets(), state).eval()
     torch.testing.assert_close(predicted(models), wanted, atol=1e-5, rtol=1e-5)
     again.remove()
-    split = AdapterNetwork(
-        {"denoiser": places(models, plan_of("split_qkv=True", network_alpha=2.0))}, held_kind(held), seed=1
-    ).eval()
+    split = AdapterNetwork({"denoiser": places(models, plan_of("split_qkv=True", network_alpha=2.0))}, seed=1).eval()
     split.load(state)
     torch.testing.assert_close(predicted(models), wanted, atol=1e-5, rtol=1e-5)
     split.remove()
     assert (predicted(models) - wanted).abs().max() > 0.01
 
 
-def held_kind(held: AdapterNetwork) -> Any:
-    return type(next(iter(held.by_path().values())))
-
-
 def test_a_file_that_is_not_of_pieces_is_refused(models: Models, tmp_path: Path) -> None:
     held = inserted(models, plan_of(rank=12))
     state = read_adapter(models, saved(models, held, tmp_path / "whole.safetensors"))
     held.remove()
-    split = AdapterNetwork({"denoiser": places(models, plan_of("split_qkv=True"))}, held_kind(held), seed=0)
+    split = AdapterNetwork({"denoiser": places(models, plan_of("split_qkv=True"))}, seed=0)
     with pytest.raises(UserError, match="leave split_qkv out"):
         split.load(state)
     split.remove()
@@ -356,16 +353,16 @@ def test_a_single_block_of_the_real_size_in_diffusers(split: bool) -> None:
     big.weight = nn.Parameter(torch.zeros(1).expand(7 * width, width), requires_grad=False)  # takes no room
     plan = plan_of(f"split_qkv={split}", rank=2, network_alpha=1.0)
     options = Completed(guided=True, double_blocks=19, single_blocks=38)
-    place = target_layer(options, plan, TargetLayer(path, big, plan.options(conv=False)))
+    place = target_layer(options, plan, TargetLayer(path, big, plan.options(conv=False), plan.kind))
     assert place is not None
-    held = AdapterNetwork({"denoiser": [place]}, plan.kind, seed=0)
+    held = AdapterNetwork({"denoiser": [place]}, seed=0)
     g = torch.Generator().manual_seed(1)
     for name, p in held.named_parameters():
         if "lora_up" in name:
             p.data = torch.randn(p.shape, generator=g)
     adapter_dialects = dialect.Dialect(name="kohya", prefix={"denoiser": "lora_unet_"}, separator="_")
     converted = _convert_kohya_flux_lora_to_diffusers(
-        {k: t.clone() for k, t in dialect.write(adapter_dialects, held.state()).items()}
+        {k: t.clone() for k, t in adapter_files.write(adapter_dialects, held.state()).items()}
     )
     block = "transformer.single_transformer_blocks.7"
     names = [f"{block}.attn.to_{n}" for n in "qkv"] + [f"{block}.proj_mlp"]
@@ -386,13 +383,13 @@ def test_files_of_peft_with_q_k_and_v_apart_are_loaded_into_split_layers(models:
             tensors[f"transformer.{name}.lora_B.weight"] = torch.randn(part.out_features, 4, generator=g) / 2
     save(tmp_path / "peft.safetensors", tensors, {})
     plan = plan_of("split_qkv=True", network_alpha=1.0)
-    split = AdapterNetwork({"denoiser": places(models, plan)}, plan.kind, seed=0).eval()
+    split = AdapterNetwork({"denoiser": places(models, plan)}, seed=0).eval()
     split.load(read_adapter(models, tmp_path / "peft.safetensors"))
     found = predicted(models)
     split.remove()
     torch.testing.assert_close(found, theirs(flux.pipeline(), tmp_path / "peft.safetensors")[0], atol=2e-5, rtol=2e-5)
     assert (found - predicted(models)).abs().max() > 0.1
-    back = dialect.write(dialects(models)["peft"], split.state())
+    back = adapter_files.write(dialects(models)["peft"], split.state())
     assert set(back) == set(tensors)
 
 
@@ -411,14 +408,13 @@ def test_the_table_of_sd_scripts_holds_the_text_encoders_too(keys: Keys) -> None
             n: choose(net, n, FAMILY.targets[n], plan, lambda p: target_layer(options, plan, p))
             for n, net in nets.items()
         },
-        plan.kind,
         seed=0,
     )
     full = Models(FAMILY, options, nets["denoiser"], {"clip_l": nets["clip_l"], "t5xxl": nets["t5xxl"]}, {}, None)
-    assert shapes(dialect.write(dialects(full)["kohya"], held.state())) == keys("adapter.flux.lora")
+    assert shapes(adapter_files.write(dialects(full)["kohya"], held.state())) == keys("adapter.flux.lora")
     # And back, from the names alone.
     by_path = [
         (n, path) for n, net in nets.items() for path, part in net.named_modules() if isinstance(part, nn.Linear)
     ]
-    back = dialect.read(dialects(full).values(), meta(keys("adapter.flux.lora")), by_path)
+    back = adapter_files.read(dialects(full).values(), meta(keys("adapter.flux.lora")), by_path)
     assert back.keys() == held.state().keys()

@@ -13,11 +13,11 @@ from test_sd3_names import VERSIONS, adapters, each_dialect, each_version, meta,
 from tinies import sd3
 from torch import device
 
+from sfumato.adapters import files as adapter_files
 from sfumato.families.detect import detect_file, identify
 from sfumato.families.sd3.facts import SIGNATURE, Completed, Options, Version, architecture, base_model_version
 from sfumato.families.sd3.names import dialects, transformer_keys
 from sfumato.families.sd3.net import MMDiT
-from sfumato.formats import dialect
 from sfumato.formats.names import add_prefix
 from sfumato.models.detection import PREFIX
 from sfumato.models.meta_init import shapes
@@ -73,7 +73,7 @@ def test_a_folder(tmp_path: Path, kind: sd3.Kind, shard: str) -> None:
 def test_an_adapter(keys: Keys, version: str, spelling: str) -> None:
     """3 medium and 3.5 medium differ in the second attention alone."""
     table = keys(f"{version}.transformer")
-    written = shapes(dialect.write(dialects(table)[spelling], state(adapters(MMDiT.of(table)))))
+    written = shapes(adapter_files.write(dialects(table)[spelling], state(adapters(MMDiT.of(table)))))
     found = identify(written)
     assert found is not None
     assert (found.family, found.kind, found.dialect) == ("sd3", "adapter", spelling)

@@ -18,6 +18,7 @@ from test_sd3_net import diffusers, each_kind, inputs, native, tensors
 from tinies import sd3
 from torch import Tensor, nn
 
+from sfumato.adapters import files as adapter_files
 from sfumato.adapters import parse
 from sfumato.adapters.insert import AdapterNetwork, choose
 from sfumato.config import NetworkConfig
@@ -118,7 +119,7 @@ def test_a_tensor_of_no_part_is_refused_by_name(keys: Keys) -> None:
 def adapters(net: MMDiT) -> AdapterNetwork:
     """LoRA of rank 4 and alpha 1 at the targets, at work, with values that change the net if it has any."""
     plan = parse(NetworkConfig(network_dim=4, network_alpha=1))
-    inserted = AdapterNetwork({"denoiser": choose(net, "denoiser", TARGETS, plan)}, plan.kind, seed=0)
+    inserted = AdapterNetwork({"denoiser": choose(net, "denoiser", TARGETS, plan)}, seed=0)
     g = torch.Generator().manual_seed(0)
     for leaves in inserted.state().values():
         if not (up := leaves["lora_up.weight"]).is_meta:
@@ -156,9 +157,9 @@ def chosen(nets: Mapping[str, nn.Module], *args: str) -> dict[str, Tensor]:
         for name, net in nets.items()
         if name == "denoiser" or may is None or name in may
     }
-    inserted = AdapterNetwork(places, plan.kind, seed=0)
+    inserted = AdapterNetwork(places, seed=0)
     inserted.remove()
-    return dialect.write(
+    return adapter_files.write(
         FAMILY.dialects(Models(FAMILY, options, nets["denoiser"], {}, {}, None))["kohya"], state(inserted)
     )
 
@@ -223,7 +224,7 @@ def test_an_adapter_is_read_back_in_every_dialect(kind: sd3.Kind, spelling: str)
     net = native(kind)
     held, adapter_dialects = state(adapters(net)), dialects(tensors(kind))
     by_path = [("denoiser", path) for path, layer in net.named_modules() if isinstance(layer, nn.Linear | nn.Conv2d)]
-    back = dialect.read(adapter_dialects.values(), dialect.write(adapter_dialects[spelling], held), by_path)
+    back = adapter_files.read(adapter_dialects.values(), adapter_files.write(adapter_dialects[spelling], held), by_path)
     assert back.keys() == held.keys()
     for site, leaves in held.items():
         if spelling == "peft":  # alpha is multiplied into lora_up
@@ -239,7 +240,7 @@ def test_an_adapter_acts_the_same_in_diffusers(kind: sd3.Kind) -> None:
     """Read by diffusers and PEFT themselves; fused layers are cut, and the last text modulation is swapped."""
     net, told, theirs = native(kind), inputs(), deepcopy(sd3.transformer(kind))
     inserted = adapters(net)
-    written = dialect.write(dialects(tensors(kind))["peft"], state(inserted))
+    written = adapter_files.write(dialects(tensors(kind))["peft"], state(inserted))
     theirs.load_lora_adapter({name: t.clone() for name, t in written.items()}, prefix="transformer")
     said = net(**told)
     torch.testing.assert_close(said, diffusers(theirs, told), atol=1e-5, rtol=1e-5)

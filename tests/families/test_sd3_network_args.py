@@ -19,13 +19,13 @@ from tinies import sd3
 from torch import Tensor, nn
 from training import config
 
+from sfumato.adapters import files as adapter_files
 from sfumato.adapters.base import Adapter
 from sfumato.adapters.insert import AdapterNetwork, choose, from_state
 from sfumato.errors import UserError
 from sfumato.families.sd3.facts import Completed, Options
 from sfumato.families.sd3.family import FAMILY, dialects
 from sfumato.families.sd3.net import MMDiT
-from sfumato.formats import dialect
 from sfumato.formats.files import load as load_file
 from sfumato.formats.files import save
 from sfumato.models.base import Models
@@ -225,7 +225,9 @@ def test_split_adapters_are_those_of_separate_layers(models: Models) -> None:
 
 def saved(models: Models, held: AdapterNetwork, path: Path, spelling: str = "kohya") -> Path:
     save(
-        path, {name: t.contiguous() for name, t in dialect.write(dialects(models)[spelling], held.state()).items()}, {}
+        path,
+        {name: t.contiguous() for name, t in adapter_files.write(dialects(models)[spelling], held.state()).items()},
+        {},
     )
     return path
 
@@ -246,7 +248,7 @@ def test_saved_as_one_pair_it_acts_the_same_at_strength_1(models: Models, tmp_pa
     again = from_state(models.nets(), state).eval()
     torch.testing.assert_close(predicted(models), wanted, atol=1e-5, rtol=1e-5)
     again.remove()
-    split = AdapterNetwork({"denoiser": places(models, plan)}, plan.kind, seed=1).eval()
+    split = AdapterNetwork({"denoiser": places(models, plan)}, seed=1).eval()
     split.load(state)
     torch.testing.assert_close(predicted(models), wanted, atol=1e-5, rtol=1e-5)
     split.remove()
@@ -269,9 +271,7 @@ def test_a_peft_file_of_separate_layers_is_loaded_into_pieces(models: Models, tm
             file[f"transformer.transformer_blocks.0.{path}.{name}.lora_B.weight"] = torch.randn(128, 4, generator=g)
     save(tmp_path / "peft.safetensors", file, {})
     state = read_adapter(models, tmp_path / "peft.safetensors")
-    held = AdapterNetwork(
-        {"denoiser": [place for path, place in wanted.items() if ".attn" in path]}, plan.kind, seed=0
-    ).eval()
+    held = AdapterNetwork({"denoiser": [place for path, place in wanted.items() if ".attn" in path]}, seed=0).eval()
     held.load(state)
     for path in ("attn", "attn2"):
         adapter: Any = held.by_path()["denoiser", f"joint_blocks.0.x_block.{path}.qkv"]
@@ -289,7 +289,7 @@ def test_a_file_that_is_not_of_pieces_is_refused(models: Models, tmp_path: Path)
     state = read_adapter(models, saved(models, whole, tmp_path / "whole.safetensors"))
     whole.remove()
     plan = plan_of("split_qkv=True")
-    split = AdapterNetwork({"denoiser": places(models, plan)}, plan.kind, seed=0)
+    split = AdapterNetwork({"denoiser": places(models, plan)}, seed=0)
     with pytest.raises(UserError, match="leave split_qkv out"):
         split.load(state)
     split.remove()

@@ -13,6 +13,7 @@ import torch
 from sparse import sparse
 from torch import Tensor, nn
 
+from sfumato.adapters import files as adapter_files
 from sfumato.adapters import parse
 from sfumato.adapters.insert import AdapterNetwork, choose
 from sfumato.config import NetworkConfig
@@ -105,7 +106,7 @@ def full_size(keys: Keys, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
 def adapter(nets: dict[str, nn.Module], *args: str) -> tuple[Models, dict[dialect.ModulePath, dialect.AdapterTensors]]:
     plan = parse(NetworkConfig(network_dim=4, network_alpha=1, network_args=args))
     places = {name: choose(net, name, FAMILY.targets[name], plan) for name, net in nets.items()}
-    inserted = AdapterNetwork(places, plan.kind, seed=0)
+    inserted = AdapterNetwork(places, seed=0)
     inserted.remove()
     denoiser, encoder = nets.values()
     # The layers have no values, and so their adapters have none; PEFT's names need that of alpha.
@@ -120,7 +121,7 @@ def test_adapters_have_the_names_and_shapes_of_sd_scripts(
     keys: Keys, full_size: dict[str, nn.Module], table: str, args: tuple[str, ...]
 ) -> None:
     models, state = adapter(full_size, *args)
-    assert shapes(dialect.write(models.dialects["kohya"], state)) == keys(table)
+    assert shapes(adapter_files.write(models.dialects["kohya"], state)) == keys(table)
 
 
 @pytest.mark.parametrize("spelling", ["kohya", "comfy", "peft"])
@@ -153,6 +154,6 @@ def test_an_adapter_is_read_back_in_every_dialect(full_size: dict[str, nn.Module
         for p, layer in net.named_modules()
         if isinstance(layer, nn.Linear | nn.Conv2d)
     ]
-    back = dialect.read(dialects.values(), dialect.write(dialects[spelling], state), by_path)
+    back = adapter_files.read(dialects.values(), adapter_files.write(dialects[spelling], state), by_path)
     assert back.keys() == state.keys()
     assert all(back[site]["lora_down.weight"] is leaves["lora_down.weight"] for site, leaves in state.items())

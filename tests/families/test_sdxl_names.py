@@ -16,6 +16,7 @@ from sparse import sparse
 from tinies import sdxl
 from torch import Tensor, nn
 
+from sfumato.adapters import files as adapter_files
 from sfumato.adapters import parse
 from sfumato.adapters.insert import AdapterNetwork, choose
 from sfumato.config import NetworkConfig
@@ -24,7 +25,6 @@ from sfumato.families.sdxl.facts import Options
 from sfumato.families.sdxl.family import FAMILY
 from sfumato.families.sdxl.folder import transformer_layers, unet_config
 from sfumato.families.sdxl.names import CLIP_G, PASSTHROUGH, unet_keys
-from sfumato.formats import dialect
 from sfumato.formats.dialect import AdapterTensors, ModulePath
 from sfumato.models.base import Models
 from sfumato.models.components import Checkpoint, open_model, single_file
@@ -180,7 +180,7 @@ def test_what_does_not_fit_is_named(keys: Keys, tmp_path: Path) -> None:
 def adapter(nets: dict[str, nn.Module], *args: str) -> tuple[Models, dict[ModulePath, AdapterTensors]]:
     plan = parse(NetworkConfig(network_dim=4, network_alpha=1, network_args=args))
     places = {name: choose(nets[name], name, FAMILY.targets[name], plan) for name in ("denoiser", "clip_l", "clip_g")}
-    inserted = AdapterNetwork(places, plan.kind, seed=0)
+    inserted = AdapterNetwork(places, seed=0)
     inserted.remove()
     # The layers have no values, and so their adapters have none; PEFT's names need that of alpha.
     state = {site: {**leaves, "alpha": torch.tensor(1.0)} for site, leaves in inserted.state().items()}
@@ -205,7 +205,9 @@ def test_adapters_have_the_names_and_shapes_of_sd_scripts(
     models, state = adapter(nets, *args)
     layers = {name: sum(component == name for component, _ in state) for name in nets if name != "vae"}
     assert layers == {"denoiser": 788 if args else 722, "clip_l": 12 * 6, "clip_g": 32 * 6}
-    assert shapes(dialect.write(models.dialects["kohya"], state)) == {k: v for k, v in wanted.items() if k not in odd}
+    assert shapes(adapter_files.write(models.dialects["kohya"], state)) == {
+        k: v for k, v in wanted.items() if k not in odd
+    }
 
 
 def test_linear_targets_are_the_layers_of_diffusers_transformers(nets: dict[str, nn.Module], theirs: nn.Module) -> None:
@@ -252,6 +254,6 @@ def test_an_adapter_is_read_back_in_every_dialect(nets: dict[str, nn.Module], sp
         for path, layer in net.named_modules()
         if isinstance(layer, nn.Linear | nn.Conv2d)
     ]
-    back = dialect.read(dialects.values(), dialect.write(dialects[spelling], state), by_path)
+    back = adapter_files.read(dialects.values(), adapter_files.write(dialects[spelling], state), by_path)
     assert back.keys() == state.keys()
     assert all(back[site]["lora_down.weight"] is leaves["lora_down.weight"] for site, leaves in state.items())

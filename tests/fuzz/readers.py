@@ -21,6 +21,7 @@ from PIL import Image
 
 from fuzz.inputs import tree, turned, written
 from sfumato import adapters, families
+from sfumato.adapters import files as adapter_files
 from sfumato.adapters.insert import from_state
 from sfumato.cli import flags, kohya, toml
 from sfumato.config import DatasetConfig, NetworkConfig, OptimizerConfig, SubsetConfig
@@ -252,7 +253,7 @@ def _leaves(stage: Stage, drawn: list[tuple[str, list[int]]]) -> None:
     (text,) = models.encoders.items()
     sites = [(text[0], path) for path, layer in text[1].named_modules() if isinstance(layer, torch.nn.Linear)]
     tensors = {name: torch.ones(shape) for name, shape in drawn}
-    from_state(dict([text]), dialect.read(_dialects(stage.model), tensors, sites)).remove()
+    from_state(dict([text]), adapter_files.read(_dialects(stage.model), tensors, sites)).remove()
 
 
 @cache

@@ -1,0 +1,179 @@
+"""The tensors of an adapter file, in the names of any dialect.
+
+A dialect builds the name of every layer of a net, and names are looked up: one whose dots became `_` is never split.
+What a fused layer's tensors are in pieces, and the reverse, each kind of adapter knows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from sfumato.adapters import from_tensors
+from sfumato.adapters.base import Adapter
+from sfumato.errors import UserError, nearest
+from sfumato.formats.dialect import ALPHA, DOWN, READ_AS, UP, AdapterTensors, Dialect, ModulePath
+from sfumato.formats.names import Change, Rule
+
+_T = TypeVar("_T")
+
+
+def write(dialect: Dialect, adapters: Mapping[ModulePath, AdapterTensors]) -> dict[str, Tensor]:
+    """Adapters in a dialect's names. Errors: `UserError` for what the dialect cannot hold; two layers of one name."""
+    out: dict[str, Tensor] = {}
+    for path, tensors in adapters.items():
+        names, rule = dialect.names(path)
+        if dialect.fold_alpha:
+            tensors = _folded(names[0], tensors)
+        for name, piece in zip(names, _cut(names, rule, tensors), strict=True):
+            keys = {f"{name}.{dialect.tensor_names.get(leaf, leaf)}": t for leaf, t in piece.items()}
+            if twice := out.keys() & keys.keys():
+                raise UserError(f"two layers share the {dialect.name} name {min(twice)!r}")
+            out |= keys
+    return out
+
+
+def read(
+    dialects: Iterable[Dialect], tensors: Mapping[str, Tensor], paths: Iterable[ModulePath]
+) -> dict[ModulePath, AdapterTensors]:
+    """Tensors of an adapter file -> native tensors, in the order of `paths` (all layers of the nets, not only adapted
+    ones).
+
+    Keys of several dialects may stand in one file. A LoRA without alpha gets its rank as alpha. Errors:
+    `UserError` listing the keys that name no layer, with the nearest names.
+    """
+    layers, order = _named_layers(tuple(dialects), paths)
+    found: dict[ModulePath, tuple[Rule | None, dict[int, AdapterTensors]]] = {}
+    strange = []
+    for key, tensor in tensors.items():
+        name, leaf = _split(key, layers)
+        if not name:
+            strange.append(key)
+            continue
+        layer = layers[name]
+        rule, pieces = found.setdefault(layer.path, (layer.rule, {}))
+        piece = pieces.setdefault(layer.piece, {})
+        native = layer.tensor_names.get(leaf, READ_AS.get(leaf, leaf))
+        if native in piece or rule != layer.rule:
+            raise UserError(f"two tensors for one place of {layer.path[1]}, the second of them {key!r}")
+        if (native in (DOWN, UP) and (tensor.ndim < 2 or not tensor.numel())) or (
+            native == ALPHA and tensor.numel() != 1
+        ):
+            expected = "one number" if native == ALPHA else "rows and columns"
+            raise UserError(f"{key!r} of the adapter has the shape {list(tensor.shape)}, expected {expected}")
+        piece[native] = tensor
+    if strange:
+        raise UserError(_unclaimed(strange, layers, len(tensors)))
+    return {path: _joined(path, *found[path]) for path in order if path in found}
+
+
+# --- names ---
+
+
+@dataclass(frozen=True, slots=True)
+class _NamedLayer:
+    """What a foreign name stands for."""
+
+    path: ModulePath
+    piece: int
+    rule: Rule | None
+    tensor_names: Mapping[str, str]
+    """foreign leaf -> native leaf"""
+
+
+def _named_layers(
+    dialects: tuple[Dialect, ...], paths: Iterable[ModulePath]
+) -> tuple[dict[str, _NamedLayer], list[ModulePath]]:
+    """What every layer's names in every dialect stand for, and the layers in order."""
+    layers: dict[str, _NamedLayer] = {}
+    order = list(paths)
+    for dialect in dialects:
+        native = {foreign: leaf for leaf, foreign in dialect.tensor_names.items()}
+        for path in order:
+            if path[0] not in dialect.prefix:
+                continue
+            names, rule = dialect.names(path)
+            for piece, name in enumerate(names):
+                known = layers.setdefault(name, _NamedLayer(path, piece, rule, native))
+                if known.path != path:
+                    raise ValueError(f"{name!r} names both {known.path} and {path}")
+    return layers, order
+
+
+def _split(key: str, layers: Mapping[str, _NamedLayer]) -> tuple[str, str]:
+    """(name, leaf) of a key, the name being the longest known one; ("", "") when no layer has that name."""
+    name = key
+    while name := name.rpartition(".")[0]:
+        leaf = key[len(name) + 1 :]
+        if name in layers and leaf not in ("weight", "bias"):  # those are a checkpoint's, not an adapter's
+            return name, leaf
+    return "", ""
+
+
+def _unclaimed(strange: list[str], layers: Mapping[str, _NamedLayer], total: int) -> str:
+    """The message for keys that name no layer: a key of each of the first five unknown names, and the nearest known
+    ones."""
+    first: dict[str, str] = {}
+    for key in strange:
+        first.setdefault(key.split(".lora_")[0] if ".lora_" in key else key.rpartition(".")[0], key)
+    shown = [f"  {key}{nearest(head, layers)}" for head, key in list(first.items())[:5]]
+    more = [f"  and those of {len(first) - 5} more names"] if len(first) > 5 else []
+    return "\n".join([f"{len(strange)} of {total} keys of the adapter name no layer of this model:", *shown, *more])
+
+
+# --- values ---
+
+
+def _exact(name: str, change: Callable[[type[Adapter]], _T], tensors: AdapterTensors) -> _T:
+    """`change` by the kind of these tensors; `name` begins the messages."""
+    try:
+        return change(from_tensors(tensors)[0])
+    except UserError as error:
+        raise UserError(*(f"{name}: {message}" for message in error.messages)) from None
+
+
+def _folded(name: str, tensors: AdapterTensors) -> AdapterTensors:
+    """The tensors without alpha, with its effect."""
+    return _exact(name, lambda kind: kind.fold_alpha(tensors), tensors)
+
+
+def _cut(names: tuple[str, ...], rule: Rule | None, tensors: AdapterTensors) -> list[AdapterTensors]:
+    """The tensors of each piece of a fused layer."""
+    if rule and rule.change:
+        tensors = _moved(names[0], rule.change, rule.change.back, tensors)
+    if len(names) == 1:
+        return [tensors]
+
+    def pieces(kind: type[Adapter]) -> list[AdapterTensors]:
+        rows = (rule.rows if rule else None) or (kind.row_count(tensors) // len(names),) * len(names)
+        return kind.cut(tensors, rows)
+
+    return _exact(names[0], pieces, tensors)
+
+
+def _moved(name: str, change: Change, move: Callable[[Tensor], Tensor], tensors: AdapterTensors) -> AdapterTensors:
+    """The tensors of a layer whose weight goes through `move`: exact for some kinds if that is a matter of rows."""
+    if not change.moves_rows:
+        raise UserError(f"{name}: the layer's values differ between the two sides; its adapter has no exact form there")
+    return _exact(name, lambda kind: kind.move_rows(tensors, move), tensors)
+
+
+def _joined(path: ModulePath, rule: Rule | None, pieces: dict[int, AdapterTensors]) -> AdapterTensors:
+    """The native tensors of a layer from those of its pieces, exactly; a piece that is not there changes nothing."""
+    for tensors in pieces.values():
+        if DOWN in tensors and ALPHA not in tensors:  # scale 1
+            tensors[ALPHA] = torch.tensor(float(tensors[DOWN].shape[0]), dtype=tensors[DOWN].dtype)
+    if rule is None or len(rule.foreign) == 1:
+        whole = pieces[0]
+    else:
+        first = pieces[min(pieces)]
+
+        def join(kind: type[Adapter]) -> AdapterTensors:
+            return kind.join(pieces, rule.rows or (kind.row_count(first),) * len(rule.foreign))
+
+        whole = _exact(path[1], join, first)
+    return _moved(path[1], rule.change, rule.change.into, whole) if rule and rule.change else whole
