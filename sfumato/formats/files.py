@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+    from sfumato.formats.planned import PlannedTensor
+
 PICKLES = (".ckpt", ".pt", ".pth", ".bin")
 """Endings of pickled weight files; everything else is taken for safetensors."""
 _SPELLING = {f"torch.{theirs}": name for name, theirs in DTYPES.items()}
@@ -228,30 +230,37 @@ def aside(path: str | Path, needed: int = 0) -> Iterator[Path]:
 
 def save(
     path: str | Path,
-    tensors: Mapping[str, Tensor],
+    tensors: Mapping[str, Tensor | PlannedTensor],
     metadata: Mapping[str, str] | None = None,
     check: Callable[[], None] | None = None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> None:
     """Write a weight file, atomically; the ending chooses safetensors or a pickle (which holds no metadata).
 
-    The same tensors and metadata give the same bytes. `check` is called when all is written and may still refuse.
-    Errors: `WriteError` as `aside`; the old file is untouched then.
+    The same tensors and metadata give the same bytes. A planned tensor is made when its turn has come, and given up
+    when it is written (in a pickle: when all are). `check` is called when all is written and may still refuse.
+    `progress`: (done, all) bytes of a safetensors file. Errors: `WriteError` as `aside`; the old file is untouched
+    then.
     """
     path = Path(path)
-    with aside(path, sum(t.nbytes for t in tensors.values())) as temp:
+    total = sum(t.nbytes for t in tensors.values())
+    with aside(path, total) as temp:
         with temp.open("wb") as file:
             if path.suffix in PICKLES:
                 import torch
 
-                torch.save({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, file)
+                torch.save({name: _made(name, t).detach().cpu().contiguous() for name, t in tensors.items()}, file)
             else:
                 for part in serialise(tensors, metadata):
                     file.write(part)
+                    progress(min(file.tell(), total), total)
         if check:
             check()
 
 
-def serialise(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> Iterator[bytes | memoryview]:
+def serialise(
+    tensors: Mapping[str, Tensor | PlannedTensor], metadata: Mapping[str, str] | None = None
+) -> Iterator[bytes | memoryview]:
     """A safetensors file: first its header, then the bytes of one tensor after another, laid out as the safetensors
     library does.
 
@@ -271,13 +280,27 @@ def serialise(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None 
     header += b" " * (-len(header) % 8)
     yield len(header).to_bytes(8, "little") + header
     for name in names:
-        yield _bytes(tensors[name])
+        yield _bytes(_made(name, tensors[name]))
 
 
-def _spelling(name: str, tensor: Tensor) -> str:
+def _spelling(name: str, tensor: Tensor | PlannedTensor) -> str:
     if str(tensor.dtype) not in _SPELLING:
         raise UserError(f"tensor {name!r}: safetensors has no {tensor.dtype}")
     return _SPELLING[str(tensor.dtype)]
+
+
+def _made(name: str, tensor: Tensor | PlannedTensor) -> Tensor:
+    import torch
+
+    if isinstance(tensor, torch.Tensor):
+        return tensor
+    made = tensor.make()
+    if made.dtype != tensor.dtype or made.shape != tensor.shape:
+        raise RuntimeError(
+            f"tensor {name!r} was planned as {tensor.dtype} {list(tensor.shape)} and made as {made.dtype} "
+            f"{list(made.shape)}"
+        )
+    return made
 
 
 def _bytes(tensor: Tensor) -> memoryview:

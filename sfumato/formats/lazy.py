@@ -16,6 +16,7 @@ from torch import Tensor
 
 from sfumato.errors import UserError
 from sfumato.formats import files
+from sfumato.formats.planned import PlannedTensor
 
 _log = logging.getLogger(__name__)
 STORED = ("F8_E4M3", "F8_E5M2")
@@ -127,6 +128,11 @@ class _File:
         self.check()  # after the reading: what was read until now is sound
         return values.view(info.shape)
 
+    def planned(self, name: str) -> PlannedTensor:
+        """The tensor as it stands in the file, read each time that it is made."""
+        info = self.header.tensors[name]
+        return PlannedTensor(files.torch_dtype(info.dtype), info.shape, lambda: self.read(name))
+
     def _fill(self, values: Tensor) -> None:
         """The next bytes of the file as these values."""
         view, at = values.view(torch.uint8).numpy().data, 0
@@ -191,6 +197,10 @@ class Lazy(Mapping[str, Tensor]):
     def cast(self, dtype: torch.dtype | None, *, map: bool | Callable[[str], bool] = True) -> Lazy:
         """The same tensors, read in another number format."""
         return Lazy(self.places, dtype, map)
+
+    def as_stored(self) -> dict[str, PlannedTensor]:
+        """The same in the number formats of the files (fp8 stays fp8), to be written elsewhere."""
+        return {name: file.planned(theirs) for name, (file, theirs) in self.places.items()}
 
     def __getitem__(self, name: str) -> Tensor:
         file, theirs = self.places[name]
