@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 
 PICKLES = (".ckpt", ".pt", ".pth", ".bin")
 """Endings of pickled weight files; everything else is taken for safetensors."""
+PIECE = 1 << 18
+"""Bytes that are written at once: Linux takes a file in such pieces faster than in one of gigabytes."""
 _SPELLING = {f"torch.{theirs}": name for name, theirs in DTYPES.items()}
 
 
@@ -252,7 +254,8 @@ def save(
                 torch.save({name: _made(name, t).detach().cpu().contiguous() for name, t in tensors.items()}, file)
             else:
                 for part in serialise(tensors, metadata):
-                    file.write(part)
+                    for at in range(0, len(part), PIECE):
+                        file.write(part[at : at + PIECE])
                     progress(min(file.tell(), total), total)
         if check:
             check()
