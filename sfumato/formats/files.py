@@ -12,6 +12,7 @@ import stat
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from sfumato.formats.planned import PlannedTensor
+    from sfumato.formats.planned import Writable
 
 PICKLES = (".ckpt", ".pt", ".pth", ".bin")
 """Endings of pickled weight files; everything else is taken for safetensors."""
@@ -232,10 +233,10 @@ def aside(path: str | Path, needed: int = 0) -> Iterator[Path]:
 
 def save(
     path: str | Path,
-    tensors: Mapping[str, Tensor | PlannedTensor],
+    tensors: Mapping[str, Writable],
     metadata: Mapping[str, str] | None = None,
     check: Callable[[], None] | None = None,
-    progress: Callable[[int, int], None] = lambda done, total: None,
+    progress: Callable[[int, int], None] | None = None,
 ) -> None:
     """Write a weight file, atomically; the ending chooses safetensors or a pickle (which holds no metadata).
 
@@ -256,13 +257,14 @@ def save(
                 for part in serialise(tensors, metadata):
                     for at in range(0, len(part), PIECE):
                         file.write(part[at : at + PIECE])
-                    progress(min(file.tell(), total), total)
+                    if progress:
+                        progress(min(file.tell(), total), total)
         if check:
             check()
 
 
 def serialise(
-    tensors: Mapping[str, Tensor | PlannedTensor], metadata: Mapping[str, str] | None = None
+    tensors: Mapping[str, Writable], metadata: Mapping[str, str] | None = None
 ) -> Iterator[bytes | memoryview]:
     """A safetensors file: first its header, then the bytes of one tensor after another, laid out as the safetensors
     library does.
@@ -286,13 +288,13 @@ def serialise(
         yield _bytes(_made(name, tensors[name]))
 
 
-def _spelling(name: str, tensor: Tensor | PlannedTensor) -> str:
+def _spelling(name: str, tensor: Writable) -> str:
     if str(tensor.dtype) not in _SPELLING:
         raise UserError(f"tensor {name!r}: safetensors has no {tensor.dtype}")
     return _SPELLING[str(tensor.dtype)]
 
 
-def _made(name: str, tensor: Tensor | PlannedTensor) -> Tensor:
+def _made(name: str, tensor: Writable) -> Tensor:
     import torch
 
     if isinstance(tensor, torch.Tensor):
@@ -377,6 +379,19 @@ def check_finite(tensors: Mapping[str, Tensor], what: str, cast: torch.dtype | N
             else ""
         )
         raise UserError(f"{what}: NaN or infinite values in {', '.join(bad[:3])}{more}{advice}")
+
+
+def finite(tensors: Mapping[str, Writable], what: str, cast: torch.dtype | None = None) -> dict[str, Writable]:
+    """The same, as `check_finite`: those that are planned are checked when they are made."""
+    import torch
+
+    def checked(name: str, tensor: Tensor) -> Tensor:
+        check_finite({name: tensor}, what, cast)
+        return tensor
+
+    made = {name: t for name, t in tensors.items() if isinstance(t, torch.Tensor)}
+    check_finite(made, what, cast)
+    return {name: made[name] if name in made else t.then(partial(checked, name)) for name, t in tensors.items()}  # type: ignore[union-attr]
 
 
 def fingerprint(tensors: Mapping[str, Tensor]) -> str:

@@ -10,11 +10,15 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from sfumato.errors import UserError, nearest
+
+AnyTensor = TypeVar("AnyTensor")
+"""A tensor, or one that is yet to be made."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,6 +148,6 @@ class KeyMap:
         raise UserError(f"no rule names the tensor {name!r}{nearest(name, known)}")
 
 
-def add_prefix(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+def add_prefix(tensors: Mapping[str, AnyTensor], prefix: str) -> dict[str, AnyTensor]:
     """Every name with `prefix` before it."""
     return {prefix + name: t for name, t in tensors.items()}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -30,29 +31,45 @@ class PlannedTensor:
         """The same in another number format, if it holds floats; None: as it is."""
         if dtype is None or dtype == self.dtype or not self.dtype.is_floating_point:
             return self
-        return PlannedTensor(dtype, self.shape, lambda: self.make().to(dtype))
+        return self.then(lambda t: t.to(dtype), dtype)
+
+    def then(self, change: Callable[[Tensor], Tensor], dtype: torch.dtype | None = None) -> PlannedTensor:
+        """What `change` makes of it: of the same shape, and of its dtype if no other is given."""
+        return PlannedTensor(dtype or self.dtype, self.shape, lambda: change(self.make()))
 
 
-def renamed(rename: Rename, tensors: Mapping[str, PlannedTensor]) -> dict[str, PlannedTensor]:
-    """What `rename` makes of these tensors. To make one of the results, those are made that it is made of, no others.
+Writable = Tensor | PlannedTensor
+"""What a weight file can be written of."""
+
+
+def made(tensor: Writable) -> Tensor:
+    """The tensor with its values."""
+    return tensor if isinstance(tensor, Tensor) else tensor.make()
+
+
+def renamed(rename: Rename, tensors: Mapping[str, Writable]) -> dict[str, Writable]:
+    """What `rename` makes of these tensors. Where one of them is planned, so are the results: to make one, those are
+    made that it is made of, no others.
 
     Errors: as `rename`.
     """
+    if not any(isinstance(t, PlannedTensor) for t in tensors.values()):
+        return dict(rename(cast(Mapping[str, Tensor], tensors)))
     asked = _Asked(tensors)
     return {
-        name: PlannedTensor(t.dtype, tuple(t.shape), _made(rename, name, {n: tensors[n] for n in asked.last()}))
+        name: PlannedTensor(t.dtype, tuple(t.shape), _maker(rename, name, {n: tensors[n] for n in asked.last()}))
         for name, t in rename(asked)
     }
 
 
-def _made(rename: Rename, name: str, of: Mapping[str, PlannedTensor]) -> Callable[[], Tensor]:
-    return lambda: next(t for n, t in rename({n: t.make() for n, t in of.items()}) if n == name)
+def _maker(rename: Rename, name: str, of: Mapping[str, Writable]) -> Callable[[], Tensor]:
+    return lambda: next(t for n, t in rename({n: made(t) for n, t in of.items()}) if n == name)
 
 
 class _Asked(Mapping[str, Tensor]):
     """Stand-ins without values, which know who was asked for last."""
 
-    def __init__(self, tensors: Mapping[str, PlannedTensor]) -> None:
+    def __init__(self, tensors: Mapping[str, Writable]) -> None:
         self._tensors = tensors
         self._now: list[str] = []
         self._last: list[str] = []

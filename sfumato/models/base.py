@@ -24,6 +24,7 @@ from sfumato.data.strategies import (
 )
 from sfumato.errors import UserError
 from sfumato.formats.dialect import Dialect
+from sfumato.formats.planned import Writable
 from sfumato.models.autoencoders import scale, unscale
 from sfumato.models.components import Checkpoint, Component
 from sfumato.models.encoders.tokenizers import MERGES
@@ -240,9 +241,10 @@ class Family:
     Errors: `UserError` if they contradict."""
     tokenizer_specs: Mapping[str, TokenizerSpec]
     """Text encoder -> its tokenizer."""
-    new_folder: Callable[[Models], NewFolder] | None = None
-    """None: saved as a diffusers folder only if it came as one."""
-    adjust_single_file: Callable[[Models, dict[str, Tensor]], dict[str, Tensor]] = lambda models, tensors: tensors
+    new_folder: Callable[[Models], NewFolder | None] | None = None
+    """Its value None: what the folder that the model came from holds is copied. No function: it is saved as a diffusers
+    folder only if it came as one."""
+    adjust_single_file: Callable[[Models, dict[str, Writable]], dict[str, Writable]] = lambda models, tensors: tensors
     """A last change to the tensors of a single file about to be saved."""
     tokenize: Callable[[Models], TokenizeStrategy]
     """Captions -> tokens."""

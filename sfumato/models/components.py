@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from sfumato.errors import UserError
 from sfumato.formats import files
-from sfumato.formats.lazy import FLOATS, Lazy
+from sfumato.formats.lazy import FLOATS, STORED, Lazy
 from sfumato.formats.names import KeyMap, add_prefix
+from sfumato.formats.planned import PlannedTensor, Writable, made, renamed
 from sfumato.models import locate
 from sfumato.models.detection import PREFIX, Shapes
 from sfumato.models.meta_init import check, fill, shapes
@@ -45,11 +46,11 @@ class KeyFormat:
         """Whether a tensor of the file is the net's as it stands, under whatever name."""
         return self.keys is None or self.keys.renames(name, native=self.inverse)
 
-    def write(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def write(self, tensors: Mapping[str, Writable]) -> dict[str, Writable]:
         """The net's tensors under the file's names."""
         if self.keys is None:
             return dict(tensors)
-        return self.keys.to_native(tensors) if self.inverse else self.keys.to_foreign(tensors)
+        return renamed(self.keys.natives if self.inverse else self.keys.foreigns, tensors)
 
     def shapes(self, shapes: Shapes) -> dict[str, tuple[int, ...]]:
         """Shapes by the net's names, from those of the file."""
@@ -160,6 +161,10 @@ class ComponentWeights:
         """(native name, tensor), one after another, floats cast to `dtype`; `map`: whether they may be backed by the
         file."""
         return self.key_format.read(self.tensors.cast(dtype, map=map and self.key_format.renames))
+
+    def planned(self) -> dict[str, Writable]:
+        """The tensors by native name, in the number formats of the files, each read when it is made."""
+        return renamed(self.key_format.read, self.tensors.as_stored())
 
     def empty(self) -> nn.Module:
         """The net without values (on the meta device). Errors: `UserError` for tensors whose names or shapes do not fit
@@ -390,28 +395,35 @@ def lacking(source: Checkpoint, components: Sequence[Component]) -> list[str]:
 
 
 def values(
-    net: nn.Module | None, weights: ComponentWeights, instead: Mapping[str, Tensor], dtype: torch.dtype | None
-) -> dict[str, Tensor]:
+    net: nn.Module | None, weights: ComponentWeights, instead: Mapping[str, Writable], dtype: torch.dtype | None
+) -> dict[str, Writable]:
     """Native tensors of a net as they are saved: those of the file, in its number formats (fp8 as bf16), where the net
     has their values or was never given any (None: was not even made)."""
-    own = {**(net.state_dict() if net else {}), **instead}
-    if net is None or any(t.is_meta for t in own.values()) or unchanged(own, weights):
-        own = dict(weights.natives())
-    return own if dtype is None else {name: t.to(dtype) if t.is_floating_point() else t for name, t in own.items()}
+    own: dict[str, Writable] = {**(net.state_dict() if net else {}), **instead}
+    if not own or any(isinstance(t, Tensor) and t.is_meta for t in own.values()):
+        own = {**_as_read(weights), **instead}
+    elif not any(isinstance(t, PlannedTensor) for t in own.values()) and unchanged(own, weights):
+        own = _as_read(weights)
+    return own if dtype is None else {name: t.to(dtype) if t.dtype.is_floating_point else t for name, t in own.items()}
 
 
-def unchanged(own: Mapping[str, Tensor], weights: ComponentWeights) -> bool:
+def _as_read(weights: ComponentWeights) -> dict[str, Writable]:
+    coarse = [files.torch_dtype(kind) for kind in STORED]
+    return {name: t.to(torch.bfloat16) if t.dtype in coarse else t for name, t in weights.planned().items()}
+
+
+def unchanged(own: Mapping[str, Writable], weights: ComponentWeights) -> bool:
     """Whether tensors are those of the file, but for their number format."""
     # Read anew: a net that was trained in the file's own format may share its memory with what was mapped before.
     read = weights.key_format.read(weights.tensors.cast(None, map=False))
-    return all(torch.equal(own[name].cpu(), t.to(own[name].dtype)) for name, t in read)
+    return all(torch.equal(made(own[name]).cpu(), t.to(own[name].dtype)) for name, t in read)
 
 
-def single_file(source: Checkpoint, components: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
+def single_file(source: Checkpoint, components: Mapping[str, Mapping[str, Writable]]) -> dict[str, Writable]:
     """The tensors of a single file in the key format of the source, or of new ones. `components`: native tensors
     by component."""
-    out: dict[str, Tensor] = {}
-    tied: dict[str, Tensor] = {}
+    out: dict[str, Writable] = {}
+    tied: dict[str, Writable] = {}
     for name, tensors in components.items():
         weights = source.components[name]
         if weights.prefix is None:
@@ -424,4 +436,5 @@ def single_file(source: Checkpoint, components: Mapping[str, Mapping[str, Tensor
             (weights.prefix + copy, weights.prefix + original) for copy, original in weights.component.tied_keys.items()
         ]
         tied |= {copy: out[original] for copy, original in pairs if copy in source.passthrough and original in out}
-    return {**out, **source.passthrough, **tied}
+    passthrough = source.passthrough
+    return {**out, **(passthrough.as_stored() if isinstance(passthrough, Lazy) else passthrough), **tied}

@@ -11,13 +11,14 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from sfumato.config import FamilyOptions
 from sfumato.data.store import Progress
 from sfumato.errors import UserError
 from sfumato.formats import files
 from sfumato.formats.folders import aside_folder
+from sfumato.formats.planned import Writable
 from sfumato.models import components, locate
 from sfumato.models.base import Family, Models, TokenizerSpec
 from sfumato.models.components import Checkpoint
@@ -232,14 +233,16 @@ def save(
     layout: str,
     dtype: torch.dtype | None,
     metadata: Mapping[str, str],
-    state: Mapping[str, Mapping[str, Tensor]] | None = None,
+    state: Mapping[str, Mapping[str, Writable]] | None = None,
     trained: Collection[str] = (),
+    progress: Progress | None = None,
 ) -> None:
     """Write a whole model, laid out as "single_file" or "diffusers".
 
     `state`: {component: native tensors} to write in place of the nets' own (an average, say). A component that is as it
-    was read is written in its first number format, not as it was run in. `trained`: components that changed; such an
-    encoder that has no place in the single file is written beside it, as `NAME_ENCODER`.
+    was read is written in its first number format, not as it was run in, and one tensor after another. `trained`:
+    components that changed; such an encoder that has no place in the single file is written beside it, as
+    `NAME_ENCODER`. `progress`: (done, all) bytes.
     """
     source = models.source
     source.check()
@@ -255,10 +258,9 @@ def save(
         name: components.values(made.get(name), weights, (state or {}).get(name, {}), dtype)
         for name, weights in each.items()
     }
-    for name, tensors in values.items():
-        files.check_finite(tensors, f"{path.name} ({name})", dtype)
+    values = {name: files.finite(tensors, f"{path.name} ({name})", dtype) for name, tensors in values.items()}
     if layout == "diffusers":
-        _write_folder(models, path, values, metadata)
+        _write_folder(models, path, values, metadata, progress)
         return
     for name, spec in models.family.tokenizer_specs.items():
         if name in values:
@@ -269,7 +271,11 @@ def save(
             path.with_name(f"{path.stem}_{name}{path.suffix}"), weights.key_format.write(values.pop(name)), metadata
         )
     files.save(
-        path, models.family.adjust_single_file(models, components.single_file(source, values)), metadata, source.check
+        path,
+        models.family.adjust_single_file(models, components.single_file(source, values)),
+        metadata,
+        source.check,
+        progress,
     )
 
 
@@ -286,12 +292,17 @@ def check_folder(models: Models) -> None:
 
 
 def _write_folder(
-    models: Models, path: Path, values: Mapping[str, Mapping[str, Tensor]], metadata: Mapping[str, str]
+    models: Models,
+    path: Path,
+    values: Mapping[str, Mapping[str, Writable]],
+    metadata: Mapping[str, str],
+    progress: Progress | None,
 ) -> None:
     """A folder that diffusers' pipeline reads; it appears whole or not at all."""
     check_folder(models)
-    source = models.source
-    with aside_folder(path, sum(t.nbytes for tensors in values.values() for t in tensors.values())) as folder:
+    source, before = models.source, 0
+    total = sum(t.nbytes for tensors in values.values() for t in tensors.values())
+    with aside_folder(path, total) as folder:
         made = models.family.new_folder(models) if models.family.new_folder else None
         if made is None:
             _copy_facts(source.path, folder)
@@ -307,8 +318,16 @@ def _write_folder(
             written = weights.component.diffusers(shapes(tensors)).write(tensors)
             file = "model" if name in models.encoders else "diffusion_pytorch_model"
             # Readers of such folders ask for the mark "pt".
-            files.save(folder / weights.component.folder / f"{file}.safetensors", written, {**metadata, "format": "pt"})
+            target = folder / weights.component.folder / f"{file}.safetensors"
+            advance = partial(_advance, progress, before, total) if progress else None
+            files.save(target, written, {**metadata, "format": "pt"}, progress=advance)
+            before += sum(t.nbytes for t in tensors.values())
         source.check()
+
+
+def _advance(progress: Progress, before: int, total: int, done: int, of_file: int) -> None:
+    """Progress of one file of several."""
+    progress(before + done, total)
 
 
 def _copy_facts(source: Path, folder: Path) -> None:

@@ -8,12 +8,13 @@ from typing import TypeVar
 from torch import Tensor, nn
 
 from sfumato.errors import UserError, nearest
+from sfumato.formats.planned import Writable
 
 Net = TypeVar("Net", bound=nn.Module)
 SHOWN = 5
 
 
-def shapes(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+def shapes(tensors: Mapping[str, Writable]) -> dict[str, tuple[int, ...]]:
     """{name: shape}, from which nets read their sizes."""
     return {name: tuple(t.shape) for name, t in tensors.items()}
 

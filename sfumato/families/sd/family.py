@@ -18,6 +18,7 @@ from sfumato.families.sd.names import CLIP_H, CLIP_L, PASSTHROUGH, TARGETS, VAE,
 from sfumato.families.sd.net import UNet, blocks
 from sfumato.families.sd.strategies import LATENTS, OUTPUTS, SdEncode, SdTokenize
 from sfumato.formats.dialect import Dialect, usual
+from sfumato.formats.planned import Writable, renamed
 from sfumato.models import locate
 from sfumato.models.autoencoders import vae_component
 from sfumato.models.base import Family, Models, TokenizerSpec
@@ -101,17 +102,17 @@ def prediction(source: Checkpoint) -> str:
     return "v" if marked else named
 
 
-def without_old_average(models: Models, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+def without_old_average(models: Models, tensors: dict[str, Writable]) -> dict[str, Writable]:
     """An average of the old U-Net beside a new one would be taken for the new one's by programs that prefer it."""
     weights = models.source.components["denoiser"]
     others = {name: t for name, t in tensors.items() if not name.startswith("model_ema.")}
     if len(others) == len(tensors):
         return tensors
-    own = dict(weights.key_format.read({name: tensors[f"{weights.prefix}{name}"] for name in weights.tensors}))
+    own = renamed(weights.key_format.read, {name: tensors[f"{weights.prefix}{name}"] for name in weights.tensors})
     return tensors if unchanged(own, weights) else others
 
 
-def adjust_single_file(models: Models, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+def adjust_single_file(models: Models, tensors: dict[str, Writable]) -> dict[str, Writable]:
     """What programs that read single files expect besides the nets, and without what they would misread."""
     source = models.source
     tensors = without_old_average(models, tensors)
@@ -121,7 +122,9 @@ def adjust_single_file(models: Models, tensors: dict[str, Tensor]) -> dict[str, 
     # A last layer of zeros, which passes its input on: readers expect one more than is used, and folders hold none.
     prefix, added = (f"{CLIP_H}transformer.resblocks.{n}." for n in (max(layers), max(layers) + 1))
     return tensors | {
-        added + name.removeprefix(prefix): torch.zeros_like(t) for name, t in tensors.items() if name.startswith(prefix)
+        added + name.removeprefix(prefix): torch.zeros(t.shape, dtype=t.dtype)
+        for name, t in tensors.items()
+        if name.startswith(prefix)
     }
 
 
