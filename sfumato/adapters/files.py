@@ -97,10 +97,11 @@ def _named_layers(
             if path[0] not in dialect.prefix:
                 continue
             names, rule = dialect.names(path)
-            for piece, name in enumerate(names):
-                known = layers.setdefault(name, _NamedLayer(path, piece, rule, native))
-                if known.path != path:
-                    raise ValueError(f"{name!r} names both {known.path} and {path}")
+            for piece, written in enumerate(names):
+                for name in dialect.spellings(path[0], written):
+                    known = layers.setdefault(name, _NamedLayer(path, piece, rule, native))
+                    if known.path != path:
+                        raise ValueError(f"{name!r} names both {known.path} and {path}")
     return layers, order
 
 

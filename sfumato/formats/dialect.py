@@ -37,6 +37,8 @@ class Dialect:
     name: str
     prefix: Mapping[str, str]
     """component -> what stands before the path, separator included; a component that is not here cannot be named."""
+    read_also: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    """component -> what other programs' files have in place of its `prefix`: read, never written."""
     keys: Mapping[str, KeyMap] = field(default_factory=dict)
     """component -> table native -> foreign; a component that is not here keeps its native names."""
     separator: Literal[".", "_"] = "."
@@ -58,6 +60,11 @@ class Dialect:
         return tuple(
             self.prefix[component] + p.replace(".", self.separator) for p in paths
         ), match.rule if match else None
+
+    def spellings(self, component: str, name: str) -> tuple[str, ...]:
+        """A name of `names` as it is written, then as it is read besides."""
+        path = name.removeprefix(self.prefix[component])
+        return name, *(prefix + path for prefix in self.read_also.get(component, ()))
 
 
 def usual(

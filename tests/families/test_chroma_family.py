@@ -24,6 +24,7 @@ from sfumato.families.chroma.facts import Completed, NetworkArgs
 from sfumato.families.chroma.family import FAMILY
 from sfumato.families.chroma.net import Chroma
 from sfumato.families.chroma.strategies import OUTPUTS, ChromaTokenize
+from sfumato.families.detect import identify
 from sfumato.models.base import Models
 from sfumato.models.meta_init import fill, shapes
 from sfumato.sampling.sample import sample_latents
@@ -201,9 +202,17 @@ def test_adapters_have_the_names_and_shapes_of_sd_scripts(keys: Keys, full_size:
     assert kohya(full_size) == below(keys("adapter.chroma.lora"), "lora_unet_")
 
 
-def test_adapters_of_t5_have_the_names_and_shapes_of_flux(keys: Keys, full_size: Models) -> None:
-    table = below(keys("adapter.chroma.lora"), "lora_unet_") | below(keys("adapter.flux.lora"), "lora_te3_")
-    assert kohya(full_size, "train_t5xxl=True") == table
+def test_adapters_of_t5_have_the_shapes_of_flux_and_the_first_encoders_names(keys: Keys, full_size: Models) -> None:
+    """ComfyUI (`comfy/lora.py`) and Forge number the text encoders that a model has; sd-scripts' number is read too."""
+    theirs = below(keys("adapter.flux.lora"), "lora_te3_")
+    t5 = {name.replace("lora_te3_", "lora_te1_"): shape for name, shape in theirs.items()}
+    assert kohya(full_size, "train_t5xxl=True") == below(keys("adapter.chroma.lora"), "lora_unet_") | t5
+    paths = [("t5xxl", path) for path, _ in full_size.encoders["t5xxl"].named_modules()]
+    known = [adapter_files.read([full_size.dialects["kohya"]], meta(names), paths) for names in (theirs, t5)]
+    assert known[0].keys() == known[1].keys()
+    assert len(known[0]) == len(theirs) // 3
+    assert (found := identify(t5)) is not None
+    assert found.family == "chroma"
 
 
 @pytest.mark.parametrize(

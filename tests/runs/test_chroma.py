@@ -50,7 +50,7 @@ def test_adapters_on_t5_where_they_are_asked_for(files: Files, images: Path, tmp
     assert {component for component, _ in by_path} == {"denoiser", "t5xxl"}
     assert all(adapter.lora_up.weight.any() for adapter in by_path.values())  # type: ignore[union-attr]
     starts = {
-        "kohya": ("lora_unet_", "lora_te3_"),
+        "kohya": ("lora_unet_", "lora_te1_"),
         "comfy": ("diffusion_model.", "text_encoders.t5xxl.transformer.encoder."),
     }[dialect]
     tensors = load(path)

@@ -104,14 +104,14 @@ SIGNATURE = Signature(
     claims={"chroma": ""},
     denoiser=_denoiser,
     adapters={
-        rf"lora_unet_{MARK}_.*": "kohya",
+        rf"lora_unet_{MARK}_.*|lora_te1_encoder_block_.*": "kohya",
         rf"diffusion_model\.{MARK}\..*": "comfy",
         rf"transformer\.{MARK}\..*": "peft",
         **ADAPTERS,
     },
     foreign=rf"{FOREIGN}|{_MODULATED}",
     # All other names are FLUX.1's as well, which answers for an adapter that does not say whose it is.
-    own=lambda shapes: has(shapes, rf".*{MARK}.*"),
+    own=lambda shapes: has(shapes, rf".*{MARK}.*|lora_te1_encoder_block_.*"),
 )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 from torch import Tensor, nn
 
@@ -86,8 +86,14 @@ def sigmas(models: Models, steps: int, latent_pixels: int) -> Tensor:
 
 
 def dialects(models: Models) -> Mapping[str, Dialect]:
-    """Adapter names of a model with this transformer: T5 is the third text encoder, as for FLUX.1."""
-    return adapter_dialects(chroma_keys({name: tuple(t.shape) for name, t in models.denoiser.state_dict().items()}))
+    """Adapter names of a model with this transformer.
+
+    Loaders number the text encoders that a model has, so T5 is Chroma's first; sd-scripts writes it as FLUX.1's third.
+    """
+    keys = chroma_keys({name: tuple(t.shape) for name, t in models.denoiser.state_dict().items()})
+    theirs = adapter_dialects(keys)
+    kohya = {"denoiser": "lora_unet_", "t5xxl": "lora_te1_"}
+    return theirs | {"kohya": replace(theirs["kohya"], prefix=kohya, read_also={"t5xxl": ("lora_te3_",)})}
 
 
 def trainable(options: FamilyOptions, plan: AdapterPlan | None) -> frozenset[str]:
