@@ -31,7 +31,6 @@ _LATER = (
         "split_qkv",
         "ggpo_beta",
         "ggpo_sigma",
-        "use_tucker",
     ),
 )
 """network_args of sd-scripts that sfumato does not have yet."""
@@ -122,7 +121,7 @@ def parse(network: NetworkConfig, family: type | None = None) -> AdapterPlan:
             errors.append(f"network_args {text!r}: {together}")
         elif not equals:
             errors.append(f"network_args {text!r}: expected key=value")
-        elif name in _LATER and name not in theirs:
+        elif name in _LATER and name not in known:
             errors.append(f"network_args {name}: not supported yet; leave it out")
         elif name not in known:
             errors.append(f"network_args {name!r} is not known to {network.network_module}{nearest(name, known)}")

@@ -12,6 +12,7 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from sfumato.errors import UserError
 from sfumato.formats.dialect import ALPHA, AdapterTensors
@@ -141,18 +142,25 @@ class Adapter(nn.Module):
     # The tensors of a file, of a layer whose rows stand elsewhere in other programs.
 
     @classmethod
+    def rows_of(cls, tensors: AdapterTensors) -> Mapping[str, int]:
+        """`rows`, of a kind whose tensors have several forms."""
+        return cls.rows
+
+    @classmethod
     def row_count(cls, tensors: AdapterTensors) -> int:
         """Output rows of the layer that these tensors are of. Errors: `UserError` if that has no exact form in
         pieces."""
-        if leaf := next((leaf for leaf in tensors if leaf in cls.rows), None):
-            return tensors[leaf].shape[cls.rows[leaf]]
+        dims = cls.rows_of(tensors)
+        if leaf := next((leaf for leaf in tensors if leaf in dims), None):
+            return tensors[leaf].shape[dims[leaf]]
         raise UserError(f"{cls.__name__} has no exact form for a part of a layer's rows")
 
     @classmethod
     def cut(cls, tensors: AdapterTensors, rows: Sequence[int]) -> list[AdapterTensors]:
         """The tensors of a fused layer -> those of its pieces, of so many output rows each. Errors: `UserError` if that
         has no exact form."""
-        parts = {leaf: torch.split(t, list(rows), cls.rows[leaf]) for leaf, t in tensors.items() if leaf in cls.rows}
+        dims = cls.rows_of(tensors)
+        parts = {leaf: torch.split(t, list(rows), dims[leaf]) for leaf, t in tensors.items() if leaf in dims}
         return [{leaf: parts[leaf][i] if leaf in parts else t for leaf, t in tensors.items()} for i in range(len(rows))]
 
     @classmethod
@@ -160,28 +168,30 @@ class Adapter(nn.Module):
         """The reverse of `cut`; a piece that is missing changes nothing. Errors: `UserError` if that has no exact
         form."""
         first = pieces[min(pieces)]
+        dims = cls.rows_of(first)
         if (
-            not cls.rows
+            not dims
             or len(pieces) < len(rows)
             or any(
                 piece.keys() != first.keys()
-                or not all(leaf in cls.rows or torch.equal(t, first[leaf]) for leaf, t in piece.items())
+                or not all(leaf in dims or torch.equal(t, first[leaf]) for leaf, t in piece.items())
                 for piece in pieces.values()
             )
         ):
             raise UserError(f"{cls.__name__} of the pieces of a fused layer has no exact form for the whole of it")
         return {
-            leaf: torch.cat([pieces[i][leaf] for i in range(len(rows))], cls.rows[leaf]) if leaf in cls.rows else t
+            leaf: torch.cat([pieces[i][leaf] for i in range(len(rows))], dims[leaf]) if leaf in dims else t
             for leaf, t in first.items()
         }
 
     @classmethod
     def move_rows(cls, tensors: AdapterTensors, move: Callable[[Tensor], Tensor]) -> AdapterTensors:
         """The tensors of a layer whose rows go through `move`. Errors: `UserError` if that has no exact form."""
-        if not cls.rows:
+        dims = cls.rows_of(tensors)
+        if not dims:
             raise UserError(f"{cls.__name__} has no exact form for rows in another order")
         return {
-            leaf: move(t.transpose(0, cls.rows[leaf])).transpose(0, cls.rows[leaf]) if leaf in cls.rows else t
+            leaf: move(t.transpose(0, dims[leaf])).transpose(0, dims[leaf]) if leaf in dims else t
             for leaf, t in tensors.items()
         }
 
@@ -202,6 +212,17 @@ class Adapter(nn.Module):
         if isinstance(strength, Tensor):
             return torch.addcmul(y, (delta * scale).to(y.dtype), per_sample(strength, y).to(y.dtype))
         return torch.add(y, delta.to(y.dtype), alpha=strength * scale)
+
+    def drop_rows(self, delta: Tensor, dim: int) -> Tensor:
+        """`rank_dropout` of kinds without an axis of ranks: output rows of the change, which lie along `dim` of
+        `delta`, are dropped, as by sd-scripts and LyCORIS."""
+        p = self.options.rank_dropout
+        if not (self.training and p):
+            return delta
+        mask = self.dropout_mask("rank_dropout", p, (len(delta), delta.shape[dim]), delta.device).to(delta.dtype)
+        shape = [1] * delta.ndim
+        shape[0], shape[dim] = mask.shape
+        return delta * mask.view(shape) / (1 - p)
 
     def dropout_mask(self, purpose: str, chance: float, shape: Sequence[int], device: torch.device) -> Tensor:
         """A mask of `shape` (rows of one sample next to each other): False with the given chance, by the batch's own
@@ -233,6 +254,55 @@ class Additive(Adapter):
 def as_input(x: Tensor, weight: Tensor) -> Tensor:
     """x in the dtype of an adapter's weight; under autocast as it is, for autocast casts both."""
     return x if torch.is_autocast_enabled(x.device.type) else x.to(weight.dtype)
+
+
+class Operation:
+    """What a layer does with its weight: kinds that give another one do the same with that."""
+
+    def __init__(self, base: nn.Module) -> None:
+        """Errors: `TypeError` for a layer that adapters do not go on."""
+        self.convolution: tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]] | None = None
+        """Stride, padding and dilation; None: a linear layer."""
+        self.shape: tuple[int, ...]
+        """Of the weight: (out, in) or (out, in, *kernel)."""
+        if isinstance(base, nn.Linear):
+            self.shape = (base.out_features, base.in_features)
+            return
+        if (
+            not isinstance(base, nn.Conv2d)
+            or base.groups != 1
+            or isinstance(base.padding, str)
+            or base.padding_mode != "zeros"
+        ):
+            raise TypeError(f"adapters go on linear layers and on convolutions without groups, not on {base}")
+        self.shape = (base.out_channels, base.in_channels, *base.kernel_size)
+        self.convolution = tuple(base.stride), tuple(map(int, base.padding)), tuple(base.dilation)
+
+    @property
+    def channels(self) -> int:
+        """The dimension of inputs and outputs that the weight acts on."""
+        return 1 if self.convolution else -1
+
+    def __call__(self, x: Tensor, weight: Tensor) -> Tensor:
+        """x through a weight whose dimensions behind the first may be flattened, without bias."""
+        weight = weight.view(-1, *self.shape[1:])
+        if not self.convolution:
+            return functional.linear(x, weight)
+        return functional.conv2d(x, weight, None, *self.convolution)
+
+    def mix(self, x: Tensor, weight: Tensor) -> Tensor:
+        """x's channels through a matrix."""
+        return functional.conv2d(x, weight[..., None, None]) if self.convolution else functional.linear(x, weight)
+
+    def gradients(self, grad: Tensor, x: Tensor, weight: Tensor, wanted: bool) -> tuple[Tensor | None, Tensor]:
+        """(that of x if `wanted`, that of the weight, flattened and in fp32), from the output's."""
+        if not self.convolution:
+            grad_weight = grad.flatten(0, -2).T @ x.flatten(0, -2)
+            return grad @ weight if wanted else None, grad_weight.float()
+        grad_x, grad_weight, _ = torch.ops.aten.convolution_backward(
+            grad, x, weight.view(self.shape), None, *self.convolution, False, (0, 0), 1, (wanted, True, False)
+        )  # fmt: skip
+        return grad_x, grad_weight.flatten(1).float()
 
 
 def is_meta(base: nn.Module) -> bool:

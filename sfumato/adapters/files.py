@@ -150,7 +150,10 @@ def _cut(names: tuple[str, ...], rule: Rule | None, tensors: AdapterTensors) -> 
         return [tensors]
 
     def pieces(kind: type[Adapter]) -> list[AdapterTensors]:
-        rows = (rule.rows if rule else None) or (kind.row_count(tensors) // len(names),) * len(names)
+        whole = kind.row_count(tensors)
+        rows = (rule.rows if rule else None) or (whole // len(names),) * len(names)
+        if sum(rows) != whole:
+            raise UserError(f"{whole} rows of a fused layer are not {len(rows)} pieces of {', '.join(map(str, rows))}")
         return kind.cut(tensors, rows)
 
     return _exact(names[0], pieces, tensors)

@@ -186,6 +186,22 @@ def test_checkpointed_gradients_are_equal(net, plan, x):
     assert all(torch.equal(a, b) for a, b in zip(plain, again, strict=True))
 
 
+def test_compiled_in_one_graph(net, plan, x):
+    """`fullgraph` raises where a kind leaves the graph."""
+    inserted = insert(net, plan)
+    disturb(inserted)
+
+    def gradients(forward) -> list[torch.Tensor]:
+        inserted.zero_grad()
+        forward(x).square().sum().backward()
+        return [p.grad.clone() for p in inserted.parameters()]
+
+    torch._dynamo.reset()
+    compiled = torch.compile(net.block, backend="aot_eager", fullgraph=True)
+    for mine, wanted in zip(gradients(compiled), gradients(net.block), strict=True):
+        close(mine, wanted)
+
+
 @pytest.mark.parametrize("autocast", [True, False])
 def test_fp32_adapters_on_a_bf16_net(net, plan, x, autocast):
     inserted = insert(net, plan)

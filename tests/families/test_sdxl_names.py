@@ -177,8 +177,10 @@ def test_what_does_not_fit_is_named(keys: Keys, tmp_path: Path) -> None:
 # --- adapters ---
 
 
-def adapter(nets: dict[str, nn.Module], *args: str) -> tuple[Models, dict[ModulePath, AdapterTensors]]:
-    plan = parse(NetworkConfig(network_dim=4, network_alpha=1, network_args=args))
+def adapter(
+    nets: dict[str, nn.Module], *args: str, kind: str = "lora"
+) -> tuple[Models, dict[ModulePath, AdapterTensors]]:
+    plan = parse(NetworkConfig(network_module=f"networks.{kind}", network_dim=4, network_alpha=1, network_args=args))
     places = {name: choose(nets[name], name, FAMILY.targets[name], plan) for name in ("denoiser", "clip_l", "clip_g")}
     inserted = AdapterNetwork(places, seed=0)
     inserted.remove()
@@ -208,6 +210,12 @@ def test_adapters_have_the_names_and_shapes_of_sd_scripts(
     assert shapes(adapter_files.write(models.dialects["kohya"], state)) == {
         k: v for k, v in wanted.items() if k not in odd
     }
+
+
+@pytest.mark.parametrize("kind", ["loha"])
+def test_other_kinds_have_the_names_and_shapes_of_sd_scripts(keys: Keys, nets: dict[str, nn.Module], kind: str) -> None:
+    models, state = adapter(nets, *CONV, "use_tucker=True", kind=kind)
+    assert shapes(adapter_files.write(models.dialects["kohya"], state)) == keys(f"adapter.sdxl.{kind}")
 
 
 def test_linear_targets_are_the_layers_of_diffusers_transformers(nets: dict[str, nn.Module], theirs: nn.Module) -> None:
