@@ -20,6 +20,8 @@ _HELPERS = {"__init__", "base", "insert", "files"}
 _KOHYA = {f"lora_{family}": "lora" for family in ("flux", "sd3", "lumina", "hunyuan_image", "anima")} | {
     "oft_flux": "oft"
 }
+_ALSO = {"weight_decompose": "dora_wd"}
+"""network_args that have another name in other programs."""
 _LATER = (
     *("block_dims", "block_alphas", "conv_block_dims", "conv_block_alphas"),
     *("down_lr_weight", "mid_lr_weight", "up_lr_weight", "block_lr_zero_threshold"),
@@ -117,6 +119,7 @@ def parse(network: NetworkConfig, family: type | None = None) -> AdapterPlan:
     args: dict[str, Any] = {}
     for text in network.network_args:
         name, equals, value = text.partition("=")
+        name = _ALSO.get(name, name)
         if together := several(text):
             errors.append(f"network_args {text!r}: {together}")
         elif not equals:

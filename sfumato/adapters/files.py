@@ -65,7 +65,8 @@ def read(
         ):
             expected = "one number" if native == ALPHA else "rows and columns"
             raise UserError(f"{key!r} of the adapter has the shape {list(tensor.shape)}, expected {expected}")
-        piece[native] = tensor
+        # PEFT's magnitudes are (out,), or (1, out, 1, 1) of a convolution.
+        piece[native] = tensor.reshape(-1, *[1] * max(1, tensor.ndim - 1)) if "magnitude" in leaf else tensor
     if strange:
         raise UserError(_unclaimed(strange, layers, len(tensors)))
     return {path: _joined(path, *found[path]) for path in order if path in found}

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from sfumato.adapters.base import Additive, LayerOptions, as_input, device_of, init_device
+from sfumato.adapters.base import Additive, LayerOptions, as_input, device_of, dora_options, init_device, peft_magnitude
 from sfumato.errors import UserError
-from sfumato.formats.dialect import ALPHA, DOWN, UP, AdapterTensors
+from sfumato.formats.dialect import ALPHA, DORA, DOWN, UP, AdapterTensors
 
 
 class LoRA(Additive):
@@ -25,7 +25,7 @@ class LoRA(Additive):
     `up` is 1x1."""
 
     supports = frozenset({"dropout", "rank_dropout", "module_dropout"})
-    rows: ClassVar[Mapping[str, int]] = {UP: 0}
+    rows: ClassVar[Mapping[str, int]] = {UP: 0, DORA: 0}
 
     def __init__(self, base: nn.Module, options: LayerOptions, generator: torch.Generator) -> None:
         super().__init__(base, options, generator)
@@ -44,41 +44,45 @@ class LoRA(Additive):
 
     @classmethod
     def read(cls, tensors: Mapping[str, Tensor]) -> LayerOptions | None:
-        if tensors.keys() - {"alpha"} != {"lora_down.weight", "lora_up.weight"}:
+        if tensors.keys() - {ALPHA, DORA} != {DOWN, UP}:
             return None
-        rank = tensors["lora_down.weight"].shape[0]
-        return LayerOptions(rank=rank, alpha=float(tensors.get("alpha", rank)))
+        rank = len(tensors[DOWN])
+        return cls.Options(rank=rank, alpha=float(tensors.get(ALPHA, rank)), **dora_options(tensors))
 
     def delta(self, x: Tensor) -> Tensor:
         h = self.lora_down(as_input(x, self.lora_down.weight))
         out: Tensor = self.lora_up(self._drop(h) if self.training else h)
         return out
 
-    def delta_weight(self, weight: Tensor) -> Tensor:
+    def product(self, weight: Tensor) -> Tensor:
         up, down = self.lora_up.weight.float(), self.lora_down.weight.float()
         return (up.flatten(1) @ down.flatten(1)).view(weight.shape) * self.options.scale
 
     def tensors(self) -> AdapterTensors:
-        if not isinstance(self.lora_up, Diagonal):
-            return super().tensors()
-        return {DOWN: self.lora_down.weight.detach(), UP: self.lora_up.weight.detach(), ALPHA: self.alpha}
+        own = super().tensors()
+        if isinstance(self.lora_up, Diagonal):
+            own = {leaf: t for leaf, t in own.items() if leaf not in self.lora_up.names} | {
+                UP: self.lora_up.weight.detach()
+            }
+        return own
 
-    @torch.no_grad()
     def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
         if not isinstance(self.lora_up, Diagonal):
             return super().load_tensors(tensors)
-        down, up = (tensors.get(name) for name in (DOWN, UP))
-        if down is None or up is None or down.shape != self.lora_down.weight.shape or not self.lora_up.take(up):
+        given = dict(tensors)
+        down, up = given.get(DOWN), given.pop(UP, None)
+        blocks = None if down is None or up is None else self.lora_up.blocks_of(up)
+        if down is None or blocks is None:
             raise UserError(
                 f"{self.name}: the file's adapter is not of {len(self.options.pieces)} separate pieces; leave "
                 "split_qkv out"
             )
-        self.lora_down.weight.copy_(down)
-        self.alpha.copy_(tensors.get(ALPHA, torch.tensor(float(len(down)))))
+        given.setdefault(ALPHA, torch.tensor(float(len(down))))
+        super().load_tensors(given | dict(zip(self.lora_up.names, blocks, strict=True)))
         self.options = replace(self.options, alpha=float(self.alpha) / len(self.options.pieces))
 
     @classmethod
-    def join(cls, pieces: Mapping[int, AdapterTensors], rows: Sequence[int]) -> AdapterTensors:
+    def join_factors(cls, pieces: Mapping[int, AdapterTensors], rows: Sequence[int]) -> AdapterTensors:
         """At the same rank when all pieces share one `lora_down`, else at the sum of their ranks."""
         if any(piece.keys() != {DOWN, UP, ALPHA} for piece in pieces.values()):
             raise UserError("only LoRA, with lora_down and lora_up in every piece, can be joined to a fused layer")
@@ -86,7 +90,7 @@ class LoRA(Additive):
         if len(pieces) == len(rows) and all(
             torch.equal(p[DOWN], first[DOWN]) and p[ALPHA] == first[ALPHA] for p in pieces.values()
         ):
-            return super().join(pieces, rows)
+            return super().join_factors(pieces, rows)
         rank = sum(len(p[DOWN]) for p in pieces.values())
         up, at = first[UP].new_zeros((sum(rows), rank, *first[UP].shape[2:])), 0
         for i, part in sorted(pieces.items()):
@@ -100,7 +104,8 @@ class LoRA(Additive):
     def fold_alpha(cls, tensors: AdapterTensors) -> AdapterTensors:
         up = tensors[UP]
         scale = float(tensors[ALPHA]) / tensors[DOWN].shape[0] if ALPHA in tensors else 1.0
-        return {DOWN: tensors[DOWN], UP: (up.float() * scale).to(up.dtype)}
+        folded = {DOWN: tensors[DOWN], UP: (up.float() * scale).to(up.dtype)}
+        return folded | ({DORA: peft_magnitude(tensors[DORA])} if DORA in tensors else {})
 
     def loraplus_parameters(self) -> list[nn.Parameter]:
         return list(self.lora_up.parameters())
@@ -108,6 +113,8 @@ class LoRA(Additive):
     @torch.no_grad()
     def scale_norm(self, limit: float) -> tuple[Tensor, Tensor]:
         """Both factors take an equal share, as in sd-scripts."""
+        if self.dora_scale is not None:
+            raise UserError("scale_weight_norms has no meaning for DoRA, whose magnitudes are trained: leave it out")
         up, down = self.lora_up.weight, self.lora_down.weight
         norm = torch.linalg.matrix_norm(up.flatten(1) @ down.flatten(1)) * abs(self.options.scale)
         ratio = (limit / norm).clamp(max=1.0)
@@ -140,18 +147,18 @@ class Diagonal(nn.Module):
         """(all rows, all ranks), zero off the diagonal of blocks."""
         return _diagonal(self.blocks)
 
-    def take(self, weight: Tensor) -> bool:
-        """Take the blocks of such a weight; False, and nothing is taken, if it has another shape or is not zero
-        elsewhere."""
+    @property
+    def names(self) -> list[str]:
+        """What the adapter calls the blocks."""
+        return [f"lora_up.blocks.{i}" for i in range(len(self.blocks))]
+
+    def blocks_of(self, weight: Tensor) -> list[Tensor] | None:
+        """The blocks of such a weight; None if it has another shape or is not zero elsewhere."""
         if weight.shape != self.weight.shape:
-            return False
+            return None
         rows = torch.split(weight, [len(block) for block in self.blocks])
         blocks = [part.chunk(len(rows), 1)[i] for i, part in enumerate(rows)]
-        if not torch.equal(_diagonal(blocks), weight):
-            return False
-        for block, value in zip(self.blocks, blocks, strict=True):
-            block.copy_(value)
-        return True
+        return blocks if torch.equal(_diagonal(blocks), weight) else None
 
     def forward(self, h: Tensor) -> Tensor:
         """(..., all ranks) -> (..., all rows)"""

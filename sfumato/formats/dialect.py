@@ -16,7 +16,7 @@ ModulePath = tuple[str, str]
 AdapterTensors = dict[str, Tensor]
 """What an adapter keeps for a layer, in kohya's and LyCORIS' names: "lora_down.weight", "alpha", "hada_w1_a" ..."""
 
-DOWN, UP, ALPHA = "lora_down.weight", "lora_up.weight", "alpha"
+DOWN, UP, ALPHA, DORA = "lora_down.weight", "lora_up.weight", "alpha", "dora_scale"
 PEFT_NAMES = {DOWN: "lora_A.weight", UP: "lora_B.weight"}
 """For `Dialect.tensor_names`: what PEFT, and with it diffusers and ComfyUI, calls the two factors of a LoRA."""
 READ_AS = {
@@ -26,6 +26,9 @@ READ_AS = {
     "lora_B.default.weight": UP,
     "lora.down.weight": DOWN,
     "lora.up.weight": UP,
+    "lora_magnitude_vector": DORA,
+    "lora_magnitude_vector.weight": DORA,
+    "lora_magnitude_vector.default.weight": DORA,
 }
 """Leaf spellings of PEFT and of old diffusers; files mix them with any dialect's paths, so all are read in all."""
 
@@ -78,5 +81,12 @@ def usual(
     return {
         "kohya": Dialect(name="kohya", prefix=kohya, separator="_"),
         "comfy": Dialect(name="comfy", prefix=comfy, tensor_names=PEFT_NAMES),
-        "peft": Dialect(name="peft", prefix=peft, keys=keys, tensor_names=PEFT_NAMES, fold_alpha=True),
+        "peft": Dialect(
+            name="peft",
+            prefix=peft,
+            keys=keys,
+            # With .weight, which PEFT reads as well as its own files without it; transformers' text encoders need it.
+            tensor_names={**PEFT_NAMES, DORA: "lora_magnitude_vector.weight"},
+            fold_alpha=True,
+        ),
     }

@@ -6,20 +6,13 @@ import pytest
 import torch
 from lycoris.modules.locon import LoConModule
 from peft import LoraConfig, get_peft_model
+from small import LAYERS
 from torch import nn
 
 from sfumato.adapters.base import LayerOptions
 from sfumato.adapters.lora import LoRA
 
 close = torch.testing.assert_close
-
-LAYERS = {
-    "linear": (lambda: nn.Linear(6, 9), (2, 5, 6)),
-    "vector": (lambda: nn.Linear(6, 9, bias=False), (2, 6)),
-    "conv1x1": (lambda: nn.Conv2d(6, 9, 1), (2, 6, 5, 4)),
-    "conv3x3": (lambda: nn.Conv2d(6, 9, 3, padding=1), (2, 6, 5, 4)),
-    "conv3x3_stride": (lambda: nn.Conv2d(6, 9, 3, stride=2, padding=1), (2, 6, 8, 6)),
-}
 
 
 @pytest.fixture(params=LAYERS)
@@ -82,7 +75,7 @@ def test_a_file_without_alpha_means_the_rank():
     del tensors["alpha"]
     adapter.load_tensors(tensors)
     assert adapter.options.scale == 1.0
-    assert LoRA.read(tensors) == LayerOptions(rank=4, alpha=4.0)
+    assert LoRA.read(tensors) == LoRA.Options(rank=4, alpha=4.0)
 
 
 def test_refuses_what_it_cannot_follow():

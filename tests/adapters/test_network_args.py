@@ -42,6 +42,12 @@ def test_all_args():
     assert (plan.loraplus_ratio("denoiser"), plan.loraplus_ratio("clip_l")) == (16.0, 4.0)
 
 
+@pytest.mark.parametrize("name", ["dora_wd", "weight_decompose"])
+def test_dora(name):
+    plan = parse(NetworkConfig(network_args=(f"{name}=True", "wd_on_out=False")))
+    assert plan.more == {"dora_wd": True, "wd_on_out": False}
+
+
 def test_conv_alpha_defaults_to_one():
     assert parse(NetworkConfig(network_alpha=16, network_args=("conv_dim=8",))).options(conv=True).alpha == 1.0
 
