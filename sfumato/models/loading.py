@@ -103,6 +103,26 @@ def outline(
     return models
 
 
+def outline_parts(family: Family, path: str, options: FamilyOptions) -> Models:
+    """Those nets of a model that a file or folder (and the files that the options name) holds, without values: for what
+    is done to weights, where a VAE, a tokenizer or a text encoder may be missing.
+
+    Errors: `UserError` for tensors that do not fit their net, or if there is no denoiser.
+    """
+    where = locate.local(path, NAME)
+    given = {c.flag: getattr(options, c.flag, None) for c in family.components if c.flag and c.name != "vae"}
+    source = components.open_model(
+        where, family.components, family.title, given=given, passthrough_keys=family.passthrough_keys
+    )
+    if "denoiser" not in source.components:
+        raise UserError(f"{where} holds no denoiser of {family.title}")
+    nets = {name: weights.empty() for name, weights in source.components.items() if name != "vae"}
+    denoiser = nets.pop("denoiser")
+    return Models(
+        family=family, options=options, denoiser=denoiser, encoders=nets, tokenizers={}, vaes=None, source=source
+    )
+
+
 def load(
     family: Family,
     path: str,

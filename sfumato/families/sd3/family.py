@@ -289,7 +289,7 @@ FAMILY = Family(
         "clip_g": CLIP_TARGETS,
         "t5xxl": T5_TARGETS,
     },
-    target_layer=lambda options, plan, target: target_layer(Completed.of(options).blocks, plan, target),
+    target_layer=lambda options, plan, target: target_layer(getattr(options, "blocks", 0), plan, target),
     trainable=trainable,
     rate=rate,
     encoder_lr_order=("clip_l", "clip_g", "t5xxl"),
