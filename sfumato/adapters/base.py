@@ -63,9 +63,13 @@ class Adapter(nn.Module):
     """Which of dropout, rank_dropout, module_dropout the kind has."""
     has_alpha: ClassVar[bool] = True
     """Whether a layer's file tensors have an alpha."""
+    has_rank: ClassVar[bool] = True
+    """Whether network_dim has a meaning."""
     rows: ClassVar[Mapping[str, int]] = {}
     """Tensor of a file -> its dimension along which the layer's output rows lie; those that are not here belong to all
     rows. Empty: the kind has no exact form for a part of a layer's rows."""
+    neutral: ClassVar[Mapping[str, float]] = {}
+    """Tensor of a file -> the value of rows that change nothing, as those of a missing piece of a fused layer."""
 
     alpha: Tensor
 
@@ -169,6 +173,8 @@ class Adapter(nn.Module):
         form."""
         first = pieces[min(pieces)]
         dims = cls.rows_of(first)
+        if dims and dims.keys() <= cls.neutral.keys():
+            pieces = {i: pieces.get(i) or cls._no_change(first, dims, n) for i, n in enumerate(rows)}
         if (
             not dims
             or len(pieces) < len(rows)
@@ -182,6 +188,16 @@ class Adapter(nn.Module):
         return {
             leaf: torch.cat([pieces[i][leaf] for i in range(len(rows))], dims[leaf]) if leaf in dims else t
             for leaf, t in first.items()
+        }
+
+    @classmethod
+    def _no_change(cls, like: AdapterTensors, dims: Mapping[str, int], rows: int) -> AdapterTensors:
+        """Such tensors for so many rows, without effect; what belongs to all rows stays."""
+        return {
+            leaf: t.new_full((*t.shape[: dims[leaf]], rows, *t.shape[dims[leaf] + 1 :]), cls.neutral[leaf])
+            if leaf in dims
+            else t
+            for leaf, t in like.items()
         }
 
     @classmethod

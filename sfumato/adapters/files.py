@@ -6,7 +6,7 @@ What a fused layer's tensors are in pieces, and the reverse, each kind of adapte
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -50,7 +50,7 @@ def read(
     found: dict[ModulePath, tuple[Rule | None, dict[int, AdapterTensors]]] = {}
     strange = []
     for key, tensor in tensors.items():
-        name, leaf = _split(key, layers)
+        name, leaf = _split(key, layers, tensors)
         if not name:
             strange.append(key)
             continue
@@ -106,12 +106,13 @@ def _named_layers(
     return layers, order
 
 
-def _split(key: str, layers: Mapping[str, _NamedLayer]) -> tuple[str, str]:
+def _split(key: str, layers: Mapping[str, _NamedLayer], keys: Container[str]) -> tuple[str, str]:
     """(name, leaf) of a key, the name being the longest known one; ("", "") when no layer has that name."""
     name = key
     while name := name.rpartition(".")[0]:
         leaf = key[len(name) + 1 :]
-        if name in layers and leaf not in ("weight", "bias"):  # those are a checkpoint's, not an adapter's
+        # Those are a checkpoint's, not an adapter's; but (IA)3, which has `on_input` too, calls its factors so.
+        if name in layers and (leaf not in ("weight", "bias") or (leaf == "weight" and f"{name}.on_input" in keys)):
             return name, leaf
     return "", ""
 

@@ -14,7 +14,8 @@ PREFIX = "model.diffusion_model."
 """What stands before a denoiser's names in single files that hold more."""
 NEVER = r"(?!)"
 ADAPTER_TENSOR = (
-    r".*\.((lora|hada|lokr)_\w+(\.\w+)*|lora\.(up|down)\.weight|oft_blocks|oft_diag|diff|diff_b|dora_scale|alpha)"
+    r".*\.((lora|hada|lokr)_\w+(\.\w+)*|lora\.(up|down)\.weight|oft_(blocks|diag|R)(\.\w+)*|diff|diff_b|dora_scale|alpha"
+    r"|on_input|ia3_l)"
 )
 DOWN = r"\.(lora_down|lora_A|lora\.down)\.(default\.)?weight"
 """How a LoRA's first factor ends, which is as wide as the layer's input."""

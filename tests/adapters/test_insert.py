@@ -93,8 +93,8 @@ def test_from_state_refuses_layers_that_are_not_there(net):
         from_state({"denoiser": net}, {**state, ("denoiser", "elsewhere"): state["denoiser", "block.to_q"]})
     with pytest.raises(UserError, match="holds no adapter"):
         from_state({"denoiser": net}, {})
-    with pytest.raises(UserError, match="no kind of adapter has the tensors diff"):
-        from_state({"denoiser": net}, {("denoiser", "block.to_q"): {"diff": torch.zeros(3)}})
+    with pytest.raises(UserError, match="no kind of adapter has the tensors difference"):
+        from_state({"denoiser": net}, {("denoiser", "block.to_q"): {"difference": torch.zeros(3)}})
 
 
 def test_a_multiplier_for_each_sample_cannot_be_merged(net):

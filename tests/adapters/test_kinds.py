@@ -34,7 +34,8 @@ def test_start_values_follow_from_the_seed_and_the_layer(net, plan):
     first, again, other = values(3), values(3), values(4)
     assert torch.equal(torch.get_rng_state(), state), "the global random state was touched"
     assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
-    assert not all(torch.equal(a, b) for a, b in zip(first, other, strict=True))
+    if any(p.any() for p in first):  # a kind may start with zeros alone
+        assert not all(torch.equal(a, b) for a, b in zip(first, other, strict=True))
     alone = insert(net, replace(plan, conv_rank=None), seed=3)
     whole = insert(net, plan, seed=3)
     for path, adapter in alone.by_path().items():
@@ -88,7 +89,8 @@ def test_state_round_trip(net, plan, x):
     for tensors in state.values():
         kind, options = from_tensors(tensors)
         assert kind is plan.kind
-        assert (options.rank, options.alpha) in {(4, 2.0), (3, 1.5)}
+        if kind.has_rank and kind.has_alpha:
+            assert (options.rank, options.alpha) in {(4, 2.0), (3, 1.5)}
     third = from_state({"denoiser": net}, state)
     assert torch.equal(net(x), output)
     assert list(third.by_path()) == list(first.by_path())
