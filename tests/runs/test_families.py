@@ -192,7 +192,7 @@ def adapted(case: Case, files: Files, run: Adapted, components: set[str]) -> Non
     still = [
         ".".join(site)
         for site, adapter in inserted.items()
-        if not adapter.delta_weight(torch.zeros_like(weight_of(models, site))).any()
+        if not adapter.delta_weight(torch.ones_like(weight_of(models, site))).any()
     ]
     assert not [site for site in still if not re.fullmatch(case.unmoved, f"{site}.weight")]
     result = run.out / "saved.safetensors"
