@@ -146,6 +146,11 @@ class Adapter(nn.Module):
     # The tensors of a file, of a layer whose rows stand elsewhere in other programs.
 
     @classmethod
+    def own_form(cls, tensors: AdapterTensors) -> AdapterTensors:
+        """A file's tensors, in the form in which they are written, where other programs have another one."""
+        return tensors
+
+    @classmethod
     def rows_of(cls, tensors: AdapterTensors) -> Mapping[str, int]:
         """`rows`, of a kind whose tensors have several forms."""
         return cls.rows
@@ -383,6 +388,12 @@ def _norms(weight: Tensor, on_out: bool) -> Tensor:
     others = [d for d in range(weight.ndim) if d != (0 if on_out else 1)]
     norms: Tensor = torch.linalg.vector_norm(weight, dim=others, keepdim=True)
     return norms
+
+
+def without_bias(y: Tensor, layer: nn.Module) -> Tensor:
+    """A layer's output less its bias."""
+    bias = layer.bias
+    return y - bias.view(-1, *[1] * (layer.weight.ndim - 2)).to(y.dtype) if isinstance(bias, Tensor) else y  # type: ignore[union-attr, operator]
 
 
 def as_input(x: Tensor, weight: Tensor) -> Tensor:

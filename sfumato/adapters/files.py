@@ -139,6 +139,14 @@ def _exact(name: str, change: Callable[[type[Adapter]], _T], tensors: AdapterTen
         raise UserError(*(f"{name}: {message}" for message in error.messages)) from None
 
 
+def _own_form(tensors: AdapterTensors) -> AdapterTensors:
+    try:
+        kind, _ = from_tensors(tensors)
+    except UserError:
+        return tensors  # refused when an adapter is made of them
+    return kind.own_form(tensors)
+
+
 def _folded(name: str, tensors: AdapterTensors) -> AdapterTensors:
     """The tensors without alpha, with its effect."""
     return _exact(name, lambda kind: kind.fold_alpha(tensors), tensors)
@@ -173,6 +181,7 @@ def _joined(path: ModulePath, rule: Rule | None, pieces: dict[int, AdapterTensor
     for tensors in pieces.values():
         if DOWN in tensors and ALPHA not in tensors:  # scale 1
             tensors[ALPHA] = torch.tensor(float(tensors[DOWN].shape[0]), dtype=tensors[DOWN].dtype)
+    pieces = {i: _own_form(piece) for i, piece in pieces.items()}
     if rule is None or len(rule.foreign) == 1:
         whole = pieces[0]
     else:

@@ -14,7 +14,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from sfumato.adapters.base import Adapter, LayerOptions, device_of
+from sfumato.adapters.base import Adapter, LayerOptions, device_of, without_bias
 from sfumato.errors import UserError
 from sfumato.formats.dialect import AdapterTensors
 
@@ -63,9 +63,7 @@ class IA3(Adapter):
     def forward(self, x: Tensor, y: Tensor, layer: nn.Module) -> Tensor:
         if self.options.train_on_input:
             return y
-        bias = layer.bias
-        h = y - bias.view(-1, *[1] * (self.weight.ndim - 2)).to(y.dtype) if isinstance(bias, Tensor) else y
-        return self.add(y, h * self.weight.to(y.dtype))
+        return self.add(y, without_bias(y, layer) * self.weight.to(y.dtype))
 
     def delta_weight(self, weight: Tensor) -> Tensor:
         shape = (1, -1) if self.options.train_on_input else (-1, 1)
@@ -77,9 +75,7 @@ class IA3(Adapter):
                 raise UserError(
                     f"{self.name}: PEFT's (IA)3 scales the layer's bias too, and this one's scales the weight alone"
                 )
-            weight = tensors[PEFT].flatten() - 1
-            tensors = {"weight": weight.reshape(self.weight.shape) if weight.numel() == self.weight.numel() else weight}
-            tensors["on_input"] = self.on_input
+            tensors = {"weight": tensors[PEFT].flatten() - 1, "on_input": self.on_input}
         if bool(tensors.get("on_input", self.on_input)) != self.options.train_on_input:
             raise UserError(f"{self.name}: the file's factors act on the layer's other side; change train_on_input")
         super().load_tensors(tensors)

@@ -23,7 +23,7 @@ from sfumato.formats.metadata import hashes
 from sfumato.formats.planned import Writable, made
 from sfumato.models.base import Models
 from sfumato.models.loading import outline_parts
-from sfumato.tensors.algebra import truncated
+from sfumato.tensors.low_rank import truncated
 from sfumato.tensors.random import generator
 from sfumato.tools.written import check_output
 

@@ -15,7 +15,7 @@ from sfumato.formats import files
 from sfumato.formats.adapter_check import check_adapter
 from sfumato.formats.dialect import ALPHA, DORA, DOWN, READ_AS, UP
 from sfumato.formats.metadata import hashes
-from sfumato.tensors.algebra import product
+from sfumato.tensors.low_rank import product
 from sfumato.tools.written import check_output
 
 Method = Literal["sv_ratio", "sv_fro", "sv_cumulative"]

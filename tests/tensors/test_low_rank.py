@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from sfumato.tensors.algebra import product, recompressed, truncated
+from sfumato.tensors.low_rank import product, recompressed, truncated
 
 
 def decaying(m: int, n: int, seed: int = 0) -> torch.Tensor:
