@@ -1,4 +1,4 @@
-"""Layers of each kind that adapters go on, with the shape of an input."""
+"""Layers of each kind whose rows share out into blocks of several sizes, with the shape of an input."""
 
 from __future__ import annotations
 

@@ -6,8 +6,8 @@ from copy import deepcopy
 
 import pytest
 import torch
-from layers import LAYERS
 from lycoris.modules.full import FullModule
+from small import LAYERS
 from torch import nn
 
 from sfumato.adapters import from_tensors

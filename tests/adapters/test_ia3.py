@@ -6,10 +6,9 @@ from copy import deepcopy
 
 import pytest
 import torch
-from layers import LAYERS
 from lycoris.modules.ia3 import IA3Module
 from peft import IA3Config, get_peft_model
-from small import Net, disturb, insert
+from small import LAYERS, Net, disturb, insert
 from torch import nn
 
 from sfumato.adapters import AdapterPlan, files, from_tensors
