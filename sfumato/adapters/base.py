@@ -328,6 +328,11 @@ class Additive(Adapter):
         return magnitude.float() / norms.clamp(min=torch.finfo(norms.dtype).tiny)
 
     @classmethod
+    def rows_of(cls, tensors: AdapterTensors) -> Mapping[str, int]:
+        rows = super().rows_of(tensors)
+        return {**rows, DORA: 0} if DORA in tensors and _on_out(tensors[DORA]) else rows
+
+    @classmethod
     def cut(cls, tensors: AdapterTensors, rows: Sequence[int]) -> list[AdapterTensors]:
         _refuse_by_input(tensors)
         return super().cut(tensors, rows)
@@ -348,11 +353,6 @@ class Additive(Adapter):
     def join_factors(cls, pieces: Mapping[int, AdapterTensors], rows: Sequence[int]) -> AdapterTensors:
         """`join` of what is not DoRA's."""
         return super().join(pieces, rows)
-
-    @classmethod
-    def move_rows(cls, tensors: AdapterTensors, move: Callable[[Tensor], Tensor]) -> AdapterTensors:
-        by_input = {leaf: t for leaf, t in tensors.items() if leaf == DORA and not _on_out(t)}
-        return super().move_rows({leaf: t for leaf, t in tensors.items() if leaf not in by_input}, move) | by_input
 
 
 def dora_options(tensors: Mapping[str, Tensor]) -> dict[str, Any]:

@@ -25,7 +25,7 @@ class LoRA(Additive):
     `up` is 1x1."""
 
     supports = frozenset({"dropout", "rank_dropout", "module_dropout"})
-    rows: ClassVar[Mapping[str, int]] = {UP: 0, DORA: 0}
+    rows: ClassVar[Mapping[str, int]] = {UP: 0}
 
     def __init__(self, base: nn.Module, options: LayerOptions, generator: torch.Generator) -> None:
         super().__init__(base, options, generator)

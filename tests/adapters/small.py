@@ -10,14 +10,6 @@ from torch import Tensor, nn
 from sfumato.adapters import AdapterPlan
 from sfumato.adapters.insert import AdapterNetwork, choose
 
-LAYERS = {
-    "linear": (lambda: nn.Linear(6, 9), (2, 5, 6)),
-    "vector": (lambda: nn.Linear(6, 9, bias=False), (2, 6)),
-    "conv1x1": (lambda: nn.Conv2d(6, 9, 1), (2, 6, 5, 4)),
-    "conv3x3": (lambda: nn.Conv2d(6, 9, 3, padding=1), (2, 6, 5, 4)),
-    "conv3x3_stride": (lambda: nn.Conv2d(6, 9, 3, stride=2, padding=1), (2, 6, 8, 6)),
-}
-"""Layers of every kind, each with the shape of an input."""
 TARGETS = {"linear": ("block.to_*", "block.proj"), "conv": ("block.conv*",)}
 
 
