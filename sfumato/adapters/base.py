@@ -6,6 +6,7 @@ training; `insert.py` puts it in place, `files.py` names its tensors.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
@@ -263,6 +264,9 @@ class Adapter(nn.Module):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AdditiveOptions(LayerOptions):
+    rs_lora: bool = False
+    """The change is scaled by alpha / sqrt(rank) (arXiv:2312.03732). A file's alpha says the same for every reader:
+    divided by the rank, it is that scale."""
     dora_wd: bool = False
     """DoRA (arXiv:2402.09353): the magnitude and the direction of the layer's weight are trained apart."""
     wd_on_out: bool = True
@@ -280,6 +284,8 @@ class Additive(Adapter):
     dora_scale: nn.Parameter | None
 
     def __init__(self, base: nn.Module, options: LayerOptions, generator: torch.Generator) -> None:
+        if isinstance(options, AdditiveOptions) and options.rs_lora:
+            options = replace(options, alpha=(options.alpha or options.rank) * math.sqrt(options.rank))
         super().__init__(base, options, generator)
         self.register_parameter("dora_scale", None)
         if isinstance(options, AdditiveOptions) and options.dora_wd:

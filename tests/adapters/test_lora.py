@@ -81,3 +81,26 @@ def test_a_file_without_alpha_means_the_rank():
 def test_refuses_what_it_cannot_follow():
     with pytest.raises(TypeError, match="without groups"):
         LoRA(nn.Conv2d(4, 4, 3, groups=2), LayerOptions(), torch.Generator())
+
+
+@pytest.mark.parametrize("alpha", [3.0, 0.0])
+def test_rank_stabilised(case, alpha):
+    """arXiv:2312.03732, as LyCORIS and PEFT have it; its file is a plain LoRA, and goes on at the same scale."""
+    layer, _, _ = case
+    adapter = LoRA(layer, LoRA.Options(rank=4, alpha=alpha, rs_lora=True), torch.Generator().manual_seed(1))
+    nn.init.normal_(adapter.lora_up.weight, std=0.2)
+    other = LoConModule("x", layer, lora_dim=4, alpha=alpha, rs_lora=True)
+    other.load_state_dict(adapter.tensors(), strict=False)
+    close(other.alpha, adapter.alpha)
+    change = adapter.delta_weight(layer.weight)
+    close(other.get_diff_weight()[0], change)
+    config = LoraConfig(r=4, lora_alpha=alpha or 4, use_rslora=True, target_modules=["0"])
+    wrapped = get_peft_model(nn.Sequential(layer), config).base_model.model[0]
+    with torch.no_grad():
+        wrapped.lora_A["default"].weight.copy_(adapter.lora_down.weight)
+        wrapped.lora_B["default"].weight.copy_(adapter.lora_up.weight)
+    close(wrapped.get_delta_weight("default"), change, atol=1e-6, rtol=1e-5)
+    for options in (LoRA.read(adapter.tensors()), adapter.options):  # a reader that knows nothing of it, and a run
+        again = LoRA(layer, options, torch.Generator())
+        again.load_tensors(adapter.tensors())
+        close(again.delta_weight(layer.weight), change, atol=0, rtol=0)
