@@ -15,12 +15,11 @@ import torch
 from torch import Tensor
 
 from sfumato.errors import UserError
-from sfumato.formats import files
+from sfumato.formats import files, scaled_fp8
 from sfumato.formats.planned import PlannedTensor
+from sfumato.formats.scaled_fp8 import STORED
 
 _log = logging.getLogger(__name__)
-STORED = ("F8_E4M3", "F8_E5M2")
-"""Formats that nothing is computed in; bf16 holds their values exactly."""
 FLOATS = ("F64", "F32", "F16", "BF16", *STORED)
 PIECE = 1 << 16
 """Numbers that are read at once where they are cast; buffers of some MB leave holes in the heap, a tenth of a model in
@@ -47,6 +46,7 @@ class _File:
         ):
             raise UserError(f"{path}: changed while it was opened; start again when nothing writes it any longer")
         self._pickled = files.load(path) if self._pickle else None
+        self.scales = scaled_fp8.scales(self.header.tensors)
         self._mapped: Any = None
 
     @property
@@ -96,6 +96,10 @@ class _File:
             found.append(self._raw.read(512))
         return found
 
+    def weights(self) -> set[str]:
+        """The names of all tensors but those that scale others."""
+        return self.header.tensors.keys() - scaled_fp8.companions(self.header.tensors)
+
     def mapped(self, name: str) -> Tensor:
         """The tensor, backed by the file itself."""
         self.check()
@@ -110,7 +114,13 @@ class _File:
 
     def read(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
         """The tensor in memory of its own, cast to `dtype`; no page of the file stays mapped, and no second copy is
-        ever whole."""
+        ever whole, but of a weight that has a scale (whose format is bf16, if no other is asked for)."""
+        if name in self.scales:
+            scale = self._read(self.scales[name])
+            return scaled_fp8.widened(self._read(name), scale, dtype or torch.bfloat16)
+        return self._read(name, dtype)
+
+    def _read(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
         if self._pickled is not None:
             self.check()
             return self._pickled[name].to(dtype, copy=True)
@@ -129,9 +139,10 @@ class _File:
         return values.view(info.shape)
 
     def planned(self, name: str) -> PlannedTensor:
-        """The tensor as it stands in the file, read each time that it is made."""
+        """The tensor as it stands in the file (with a scale: in bf16), read each time that it is made."""
         info = self.header.tensors[name]
-        return PlannedTensor(files.torch_dtype(info.dtype), info.shape, lambda: self.read(name))
+        dtype = torch.bfloat16 if name in self.scales else files.torch_dtype(info.dtype)
+        return PlannedTensor(dtype, info.shape, lambda: self.read(name))
 
     def _fill(self, values: Tensor) -> None:
         """The next bytes of the file as these values."""
@@ -158,9 +169,18 @@ class Lazy(Mapping[str, Tensor]):
 
     @classmethod
     def of(cls, paths: Iterable[Path]) -> Lazy:
-        """All tensors of some files: one, or the shards of one. Errors: `UserError` as `files.read_header`."""
+        """All tensors of some files: one, or the shards of one; weights in fp8 that have scales are read with them.
+        Errors: `UserError` as `files.read_header`."""
         opened = [_File(path) for path in paths]
-        return cls({name: (file, name) for file in opened for name in file.header.tensors})
+        return cls(
+            {
+                n: (file, n)
+                for file in opened
+                for weights in (file.weights(),)
+                for n in file.header.tensors
+                if n in weights
+            }
+        )
 
     @property
     def paths(self) -> list[Path]:
@@ -171,6 +191,11 @@ class Lazy(Mapping[str, Tensor]):
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """{name: shape}"""
         return {name: file.header.tensors[theirs].shape for name, (file, theirs) in self.places.items()}
+
+    @property
+    def scaled(self) -> set[str]:
+        """Those that stand in fp8 with a scale."""
+        return {name for name, (file, theirs) in self.places.items() if theirs in file.scales}
 
     def check(self) -> None:
         """Errors: `UserError` if a file was changed since it was opened."""
@@ -206,6 +231,8 @@ class Lazy(Mapping[str, Tensor]):
         file, theirs = self.places[name]
         kind = file.header.tensors[theirs].dtype
         wanted = self.dtype or (torch.bfloat16 if kind in STORED else None)
+        if theirs in file.scales:
+            return file.read(theirs, wanted)
         if wanted is None or kind not in FLOATS or files.torch_dtype(kind) == wanted:
             mapped = self.map(name) if callable(self.map) else self.map
             return file.mapped(theirs) if mapped else file.read(theirs)

@@ -47,6 +47,11 @@ def made(tensor: Writable) -> Tensor:
     return tensor if isinstance(tensor, Tensor) else tensor.make()
 
 
+def as_planned(tensor: Writable) -> PlannedTensor:
+    """A tensor with values as if it were yet to be made."""
+    return PlannedTensor(tensor.dtype, tuple(tensor.shape), lambda: tensor) if isinstance(tensor, Tensor) else tensor
+
+
 def renamed(rename: Rename, tensors: Mapping[str, Writable]) -> dict[str, Writable]:
     """What `rename` makes of these tensors. Where one of them is planned, so are the results: to make one, those are
     made that it is made of, no others.

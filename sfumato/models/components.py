@@ -13,9 +13,10 @@ from torch import Tensor, nn
 
 from sfumato.errors import UserError
 from sfumato.formats import files
-from sfumato.formats.lazy import FLOATS, STORED, Lazy
+from sfumato.formats.lazy import FLOATS, Lazy
 from sfumato.formats.names import KeyMap, add_prefix
 from sfumato.formats.planned import PlannedTensor, Writable, made, renamed
+from sfumato.formats.scaled_fp8 import STORED
 from sfumato.models import locate
 from sfumato.models.detection import PREFIX, Shapes
 from sfumato.models.meta_init import check, fill, shapes
