@@ -204,6 +204,8 @@ class NewFolder:
     """component -> its config.json"""
     scheduler: Mapping[str, Any]
     """scheduler/scheduler_config.json"""
+    added: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict)
+    """component -> native tensors that its file lacks and diffusers needs."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

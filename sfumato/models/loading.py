@@ -334,6 +334,7 @@ def _write_folder(
         for name, tensors in values.items():
             weights = source.components[name]
             if made is not None:
+                tensors = {**tensors, **made.added.get(name, {})}
                 _json(folder / weights.component.folder / "config.json", made.configs[name])
             written = weights.component.diffusers(shapes(tensors)).write(tensors)
             file = "model" if name in models.encoders else "diffusion_pytorch_model"

@@ -20,6 +20,7 @@ from sfumato.models import components
 from sfumato.models.autoencoders import scale, unscale
 from sfumato.models.base import Models
 from sfumato.models.loading import save
+from sfumato.sampling.prompts import Prompt
 from sfumato.sampling.sample import sample_latents
 from sfumato.train.check import check
 
@@ -120,6 +121,26 @@ def test_a_folder_comes_back_as_the_pipeline_reads_it(case: Case, folder: Files,
             assert getattr(ours, name).get_vocab() == part.get_vocab()
 
 
+def test_a_file_becomes_a_folder_that_the_pipeline_reads(case: Case, models: Models, tmp_path: Path) -> None:
+    """All settings of its nets, its sampler's too, are those of the pipeline whose weights the file has."""
+    save(models, tmp_path / "new", layout="diffusers", dtype=None, metadata={})
+    theirs = case.pipeline()
+    absent = {name: None for name, part in theirs.components.items() if part is None}
+    ours = type(theirs).from_pretrained(tmp_path / "new", **absent)
+    for name, part in theirs.components.items():
+        mine = getattr(ours, name)
+        if isinstance(part, torch.nn.Module):
+            assert_same(mine.state_dict(), part.state_dict())
+            assert type(mine) is type(part)
+        elif hasattr(part, "get_vocab"):
+            assert mine.get_vocab() == part.get_vocab()
+    noise = noise_of(models, case.prompt)
+    ours.set_progress_bar_config(disable=True)
+    with torch.no_grad():
+        mine, wanted = (case.drawn(pipe, case.prompt, noise.clone()) for pipe in (ours, theirs))
+    torch.testing.assert_close(mine, wanted, atol=1e-4, rtol=1e-4)
+
+
 def test_only_what_the_file_holds_is_read_and_cast(case: Case, files: Files) -> None:
     models = case.models(files, dtype=torch.bfloat16)
     assert {p.dtype for net in models.nets().values() for p in net.parameters() if p.is_floating_point()} == {
@@ -176,6 +197,12 @@ def latents_of(models: Models, n: int) -> Tensor:
     return torch.randn(n, facts.channels, 4 * facts.patch, 6 * facts.patch, generator=torch.Generator().manual_seed(2))
 
 
+def noise_of(models: Models, prompt: Prompt) -> Tensor:
+    facts = models.family.latents
+    shape = (1, facts.channels, prompt.height // facts.stride, prompt.width // facts.stride)
+    return torch.randn(shape, generator=torch.Generator().manual_seed(3))
+
+
 def predict(models: Models, x: Tensor, t: Tensor, cond: Any) -> Tensor:
     from sfumato.models.base import SampleInfo
 
@@ -186,9 +213,7 @@ def predict(models: Models, x: Tensor, t: Tensor, cond: Any) -> Tensor:
 
 
 def test_a_fixed_latent_becomes_the_pipelines_latents(case: Case, models: Models) -> None:
-    facts, prompt = models.family.latents, case.prompt
-    shape = (1, facts.channels, prompt.height // facts.stride, prompt.width // facts.stride)
-    noise = torch.randn(shape, generator=torch.Generator().manual_seed(3))
+    prompt, noise = case.prompt, noise_of(models, case.prompt)
     process = models.process(NoiseConfig(), LossConfig())
     (ours,) = sample_latents(models, [prompt], process=process, sampler=case.sampler, noise=noise)
     with torch.no_grad():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, replace
+from typing import cast
 
 from torch import Tensor, nn
 
@@ -16,18 +17,27 @@ from sfumato.families.chroma.names import TARGETS, chroma_keys
 from sfumato.families.chroma.net import Chroma
 from sfumato.families.chroma.strategies import OUTPUTS, ChromaEncode, ChromaTokenize
 from sfumato.families.flux.facts import T5XXL, VAE
-from sfumato.families.flux.family import PASSTHROUGH, adapter_dialects, check_patches, counts, process
+from sfumato.families.flux.family import (
+    PASSTHROUGH,
+    SCHEDULE,
+    adapter_dialects,
+    check_patches,
+    counts,
+    process,
+    transformer_config,
+)
 from sfumato.families.flux.net import PATCH, blocks
 from sfumato.families.flux.network_args import INPUT_TARGETS, target_layer
 from sfumato.families.flux.strategies import LATENTS
 from sfumato.formats.dialect import Dialect
 from sfumato.models.autoencoders import FLUX_SCALE, FLUX_SHIFT, vae_component
-from sfumato.models.base import Family, Models, TokenizerSpec
+from sfumato.models.base import Family, Models, NewFolder, TokenizerSpec
 from sfumato.models.components import Checkpoint, Config, check_config, denoiser
 from sfumato.models.detection import PREFIX
 from sfumato.models.encoders.t5 import T5_TARGETS, t5_component
 from sfumato.models.encoders.tokenizers import t5_home, t5_vocabulary
 from sfumato.models.layers import Shapes
+from sfumato.models.new_folder import flow_folder
 from sfumato.tensors.flow import flux_mu, schedule
 
 # --- files ---
@@ -61,6 +71,19 @@ def complete(options: FamilyOptions, source: Checkpoint) -> tuple[Completed, Che
     """The number of blocks, from the file."""
     values = {**asdict(Options.of(options)), "model_type": "chroma", **counts(source.components["denoiser"].shapes())}
     return Completed(**values), source
+
+
+def new_folder(models: Models) -> NewFolder | None:
+    """What `ChromaPipeline.from_pretrained` reads besides weights."""
+    net = cast(Chroma, models.denoiser)
+    made = net.distilled_guidance_layer
+    transformer = {
+        **transformer_config(net, "ChromaTransformer2DModel"),
+        "approximator_num_channels": made.in_proj.in_features,
+        "approximator_hidden_dim": made.in_proj.out_features,
+        "approximator_layers": len(made.layers),
+    }
+    return flow_folder(models, "ChromaPipeline", transformer, SCHEDULE)
 
 
 # --- running ---
@@ -113,6 +136,7 @@ FAMILY = Family(
     passthrough_keys=PASSTHROUGH,
     complete=complete,
     tokenizer_specs={"t5xxl": TokenizerSpec(folder="tokenizer", make=t5_vocabulary, home=t5_home)},
+    new_folder=new_folder,
     tokenize=tokenize,
     encode=lambda models: ChromaEncode(),
     latents=LATENTS,

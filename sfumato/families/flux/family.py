@@ -6,7 +6,7 @@ import logging
 import re
 from collections.abc import Mapping
 from dataclasses import asdict
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -27,19 +27,20 @@ from sfumato.families.flux.facts import (
     Options,
 )
 from sfumato.families.flux.names import TARGETS, flux_keys
-from sfumato.families.flux.net import PATCH, Flux, blocks
+from sfumato.families.flux.net import PATCH, Flux, FluxBase, blocks
 from sfumato.families.flux.network_args import INPUT_TARGETS, target_layer
 from sfumato.families.flux.strategies import LATENTS, FluxEncode, FluxTokenize, outputs
 from sfumato.formats.dialect import Dialect, usual
 from sfumato.formats.names import KeyMap
 from sfumato.models.autoencoders import FLUX_SCALE, FLUX_SHIFT, vae_component
-from sfumato.models.base import Family, Models, SampleInfo, TokenizerSpec
+from sfumato.models.base import Family, Models, NewFolder, SampleInfo, TokenizerSpec
 from sfumato.models.components import Checkpoint, Config, check_config, denoiser
 from sfumato.models.detection import PREFIX
 from sfumato.models.encoders.clip import CLIP_TARGETS, clip_component
 from sfumato.models.encoders.t5 import EMBEDDING, T5_TARGETS, t5_component, trains_t5
 from sfumato.models.encoders.tokenizers import clip_tokenizer, t5_home, t5_vocabulary
 from sfumato.models.layers import Shapes, numbered
+from sfumato.models.new_folder import flow_folder
 from sfumato.tensors.flow import Flow, flux_mu, schedule
 from sfumato.tensors.noise import NoiseProcess
 
@@ -124,6 +125,38 @@ def counts(shapes: Shapes) -> dict[str, int]:
     return {name: len(numbered(shapes, name)) for name in ("double_blocks", "single_blocks")}
 
 
+def transformer_config(net: FluxBase, kind: str) -> dict[str, Any]:
+    """What diffusers' class `kind` has in its config of a transformer like this one."""
+    width = net.img_in.out_features
+    return {
+        "_class_name": kind,
+        "patch_size": 1,
+        "in_channels": net.img_in.in_features,
+        "num_layers": len(net.double_blocks),
+        "num_single_layers": len(net.single_blocks),
+        "attention_head_dim": sum(net.axes),
+        "num_attention_heads": width // sum(net.axes),
+        "joint_attention_dim": net.txt_in.in_features,
+        "axes_dims_rope": list(net.axes),
+    }
+
+
+SCHEDULE = {"use_dynamic_shifting": True, "base_shift": 0.5, "max_shift": 1.15, "shift": 3.0}
+"""The settings of diffusers' sampler for dev; Chroma's steps are the same."""
+
+
+def new_folder(models: Models) -> NewFolder | None:
+    """What `FluxPipeline.from_pretrained` reads besides weights."""
+    net = cast(Flux, models.denoiser)
+    guided = net.guidance_in is not None
+    transformer = {
+        **transformer_config(net, "FluxTransformer2DModel"),
+        "pooled_projection_dim": cast(nn.Linear, net.vector_in.in_layer).in_features,
+        "guidance_embeds": guided,
+    }
+    return flow_folder(models, "FluxPipeline", transformer, SCHEDULE if guided else {"shift": 1.0})
+
+
 # --- running ---
 
 
@@ -200,6 +233,7 @@ FAMILY = Family(
         "clip_l": TokenizerSpec(folder="tokenizer", make=clip_tokenizer, alone=False),
         "t5xxl": TokenizerSpec(folder="tokenizer_2", make=t5_vocabulary, home=t5_home),
     },
+    new_folder=new_folder,
     tokenize=tokenize,
     encode=lambda models: FluxEncode(),
     latents=LATENTS,

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
-from typing import Any, cast
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,8 +14,8 @@ from sfumato.families.sd.names import Layout, unet_keys
 from sfumato.families.sd.net import CONV_HEADS, LINEAR_HEAD_WIDTH
 from sfumato.models.base import Models, NewFolder
 from sfumato.models.components import Config
-from sfumato.models.encoders.clip import ClipText
 from sfumato.models.layers import Shapes
+from sfumato.models.new_folder import index, text_config, vae_config
 from sfumato.tensors.noise import DDPM
 
 UNET_FACTS: dict[str, Any] = {
@@ -101,25 +101,6 @@ def _heads(unet: Mapping[str, Tensor], widths: list[int]) -> list[int]:
     return [width // LINEAR_HEAD_WIDTH if linear else CONV_HEADS for width in widths]
 
 
-def text_config(encoder: ClipText, kind: str = "CLIPTextModel") -> dict[str, Any]:
-    """config.json of a text encoder; `kind`: transformers' class."""
-    return {**encoder.config.to_diff_dict(), "architectures": [kind], "model_type": "clip_text_model"}
-
-
-def vae_config(vae: Any) -> dict[str, Any]:
-    """config.json of a VAE."""
-    return {"_class_name": "AutoencoderKL", **{k: v for k, v in vae.config.items() if not k.startswith("_")}}
-
-
-def index(pipeline: str, present: Mapping[str, tuple[str, str]], absent: Collection[str]) -> dict[str, Any]:
-    """model_index.json; `present`: folder -> (library, class)."""
-    return {
-        "_class_name": pipeline,
-        **{name: list(what) for name, what in present.items()},
-        **{name: [None, None] for name in absent},
-    }
-
-
 def new_folder(models: Models) -> NewFolder:
     """What `StableDiffusionPipeline.from_pretrained` reads besides weights. A source folder's safety checker is not
     copied."""
@@ -136,7 +117,7 @@ def new_folder(models: Models) -> NewFolder:
     absent = {"feature_extractor", "image_encoder", "safety_checker"}
     configs = {
         "denoiser": unet_config(shapes, 96 if o.v2 and v else 64),
-        name: text_config(cast(ClipText, encoder)),
+        name: text_config(encoder),
     }
     if models.vaes is None:
         absent.add("vae")

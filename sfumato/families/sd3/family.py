@@ -26,12 +26,13 @@ from sfumato.families.sd3.positions import embedded, places, scaled
 from sfumato.families.sd3.strategies import CLIPS, LATENTS, Sd3Encode, Sd3Tokenize, outputs
 from sfumato.formats.dialect import Dialect
 from sfumato.models.autoencoders import vae_component
-from sfumato.models.base import Family, Models, SampleInfo, TokenizerSpec, encoder_rate
+from sfumato.models.base import Family, Models, NewFolder, SampleInfo, TokenizerSpec, encoder_rate
 from sfumato.models.components import Checkpoint, Config, denoiser
-from sfumato.models.encoders.clip import CLIP_TARGETS, clip_component
+from sfumato.models.encoders.clip import CLIP_TARGETS, ClipText, clip_component
 from sfumato.models.encoders.t5 import EMBEDDING, T5_TARGETS, t5_component, trains_t5
 from sfumato.models.encoders.tokenizers import clip_tokenizer, t5_home, t5_vocabulary
 from sfumato.models.layers import Shapes
+from sfumato.models.new_folder import flow_folder
 from sfumato.tensors.flow import Flow, schedule
 from sfumato.tensors.noise import NoiseProcess
 from sfumato.tensors.random import SampleRandom
@@ -41,6 +42,8 @@ SHIFT = 3.0
 """Towards noise, of training and of samplers (arXiv:2403.03206, 5.3.2)."""
 SCALE, VAE_SHIFT = 1.5305, 0.0609
 """From raw latents to those of the transformer: (x - shift) * scale."""
+SAMPLE_SIZE = 128
+"""Latent pixels a side of the images that the published models are made for."""
 PASSTHROUGH = re.compile(r"text_encoders\.(clip_l|clip_g|t5xxl)\.logit_scale")
 """What ComfyUI writes into bundles besides the nets."""
 PROJECTION = "text_projection.weight"
@@ -148,6 +151,36 @@ def _without_clips_own(source: Checkpoint) -> Checkpoint:
     )
     left = weights.tensors.only(lambda name: name not in (PROJECTION, "text_projection"))
     return replace(source, components={**source.components, "clip_l": replace(weights, tensors=left)})
+
+
+def new_folder(models: Models) -> NewFolder | None:
+    """What `StableDiffusion3Pipeline.from_pretrained` reads besides weights; it wants a projection of CLIP-L, which is
+    the identity where its file has none."""
+    net = cast(MMDiT, models.denoiser)
+    shapes = {name: tuple(t.shape) for name, t in net.state_dict().items()}
+    width = shapes["x_embedder.proj.weight"][0]
+    dual = [i for i in range(len(net.joint_blocks)) if f"joint_blocks.{i}.x_block.attn2.qkv.weight" in shapes]
+    transformer = {
+        "_class_name": "SD3Transformer2DModel",
+        "sample_size": SAMPLE_SIZE,
+        "patch_size": net.patch,
+        "in_channels": LATENTS.channels,
+        "out_channels": LATENTS.channels,
+        "num_layers": len(net.joint_blocks),
+        "attention_head_dim": HEAD_WIDTH,
+        "num_attention_heads": width // HEAD_WIDTH,
+        "joint_attention_dim": net.context_embedder.in_features,
+        "caption_projection_dim": width,
+        "pooled_projection_dim": shapes["y_embedder.mlp.0.weight"][1],
+        "pos_embed_max_size": net.side,
+        "dual_attention_layers": dual,
+        "qk_norm": "rms_norm" if "joint_blocks.0.x_block.attn.ln_q.weight" in shapes else None,
+    }
+    made = flow_folder(models, "StableDiffusion3Pipeline", transformer, {"shift": SHIFT}, "CLIPTextModelWithProjection")
+    clip = cast(ClipText, models.encoders["clip_l"])
+    if made is None or isinstance(clip.text_projection, nn.Linear):
+        return made
+    return replace(made, added={"clip_l": {PROJECTION: torch.eye(clip.config.hidden_size)}})
 
 
 # --- running ---
@@ -272,6 +305,7 @@ FAMILY = Family(
         "clip_g": TokenizerSpec(folder="tokenizer_2", make=partial(clip_tokenizer, pad="!"), alone=False),
         "t5xxl": TokenizerSpec(folder="tokenizer_3", make=t5_vocabulary, home=t5_home),
     },
+    new_folder=new_folder,
     tokenize=tokenize,
     encode=lambda models: Sd3Encode(),
     latents=LATENTS,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import Any, cast
+from typing import Any
 
 from sfumato.errors import UserError
 from sfumato.families.sd import folder as sd
@@ -13,8 +13,8 @@ from sfumato.families.sdxl.facts import SIZE_WIDTH, Options
 from sfumato.models import locate
 from sfumato.models.base import Models, NewFolder
 from sfumato.models.components import Checkpoint, Config
-from sfumato.models.encoders.clip import ClipText
 from sfumato.models.layers import Shapes
+from sfumato.models.new_folder import index, text_config, vae_config
 from sfumato.tensors.noise import DDPM
 
 UNET_FACTS: dict[str, Any] = {
@@ -80,11 +80,11 @@ def new_folder(models: Models) -> NewFolder:
     shapes = {n: tuple(t.shape) for n, t in models.denoiser.state_dict().items()}
     configs = {
         "denoiser": unet_config(shapes),
-        "clip_l": sd.text_config(cast(ClipText, models.encoders["clip_l"])),
-        "clip_g": sd.text_config(cast(ClipText, models.encoders["clip_g"]), "CLIPTextModelWithProjection"),
+        "clip_l": text_config(models.encoders["clip_l"]),
+        "clip_g": text_config(models.encoders["clip_g"], "CLIPTextModelWithProjection"),
     }
     if models.vaes is not None:
-        configs["vae"] = sd.vae_config(models.vae)
+        configs["vae"] = vae_config(models.vae)
     prediction = PREDICTIONS[1 if Options.of(models.options).v_parameterization else 0]
     schedule = dict(scheduler(source)) or _schedule(zero_snr="ztsnr" in source.passthrough)
     return NewFolder(
@@ -117,4 +117,4 @@ def _index(source: Checkpoint, schedule: str, *, vae: bool) -> dict[str, Any]:
         absent.add("vae")
     old = source.path / "model_index.json"
     zeros = locate.read_json(old).get("force_zeros_for_empty_prompt", True) if old.is_file() else True
-    return {**sd.index("StableDiffusionXLPipeline", present, absent), "force_zeros_for_empty_prompt": zeros}
+    return {**index("StableDiffusionXLPipeline", present, absent), "force_zeros_for_empty_prompt": zeros}

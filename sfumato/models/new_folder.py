@@ -1,0 +1,76 @@
+"""What a diffusers folder holds besides weights, for models that came as single files."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from sfumato.models.base import Models, NewFolder
+from sfumato.models.encoders.t5 import T5Encoder
+
+
+def index(pipeline: str, present: Mapping[str, tuple[str, str]], absent: Collection[str]) -> dict[str, Any]:
+    """model_index.json; `present`: folder -> (library, class)."""
+    return {
+        "_class_name": pipeline,
+        **{name: list(what) for name, what in present.items()},
+        **{name: [None, None] for name in absent},
+    }
+
+
+def text_config(encoder: Any, kind: str = "CLIPTextModel") -> dict[str, Any]:
+    """config.json of a `ClipText`; `kind`: transformers' class."""
+    return {**encoder.config.to_diff_dict(), "architectures": [kind], "model_type": "clip_text_model"}
+
+
+def t5_config(encoder: T5Encoder) -> dict[str, Any]:
+    """config.json of a T5 encoder; its embedding stands in the file once, so transformers has to tie the two."""
+    return {
+        **encoder.config.to_diff_dict(),
+        "architectures": ["T5EncoderModel"],
+        "model_type": "t5",
+        "tie_word_embeddings": True,
+    }
+
+
+def vae_config(vae: Any) -> dict[str, Any]:
+    """config.json of a VAE."""
+    return {"_class_name": "AutoencoderKL", **{k: v for k, v in vae.config.items() if not k.startswith("_")}}
+
+
+def flow_folder(
+    models: Models,
+    pipeline: str,
+    transformer: Mapping[str, Any],
+    scheduler: Mapping[str, Any],
+    clip: str = "CLIPTextModel",
+) -> NewFolder | None:
+    """That of a rectified flow with a transformer. None: the model came as a folder, which is copied.
+
+    `pipeline`: diffusers' class; `transformer`: its config, with its class; `scheduler`: the settings of the Euler
+    sampler; `clip`: the class of its CLIPs. Errors: `UserError` where there is no VAE.
+    """
+    if models.source.layout == "diffusers":
+        return None
+    folders = {component.name: component.folder for component in models.family.components}
+    present = {
+        "scheduler": ("diffusers", "FlowMatchEulerDiscreteScheduler"),
+        "transformer": ("diffusers", str(transformer["_class_name"])),
+        "vae": ("diffusers", "AutoencoderKL"),
+    }
+    absent = {"feature_extractor", "image_encoder"}
+    configs = {"denoiser": transformer, "vae": vae_config(models.vae)}
+    for name, spec in models.family.tokenizer_specs.items():
+        if name not in models.encoders:
+            absent |= {folders[name], spec.folder}
+            continue
+        encoder = models.encoders[name]
+        configs[name] = t5_config(encoder) if isinstance(encoder, T5Encoder) else text_config(encoder, clip)
+        tokenizer = "T5Tokenizer" if isinstance(encoder, T5Encoder) else "CLIPTokenizer"
+        present[folders[name]] = ("transformers", configs[name]["architectures"][0])
+        present[spec.folder] = ("transformers", tokenizer)
+    return NewFolder(
+        index=index(pipeline, present, absent),
+        configs=configs,
+        scheduler={"_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 1000, **scheduler},
+    )
