@@ -156,8 +156,9 @@ def _cache(words: list[str]) -> int:
 
 
 def _sample(words: list[str]) -> int:
-    from sfumato.cli import options
+    from sfumato.cli import options, tools
 
+    adapters = tools.take_adapters(words, "network_weights")
     read = [
         name
         for name, option in options.known().items()
@@ -168,7 +169,7 @@ def _sample(words: list[str]) -> int:
         raise UserError("sfumato sample: set sample_prompts, a file of prompts (.txt, .toml or .json)")
     from sfumato.train import pipeline
 
-    for path in pipeline.main(resolved.config):
+    for path in pipeline.main(resolved.config, adapters):
         print(path)
     return 0
 

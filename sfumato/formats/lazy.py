@@ -161,8 +161,8 @@ class Lazy(Mapping[str, Tensor]):
 
     places: Mapping[str, tuple[_File, str]]
     """name -> file, and the tensor's name there."""
-    dtype: torch.dtype | None = None
-    """What floating tensors are cast to as they are read; None: as in the file, fp8 as bf16."""
+    dtype: torch.dtype | Callable[[str], torch.dtype | None] | None = None
+    """What floating tensors, or that of this name, are cast to as they are read; None: as in the file, fp8 as bf16."""
     map: bool | Callable[[str], bool] = True
     """Whether a tensor, or that of this name, that is wanted as it stands may be backed by the file; False where it is
     copied anyway."""
@@ -219,7 +219,12 @@ class Lazy(Mapping[str, Tensor]):
         """Those whose names are wanted."""
         return Lazy({n: place for n, place in self.places.items() if wanted(n)}, self.dtype, self.map)
 
-    def cast(self, dtype: torch.dtype | None, *, map: bool | Callable[[str], bool] = True) -> Lazy:
+    def cast(
+        self,
+        dtype: torch.dtype | Callable[[str], torch.dtype | None] | None,
+        *,
+        map: bool | Callable[[str], bool] = True,
+    ) -> Lazy:
         """The same tensors, read in another number format."""
         return Lazy(self.places, dtype, map)
 
@@ -230,7 +235,8 @@ class Lazy(Mapping[str, Tensor]):
     def __getitem__(self, name: str) -> Tensor:
         file, theirs = self.places[name]
         kind = file.header.tensors[theirs].dtype
-        wanted = self.dtype or (torch.bfloat16 if kind in STORED else None)
+        asked = self.dtype if self.dtype is None or isinstance(self.dtype, torch.dtype) else self.dtype(name)
+        wanted = asked or (torch.bfloat16 if kind in STORED else None)
         if theirs in file.scales:
             return file.read(theirs, wanted)
         if wanted is None or kind not in FLOATS or files.torch_dtype(kind) == wanted:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sfumato.adapters.merging import Change
 from sfumato.errors import UserError
 from sfumato.formats import files
 from sfumato.formats.lazy import FLOATS, Lazy
@@ -24,6 +25,7 @@ from sfumato.models.meta_init import check, fill, shapes
 Config = Mapping[str, Any]
 """A component's `config.json`; empty for single files, which have none."""
 SHOWN = 5
+COARSE = [files.torch_dtype(kind) for kind in STORED]
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +48,13 @@ class KeyFormat:
     def renames(self, name: str) -> bool:
         """Whether a tensor of the file is the net's as it stands, under whatever name."""
         return self.keys is None or self.keys.renames(name, native=self.inverse)
+
+    def sources(self, name: str) -> tuple[str, ...]:
+        """The file's names of what a tensor of the net is made of."""
+        if self.keys is None:
+            return (name,)
+        match = self.keys.match(name, native=not self.inverse)
+        return (match.native(),) if self.inverse else match.foreign()
 
     def write(self, tensors: Mapping[str, Writable]) -> dict[str, Writable]:
         """The net's tensors under the file's names."""
@@ -144,6 +153,12 @@ class ComponentWeights:
     config: Config = field(default_factory=dict)
     alone: bool = False
     """Whether it comes from a file of its own, named by a setting."""
+    changes: Mapping[str, Change] = field(default_factory=dict)
+    """Native name -> what is merged into this tensor whenever it is read."""
+
+    def unmerged(self) -> ComponentWeights:
+        """The same as the file has it, with nothing merged."""
+        return replace(self, changes={})
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Shapes by native name. Errors: `UserError` for names that the key format does not know."""
@@ -159,13 +174,39 @@ class ComponentWeights:
         return f"{self.where} ({self.component.title})"
 
     def natives(self, dtype: torch.dtype | None = None, *, map: bool = True) -> Iterator[tuple[str, Tensor]]:
-        """(native name, tensor), one after another, floats cast to `dtype`; `map`: whether they may be backed by the
-        file."""
-        return self.key_format.read(self.tensors.cast(dtype, map=map and self.key_format.renames))
+        """(native name, tensor), one after another, floats cast to `dtype`, what is merged rounded once; `map`: whether
+        they may be backed by the file."""
+        exact = {source for name in self.changes for source in self.key_format.sources(name)}
+        tensors = self.tensors.cast(
+            lambda name: None if name in exact else dtype,
+            map=lambda name: map and name not in exact and self.key_format.renames(name),
+        )
+        for name, tensor in self.key_format.read(tensors):
+            kept = (dtype or tensor.dtype) if tensor.is_floating_point() else tensor.dtype
+            yield name, (self.changes[name](tensor.float()) if name in self.changes else tensor).to(kept)
 
-    def planned(self) -> dict[str, Writable]:
-        """The tensors by native name, in the number formats of the files, each read when it is made."""
-        return renamed(self.key_format.read, self.tensors.as_stored())
+    def planned(self, dtype: torch.dtype | None = None) -> dict[str, Writable]:
+        """The tensors by native name, each read when it is made; in `dtype`, or in the number formats of the files (fp8
+        as bf16)."""
+        found = renamed(self.key_format.read, self.tensors.as_stored())
+        return {
+            name: self._merged(name, t, dtype or (torch.bfloat16 if t.dtype in COARSE else t.dtype))
+            for name, t in found.items()
+        }
+
+    def merged(self, dtype: torch.dtype | None = None) -> dict[str, Writable]:
+        """The tensors of the file that something is merged into, under its names; in `dtype`, or as they are there."""
+        sources = [source for name in self.changes for source in self.key_format.sources(name)]
+        stored = self.tensors.as_stored()
+        touched = renamed(self.key_format.read, {name: stored[name] for name in sources})
+        return self.key_format.write({name: self._merged(name, t, dtype or t.dtype) for name, t in touched.items()})
+
+    def _merged(self, name: str, tensor: Writable, dtype: torch.dtype) -> Writable:
+        """A native tensor in a number format, with what is merged into it, rounded once."""
+        change = self.changes.get(name)
+        if change is None or not tensor.dtype.is_floating_point:
+            return tensor.to(dtype) if tensor.dtype.is_floating_point else tensor
+        return PlannedTensor(dtype, tuple(tensor.shape), lambda: change(made(tensor).float()).to(dtype))
 
     def empty(self) -> nn.Module:
         """The net without values (on the meta device). Errors: `UserError` for tensors whose names or shapes do not fit
@@ -402,21 +443,17 @@ def values(
     has their values or was never given any (None: was not even made)."""
     own: dict[str, Writable] = {**(net.state_dict() if net else {}), **instead}
     if not own or any(isinstance(t, Tensor) and t.is_meta for t in own.values()):
-        own = {**_as_read(weights), **instead}
+        own = {**weights.planned(dtype), **instead}
     elif not any(isinstance(t, PlannedTensor) for t in own.values()) and unchanged(own, weights):
-        own = _as_read(weights)
+        own = weights.planned(dtype)
     return own if dtype is None else {name: t.to(dtype) if t.dtype.is_floating_point else t for name, t in own.items()}
 
 
-def _as_read(weights: ComponentWeights) -> dict[str, Writable]:
-    coarse = [files.torch_dtype(kind) for kind in STORED]
-    return {name: t.to(torch.bfloat16) if t.dtype in coarse else t for name, t in weights.planned().items()}
-
-
 def unchanged(own: Mapping[str, Writable], weights: ComponentWeights) -> bool:
-    """Whether tensors are those of the file, but for their number format."""
+    """Whether tensors are those of the file, with what is merged into them, but for their number format."""
+    formats = {t.dtype for t in own.values()}
     # Read anew: a net that was trained in the file's own format may share its memory with what was mapped before.
-    read = weights.key_format.read(weights.tensors.cast(None, map=False))
+    read = weights.natives(formats.pop() if len(formats) == 1 else None, map=False)
     return all(torch.equal(made(own[name]).cpu(), t.to(own[name].dtype)) for name, t in read)
 
 

@@ -91,11 +91,13 @@ def fingerprint(config: Config, models: Models, component: str) -> str:
 
     Files are read for it once; later runs remember.
     """
-    weights = models.source.components[component]
+    weights = models.source.components[component].unmerged()
     paths = weights.tensors.paths
     dtype = models.dtypes[component]
     digest = remembered(
-        f"{component} of {' '.join(map(str, paths))}", paths, lambda: files.fingerprint(dict(weights.natives()))
+        f"{component} of {' '.join(map(str, paths))}",
+        paths,
+        lambda: files.fingerprint(dict(weights.natives())),
     )
     network = config.network
     merged = [file_digest(path) for path in network.base_weights] if component != "vae" else []

@@ -4,12 +4,14 @@ not."""
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from sfumato import families
-from sfumato.adapters.insert import from_state
+from sfumato.adapters.merging import changes, in_order
 from sfumato.config import Config, Method
 from sfumato.errors import UserError
 from sfumato.families.detect import detect_file
@@ -32,11 +34,19 @@ def outline_models(config: Config) -> Models:
     )  # fmt: skip
 
 
-def load_models(config: Config, models: Models, method: Method | None = None, *, map: bool = True) -> None:
+def load_models(
+    config: Config,
+    models: Models,
+    method: Method | None = None,
+    *,
+    map: bool = True,
+    adapters: Sequence[tuple[Path, float]] = (),
+) -> None:
     """Give an outline its values, each net read straight into the format that it is used in: frozen ones in that of the
     computation, trained ones as they are trained, the VAE in fp32 where that is safer. `method`: None when nothing is
     trained. `map`: whether tensors may stay backed by the files; not where they are used from the CPU's memory, or a
-    file that changes meanwhile would change the training, or end it. `base_weights` are merged into the nets."""
+    file that changes meanwhile would change the training, or end it. `base_weights`, and then `adapters` (files and
+    their strengths), are merged while the weights are read, whenever that is."""
     family, precision = models.family, dist.precision(config.train.mixed_precision)
     names = [component.name for component in family.components]
     dtype = dict.fromkeys(names, dist.DTYPES[precision])
@@ -45,16 +55,21 @@ def load_models(config: Config, models: Models, method: Method | None = None, *,
         dtype |= dict.fromkeys(whole_nets(family, config, names), trained_in)
     # fp16 overflows in these VAEs, so it is never what they run in.
     dtype["vae"] = torch.bfloat16 if precision == "bf16" and not config.memory.no_half_vae else torch.float32
+    strengths = config.network.base_weights_multiplier
+    base = [
+        ("base_weights", Path(path), strengths[i] if i < len(strengths) else 1.0)
+        for i, path in enumerate(config.network.base_weights)
+    ]
+    _merge_at_load(models, [*base, *(("network_weights", path, strength) for path, strength in adapters)])
     with progress("reading weights") as advance:
         read_values(models, dtype=dtype, later=_later(config, family), map=map, progress=advance)
-    _merge_base_weights(config, models)
 
 
 def _later(config: Config, family: Family) -> list[str]:
     """What may not be needed at all, because its outputs are cached: it is made and read when it is used."""
     encoders = [component.name for component in family.components if component.name not in ("denoiser", "vae")]
     vae = ["vae"] if caches_latents(config) and not config.sample.sample_prompts else []
-    return (encoders if unloads_text(config) else []) + vae
+    return (encoders if caches_text(config) else []) + vae
 
 
 def check_base_weights(config: Config, models: Models) -> None:
@@ -66,7 +81,7 @@ def check_base_weights(config: Config, models: Models) -> None:
 def _mismatch(models: Models, path: str) -> tuple[str, ...]:
     """Why an adapter cannot be merged into nets of these shapes."""
     try:
-        from_state(models.nets(), read_adapter(models, Path(path), "base_weights")).remove()
+        changes(models.nets(), read_adapter(models, Path(path), "base_weights"), lambda layer: 1.0)
     except UserError as error:
         named = (f"base_weights {path}", f"{path}: ")
         return tuple(
@@ -75,31 +90,33 @@ def _mismatch(models: Models, path: str) -> tuple[str, ...]:
     return ()
 
 
-def _merge_base_weights(config: Config, models: Models) -> None:
-    """Merge `base_weights` into the nets, each at its strength."""
-    strengths = config.network.base_weights_multiplier
-    for i, path in enumerate(config.network.base_weights):
-        adapters = from_state(models.nets(), read_adapter(models, Path(path), "base_weights"))
-        adapters.multiplier = strengths[i] if i < len(strengths) else 1.0
-        adapters.merge()
-        adapters.remove()
-
-
-def unloads_text(config: Config) -> bool:
-    """Whether text encoders are read only if something is missing in the cache, and leave the memory after that."""
-    # What is merged into them is in no file.
-    return caches_text(config) and not config.network.base_weights
+def _merge_at_load(models: Models, adapters: Sequence[tuple[str, Path, float]]) -> None:
+    """Have adapters merged into the nets as their weights are read. `adapters`: the setting that names a file, the
+    file, its strength."""
+    merged = []
+    for flag, path, strength in adapters:
+        # Copied: weights may be read again during the training, when the file may be another.
+        state = {
+            layer: {name: t.clone() for name, t in tensors.items()}
+            for layer, tensors in read_adapter(models, path, flag).items()
+        }
+        merged.append(changes(models.nets(), state, lambda layer, strength=strength: strength))  # type: ignore[misc]
+    found = in_order(*merged)
+    components = {
+        name: replace(weights, changes=found.get(name, {})) for name, weights in models.source.components.items()
+    }
+    models.source = replace(models.source, components=components)
 
 
 def place_models(config: Config, models: Models, trainable: Trainable, device: torch.device) -> None:
     """Nets to the device they are used on, those that leave it first; checkpointing around what gradients pass
     through."""
     family = models.family
-    if unloads_text(config):
+    if caches_text(config):  # they are read again only if something is missing in the cache
         unload(models)
     else:
         for net in models.encoders.values():
-            net.to("cpu" if caches_text(config) else device)
+            net.to(device)
     if models.vaes is not None and not caches_latents(config):
         models.vae.to(device)
     models.denoiser.to(device)

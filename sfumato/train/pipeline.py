@@ -36,14 +36,16 @@ class Pipeline:
     device: torch.device
 
     @classmethod
-    def of(cls, config: Config, device: torch.device | None = None) -> Pipeline:
-        """The base model of a config with its `base_weights` merged. Errors: `UserError` for whatever the user can
-        fix."""
+    def of(
+        cls, config: Config, device: torch.device | None = None, adapters: Sequence[tuple[Path, float]] = ()
+    ) -> Pipeline:
+        """The base model of a config with its `base_weights` merged, and then `adapters`, files and their strengths.
+        Errors: `UserError` for whatever the user can fix."""
         precision = dist.precision(config.train.mixed_precision)
         attention.choose("xformers" if config.memory.xformers else "sdpa")
         device = dist.device_of() if device is None else device
         models = outline_models(config)
-        load_models(config, models)
+        load_models(config, models, adapters=adapters)
         models.denoiser.to(device)
         materialize(models, device)
         if models.vaes is not None:
@@ -79,24 +81,25 @@ class Pipeline:
             )
 
 
-def main(config: Config) -> list[Path]:
+def main(config: Config, adapters: Sequence[tuple[Path, float]] = ()) -> list[Path]:
     """`sfumato sample`: images of `sample_prompts` with the base model, its `base_weights` and `network_weights`, into
-    `output_dir/sample`.
+    `output_dir/sample`. `adapters`: more files, and their strengths.
 
     Errors: `UserError` for whatever the user can fix.
     """
     if not config.sample.sample_prompts:
         raise UserError("sample_prompts is missing: name a file of prompts (.txt, .toml or .json)")
-    adapters = [Path(config.network.network_weights)] if config.network.network_weights else []
-    plain = prompts.sized(prompts.default(config.family), *adapters, config.model.pretrained_model_name_or_path)
+    if config.network.network_weights:
+        adapters = [(Path(config.network.network_weights), 1.0), *adapters]
+    files = [path for path, _ in adapters]
+    plain = prompts.sized(prompts.default(config.family), *files, config.model.pretrained_model_name_or_path)
     wanted = prompts.read_prompts(config.sample.sample_prompts, plain)
     sampler = prompts.sampler(config.sample.sample_sampler)
     outputs.check_samples(Path(config.output.output_dir))
     world = dist.world()
     try:
-        pipeline = Pipeline.of(config, world.device)
+        pipeline = Pipeline.of(config, world.device, adapters)
         with (
-            pipeline.adapted(*adapters),
             autocast(world.device, pipeline.precision),
             progress("sampling images") as advance,
         ):

@@ -109,7 +109,7 @@ def without_old_average(models: Models, tensors: dict[str, Writable]) -> dict[st
     if len(others) == len(tensors):
         return tensors
     own = renamed(weights.key_format.read, {name: tensors[f"{weights.prefix}{name}"] for name in weights.tensors})
-    return tensors if unchanged(own, weights) else others
+    return tensors if unchanged(own, weights.unmerged()) else others
 
 
 def adjust_single_file(models: Models, tensors: dict[str, Writable]) -> dict[str, Writable]:
