@@ -6,8 +6,7 @@ What a fused layer's tensors are in pieces, and the reverse, each kind of adapte
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
 from typing import TypeVar
 
 import torch
@@ -18,6 +17,7 @@ from sfumato.adapters.base import Adapter
 from sfumato.errors import UserError, nearest
 from sfumato.formats.dialect import ALPHA, DOWN, READ_AS, UP, AdapterTensors, Dialect, ModulePath
 from sfumato.formats.names import Change, Rule
+from sfumato.formats.spellings import Spellings
 
 _T = TypeVar("_T")
 
@@ -46,18 +46,21 @@ def read(
     Keys of several dialects may stand in one file. A LoRA without alpha gets its rank as alpha. Errors:
     `UserError` listing the keys that name no layer, with the nearest names.
     """
-    layers, order = _named_layers(tuple(dialects), paths)
+    spellings = Spellings(dialects, paths)
     found: dict[ModulePath, tuple[Rule | None, dict[int, AdapterTensors]]] = {}
     strange = []
     for key, tensor in tensors.items():
-        name, leaf = _split(key, layers, tensors)
-        if not name:
+        # A leaf `weight` is a checkpoint's, but (IA)3, which has `on_input` too, calls its factors so.
+        beside = f"{key.removesuffix('weight')}on_input"
+        scales = key.endswith(".weight") and beside in tensors
+        named = spellings.find(beside if scales else key)
+        if named is None:
             strange.append(key)
             continue
-        layer = layers[name]
+        layer, leaf = named[0], "weight" if scales else named[1]
         rule, pieces = found.setdefault(layer.path, (layer.rule, {}))
         piece = pieces.setdefault(layer.piece, {})
-        native = layer.tensor_names.get(leaf, READ_AS.get(leaf, leaf))
+        native = READ_AS.get(leaf, leaf)
         if native in piece or rule != layer.rule:
             raise UserError(f"two tensors for one place of {layer.path[1]}, the second of them {key!r}")
         if (native in (DOWN, UP) and (tensor.ndim < 2 or not tensor.numel())) or (
@@ -68,62 +71,17 @@ def read(
         # PEFT's magnitudes are (out,), or (1, out, 1, 1) of a convolution.
         piece[native] = tensor.reshape(-1, *[1] * max(1, tensor.ndim - 1)) if "magnitude" in leaf else tensor
     if strange:
-        raise UserError(_unclaimed(strange, layers, len(tensors)))
-    return {path: _joined(path, *found[path]) for path in order if path in found}
+        raise UserError(_unclaimed(strange, list(spellings.known()), len(tensors)))
+    return {path: _joined(path, *found[path]) for path in spellings.paths if path in found}
 
 
-# --- names ---
-
-
-@dataclass(frozen=True, slots=True)
-class _NamedLayer:
-    """What a foreign name stands for."""
-
-    path: ModulePath
-    piece: int
-    rule: Rule | None
-    tensor_names: Mapping[str, str]
-    """foreign leaf -> native leaf"""
-
-
-def _named_layers(
-    dialects: tuple[Dialect, ...], paths: Iterable[ModulePath]
-) -> tuple[dict[str, _NamedLayer], list[ModulePath]]:
-    """What every layer's names in every dialect stand for, and the layers in order."""
-    layers: dict[str, _NamedLayer] = {}
-    order = list(paths)
-    for dialect in dialects:
-        native = {foreign: leaf for leaf, foreign in dialect.tensor_names.items()}
-        for path in order:
-            if path[0] not in dialect.prefix:
-                continue
-            names, rule = dialect.names(path)
-            for piece, written in enumerate(names):
-                for name in dialect.spellings(path[0], written):
-                    known = layers.setdefault(name, _NamedLayer(path, piece, rule, native))
-                    if known.path != path:
-                        raise ValueError(f"{name!r} names both {known.path} and {path}")
-    return layers, order
-
-
-def _split(key: str, layers: Mapping[str, _NamedLayer], keys: Container[str]) -> tuple[str, str]:
-    """(name, leaf) of a key, the name being the longest known one; ("", "") when no layer has that name."""
-    name = key
-    while name := name.rpartition(".")[0]:
-        leaf = key[len(name) + 1 :]
-        # Those are a checkpoint's, not an adapter's; but (IA)3, which has `on_input` too, calls its factors so.
-        if name in layers and (leaf not in ("weight", "bias") or (leaf == "weight" and f"{name}.on_input" in keys)):
-            return name, leaf
-    return "", ""
-
-
-def _unclaimed(strange: list[str], layers: Mapping[str, _NamedLayer], total: int) -> str:
+def _unclaimed(strange: list[str], known: list[str], total: int) -> str:
     """The message for keys that name no layer: a key of each of the first five unknown names, and the nearest known
     ones."""
     first: dict[str, str] = {}
     for key in strange:
         first.setdefault(key.split(".lora_")[0] if ".lora_" in key else key.rpartition(".")[0], key)
-    shown = [f"  {key}{nearest(head, layers)}" for head, key in list(first.items())[:5]]
+    shown = [f"  {key}{nearest(head, known)}" for head, key in list(first.items())[:5]]
     more = [f"  and those of {len(first) - 5} more names"] if len(first) > 5 else []
     return "\n".join([f"{len(strange)} of {total} keys of the adapter name no layer of this model:", *shown, *more])
 

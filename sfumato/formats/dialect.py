@@ -22,15 +22,13 @@ PEFT_NAMES = {DOWN: "lora_A.weight", UP: "lora_B.weight"}
 READ_AS = {
     "lora_A.weight": DOWN,
     "lora_B.weight": UP,
-    "lora_A.default.weight": DOWN,
-    "lora_B.default.weight": UP,
-    "lora.down.weight": DOWN,
-    "lora.up.weight": UP,
     "lora_magnitude_vector": DORA,
     "lora_magnitude_vector.weight": DORA,
-    "lora_magnitude_vector.default.weight": DORA,
 }
-"""Leaf spellings of PEFT and of old diffusers; files mix them with any dialect's paths, so all are read in all."""
+"""Leaf spellings of PEFT; files mix them with any dialect's paths, so they are read in all."""
+ALIASES = {"lycoris": "kohya", "diffusers": "peft"}
+"""What programs call a dialect -> its name here. LyCORIS' files for A1111 and ComfyUI are kohya's, with leaves of their
+own."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,8 +38,6 @@ class Dialect:
     name: str
     prefix: Mapping[str, str]
     """component -> what stands before the path, separator included; a component that is not here cannot be named."""
-    read_also: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    """component -> what other programs' files have in place of its `prefix`: read, never written."""
     keys: Mapping[str, KeyMap] = field(default_factory=dict)
     """component -> table native -> foreign; a component that is not here keeps its native names."""
     separator: Literal[".", "_"] = "."
@@ -64,10 +60,11 @@ class Dialect:
             self.prefix[component] + p.replace(".", self.separator) for p in paths
         ), match.rule if match else None
 
-    def spellings(self, component: str, name: str) -> tuple[str, ...]:
-        """A name of `names` as it is written, then as it is read besides."""
-        path = name.removeprefix(self.prefix[component])
-        return name, *(prefix + path for prefix in self.read_also.get(component, ()))
+    def holds(self, path: ModulePath) -> bool:
+        """Whether it has a name for a layer."""
+        component, module = path
+        keys = self.keys.get(component)
+        return component in self.prefix and (keys is None or keys.find(module, native=True) is not None)
 
 
 def usual(
@@ -90,3 +87,8 @@ def usual(
             fold_alpha=True,
         ),
     }
+
+
+def with_aliases(dialects: Mapping[str, Dialect]) -> dict[str, Dialect]:
+    """Dialects by all their names."""
+    return {**dialects, **{alias: dialects[name] for alias, name in ALIASES.items() if name in dialects}}

@@ -137,6 +137,13 @@ class KeyMap:
 
     def match(self, name: str, *, native: bool) -> Match:
         """The rule that claims a tensor's name or a module's path."""
+        if found := self.find(name, native=native):
+            return found
+        known = [r.native if native else f for r in self.rules for f in r.foreign]
+        raise UserError(f"no rule names the tensor {name!r}{nearest(name, known)}")
+
+    def find(self, name: str, *, native: bool) -> Match | None:
+        """`match`, or None where no rule claims the name."""
         table = self._native if native else self._foreign
         head = name
         while head:
@@ -144,8 +151,7 @@ class KeyMap:
                 if m := pattern.fullmatch(head):
                     return Match(r, m.groupdict().get("i") or "", name[len(head) :])
             head = head.rpartition(".")[0]
-        known = [r.native if native else f for r in self.rules for f in r.foreign]
-        raise UserError(f"no rule names the tensor {name!r}{nearest(name, known)}")
+        return None
 
 
 def add_prefix(tensors: Mapping[str, AnyTensor], prefix: str) -> dict[str, AnyTensor]:

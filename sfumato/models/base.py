@@ -23,7 +23,7 @@ from sfumato.data.strategies import (
     TokenizeStrategy,
 )
 from sfumato.errors import UserError
-from sfumato.formats.dialect import Dialect
+from sfumato.formats.dialect import Dialect, with_aliases
 from sfumato.formats.planned import Writable
 from sfumato.models.autoencoders import scale, unscale
 from sfumato.models.components import Checkpoint, Component
@@ -110,8 +110,8 @@ class Models:
 
     @property
     def dialects(self) -> Mapping[str, Dialect]:
-        """Adapter key names: "kohya", "comfy", "peft"."""
-        return self.family.dialects(self)
+        """Adapter key names: "kohya", "comfy", "peft", and what others call these."""
+        return with_aliases(self.family.dialects(self))
 
     @property
     def vae(self) -> nn.Module:

@@ -16,7 +16,7 @@ from sfumato.adapters.insert import AdapterNetwork, choose, from_state
 from sfumato.config import Config, FamilyOptions
 from sfumato.errors import UserError
 from sfumato.families.detect import CALLED, identify
-from sfumato.formats import dialect, files
+from sfumato.formats import adapter_metadata, dialect, files
 from sfumato.formats.adapter_check import check_adapter
 from sfumato.formats.metadata import hashes
 from sfumato.models.base import Family, Models
@@ -294,7 +294,7 @@ def read_adapter(models: Models, path: Path, flag: str = "adapter") -> dict[dial
 
     Errors: `UserError` for keys that name no layer, and for tensors that no adapter can have.
     """
-    tensors = files.load(path)
+    tensors, _ = adapter_metadata.load(path)
     by_path = [
         (name, p)
         for name, net in models.nets().items()

@@ -135,6 +135,9 @@ CASES = (
 
 # --- headers of the real files; see `tinies/headers.py` ---
 
+USUAL = {"chroma": lambda: headers.under(headers.NET, headers.transformer("chroma")) | headers.text("t5xxl")}
+"""The models that people have, for `tests/usual_models.py`: variant -> the tensors of a single file."""
+
 HEADERS: headers.Headers = {
     "chroma": (lambda: headers.transformer("chroma"), "chroma checkpoint ", "denoiser"),
     "chroma with prefix": (

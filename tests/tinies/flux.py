@@ -191,6 +191,9 @@ CASES = (
 
 # --- headers of the real files; see `tinies/headers.py` ---
 
+USUAL = {"dev": lambda: headers.comfy("flux_dev")}
+"""The models that people have, for `tests/usual_models.py`: variant -> the tensors of a single file."""
+
 HEADERS: headers.Headers = {
     "flux dev": (lambda: headers.transformer("flux_dev"), "flux checkpoint dev", "denoiser"),
     "flux schnell": (lambda: headers.transformer("flux_schnell"), "flux checkpoint schnell", "denoiser"),

@@ -56,6 +56,9 @@ CASES = tuple(
 
 # --- headers of the real files; see `tinies/headers.py` ---
 
+USUAL = {"v1": lambda: headers.sd(1), "v2": lambda: headers.sd(2)}
+"""The models that people have, for `tests/usual_models.py`: variant -> the tensors of a single file."""
+
 HEADERS: headers.Headers = {
     "sd1": (lambda: headers.sd(1), "sd checkpoint v1", headers.WHOLE),
     "sd2": (lambda: headers.sd(2), "sd checkpoint v2", headers.WHOLE),

@@ -237,6 +237,12 @@ CASES = tuple(
 
 # --- headers of the real files; see `tinies/headers.py` ---
 
+USUAL = {
+    kind: lambda kind=kind: headers.sd3(f"sd{kind}", "clip_l", "clip_g", "t5xxl")
+    for kind in ("3_medium", "3.5_medium", "3.5_large")
+}
+"""The models that people have, for `tests/usual_models.py`: variant -> the tensors of a single file."""
+
 HEADERS: headers.Headers = {
     "sd3 medium": (lambda: headers.sd3("sd3_medium"), "sd3 checkpoint medium", "denoiser, vae"),
     "sd3 medium with text encoders": (

@@ -168,6 +168,9 @@ CASES = (
 
 # --- headers of the real files; see `tinies/headers.py` ---
 
+USUAL = {"base": lambda: headers.table("sdxl.single_file")}
+"""The models that people have, for `tests/usual_models.py`: variant -> the tensors of a single file."""
+
 HEADERS: headers.Headers = {
     "sdxl": (lambda: headers.table("sdxl.single_file"), "sdxl checkpoint ", headers.WHOLE),
     "sdxl unet with prefix": (

@@ -116,7 +116,7 @@ def dialects(models: Models) -> Mapping[str, Dialect]:
     keys = chroma_keys({name: tuple(t.shape) for name, t in models.denoiser.state_dict().items()})
     theirs = adapter_dialects(keys)
     kohya = {"denoiser": "lora_unet_", "t5xxl": "lora_te1_"}
-    return theirs | {"kohya": replace(theirs["kohya"], prefix=kohya, read_also={"t5xxl": ("lora_te3_",)})}
+    return theirs | {"kohya": replace(theirs["kohya"], prefix=kohya)}
 
 
 def trainable(options: FamilyOptions, plan: AdapterPlan | None) -> frozenset[str]:

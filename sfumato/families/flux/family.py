@@ -26,7 +26,7 @@ from sfumato.families.flux.facts import (
     Completed,
     Options,
 )
-from sfumato.families.flux.names import TARGETS, flux_keys
+from sfumato.families.flux.names import TARGETS, flux_keys, xlabs_keys
 from sfumato.families.flux.net import PATCH, Flux, FluxBase, blocks
 from sfumato.families.flux.network_args import INPUT_TARGETS, target_layer
 from sfumato.families.flux.strategies import LATENTS, FluxEncode, FluxTokenize, outputs
@@ -204,8 +204,10 @@ def sigmas(models: Models, steps: int, latent_pixels: int) -> Tensor:
 
 
 def dialects(models: Models) -> Mapping[str, Dialect]:
-    """Adapter names of a model with this transformer."""
-    return adapter_dialects(flux_keys({name: tuple(t.shape) for name, t in models.denoiser.state_dict().items()}))
+    """Adapter names of a model with this transformer; those of XLabs are only read."""
+    shapes = {name: tuple(t.shape) for name, t in models.denoiser.state_dict().items()}
+    xlabs = Dialect(name="xlabs", prefix={"denoiser": ""}, keys={"denoiser": xlabs_keys(shapes)})
+    return {**adapter_dialects(flux_keys(shapes)), "xlabs": xlabs}
 
 
 def adapter_dialects(keys: KeyMap) -> dict[str, Dialect]:

@@ -45,6 +45,23 @@ def trunk_rules(shapes: Shapes) -> list[Rule]:
     ]
 
 
+def xlabs_keys(shapes: Shapes) -> KeyMap:
+    """native: Black Forest Labs. foreign: XLabs' adapters, whose processors of attention hold the factors of both
+    streams; of a single block they adapt q, k and v together. As `formats/spellings.py` leaves them: without
+    "processor" and, in single blocks, "_lora"."""
+    rows = _rows(shapes)
+    single = rows and (sum(rows[:3]), rows[3])
+    return KeyMap(
+        *(
+            rule(f"{DOUBLE}.{side}_attn.{name}", f"{DOUBLE}.{name}_lora{i}")
+            for i, side in ((1, "img"), (2, "txt"))
+            for name in ("qkv", "proj")
+        ),
+        rule(f"{SINGLE}.linear1", f"{SINGLE}.qkv", f"{SINGLE}.mlp", rows=single),
+        rule(f"{SINGLE}.linear2", f"{SINGLE}.proj"),
+    )
+
+
 def _stream(side: str, qkv: tuple[str, str, str], out: str, norm: str, ff: str) -> list[Rule]:
     """One stream of the double blocks."""
     native, foreign = f"{DOUBLE}.{side}", FOREIGN_DOUBLE

@@ -143,8 +143,7 @@ def block(path: str) -> int:
 
 
 def dialects(models: Models) -> Mapping[str, Dialect]:
-    """Adapter names: kohya's and ComfyUI's are built on the single file's, PEFT's on diffusers'; kohya's are read on
-    diffusers' too."""
+    """Adapter names: kohya's and ComfyUI's are built on the single file's, PEFT's on diffusers'."""
     keys = {"denoiser": unet_keys(models.denoiser.state_dict())}
     kohya = {"denoiser": "lora_unet_", "clip_l": "lora_te1_", "clip_g": "lora_te2_"}
     comfy = {
@@ -152,9 +151,7 @@ def dialects(models: Models) -> Mapping[str, Dialect]:
         **{name: f"text_encoders.{name}.transformer." for name in ("clip_l", "clip_g")},
     }
     peft = {"denoiser": "unet.", "clip_l": "text_encoder.", "clip_g": "text_encoder_2."}
-    return usual(kohya, comfy, peft, keys) | {
-        "kohya_diffusers": Dialect(name="kohya_diffusers", prefix=kohya, keys=keys, separator="_"),
-    }
+    return usual(kohya, comfy, peft, keys)
 
 
 FAMILY = Family(

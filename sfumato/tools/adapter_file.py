@@ -1,0 +1,239 @@
+"""An adapter file read without its model: the usual models of its family, or the header of the one given, name the
+layers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from sfumato import families
+from sfumato.adapters import files as adapter_files
+from sfumato.adapters import from_tensors
+from sfumato.adapters.base import Adapter
+from sfumato.errors import Mistakes, UserError, nearest
+from sfumato.families import detect
+from sfumato.formats import adapter_metadata, files
+from sfumato.formats.adapter_check import check_adapter
+from sfumato.formats.dialect import AdapterTensors, Dialect, ModulePath
+from sfumato.formats.spellings import Spellings
+from sfumato.models import reference
+from sfumato.models.base import Family
+from sfumato.models.detection import Shapes
+from sfumato.models.loading import examine
+
+WEIGHTS = ("adapter_model.safetensors", "pytorch_lora_weights.safetensors")
+"""What a folder that PEFT or diffusers saved holds."""
+NOT_OF_LAYERS = {"bundle_emb.": "an embedding that OneTrainer puts beside the adapter"}
+"""Beginnings of keys that belong to no adapter -> what they are."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outline:
+    """The layers of a model and their names, without values."""
+
+    family: Family
+    variant: str
+    layers: Mapping[ModulePath, tuple[int, ...]]
+    """Layer -> shape of its weight."""
+    dialects: Mapping[str, Dialect]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AdapterFile:
+    """An adapter file as it was read."""
+
+    path: Path
+    outline: Outline
+    state: dict[ModulePath, AdapterTensors]
+    """In native names and kohya's leaves, in the order of the nets."""
+    metadata: dict[str, str]
+    keys: int
+    """Tensors in the file."""
+    left_out: dict[str, str] = field(default_factory=dict)
+    """Keys that belong to no adapter -> what they are."""
+
+    @property
+    def kinds(self) -> set[str]:
+        """The kinds of its adapters, by class."""
+        return {from_tensors(tensors)[0].__name__ for tensors in self.state.values()}
+
+
+def read(path: str | Path, *, family: str | None = None, model: str | None = None) -> AdapterFile:
+    """An adapter file, or a folder of PEFT's or diffusers' with one, in whatever names.
+
+    `family`: of its model, where the file does not show it. `model`: a checkpoint of other sizes than the family's
+    usual models; its header alone is read. Errors: `UserError` for what is no adapter, for keys that name no layer and
+    for shapes that do not fit.
+    """
+    file = _file(Path(path).expanduser())
+    tensors, metadata = adapter_metadata.load(file)
+    keys = len(files.read_header(file).tensors)
+    left_out = {key: what for key in tensors for start, what in NOT_OF_LAYERS.items() if key.startswith(start)}
+    tensors = {key: t for key, t in tensors.items() if key not in left_out}
+    check_adapter(tensors, str(file))
+    outline, state = _fitting(file, tensors, _outlines(file, tensors, metadata, family, model))
+    return AdapterFile(path=file, outline=outline, state=state, metadata=metadata, keys=keys, left_out=left_out)
+
+
+def layer_like(shape: tuple[int, ...], device: str = "meta") -> nn.Module:
+    """A layer with a weight of this shape."""
+    if len(shape) == 2:
+        return nn.Linear(shape[1], shape[0], device=device)
+    kernel = (shape[2], shape[3])
+    return nn.Conv2d(shape[1], shape[0], kernel, padding=(kernel[0] // 2, kernel[1] // 2), device=device)
+
+
+def adapter_of(path: ModulePath, tensors: AdapterTensors, shape: tuple[int, ...]) -> Adapter:
+    """The adapter of a layer with a weight of this shape, with these values in fp32. Errors: `UserError` if they do not
+    fit."""
+    kind, options = from_tensors(tensors)
+    values = {leaf: t.float() if t.is_floating_point() else t for leaf, t in tensors.items()}
+    adapter = kind(layer_like(shape), options, torch.Generator())
+    adapter.name = ".".join(path)
+    for name, p in adapter.named_parameters():
+        if p.is_meta:
+            owner, _, leaf = name.rpartition(".")
+            empty = nn.Parameter(torch.empty(p.shape), requires_grad=False)
+            adapter.get_submodule(owner)._parameters[leaf] = empty
+    adapter.load_tensors(values)
+    return adapter.requires_grad_(False).eval()
+
+
+# --- which model it is for ---
+
+
+def usual_outlines(family: str) -> list[Outline]:
+    """The usual models of a family."""
+    return [_usual(family, variant) for variant in reference.usual_models(_folder(family))]
+
+
+@cache
+def _usual(family: str, variant: str) -> Outline:
+    return _outline(families.family(family), variant, reference.usual_models(_folder(family))[variant])
+
+
+def _outline(family: Family, variant: str, parts: Mapping[str, Shapes]) -> Outline:
+    return Outline(
+        family=family, variant=variant, layers=reference.layers(parts), dialects=reference.dialects(family, parts)
+    )
+
+
+def _folder(family: str) -> Path:
+    return Path(families.__file__).parent / family
+
+
+def _outlines(
+    file: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str], family: str | None, model: str | None
+) -> list[Outline]:
+    """The models that an adapter may be for, those that it most likely is for first."""
+    if family is not None and family not in families.names():
+        raise UserError(
+            f"--family {family}: known are {', '.join(families.names())}{nearest(family, families.names())}"
+        )
+    if model is not None:
+        found = detect.detect_file(model, "--model")
+        if family not in (None, found.family):
+            raise UserError(f"--family {family}: {model} is of the family {found.family}")
+        theirs = families.family(found.family)
+        _, source = examine(theirs, model, families.facts(found.family).options())
+        parts = {name: weights.shapes() for name, weights in source.components.items() if name != "vae"}
+        return [_outline(theirs, found.variant, parts)]
+    shapes = {key: tuple(t.shape) for key, t in tensors.items()}
+    detected = detect.identify(shapes, metadata)
+    if detected and detected.kind != "adapter":
+        what = detect.CALLED.get(detected.kind, "a base model").partition(",")[0]
+        raise UserError(f"{file} is {what}, not an adapter (such as a LoRA)")
+    family = family or (detected.family if detected else None)
+    if family is None:
+        return _by_names(file, shapes, tensors, metadata)
+    if not (outlines := usual_outlines(family)):
+        raise UserError(
+            f"{file}: the layers of {families.family(family).title} must be read from a checkpoint: --model"
+        )
+    return outlines
+
+
+def _by_names(file: Path, shapes: Shapes, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> list[Outline]:
+    """The models of the one family whose layers an adapter names.
+
+    Several may have such layers: then it is that to which it belongs in kohya's names, which each family knows.
+    """
+    fits: dict[str, Outline] = {}
+    for outline in (outline for name in families.names() for outline in usual_outlines(name)):
+        name = outline.family.name
+        if name in fits or _unclaimed(tensors, outline):
+            continue
+        with suppress(UserError):
+            state = _read(tensors, outline)
+            fits[name] = outline
+            kohya = {k: tuple(t.shape) for k, t in adapter_files.write(outline.dialects["kohya"], state).items()}
+            found = detect.identify(kohya, metadata)
+            if found and found.family == name:
+                return [outline]
+    if len(fits) == 1:
+        return list(fits.values())
+    if fits:
+        raise UserError(f"{file}: its layers may be those of {' or '.join(fits)}; say which with --family")
+    raise UserError(
+        f"{file} is {detect.unknown(shapes)}; if it is an adapter for a model of other sizes than usual, give the "
+        "model with --model"
+    )
+
+
+def _unclaimed(tensors: Iterable[str], outline: Outline) -> int:
+    """How many keys name no layer of a model."""
+    spellings = Spellings(outline.dialects.values(), outline.layers)
+    return sum(spellings.find(key) is None for key in tensors)
+
+
+def _read(tensors: Mapping[str, Tensor], outline: Outline) -> dict[ModulePath, AdapterTensors]:
+    """Errors: `UserError` if names or shapes do not fit."""
+    state = adapter_files.read(outline.dialects.values(), tensors, outline.layers)
+    _check_shapes(state, outline)
+    return state
+
+
+def _fitting(
+    file: Path, tensors: Mapping[str, Tensor], outlines: list[Outline]
+) -> tuple[Outline, dict[ModulePath, AdapterTensors]]:
+    """The first outline whose names and shapes an adapter fits. Errors: what that says which fits best."""
+    mistakes = Mistakes()
+    unclaimed = [_unclaimed(tensors, outline) for outline in outlines]
+    for outline in (o for o, n in zip(outlines, unclaimed, strict=True) if n == min(unclaimed)):
+        with mistakes:
+            return outline, _read(tensors, outline)
+    title = f"{outlines[0].family.title} ({', '.join(o.variant for o in outlines)})"
+    raise UserError(
+        *(f"{file}: {message}" for message in mistakes.messages[:5]),
+        f"{file}: it was read as an adapter for {title}; if it is for a model of other sizes, give that with --model",
+    )
+
+
+def _check_shapes(state: Mapping[ModulePath, AdapterTensors], outline: Outline) -> None:
+    """Errors: one `UserError` for layers whose tensors do not fit."""
+    wrong: list[str] = []
+    for path, tensors in state.items():
+        kind, options = from_tensors(tensors)
+        adapter = kind(layer_like(outline.layers[path]), options, torch.Generator())
+        adapter.name = ".".join(path)
+        try:
+            adapter.load_tensors(tensors)
+        except UserError as error:
+            wrong += error.messages
+    if wrong:
+        raise UserError(*wrong[:5], *([f"and {len(wrong) - 5} more"] if len(wrong) > 5 else []))
+
+
+def _file(path: Path) -> Path:
+    if not path.is_dir():
+        return path
+    for name in WEIGHTS:
+        if (path / name).is_file():
+            return path / name
+    raise UserError(f"{path} is a folder without {' or '.join(WEIGHTS)}: expected an adapter file")
