@@ -37,14 +37,22 @@ def write(dialect: Dialect, adapters: Mapping[ModulePath, AdapterTensors]) -> di
     return out
 
 
+Inexact = Callable[[ModulePath, Mapping[int, AdapterTensors], Rule], AdapterTensors]
+"""(layer, the tensors of its pieces, the rule that cuts it) -> tensors of the whole that are near to them."""
+
+
 def read(
-    dialects: Iterable[Dialect], tensors: Mapping[str, Tensor], paths: Iterable[ModulePath]
+    dialects: Iterable[Dialect],
+    tensors: Mapping[str, Tensor],
+    paths: Iterable[ModulePath],
+    inexact: Inexact | None = None,
 ) -> dict[ModulePath, AdapterTensors]:
     """Tensors of an adapter file -> native tensors, in the order of `paths` (all layers of the nets, not only adapted
     ones).
 
-    Keys of several dialects may stand in one file. A LoRA without alpha gets its rank as alpha. Errors:
-    `UserError` listing the keys that name no layer, with the nearest names.
+    Keys of several dialects may stand in one file. A LoRA without alpha gets its rank as alpha. `inexact`: for fused
+    layers that have no exact form from their pieces; None: they are refused. Errors: `UserError` listing the keys that
+    name no layer, with the nearest names.
     """
     spellings = Spellings(dialects, paths)
     found: dict[ModulePath, tuple[Rule | None, dict[int, AdapterTensors]]] = {}
@@ -72,7 +80,7 @@ def read(
         piece[native] = tensor.reshape(-1, *[1] * max(1, tensor.ndim - 1)) if "magnitude" in leaf else tensor
     if strange:
         raise UserError(_unclaimed(strange, list(spellings.known()), len(tensors)))
-    return {path: _joined(path, *found[path]) for path in spellings.paths if path in found}
+    return {path: _joined(path, *found[path], inexact) for path in spellings.paths if path in found}
 
 
 def _unclaimed(strange: list[str], known: list[str], total: int) -> str:
@@ -134,8 +142,10 @@ def _moved(name: str, change: Change, move: Callable[[Tensor], Tensor], tensors:
     return _exact(name, lambda kind: kind.move_rows(tensors, move), tensors)
 
 
-def _joined(path: ModulePath, rule: Rule | None, pieces: dict[int, AdapterTensors]) -> AdapterTensors:
-    """The native tensors of a layer from those of its pieces, exactly; a piece that is not there changes nothing."""
+def _joined(
+    path: ModulePath, rule: Rule | None, pieces: dict[int, AdapterTensors], inexact: Inexact | None
+) -> AdapterTensors:
+    """The native tensors of a layer from those of its pieces; a piece that is not there changes nothing."""
     for tensors in pieces.values():
         if DOWN in tensors and ALPHA not in tensors:  # scale 1
             tensors[ALPHA] = torch.tensor(float(tensors[DOWN].shape[0]), dtype=tensors[DOWN].dtype)
@@ -148,5 +158,10 @@ def _joined(path: ModulePath, rule: Rule | None, pieces: dict[int, AdapterTensor
         def join(kind: type[Adapter]) -> AdapterTensors:
             return kind.join(pieces, rule.rows or (kind.row_count(first),) * len(rule.foreign))
 
-        whole = _exact(path[1], join, first)
+        try:
+            whole = _exact(path[1], join, first)
+        except UserError:
+            if inexact is None:
+                raise
+            whole = inexact(path, pieces, rule)
     return _moved(path[1], rule.change, rule.change.into, whole) if rule and rule.change else whole

@@ -53,6 +53,11 @@ _CHANGED = re.compile(
 """Whether one of `_CHANGES` may have something to do: most names are as they should be."""
 
 
+_OF_CHECKPOINTS = ("weight", "bias")
+"""Leaves that are a checkpoint's, not an adapter's, unless the parts of the name are joined as no checkpoint does; (IA)3
+has such a leaf."""
+
+
 class Spelled(NamedTuple):
     """What a name stands for."""
 
@@ -86,7 +91,8 @@ class Spellings:
                 continue
             rest = key[len(prefix) :]
             for tables in candidates:
-                if found := _only(_lookup(table, rest) for table in tables):
+                found = _only(_lookup(table, rest) for table in tables)
+                if found and (prefix.endswith("_") or found[1] not in _OF_CHECKPOINTS):
                     return found
         return None
 
@@ -171,9 +177,7 @@ def _lookup(table: Mapping[str, Spelled], rest: str) -> tuple[Spelled, str] | No
     name = rest
     while name := name.rpartition(".")[0]:
         if spelled := table.get(name):
-            leaf = rest[len(name) + 1 :]
-            # Those are a checkpoint's, not an adapter's.
-            return None if leaf in ("weight", "bias") else (spelled, leaf)
+            return spelled, rest[len(name) + 1 :]
     return None
 
 

@@ -3,7 +3,7 @@ layers."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cache
@@ -15,12 +15,13 @@ from torch import Tensor, nn
 from sfumato import families
 from sfumato.adapters import files as adapter_files
 from sfumato.adapters import from_tensors
-from sfumato.adapters.base import Adapter
+from sfumato.adapters.base import Adapter, Additive
 from sfumato.errors import Mistakes, UserError, nearest
 from sfumato.families import detect
 from sfumato.formats import adapter_metadata, files
 from sfumato.formats.adapter_check import check_adapter
 from sfumato.formats.dialect import AdapterTensors, Dialect, ModulePath
+from sfumato.formats.names import Rule
 from sfumato.formats.spellings import Spellings
 from sfumato.models import reference
 from sfumato.models.base import Family
@@ -64,11 +65,17 @@ class AdapterFile:
         return {from_tensors(tensors)[0].__name__ for tensors in self.state.values()}
 
 
-def read(path: str | Path, *, family: str | None = None, model: str | None = None) -> AdapterFile:
+Inexact = Callable[[ModulePath, Mapping[int, AdapterTensors], Rule, tuple[int, ...]], AdapterTensors]
+"""As in `adapters/files.py`, with the shape of the layer's weight."""
+
+
+def read(
+    path: str | Path, *, family: str | None = None, model: str | None = None, inexact: Inexact | None = None
+) -> AdapterFile:
     """An adapter file, or a folder of PEFT's or diffusers' with one, in whatever names.
 
     `family`: of its model, where the file does not show it. `model`: a checkpoint of other sizes than the family's
-    usual models; its header alone is read. Errors: `UserError` for what is no adapter, for keys that name no layer and
+    usual models; its header alone is read. `inexact`: as `adapters.files.read`. Errors: `UserError` for what is no adapter, for keys that name no layer and
     for shapes that do not fit.
     """
     file = _file(Path(path).expanduser())
@@ -77,32 +84,36 @@ def read(path: str | Path, *, family: str | None = None, model: str | None = Non
     left_out = {key: what for key in tensors for start, what in NOT_OF_LAYERS.items() if key.startswith(start)}
     tensors = {key: t for key, t in tensors.items() if key not in left_out}
     check_adapter(tensors, str(file))
-    outline, state = _fitting(file, tensors, _outlines(file, tensors, metadata, family, model))
+    outline, state = _fitting(file, tensors, _outlines(file, tensors, metadata, family, model), inexact)
     return AdapterFile(path=file, outline=outline, state=state, metadata=metadata, keys=keys, left_out=left_out)
 
 
-def layer_like(shape: tuple[int, ...], device: str = "meta") -> nn.Module:
-    """A layer with a weight of this shape."""
-    if len(shape) == 2:
-        return nn.Linear(shape[1], shape[0], device=device)
-    kernel = (shape[2], shape[3])
-    return nn.Conv2d(shape[1], shape[0], kernel, padding=(kernel[0] // 2, kernel[1] // 2), device=device)
-
-
-def adapter_of(path: ModulePath, tensors: AdapterTensors, shape: tuple[int, ...]) -> Adapter:
-    """The adapter of a layer with a weight of this shape, with these values in fp32. Errors: `UserError` if they do not
-    fit."""
+def adapter_of(path: ModulePath, tensors: AdapterTensors, weight: Tensor) -> Adapter:
+    """The adapter of a layer with this weight, with these values in fp32. Errors: `UserError` if they do not fit."""
     kind, options = from_tensors(tensors)
-    values = {leaf: t.float() if t.is_floating_point() else t for leaf, t in tensors.items()}
-    adapter = kind(layer_like(shape), options, torch.Generator())
+    adapter = kind(_layer(weight), options, torch.Generator())
     adapter.name = ".".join(path)
-    for name, p in adapter.named_parameters():
-        if p.is_meta:
-            owner, _, leaf = name.rpartition(".")
-            empty = nn.Parameter(torch.empty(p.shape), requires_grad=False)
-            adapter.get_submodule(owner)._parameters[leaf] = empty
-    adapter.load_tensors(values)
+    adapter.load_tensors(tensors)
     return adapter.requires_grad_(False).eval()
+
+
+def needs_weight(adapter: Adapter) -> bool:
+    """Whether the change of a layer's weight depends on that weight."""
+    return not isinstance(adapter, Additive) or adapter.dora_scale is not None
+
+
+def _layer(weight: Tensor) -> nn.Module:
+    """A layer with this weight."""
+    out, channels, *kernel = weight.shape
+    layer: nn.Linear | nn.Conv2d
+    if kernel:
+        padding = (kernel[0] // 2, kernel[1] // 2)
+        layer = nn.Conv2d(channels, out, (kernel[0], kernel[1]), padding=padding, device="meta")
+    else:
+        layer = nn.Linear(channels, out, device="meta")
+    layer.weight = nn.Parameter(weight, requires_grad=False)
+    layer.bias = nn.Parameter(torch.zeros(out, device=weight.device), requires_grad=False)
+    return layer
 
 
 # --- which model it is for ---
@@ -192,22 +203,29 @@ def _unclaimed(tensors: Iterable[str], outline: Outline) -> int:
     return sum(spellings.find(key) is None for key in tensors)
 
 
-def _read(tensors: Mapping[str, Tensor], outline: Outline) -> dict[ModulePath, AdapterTensors]:
+def _read(
+    tensors: Mapping[str, Tensor], outline: Outline, inexact: Inexact | None = None
+) -> dict[ModulePath, AdapterTensors]:
     """Errors: `UserError` if names or shapes do not fit."""
-    state = adapter_files.read(outline.dialects.values(), tensors, outline.layers)
+
+    def near(path: ModulePath, pieces: Mapping[int, AdapterTensors], rule: Rule) -> AdapterTensors:
+        assert inexact is not None
+        return inexact(path, pieces, rule, outline.layers[path])
+
+    state = adapter_files.read(outline.dialects.values(), tensors, outline.layers, near if inexact else None)
     _check_shapes(state, outline)
     return state
 
 
 def _fitting(
-    file: Path, tensors: Mapping[str, Tensor], outlines: list[Outline]
+    file: Path, tensors: Mapping[str, Tensor], outlines: list[Outline], inexact: Inexact | None
 ) -> tuple[Outline, dict[ModulePath, AdapterTensors]]:
     """The first outline whose names and shapes an adapter fits. Errors: what that says which fits best."""
     mistakes = Mistakes()
     unclaimed = [_unclaimed(tensors, outline) for outline in outlines]
     for outline in (o for o, n in zip(outlines, unclaimed, strict=True) if n == min(unclaimed)):
         with mistakes:
-            return outline, _read(tensors, outline)
+            return outline, _read(tensors, outline, inexact)
     title = f"{outlines[0].family.title} ({', '.join(o.variant for o in outlines)})"
     raise UserError(
         *(f"{file}: {message}" for message in mistakes.messages[:5]),
@@ -219,11 +237,8 @@ def _check_shapes(state: Mapping[ModulePath, AdapterTensors], outline: Outline) 
     """Errors: one `UserError` for layers whose tensors do not fit."""
     wrong: list[str] = []
     for path, tensors in state.items():
-        kind, options = from_tensors(tensors)
-        adapter = kind(layer_like(outline.layers[path]), options, torch.Generator())
-        adapter.name = ".".join(path)
         try:
-            adapter.load_tensors(tensors)
+            adapter_of(path, tensors, torch.empty(outline.layers[path], device="meta"))
         except UserError as error:
             wrong += error.messages
     if wrong:

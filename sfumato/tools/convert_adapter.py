@@ -1,0 +1,176 @@
+"""Adapters from one program's names to another's: the same effect, or refused with the reason."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from sfumato.adapters import files as adapter_files
+from sfumato.errors import Mistakes, UserError, nearest
+from sfumato.formats import files
+from sfumato.formats.adapter_metadata import DIFFUSERS_CONFIG
+from sfumato.formats.dialect import ALIASES, ALPHA, DOWN, UP, AdapterTensors, Dialect, ModulePath
+from sfumato.formats.metadata import hashes
+from sfumato.formats.names import Rule
+from sfumato.tensors.algebra import truncated
+from sfumato.tools import adapter_file
+from sfumato.tools.adapter_file import AdapterFile
+
+DIALECTS = ("kohya", "comfy", "peft", *ALIASES)
+DTYPES = {"float": torch.float32, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+Progress = Callable[[int, int], None]
+"""(done, all) layers"""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Converted:
+    """What was written, and how near it is."""
+
+    family: str
+    variant: str
+    kinds: tuple[str, ...]
+    layers: int
+    keys_in: int
+    keys_out: int
+    left_out: Mapping[str, str]
+    """Keys that belong to no adapter -> what they are; they are not in the new file."""
+    errors: Mapping[str, float] = field(default_factory=dict)
+    """Layers that have no exact form there -> Frobenius norm of what their change lacks, as a share of it."""
+
+
+def convert(
+    source: str | Path,
+    target: str | Path,
+    to: str,
+    *,
+    family: str | None = None,
+    model: str | None = None,
+    dtype: str | None = None,
+    rank: int | None = None,
+    progress: Progress = lambda done, total: None,
+) -> Converted:
+    """Write the adapter `source` under the names of the dialect `to` ("kohya", "comfy", "diffusers", "lycoris").
+
+    `family`, `model`: as `adapter_file.read`. `dtype`: "fp16", "bf16" or "float"; None: as in the file. `rank`: a layer
+    without an exact form there becomes a LoRA of this rank, the nearest there is; None: it is refused. Errors:
+    `UserError`, and nothing is written.
+    """
+    path, dialect_name = Path(target).expanduser(), ALIASES.get(to, to)
+    if to not in DIALECTS:
+        raise UserError(f"--to {to}: expected {', '.join(DIALECTS)}{nearest(to, DIALECTS)}")
+    if dtype is not None and dtype not in DTYPES:
+        raise UserError(f"--dtype {dtype}: expected {', '.join(DTYPES)}")
+    if rank is not None and rank < 1:
+        raise UserError(f"--rank {rank}: expected 1 or more")
+    nearest_lora = None if rank is None else Nearest(rank)
+    read = adapter_file.read(source, family=family, model=model, inexact=nearest_lora and nearest_lora.joined)
+    dialect = read.outline.dialects[dialect_name]
+    tensors = _written(read, dialect, nearest_lora, progress)
+    if dtype is not None:
+        tensors = {name: _cast(name, t, DTYPES[dtype]) for name, t in tensors.items()}
+    files.check_finite(tensors, f"the adapter {path.name}", DTYPES[dtype] if dtype else None)
+    # Its alphas stand in the tensors now.
+    metadata = {key: value for key, value in read.metadata.items() if key != DIFFUSERS_CONFIG}
+    files.save(path, tensors, {**metadata, **hashes(tensors, metadata)})
+    return Converted(
+        family=read.outline.family.name,
+        variant=read.outline.variant,
+        kinds=tuple(sorted(read.kinds)),
+        layers=len(read.state),
+        keys_in=read.keys,
+        keys_out=len(tensors),
+        left_out=read.left_out,
+        errors=nearest_lora.errors if nearest_lora else {},
+    )
+
+
+def _written(
+    read: AdapterFile, dialect: Dialect, nearest_lora: Nearest | None, progress: Progress
+) -> dict[str, Tensor]:
+    """The tensors under the dialect's names. Errors: one `UserError` for all layers that it cannot hold."""
+    out: dict[str, Tensor] = {}
+    mistakes = Mistakes()
+    for i, (path, tensors) in enumerate(read.state.items()):
+        progress(i, len(read.state))
+        try:
+            new = adapter_files.write(dialect, {path: tensors})
+        except UserError as error:
+            if nearest_lora is None or not dialect.holds(path):
+                mistakes.messages += error.messages
+                continue
+            new = adapter_files.write(dialect, {path: nearest_lora(path, tensors, read.outline.layers[path])})
+        if twice := out.keys() & new.keys():
+            raise UserError(f"two layers share the {dialect.name} name {min(twice)!r}")
+        out |= new
+    if mistakes.messages:
+        raise UserError(*_summed(mistakes.messages, dialect))
+    return out
+
+
+def _summed(messages: list[str], dialect: Dialect) -> list[str]:
+    """The messages, those that say the same of several layers once."""
+    reasons: dict[str, list[str]] = {}
+    for message in messages:
+        name, _, reason = message.partition(": ")
+        reasons.setdefault(reason or message, []).append(name)
+    return [
+        f"{len(names)} layers have no exact form in {dialect.name} names, such as {names[0]}: {reason}"
+        for reason, names in reasons.items()
+    ] + ["with --rank N they become LoRA of that rank, the nearest there is, and the error is stated"]
+
+
+def _cast(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """Alphas stay as they are: they cost nothing."""
+    return tensor if name.endswith(f".{ALPHA}") or not tensor.is_floating_point() else tensor.to(dtype)
+
+
+class Nearest:
+    """The nearest LoRA of a rank to a layer's change; `errors` has what each lacks."""
+
+    def __init__(self, rank: int) -> None:
+        self.rank = rank
+        self.errors: dict[str, float] = {}
+        self._generator = torch.Generator().manual_seed(0)
+
+    def __call__(self, path: ModulePath, tensors: AdapterTensors, shape: tuple[int, ...]) -> AdapterTensors:
+        """Errors: `UserError` for a change that depends on the layer's weight."""
+        return self._lora(path, change(path, tensors, shape))
+
+    def joined(
+        self, path: ModulePath, pieces: Mapping[int, AdapterTensors], rule: Rule, shape: tuple[int, ...]
+    ) -> AdapterTensors:
+        """Of a fused layer, from the tensors of its pieces; one that is missing changes nothing."""
+        rows = rule.rows or (shape[0] // len(rule.foreign),) * len(rule.foreign)
+        parts = [
+            change(path, pieces[i], (n, *shape[1:])) if i in pieces else torch.zeros(n, *shape[1:])
+            for i, n in enumerate(rows)
+        ]
+        return self._lora(path, torch.cat(parts))
+
+    def _lora(self, path: ModulePath, delta: Tensor) -> AdapterTensors:
+        found = truncated(delta.flatten(1), self.rank, self._generator)
+        if found.error:
+            self.errors[".".join(path)] = found.error
+        rank, ones = len(found.down), [1] * (delta.ndim - 2)
+        return {
+            DOWN: found.down.reshape(rank, *delta.shape[1:]).contiguous(),
+            UP: found.up.reshape(len(delta), rank, *ones).contiguous(),
+            ALPHA: torch.tensor(float(rank)),
+        }
+
+
+def change(path: ModulePath, tensors: AdapterTensors, shape: tuple[int, ...]) -> Tensor:
+    """What an adapter adds to a layer's weight of this shape, fp32. Errors: `UserError` if that depends on the
+    weight."""
+    weight = torch.zeros(shape)
+    adapter = adapter_file.adapter_of(path, tensors, weight)
+    if adapter_file.needs_weight(adapter):
+        raise UserError(
+            f"{'.'.join(path)}: {type(adapter).__name__} acts on the layer's own weight; it is not a sum that a LoRA "
+            "could be near to without the model"
+        )
+    return adapter.delta_weight(weight)
