@@ -201,6 +201,18 @@ def _resolved(
     return resolved
 
 
+def _extract(words: list[str]) -> int:
+    from sfumato.cli import svd_tools
+
+    return svd_tools.extract(words)
+
+
+def _resize(words: list[str]) -> int:
+    from sfumato.cli import svd_tools
+
+    return svd_tools.resize(words)
+
+
 def _show(words: list[str]) -> int:
     parser = _parser("show", "What a weight file is, from its header alone.")
     parser.add_argument("files", nargs="+", metavar="FILE", help="weight file or diffusers folder")
@@ -236,6 +248,8 @@ COMMANDS: Mapping[str, Command] = {
     "plan": Command(_plan, "check everything and say what a training would do, without training"),
     "cache": Command(_cache, "encode images and captions for later trainings"),
     "sample": Command(_sample, "sample images"),
+    "extract": Command(_extract, "a LoRA file of what two models differ in"),
+    "resize": Command(_resize, "a LoRA file with smaller ranks"),
     "show": Command(_show, "say what a weight file is"),
     "doctor": Command(_doctor, "say what this machine has and whether it can train"),
 }

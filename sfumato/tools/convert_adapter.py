@@ -16,7 +16,7 @@ from sfumato.formats.adapter_metadata import DIFFUSERS_CONFIG
 from sfumato.formats.dialect import ALIASES, ALPHA, DOWN, UP, AdapterTensors, Dialect, ModulePath
 from sfumato.formats.metadata import hashes
 from sfumato.formats.names import Rule
-from sfumato.tensors.algebra import truncated
+from sfumato.tensors.low_rank import truncated
 from sfumato.tools import adapter_file
 from sfumato.tools.adapter_file import AdapterFile
 
