@@ -9,6 +9,7 @@ from typing import Any, Literal
 from sfumato.config import FamilyOptions, LossConfig, NoiseConfig, Settings, relations, rules
 from sfumato.config.rules import Clash, Idle
 from sfumato.errors import UserError
+from sfumato.formats.clients import Names
 from sfumato.models.detection import Signature
 
 
@@ -48,6 +49,8 @@ class Facts:
     not set."""
     metadata: tuple[str, ...] = ()
     """Options that are written into results, as `ss_<option>`."""
+    loads_in: tuple[Names, ...] = ()
+    """What layers of adapters are called, and which programs load them by those names; the first that fits counts."""
 
     def __post_init__(self) -> None:
         known = {**rules.hints(Settings), **rules.hints(self.options)}

@@ -5,12 +5,15 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from sfumato import families
 from sfumato.errors import UserError
 from sfumato.families import detect
 from sfumato.formats import files
+from sfumato.formats.clients import loads_in
 from sfumato.formats.header import Header
 from sfumato.models import locate
 from sfumato.models.detection import Detected, Shapes
@@ -25,7 +28,9 @@ def describe(path: str | Path) -> dict[str, Any]:
     `kind`: checkpoint, adapter, vae, text_encoder, embedding, controlnet or unknown (then `seems` says more);
     `family`, `variant`, `dialect`, `prediction`: None where the file does not show it; `parts` of a checkpoint;
     `tensors`, `parameters`, `bytes`: counts; `dtypes`: tensors of each; `ranks`: LoRA layers of each rank;
-    `metadata`: as in the file. Errors: `UserError` for what is missing, truncated or not a weight file.
+    `loads_in`: of an adapter, what other programs load of it; `metadata`: as in the file.
+
+    Errors: `UserError` for what is missing, truncated or not a weight file.
     """
     path = Path(path).expanduser()
     headers = _headers(path)
@@ -48,6 +53,7 @@ def describe(path: str | Path) -> dict[str, Any]:
         "ranks": dict(
             sorted(Counter(i.shape[0] for name, i in tensors.items() if name.endswith(_DOWN) and i.shape).items())
         ),
+        "loads_in": _loads_in(found, shapes),
         "metadata": metadata,
     }
     return facts if found else facts | {"seems": seems}
@@ -69,6 +75,7 @@ def text(facts: dict[str, Any]) -> str:
         "LoRA": ", ".join(f"{n:,} layers of rank {rank}" for rank, n in facts["ranks"].items()),
     }
     lines += [f"  {name:<12}{value}" for name, value in labelled.items() if value]
+    lines += [f"  loads in {each['text']}" for each in facts["loads_in"]]
     if facts["metadata"]:
         lines.append("  metadata")
     for key, value in sorted(facts["metadata"].items()):
@@ -88,6 +95,13 @@ def _identify(path: Path, shapes: Shapes, metadata: Mapping[str, str]) -> tuple[
             return None, str(error)
     found = detect.identify(shapes, metadata)
     return found, "" if found else detect.unknown(shapes)
+
+
+def _loads_in(found: Detected | None, shapes: Shapes) -> list[dict[str, Any]]:
+    if found is None or found.kind != "adapter":
+        return []
+    each = loads_in(shapes, families.facts(found.family).loads_in)
+    return [{**asdict(of), "text": of.text("convert it to {} names")} for of in each]
 
 
 def _headers(path: Path) -> dict[Path, Header]:

@@ -11,6 +11,7 @@ from sfumato import adapters, families
 from sfumato.adapters import AdapterPlan
 from sfumato.config import Config, DatasetConfig, Method, Settings
 from sfumato.errors import Mistakes
+from sfumato.formats.clients import Loaded
 from sfumato.models.base import Models
 from sfumato.optim.arguments import literals
 from sfumato.optim.trial import for_length, trial
@@ -49,6 +50,8 @@ class Checked:
     """Ending of the result's file name; empty for a folder."""
     notes: tuple[str, ...] = ()
     """What a user should know: settings that do not act, and what differs from the state that is resumed."""
+    loads_in: tuple[Loaded, ...] = ()
+    """Of an adapter: what other programs load of the result."""
 
 
 def check(config: Config, method: Method, datasets: tuple[DatasetConfig, ...], read: Sequence[Path] = ()) -> Checked:
@@ -92,7 +95,9 @@ def check(config: Config, method: Method, datasets: tuple[DatasetConfig, ...], r
             tried = trial(config.optimizer, trainable.groups(), low_bits=config.train.full_bf16, steps=_steps(config))
             notes += [*tried.notices, *resume.check(config, plan, models.source, tried)]
         wrong.raise_all()
-        return Checked(prompts, plan, models, tuple(_trained(trainable)), trainable.suffix(), tuple(notes))
+        loads = trainable.loads_in(trainable.tensors()) if isinstance(trainable, Adapters) else []
+        trained = tuple(_trained(trainable))
+        return Checked(prompts, plan, models, trained, trainable.suffix(), tuple(notes), tuple(loads))
 
 
 def check_length(config: Config, steps: int) -> list[str]:

@@ -44,6 +44,8 @@ def show(config: Config, method: Method, datasets: tuple[DatasetConfig, ...], re
         f"cached: {' and '.join(_cached(config)) or 'nothing: images and captions are encoded in every step'}"
     )
     print_table(RESULTS, _results(config, budget, checked))
+    for each in checked.loads_in:
+        answers.print(each.text())
     if other := lock.taken(config):
         answers.print(other)
 
@@ -70,6 +72,7 @@ def facts(
         "kept": _cached(config),
         "another_run": lock.taken(config),
         "results": [dict(zip(RESULTS, row, strict=True)) for row in _results(config, budget, checked)],
+        "loads_in": [asdict(each) for each in checked.loads_in],
     }
 
 

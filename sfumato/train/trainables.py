@@ -10,6 +10,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from sfumato import families
 from sfumato.adapters import AdapterPlan
 from sfumato.adapters import files as adapter_files
 from sfumato.adapters.insert import AdapterNetwork, choose, from_state
@@ -18,12 +19,14 @@ from sfumato.errors import UserError
 from sfumato.families.detect import CALLED, identify
 from sfumato.formats import adapter_metadata, dialect, files
 from sfumato.formats.adapter_check import check_adapter
+from sfumato.formats.clients import Loaded, loads_in
 from sfumato.formats.metadata import hashes
 from sfumato.models.base import Family, Models
 from sfumato.models.loading import check_folder, save
 from sfumato.optim.groups import Group
 from sfumato.tensors.random import SampleRandom
 from sfumato.train import checkpoints
+from sfumato.train.progress import console
 
 SAVE_DTYPES = {"float": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -204,7 +207,7 @@ class Adapters:
         if config.train.full_bf16:
             self.network.to(torch.bfloat16)
         # What these names cannot hold is reported now, not after the training.
-        adapter_files.write(models.dialects[config.output.dialect], self.state())
+        self.tensors()
         by_path = self.network.by_path().items()
         self._weights = {
             "|".join((*path, name)): p for path, a in by_path for name, p in a.named_parameters() if p.requires_grad
@@ -231,6 +234,15 @@ class Adapters:
     def state(self) -> dict[dialect.ModulePath, dialect.AdapterTensors]:
         """All that a result holds: what is trained, and what a file brought besides."""
         return {**self.network.state(), **(self.frozen.state() if self.frozen else {})}
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The same in the names of the result. Errors: `UserError` for what these names cannot hold."""
+        return adapter_files.write(self.models.dialects[self.config.output.dialect], self.state())
+
+    def loads_in(self, tensors: Mapping[str, Tensor]) -> list[Loaded]:
+        """What other programs load of a file with these tensors."""
+        shapes = {name: tuple(t.shape) for name, t in tensors.items()}
+        return loads_in(shapes, families.facts_of(self.models.options).loads_in)
 
     def remove(self) -> None:
         """The nets are again as they were."""
@@ -281,12 +293,14 @@ class Adapters:
 
     def save(self, path: Path, metadata: Mapping[str, str]) -> None:
         precision = self.config.output.save_precision
-        tensors = adapter_files.write(self.models.dialects[self.config.output.dialect], self.state())
+        tensors = self.tensors()
         dtype = SAVE_DTYPES[precision] if precision else None
         if dtype:
             tensors = {name: t.to(dtype) for name, t in tensors.items()}
         files.check_finite(tensors, f"the adapter {path.name}", dtype)
         files.save(path, tensors, {**metadata, **hashes(tensors, metadata)})
+        for each in self.loads_in(tensors):
+            console.print(f"{path.name} in {each.text()}")
 
 
 def read_adapter(models: Models, path: Path, flag: str = "adapter") -> dict[dialect.ModulePath, dialect.AdapterTensors]:

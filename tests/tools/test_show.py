@@ -70,6 +70,16 @@ def test_the_parts_of_a_checkpoint_and_the_ranks_of_an_adapter(tmp_path: Path, k
     assert "layers of rank 4" in show.text(facts)
 
 
+def test_what_other_programs_load_of_an_adapter(tmp_path: Path, keys: Callable[[str], Shapes]) -> None:
+    facts = show.describe(file_of(tmp_path / "a.safetensors", keys("adapter.sd3_medium.lora")))
+    found = {each["client"]: each["loaded"] for each in facts["loads_in"]}
+    assert found["ComfyUI"] == len(keys("adapter.sd3_medium.lora")) // 3
+    assert found["diffusers"] == 0
+    assert "loads in diffusers: none of" in show.text(facts)
+    assert "convert it to peft names" in show.text(facts)
+    assert show.describe(file_of(tmp_path / "b.safetensors", keys("sd1.single_file")))["loads_in"] == []
+
+
 def test_unknown_files_say_what_they_seem_to_be(tmp_path: Path, keys: Callable[[str], Shapes]) -> None:
     facts = show.describe(file_of(tmp_path / "a.safetensors", keys("lumina2.transformer")))
     assert "Lumina" in facts["seems"]

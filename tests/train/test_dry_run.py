@@ -200,3 +200,26 @@ def test_results_are_named_with_their_ending(
     assert isinstance(found["folders"][0]["images"], int)
     assert found["steps"] == 4 and found["trained"][0]["component"] == "denoiser"
     assert not (tmp_path / "out").exists()
+
+
+def test_what_other_programs_will_load_is_said_before_and_after_the_training(
+    model: Path, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of the keys that the file will have, and then of those that it has."""
+    given = settings(model, tmp_path, dialect="peft", max_train_steps=1)
+    found = json.loads(json.dumps(plan.facts(given, "network", data(images))))["loads_in"]
+    assert [each["client"] for each in found] == ["ComfyUI", "Forge", "diffusers", "A1111"]
+    loaded, of = found[0]["loaded"], found[0]["layers"]
+    assert 0 < loaded < of
+    lines = [
+        f"ComfyUI: {loaded} of {of} layers; it does not know the attention of denoiser in peft names: "
+        "choose --dialect kohya",
+        f"diffusers: {of} of {of} layers",
+    ]
+    capsys.readouterr()
+    plan.show(given, "network", data(images))
+    shown = capsys.readouterr().out
+    assert [line for line in lines if line not in shown] == []
+    run.train(given, "network", data(images))
+    shown = capsys.readouterr().err
+    assert [line for line in lines if f"lora.safetensors in {line}" not in shown] == []

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Annotated, Literal
 
 from sfumato.config.rules import Count, Must, Only, Weights
+from sfumato.families.chroma.clients import LOADS_IN
 from sfumato.families.flux import network_args
 from sfumato.families.flux.facts import ADAPTERS, FOREIGN, VAE
 from sfumato.models import flow_options
@@ -128,4 +129,5 @@ FACTS = Facts(
     idle=flow_options.IDLE,
     network_args=NetworkArgs,
     metadata=(*flow_options.METADATA, "guidance_scale", "apply_t5_attn_mask", "t5xxl_max_token_length", "model_type"),
+    loads_in=LOADS_IN,
 )

@@ -7,6 +7,7 @@ from typing import Literal
 
 from sfumato.config import FamilyOptions, Settings
 from sfumato.config.rules import Amount, Count, Idle, Weights
+from sfumato.families.flux.clients import LOADS_IN
 from sfumato.families.flux.network_args import NetworkArgs
 from sfumato.models import flow_options
 from sfumato.models.detection import Detected, Shapes, Signature, Single, has, marked, parts, vae
@@ -157,4 +158,5 @@ FACTS = Facts(
     idle=(*flow_options.IDLE, Idle(("learning_rate_te",), _own_rates, OWN_RATES)),
     network_args=NetworkArgs,
     metadata=(*flow_options.METADATA, "guidance_scale", "apply_t5_attn_mask", "t5xxl_max_token_length", "model_type"),
+    loads_in=LOADS_IN,
 )

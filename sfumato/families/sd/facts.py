@@ -8,6 +8,7 @@ from typing import Literal
 
 from sfumato.config import FamilyOptions
 from sfumato.config.rules import Count
+from sfumato.families.sd.clients import LOADS_IN
 from sfumato.models.detection import DOWN, Detected, Shapes, Signature, Single, clip, has, marked, parts, vae, width
 from sfumato.models.facts import Facts
 
@@ -134,4 +135,5 @@ FACTS = Facts(
     needed=("denoiser", "text_encoder"),
     scripts={"train_network": "network", "fine_tune": "full", "train_db": "full"},
     trains_text=("train_db",),
+    loads_in=LOADS_IN,
 )

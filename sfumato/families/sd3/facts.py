@@ -9,6 +9,7 @@ from annotated_types import Interval
 
 from sfumato.config import FamilyOptions, Settings
 from sfumato.config.rules import Clash, Idle, Positive, Share, Weights
+from sfumato.families.sd3.clients import LOADS_IN
 from sfumato.families.sd3.network_args import NetworkArgs
 from sfumato.models import flow_options
 from sfumato.models.detection import DOWN, Detected, Shapes, Signature, has, marked, parts, width
@@ -212,4 +213,5 @@ FACTS = Facts(
         *("apply_lg_attn_mask", "apply_t5_attn_mask", "t5xxl_max_token_length"),
         *("clip_l_dropout_rate", "clip_g_dropout_rate", "t5_dropout_rate", "pos_emb_random_crop_rate"),
     ),
+    loads_in=LOADS_IN,
 )

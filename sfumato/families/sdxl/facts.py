@@ -8,6 +8,7 @@ from typing import Annotated
 from sfumato.config import FamilyOptions, Settings
 from sfumato.config.rules import Amount, Count, Idle, Must, Only
 from sfumato.families.sd.facts import CONTEXT_XL, TO_K, UNET, UNET_DIFFUSERS, UnetOptions, controlnet
+from sfumato.families.sdxl.clients import LOADS_IN
 from sfumato.models.detection import DOWN, Detected, Shapes, Signature, Single, clip, has, marked, parts, width
 from sfumato.models.facts import Facts
 from sfumato.models.text_options import OWN_RATES, TextEncoderRate
@@ -152,4 +153,5 @@ FACTS = Facts(
     scripts={"sdxl_train_network": "network", "sdxl_train": "full"},
     prompt={"width": 1024, "height": 1024},
     idle=IDLE,
+    loads_in=LOADS_IN,
 )

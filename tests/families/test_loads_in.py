@@ -1,0 +1,204 @@
+"""What ComfyUI is said to load, against the tables of all keys that it takes, and what is said of each program."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+
+import full_size
+import pytest
+import torch
+from flux_checks import known_to_comfyui
+from tinies import headers
+
+from sfumato import families
+from sfumato.adapters import files
+from sfumato.formats.clients import CLIENTS, Loaded, Names, loads_in, runs
+from sfumato.formats.names import Rule
+from sfumato.models.meta_init import shapes
+
+DIALECTS = ("kohya", "comfy", "peft")
+ALPHA = {"alpha": torch.tensor(1.0)}
+
+
+def names_of(version: str) -> tuple[Names, ...]:
+    return families.facts(full_size.FILES[version][0]).loads_in
+
+
+def written(version: str, dialect: str, *components: str) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of an adapter file; all components that the dialect has names for, if none are given."""
+    spoken = full_size.models(version).dialects[dialect]
+    held = {path: {**tensors, **ALPHA} for path, tensors in full_size.adapter(version).items()}
+    return shapes(
+        files.write(
+            spoken,
+            {path: tensors for path, tensors in held.items() if path[0] in (components or spoken.prefix)},
+        )
+    )
+
+
+def said(version: str, dialect: str, *components: str) -> dict[str, Loaded]:
+    return {each.client: each for each in loads_in(written(version, dialect, *components), names_of(version))}
+
+
+# --- ComfyUI, key by key ---
+
+TABLES = ("sd1", "sdxl", "sd3.5_medium", "flux_dev", "chroma")
+
+
+def layers(version: str, dialect: str) -> Iterator[tuple[tuple[str, str], int, tuple[str, ...], Rule | None]]:
+    """Path of a layer, its rows, its names, and the rule that cuts it."""
+    models = full_size.models(version)
+    spoken, nets = models.dialects[dialect], models.nets()
+    for component, path in full_size.adapter(version):
+        if component in spoken.prefix:
+            rows = len(nets[component].get_submodule(path).weight)
+            yield (component, path), rows, *spoken.names((component, path))
+
+
+def promised(version: str, name: str) -> bool:
+    row = next(row for row in names_of(version) if re.fullmatch(row.names, name))
+    return row.knows("ComfyUI", name)
+
+
+@pytest.mark.parametrize("dialect", DIALECTS)
+@pytest.mark.parametrize("version", TABLES)
+def test_comfyui_takes_the_names_that_are_promised_and_no_others(version: str, dialect: str) -> None:
+    """Each lands on its layer's weight; those of a fused layer on its rows, one slice after another."""
+    known, spoken = known_to_comfyui(version), list(layers(version, dialect))
+    # Some tables are of the denoiser alone.
+    noted = {path[0] for path, _, names, _ in spoken if set(names) & known.keys()}
+    assert "denoiser" in noted
+    for (component, path), rows, names, rule in spoken:
+        if component not in noted:
+            continue
+        assert [promised(version, name) for name in names] == [name in known for name in names]
+        ends = [0]
+        for place in (known[name] for name in names if name in known):
+            start, length = place.rows or (0, rows)
+            assert place.weight.endswith(f".{path}.weight")
+            assert (place.function, start) == ("swap_scale_shift" if rule and rule.change else None, ends[-1])
+            ends.append(start + length)
+        assert ends[-1] in (0, rows)
+
+
+# --- the counts ---
+
+
+@pytest.mark.parametrize(
+    ("version", "count", "of"),
+    [("sd1", 222, 350), ("sd2", 288, 416), ("sdxl", 492, 1052)],
+    ids=lambda value: str(value),
+)
+def test_files_in_pefts_names_lack_the_attention_of_unets_in_comfyui(version: str, count: int, of: int) -> None:
+    """As it was counted when ComfyUI 0.3.64 loaded them."""
+    found = said(version, "peft")
+    assert (found["ComfyUI"].loaded, found["ComfyUI"].layers) == (count, of)
+    assert "the attention of denoiser in peft names: choose --dialect kohya" in found["ComfyUI"].text()
+    assert found["diffusers"].text() == f"diffusers: {of:,} of {of:,} layers"
+    # Above twelve unknown tensors Forge leaves a file aside.
+    assert (found["Forge"].loaded, found["A1111"].loaded) == (0, 0)
+
+
+@pytest.mark.parametrize("version", full_size.FILES)
+def test_kohyas_names_load_everywhere_but_where_it_is_said(version: str) -> None:
+    lacking = {
+        "sd3": {"diffusers": "peft", "A1111": ""},  # without T5
+        "chroma": {},
+        "flux": {},
+    }.get(full_size.FILES[version][0], {})
+    components = [name for name in full_size.models(version).nets() if name != "t5xxl"]
+    found = said(version, "kohya", *components)
+    assert {name: each.dialect for name, each in found.items() if each.loaded < each.layers} == lacking
+
+
+def test_what_is_said_of_stable_diffusion_3() -> None:
+    found = said("sd3.5_medium", "kohya")
+    assert found["diffusers"].text() == (
+        "diffusers: none of 695 layers; it does not know denoiser, clip_l, clip_g, t5xxl in kohya names: choose --dialect "
+        "peft and leave t5xxl untrained"
+    )
+    assert found["ComfyUI"].text() == "ComfyUI: 695 of 695 layers"
+    assert (
+        said("sd3.5_medium", "kohya", "denoiser")["diffusers"].text("convert it to {}").endswith(": convert it to peft")
+    )
+    assert said("sd3.5_medium", "peft")["Forge"].loaded == 0
+
+
+def test_a_t5_stands_in_the_way_of_diffusers_where_it_takes_it_for_a_clip() -> None:
+    chroma, flux = said("chroma", "kohya")["diffusers"], said("flux_dev", "kohya")["diffusers"]
+    assert chroma.text().endswith(
+        "does not know t5xxl in kohya names, and then loads nothing of the file: leave t5xxl untrained"
+    )
+    assert (flux.loaded, flux.layers) == (304 + 72, 304 + 72 + 168)
+    assert said("chroma", "kohya", "denoiser")["diffusers"].loaded == 228
+
+
+def test_programs_that_do_not_run_a_model_are_not_named() -> None:
+    assert set(said("flux_dev", "kohya")) == set(said("chroma", "kohya")) == {"ComfyUI", "Forge", "diffusers"}
+    assert [client.name for client in CLIENTS if runs(client, names_of("sdxl"))] == [client.name for client in CLIENTS]
+
+
+# --- kinds ---
+
+
+def of_kind(kind: str) -> dict[str, Loaded]:
+    tensors = headers.table(f"adapter.sdxl.{kind}")
+    return {each.client: each for each in loads_in(tensors, names_of("sdxl"))}
+
+
+@pytest.mark.parametrize(
+    ("kind", "to"),
+    [("loha", "ComfyUI Forge A1111"), ("lokr", "ComfyUI Forge A1111"), ("locon", "ComfyUI Forge diffusers A1111")],
+)
+def test_kinds_of_sd_scripts(kind: str, to: str) -> None:
+    found = of_kind(kind)
+    assert {name for name, each in found.items() if each.loaded == each.layers} == set(to.split())
+    assert all(each.loaded in (0, each.layers) and not each.dialect for each in found.values())
+    if kind != "locon":
+        assert found["diffusers"].why[0].startswith("does not know Lo")
+
+
+ONE = "lora_unet_input_blocks_1_0_in_layers_2"
+
+
+@pytest.mark.parametrize(
+    ("tensors", "known_to", "words"),
+    [
+        (
+            {"oft_blocks": (4, 8, 8), "alpha": ()},
+            "ComfyUI A1111",
+            {"ComfyUI": "OFT: it leaves rescale out", "Forge": "does not know OFT"},
+        ),
+        ({"oft_blocks": (2, 4, 8, 8)}, "ComfyUI A1111", {"ComfyUI": "BOFT: it needs alpha"}),
+        ({"weight": (8,), "on_input": (1,)}, "A1111", {"ComfyUI": r"does not know (IA)3"}),
+        ({"diff": (8, 8)}, "ComfyUI Forge A1111", {}),
+        (
+            {"lora_up.weight": (8, 1), "lora_down.weight": (1, 8), "dora_scale": (1, 8)},
+            "ComfyUI Forge A1111",
+            {"diffusers": "does not know DoRA"},
+        ),
+        (
+            {"lora_up.weight": (8, 1), "lora_down.weight": (1, 8), "dora_scale": (8, 1)},
+            "ComfyUI Forge",
+            {"ComfyUI": "divides by the norm"},
+        ),
+        ({"lora_B.weight": (8, 1), "lora_A.weight": (1, 8), "lora_magnitude_vector.weight": (8,)}, "diffusers", {}),
+        ({"mystery": (8, 8)}, "", {"ComfyUI": "does not know some"}),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) and value else "",
+)
+def test_kinds_by_their_tensors(tensors: dict[str, tuple[int, ...]], known_to: str, words: dict[str, str]) -> None:
+    found = loads_in({f"{ONE}.{leaf}": shape for leaf, shape in tensors.items()}, names_of("sdxl"))
+    assert {each.client for each in found if each.loaded} == set(known_to.split())
+    assert all(words.get(each.client, "") in each.text() for each in found)
+
+
+def test_a_kind_that_is_not_known_ends_the_loading_of_some() -> None:
+    tensors = {f"{ONE}.oft_R.weight": (4, 8)} | {
+        f"lora_unet_output_blocks_{i}_0_in_layers_2.{leaf}": (4, 4)
+        for i in range(9)
+        for leaf in ("lora_up.weight", "lora_down.weight")
+    }
+    found = {each.client: each.loaded for each in loads_in(tensors, names_of("sdxl"))}
+    assert found == {"ComfyUI": 9, "Forge": 9, "diffusers": 0, "A1111": 0}
