@@ -148,6 +148,7 @@ class DatasetFacts:
 class RunFacts:
     """What a run knows of itself beyond its config. Names are those of the `ss_*` fields."""
 
+    sfumato_version: str
     session_id: int
     training_started_at: float
     training_finished_at: float

@@ -25,6 +25,8 @@ class Facts:
     """options -> the model's name in modelspec metadata, without the ending for adapters."""
     base_model_version: Callable[[FamilyOptions], str]
     """options -> the model's name in sd-scripts' metadata, `ss_base_model_version`."""
+    implementation: str = ""
+    """The model's own code, as sd-scripts names it in the metadata of adapters; only where a program goes by it."""
     pipelines: tuple[str, ...]
     """Classes that a diffusers folder of this family names."""
     denoiser_folder: str = "transformer"

@@ -63,7 +63,7 @@ class Facts:
         return metadata.modelspec(
             self._family().architecture(options),
             self.config.output,
-            implementation=f"sfumato {__version__}",
+            implementation=(self._family().implementation if self.adapter else "") or f"sfumato {__version__}",
             resolution=self.plan.datasets[0].resolution,
             prediction=self._prediction(),
             date=datetime.fromtimestamp(self.started),
@@ -89,6 +89,7 @@ class Facts:
     def _run(self, step: int, epoch: int) -> metadata.RunFacts:
         options, network = self.models.options, self.config.network
         return metadata.RunFacts(
+            sfumato_version=__version__,
             session_id=key(self.config.output.output_name, int(self.started * 1000)),
             training_started_at=self.started,
             training_finished_at=now(),

@@ -19,6 +19,7 @@ from sfumato.config import Config, DatasetConfig, OutputConfig, SubsetConfig
 from sfumato.formats import files, metadata
 
 RUN = metadata.RunFacts(
+    sfumato_version="0",
     session_id=1, training_started_at=1.5, training_finished_at=2.5, base_model_version="sd_v1", v2=False, optimizer="torch.optim.adamw.AdamW",
     mixed_precision="no", num_train_images=40, num_reg_images=0, num_batches_per_epoch=20, num_epochs=2, max_train_steps=40, steps=40, epoch=2,
     network_module="networks.lora", network_dim=4, network_alpha=1.0, network_args={"conv_dim": 4},

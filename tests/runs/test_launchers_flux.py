@@ -9,6 +9,7 @@ import pytest
 from launching import launch
 from tinies import flux
 
+from sfumato import __version__
 from sfumato.families.flux.facts import SIGNATURE
 from sfumato.formats.files import read_header
 
@@ -54,6 +55,10 @@ def test_a_usual_command_line(images: Path, tmp_path: Path, script: str, flags: 
     assert header.metadata["ss_base_model_version"] == "flux1"
     architecture = {"flux_train_network": "flux-1-dev/lora", "flux_train": "flux-1-schnell"}[script]
     assert header.metadata["modelspec.architecture"] == architecture
+    # Forge knows adapters of schnell by it; a whole model's says who wrote it, so that a folder is known as ours.
+    implementation = "https://github.com/black-forest-labs/flux" if script == "flux_train_network" else "sfumato "
+    assert header.metadata["modelspec.implementation"].startswith(implementation)
+    assert header.metadata["ss_sfumato_version"] == __version__
     assert header.metadata["ss_timestep_sampling"] == "shift" and header.metadata["ss_discrete_flow_shift"] == "3.1582"
     assert len(list((tmp_path / "out" / "sample").glob("*.png"))) == 1
     losses = [json.loads(line)["loss"] for line in (tmp_path / "out" / "out.jsonl").read_text().splitlines()]

@@ -150,6 +150,8 @@ FACTS = Facts(
     signature=SIGNATURE,
     architecture=architecture,
     base_model_version=lambda options: "flux1",
+    # Forge knows an adapter of schnell by it alone.
+    implementation="https://github.com/black-forest-labs/flux",
     pipelines=("FluxPipeline", "FluxImg2ImgPipeline", "FluxInpaintPipeline"),
     scripts={"flux_train_network": "network", "flux_train": "full"},
     defaults={"sample_sampler": "euler"},
