@@ -138,7 +138,9 @@ def parse(network: NetworkConfig, family: type | None = None) -> AdapterPlan:
     alpha = 1.0 if network.network_alpha is None else network.network_alpha
     errors += _sense(chosen, args)
     if network.dim_from_weights and network.network_weights:
-        shaping = {name for name, kind_of in theirs.items() if kind_of != "bool" or name == "split_qkv"}
+        shaping = {
+            name for name, kind_of in theirs.items() if kind_of != "bool" or name == "split_qkv"
+        } | chosen.shaping
         given = [name for name in args if name.startswith("conv_") or name in shaping]
         errors += [
             f"network_args {name}: does nothing, as dim_from_weights takes layers and ranks from network_weights"
@@ -164,7 +166,11 @@ def _known_args(chosen: type[Adapter]) -> dict[str, str]:
     """network_args of a kind -> the name of their type."""
     plan = {"conv_dim": "int", "conv_alpha": "float"}
     plus = dict.fromkeys(("loraplus_lr_ratio", "loraplus_unet_lr_ratio", "loraplus_text_encoder_lr_ratio"), "float")
-    own = {name: kind_of for name, kind_of in _types(chosen.Options).items() if name not in ("rank", "alpha", "pieces")}
+    own = {
+        name: kind_of
+        for name, kind_of in _types(chosen.Options).items()
+        if name not in ("rank", "alpha", "pieces") and kind_of in ("int", "float", "bool", "str")
+    }
     return plan | plus | own
 
 

@@ -66,6 +66,10 @@ class Adapter(nn.Module):
     """Whether a layer's file tensors have an alpha."""
     has_rank: ClassVar[bool] = True
     """Whether network_dim has a meaning."""
+    shaping: ClassVar[frozenset[str]] = frozenset()
+    """Options that decide which tensors there are; those of a file go before them."""
+    any_rank: ClassVar[bool] = False
+    """Whether a rank above that of the layer has a meaning."""
     rows: ClassVar[Mapping[str, int]] = {}
     """Tensor of a file -> its dimension along which the layer's output rows lie; those that are not here belong to all
     rows. Empty: the kind has no exact form for a part of a layer's rows."""

@@ -63,7 +63,7 @@ def _check_ranks(component: str, chosen: Sequence[TargetLayer]) -> None:
     """Errors: `UserError` for ranks above what any of these layers can have; a layer of its own may be smaller than the
     common rank."""
     for name, large in (("network_dim", False), ("conv_dim", True)):
-        ranked = [p for p in chosen if p.kind.has_rank]
+        ranked = [p for p in chosen if p.kind.has_rank and not p.kind.any_rank]
         alike = [p for p in ranked if (isinstance(p.layer, nn.Conv2d) and p.layer.kernel_size != (1, 1)) == large]
         rank = max((p.options.rank for p in alike), default=0)
         most = max((_full_rank(p.layer) for p in alike), default=0)

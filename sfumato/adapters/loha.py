@@ -39,6 +39,7 @@ class LoHa(Additive):
 
     Options = LoHaOptions
     supports = frozenset({"rank_dropout", "module_dropout"})
+    shaping = frozenset({"use_tucker"})
     rows: ClassVar[Mapping[str, int]] = {A1: 0, A2: 0}
 
     def __init__(self, base: nn.Module, options: LayerOptions, generator: torch.Generator) -> None:

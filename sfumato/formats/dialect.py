@@ -45,7 +45,7 @@ class Dialect:
     tensor_names: Mapping[str, str] = field(default_factory=dict)
     """native leaf -> foreign leaf; a leaf that is not here keeps its name."""
     fold_alpha: bool = False
-    """No alpha is written; alpha / rank is multiplied into lora_up (PEFT). Such a dialect holds LoRA alone."""
+    """No alpha is written; alpha / rank is multiplied into a factor (PEFT). Not every kind has such a form."""
 
     def names(self, path: ModulePath) -> tuple[tuple[str, ...], Rule | None]:
         """Foreign names of a layer, without leaf: one, or one per piece of a fused layer; and the rule that cuts it."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from small import Net
@@ -22,7 +24,16 @@ def x() -> Tensor:
     return torch.randn(3, 6, 8, 6, generator=torch.Generator().manual_seed(1))
 
 
-@pytest.fixture(params=adapters.kinds())
+FORMS: dict[str, list[dict[str, Any]]] = {
+    "loha": [{"use_tucker": True}],
+    "lokr": [{"factor": 1}, {"factor": 1, "use_tucker": True}],
+}
+"""Options by which a kind has other tensors than by default, in the small net."""
+PLANS = [(name, more) for name in adapters.kinds() for more in [{}, *FORMS.get(name, [])]]
+
+
+@pytest.fixture(params=PLANS, ids=lambda p: "-".join([p[0], *p[1]]))
 def plan(request: pytest.FixtureRequest) -> AdapterPlan:
-    """A plan of every kind there is."""
-    return AdapterPlan(kind=adapters.kind(request.param), rank=4, alpha=2.0, conv_rank=3, conv_alpha=1.5)
+    """A plan of every kind there is, in each of its forms."""
+    name, more = request.param
+    return AdapterPlan(kind=adapters.kind(name), rank=4, alpha=2.0, conv_rank=3, conv_alpha=1.5, more=more)

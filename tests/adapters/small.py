@@ -50,7 +50,7 @@ def disturb(inserted: AdapterNetwork) -> None:
     g = torch.Generator().manual_seed(7)
     with torch.no_grad():
         for p in inserted.parameters():
-            p.add_(0.1 * torch.randn(p.shape, generator=g))
+            p.add_(0.3 * torch.randn(p.shape, generator=g))
 
 
 LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from larger import LAYERS
 from lycoris.functional import loha as functional
 from lycoris.modules.loha import LohaModule
 from peft import LoHaConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
-from small import LAYERS
 from torch import Tensor, nn
 
 from sfumato.adapters import from_tensors

@@ -212,7 +212,7 @@ def test_adapters_have_the_names_and_shapes_of_sd_scripts(
     }
 
 
-@pytest.mark.parametrize("kind", ["loha"])
+@pytest.mark.parametrize("kind", ["loha", "lokr"])
 def test_other_kinds_have_the_names_and_shapes_of_sd_scripts(keys: Keys, nets: dict[str, nn.Module], kind: str) -> None:
     models, state = adapter(nets, *CONV, "use_tucker=True", kind=kind)
     assert shapes(adapter_files.write(models.dialects["kohya"], state)) == keys(f"adapter.sdxl.{kind}")
