@@ -28,6 +28,7 @@ check: .venv/dev
 
 docs: .venv/dev
 	$(BIN)/python -m sfumato.cli.reference > docs/options.md
+	$(BIN)/python -m sfumato.cli.loads_in > docs/loads-in.md
 
 clean:
 	rm -rf .venv runs

@@ -78,7 +78,9 @@ class Client:
     source: str
     """What the data rests on: its version, and the files that were run or read."""
     kinds: Mapping[str, str]
-    """Kind that it takes -> what it makes of it, where that is not what is meant; else ""."""
+    """Kind that it takes -> what it makes of it, where that is not quite what is meant; else ""."""
+    misreads: Mapping[str, str] = field(default_factory=dict)
+    """Kind that it takes for another, which is another change of the layer -> what it does."""
     tolerates: float = float("inf")
     """Tensors that it may not know in a file; of a file with more of them it loads nothing."""
     stops: bool = False
@@ -86,6 +88,7 @@ class Client:
 
 
 _ROWS = "divides by the norm of the layer before the change, so that its effect is a little stronger or weaker"
+_DROPS = "drops the magnitudes of DoRA"
 _ALIKE = dict.fromkeys(("lora", "dora", "loha", "lokr", "glora", "diff"), "")
 """What programs with LyCORIS' kinds take."""
 CLIENTS = (
@@ -95,21 +98,24 @@ CLIENTS = (
         kinds={
             **_ALIKE,
             "dora_rows": _ROWS,
-            "oft": "leaves rescale out, and a strength other than 1.0 acts squared",
-            "boft": "needs alpha in every layer, else it leaves the layer out",
+            "oft": "takes alpha itself for the constraint, leaves rescale out, and squares a strength other than 1.0",
+            "boft": "takes alpha itself for the constraint, and leaves a layer without alpha out",
         },
+        misreads={"dora_peft": f"{_DROPS}, which it knows in kohya's names"},
     ),
     Client(
         name="Forge",
         source="2025-07; packages_3rdparty/comfyui_lora_collection/lora.py, backend/patcher/lora.py, "
         "extensions-builtin/sd_forge_lora/networks.py",
         kinds={**_ALIKE, "dora_rows": _ROWS},
+        misreads={"dora_peft": f"{_DROPS}, which it knows in kohya's names"},
         tolerates=12,
     ),
     Client(
         name="diffusers",
         source="0.42.1, run on files of each family and dialect (tests/parity/test_loads_in_diffusers.py)",
         kinds={"lora": "", "dora_peft": ""},
+        misreads=dict.fromkeys(("dora", "dora_rows"), f"{_DROPS}, which it knows in PEFT's names"),
         stops=True,
     ),
     Client(
@@ -117,11 +123,9 @@ CLIENTS = (
         source="1.10; extensions-builtin/Lora/networks.py and network_*.py, modules/models/sd3/sd3_model.py",
         kinds={
             **_ALIKE,
-            "oft": "takes alpha times the layer's outputs for the constraint",
-            "boft": "takes alpha times the layer's outputs for the constraint",
-            "oft_diag": "",
-            "ia3": "",
+            **dict.fromkeys(("oft", "boft", "oft_diag", "ia3"), ""),
         },
+        misreads={"dora_rows": "takes DoRA's magnitudes of outputs for those of inputs"},
         stops=True,
     ),
 )
@@ -218,17 +222,21 @@ def _loaded(
     family: Sequence[Names],
 ) -> Loaded:
     nameless = {name for name, row in rows.items() if row is None or not row.knows(client.name, name)}
-    strange = {name: kinds - client.kinds.keys() for name, (kinds, _) in layers.items()}
+    # What is misread has another name in another dialect, so it does not matter where the layer's name is unknown.
+    strange = {
+        name: kinds - client.kinds.keys() - (client.misreads.keys() if name in nameless else set())
+        for name, (kinds, _) in layers.items()
+    }
     lost = nameless | {name for name, kinds in strange.items() if kinds}
     unknown_kinds = frozenset[str]().union(*strange.values())
     whole = (
         any(row and client.name in row.refused_by for row in rows.values())
-        or (client.stops and lost > nameless)
+        or (client.stops and any(strange[name] - client.misreads.keys() for name in lost - nameless))
         or sum(layers[name][1] for name in lost) > client.tolerates
     )
     why = [*_unknown_names(client, [row for row in family if any(rows[name] is row for name in nameless)])]
     why += ["does not know some names"] if any(rows[name] is None for name in nameless) else []
-    why += [*_unknown_kinds(unknown_kinds)]
+    why += [*_unknown_kinds(client, unknown_kinds)]
     if whole and len(lost) < len(layers):
         why.append("and then loads nothing of the file")
     found = [row for row in family if any(each is row for each in rows.values())]
@@ -247,9 +255,10 @@ def _loaded(
     )
 
 
-def _unknown_kinds(kinds: frozenset[str]) -> Iterator[str]:
+def _unknown_kinds(client: Client, kinds: frozenset[str]) -> Iterator[str]:
     for kind in sorted(kinds):
-        yield f"does not know {KINDS[kind].title if kind in KINDS else 'some of its tensors'}"
+        title = KINDS[kind].title if kind in KINDS else "some of its tensors"
+        yield client.misreads.get(kind) or f"does not know {title}"
 
 
 def _unknown_names(client: Client, rows: Iterable[Names]) -> Iterator[str]:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from sfumato import train
-from sfumato.cli import reference
+from sfumato.cli import loads_in, reference
 from sfumato.cli.main import COMMANDS, guarded, main
 from sfumato.train import pipeline, run
 
@@ -95,6 +95,13 @@ def test_the_page_of_options_is_up_to_date() -> None:
     page = Path(__file__).parents[2] / "docs" / "options.md"
     assert page.read_text(encoding="utf-8") == reference.page(), (
         "run `python -m sfumato.cli.reference > docs/options.md`"
+    )
+
+
+def test_the_page_of_what_loads_where_is_up_to_date() -> None:
+    page = Path(__file__).parents[2] / "docs" / "loads-in.md"
+    assert page.read_text(encoding="utf-8") == loads_in.page(), (
+        "run `python -m sfumato.cli.loads_in > docs/loads-in.md`"
     )
 
 

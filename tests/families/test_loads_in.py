@@ -168,15 +168,15 @@ ONE = "lora_unet_input_blocks_1_0_in_layers_2"
         (
             {"oft_blocks": (4, 8, 8), "alpha": ()},
             "ComfyUI A1111",
-            {"ComfyUI": "OFT: it leaves rescale out", "Forge": "does not know OFT"},
+            {"ComfyUI": "OFT: it takes alpha itself", "Forge": "does not know OFT"},
         ),
-        ({"oft_blocks": (2, 4, 8, 8)}, "ComfyUI A1111", {"ComfyUI": "BOFT: it needs alpha"}),
+        ({"oft_blocks": (2, 4, 8, 8)}, "ComfyUI A1111", {"ComfyUI": "BOFT: it takes alpha itself"}),
         ({"weight": (8,), "on_input": (1,)}, "A1111", {"ComfyUI": r"does not know (IA)3"}),
         ({"diff": (8, 8)}, "ComfyUI Forge A1111", {}),
         (
             {"lora_up.weight": (8, 1), "lora_down.weight": (1, 8), "dora_scale": (1, 8)},
             "ComfyUI Forge A1111",
-            {"diffusers": "does not know DoRA"},
+            {"diffusers": "drops the magnitudes of DoRA"},
         ),
         (
             {"lora_up.weight": (8, 1), "lora_down.weight": (1, 8), "dora_scale": (8, 1)},
