@@ -57,15 +57,11 @@ def read(
     spellings = Spellings(dialects, paths)
     found: dict[ModulePath, tuple[Rule | None, dict[int, AdapterTensors]]] = {}
     strange = []
-    for key, tensor in tensors.items():
-        # A leaf `weight` is a checkpoint's, but (IA)3, which has `on_input` too, calls its factors so.
-        beside = f"{key.removesuffix('weight')}on_input"
-        scales = key.endswith(".weight") and beside in tensors
-        named = spellings.find(beside if scales else key)
+    for key, named in spellings.claimed(tensors):
         if named is None:
             strange.append(key)
             continue
-        layer, leaf = named[0], "weight" if scales else named[1]
+        (layer, leaf), tensor = named, tensors[key]
         rule, pieces = found.setdefault(layer.path, (layer.rule, {}))
         piece = pieces.setdefault(layer.piece, {})
         native = READ_AS.get(leaf, leaf)

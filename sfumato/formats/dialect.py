@@ -22,6 +22,10 @@ PEFT_NAMES = {DOWN: "lora_A.weight", UP: "lora_B.weight"}
 READ_AS = {
     "lora_A.weight": DOWN,
     "lora_B.weight": UP,
+    "lora_A.default.weight": DOWN,
+    "lora_B.default.weight": UP,
+    "lora.down.weight": DOWN,
+    "lora.up.weight": UP,
     "lora_magnitude_vector": DORA,
     "lora_magnitude_vector.weight": DORA,
 }

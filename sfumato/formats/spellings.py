@@ -8,7 +8,7 @@ The names of all layers are built and looked up; one whose dots became `_` is ne
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -53,11 +53,6 @@ _CHANGED = re.compile(
 """Whether one of `_CHANGES` may have something to do: most names are as they should be."""
 
 
-_OF_CHECKPOINTS = ("weight", "bias")
-"""Leaves that are a checkpoint's, not an adapter's, unless the parts of the name are joined as no checkpoint does; (IA)3
-has such a leaf."""
-
-
 class Spelled(NamedTuple):
     """What a name stands for."""
 
@@ -91,10 +86,21 @@ class Spellings:
                 continue
             rest = key[len(prefix) :]
             for tables in candidates:
-                found = _only(_lookup(table, rest) for table in tables)
-                if found and (prefix.endswith("_") or found[1] not in _OF_CHECKPOINTS):
+                if found := _only(_lookup(table, rest) for table in tables):
                     return found
         return None
+
+    def claimed(self, keys: Collection[str]) -> Iterator[tuple[str, tuple[Spelled, str] | None]]:
+        """Each key of a file with what `find` says; a checkpoint's own weights and biases name nothing here."""
+        for key in keys:
+            # (IA)3, which has `on_input` too, calls its factors `weight`.
+            beside = f"{key.removesuffix('weight')}on_input"
+            if key.endswith(".weight") and beside in keys:
+                named = self.find(beside)
+                yield key, (named[0], "weight") if named else None
+            else:
+                named = self.find(key)
+                yield key, None if named and named[1] in ("weight", "bias") else named
 
     def known(self) -> Iterator[str]:
         """The names of all layers in all dialects, for messages."""

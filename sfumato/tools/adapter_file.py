@@ -3,7 +3,7 @@ layers."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cache
@@ -75,8 +75,8 @@ def read(
     """An adapter file, or a folder of PEFT's or diffusers' with one, in whatever names.
 
     `family`: of its model, where the file does not show it. `model`: a checkpoint of other sizes than the family's
-    usual models; its header alone is read. `inexact`: as `adapters.files.read`. Errors: `UserError` for what is no adapter, for keys that name no layer and
-    for shapes that do not fit.
+    usual models; its header alone is read. `inexact`: as `adapters.files.read`. Errors: `UserError` for what is no
+    adapter, for keys that name no layer and for shapes that do not fit.
     """
     file = _file(Path(path).expanduser())
     tensors, metadata = adapter_metadata.load(file)
@@ -197,10 +197,10 @@ def _by_names(file: Path, shapes: Shapes, tensors: Mapping[str, Tensor], metadat
     )
 
 
-def _unclaimed(tensors: Iterable[str], outline: Outline) -> int:
+def _unclaimed(tensors: Mapping[str, Tensor], outline: Outline) -> int:
     """How many keys name no layer of a model."""
     spellings = Spellings(outline.dialects.values(), outline.layers)
-    return sum(spellings.find(key) is None for key in tensors)
+    return sum(named is None for _, named in spellings.claimed(tensors))
 
 
 def _read(

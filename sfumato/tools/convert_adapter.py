@@ -19,6 +19,7 @@ from sfumato.formats.names import Rule
 from sfumato.tensors.low_rank import truncated
 from sfumato.tools import adapter_file
 from sfumato.tools.adapter_file import AdapterFile
+from sfumato.tools.written import check_output
 
 DIALECTS = ("kohya", "comfy", "peft", *ALIASES)
 DTYPES = {"float": torch.float32, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -66,8 +67,9 @@ def convert(
         raise UserError(f"--dtype {dtype}: expected {', '.join(DTYPES)}")
     if rank is not None and rank < 1:
         raise UserError(f"--rank {rank}: expected 1 or more")
+    check_output(path, Path(source).expanduser())
     nearest_lora = None if rank is None else Nearest(rank)
-    read = adapter_file.read(source, family=family, model=model, inexact=nearest_lora and nearest_lora.joined)
+    read = adapter_file.read(source, family=family, model=model, inexact=nearest_lora.joined if nearest_lora else None)
     dialect = read.outline.dialects[dialect_name]
     tensors = _written(read, dialect, nearest_lora, progress)
     if dtype is not None:
