@@ -16,7 +16,7 @@ from sfumato.config import NetworkConfig
 from sfumato.config.pairs import several
 from sfumato.errors import UserError, nearest
 
-_HELPERS = {"__init__", "base", "insert", "files", "merging"}
+_HELPERS = {"__init__", "base", "insert", "files", "operation", "merging"}
 _KOHYA = {f"lora_{family}": "lora" for family in ("flux", "sd3", "lumina", "hunyuan_image", "anima")} | {
     "oft_flux": "oft"
 }

@@ -13,7 +13,6 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from sfumato.errors import UserError
 from sfumato.formats.dialect import ALPHA, DORA, AdapterTensors
@@ -300,6 +299,15 @@ class Additive(Adapter):
         """The layer's input -> the change of its output, before `options.scale`."""
         raise NotImplementedError
 
+    def norm(self) -> Tensor:
+        """Frobenius norm of dW, 0-d."""
+        raise NotImplementedError
+
+    @property
+    def factors(self) -> int:
+        """How many factors dW has, of which each takes an equal share of a scale."""
+        return len(list(self.parameters()))
+
     def product(self, weight: Tensor) -> Tensor:
         """dW: what the factors make, times `options.scale`, shaped as the layer's `weight`, fp32."""
         raise NotImplementedError
@@ -324,6 +332,17 @@ class Additive(Adapter):
         grown = x * growth.to(x.dtype)
         own: Tensor = layer.forward(grown)
         return own - shift + self.delta(x + grown) * self.options.scale
+
+    @torch.no_grad()
+    def scale_norm(self, limit: float) -> tuple[Tensor, Tensor]:
+        """All factors take an equal share, as in sd-scripts."""
+        if self.dora_scale is not None:
+            raise UserError("scale_weight_norms has no meaning for DoRA, whose magnitudes are trained: leave it out")
+        norm = self.norm()
+        ratio = (limit / norm).clamp(max=1.0)
+        for factor in self.parameters():
+            factor.mul_(ratio ** (1 / self.factors))
+        return norm * ratio, ratio < 1.0
 
     def delta_weight(self, weight: Tensor) -> Tensor:
         change = self.product(weight)
@@ -381,6 +400,12 @@ def peft_magnitude(magnitude: Tensor) -> Tensor:
     return magnitude.flatten() if magnitude.ndim == 2 else magnitude.transpose(0, 1)
 
 
+def no_dora(kind: type[Adapter], tensors: AdapterTensors) -> None:
+    """Errors: `UserError` for DoRA, of a kind that PEFT has without it."""
+    if DORA in tensors:
+        raise UserError(f"PEFT has no {kind.__name__} with DoRA; save with --dialect kohya")
+
+
 def _on_out(magnitude: Tensor) -> bool:
     """Whether DoRA's magnitudes are one per output row; ComfyUI looks at the shape as well."""
     return len(magnitude) > 1 or magnitude.numel() == 1
@@ -409,55 +434,6 @@ def without_bias(y: Tensor, layer: nn.Module) -> Tensor:
 def as_input(x: Tensor, weight: Tensor) -> Tensor:
     """x in the dtype of an adapter's weight; under autocast as it is, for autocast casts both."""
     return x if torch.is_autocast_enabled(x.device.type) else x.to(weight.dtype)
-
-
-class Operation:
-    """What a layer does with its weight: kinds that give another one do the same with that."""
-
-    def __init__(self, base: nn.Module) -> None:
-        """Errors: `TypeError` for a layer that adapters do not go on."""
-        self.convolution: tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]] | None = None
-        """Stride, padding and dilation; None: a linear layer."""
-        self.shape: tuple[int, ...]
-        """Of the weight: (out, in) or (out, in, *kernel)."""
-        if isinstance(base, nn.Linear):
-            self.shape = (base.out_features, base.in_features)
-            return
-        if (
-            not isinstance(base, nn.Conv2d)
-            or base.groups != 1
-            or isinstance(base.padding, str)
-            or base.padding_mode != "zeros"
-        ):
-            raise TypeError(f"adapters go on linear layers and on convolutions without groups, not on {base}")
-        self.shape = (base.out_channels, base.in_channels, *base.kernel_size)
-        self.convolution = tuple(base.stride), tuple(map(int, base.padding)), tuple(base.dilation)
-
-    @property
-    def channels(self) -> int:
-        """The dimension of inputs and outputs that the weight acts on."""
-        return 1 if self.convolution else -1
-
-    def __call__(self, x: Tensor, weight: Tensor) -> Tensor:
-        """x through a weight whose dimensions behind the first may be flattened, without bias."""
-        weight = weight.view(-1, *self.shape[1:])
-        if not self.convolution:
-            return functional.linear(x, weight)
-        return functional.conv2d(x, weight, None, *self.convolution)
-
-    def mix(self, x: Tensor, weight: Tensor) -> Tensor:
-        """x's channels through a matrix."""
-        return functional.conv2d(x, weight[..., None, None]) if self.convolution else functional.linear(x, weight)
-
-    def gradients(self, grad: Tensor, x: Tensor, weight: Tensor, wanted: bool) -> tuple[Tensor | None, Tensor]:
-        """(that of x if `wanted`, that of the weight, flattened and in fp32), from the output's."""
-        if not self.convolution:
-            grad_weight = grad.flatten(0, -2).T @ x.flatten(0, -2)
-            return grad @ weight if wanted else None, grad_weight.float()
-        grad_x, grad_weight, _ = torch.ops.aten.convolution_backward(
-            grad, x, weight.view(self.shape), None, *self.convolution, False, (0, 0), 1, (wanted, True, False)
-        )  # fmt: skip
-        return grad_x, grad_weight.flatten(1).float()
 
 
 def is_meta(base: nn.Module) -> bool:

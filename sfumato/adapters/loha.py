@@ -17,16 +17,26 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from sfumato.adapters.base import Additive, LayerOptions, Operation, as_input, device_of, init_device
+from sfumato.adapters.base import (
+    Additive,
+    AdditiveOptions,
+    LayerOptions,
+    as_input,
+    device_of,
+    dora_options,
+    init_device,
+    no_dora,
+)
+from sfumato.adapters.operation import Operation
 from sfumato.errors import UserError
-from sfumato.formats.dialect import ALPHA, AdapterTensors
+from sfumato.formats.dialect import ALPHA, DORA, AdapterTensors
 
 A1, B1, A2, B2 = "hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"
 T1, T2 = "hada_t1", "hada_t2"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class LoHaOptions(LayerOptions):
+class LoHaOptions(AdditiveOptions):
     """Settings of one layer's LoHa."""
 
     use_tucker: bool = False
@@ -64,11 +74,12 @@ class LoHa(Additive):
 
     @classmethod
     def read(cls, tensors: Mapping[str, Tensor]) -> LayerOptions | None:
-        leaves = tensors.keys() - {ALPHA}
+        leaves = tensors.keys() - {ALPHA, DORA}
         if leaves not in ({A1, B1, A2, B2}, {A1, B1, A2, B2, T1, T2}):
             return None
         rank = len(tensors[B1])
-        return LoHaOptions(rank=rank, alpha=float(tensors.get(ALPHA, rank)), use_tucker=T1 in leaves)
+        alpha = float(tensors.get(ALPHA, rank))
+        return LoHaOptions(rank=rank, alpha=alpha, use_tucker=T1 in leaves, **dora_options(tensors))
 
     def delta(self, x: Tensor) -> Tensor:
         a1, b1, a2, b2 = self._factors()
@@ -81,29 +92,23 @@ class LoHa(Additive):
             y = self.operation.mix(self.operation(x, _pairs(b1, b2)), _pairs(a1.T, a2.T).T)
         return self.drop_rows(y, self.operation.channels)
 
-    def delta_weight(self, weight: Tensor) -> Tensor:
+    def product(self, weight: Tensor) -> Tensor:
         return _hadamard(*self._factors()).view(weight.shape) * self.options.scale
 
     def loraplus_parameters(self) -> list[nn.Parameter]:
         """As sd-scripts has it."""
         return [self.hada_w2_a]
 
-    @torch.no_grad()
-    def scale_norm(self, limit: float) -> tuple[Tensor, Tensor]:
-        """All factors take an equal share."""
-        norm = torch.linalg.matrix_norm(_hadamard(*self._factors())) * abs(self.options.scale)
-        ratio = (limit / norm).clamp(max=1.0)
-        factors = list(self.parameters())
-        for factor in factors:
-            factor.mul_(ratio ** (1 / len(factors)))
-        return norm * ratio, ratio < 1.0
+    def norm(self) -> Tensor:
+        norm: Tensor = torch.linalg.matrix_norm(_hadamard(*self._factors()))
+        return norm * abs(self.options.scale)
 
     @classmethod
     def rows_of(cls, tensors: AdapterTensors) -> Mapping[str, int]:
-        return {A1: 1, A2: 1} if T1 in tensors else cls.rows
+        return {**super().rows_of(tensors), **({A1: 1, A2: 1} if T1 in tensors else {})}
 
     @classmethod
-    def join(cls, pieces: Mapping[int, AdapterTensors], rows: Sequence[int]) -> AdapterTensors:
+    def join_factors(cls, pieces: Mapping[int, AdapterTensors], rows: Sequence[int]) -> AdapterTensors:
         """At the same rank when all pieces share all but their w_a, else at the sum of their ranks."""
         first = pieces[min(pieces)]
         shared = first.keys() - {A1, A2}
@@ -111,7 +116,7 @@ class LoHa(Additive):
             piece.keys() == first.keys() and all(torch.equal(piece[leaf], first[leaf]) for leaf in shared)
             for piece in pieces.values()
         ):
-            return super().join(pieces, rows)
+            return super().join_factors(pieces, rows)
         if any(piece.keys() - {ALPHA} != {A1, B1, A2, B2} for piece in pieces.values()):
             raise UserError("LoHa in Tucker's form of the pieces of a fused layer has no form here for the whole of it")
         parts = [cls.fold_alpha(piece) for _, piece in sorted(pieces.items())]
@@ -127,6 +132,7 @@ class LoHa(Additive):
 
     @classmethod
     def fold_alpha(cls, tensors: AdapterTensors) -> AdapterTensors:
+        no_dora(cls, tensors)
         a1, rank = tensors[A1], len(tensors[B1])
         scale = float(tensors.get(ALPHA, rank)) / rank
         return {**{k: t for k, t in tensors.items() if k != ALPHA}, A1: (a1.float() * scale).to(a1.dtype)}

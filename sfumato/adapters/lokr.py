@@ -15,9 +15,19 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from sfumato.adapters.base import Additive, LayerOptions, Operation, as_input, device_of, init_device
+from sfumato.adapters.base import (
+    Additive,
+    AdditiveOptions,
+    LayerOptions,
+    as_input,
+    device_of,
+    dora_options,
+    init_device,
+    no_dora,
+)
+from sfumato.adapters.operation import Operation
 from sfumato.errors import UserError
-from sfumato.formats.dialect import ALPHA, AdapterTensors
+from sfumato.formats.dialect import ALPHA, DORA, AdapterTensors
 
 W1, W1A, W1B = "lokr_w1", "lokr_w1_a", "lokr_w1_b"
 W2, W2A, W2B, T2 = "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2"
@@ -38,7 +48,7 @@ class Form(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class LoKrOptions(LayerOptions):
+class LoKrOptions(AdditiveOptions):
     """Settings of one layer's LoKr."""
 
     factor: int = -1
@@ -102,7 +112,7 @@ class LoKr(Additive):
         operation = Operation(base)
         form = options.form_of(operation.shape)
         if not form.thin and not form.thin_first:
-            options = replace(options, alpha=float(options.rank))
+            options = replace(options, alpha=float(options.rank), rs_lora=False)
         super().__init__(base, options, generator)
         self.operation, self.form = operation, form
         out, channels, *kernel = operation.shape
@@ -130,7 +140,7 @@ class LoKr(Additive):
 
     @classmethod
     def read(cls, tensors: Mapping[str, Tensor]) -> LayerOptions | None:
-        leaves = tensors.keys() - {ALPHA}
+        leaves = tensors.keys() - {ALPHA, DORA}
         first, second = leaves & {W1, W1A, W1B}, leaves - {W1, W1A, W1B}
         if first not in ({W1}, {W1A, W1B}) or second not in ({W2}, {W2A, W2B}, {W2A, W2B, T2}):
             return None
@@ -138,11 +148,11 @@ class LoKr(Additive):
         form = Form(rows, columns, thin_first=W1 not in leaves, thin=W2 not in leaves, tucker=T2 in leaves)
         if form.thin or form.thin_first:
             rank = len(tensors[W2B if form.thin else W1B])
-            return LoKrOptions(rank=rank, alpha=float(tensors.get(ALPHA, rank)), form=form)
+            return LoKrOptions(rank=rank, alpha=float(tensors.get(ALPHA, rank)), form=form, **dora_options(tensors))
         # Without a product there is no rank: sd-scripts and LyCORIS write theirs as alpha, others 1e10.
         largest = max(rows * len(tensors[W2]), columns * tensors[W2].shape[1])
         rank = max(1, min(int(tensors.get(ALPHA, 1)), largest))
-        return LoKrOptions(rank=rank, alpha=float(rank), form=form)
+        return LoKrOptions(rank=rank, alpha=float(rank), form=form, **dora_options(tensors))
 
     def delta(self, x: Tensor) -> Tensor:
         first, steps = self._first(), self._second()
@@ -175,7 +185,7 @@ class LoKr(Additive):
             out = nn.functional.conv2d(flat, step, None, *self.operation.convolution)
         return out.view(*h.shape[:2], *out.shape[1:])
 
-    def delta_weight(self, weight: Tensor) -> Tensor:
+    def product(self, weight: Tensor) -> Tensor:
         first, steps = self._first().float(), [step.float() for step in self._second()]
         return _kronecker(first, steps).view(weight.shape) * self.options.scale
 
@@ -183,16 +193,11 @@ class LoKr(Additive):
         """As sd-scripts has it."""
         return [p for name, p in self.named_parameters() if name.startswith(W1)]
 
-    @torch.no_grad()
-    def scale_norm(self, limit: float) -> tuple[Tensor, Tensor]:
-        """All factors take an equal share; the norm of a Kronecker product is that of its factors' norms."""
-        second = _product(self._second())
-        norm = torch.linalg.vector_norm(self._first()) * torch.linalg.vector_norm(second) * abs(self.options.scale)
-        ratio = (limit / norm).clamp(max=1.0)
-        factors = list(self.parameters())
-        for factor in factors:
-            factor.mul_(ratio ** (1 / len(factors)))
-        return norm * ratio, ratio < 1.0
+    def norm(self) -> Tensor:
+        """That of a Kronecker product is the product of its factors' norms."""
+        first, second = torch.linalg.vector_norm(self._first()), torch.linalg.vector_norm(_product(self._second()))
+        norm: Tensor = first * second * abs(self.options.scale)
+        return norm
 
     def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
         full = not self.form.thin and not self.form.thin_first
@@ -211,10 +216,11 @@ class LoKr(Additive):
                 f"LoKr's second factor has {each} rows, of which pieces of {', '.join(map(str, rows))} rows are no "
                 "multiple, so they have no exact form; another factor may have one"
             )
-        return [{**tensors, leaf: part} for part in torch.split(tensors[leaf], [n // each for n in rows])]
+        parts = torch.split(tensors[leaf], [n // each for n in rows])
+        return [{**piece, leaf: part} for piece, part in zip(super().cut(tensors, rows), parts, strict=True)]
 
     @classmethod
-    def join(cls, pieces: Mapping[int, AdapterTensors], rows: Sequence[int]) -> AdapterTensors:
+    def join_factors(cls, pieces: Mapping[int, AdapterTensors], rows: Sequence[int]) -> AdapterTensors:
         first = pieces[min(pieces)]
         leaf, each = _first_leaf(first), _second_rows(first)
         if any(n % each for n in rows) or any(
@@ -232,10 +238,12 @@ class LoKr(Additive):
         order = move(torch.arange(cls.row_count(tensors))).view(-1, each)
         if not torch.equal(order, order[:, :1] + torch.arange(each)) or order[:, 0].remainder(each).any():
             raise UserError(f"LoKr has no exact form for rows that do not move {each} together")
-        return {**tensors, leaf: tensors[leaf][order[:, 0] // each]}
+        moved = super().move_rows(tensors, move) if DORA in cls.rows_of(tensors) else tensors
+        return {**moved, leaf: tensors[leaf][order[:, 0] // each]}
 
     @classmethod
     def fold_alpha(cls, tensors: AdapterTensors) -> AdapterTensors:
+        no_dora(cls, tensors)
         options, leaf = cls.read(tensors), _first_leaf(tensors)
         assert options is not None
         first = tensors[leaf]

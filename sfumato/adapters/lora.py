@@ -110,17 +110,14 @@ class LoRA(Additive):
     def loraplus_parameters(self) -> list[nn.Parameter]:
         return list(self.lora_up.parameters())
 
-    @torch.no_grad()
-    def scale_norm(self, limit: float) -> tuple[Tensor, Tensor]:
-        """Both factors take an equal share, as in sd-scripts."""
-        if self.dora_scale is not None:
-            raise UserError("scale_weight_norms has no meaning for DoRA, whose magnitudes are trained: leave it out")
+    def norm(self) -> Tensor:
         up, down = self.lora_up.weight, self.lora_down.weight
-        norm = torch.linalg.matrix_norm(up.flatten(1) @ down.flatten(1)) * abs(self.options.scale)
-        ratio = (limit / norm).clamp(max=1.0)
-        for factor in self.parameters():
-            factor.mul_(ratio.sqrt())
-        return norm * ratio, ratio < 1.0
+        norm: Tensor = torch.linalg.matrix_norm(up.flatten(1) @ down.flatten(1))
+        return norm * abs(self.options.scale)
+
+    @property
+    def factors(self) -> int:
+        return 2
 
     def _drop(self, h: Tensor) -> Tensor:
         """(b, ..., rank) or (b, rank, h, w) with the dropouts of one step."""

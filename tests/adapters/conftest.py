@@ -25,8 +25,8 @@ def x() -> Tensor:
 
 
 FORMS: dict[str, list[dict[str, Any]]] = {
-    "loha": [{"use_tucker": True}],
-    "lokr": [{"factor": 1}, {"factor": 1, "use_tucker": True}],
+    "loha": [{"use_tucker": True}, {"dora_wd": True}],
+    "lokr": [{"factor": 1}, {"factor": 1, "use_tucker": True}, {"dora_wd": True}],
 }
 """Options by which a kind has other tensors than by default, in the small net."""
 PLANS = [(name, more) for name in adapters.kinds() for more in [{}, *FORMS.get(name, [])]]

@@ -283,3 +283,21 @@ def test_a_files_form_goes_before_the_settings():
     )
     with pytest.raises(UserError, match="factor: does nothing, as dim_from_weights"):
         parse(config)
+
+
+def test_doras_magnitudes_go_with_the_rows():
+    factors = made(nn.Linear(24, 36), rank=2).tensors()
+    for magnitude, moves in ((torch.rand(36, 1), True), (torch.rand(1, 24), False)):
+        tensors = {**factors, "dora_scale": magnitude}
+        _, options = from_tensors(tensors)
+        assert (options.dora_wd, options.wd_on_out) == (True, moves)
+        moved = LoKr.move_rows(tensors, lambda t: t.roll(6, 0))
+        assert torch.equal(moved["dora_scale"], magnitude.roll(6, 0) if moves else magnitude)
+        with pytest.raises(UserError, match="PEFT has no LoKr with DoRA"):
+            LoKr.fold_alpha(tensors)
+        if not moves:
+            continue
+        pieces = LoKr.cut(tensors, (12, 24))
+        assert torch.equal(pieces[1]["dora_scale"], magnitude[12:])
+        joined = LoKr.join(dict(enumerate(pieces)), (12, 24))
+        assert all(torch.equal(joined[name], t) for name, t in tensors.items())
