@@ -53,6 +53,9 @@ class Models:
     dtypes: Mapping[str, torch.dtype | None] = field(default_factory=dict)
     """Number format of each component's weights; None: as in its file."""
 
+    noise: NoiseConfig | None = None
+    """What the whole model is trained with, as far as its files have to say so."""
+
     def tokenize(self, captions: Sequence[str]) -> Tokens:
         """b captions -> named tensors whose first dimension is b, on the CPU."""
         return self.tokenize_strategy.tokenize(captions)

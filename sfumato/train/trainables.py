@@ -105,6 +105,7 @@ class Full:
 
     def __init__(self, models: Models, config: Config) -> None:
         self.models, self.config = models, config
+        models.noise = config.noise
         self.trained: tuple[str, ...] = whole_nets(models.family, config, models.encoders)
         self._weights: dict[str, nn.Parameter] = {}
         self._rates: dict[str, dict[float, list[nn.Parameter]]] = {name: {} for name in self.trained}

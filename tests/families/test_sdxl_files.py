@@ -193,6 +193,21 @@ def test_v_prediction_is_seen_from_the_file(make: Callable[[Path], Path], tmp_pa
     assert opened(out).options.v_parameterization
 
 
+@pytest.mark.parametrize("make", [marked, told, scheduled])
+def test_single_files_say_it_as_comfy_reads_it(make: Callable[[Path], Path], tmp_path: Path) -> None:
+    """By empty tensors: `v_pred`, and `ztsnr` where the last timestep is pure noise, by the file or by the training."""
+    models = opened(make(tmp_path / "model"))
+    zero = models.process(NoiseConfig(), LossConfig()).scheduler_config().get("rescale_betas_zero_snr", False)
+    assert zero == (make is marked)
+    tensors = load(written(models, tmp_path / "a.safetensors"))
+    assert tensors["v_pred"].numel() == 0 and ("ztsnr" in tensors) == zero
+    models.noise = NoiseConfig(zero_terminal_snr=True)
+    assert {"v_pred", "ztsnr"} <= load(written(models, tmp_path / "b.safetensors")).keys()
+    again = opened(tmp_path / "b.safetensors")
+    assert again.options.v_parameterization
+    assert again.process(NoiseConfig(), LossConfig()).scheduler_config()["rescale_betas_zero_snr"]
+
+
 def test_noise_prediction_is_what_is_meant_else(single: Path) -> None:
     models = opened(single)
     assert not models.options.v_parameterization and opened(single, v_parameterization=True).options.v_parameterization

@@ -11,23 +11,26 @@ import torch
 from torch import Tensor, nn
 
 from sfumato.adapters import AdapterPlan
-from sfumato.config import FamilyOptions
+from sfumato.config import FamilyOptions, LossConfig, NoiseConfig
 from sfumato.data.batch import Cond
 from sfumato.errors import UserError
-from sfumato.families.sd.family import check_channels, prediction, process, without_old_average
+from sfumato.families.sd import family as sd
+from sfumato.families.sd.family import check_channels, prediction, without_old_average
 from sfumato.families.sd.strategies import SdTokenize
 from sfumato.families.sdxl.facts import SIZE_WIDTH, SIZES, Options
-from sfumato.families.sdxl.folder import check_unet, new_folder, scheduler
+from sfumato.families.sdxl.folder import check_unet, new_folder, scheduler, zero_snr
 from sfumato.families.sdxl.names import CLIP_G, CLIP_L, PASSTHROUGH, TARGETS, VAE, unet_keys
 from sfumato.families.sdxl.net import UNet, blocks
 from sfumato.families.sdxl.strategies import LATENTS, OUTPUTS, SdxlEncode, SdxlTokenize
 from sfumato.formats.dialect import Dialect, usual
+from sfumato.formats.planned import Writable
 from sfumato.models.autoencoders import vae_component
 from sfumato.models.base import Family, Models, SampleInfo, TokenizerSpec, encoder_rate
 from sfumato.models.components import Checkpoint, Config, denoiser
 from sfumato.models.encoders.clip import CLIP_TARGETS, clip_component
 from sfumato.models.encoders.tokenizers import clip_tokenizer
 from sfumato.models.layers import Shapes, timestep_embedding
+from sfumato.tensors.noise import NoiseProcess
 
 SCALE = 0.13025
 """Factor from raw latents to those of the denoiser."""
@@ -81,6 +84,14 @@ def complete(options: FamilyOptions, source: Checkpoint) -> tuple[Options, Check
     return replace(o, v_parameterization=v), source
 
 
+def adjust_single_file(models: Models, tensors: dict[str, Writable]) -> dict[str, Writable]:
+    """Without an old average, and with the empty tensors by which ComfyUI knows a model that predicts v, and one whose
+    last timestep is pure noise (comfy/supported_models.py)."""
+    marks = {"v_pred": Options.of(models.options).v_parameterization, "ztsnr": zero_snr(models)}
+    new = {name: torch.zeros(0) for name, holds in marks.items() if holds and name not in tensors}
+    return {**without_old_average(models, tensors), **new}
+
+
 def _clip_g_tokenizer(folder: Path | None) -> Any:
     """bigG's tokenizer; in a folder of CLIP-L's only the padding differs from it."""
     tokenizer = clip_tokenizer(folder, pad=PAD)
@@ -113,6 +124,12 @@ def predict(net: nn.Module, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
 
 
 # --- training ---
+
+
+def process(models: Models, noise: NoiseConfig, loss: LossConfig) -> NoiseProcess:
+    """DDPM with what the model predicts, down to pure noise if it is made for it."""
+    whole = noise.zero_terminal_snr or zero_snr(models)
+    return sd.process(models, replace(noise, zero_terminal_snr=whole), loss)
 
 
 def trainable(options: FamilyOptions, plan: AdapterPlan | None) -> frozenset[str] | None:
@@ -166,7 +183,7 @@ FAMILY = Family(
         "clip_g": TokenizerSpec(folder="tokenizer_2", make=_clip_g_tokenizer),
     },
     new_folder=new_folder,
-    adjust_single_file=without_old_average,
+    adjust_single_file=adjust_single_file,
     tokenize=tokenize,
     encode=lambda models: SdxlEncode(),
     latents=LATENTS,

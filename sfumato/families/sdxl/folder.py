@@ -86,7 +86,9 @@ def new_folder(models: Models) -> NewFolder:
     if models.vaes is not None:
         configs["vae"] = vae_config(models.vae)
     prediction = PREDICTIONS[1 if Options.of(models.options).v_parameterization else 0]
-    schedule = dict(scheduler(source)) or _schedule(zero_snr="ztsnr" in source.passthrough)
+    schedule = dict(scheduler(source)) or _schedule()
+    if zero_snr(models):
+        schedule["rescale_betas_zero_snr"] = True
     return NewFolder(
         index=_index(source, str(schedule["_class_name"]), vae=models.vaes is not None),
         configs=configs,
@@ -94,10 +96,17 @@ def new_folder(models: Models) -> NewFolder:
     )
 
 
-def _schedule(*, zero_snr: bool) -> dict[str, Any]:
-    """The published one. `zero_snr`: the last timestep is pure noise."""
-    made = {"_class_name": "EulerDiscreteScheduler", **DDPM().scheduler_config(), "timestep_spacing": "leading"}
-    return {**made, "rescale_betas_zero_snr": True} if zero_snr else made
+def zero_snr(models: Models) -> bool:
+    """Whether the model's last timestep is pure noise: its files say so, or it is trained so."""
+    source, noise = models.source, models.noise
+    said = "ztsnr" in source.passthrough or bool(scheduler(source).get("rescale_betas_zero_snr"))
+    trained = noise is not None and noise.zero_terminal_snr
+    return Options.of(models.options).v_parameterization and (said or trained)
+
+
+def _schedule() -> dict[str, Any]:
+    """The published one."""
+    return {"_class_name": "EulerDiscreteScheduler", **DDPM().scheduler_config(), "timestep_spacing": "leading"}
 
 
 def _index(source: Checkpoint, schedule: str, *, vae: bool) -> dict[str, Any]:
