@@ -101,7 +101,8 @@ def vae_component(
         flag="vae",
         net=net,
         key_format=vae_key_format,
-        single=(lambda names: KeyFormat("ldm", vae_keys(names))) if bundled else None,
+        single=lambda names: KeyFormat("ldm", vae_keys(names)),
+        bundled=bundled,
         unused_keys=_UNUSED,
         scaling=scaling,
     )

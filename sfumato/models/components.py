@@ -99,8 +99,10 @@ class Component:
     """Of its names (prefix off) those that no net has; in a single file they are copied on save."""
     tied_keys: Mapping[str, str] = field(default_factory=dict)
     """Those of `unused_keys` that repeat the values of another name: copy -> original."""
-    single: Callable[[Shapes], KeyFormat] | None = native_format
-    """The key format of a new single file; None: a new one does not hold this component."""
+    single: Callable[[Shapes], KeyFormat] = native_format
+    """The key format of a new single file."""
+    bundled: bool = True
+    """Whether a new single file holds it, if nothing else is asked for."""
     diffusers: Callable[[Shapes], KeyFormat] = native_format
     """The key format of a diffusers folder."""
     scaling: Callable[[Config], tuple[float, float]] | None = None
@@ -326,7 +328,9 @@ def open_model(
     for component in components:
         if component.flag and (name := given.get(component.flag)):
             old = found.get(component.name)
-            prefix = old.prefix if old else component.prefixes[0] if source.path.is_dir() and component.single else None
+            prefix = (
+                old.prefix if old else component.prefixes[0] if source.path.is_dir() and component.bundled else None
+            )
             found[component.name] = replace(open_component(component, name), prefix=prefix)
     return replace(source, components=found)
 
@@ -369,7 +373,7 @@ def _folder(path: Path, components: Sequence[Component]) -> Checkpoint:
     found = {}
     for component in components:
         if component.folder and (path / component.folder).is_dir():
-            prefix = component.prefixes[0] if component.single else None
+            prefix = component.prefixes[0] if component.bundled else None
             found[component.name] = replace(_component(component, path / component.folder), prefix=prefix)
     return Checkpoint(path=path, components=found)
 
@@ -467,7 +471,7 @@ def single_file(source: Checkpoint, components: Mapping[str, Mapping[str, Writab
         if weights.prefix is None:
             continue
         key_format = weights.key_format
-        if (weights.alone or source.path.is_dir()) and weights.component.single is not None:
+        if weights.alone or source.path.is_dir():
             key_format = weights.component.single(shapes(tensors))
         out |= add_prefix(key_format.write(tensors), weights.prefix)
         pairs = [

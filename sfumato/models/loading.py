@@ -213,6 +213,16 @@ def _tokenizer(spec: TokenizerSpec, source: Checkpoint, given: str | None, *, la
     return LaterTokenizer(spec.make, folder, folder or spec.home()) if later else spec.make(folder)
 
 
+def tokenizers_found(family: Family, source: Checkpoint, given: str | None) -> dict[str, Any]:
+    """The tokenizers that come with a model's text encoders; the stock ones are not named."""
+    folders = {
+        name: _tokenizer_folder(spec, source, given)
+        for name, spec in family.tokenizer_specs.items()
+        if name in source.components
+    }
+    return {name: family.tokenizer_specs[name].make(folder) for name, folder in folders.items() if folder}
+
+
 def _tokenizer_folder(spec: TokenizerSpec, source: Checkpoint, given: str | None) -> Path | None:
     if given is not None:
         path = locate.local(given, "tokenizer")
@@ -256,13 +266,14 @@ def save(
     state: Mapping[str, Mapping[str, Writable]] | None = None,
     trained: Collection[str] = (),
     progress: Progress | None = None,
+    finish: Callable[[dict[str, Writable]], dict[str, Writable]] = lambda tensors: tensors,
 ) -> None:
     """Write a whole model, laid out as "single_file" or "diffusers".
 
     `state`: {component: native tensors} to write in place of the nets' own (an average, say). A component that is as it
     was read is written in its first number format, not as it was run in, and one tensor after another. `trained`:
     components that changed; such an encoder that has no place in the single file is written beside it, as
-    `NAME_ENCODER`. `progress`: (done, all) bytes.
+    `NAME_ENCODER`. `progress`: (done, all) bytes. `finish`: a last change to a single file's tensors.
     """
     source = models.source
     source.check()
@@ -283,7 +294,7 @@ def save(
         _write_folder(models, path, values, metadata, progress)
         return
     for name, spec in models.family.tokenizer_specs.items():
-        if name in values:
+        if name in values and name in models.tokenizers:
             _put_beside(spec, models.tokenizers[name], path.parent / spec.folder)
     for name in beside:
         weights = source.components[name]
@@ -292,7 +303,7 @@ def save(
         )
     files.save(
         path,
-        models.family.adjust_single_file(models, components.single_file(source, values)),
+        finish(models.family.adjust_single_file(models, components.single_file(source, values))),
         metadata,
         source.check,
         progress,

@@ -173,9 +173,8 @@ def clip_component(
         flag=flag,
         net=net,
         key_format=clip_key_format,
-        single=(lambda names: KeyFormat("openclip", OPEN_CLIP, inverse=True) if openclip else NATIVE)
-        if bundled
-        else None,
+        single=lambda names: KeyFormat("openclip", OPEN_CLIP, inverse=True) if openclip else NATIVE,
+        bundled=bundled,
         unused_keys=lambda names: {*unused(names), *(unused_keys(names) if unused_keys else ())},
     )
 

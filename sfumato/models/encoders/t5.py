@@ -108,7 +108,7 @@ def t5_component(prefixes: tuple[str, ...], folder: str) -> Component:
         flag="t5xxl",
         net=lambda shapes, config: t5_net(shapes),
         key_format=lambda names: KeyFormat("hf", t5_keys(names)) if EMBEDDING in names or TWIN in names else None,
-        single=None,
+        bundled=False,
         unused_keys=lambda names: {*t5_idle(names), *_UNUSED(names)},
         tied_keys={TWIN: EMBEDDING},
     )

@@ -1,0 +1,174 @@
+"""Checkpoints converted between single file and diffusers folder: the tensors are those of diffusers' own classes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tinies import flux, sd3, sdxl
+from tinies.cases import Case, Files, cases
+from torch import Tensor
+
+from sfumato.errors import UserError
+from sfumato.families.detect import detect_file
+from sfumato.formats.files import load, read_header, save
+from sfumato.formats.lazy import Lazy
+from sfumato.models.detection import PREFIX
+from sfumato.tools import checkpoints
+from sfumato.tools.convert import convert, is_adapter
+
+ALL = [pytest.param(case, id=case.name) for case in cases() if "masked" not in case.name]
+
+
+def assert_same(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
+    assert a.keys() == b.keys()
+    assert not [name for name, t in a.items() if t.dtype != b[name].dtype or not torch.equal(t, b[name])]
+
+
+def parts_of(files: Files) -> dict[str, str]:
+    return {**files.options, **({"vae": files.vae} if files.vae else {})}
+
+
+@pytest.fixture(scope="module", params=ALL)
+def case(request: pytest.FixtureRequest) -> Case:
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def files(case: Case, tmp_path_factory: pytest.TempPathFactory) -> Files:
+    return case.write(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def folder(case: Case, files: Files, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("out") / "folder"
+    facts = convert(files.model, out, parts=parts_of(files))
+    assert facts["to"] == "diffusers" and facts["family"] == case.family
+    return out
+
+
+def test_a_file_becomes_diffusers_folder(case: Case, folder: Path) -> None:
+    """`test_all.py` proves that the pipeline reads such a folder and draws the same."""
+    for name, part in case.pipeline().components.items():
+        if isinstance(part, torch.nn.Module):
+            (weights,) = (folder / name).glob("*.safetensors")
+            theirs = {n: t for n, t in part.state_dict().items() if n != "encoder.embed_tokens.weight"}
+            found = load(weights)
+            assert {n.removeprefix("text_model.") for n in found} == {n.removeprefix("text_model.") for n in theirs}
+            assert not [n for n, t in theirs.items() if not torch.equal(found.get(n, found.get(f"text_model.{n}")), t)]  # type: ignore[arg-type]
+
+
+def test_a_folder_becomes_the_file_again(case: Case, files: Files, folder: Path, tmp_path: Path) -> None:
+    """All that the file held, but for text encoders and VAE in a bundle, which new files of some families have not."""
+    out = tmp_path / "again.safetensors"
+    convert(folder, out)
+    first, again = ({n.removeprefix(PREFIX): t for n, t in load(path).items()} for path in (files.model, out))
+    absent = {n for n in first.keys() - again.keys() if not n.startswith(("text_encoders.", "vae."))}
+    assert not [n for n in absent if "weight" in n or "bias" in n]
+    # Of the layer that 2.x does not use, folders know nothing.
+    unlike = {n for n in first.keys() & again.keys() if not torch.equal(first[n], again[n])}
+    assert not [n for n in unlike if "transformer.resblocks.3" not in n]
+
+
+def test_a_bundle_holds_all(case: Case, files: Files, folder: Path, tmp_path: Path) -> None:
+    """The bundle is known as a whole model, and is the same model as the folder."""
+    out = tmp_path / "bundle.safetensors"
+    convert(folder, out, bundle=True)
+    assert set(detect_file(out).parts) == {"denoiser", "text_encoder", "vae"}
+    other = tmp_path / "folder"
+    convert(out, other, tokenizer=str(folder))
+    for weights in folder.glob("*/*.safetensors"):
+        assert_same(load(other / weights.relative_to(folder)), load(weights))
+
+
+@pytest.mark.parametrize("dtype", ["fp16", "bf16", "float"])
+def test_number_formats(dtype: str, tmp_path: Path) -> None:
+    path = sdxl.write(tmp_path).model
+    convert(path, tmp_path / "b.safetensors", dtype=dtype)
+    wanted = checkpoints.PRECISIONS[dtype]
+    first, again = load(path), load(tmp_path / "b.safetensors")
+    assert again.keys() == first.keys()
+    nets = [n for n in first if first[n].is_floating_point() and n.startswith(("model.", "first_stage", "conditioner"))]
+    assert {again[n].dtype for n in nets} >= {wanted}
+    assert all(torch.equal(again[n], first[n].to(again[n].dtype)) for n in first)
+
+
+def test_parts_of_their_own_go_into_the_file(tmp_path: Path) -> None:
+    """As sd-scripts' merge_sd3_safetensors: transformer, VAE, both CLIPs and T5 in one file, as ComfyUI reads it."""
+    apart = sd3.write("3.5_medium", tmp_path)
+    names = {"vae": str(tmp_path / "vae.safetensors"), **apart.options}
+    convert(apart.model, tmp_path / "one.safetensors", parts=names)
+    wanted = {
+        n: t for n, t in sd3.single_file("3.5_medium", *sd3.parts("3.5_medium")).items() if "logit_scale" not in n
+    }
+    assert_same(load(tmp_path / "one.safetensors"), wanted)
+
+
+def test_a_transformer_alone_is_converted_without_its_encoders(tmp_path: Path) -> None:
+    path = flux.write(True, tmp_path).model
+    convert(path, tmp_path / "half.safetensors", dtype="bf16")
+    assert_same(load(tmp_path / "half.safetensors"), {n: t.bfloat16() for n, t in load(path).items()})
+    with pytest.raises(UserError, match="--clip_l"):
+        convert(path, tmp_path / "folder")
+    assert not (tmp_path / "folder").exists()
+
+
+def test_fp8_is_for_the_layers_of_blocks(tmp_path: Path) -> None:
+    path = flux.write(True, tmp_path).model
+    first = load(path)
+    for dtype in ("fp8", "fp8_scaled"):
+        out = tmp_path / f"{dtype}.safetensors"
+        convert(path, out, dtype=dtype)
+        lazy, kinds = Lazy.of([out]), {n: i.dtype for n, i in read_header(out).tensors.items()}
+        narrow = {n for n, kind in kinds.items() if kind == "F8_E4M3"} - {"scaled_fp8"}
+        assert narrow == {n for n, t in first.items() if "blocks." in n and n.endswith(".weight") and t.ndim == 2}
+        assert set(lazy) == set(first) and lazy.scaled == (narrow if dtype == "fp8_scaled" else set())
+        for name, t in first.items():
+            torch.testing.assert_close(lazy[name].float(), t, atol=0.01 * float(t.abs().max()) + 2**-9, rtol=0.07)
+        convert(out, tmp_path / "back.safetensors")
+        assert load(tmp_path / "back.safetensors").keys() == first.keys()
+    # As it came: plain fp8 stays, scaled fp8 is what it means.
+    assert {t.dtype for t in load(tmp_path / "back.safetensors").values()} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("scheduler", ["v_prediction", "epsilon"])
+def test_a_v_prediction_is_kept(scheduler: str, tmp_path: Path) -> None:
+    """ComfyUI knows it by an empty tensor."""
+    path = sdxl.put(
+        tmp_path / "model.safetensors",
+        {**sdxl.single_file(), **({"v_pred": torch.zeros(0)} if scheduler == "v_prediction" else {})},
+    )
+    convert(path, tmp_path / "folder")
+    text = (tmp_path / "folder" / "scheduler" / "scheduler_config.json").read_text()
+    assert scheduler in text
+    convert(tmp_path / "folder", tmp_path / "again.safetensors")
+    assert detect_file(tmp_path / "again.safetensors").prediction == ("v" if scheduler == "v_prediction" else None)
+
+
+def test_mistakes(tmp_path: Path) -> None:
+    path = sdxl.write(tmp_path / "a").model
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "cat.png").touch()
+    for wrong, told in (
+        ({"out": path}, "is also read"),
+        ({"out": tmp_path / "x", "to": "single"}, "a single file ends in"),
+        ({"out": tmp_path / "x.safetensors", "to": "diffusers"}, "the name of a file"),
+        ({"out": tmp_path / "x.safetensors", "to": "kohya"}, "whole checkpoint"),
+        ({"out": tmp_path / "x.safetensors", "parts": {"t5xxl": "a"}}, "--t5xxl"),
+        ({"out": tmp_path / "x", "dtype": "fp8_scaled"}, "single files"),
+        ({"out": tmp_path, "to": "diffusers"}, "is also read"),
+        ({"out": tmp_path / "other", "to": "diffusers"}, "not sfumato's"),
+    ):
+        named: dict[str, Any] = dict(wrong)
+        with pytest.raises(UserError, match=told):
+            convert(path, named.pop("out"), **named)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a", "other"]
+    tensors = load(path)
+    name = next(n for n in tensors if "input_blocks.1." in n and n.endswith("weight"))
+    save(tmp_path / "nan.safetensors", {**tensors, name: tensors[name] * torch.nan})
+    with pytest.raises(UserError, match="NaN"):
+        convert(tmp_path / "nan.safetensors", tmp_path / "y.safetensors")
+    assert not (tmp_path / "y.safetensors").exists() and not list(tmp_path.glob(".*"))
+    assert not is_adapter(path)
