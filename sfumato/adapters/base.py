@@ -111,6 +111,10 @@ class Adapter(nn.Module):
         linear."""
         raise NotImplementedError
 
+    def needs_weight(self) -> bool:
+        """Whether `delta_weight` depends on the values of the weight."""
+        return True
+
     def delta_bias(self, bias: Tensor) -> Tensor | None:
         """The same for the layer's bias; None: it stays."""
         return None
@@ -294,6 +298,9 @@ class Additive(Adapter):
         if isinstance(options, AdditiveOptions) and options.dora_wd:
             assert isinstance(base.weight, Tensor)
             self.dora_scale = nn.Parameter(_norms(base.weight.detach().float(), options.wd_on_out))
+
+    def needs_weight(self) -> bool:
+        return self.dora_scale is not None
 
     def delta(self, x: Tensor) -> Tensor:
         """The layer's input -> the change of its output, before `options.scale`."""

@@ -51,6 +51,9 @@ class Full(Adapter):
     def delta_weight(self, weight: Tensor) -> Tensor:
         return self.diff.float()
 
+    def needs_weight(self) -> bool:
+        return False
+
     def delta_bias(self, bias: Tensor) -> Tensor | None:
         return None if self.diff_b is None else self.diff_b.float()
 

@@ -15,18 +15,18 @@ from torch import Tensor, nn
 from sfumato import families
 from sfumato.adapters import files as adapter_files
 from sfumato.adapters import from_tensors
-from sfumato.adapters.base import Adapter, Additive
+from sfumato.adapters.base import Adapter
 from sfumato.errors import Mistakes, UserError, nearest
 from sfumato.families import detect
-from sfumato.formats import adapter_metadata, files
+from sfumato.formats import adapter_metadata
 from sfumato.formats.adapter_check import check_adapter
 from sfumato.formats.dialect import AdapterTensors, Dialect, ModulePath
 from sfumato.formats.names import Rule
 from sfumato.formats.spellings import Spellings
-from sfumato.models import reference
+from sfumato.models import components, locate, reference
 from sfumato.models.base import Family
+from sfumato.models.components import Checkpoint
 from sfumato.models.detection import Shapes
-from sfumato.models.loading import examine
 
 WEIGHTS = ("adapter_model.safetensors", "pytorch_lora_weights.safetensors")
 """What a folder that PEFT or diffusers saved holds."""
@@ -54,8 +54,6 @@ class AdapterFile:
     state: dict[ModulePath, AdapterTensors]
     """In native names and kohya's leaves, in the order of the nets."""
     metadata: dict[str, str]
-    keys: int
-    """Tensors in the file."""
     left_out: dict[str, str] = field(default_factory=dict)
     """Keys that belong to no adapter -> what they are."""
 
@@ -78,14 +76,29 @@ def read(
     usual models; its header alone is read. `inexact`: as `adapters.files.read`. Errors: `UserError` for what is no
     adapter, for keys that name no layer and for shapes that do not fit.
     """
-    file = _file(Path(path).expanduser())
-    tensors, metadata = adapter_metadata.load(file)
-    keys = len(files.read_header(file).tensors)
-    left_out = {key: what for key in tensors for start, what in NOT_OF_LAYERS.items() if key.startswith(start)}
-    tensors = {key: t for key, t in tensors.items() if key not in left_out}
+    file, tensors, metadata, left_out = _opened(path)
     check_adapter(tensors, str(file))
     outline, state = _fitting(file, tensors, _outlines(file, tensors, metadata, family, model), inexact)
-    return AdapterFile(path=file, outline=outline, state=state, metadata=metadata, keys=keys, left_out=left_out)
+    return AdapterFile(path=file, outline=outline, state=state, metadata=metadata, left_out=left_out)
+
+
+def read_like(path: str | Path, outline: Outline) -> tuple[AdapterFile, list[str]]:
+    """An adapter file as one for the same model, whatever its shapes; and the keys that name no layer of it."""
+    file, tensors, metadata, left_out = _opened(path)
+    spellings = Spellings(outline.dialects.values(), outline.layers)
+    strange = [key for key, named in spellings.claimed(tensors) if named is None]
+    state = adapter_files.read(
+        outline.dialects.values(), {key: t for key, t in tensors.items() if key not in set(strange)}, outline.layers
+    )
+    return AdapterFile(path=file, outline=outline, state=state, metadata=metadata, left_out=left_out), strange
+
+
+def _opened(path: str | Path) -> tuple[Path, dict[str, Tensor], dict[str, str], dict[str, str]]:
+    """(file, tensors of layers, metadata, keys that belong to no adapter -> what they are)"""
+    file = _file(Path(path).expanduser())
+    tensors, metadata = adapter_metadata.load(file)
+    left_out = {key: what for key in tensors for start, what in NOT_OF_LAYERS.items() if key.startswith(start)}
+    return file, {key: t for key, t in tensors.items() if key not in left_out}, metadata, left_out
 
 
 def adapter_of(path: ModulePath, tensors: AdapterTensors, weight: Tensor) -> Adapter:
@@ -95,11 +108,6 @@ def adapter_of(path: ModulePath, tensors: AdapterTensors, weight: Tensor) -> Ada
     adapter.name = ".".join(path)
     adapter.load_tensors(tensors)
     return adapter.requires_grad_(False).eval()
-
-
-def needs_weight(adapter: Adapter) -> bool:
-    """Whether the change of a layer's weight depends on that weight."""
-    return not isinstance(adapter, Additive) or adapter.dora_scale is not None
 
 
 def _layer(weight: Tensor) -> nn.Module:
@@ -114,6 +122,16 @@ def _layer(weight: Tensor) -> nn.Module:
     layer.weight = nn.Parameter(weight, requires_grad=False)
     layer.bias = nn.Parameter(torch.zeros(out, device=weight.device), requires_grad=False)
     return layer
+
+
+def open_checkpoint(path: str | Path, flag: str) -> tuple[Family, Checkpoint]:
+    """A checkpoint's family, and its components as far as it holds them; headers are read and nothing else. Errors:
+    `UserError` for what is none."""
+    family = families.family(detect.detect_file(path, flag).family)
+    where = locate.local(str(path), flag)
+    return family, components.open_model(
+        where, family.components, family.title, given={}, passthrough_keys=family.passthrough_keys
+    )
 
 
 # --- which model it is for ---
@@ -148,13 +166,12 @@ def _outlines(
             f"--family {family}: known are {', '.join(families.names())}{nearest(family, families.names())}"
         )
     if model is not None:
-        found = detect.detect_file(model, "--model")
-        if family not in (None, found.family):
-            raise UserError(f"--family {family}: {model} is of the family {found.family}")
-        theirs = families.family(found.family)
-        _, source = examine(theirs, model, families.facts(found.family).options())
+        theirs, source = open_checkpoint(model, "--model")
+        if family not in (None, theirs.name):
+            raise UserError(f"--family {family}: {model} is of the family {theirs.name}")
+        usual = next(iter(reference.usual_models(_folder(theirs.name)).values()), {})
         parts = {name: weights.shapes() for name, weights in source.components.items() if name != "vae"}
-        return [_outline(theirs, found.variant, parts)]
+        return [_outline(theirs, Path(model).name, {**usual, **parts})]
     shapes = {key: tuple(t.shape) for key, t in tensors.items()}
     detected = detect.identify(shapes, metadata)
     if detected and detected.kind != "adapter":

@@ -83,7 +83,7 @@ def convert(
         variant=read.outline.variant,
         kinds=tuple(sorted(read.kinds)),
         layers=len(read.state),
-        keys_in=read.keys,
+        keys_in=len(files.read_header(read.path).tensors),
         keys_out=len(tensors),
         left_out=read.left_out,
         errors=nearest_lora.errors if nearest_lora else {},
@@ -170,7 +170,7 @@ def change(path: ModulePath, tensors: AdapterTensors, shape: tuple[int, ...]) ->
     weight."""
     weight = torch.zeros(shape)
     adapter = adapter_file.adapter_of(path, tensors, weight)
-    if adapter_file.needs_weight(adapter):
+    if adapter.needs_weight():
         raise UserError(
             f"{'.'.join(path)}: {type(adapter).__name__} acts on the layer's own weight; it is not a sum that a LoRA "
             "could be near to without the model"
