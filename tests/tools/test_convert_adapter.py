@@ -23,12 +23,12 @@ from torch import Tensor
 
 from sfumato import adapters
 from sfumato.adapters import files as adapter_files
-from sfumato.adapters.base import Adapter, LayerOptions
+from sfumato.adapters.base import Adapter
 from sfumato.errors import UserError
 from sfumato.formats import files
 from sfumato.formats.dialect import ALPHA, AdapterTensors, ModulePath
 from sfumato.tools import adapter_file
-from sfumato.tools.convert_adapter import Converted, convert
+from sfumato.tools.convert_adapter import convert
 from sfumato.tools.verify import verify
 
 PAGE = Path(__file__).parents[2] / "docs" / "conversions.md"
@@ -141,7 +141,7 @@ def written(form: Form, family: str, dialect_name: str) -> dict[str, Tensor]:
 
 
 def cell(form: Form, way: tuple[str, str, str], folder: Path) -> str:
-    """"exact", or why not. What is written has the same effect, which `verify` finds."""
+    """ "exact", or why not. What is written has the same effect, which `verify` finds."""
     family, source, to = way
     one, other = folder / "one.safetensors", folder / "other.safetensors"
     try:

@@ -119,6 +119,7 @@ def _guided(shapes: Shapes) -> str:
 
 ADAPTERS = {
     r"(lora_unet|lycoris|oft_unet)_(double|single)_blocks_.*|lora_te3_encoder_block_.*": "kohya",
+    r"double_blocks\.\d+\.(processor\.)?(qkv|proj)_lora[12]\..*|single_blocks\.\d+\.processor\..*": "xlabs",
     r"(diffusion_model\.)?(double|single)_blocks\..*": "comfy",
     r"(transformer\.)?(single_)?transformer_blocks\..*": "peft",
 }
