@@ -201,6 +201,12 @@ def _resolved(
     return resolved
 
 
+def _convert(words: list[str]) -> int:
+    from sfumato.cli import checkpoint_tools
+
+    return checkpoint_tools.convert(words)
+
+
 def _extract(words: list[str]) -> int:
     from sfumato.cli import svd_tools
 
@@ -248,6 +254,7 @@ COMMANDS: Mapping[str, Command] = {
     "plan": Command(_plan, "check everything and say what a training would do, without training"),
     "cache": Command(_cache, "encode images and captions for later trainings"),
     "sample": Command(_sample, "sample images"),
+    "convert": Command(_convert, "a checkpoint as another layout, an adapter in other names"),
     "extract": Command(_extract, "a LoRA file of what two models differ in"),
     "resize": Command(_resize, "a LoRA file with smaller ranks"),
     "show": Command(_show, "say what a weight file is"),

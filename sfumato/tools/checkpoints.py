@@ -15,7 +15,7 @@ from sfumato import __version__, families
 from sfumato.errors import UserError
 from sfumato.families import detect
 from sfumato.formats import files, scaled_fp8
-from sfumato.formats.planned import Writable
+from sfumato.formats.planned import Writable, renamed
 from sfumato.models import components, loading, locate
 from sfumato.models.base import Family, Models
 from sfumato.models.components import Checkpoint
@@ -91,8 +91,9 @@ def _listed(flags: Collection[str]) -> str:
 
 
 def stored(models: Models) -> State:
-    """All tensors as the files hold them, each read when it is made."""
-    return {name: weights.planned() for name, weights in models.source.components.items()}
+    """All tensors in the number formats of the files, fp8 too, each read when it is made."""
+    parts = models.source.components
+    return {name: renamed(weights.key_format.read, weights.tensors.as_stored()) for name, weights in parts.items()}
 
 
 def bundled(source: Checkpoint, wanted: Collection[str] | None) -> Checkpoint:

@@ -14,18 +14,20 @@ from sfumato.formats import files
 from sfumato.formats.folders import irreplaceable
 from sfumato.models import loading
 from sfumato.models.base import Models
-from sfumato.tools import checkpoints
+from sfumato.models.detection import ADAPTER_TENSOR, has
+from sfumato.tools import adapter_file, checkpoints
 
 LAYOUTS = {"single": "single_file", "diffusers": "diffusers"}
 
 
 def is_adapter(path: Path) -> bool:
-    """Whether a file is an adapter, by its header. Errors: `UserError` as `files.read_header`."""
+    """Whether a file, or a folder of PEFT's, is an adapter, by names alone. Errors: `UserError` as `read_header`."""
     if path.is_dir():
-        return False
+        return any((path / name).is_file() for name in adapter_file.WEIGHTS)
     header = files.read_header(path)
-    found = detect.identify({name: info.shape for name, info in header.tensors.items()}, header.metadata)
-    return found is not None and found.kind == "adapter"
+    shapes = {name: info.shape for name, info in header.tensors.items()}
+    found = detect.identify(shapes, header.metadata)
+    return found.kind == "adapter" if found else has(shapes, ADAPTER_TENSOR)
 
 
 def convert(

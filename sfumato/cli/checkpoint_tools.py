@@ -1,0 +1,115 @@
+"""`sfumato convert` and merging whole checkpoints: command lines of the tools that write models anew."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from sfumato.cli import options
+from sfumato.cli.flags import Parser
+from sfumato.config import rules
+from sfumato.errors import UserError
+
+PRECISIONS = ("fp32", "float", "fp16", "bf16", "fp8", "fp8_scaled")
+
+
+def convert(words: Sequence[str]) -> int:
+    """`sfumato convert IN OUT`, of checkpoints and of adapters."""
+    parser = Parser(
+        prog="sfumato convert",
+        description="A checkpoint as a single file or as a diffusers folder, or an adapter in another program's names.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("source", metavar="IN", type=Path, help="single file, diffusers folder or adapter file")
+    parser.add_argument("out", metavar="OUT", type=Path, help="what to write; without an ending: a diffusers folder")
+    parser.add_argument(
+        "--to", help="single or diffusers, where OUT does not tell; of adapters kohya, comfy, diffusers or lycoris"
+    )
+    parser.add_argument("--dtype", choices=PRECISIONS, help="number format; default: as in the files")
+    parser.add_argument("--json", action="store_true", help="machine-readable")
+    whole = parser.add_argument_group("checkpoints")
+    for name in part_flags():
+        whole.add_argument(f"--{name}", metavar="FILE", help=f"put this file's {name} in place of the model's own")
+    whole.add_argument("--tokenizer", metavar="DIR", help="folder with the model's tokenizers")
+    whole.add_argument("--bundle", action="store_true", help="a single file also holds text encoders and VAE")
+    adapters = parser.add_argument_group("adapters")
+    adapters.add_argument("--family", help="of the model, where the file does not show it")
+    adapters.add_argument("--model", metavar="FILE", help="a model of other sizes than the usual ones of its family")
+    adapters.add_argument(
+        "--rank", type=int, help="a layer without an exact form becomes the nearest LoRA of this rank"
+    )
+    args = parser.parse_args(list(words))
+    from sfumato.tools import convert as tool
+
+    if tool.is_adapter(args.source.expanduser()):
+        return _convert_adapter(args)
+    _refuse(args, ("family", "model", "rank"), "is for adapters, and IN is a whole checkpoint")
+    parts = {name: value for name in part_flags() if (value := getattr(args, name))}
+    return run_convert(
+        args.source, args.out, as_json=args.json, to=args.to, dtype=args.dtype, parts=parts, tokenizer=args.tokenizer,
+        bundle=args.bundle,
+    )  # fmt: skip
+
+
+def part_flags() -> list[str]:
+    """The settings that name a component's file, of any family."""
+    return ["vae", *(n for n in options.owners() if rules.path_to(options.known()[n].hint) == "weights")]
+
+
+def run_convert(source: Path, out: Path, *, as_json: bool = False, **how: Any) -> int:
+    """Convert a checkpoint, with progress, and say what came out."""
+    from sfumato.tools import convert as tool
+
+    with _megabytes("converting") as advance:
+        facts = tool.convert(source.expanduser(), out.expanduser(), progress=advance, **how)
+    _say(facts, f"{out}: {facts['family']}, {', '.join(facts['parts'])}; {facts['tensors']:,} tensors", as_json)
+    return 0
+
+
+def _convert_adapter(args: argparse.Namespace) -> int:
+    from dataclasses import asdict
+
+    from sfumato.tools import convert_adapter
+    from sfumato.train.progress import progress
+
+    _refuse(args, (*part_flags(), "tokenizer", "bundle"), "is for whole checkpoints, and IN is an adapter")
+    if args.to is None:
+        raise UserError(f"--to: say in whose names; there are {', '.join(convert_adapter.DIALECTS)}")
+    with progress("converting") as advance:
+        made = convert_adapter.convert(
+            args.source, args.out, args.to, family=args.family, model=args.model, dtype=args.dtype, rank=args.rank,
+            progress=advance,
+        )  # fmt: skip
+    facts = asdict(made)
+    text = f"{args.out}: {made.layers:,} layers ({', '.join(made.kinds)}) of {made.family} in {args.to} names"
+    if made.errors:
+        text += f"; {len(made.errors):,} are the nearest LoRA, which lacks {max(made.errors.values()):.1%} at most"
+    _say(facts, text, args.json)
+    return 0
+
+
+def _refuse(args: argparse.Namespace, names: Sequence[str], why: str) -> None:
+    if given := [name for name in names if getattr(args, name)]:
+        raise UserError(*(f"--{name}: {why}; leave it out" for name in given))
+
+
+def _say(facts: Mapping[str, Any], text: str, as_json: bool) -> None:
+    from sfumato.train.progress import console
+
+    if as_json:
+        print(json.dumps(facts, indent=2, ensure_ascii=False))
+    else:
+        console.print(text)
+
+
+@contextmanager
+def _megabytes(title: str) -> Iterator[Callable[[int, int], None]]:
+    """Progress of a job that counts bytes."""
+    from sfumato.train.progress import progress
+
+    with progress(title) as advance:
+        yield lambda done, total: advance(done >> 20, max(total >> 20, 1))
