@@ -23,6 +23,8 @@ from sfumato.formats.dialect import ALPHA, AdapterTensors
 from sfumato.tensors.algebra import cayley, factorization, skew
 
 BLOCKS, RESCALE = "oft_blocks", "rescale"
+_LEAST = 32
+"""Rows of a block that are multiplied together; a smaller one takes as long."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,26 +86,28 @@ class OFT(Adapter):
         return OFTOptions(rank=len(tensors[BLOCKS]), rescaled=RESCALE in tensors, count_blocks=True)
 
     def forward(self, x: Tensor, y: Tensor, layer: nn.Module) -> Tensor:
-        channels = 1 if isinstance(layer, nn.Conv2d) else -1
-        delta = self.change(without_bias(y, layer).movedim(channels, -1)).movedim(-1, channels)
-        return self.add(y, self.drop_rows(delta, channels))
+        rows = 1 if isinstance(layer, nn.Conv2d) else -1
+        return self.add(y, self.drop_rows(self.change(without_bias(y, layer), rows), rows))
 
-    def change(self, h: Tensor) -> Tensor:
-        """Vectors (..., rows) -> what turning and rescaling them adds, in h's dtype."""
-        delta = self.turn(h, cayley(skew(_limited(self.oft_blocks, self._limit()))).to(h.dtype))
+    def change(self, h: Tensor, rows: int) -> Tensor:
+        """What turning and rescaling adds to the layer's rows, which are dimension 1 or -1 of h; in h's dtype."""
+        delta = self.turn(h, cayley(skew(_limited(self.oft_blocks, self._limit()))).to(h.dtype), rows)
         if self.rescale is None:
             return delta
-        factor = self.rescale.flatten().float()
+        factor = self.rescale.float().view(-1, *[1] * (h.ndim - 2 if rows == 1 else 0))
         return delta * factor.to(h.dtype) + h * (factor - 1).to(h.dtype)
 
     @staticmethod
-    def turn(h: Tensor, rotations: Tensor) -> Tensor:
-        """Vectors (..., rows) -> what R^T adds; `rotations`: R - I of each block."""
-        k, n, _ = rotations.shape
-        return torch.einsum("...kn,knm->...km", h.reshape(*h.shape[:-1], k, n), rotations).flatten(-2)
+    def turn(h: Tensor, rotations: Tensor, rows: int) -> Tensor:
+        """What R^T adds to dimension `rows` (1 or -1) of h; `rotations`: R - I of each block."""
+        blocks = _together(rotations)
+        k, n, _ = blocks.shape
+        if rows == 1:
+            return (blocks.mT @ h.reshape(len(h), k, n, -1)).view(h.shape)
+        return torch.bmm(h.reshape(-1, k, n).transpose(0, 1), blocks).transpose(0, 1).reshape(h.shape)
 
     def delta_weight(self, weight: Tensor) -> Tensor:
-        return self.change(weight.float().flatten(1).mT).mT.reshape(weight.shape)
+        return self.change(weight.float().flatten(1)[None], 1).view(weight.shape)
 
     @torch.no_grad()
     def scale_norm(self, limit: float) -> tuple[Tensor, Tensor]:
@@ -207,14 +211,20 @@ def _in_one(tensors: Mapping[str, Tensor]) -> AdapterTensors:
     return rest | OFT.join(pieces, [OFT.row_count(piece) for piece in pieces.values()])
 
 
+def _together(blocks: Tensor) -> Tensor:
+    """The same in larger blocks where they are small: those take as long to multiply."""
+    k, n, _ = blocks.shape
+    return _grown(blocks, n * max([1] + [d for d in range(2, _LEAST // n + 1) if k % d == 0]))
+
+
 def _grown(blocks: Tensor, size: int) -> Tensor:
-    """The same rotations in blocks of `size`, a multiple of theirs."""
+    """The same in blocks of `size`, a multiple of theirs: each has several of them on its diagonal."""
     k, n, _ = blocks.shape
     each = size // n
-    out = blocks.new_zeros(k // each, each, n, each, n)
-    out.diagonal(dim1=1, dim2=3).copy_(blocks.view(-1, each, n, n).permute(0, 2, 3, 1))
-    grown: Tensor = out.view(k // each, size, size)
-    return grown
+    if each == 1:
+        return blocks
+    eye = torch.eye(each, dtype=blocks.dtype, device=blocks.device)
+    return (blocks.view(-1, each, n, 1, n) * eye.view(1, each, 1, each, 1)).reshape(k // each, size, size)
 
 
 def _listed(rows: Sequence[int]) -> str:
