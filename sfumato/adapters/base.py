@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from sfumato.config.rules import Chance
 from sfumato.errors import UserError
 from sfumato.formats.dialect import ALPHA, DORA, AdapterTensors
 from sfumato.tensors.random import SampleRandom, key
@@ -27,11 +28,11 @@ class LayerOptions:
     rank: int = 4
     alpha: float = 1.0
     """The change is scaled by alpha / rank; 0 means the rank."""
-    dropout: float = 0.0
+    dropout: Chance = 0.0
     """Chance that a number between the two factors is dropped."""
-    rank_dropout: float = 0.0
+    rank_dropout: Chance = 0.0
     """Chance that a rank is dropped, for a sample at a time."""
-    module_dropout: float = 0.0
+    module_dropout: Chance = 0.0
     """Chance that the whole change of a layer is dropped, for a sample at a time."""
     pieces: tuple[int, ...] = ()
     """Output rows that have an adapter of their own within the layer (q, k and v of a fused one); none: all rows share
@@ -61,6 +62,10 @@ class Adapter(nn.Module):
     Options: ClassVar[type[LayerOptions]] = LayerOptions
     supports: ClassVar[frozenset[str]] = frozenset()
     """Which of dropout, rank_dropout, module_dropout the kind has."""
+    aliases: ClassVar[tuple[str, ...]] = ()
+    """Other programs' names of the kind, such as LyCORIS' `algo`."""
+    targets: ClassVar[tuple[str, ...]] = ()
+    """Sets of layers that the kind is on by default; none: those that the family has for all."""
     has_alpha: ClassVar[bool] = True
     """Whether a layer's file tensors have an alpha."""
     has_rank: ClassVar[bool] = True

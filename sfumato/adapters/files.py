@@ -7,12 +7,13 @@ What a fused layer's tensors are in pieces, and the reverse, each kind of adapte
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-from sfumato.adapters import from_tensors
+from sfumato.adapters.find import from_tensors
 from sfumato.adapters.base import Adapter
 from sfumato.errors import UserError, nearest
 from sfumato.formats.dialect import ALPHA, DOWN, READ_AS, UP, AdapterTensors, Dialect, ModulePath
@@ -77,6 +78,16 @@ def read(
     if strange:
         raise UserError(_unclaimed(strange, list(spellings.known()), len(tensors)))
     return {path: _joined(path, *found[path], inexact) for path in spellings.paths if path in found}
+
+
+def kind_of(tensors: Mapping[str, Tensor]) -> type[Adapter] | None:
+    """The kind of a file's first layer, in any dialect; None: it is no adapter."""
+    name = next(iter(tensors), "")
+    while name := name.rpartition(".")[0]:
+        leaves = {key[len(name) + 1 :]: t for key, t in tensors.items() if key.startswith(f"{name}.")}
+        with suppress(UserError):
+            return from_tensors({READ_AS.get(leaf, leaf): t for leaf, t in leaves.items()})[0]
+    return None
 
 
 def _unclaimed(strange: list[str], known: list[str], total: int) -> str:

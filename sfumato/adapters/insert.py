@@ -10,10 +10,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from sfumato.adapters import AdapterPlan, from_tensors
 from sfumato.adapters.base import Adapter, AdapterContext, LayerOptions
+from sfumato.adapters.find import from_tensors
+from sfumato.adapters.plan import DENOISER, AdapterPlan, LayerNames, options_as
 from sfumato.errors import UserError
-from sfumato.formats.dialect import AdapterTensors, ModulePath
+from sfumato.formats.dialect import NATIVE, AdapterTensors, Dialect, ModulePath
 from sfumato.tensors.random import SampleRandom, generator
 
 
@@ -25,6 +26,13 @@ class TargetLayer(NamedTuple):
     layer: nn.Module
     options: LayerOptions
     kind: type[Adapter]
+    ranked: bool = False
+    """Whether a rule has named its rank, which stands then."""
+
+    @property
+    def is_large(self) -> bool:
+        """Whether it is a convolution larger than 1x1, which has a rank of its own."""
+        return isinstance(self.layer, nn.Conv2d) and self.layer.kernel_size != (1, 1)
 
 
 def choose(
@@ -33,30 +41,75 @@ def choose(
     targets: Mapping[str, tuple[str, ...]],
     plan: AdapterPlan,
     target_layer: Callable[[TargetLayer], TargetLayer | None] = lambda target: target,
+    kohya: Dialect = NATIVE,
 ) -> list[TargetLayer]:
     """The layers of a net that get adapters, in the net's order.
 
-    `targets`: patterns (fnmatch on module paths) by layer kind. Layers under "linear" always get one; layers under
-    "conv" only if the plan has a rank for convolutions. The rank goes by the layer: `rank` for linear layers and 1x1
-    convolutions, `conv_rank` (if there is one) for larger ones; `target_layer` has the last word on each, and may leave
-    it out. Errors: `UserError` if there is nothing to train.
+    `targets`: patterns (fnmatch on module paths) by set of layers. Unless the plan names sets, those under "linear"
+    get one, and those under "conv" if the plan has a rank for convolutions. The rank goes by the layer: `rank` for
+    linear layers and 1x1 convolutions, `conv_rank` (if there is one) for larger ones; `target_layer` has a word on
+    each, and may leave it out; what the plan's rules say of a layer stands. `kohya`: the dialect in whose names they
+    may be written. Errors: `UserError` if there is nothing to train, and for a `conv_dim` that does nothing.
     """
-    patterns = targets.get("linear", ()) + (targets.get("conv", ()) if plan.conv_rank else ())
+    patterns = plan.patterns(component, targets)
     chosen = []
     for path, module in net.named_modules():
-        if not isinstance(module, nn.Linear | nn.Conv2d) or not any(fnmatchcase(path, p) for p in patterns):
+        if not isinstance(module, nn.Linear | nn.Conv2d):
             continue
-        large = isinstance(module, nn.Conv2d) and module.kernel_size != (1, 1)
-        options = plan.options(conv=large and plan.conv_rank is not None)
-        if target := target_layer(TargetLayer(path, module, options, plan.kind)):
+        names = layer_names(component, path, targets, kohya)
+        if not plan.wants(names, named=any(fnmatchcase(path, p) for p in patterns)):
+            continue
+        if target := _target(path, module, plan, names, target_layer):
             chosen.append(target)
     if not chosen:
         raise UserError(
             f"{component}: no layer is left to put an adapter on, of those with paths like "
             f"{', '.join(patterns) or 'any'}"
         )
+    if (
+        component == DENOISER
+        and plan.conv_rank
+        and not any(p.is_large and p.options.rank == plan.conv_rank for p in chosen)
+    ):
+        raise UserError(
+            "network_args conv_dim: does nothing, as none of the layers that get adapters is a convolution larger than "
+            "1x1; leave it out"
+        )
     _check_ranks(component, chosen)
     return chosen
+
+
+def _target(
+    path: str,
+    layer: nn.Linear | nn.Conv2d,
+    plan: AdapterPlan,
+    names: LayerNames,
+    target_layer: Callable[[TargetLayer], TargetLayer | None],
+) -> TargetLayer | None:
+    """The layer with its options; None: it has no adapter."""
+    kind = plan.own("kind", names) or plan.kind
+    target = TargetLayer(path, layer, plan.options(conv=False), kind, plan.own("rank", names) is not None)
+    rank, alpha = plan.own("rank", names), plan.own("alpha", names)
+    if (target.is_large and not plan.large) or rank == 0 or plan.own("rate", names) == 0:
+        return None
+    options = plan.options(conv=target.is_large and plan.conv_rank is not None)
+    if kind is not plan.kind or plan.own("more", names):
+        options = options_as(kind, options, plan.own("more", names) or {})
+    if rank is not None:
+        options = replace(options, rank=rank)
+    if (chosen := target_layer(target._replace(options=options))) and alpha is not None:
+        return chosen._replace(options=replace(chosen.options, alpha=alpha))
+    return chosen
+
+
+def layer_names(component: str, path: str, targets: Mapping[str, tuple[str, ...]], kohya: Dialect) -> LayerNames:
+    """What a layer is called: by its path here, by that in sd-scripts' net, and in kohya's files."""
+    match = kohya.keys[component].match(path, native=True) if component in kohya.keys else None
+    theirs = match.foreign()[0] if match else path
+    paths = dict.fromkeys((path, theirs))
+    lora = kohya.prefix.get(component, "") + theirs.replace(".", "_")
+    sets = frozenset(name for name, patterns in targets.items() if any(fnmatchcase(path, p) for p in patterns))
+    return LayerNames((*paths, *(f"{component}.{p}" for p in paths)), lora, sets)
 
 
 def _check_ranks(component: str, chosen: Sequence[TargetLayer]) -> None:
@@ -64,7 +117,7 @@ def _check_ranks(component: str, chosen: Sequence[TargetLayer]) -> None:
     common rank."""
     for name, large in (("network_dim", False), ("conv_dim", True)):
         ranked = [p for p in chosen if p.kind.has_rank and not p.kind.any_rank]
-        alike = [p for p in ranked if (isinstance(p.layer, nn.Conv2d) and p.layer.kernel_size != (1, 1)) == large]
+        alike = [p for p in ranked if p.is_large == large]
         rank = max((p.options.rank for p in alike), default=0)
         most = max((_full_rank(p.layer) for p in alike), default=0)
         if rank > most:
@@ -102,7 +155,7 @@ class AdapterNetwork(nn.Module):
         self.components = nn.ModuleDict()
         for component, layers in chosen.items():
             self.components[component] = adapters = nn.ModuleDict()
-            for path, layer, options, kind in layers:
+            for path, layer, options, kind, _ in layers:
                 adapter = kind(layer, options, generator(seed, "adapter", component, path))
                 adapter.name, adapter.context = f"{component}.{path}", self.context
                 adapters[path.replace(".", "|")] = adapter  # names of parts take no dots
@@ -202,19 +255,14 @@ def from_state(
     """
     if not state:
         raise UserError("the file holds no adapter")
-    read = {path: from_tensors(tensors, plan.kind if plan else None) for path, tensors in state.items()}
-    if plan and (others := {kind.__name__ for kind, _ in read.values() if kind is not plan.kind}):
-        raise UserError(
-            f"the file holds {', '.join(sorted(others))}, and {plan.kind.__name__} is trained: choose its kind with "
-            "network_module"
-        )
+    read = check_kinds(state, plan)
     chosen: dict[str, list[TargetLayer]] = {}
     for component, net in nets.items():
         for path, layer in net.named_modules():
             if (component, path) in read:
                 kind, options = read[component, path]
                 if plan:
-                    options = replace(options, **plan.more)
+                    options = replace(options, **plan.more_for(kind))
                 chosen.setdefault(component, []).append(TargetLayer(path, layer, options, kind))
     network = AdapterNetwork(chosen, seed=seed)
     try:
@@ -223,6 +271,19 @@ def from_state(
         network.remove()
         raise
     return network
+
+
+def check_kinds(
+    state: Mapping[ModulePath, AdapterTensors], plan: AdapterPlan | None
+) -> dict[ModulePath, tuple[type[Adapter], LayerOptions]]:
+    """The kind and the options of each layer in a file. Errors: `UserError` for another kind than the plan's."""
+    read = {path: from_tensors(tensors, plan.kind if plan else None) for path, tensors in state.items()}
+    if plan and (others := {kind.__name__ for kind, _ in read.values() if kind not in plan.kinds()}):
+        raise UserError(
+            f"network_weights: the file holds {', '.join(sorted(others))}, and {plan.kind.__name__} is trained: name "
+            "its kind with network_module, or leave network_module out"
+        )
+    return read
 
 
 def _input_hook(adapter: Adapter) -> Callable[[nn.Module, tuple[Tensor, ...]], tuple[Tensor, ...]]:

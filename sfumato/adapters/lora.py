@@ -24,6 +24,7 @@ class LoRA(Additive):
     """`y + multiplier * alpha / rank * up(down(x))`. A convolution's `down` has its kernel, stride and padding; its
     `up` is 1x1."""
 
+    aliases = ("locon",)
     supports = frozenset({"dropout", "rank_dropout", "module_dropout"})
     rows: ClassVar[Mapping[str, int]] = {UP: 0}
 

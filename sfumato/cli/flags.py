@@ -176,7 +176,7 @@ def gather(
         if key in flag_values:
             found |= from_file(flag_values.pop(key), report, key=key, lenient=lenient or key == "config_file")
     flags = [Given(name, _flag_value(value), "", True, lenient) for name, value in flag_values.items()]
-    return habits.without_silent(found | {g.key: g for g in _own_words(flags, report)}, report)
+    return found | {g.key: g for g in _own_words(flags, report)}
 
 
 def _strange(name: str, known: Sequence[str], prog: str, short: Collection[str]) -> str:

@@ -8,17 +8,11 @@ from dataclasses import fields, replace
 from functools import cache
 
 from sfumato import families
+from sfumato.adapters.arguments import CommonArgs
 from sfumato.cli import kohya_settings, options
 from sfumato.cli.report import Given, Report
 
-_LORA_ARGS = """
-    loraplus_lr_ratio loraplus_unet_lr_ratio loraplus_text_encoder_lr_ratio conv_dim conv_alpha rank_dropout
-    module_dropout block_dims block_alphas conv_block_dims conv_block_alphas down_lr_weight mid_lr_weight up_lr_weight
-    block_lr_zero_threshold
-"""
-
-_SILENT = ("verbose",)
-"""Arguments of kohya's adapters that only change what is printed."""
+_DROPOUTS = ("rank_dropout", "module_dropout")
 
 
 def full_name(word: str, names: Collection[str], report: Report) -> str:
@@ -42,9 +36,8 @@ def beginning(short: str, names: Collection[str]) -> list[str]:
 def network_args() -> frozenset[str]:
     """Arguments of adapters that front ends write as settings of their own."""
     theirs = [record for name in families.names() if (record := families.facts(name).network_args)]
-    return frozenset(
-        {*_LORA_ARGS.split(), *(f.name for record in theirs for f in fields(record))} - set(options.known())
-    )
+    found = {f.name for record in (CommonArgs, *theirs) for f in fields(record)}
+    return frozenset({*found, *_DROPOUTS} - set(options.known()))
 
 
 def gathered(found: Mapping[str, Given], report: Report) -> dict[str, Given]:
@@ -55,20 +48,6 @@ def gathered(found: Mapping[str, Given], report: Report) -> dict[str, Given]:
         if key in network_args() and not kohya_settings.off(each):
             _put(out, each, report)
     return out
-
-
-def without_silent(given: Mapping[str, Given], report: Report) -> dict[str, Given]:
-    """Kohya's settings without the network_args that change nothing, which are stated; in our own they are unknown."""
-    args = given.get("network_args")
-    if args is None or not args.lenient or not isinstance(args.value, list):
-        return dict(given)
-    kept = []
-    for text in args.value:
-        if (name := str(text).partition("=")[0]) in _SILENT:
-            report.note(f"{args} {text}: accepted, no effect: {kohya_settings.INERT[name]}")
-        else:
-            kept.append(text)
-    return {**given, "network_args": replace(args, value=kept)}
 
 
 def _put(out: dict[str, Given], each: Given, report: Report) -> None:

@@ -10,7 +10,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any, get_type_hints
 
-from sfumato import families
+from sfumato import adapters, families
+from sfumato.adapters.arguments import CommonArgs
 from sfumato.config import Config, rules
 
 
@@ -79,9 +80,15 @@ def of(record: type, section: str) -> dict[str, Option]:
     """A dataclass's fields as options, in order."""
     kinds, hints, texts = get_type_hints(record), rules.hints(record), help_texts(record)
     return {
-        f.name: Option(f.name, section, kinds[f.name], hints[f.name], _default(f), texts.get(f.name, ""))
+        f.name: Option(f.name, section, kinds[f.name], hints[f.name], _default(f), _filled(texts.get(f.name, "")))
         for f in fields(record)
     }
+
+
+def _filled(text: str) -> str:
+    """A help text with what is found, not listed."""
+    args = ", ".join(f.name for f in fields(CommonArgs))
+    return text.replace("{kinds}", ", ".join(adapters.kinds())).replace("{arguments}", args)
 
 
 def _default(field: Any) -> object:

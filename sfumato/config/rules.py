@@ -13,7 +13,7 @@ from functools import cache
 from types import UnionType
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Union, cast, get_args, get_origin, get_type_hints
 
-from annotated_types import Ge, Gt, Interval, Le
+from annotated_types import Ge, Gt, Interval, Le, Lt
 
 from sfumato.errors import UserError
 
@@ -103,7 +103,7 @@ class Clash:
     why: str
 
 
-RULES = (Ge, Gt, Le, Must, Needs, PathTo, ZeroIsOff)
+RULES = (Ge, Gt, Le, Lt, Must, Needs, PathTo, ZeroIsOff)
 """What may stand beside a setting's type; of an `Interval` its parts."""
 
 # What many settings have in common.
@@ -112,6 +112,8 @@ Natural = Annotated[int, Ge(0)]
 Amount = Annotated[float, Ge(0)]
 Positive = Annotated[float, Gt(0)]
 Share = Annotated[float, Interval(ge=0, le=1)]
+Chance = Annotated[float, Interval(ge=0, lt=1)]
+"""That something is dropped: never all of it."""
 Rate = Annotated[float, Interval(ge=0, le=1000)]
 Side = Annotated[int, Interval(ge=1, le=16384)]
 Steps = Natural | Amount | str
@@ -203,24 +205,26 @@ def _broken(rule: Any, value: Any, rules: Iterable[Any]) -> str:
             str(value).lower() if isinstance(value, bool) else len(value) if isinstance(value, tuple) else repr(value)
         )
         return f"expected {rule.expected}, found {found}"
-    least, above, most = _limits((rule,))
-    inside = (least is None or value >= least) and (above is None or value > above) and (most is None or value <= most)
-    if inside:
+    least, above, most, below = _limits((rule,))
+    inside = (least is None or value >= least) and (above is None or value > above)
+    if inside and (most is None or value <= most) and (below is None or value < below):
         return ""
     found = f"{value:g}" if isinstance(value, float) else str(value)
     return f"expected {span(rules)}, found {found}" if abs(value) <= LARGEST or most is not None else ""
 
 
-def _limits(rules: Iterable[Any]) -> tuple[float | None, float | None, float | None]:
-    """(least, what it must be above, most) of the ranges among these rules."""
+def _limits(rules: Iterable[Any]) -> tuple[float | None, float | None, float | None, float | None]:
+    """(least, what it must be above, most, what it must be below) of the ranges among these rules."""
     flat = [part for rule in rules for part in (rule if isinstance(rule, Interval) else (rule,))]
-    ge, gt, le = (next((part for part in flat if isinstance(part, kind)), None) for kind in (Ge, Gt, Le))
-    return getattr(ge, "ge", None), getattr(gt, "gt", None), getattr(le, "le", None)
+    ge, gt, le, lt = (next((part for part in flat if isinstance(part, kind)), None) for kind in (Ge, Gt, Le, Lt))
+    return getattr(ge, "ge", None), getattr(gt, "gt", None), getattr(le, "le", None), getattr(lt, "lt", None)
 
 
 def span(rules: Iterable[Any]) -> str:
     """A range in words; empty where there is none."""
-    least, above, most = _limits(rules)
+    least, above, most, below = _limits(rules)
+    if least is not None and below is not None:
+        return f"{least:g} or more and below {below:g}"
     if least is not None:
         return f"{least:g} or more" if most is None else f"between {least:g} and {most:g}"
     return "" if above is None else f"above {above:g}"

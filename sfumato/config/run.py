@@ -11,6 +11,7 @@ from annotated_types import Interval
 from sfumato.config.data import DataConfig
 from sfumato.config.rules import (
     Amount,
+    Chance,
     Count,
     CountOrOff,
     Excludes,
@@ -316,17 +317,18 @@ class NetworkConfig(Record):
 
     RULES = (_ADAPTERS,)
 
-    network_module: str = "lora"
-    """Kind of adapter: lora (kohya's `networks.lora` means the same)."""
+    network_module: str | None = None
+    """Kind of adapter: {kinds}. kohya's names (`networks.lora`, `networks.lora_flux`) mean the same, and so does
+    `lycoris.kohya` with `algo=KIND` in network_args. Default: as network_weights says, else lora."""
     network_dim: Count | None = None
     """Rank of the adapter; default 4."""
     network_alpha: Amount | None = None
     """The change is scaled by alpha / rank; 0 means the rank; default 1."""
-    network_dropout: Annotated[Share | None, ZeroIsOff()] = None
+    network_dropout: Annotated[Chance | None, ZeroIsOff()] = None
     """Chance that a neuron of the adapter is dropped in a step."""
     network_args: tuple[str, ...] = ()
-    """Further arguments of the adapter, as `key=value`: conv_dim, conv_alpha, rank_dropout, module_dropout,
-    loraplus_lr_ratio ..."""
+    """Further arguments of the adapter, as `key=value`: what gets adapters (`target=attention,mlp`), ranks and rates by
+    layer, and the kind's and the family's own, all in docs/adapters.md: {arguments}."""
     network_weights: File = None
     """Start from this adapter file."""
     dim_from_weights: Annotated[bool, Needs("network_weights")] = False

@@ -71,6 +71,10 @@ class Dialect:
         return component in self.prefix and (keys is None or keys.find(module, native=True) is not None)
 
 
+NATIVE = Dialect(name="native", prefix={}, separator="_")
+"""Paths as they are, joined as kohya joins them."""
+
+
 def usual(
     kohya: Mapping[str, str], comfy: Mapping[str, str], peft: Mapping[str, str], keys: Mapping[str, KeyMap]
 ) -> dict[str, Dialect]:

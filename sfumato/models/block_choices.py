@@ -65,6 +65,14 @@ class Arguments:
         """A message for each argument that contradicts another, or would do nothing."""
         return []
 
+    def sets(self) -> tuple[str, ...]:
+        """Sets of the denoiser's layers that get adapters besides, by these arguments."""
+        return ()
+
+    def rate_factor(self, path: str) -> float:
+        """Factor on the rate of a layer of the denoiser; 0: it is not trained."""
+        return 1.0
+
 
 def rank_of(args: Any, dims: Mapping[str, str], path: str) -> int | None:
     """The rank that `args` give a layer; None: the common one. `dims`: argument -> path pattern of its layers."""

@@ -89,7 +89,7 @@ def check(config: Config, method: Method, datasets: tuple[DatasetConfig, ...], r
     wrong.raise_all()
     assert models is not None
     with outlined(models, config, plan) as trainable:
-        notes = _rates_notes(config, models) if plan else []
+        notes = [*plan.notices, *_rates_notes(config, models)] if plan else []
         notes += trainable.notices
         with wrong:
             tried = trial(config.optimizer, trainable.groups(), low_bits=config.train.full_bf16, steps=_steps(config))

@@ -107,7 +107,7 @@ class Facts:
             epoch=epoch,
             clip_skip=getattr(options, "clip_skip", None),
             max_token_length=getattr(options, "max_token_length", None),
-            network_module=_as_kohya_calls(network.network_module) if self.adapter else None,
+            network_module=_as_kohya_calls(network.network_module, self.adapter) if self.adapter else None,
             network_dim=self.adapter.rank if self.adapter else None,
             network_alpha=self.adapter.alpha if self.adapter else None,
             family={name: getattr(options, name) for name in self._family().metadata},
@@ -115,9 +115,9 @@ class Facts:
         )
 
 
-def _as_kohya_calls(module: str) -> str:
+def _as_kohya_calls(module: str | None, plan: AdapterPlan) -> str:
     """network_module as given: programs know a file by the names of kohya's modules, to which our short ones belong."""
-    return module if "." in module else f"networks.{module}"
+    return module if module and "." in module else f"networks.{module or plan.kind.__module__.rpartition('.')[2]}"
 
 
 def datasets(plan: Plan) -> list[metadata.DatasetFacts]:

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from sfumato import families
 from sfumato.adapters import AdapterPlan
 from sfumato.adapters import files as adapter_files
-from sfumato.adapters.insert import AdapterNetwork, choose, from_state
+from sfumato.adapters.base import Adapter
+from sfumato.adapters.insert import AdapterNetwork, check_kinds, choose, from_state
 from sfumato.config import Config, FamilyOptions
 from sfumato.errors import UserError
 from sfumato.families.detect import CALLED, identify
@@ -25,7 +26,7 @@ from sfumato.models.base import Family, Models
 from sfumato.models.loading import check_folder, save
 from sfumato.optim.groups import Group
 from sfumato.tensors.random import SampleRandom
-from sfumato.train import checkpoints
+from sfumato.train import checkpoints, targets
 from sfumato.train.progress import console
 
 SAVE_DTYPES = {"float": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -173,6 +174,7 @@ class Adapters:
         self.kind = plan.kind.__name__.lower()
         network = config.network
         nets = models.nets()
+        self.notices: tuple[str, ...] = targets.check_sets(models.family.targets, plan)
         self.rates = adapter_rates(models.family, models.options, models.encoders, config, plan)
         self.trained: tuple[str, ...] = tuple(self.rates)
         _check(models, config, plan, self.trained)
@@ -183,7 +185,6 @@ class Adapters:
         self.frozen = _frozen_adapters(
             models, config, {path: tensors for path, tensors in given.items() if path not in loaded}
         )
-        self.notices: tuple[str, ...] = ()
         if self.frozen:
             names = ", ".join(self.frozen.components)
             self.notices += (
@@ -200,11 +201,20 @@ class Adapters:
         else:
             target = partial(models.family.target_layer, models.options, plan)
             layers = {
-                name: choose(nets[name], name, models.family.targets[name], plan, target) for name in self.trained
+                name: choose(nets[name], name, models.family.targets[name], plan, target, models.dialects["kohya"])
+                for name in self.trained
             }
             self.network = AdapterNetwork(layers, seed=config.train.seed)
             if loaded:
-                self.network.load(loaded)
+                self.notices += self._load(loaded)
+        called = targets.named_layers(models, self.trained)
+        targets.check_trained(plan, self.trained, called)
+        self.layer_rates = {
+            path: targets.rate(plan, path, called[path], self.rates[path[0]]) for path in self.network.by_path()
+        }
+        """Of each layer that has an adapter."""
+        for path, adapter in self.network.by_path().items():
+            adapter.requires_grad_(self.layer_rates[path] != 0)
         if config.train.full_bf16:
             self.network.to(torch.bfloat16)
         # What these names cannot hold is reported now, not after the training.
@@ -218,19 +228,36 @@ class Adapters:
         return self._weights
 
     def groups(self) -> list[Group]:
-        by_path = self.network.by_path()
-        return [
-            Group(
-                name=name,
-                lr=self.rates[name],
-                parameters=[
-                    p for path, a in by_path.items() if path[0] == name for p in a.parameters() if p.requires_grad
-                ],
-                plus=[p for path, a in by_path.items() if path[0] == name for p in a.loraplus_parameters()],
-                loraplus_ratio=self.plan.loraplus_ratio(name),
-            )
+        out = []
+        for component in self.trained:
+            by_rate: dict[float, list[Adapter]] = {}
+            for path, adapter in self.network.by_path().items():
+                if path[0] == component and (rate := self.layer_rates[path]):
+                    by_rate.setdefault(rate, []).append(adapter)
+            out += [
+                Group(
+                    name=component if len(by_rate) == 1 else f"{component} {i}",
+                    lr=rate,
+                    parameters=[p for a in adapters for p in a.parameters() if p.requires_grad],
+                    plus=[p for a in adapters for p in a.loraplus_parameters()],
+                    loraplus_ratio=self.plan.loraplus_ratio(component),
+                )
+                for i, (rate, adapters) in enumerate(by_rate.items())
+            ]
+        return out
+
+    def _load(self, given: Mapping[dialect.ModulePath, dialect.AdapterTensors]) -> tuple[str, ...]:
+        """Start from a file; notices of what it does not hold, which starts anew. Errors: `UserError` for what is of
+        another kind or rank, or would be lost."""
+        check_kinds(given, self.plan)
+        own = self.network.state()
+        self.network.load({**own, **given})
+        lacking = [path for path in own if path not in given]
+        return tuple(
+            f"network_weights has nothing for {count} of the {whole} trained layers of {name}, which start anew"
             for name in self.trained
-        ]
+            if (count := sum(path[0] == name for path in lacking)) and (whole := sum(path[0] == name for path in own))
+        )
 
     def state(self) -> dict[dialect.ModulePath, dialect.AdapterTensors]:
         """All that a result holds: what is trained, and what a file brought besides."""
@@ -379,6 +406,8 @@ def _check(models: Models, config: Config, plan: AdapterPlan, trained: tuple[str
         for name in encoders
         if getattr(plan.family, f"train_{name}", False) and name not in trained
     ]
+    if plan.conv_rank and "denoiser" not in trained:
+        wrong.append("network_args conv_dim: does nothing, as the denoiser is not trained; leave it out")
     if wrong:
         raise UserError(*wrong)
 
@@ -394,12 +423,13 @@ def adapter_rates(
     text = not (network.network_train_unet_only or config.train.stop_text_encoder_training == 0 or caches_text(config))
     names = [] if network.network_train_text_encoder_only else ["denoiser"]
     names += [name for name in encoders if text and name != "vae" and (may is None or name in may)]
+    names = [name for name in names if plan.sets(name, family.targets[name])]
     order = [name for name in family.encoder_lr_order if name in encoders]
     rates = {name: _adapter_lr(name, order, config) for name in names}
     if not any(rates.values()):
         raise UserError(
-            "nothing is left to train: network_train_unet_only, network_train_text_encoder_only and the rates exclude "
-            "everything"
+            "nothing is left to train: network_train_unet_only, network_train_text_encoder_only, network_args' target "
+            "and the rates exclude everything"
         )
     return {name: rate for name, rate in rates.items() if rate}
 

@@ -57,11 +57,53 @@ def test_kohyas_names(name):
     assert kind(name) is LoRA
 
 
+@pytest.mark.parametrize("name", kinds())
+def test_a_kind_has_kohyas_names_and_lycoris(name):
+    """`networks.KIND_ANYTHING` and `algo=KIND`, without a line for any of them."""
+    own = kind(name)
+    assert kind(f"networks.{name}") is kind(f"networks.{name}_anything") is own
+    for algo in (name, *vars(own).get("aliases", ())):
+        assert kind("lycoris.kohya", algo) is own
+
+
+def test_the_longest_name_is_meant(monkeypatch):
+    from sfumato.adapters import find
+
+    monkeypatch.setattr(find, "kinds", lambda: ("lora", "lora_fa"))
+    monkeypatch.setattr(find, "_load", lambda name: name)
+    monkeypatch.setattr(find, "_aliases", lambda: {"locon": "lora"})
+    assert [kind(n) for n in ("networks.lora_fa_flux", "networks.lora_fast", "locon_x")] == ["lora_fa", "lora", "lora"]
+
+
+def test_front_ends_write_what_is_off():
+    """bmaltais' writes all of LyCORIS' arguments, most of them switched off."""
+    off = ("rank_dropout_scale=False", "train_norm=False", "use_scalar=False", "bypass_mode=False")
+    plan = parse(NetworkConfig(network_module="lycoris.kohya", network_args=("algo=locon", "preset=full", *off)))
+    assert plan.kind is LoRA
+    assert plan.notices == () and plan.more == {}
+
+
+def test_other_programs_names_of_options():
+    plan = parse(NetworkConfig(network_module="loha", network_args=("use_cp=True",)))
+    assert plan.more == {"use_tucker": True}
+    with pytest.raises(UserError, match="use_tucker: has no meaning for LoRA, as it is for loha"):
+        parse(NetworkConfig(network_args=("use_tucker=True",)))
+
+
+def test_patterns_with_commas_and_equals():
+    args = (r"network_reg_dims=blocks_\d{1,2}_(a|b)=8, .*x=.*=4", "network_reg_lrs=.*=1e-4")
+    plan = parse(NetworkConfig(network_args=args))
+    assert [(r.pattern.pattern, r.rank, r.rate) for r in plan.rules] == [
+        (r"blocks_\d{1,2}_(a|b)", 8, None),
+        (".*x=.*", 4, None),
+        (".*", None, 1e-4),
+    ]
+
+
 @pytest.mark.parametrize(
     ("name", "says"),
     [
         ("networks.lorra", "did you mean 'lora'"),
-        ("lycoris.kohya", "name the algorithm itself"),
         ("base", "is not known"),
     ],
 )
@@ -81,10 +123,24 @@ def test_helpers_are_no_kinds():
         ({"network_args": ("conv_dims=8",)}, "did you mean 'conv_dim'"),
         ({"network_args": ("conv_dim=eight",)}, "network_args conv_dim=eight: expected int"),
         ({"network_args": ("conv_dim",)}, "expected key=value"),
-        ({"network_args": ("block_dims=1,2",)}, "block_dims: not supported yet"),
+        ({"network_args": ("train_norm=True",)}, "train_norm: has no meaning for LoRA, layers of normalisation"),
         ({"network_args": ("conv_alpha=1",)}, "conv_alpha does nothing without conv_dim"),
-        ({"network_args": ("rank_dropout=1.0",)}, "rank_dropout 1.0: expected a chance"),
+        ({"network_args": ("rank_dropout=1.0",)}, "rank_dropout=1.0: expected 0 or more and below 1, found 1"),
         ({"network_args": ("dropout=0.1",), "network_dropout": 0.2}, "set twice"),
+        ({"network_dropout": 1.0}, "network_dropout: expected 0 or more and below 1, found 1"),
+        ({"network_args": ("algo=loha",)}, r"algo: is for lycoris\.kohya; name the kind in network_module"),
+        ({"network_args": ("preset=full",)}, r"preset: is for lycoris\.kohya; use target"),
+        ({"network_args": ("enable_conv=True",)}, "enable_conv: is for kinds on attention alone; LoRA is not"),
+        ({"network_args": ("constraint=3",)}, "'constraint' is not known"),
+        ({"network_args": ("network_reg_dims=a",)}, "network_reg_dims=a: expected patterns with their ranks"),
+        ({"network_args": ("network_reg_dims=a=0.5",)}, "network_reg_dims=a=0.5: expected patterns with their ranks"),
+        ({"network_args": ("network_reg_lrs=(=1",)}, "network_reg_lrs=.* expected patterns with their numbers"),
+        ({"network_args": ("exclude_patterns=['(']",)}, "exclude_patterns=.* expected a list of patterns"),
+        ({"network_module": "lycoris.kohya", "network_args": ("algo=lorra",)}, "algo=lorra is not known; known: "),
+        (
+            {"network_module": "lycoris.kohya", "network_args": ("preset=full", "target=all")},
+            "preset, target: both say what gets adapters",
+        ),
         ({"network_dim": 0}, "network_dim: expected 1 or more, found 0"),
     ],
 )

@@ -62,11 +62,11 @@ def test_defaults_give_way_to_files_and_files_to_flags(home: Path) -> None:
     config = flags.resolve_all(
         [*BASE, "--config", "run.toml", "--learning_rate=5e-4", "--flip_aug", "false"], "network"
     ).config
-    assert (config.optimizer.learning_rate, config.train.seed, config.data.flip_aug, config.network.network_module) == (
+    assert (config.optimizer.learning_rate, config.train.seed, config.data.flip_aug, config.loss.loss_type) == (
         5e-4,
         7,
         False,
-        "lora",
+        "l2",
     )
     assert config.family == Options()
 

@@ -27,6 +27,7 @@ def places(models: Models, plan: AdapterPlan, component: str = "denoiser") -> li
         family.targets[component],
         plan,
         lambda target: family.target_layer(models.options, plan, target),
+        models.dialects["kohya"],
     )
 
 

@@ -23,9 +23,11 @@ from sfumato.cli import flags, kohya
 from sfumato.config import DatasetConfig, SubsetConfig
 from sfumato.data.batch import Cond
 from sfumato.errors import UserError
+from sfumato.families.sd.network_args import block_number
 from sfumato.families.sdxl.facts import BLOCKS, Options
-from sfumato.families.sdxl.family import FAMILY, block
+from sfumato.families.sdxl.family import FAMILY
 from sfumato.families.sdxl.names import CLIP_G, CLIP_L
+from sfumato.families.sdxl.network_args import UNET_BLOCKS
 from sfumato.formats.files import load
 from sfumato.models import loading
 from sfumato.models.base import Models, SampleInfo
@@ -65,9 +67,9 @@ def changed(before: dict[str, Tensor], after: dict[str, Tensor]) -> set[str]:
 
 def test_every_weight_of_the_unet_has_one_of_23_rates(keys: Keys) -> None:
     """Counted by sd-scripts' rule: by the number after the part's name."""
-    found: dict[int, set[str]] = {}
+    found: dict[int | None, set[str]] = {}
     for path in keys("sdxl.unet"):
-        found.setdefault(block(path), set()).add(
+        found.setdefault(block_number(UNET_BLOCKS, path), set()).add(
             ".".join(path.split(".")[: 1 if re.match(r"out\.|time|label", path) else 2])
         )
     wanted = [

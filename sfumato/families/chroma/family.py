@@ -27,7 +27,7 @@ from sfumato.families.flux.family import (
     transformer_config,
 )
 from sfumato.families.flux.net import PATCH, blocks
-from sfumato.families.flux.network_args import INPUT_TARGETS, target_layer
+from sfumato.families.flux.network_args import target_layer
 from sfumato.families.flux.strategies import LATENTS
 from sfumato.formats.dialect import Dialect
 from sfumato.models.autoencoders import FLUX_SCALE, FLUX_SHIFT, vae_component
@@ -146,7 +146,7 @@ FAMILY = Family(
     sigmas=sigmas,
     blocks=blocks,
     dialects=dialects,
-    targets={"denoiser": {"linear": (*TARGETS["linear"], *INPUT_TARGETS)}, "t5xxl": T5_TARGETS},
+    targets={"denoiser": TARGETS, "t5xxl": T5_TARGETS},
     target_layer=target_layer,
     trainable=trainable,
     rate=rate,

@@ -28,7 +28,7 @@ from sfumato.families.flux.facts import (
 )
 from sfumato.families.flux.names import TARGETS, flux_keys, xlabs_keys
 from sfumato.families.flux.net import PATCH, Flux, FluxBase, blocks
-from sfumato.families.flux.network_args import INPUT_TARGETS, target_layer
+from sfumato.families.flux.network_args import target_layer
 from sfumato.families.flux.strategies import LATENTS, FluxEncode, FluxTokenize, outputs
 from sfumato.formats.dialect import Dialect, usual
 from sfumato.formats.names import KeyMap
@@ -247,7 +247,7 @@ FAMILY = Family(
     blocks=blocks,
     dialects=dialects,
     targets={
-        "denoiser": {"linear": (*TARGETS["linear"], *INPUT_TARGETS)},
+        "denoiser": TARGETS,
         "clip_l": CLIP_TARGETS,
         "t5xxl": T5_TARGETS,
     },

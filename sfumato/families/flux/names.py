@@ -7,8 +7,23 @@ from collections.abc import Mapping
 from sfumato.formats.names import SWAP_HALVES, KeyMap, Rule, rule
 from sfumato.models.detection import Shapes
 
-TARGETS: Mapping[str, tuple[str, ...]] = {"linear": ("double_blocks.*", "single_blocks.*")}
-"""Layer kind -> path patterns of the layers that adapters go on: every linear layer of every block."""
+_ATTENTION, _MLP = ("double_blocks.*_attn.*",), ("double_blocks.*_mlp.*",)
+TARGETS: Mapping[str, tuple[str, ...]] = {
+    "linear": ("double_blocks.*", "single_blocks.*"),
+    "double_blocks": ("double_blocks.*",),
+    "single_blocks": ("single_blocks.*",),
+    # A block of one stream has both in one layer, linear1, and both come out of linear2.
+    "attention": (*_ATTENTION, "single_blocks.*.linear?"),
+    "mlp": (*_MLP, "single_blocks.*.linear?"),
+    "modulation": ("double_blocks.*_mod.*", "single_blocks.*.modulation.*"),
+    "inputs": ("img_in*", "time_in*", "vector_in*", "guidance_in*", "txt_in*"),
+    "output": ("final_layer.*",),
+    # sd-scripts' classes, which LyCORIS' presets name.
+    "DoubleStreamBlock": ("double_blocks.*",),
+    "SingleStreamBlock": ("single_blocks.*",),
+    "SelfAttention": _ATTENTION,
+}
+"""Set of layers -> path patterns of the layers. "linear" has adapters by default: every linear layer of every block."""
 
 DOUBLE, SINGLE = "double_blocks.{i}", "single_blocks.{i}"
 FOREIGN_DOUBLE, FOREIGN_SINGLE = "transformer_blocks.{i}", "single_transformer_blocks.{i}"

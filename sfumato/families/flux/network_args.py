@@ -28,9 +28,7 @@ DIMS: Mapping[str, str] = {
 }
 """Argument -> path pattern of the layers whose rank it is."""
 INPUTS = ("img_in", "time_in", "vector_in", "guidance_in", "txt_in")
-"""What stands before the blocks, in the order of in_dims; adapted by in_dims alone."""
-INPUT_TARGETS = tuple(f"{name}*" for name in INPUTS)
-"""For `Family.targets`."""
+"""What stands before the blocks, in the order of in_dims."""
 BLOCKS = ("double", "single")
 _KIND = Must(("all", *BLOCKS).__contains__, f"all, {' or '.join(BLOCKS)}")
 
@@ -60,6 +58,10 @@ class NetworkArgs(Arguments):
     train_t5xxl: bool = False
     """Adapters on T5 as well."""
 
+    def sets(self) -> tuple[str, ...]:
+        """See `Arguments.sets`."""
+        return () if self.in_dims is None else ("inputs",)
+
     def contradictions(self) -> list[str]:
         """See `Arguments.contradictions`."""
         chosen = {kind: getattr(self, f"train_{kind}_block_indices") for kind in BLOCKS}
@@ -79,7 +81,9 @@ def target_layer(options: FamilyOptions, plan: AdapterPlan, target: TargetLayer)
     args: NetworkArgs | None = plan.family
     name = target.path.partition(".")[0]
     rank: int | None
-    if name in INPUTS:
+    if target.ranked:
+        rank = None
+    elif name in INPUTS:
         rank = _input_rank(options, args, name)
     elif found := re.match(r"(double|single)_blocks\.(\d+)\.", target.path):
         if args is None:
@@ -90,7 +94,7 @@ def target_layer(options: FamilyOptions, plan: AdapterPlan, target: TargetLayer)
         )
         rank = rank_of(args, DIMS, target.path) if chosen else 0
     else:
-        return target  # a text encoder's
+        return target  # a text encoder's, or behind the blocks
     if rank == 0:
         return None
     layer_options = target.options if rank is None else replace(target.options, rank=rank)
@@ -99,10 +103,10 @@ def target_layer(options: FamilyOptions, plan: AdapterPlan, target: TargetLayer)
     return target._replace(options=layer_options)
 
 
-def _input_rank(options: FamilyOptions, args: NetworkArgs | None, name: str) -> int:
+def _input_rank(options: FamilyOptions, args: NetworkArgs | None, name: str) -> int | None:
     inputs = None if args is None or args.in_dims is None else ranks(args.in_dims)
     if args is None or inputs is None:
-        return 0
+        return None
     rank = dict(zip(INPUTS, inputs, strict=True))
     if rank["guidance_in"] and not getattr(options, "guided", True):
         raise UserError(

@@ -9,6 +9,7 @@ from typing import Literal
 from sfumato.config import FamilyOptions
 from sfumato.config.rules import Count
 from sfumato.families.sd.clients import LOADS_IN
+from sfumato.families.sd.network_args import NetworkArgs
 from sfumato.models.detection import DOWN, Detected, Shapes, Signature, Single, clip, has, marked, parts, vae, width
 from sfumato.models.facts import Facts
 
@@ -136,4 +137,5 @@ FACTS = Facts(
     scripts={"train_network": "network", "fine_tune": "full", "train_db": "full"},
     trains_text=("train_db",),
     loads_in=LOADS_IN,
+    network_args=NetworkArgs,
 )

@@ -16,6 +16,7 @@ from sfumato.families.sd.facts import Options, UnetOptions
 from sfumato.families.sd.folder import check_unet, new_folder
 from sfumato.families.sd.names import CLIP_H, CLIP_L, PASSTHROUGH, TARGETS, VAE, unet_keys
 from sfumato.families.sd.net import UNet, blocks
+from sfumato.families.sd.network_args import target_layer
 from sfumato.families.sd.strategies import LATENTS, OUTPUTS, SdEncode, SdTokenize
 from sfumato.formats.dialect import Dialect, usual
 from sfumato.formats.planned import Writable, renamed
@@ -192,5 +193,6 @@ FAMILY = Family(
         "clip_l": CLIP_TARGETS,
         "clip_h": CLIP_TARGETS,
     },
+    target_layer=target_layer,
     encoder_lr_order=("clip_l", "clip_h"),
 )

@@ -4,7 +4,7 @@ net."""
 from __future__ import annotations
 
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 from sfumato.formats.names import KeyMap, Rule, rule
@@ -30,11 +30,34 @@ PASSTHROUGH = re.compile(
 )
 """Full names of tensors that no net holds; they are copied from the source file on save."""
 
-TARGETS = {
-    "linear": ("*.proj_in", "*.proj_out", "*.transformer_blocks.*"),
-    "conv": ("*.in_layers.2", "*.emb_layers.1", "*.out_layers.3", "*.skip_connection", "*.op", "*.conv"),
+_RESNETS = ("*.in_layers.2", "*.emb_layers.1", "*.out_layers.3", "*.skip_connection")
+_TRANSFORMERS = ("*.proj_in", "*.proj_out", "*.transformer_blocks.*")
+UNET_TARGETS: Mapping[str, tuple[str, ...]] = {
+    "linear": _TRANSFORMERS,
+    "conv": (*_RESNETS, "*.op", "*.conv"),
+    "attention": ("*.attn?.*",),
+    "self_attention": ("*.attn1.*",),
+    "cross_attention": ("*.attn2.*",),
+    "mlp": ("*.ff.*",),
+    "resnets": _RESNETS,
+    "embedders": ("time_embed.*", "label_emb.*"),
+    "ia3": ("*.to_k", "*.to_v", "*.ff.net.2"),
+    # sd-scripts' classes, which LyCORIS' presets name.
+    "Transformer2DModel": _TRANSFORMERS,
+    "CrossAttention": ("*.attn?.*",),
+    "FeedForward": ("*.ff.*",),
+    "ResnetBlock2D": _RESNETS,
+    "Downsample2D": ("*.op",),
+    "Upsample2D": ("*.conv",),
 }
-"""Layer kind -> paths of the U-Net's layers that adapters go on."""
+"""Set of layers -> paths of a U-Net's layers. "linear" has adapters by default, "conv" with conv_dim."""
+TARGETS: Mapping[str, tuple[str, ...]] = {
+    **UNET_TARGETS,
+    # LyCORIS' full preset has these as well; by other names in Stable Diffusion XL it does not find them.
+    "ends": ("input_blocks.0.0", "out.2"),
+    "time": ("time_embed.*",),
+}
+"""The same for 1.x and 2.x."""
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from sfumato.errors import UserError
 from sfumato.families.sd3 import facts, names
 from sfumato.families.sd3.facts import Completed, Options
 from sfumato.families.sd3.net import HEAD_WIDTH, MMDiT, blocks
-from sfumato.families.sd3.network_args import EMBEDDER_TARGETS, target_layer
+from sfumato.families.sd3.network_args import target_layer
 from sfumato.families.sd3.positions import embedded, places, scaled
 from sfumato.families.sd3.strategies import CLIPS, LATENTS, Sd3Encode, Sd3Tokenize, outputs
 from sfumato.formats.dialect import Dialect
@@ -318,7 +318,7 @@ FAMILY = Family(
     blocks=blocks,
     dialects=dialects,
     targets={
-        "denoiser": {"linear": (*names.TARGETS["linear"], *EMBEDDER_TARGETS)},
+        "denoiser": names.TARGETS,
         "clip_l": CLIP_TARGETS,
         "clip_g": CLIP_TARGETS,
         "t5xxl": T5_TARGETS,

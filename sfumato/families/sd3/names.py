@@ -14,8 +14,20 @@ CLIP_G = "text_encoders.clip_g.transformer."
 T5 = "text_encoders.t5xxl.transformer."
 VAE = "first_stage_model."
 
-TARGETS: Mapping[str, tuple[str, ...]] = {"linear": ("joint_blocks.*",)}
-"""The transformer's layers that adapters go on; sd-scripts leaves embedders and the final layer out as well."""
+TARGETS: Mapping[str, tuple[str, ...]] = {
+    "linear": ("joint_blocks.*",),
+    "attention": ("joint_blocks.*.attn.*", "joint_blocks.*.attn2.*"),
+    "mlp": ("joint_blocks.*.mlp.*",),
+    "modulation": ("joint_blocks.*.adaLN_modulation.*",),
+    "image": ("joint_blocks.*.x_block.*",),
+    "context": ("joint_blocks.*.context_block.*",),
+    "embedders": ("context_embedder*", "t_embedder*", "x_embedder*", "y_embedder*"),
+    "output": ("final_layer.*",),
+    # sd-scripts' class, which LyCORIS' presets name.
+    "SingleDiTBlock": ("joint_blocks.*",),
+}
+"""Set of layers -> path patterns of the layers. "linear" has adapters by default; sd-scripts leaves embedders and the
+final layer out as well."""
 
 _ENDS = {
     "pos_embed": "pos_embed.pos_embed",

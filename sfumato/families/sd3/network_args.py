@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Annotated, Any, cast
 
 from sfumato.config.rules import Natural
-from sfumato.errors import UserError
 from sfumato.models.block_choices import Arguments, Blocks, check_split, is_chosen, one_for_each, rank_of, ranks
 
 if TYPE_CHECKING:
@@ -32,9 +31,7 @@ EMBEDDERS = (
     "final_layer.adaLN_modulation",
     "final_layer.linear",
 )
-"""What stands before and after the blocks, in the order of emb_dims; adapted by emb_dims alone."""
-EMBEDDER_TARGETS = tuple(f"{name}*" for name in EMBEDDERS)
-"""For `Family.targets`."""
+"""What stands before and after the blocks, in the order of emb_dims."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,23 +53,25 @@ class NetworkArgs(Arguments):
     train_t5xxl: bool = False
     """Adapters on T5 as well."""
 
+    def sets(self) -> tuple[str, ...]:
+        """See `Arguments.sets`."""
+        return () if self.emb_dims is None else ("embedders", "output")
+
 
 def target_layer(blocks: int, plan: AdapterPlan, target: TargetLayer) -> TargetLayer | None:
     """For `Family.target_layer`, of a model with so many blocks.
 
-    Errors: `UserError` for numbers of blocks that the model does not have, and for what would do nothing.
+    Errors: `UserError` for numbers of blocks that the model does not have.
     """
-    if plan.conv_rank is not None:
-        raise UserError(
-            "network_args conv_dim: does nothing, as this model has no blocks of convolutions; leave it out (see "
-            "emb_dims)"
-        )
     args: NetworkArgs = plan.family or NetworkArgs()
-    if found := re.match(r"joint_blocks\.(\d+)\.", target.path):
+    rank: int | None
+    if target.ranked:
+        rank = None
+    elif found := re.match(r"joint_blocks\.(\d+)\.", target.path):
         chosen = is_chosen(args, "train_block_indices", int(found[1]), blocks)
         rank = rank_of(args, DIMS, target.path) if chosen else 0
     elif name := next((name for name in EMBEDDERS if f"{target.path}.".startswith(f"{name}.")), None):
-        rank = 0 if args.emb_dims is None else dict(zip(EMBEDDERS, ranks(args.emb_dims) or (), strict=True))[name]
+        rank = None if args.emb_dims is None else dict(zip(EMBEDDERS, ranks(args.emb_dims) or (), strict=True))[name]
     else:
         return target  # a text encoder's
     if rank == 0:

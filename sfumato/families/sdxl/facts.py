@@ -9,12 +9,14 @@ from sfumato.config import FamilyOptions, Settings
 from sfumato.config.rules import Amount, Count, Idle, Must, Only
 from sfumato.families.sd.facts import CONTEXT_XL, TO_K, UNET, UNET_DIFFUSERS, UnetOptions, controlnet
 from sfumato.families.sdxl.clients import LOADS_IN
+from sfumato.families.sd.network_args import total
+from sfumato.families.sdxl.network_args import UNET_BLOCKS, NetworkArgs
 from sfumato.models.detection import DOWN, Detected, Shapes, Signature, Single, clip, has, marked, parts, width
 from sfumato.models.facts import Facts
 from sfumato.models.text_options import OWN_RATES, TextEncoderRate
 
 FAMILY = "sdxl"
-BLOCKS = 23
+BLOCKS = total(UNET_BLOCKS)
 """Values of block_lr: 0 what time and sizes go through, 1-9 `input_blocks`, 10-12 `middle_block`, 13-21
 `output_blocks`, 22 `out`."""
 SIZE_WIDTH = 256
@@ -154,4 +156,5 @@ FACTS = Facts(
     prompt={"width": 1024, "height": 1024},
     idle=IDLE,
     loads_in=LOADS_IN,
+    network_args=NetworkArgs,
 )

@@ -16,11 +16,13 @@ from sfumato.data.batch import Cond
 from sfumato.errors import UserError
 from sfumato.families.sd import family as sd
 from sfumato.families.sd.family import check_channels, prediction, without_old_average
+from sfumato.families.sd.network_args import block_number, target_layer
 from sfumato.families.sd.strategies import SdTokenize
 from sfumato.families.sdxl.facts import SIZE_WIDTH, SIZES, Options
 from sfumato.families.sdxl.folder import check_unet, new_folder, scheduler, zero_snr
-from sfumato.families.sdxl.names import CLIP_G, CLIP_L, PASSTHROUGH, TARGETS, VAE, unet_keys
+from sfumato.families.sdxl.names import CLIP_G, CLIP_L, PASSTHROUGH, UNET_TARGETS, VAE, unet_keys
 from sfumato.families.sdxl.net import UNet, blocks
+from sfumato.families.sdxl.network_args import UNET_BLOCKS
 from sfumato.families.sdxl.strategies import LATENTS, OUTPUTS, SdxlEncode, SdxlTokenize
 from sfumato.formats.dialect import Dialect, usual
 from sfumato.formats.planned import Writable
@@ -142,21 +144,10 @@ def trainable(options: FamilyOptions, plan: AdapterPlan | None) -> frozenset[str
 def rate(options: FamilyOptions, component: str, path: str) -> float | None:
     """The rate of a weight when a whole model is trained."""
     if component == "denoiser":
-        rates = Options.of(options).block_lr
-        return rates[block(path)] if rates else None
+        rates, number = Options.of(options).block_lr, block_number(UNET_BLOCKS, path)
+        return rates[number] if rates and number is not None else None
     unused = component == "clip_l" and path.startswith(UNUSED)
     return 0.0 if unused else encoder_rate(options, component, path)
-
-
-def block(path: str) -> int:
-    """Which of the 23 values of block_lr is for a weight of the U-Net."""
-    part, number = path.split(".")[:2]
-    starts = {"time_embed": 0, "label_emb": 0, "out": 22}
-    return (
-        starts[part]
-        if part in starts
-        else {"input_blocks": 1, "middle_block": 10, "output_blocks": 13}[part] + int(number)
-    )
 
 
 def dialects(models: Models) -> Mapping[str, Dialect]:
@@ -194,10 +185,11 @@ FAMILY = Family(
     blocks=blocks,
     dialects=dialects,
     targets={
-        "denoiser": TARGETS,
+        "denoiser": UNET_TARGETS,
         "clip_l": CLIP_TARGETS,
         "clip_g": CLIP_TARGETS,
     },
+    target_layer=target_layer,
     trainable=trainable,
     rate=rate,
     encoder_lr_order=("clip_l", "clip_g"),

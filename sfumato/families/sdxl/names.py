@@ -7,10 +7,10 @@ import re
 from collections.abc import Collection
 
 from sfumato.families.sd import names as sd
-from sfumato.families.sd.names import NO_NETS, TARGETS, VAE
+from sfumato.families.sd.names import NO_NETS, UNET_TARGETS, VAE
 from sfumato.formats.names import KeyMap, rule
 
-__all__ = ["CLIP_G", "CLIP_L", "PASSTHROUGH", "TARGETS", "VAE", "unet_keys"]
+__all__ = ["CLIP_G", "CLIP_L", "PASSTHROUGH", "UNET_TARGETS", "VAE", "unet_keys"]
 
 CLIP_L = "conditioner.embedders.0.transformer."
 """CLIP-L in transformers' names."""

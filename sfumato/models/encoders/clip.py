@@ -22,8 +22,18 @@ HEAD_WIDTH = 64
 VOCABULARY = 49408
 """CLIP's tokens; the last marks the end of a caption. Embeddings that users train may follow it."""
 
-CLIP_TARGETS = {"linear": ("*.self_attn.*_proj", "*.mlp.fc?")}
-"""For `Family.targets`: the layers that adapters go on."""
+_ATTENTION, _MLP = ("*.self_attn.*_proj",), ("*.mlp.fc?",)
+CLIP_TARGETS = {
+    "linear": (*_ATTENTION, *_MLP),
+    "attention": _ATTENTION,
+    "mlp": _MLP,
+    "ia3": ("*.self_attn.[kv]_proj", "*.mlp.fc2"),
+    # transformers' classes, which LyCORIS' presets name.
+    "CLIPAttention": _ATTENTION,
+    "CLIPSdpaAttention": _ATTENTION,
+    "CLIPMLP": _MLP,
+}
+"""For `Family.targets`: sets of layers that adapters go on, "linear" by default."""
 _UNUSED = r"(text_model\.)?embeddings\.position_ids|logit_scale|(vision_model|visual_projection|visual)\..*|attn_mask"
 
 LAYERS = r"text_model\.encoder\.layers\.(\d+)\."

@@ -21,8 +21,15 @@ _FIRST = "encoder.block.0.layer."
 _SHARED = KeyMap(rule("shared"), rule("encoder"))
 _TWIN_ALONE = KeyMap(rule("shared", "encoder.embed_tokens"), rule("encoder"))
 _UNUSED = matching(r"(decoder|lm_head)\..*|logit_scale|spiece_model")
-T5_TARGETS = {"linear": ("*.SelfAttention.?", "*.DenseReluDense.w*")}
-"""For `Family.targets`: the layers that adapters go on."""
+_ATTENTION, _MLP = ("*.SelfAttention.?",), ("*.DenseReluDense.w*",)
+T5_TARGETS = {
+    "linear": (*_ATTENTION, *_MLP),
+    "attention": _ATTENTION,
+    "mlp": _MLP,
+    "T5Attention": _ATTENTION,
+    "T5DenseGatedActDense": _MLP,
+}
+"""For `Family.targets`: sets of layers that adapters go on, "linear" by default."""
 
 
 class T5Encoder(nn.Module):

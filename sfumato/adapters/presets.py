@@ -1,0 +1,152 @@
+"""What LyCORIS' module does that others do not: convolutions as well, and presets of what gets adapters. Imports no
+torch."""
+
+from __future__ import annotations
+
+import fnmatch
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import tomllib
+
+from sfumato.adapters import values
+from sfumato.adapters.find import kind, kinds
+from sfumato.adapters.plan import NONE, TEXT, AdapterPlan, LayerRule
+from sfumato.errors import UserError, nearest
+
+_FULL, _LINEAR = ("linear", "conv", "ends", "time"), ("linear",)
+PRESETS: Mapping[str, tuple[tuple[str, ...], bool]] = {
+    "full": (_FULL, True),
+    "full-lin": (_FULL, False),
+    "attn-mlp": (_LINEAR, False),
+    "attn-only": (("attention",), False),
+    "unet-only": (tuple(f"denoiser.{name}" for name in _FULL), True),
+    "unet-transformer-only": (("denoiser.linear",), False),
+    "unet-convblock-only": (("denoiser.conv", "denoiser.ends"), True),
+    "ia3": (("ia3",), False),
+}
+"""LyCORIS' preset -> the sets of layers that get adapters, and whether convolutions larger than 1x1 are among them."""
+_LISTS = ("unet_target_module", "unet_target_name", "text_encoder_target_module", "text_encoder_target_name")
+_KEYS = (*_LISTS, "exclude_name", "enable_conv", "use_fnmatch", "module_algo_map", "name_algo_map")
+_UNREAD = ("target_module", "target_name", "lora_prefix")
+"""Keys of LyCORIS' files that its module for kohya's trainer does not read."""
+
+
+def apply(plan: AdapterPlan, preset: str | None, conv_alpha: float | None) -> AdapterPlan:
+    """The plan with LyCORIS' defaults, and what the preset names. `conv_alpha`: as given. Errors: `UserError` for a
+    preset that is not known, or a file that cannot be read."""
+    if conv_alpha is None:
+        plan = replace(plan, conv_alpha=plan.alpha)
+    elif plan.large and plan.conv_rank is None:
+        plan = replace(plan, conv_rank=plan.rank)
+    if plan.targets:
+        return plan
+    if (found := PRESETS.get(preset or "full")) is None:
+        return _from_file(plan, str(preset))
+    rules = plan.rules
+    if preset == "ia3" and "train_on_input" in values.types(plan.kind.Options):
+        rules += (LayerRule(pattern=re.compile(r".*\.(ff\.net\.2|mlp\.fc2)"), more={"train_on_input": True}),)
+    return _without_large(replace(plan, targets=found[0], targets_from="preset", rules=rules), found[1])
+
+
+def _without_large(plan: AdapterPlan, large: bool) -> AdapterPlan:
+    return plan if large else replace(plan, large=False, conv_rank=None)
+
+
+def _from_file(plan: AdapterPlan, path: str) -> AdapterPlan:
+    """The plan with what a preset file says; classes of modules are names of sets here."""
+    told, where = _read(path), f"network_args preset={path}"
+    spelled = fnmatch.translate if told.get("use_fnmatch") else "(?:{}).*".format
+    modules = {name: told.get(name) for name in _LISTS}
+    targets: list[str] = []
+    for component, part in (("denoiser", "unet"), (TEXT, "text_encoder")):
+        chosen, names = modules[f"{part}_target_module"], modules[f"{part}_target_name"]
+        targets += [f"{component}.{name}" for name in (_FULL if chosen is None else chosen)]
+        targets += [f"{component}.{NONE}"] if names else []
+    include = [
+        re.compile(rf"{before}\.(?:{spelled(name)}|{re.escape(name)})")
+        for part, before in (("unet", "denoiser"), ("text_encoder", r"(?!denoiser\.)\w+"))
+        for name in modules[f"{part}_target_name"] or ()
+    ]
+    exclude = [re.compile(rf"(?:{_open(spelled(name))})(?:\..*)?") for name in told.get("exclude_name", ())]
+    rules = [
+        *(LayerRule(set=name, **_own(f"{where}: module_algo_map.{name}", own)) for name, own in _map(told, "module")),
+        *(
+            LayerRule(pattern=re.compile(_open(spelled(name))), **_own(f"{where}: name_algo_map.{name}", own))
+            for name, own in _map(told, "name")
+        ),
+    ]
+    made = replace(
+        plan,
+        targets=tuple(targets),
+        targets_from="preset file",
+        include=(*plan.include, *include),
+        exclude=(*plan.exclude, *exclude),
+        rules=(*plan.rules, *rules),
+    )
+    return _without_large(made, told.get("enable_conv", True))
+
+
+def _open(pattern: str) -> str:
+    """A pattern of names as one that kohya's own names, which begin otherwise, do not hold."""
+    return rf"\A{pattern}"
+
+
+def _map(told: Mapping[str, Any], of: str) -> Iterable[tuple[str, Mapping[str, Any]]]:
+    found: Mapping[str, Mapping[str, Any]] = told.get(f"{of}_algo_map", {})
+    return found.items()
+
+
+def _read(path: str) -> Mapping[str, Any]:
+    """A preset file. Errors: `UserError` for one that is not there, is not TOML, or has keys of another kind."""
+    try:
+        told = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError:
+        raise UserError(
+            f"network_args preset={path}: expected {', '.join(PRESETS)}, or a TOML file{nearest(path, PRESETS)}"
+        ) from None
+    except (ValueError, UnicodeError) as error:
+        raise UserError(f"network_args preset={path}: cannot be read as TOML: {error}") from None
+    if wrong := list(_mistakes(told)):
+        raise UserError(*(f"network_args preset={path}: {message}" for message in wrong))
+    return told
+
+
+def _mistakes(told: Mapping[str, Any]) -> Iterator[str]:
+    for key, value in told.items():
+        if key in _UNREAD:
+            yield f"{key}: LyCORIS reads it outside of kohya's trainer alone; write unet_{key} or text_encoder_{key}"
+        elif key not in _KEYS:
+            yield f"{key!r} is not known{nearest(key, _KEYS)}"
+        elif key.endswith("_algo_map"):
+            if not isinstance(value, dict) or not all(isinstance(each, dict) for each in value.values()):
+                yield f"{key}: expected tables of algo, dim, alpha ..."
+        elif key in ("enable_conv", "use_fnmatch"):
+            if not isinstance(value, bool):
+                yield f"{key}: expected true or false"
+        elif not isinstance(value, list) or not all(isinstance(each, str) for each in value):
+            yield f"{key}: expected a list of names"
+
+
+def _own(where: str, told: Mapping[str, Any]) -> dict[str, Any]:
+    """A map's entry, for a `LayerRule`. Errors: `UserError` for what the kind does not have."""
+    algo = told.get("algo")
+    chosen = None if algo is None else kind("lycoris.kohya", str(algo))
+    having = (chosen,) if chosen else map(kind, kinds())
+    known = {name: of for each in having for name, of in values.types(each.Options).items()}
+    more, errors = dict[str, Any](), list[str]()
+    for name, value in told.items():
+        if name in known:
+            more[name] = values.typed(name, str(value), known[name], errors)
+        elif name not in ("algo", "dim", "alpha") and not values.off(str(value)):
+            errors.append(f"{where}: {name} has no meaning for {algo or 'any kind'}{nearest(name, known)}")
+    numbers = {name: told[key] for key, name in (("dim", "rank"), ("alpha", "alpha")) if key in told}
+    errors += [
+        f"{where}: {name} {n!r}: expected a number" for name, n in numbers.items() if not isinstance(n, int | float)
+    ]
+    if errors:
+        raise UserError(*errors)
+    return {"kind": chosen, "more": more or None, **numbers}
