@@ -13,8 +13,8 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from sfumato.adapters.find import from_tensors
 from sfumato.adapters.base import Adapter
+from sfumato.adapters.find import from_tensors
 from sfumato.errors import UserError, nearest
 from sfumato.formats.dialect import ALPHA, DOWN, READ_AS, UP, AdapterTensors, Dialect, ModulePath
 from sfumato.formats.names import Change, Rule

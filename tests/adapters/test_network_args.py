@@ -131,7 +131,7 @@ def test_helpers_are_no_kinds():
         ({"network_args": ("algo=loha",)}, r"algo: is for lycoris\.kohya; name the kind in network_module"),
         ({"network_args": ("preset=full",)}, r"preset: is for lycoris\.kohya; use target"),
         ({"network_args": ("enable_conv=True",)}, "enable_conv: is for kinds on attention alone; LoRA is not"),
-        ({"network_args": ("constraint=3",)}, "'constraint' is not known"),
+        ({"network_args": ("constraintt=3",)}, "'constraintt' is not known"),
         ({"network_args": ("network_reg_dims=a",)}, "network_reg_dims=a: expected patterns with their ranks"),
         ({"network_args": ("network_reg_dims=a=0.5",)}, "network_reg_dims=a=0.5: expected patterns with their ranks"),
         ({"network_args": ("network_reg_lrs=(=1",)}, "network_reg_lrs=.* expected patterns with their numbers"),

@@ -8,8 +8,8 @@ from typing import Annotated
 from sfumato.config import FamilyOptions, Settings
 from sfumato.config.rules import Amount, Count, Idle, Must, Only
 from sfumato.families.sd.facts import CONTEXT_XL, TO_K, UNET, UNET_DIFFUSERS, UnetOptions, controlnet
-from sfumato.families.sdxl.clients import LOADS_IN
 from sfumato.families.sd.network_args import total
+from sfumato.families.sdxl.clients import LOADS_IN
 from sfumato.families.sdxl.network_args import UNET_BLOCKS, NetworkArgs
 from sfumato.models.detection import DOWN, Detected, Shapes, Signature, Single, clip, has, marked, parts, width
 from sfumato.models.facts import Facts
