@@ -108,9 +108,9 @@ def bundled(source: Checkpoint, wanted: Collection[str] | None) -> Checkpoint:
     return replace(source, components={n: replace(w, prefix=placed(n)) for n, w in source.components.items()})
 
 
-def metadata(models: Models, path: Path, source: Mapping[str, str]) -> dict[str, str]:
-    """The metadata of a checkpoint made of others; `source`: that of the first, whose hashes are of its own bytes."""
-    kept = {key: value for key, value in source.items() if "hash" not in key and key != "format"}
+def metadata(models: Models, path: Path) -> dict[str, str]:
+    """The metadata of a file made of a checkpoint: its own, but for hashes, which are of its bytes."""
+    kept = {key: value for key, value in models.source.metadata.items() if "hash" not in key and key != "format"}
     made = {"modelspec.sai_model_spec": "1.0.1", "modelspec.title": path.stem}
     if not _lacking(models.family, models.source):  # else the version may not be known
         made["modelspec.architecture"] = families.facts(models.family.name).architecture(models.options)
@@ -126,9 +126,10 @@ Finish = Callable[[dict[str, Writable]], dict[str, Writable]]
 
 
 def precision(models: Models, state: State, name: str | None) -> tuple[State, Finish]:
-    """The state in a number format of `PRECISIONS` (None: as it is), and what is left to be done."""
+    """The state in a number format of `PRECISIONS` (None: as it is, with scales where the files have them), and what is
+    left to be done."""
     if name is None:
-        return state, lambda tensors: tensors
+        return state, partial(_scaled_again, models)
     narrow = block_layers(models) if name.startswith("fp8") else set[str]()
     other = torch.bfloat16 if narrow else PRECISIONS[name]
 
@@ -147,6 +148,17 @@ def scaled(models: Models, narrow: Collection[str], tensors: dict[str, Writable]
     written = components.single_file(replace(models.source, passthrough={}), {"denoiser": shapes})
     names = [n for n, t in written.items() if t.dtype == fp8.dtype]
     return scaled_fp8.quantised(tensors, names, [f"{denoiser.prefix}{scaled_fp8.MARK}"])
+
+
+def _scaled_again(models: Models, tensors: dict[str, Writable]) -> dict[str, Writable]:
+    """A file's weights in scaled fp8, which were read as bf16, as they were, where they stand under the same names."""
+    names: set[str] = set()
+    marks = set()
+    for weights in models.source.components.values():
+        if mine := {f"{weights.prefix}{name}" for name in weights.tensors.scaled} & tensors.keys():
+            names |= mine
+            marks.add(f"{weights.prefix}{scaled_fp8.MARK}")
+    return scaled_fp8.quantised(tensors, names, marks) if names else tensors
 
 
 def as_float(tensor: Writable, dtype: torch.dtype) -> Writable:

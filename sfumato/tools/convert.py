@@ -16,6 +16,7 @@ from sfumato.models import loading
 from sfumato.models.base import Models
 from sfumato.models.detection import ADAPTER_TENSOR, has
 from sfumato.tools import adapter_file, checkpoints
+from sfumato.tools.checkpoints import State
 
 LAYOUTS = {"single": "single_file", "diffusers": "diffusers"}
 
@@ -48,22 +49,48 @@ def convert(
     model has; a single file then holds it too. `tokenizer`: a folder. `bundle`: whether a single file also holds the
     text encoders and the VAE. Errors: `UserError` for what is missing or contradicts; nothing is written then.
     """
-    parts, layout = dict(parts or {}), _layout(path, out, to)
+    layout = layout_of(path, out, to)
+    models = opened(path, layout, parts or {}, tokenizer, bundle=bundle)
+    facts = write(models, checkpoints.stored(models), out, layout, dtype=dtype, progress=progress)
+    return {"from": "diffusers" if path.is_dir() else "single_file", **facts}
+
+
+def opened(
+    path: Path, layout: str, parts: Mapping[str, str], tokenizer: str | None = None, *, bundle: bool = False
+) -> Models:
+    """A model without values, with all that the new layout needs of it. Errors: `UserError` for what is missing."""
     if layout == "diffusers":
         models = checkpoints.open_whole(path, parts, tokenizer)
         loading.check_folder(models)
-    else:
-        models = _for_single_file(path, parts, tokenizer, bundle=bundle)
+        return models
+    models = checkpoints.open_parts(path, parts)
+    given = {c.name for c in models.family.components if c.flag in parts}
+    if bundle or given:
+        models.source = checkpoints.bundled(models.source, None if bundle else given)
+    inside = {name: w for name, w in models.source.components.items() if w.prefix is not None}
+    models.source = replace(models.source, components=inside)
+    models.tokenizers = loading.tokenizers_found(models.family, models.source, tokenizer)
+    return models
+
+
+def write(
+    models: Models,
+    state: State,
+    out: Path,
+    layout: str,
+    *,
+    dtype: str | None,
+    metadata: Mapping[str, str] | None = None,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Write an opened model with these tensors; what was done. `metadata`: more of it. Errors: `UserError`."""
     if layout == "diffusers" and dtype == "fp8_scaled":
-        raise UserError("--dtype fp8_scaled: ComfyUI's form is one of single files; choose bf16 or fp8 for a folder")
-    state, finish = checkpoints.precision(models, checkpoints.stored(models), dtype)
-    metadata = checkpoints.metadata(models, out, models.source.metadata)
-    loading.save(
-        models, out, layout=layout, dtype=None, metadata=metadata, state=state, progress=progress, finish=finish
-    )
+        raise UserError("fp8_scaled: ComfyUI's form is one of single files; choose bf16 or fp8 for a folder")
+    state, finish = checkpoints.precision(models, state, dtype)
+    told = {**checkpoints.metadata(models, out), **(metadata or {})}
+    loading.save(models, out, layout=layout, dtype=None, metadata=told, state=state, progress=progress, finish=finish)
     return {
         "family": models.family.name,
-        "from": models.source.layout,
         "to": layout,
         "out": str(out),
         "parts": list(models.source.components),
@@ -72,8 +99,8 @@ def convert(
     }
 
 
-def _layout(path: Path, out: Path, to: str | None) -> str:
-    """The layout of `out`. Errors: `UserError`."""
+def layout_of(path: Path, out: Path, to: str | None) -> str:
+    """The layout of `out`, made of `path`. Errors: `UserError`, also where it must not be written."""
     file = out.suffix in checkpoints.ENDINGS
     to = to or ("single" if file else "diffusers")
     if to not in LAYOUTS:
@@ -89,15 +116,3 @@ def _layout(path: Path, out: Path, to: str | None) -> str:
     if to == "diffusers" and (why := irreplaceable(out)):
         raise UserError(why)
     return LAYOUTS[to]
-
-
-def _for_single_file(path: Path, parts: Mapping[str, str], tokenizer: str | None, *, bundle: bool) -> Models:
-    """The model with what goes into a single file, and the tokenizers that go beside it."""
-    models = checkpoints.open_parts(path, parts)
-    given = {c.name for c in models.family.components if c.flag in parts}
-    if bundle or given:
-        models.source = checkpoints.bundled(models.source, None if bundle else given)
-    inside = {name: w for name, w in models.source.components.items() if w.prefix is not None}
-    models.source = replace(models.source, components=inside)
-    models.tokenizers = loading.tokenizers_found(models.family, models.source, tokenizer)
-    return models

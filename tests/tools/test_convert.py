@@ -127,10 +127,11 @@ def test_fp8_is_for_the_layers_of_blocks(tmp_path: Path) -> None:
         assert set(lazy) == set(first) and lazy.scaled == (narrow if dtype == "fp8_scaled" else set())
         for name, t in first.items():
             torch.testing.assert_close(lazy[name].float(), t, atol=0.01 * float(t.abs().max()) + 2**-9, rtol=0.07)
-        convert(out, tmp_path / "back.safetensors")
-        assert load(tmp_path / "back.safetensors").keys() == first.keys()
-    # As it came: plain fp8 stays, scaled fp8 is what it means.
-    assert {t.dtype for t in load(tmp_path / "back.safetensors").values()} == {torch.bfloat16}
+        convert(out, tmp_path / "same.safetensors")
+        convert(out, tmp_path / "wide.safetensors", dtype="bf16")
+        assert {n: i.dtype for n, i in read_header(tmp_path / "same.safetensors").tensors.items()} == kinds
+        wide = load(tmp_path / "wide.safetensors")
+        assert wide.keys() == first.keys() and {t.dtype for t in wide.values()} == {torch.bfloat16}
 
 
 @pytest.mark.parametrize("scheduler", ["v_prediction", "epsilon"])
