@@ -8,36 +8,25 @@ from typing import Any
 import torch
 
 from sfumato import families
-from sfumato.adapters import AdapterPlan, files, parse
-from sfumato.adapters.insert import AdapterNetwork, TargetLayer, choose
+from sfumato.adapters import files, parse
+from sfumato.adapters.insert import AdapterNetwork, choose
 from sfumato.config import NetworkConfig
 from sfumato.formats.files import save
 from sfumato.models.base import Models
 
 
-def layers(models: Models, plan: AdapterPlan) -> dict[str, list[TargetLayer]]:
-    """Those that get adapters, of all nets."""
-    family, nets = models.family, models.nets()
-    return {
-        name: choose(
-            nets[name],
-            name,
-            family.targets[name],
-            plan,
-            lambda target: family.target_layer(models.options, plan, target),
-        )
-        for name in nets
-        if name in family.targets
-    }
-
-
-def adapter_state(models: Models, *args: str, kind: str = "lora", seed: int = 0, rank: int = 2) -> dict[Any, Any]:
-    """The tensors of an adapter on all nets, every one of them away from its start. The nets may be without values."""
+def adapter_state(
+    models: Models, *args: str, kind: str = "lora", seed: int = 0, rank: int = 2, every: int = 1
+) -> dict[Any, Any]:
+    """The tensors of an adapter on all nets (`every`: on each so many-th layer), all of them away from their start. The
+    nets may be without values."""
     plan = parse(
         NetworkConfig(network_module=kind, network_dim=rank, network_alpha=rank / 2, network_args=args),
         families.facts(models.family.name).network_args,
     )
-    network = AdapterNetwork(layers(models, plan), seed=seed)
+    nets, targets = models.nets(), models.family.targets
+    layers = {name: choose(nets[name], name, targets[name], plan) for name in nets if name in targets}
+    network = AdapterNetwork({name: each[::every] for name, each in layers.items()}, seed=seed)
     network.remove()
     g = torch.Generator().manual_seed(seed)
     return {

@@ -144,6 +144,11 @@ class _File:
         dtype = torch.bfloat16 if name in self.scales else files.torch_dtype(info.dtype)
         return PlannedTensor(dtype, info.shape, lambda: self.read(name))
 
+    def raw(self, name: str) -> PlannedTensor:
+        """The tensor byte for byte."""
+        info = self.header.tensors[name]
+        return PlannedTensor(files.torch_dtype(info.dtype), info.shape, lambda: self._read(name))
+
     def _fill(self, values: Tensor) -> None:
         """The next bytes of the file as these values."""
         view, at = values.view(torch.uint8).numpy().data, 0
@@ -231,6 +236,18 @@ class Lazy(Mapping[str, Tensor]):
     def as_stored(self) -> dict[str, PlannedTensor]:
         """The same in the number formats of the files (fp8 stays fp8), to be written elsewhere."""
         return {name: file.planned(theirs) for name, (file, theirs) in self.places.items()}
+
+    def raw(self) -> dict[str, PlannedTensor]:
+        """All tensors of the files, byte for byte: those that scale others as well."""
+        return {name: file.raw(name) for file in self._files() for name in file.header.tensors}
+
+    def scales(self) -> dict[str, tuple[PlannedTensor, str, PlannedTensor]]:
+        """Those that stand in fp8 with a scale -> the weight as it stands there, the scale's name and the scale."""
+        return {
+            name: (file.raw(theirs), name.removesuffix("weight") + scale.rpartition(".")[2], file.raw(scale))
+            for name, (file, theirs) in self.places.items()
+            if (scale := file.scales.get(theirs))
+        }
 
     def __getitem__(self, name: str) -> Tensor:
         file, theirs = self.places[name]

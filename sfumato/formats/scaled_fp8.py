@@ -83,4 +83,34 @@ def _narrowed(weight: Tensor) -> Tensor:
 
 def widened(weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     """A weight in fp8 times its scale, or times those of its rows."""
-    return (weight.float() * scale.float().reshape(-1, *[1] * (weight.ndim - 1))).to(dtype)
+    return (weight.float() * _by_row(scale, weight)).to(dtype)
+
+
+def exact(stored: PlannedTensor, scale: PlannedTensor) -> PlannedTensor:
+    """A weight in fp8 in fp32."""
+    import torch
+
+    return stored.then(lambda t: widened(t, scale.make(), torch.float32), torch.float32)
+
+
+def rescaled(weight: PlannedTensor, dtype: torch.dtype, scale: PlannedTensor) -> tuple[PlannedTensor, PlannedTensor]:
+    """A weight in fp32 as it stands in fp8, and its scale: `scale`, but where its numbers would not fit."""
+    import torch
+
+    from sfumato.formats.planned import PlannedTensor
+
+    most = torch.finfo(dtype).max
+
+    def fitting(w: Tensor) -> Tensor:
+        old = scale.make().float()
+        largest = (w.reshape(len(w), -1) if old.numel() > 1 else w.reshape(1, -1)).abs().amax(1).view(old.shape)
+        return torch.where(largest > most * old, largest / most, old).to(scale.dtype)
+
+    def narrowed(w: Tensor) -> Tensor:
+        return (w / _by_row(fitting(w), w)).clamp(-most, most).to(dtype)
+
+    return weight.then(narrowed, dtype), PlannedTensor(scale.dtype, scale.shape, lambda: fitting(weight.make()))
+
+
+def _by_row(scale: Tensor, weight: Tensor) -> Tensor:
+    return scale.float().reshape(-1, *[1] * (weight.ndim - 1))

@@ -23,7 +23,7 @@ from sfumato.data.strategies import (
     TokenizeStrategy,
 )
 from sfumato.errors import UserError
-from sfumato.formats.dialect import Dialect, with_aliases
+from sfumato.formats.dialect import Dialect, ModulePath, with_aliases
 from sfumato.formats.planned import Writable
 from sfumato.models.autoencoders import scale, unscale
 from sfumato.models.components import Checkpoint, Component
@@ -226,6 +226,16 @@ class TokenizerSpec:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class BlockWeights:
+    """What lists of weights for the blocks of a model are for."""
+
+    block: Callable[[ModulePath], str]
+    """The block of a layer; "": none."""
+    lists: Mapping[int, tuple[str, ...]]
+    """Length of a list -> the blocks that its numbers are for; layers of other blocks are as they are."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Family:
     """A family is a record of facts and a few short functions."""
 
@@ -292,3 +302,5 @@ class Family:
     not trained."""
     encoder_lr_order: tuple[str, ...] = ()
     """Encoders in the order of kohya's text_encoder_lr values."""
+    block_weights: BlockWeights | None = None
+    """What layer-wise weights of an adapter are for; None: there are none for this family."""

@@ -180,7 +180,7 @@ class ComponentWeights:
         they may be backed by the file."""
         exact = {source for name in self.changes for source in self.key_format.sources(name)}
         tensors = self.tensors.cast(
-            lambda name: None if name in exact else dtype,
+            lambda name: torch.float32 if dtype and name in exact else dtype,
             map=lambda name: map and name not in exact and self.key_format.renames(name),
         )
         for name, tensor in self.key_format.read(tensors):
@@ -192,18 +192,11 @@ class ComponentWeights:
         as bf16)."""
         found = renamed(self.key_format.read, self.tensors.as_stored())
         return {
-            name: self._merged(name, t, dtype or (torch.bfloat16 if t.dtype in COARSE else t.dtype))
+            name: self.with_change(name, t, dtype or (torch.bfloat16 if t.dtype in COARSE else t.dtype))
             for name, t in found.items()
         }
 
-    def merged(self, dtype: torch.dtype | None = None) -> dict[str, Writable]:
-        """The tensors of the file that something is merged into, under its names; in `dtype`, or as they are there."""
-        sources = [source for name in self.changes for source in self.key_format.sources(name)]
-        stored = self.tensors.as_stored()
-        touched = renamed(self.key_format.read, {name: stored[name] for name in sources})
-        return self.key_format.write({name: self._merged(name, t, dtype or t.dtype) for name, t in touched.items()})
-
-    def _merged(self, name: str, tensor: Writable, dtype: torch.dtype) -> Writable:
+    def with_change(self, name: str, tensor: Writable, dtype: torch.dtype) -> Writable:
         """A native tensor in a number format, with what is merged into it, rounded once."""
         change = self.changes.get(name)
         if change is None or not tensor.dtype.is_floating_point:

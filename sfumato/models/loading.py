@@ -6,6 +6,8 @@ import json
 import math
 import shutil
 from collections.abc import Callable, Collection, Mapping
+from contextlib import suppress
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -13,6 +15,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 
+from sfumato.adapters.merging import Change
 from sfumato.config import FamilyOptions
 from sfumato.data.store import Progress
 from sfumato.errors import UserError
@@ -116,6 +119,8 @@ def outline_parts(family: Family, path: str, options: FamilyOptions) -> Models:
     )
     if "denoiser" not in source.components:
         raise UserError(f"{where} holds no denoiser of {family.title}")
+    with suppress(UserError, LookupError):  # what follows from components that are not there is left open
+        options, source = family.complete(options, source)
     nets = {name: weights.empty() for name, weights in source.components.items() if name != "vae"}
     denoiser = nets.pop("denoiser")
     return Models(
@@ -181,6 +186,12 @@ def read_values(
     for name, net in models.made().items():
         if name in now:
             now[name].put_into(net, dtypes.get(name), advance, map).to(device)
+
+
+def merge_when_read(models: Models, changes: Mapping[str, Mapping[str, Change]]) -> None:
+    """Have changes (component -> native name -> change) made to weights whenever they are read from their files."""
+    found = {name: replace(w, changes=changes.get(name, {})) for name, w in models.source.components.items()}
+    models.source = replace(models.source, components=found)
 
 
 def materialize(models: Models, device: torch.device | str = "cpu") -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -17,7 +16,7 @@ from sfumato.errors import UserError
 from sfumato.families.detect import detect_file
 from sfumato.memory.plan import apply_memory_options
 from sfumato.models.base import Family, Models
-from sfumato.models.loading import outline, read_values, unload
+from sfumato.models.loading import merge_when_read, outline, read_values, unload
 from sfumato.train import dist
 from sfumato.train.progress import progress
 from sfumato.train.trainables import Trainable, caches_latents, caches_text, read_adapter, whole_nets
@@ -101,11 +100,7 @@ def _merge_at_load(models: Models, adapters: Sequence[tuple[str, Path, float]]) 
             for layer, tensors in read_adapter(models, path, flag).items()
         }
         merged.append(changes(models.nets(), state, lambda layer, strength=strength: strength))  # type: ignore[misc]
-    found = in_order(*merged)
-    components = {
-        name: replace(weights, changes=found.get(name, {})) for name, weights in models.source.components.items()
-    }
-    models.source = replace(models.source, components=components)
+    merge_when_read(models, in_order(*merged))
 
 
 def place_models(config: Config, models: Models, trainable: Trainable, device: torch.device) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Protocol
@@ -331,8 +331,11 @@ class Adapters:
             console.print(f"{path.name} in {each.text()}")
 
 
-def read_adapter(models: Models, path: Path, flag: str = "adapter") -> dict[dialect.ModulePath, dialect.AdapterTensors]:
-    """An adapter file in any dialect of the family -> {path: tensors}. `flag`: what named it, for messages.
+def read_adapter(
+    models: Models, path: Path, flag: str = "adapter", *, skip: Callable[[str], bool] = lambda key: False
+) -> dict[dialect.ModulePath, dialect.AdapterTensors]:
+    """An adapter file in any dialect of the family -> {path: tensors}. `flag`: what named it, for messages; `skip`:
+    whether a key is not asked for.
 
     Errors: `UserError` for keys that name no layer, and for tensors that no adapter can have.
     """
@@ -345,7 +348,8 @@ def read_adapter(models: Models, path: Path, flag: str = "adapter") -> dict[dial
     ]
     try:
         check_adapter(tensors, f"{flag} {path}")
-        return adapter_files.read(models.dialects.values(), tensors, by_path)
+        wanted = {key: t for key, t in tensors.items() if not skip(key)}
+        return adapter_files.read(models.dialects.values(), wanted, by_path)
     except UserError as error:
         if kind := _other_kind(tensors):
             raise UserError(f"{flag} {path} is {kind}, not an adapter (such as a LoRA)") from error

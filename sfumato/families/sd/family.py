@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from sfumato.config import FamilyOptions, LossConfig, NoiseConfig
 from sfumato.data.batch import Cond
 from sfumato.errors import UserError
+from sfumato.families.sd.block_weights import SD
 from sfumato.families.sd.facts import Options, UnetOptions
 from sfumato.families.sd.folder import check_unet, new_folder
 from sfumato.families.sd.names import CLIP_H, CLIP_L, PASSTHROUGH, TARGETS, VAE, unet_keys
@@ -159,7 +160,7 @@ def predict(net: nn.Module, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
 def dialects(models: Models) -> Mapping[str, Dialect]:
     """Adapter names: kohya's and PEFT's are built on diffusers' names, ComfyUI's on the single file's."""
     keys = {"denoiser": unet_keys(models.denoiser.state_dict())}
-    text = next(iter(models.encoders))
+    text = next(iter(models.encoders), "clip_l")
     kohya = {"denoiser": "lora_unet_", text: "lora_te_"}
     comfy = {"denoiser": "diffusion_model.", text: f"text_encoders.{text}.transformer."}
     peft = {"denoiser": "unet.", text: "text_encoder."}
@@ -194,5 +195,6 @@ FAMILY = Family(
         "clip_h": CLIP_TARGETS,
     },
     target_layer=target_layer,
+    block_weights=SD,
     encoder_lr_order=("clip_l", "clip_h"),
 )

@@ -15,6 +15,7 @@ from sfumato.config import FamilyOptions, LossConfig, NoiseConfig
 from sfumato.data.batch import Cond
 from sfumato.errors import UserError
 from sfumato.families.sd import family as sd
+from sfumato.families.sd.block_weights import SDXL
 from sfumato.families.sd.family import check_channels, prediction, without_old_average
 from sfumato.families.sd.network_args import block_number, target_layer
 from sfumato.families.sd.strategies import SdTokenize
@@ -192,5 +193,6 @@ FAMILY = Family(
     target_layer=target_layer,
     trainable=trainable,
     rate=rate,
+    block_weights=SDXL,
     encoder_lr_order=("clip_l", "clip_g"),
 )
