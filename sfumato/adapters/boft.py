@@ -10,11 +10,13 @@ apply a multiplier other than 1 to each turn, here it acts on the change as a wh
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from sfumato.adapters.oft import BLOCKS, OFT, RESCALE, OFTOptions
+from sfumato.adapters.base import LayerOptions
+from sfumato.adapters.oft import BLOCKS, OFT, RESCALE, RotationOptions
 from sfumato.errors import UserError
 from sfumato.formats.dialect import ALPHA, AdapterTensors
 
@@ -22,12 +24,12 @@ from sfumato.formats.dialect import ALPHA, AdapterTensors
 class BOFT(OFT):
     """`y + multiplier * (rescale * R_m ... R_1 (y - bias) - (y - bias))`."""
 
+    Options: ClassVar[type[LayerOptions]] = RotationOptions
+
     @staticmethod
-    def shape(rows: int, options: OFTOptions) -> tuple[int, ...]:
+    def shape(rows: int, options: RotationOptions) -> tuple[int, ...]:
         """(m, k, n, n), n even and k a power of 2: the largest blocks of up to `rank` rows that there are, or the
         smallest. Errors: `UserError` for an odd number of rows."""
-        if options.count_blocks:
-            raise UserError("count_blocks has no meaning for BOFT: leave it out")
         if rows % 2:
             raise UserError(f"BOFT turns pairs of rows, and a layer has {rows}: leave the layer out")
         least = rows // (rows & -rows) * 2  # the odd factor, twice
@@ -38,10 +40,10 @@ class BOFT(OFT):
         return ((count - 1).bit_count() + 1, count, size, size)
 
     @classmethod
-    def read(cls, tensors: Mapping[str, Tensor]) -> OFTOptions | None:
+    def read(cls, tensors: Mapping[str, Tensor]) -> RotationOptions | None:
         if BLOCKS not in tensors or not tensors.keys() <= {BLOCKS, RESCALE, ALPHA} or tensors[BLOCKS].ndim != 4:
             return None
-        return OFTOptions(rank=tensors[BLOCKS].shape[-1], rescaled=RESCALE in tensors)
+        return RotationOptions(rank=tensors[BLOCKS].shape[-1], rescaled=RESCALE in tensors)
 
     @staticmethod
     def turn(h: Tensor, rotations: Tensor, rows: int) -> Tensor:

@@ -28,13 +28,17 @@ _LEAST = 32
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class OFTOptions(LayerOptions):
+class RotationOptions(LayerOptions):
     """`rank` is about the size of a block."""
 
     constraint: float = 0.0
     """The norm of Q is at most this times the layer's rows; 0: no limit."""
     rescaled: bool = False
     """Train a factor per output row besides."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OFTOptions(RotationOptions):
     count_blocks: bool = False
     """network_dim is the number of blocks, as in kohya's networks.oft, not their size."""
 
@@ -48,10 +52,10 @@ class OFT(Adapter):
     Options: ClassVar[type[LayerOptions]] = OFTOptions
     supports = frozenset({"rank_dropout", "module_dropout"})
     has_alpha = False
-    options: OFTOptions
+    options: RotationOptions
     rescale: nn.Parameter | None
 
-    def __init__(self, base: nn.Module, options: OFTOptions, generator: torch.Generator) -> None:
+    def __init__(self, base: nn.Module, options: RotationOptions, generator: torch.Generator) -> None:
         super().__init__(base, options, generator)
         assert isinstance(base.weight, Tensor)
         rows, place = len(base.weight), device_of(base)
@@ -62,9 +66,9 @@ class OFT(Adapter):
         self.register_buffer(ALPHA, torch.tensor(0.0))
 
     @staticmethod
-    def shape(rows: int, options: OFTOptions) -> tuple[int, ...]:
+    def shape(rows: int, options: RotationOptions) -> tuple[int, ...]:
         """Of `oft_blocks`, for a layer of so many rows. Errors: `UserError` where that cannot be."""
-        if options.count_blocks:
+        if isinstance(options, OFTOptions) and options.count_blocks:
             if rows % options.rank:
                 raise UserError(
                     f"network_dim {options.rank}: {rows} rows of a layer do not share out over so many blocks"
@@ -79,7 +83,7 @@ class OFT(Adapter):
         return (count, size, size)
 
     @classmethod
-    def read(cls, tensors: Mapping[str, Tensor]) -> OFTOptions | None:
+    def read(cls, tensors: Mapping[str, Tensor]) -> RotationOptions | None:
         tensors = _in_one(tensors)
         if BLOCKS not in tensors or not tensors.keys() <= {BLOCKS, RESCALE, ALPHA} or tensors[BLOCKS].ndim != 3:
             return None
