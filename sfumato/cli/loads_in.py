@@ -17,8 +17,8 @@ A program loads a layer of an adapter where it knows both the layer's name and t
 before a training what each program will load of its result, the training says it after each save, and `sfumato show`
 of any adapter file: always by the keys of the file itself.
 
-`tests/families/test_loads_in.py` holds ComfyUI's column against tables of all keys that it takes, and
-`tests/parity/test_loads_in_diffusers.py` has diffusers load a file of every cell.
+`tests/families/test_loads_in.py` holds ComfyUI's column against tables of all keys of a denoiser that it takes, and
+`tests/parity/test_loads_in_diffusers.py` has diffusers load a file of every cell. The rest was read in the sources.
 """
 
 

@@ -163,6 +163,8 @@ class Names:
     """Client -> what it knows of them."""
     refused_by: tuple[str, ...] = ()
     """Clients that load nothing of a file with such names."""
+    written: bool = True
+    """Whether the dialect is written here, not only read."""
 
     def knows(self, client: str, name: str) -> bool:
         """Whether a program knows the layer of this name."""
@@ -281,7 +283,7 @@ def _better(
     components = list(dict.fromkeys(row.component for row in found))
     known: dict[str, set[str]] = {row.dialect: set() for row in found}
     for row in family:
-        if client.name in row.known_to:
+        if row.written and client.name in row.known_to:
             known.setdefault(row.dialect, set()).add(row.component)
     best = max(known, key=lambda dialect: len(known[dialect].intersection(components)), default="")
     without = tuple(component for component in components if component not in known.get(best, ()))

@@ -10,6 +10,11 @@ from sfumato.formats.clients import Names
 ALL = ("ComfyUI", "Forge", "diffusers", "A1111")
 
 
+def elsewhere(dialect: str, begins: str, *known_to: str, component: str = "denoiser") -> Names:
+    """Names that other programs write, by the pattern of how they begin."""
+    return Names(dialect=dialect, component=component, names=f"{begins}.*", known_to=known_to, written=False)
+
+
 def clip_names(component: str, number: str, folder: str, kohya: Sequence[str], encoder: str = "") -> tuple[Names, ...]:
     """The layers of a CLIP. `number`: kohya's, in `lora_te1_`; `folder`: its folder in a diffusers folder; `kohya`: who
     knows it in kohya's names; `encoder`: ComfyUI's name of it, a pattern, where that is not the component's."""

@@ -101,7 +101,7 @@ def _loads_in(found: Detected | None, shapes: Shapes) -> list[dict[str, Any]]:
     if found is None or found.kind != "adapter":
         return []
     each = loads_in(shapes, families.facts(found.family).loads_in)
-    return [{**asdict(of), "text": of.text("convert it to {} names")} for of in each]
+    return [{**asdict(of), "text": of.text("convert it with --to {}")} for of in each]
 
 
 def _headers(path: Path) -> dict[Path, Header]:

@@ -10,9 +10,11 @@ import pytest
 import torch
 from flux_checks import known_to_comfyui
 from tinies import headers
+from torch import nn
 
-from sfumato import families
+from sfumato import adapters, families
 from sfumato.adapters import files
+from sfumato.config import NetworkConfig
 from sfumato.formats.clients import CLIENTS, Loaded, Names, loads_in, runs
 from sfumato.formats.names import Rule
 from sfumato.models.meta_init import shapes
@@ -43,7 +45,14 @@ def said(version: str, dialect: str, *components: str) -> dict[str, Loaded]:
 
 # --- ComfyUI, key by key ---
 
-TABLES = ("sd1", "sdxl", "sd3.5_medium", "flux_dev", "chroma")
+TABLES = {
+    "sd-v1": "sd1",
+    "sdxl-base": "sdxl",
+    "sd3-3.5_medium": "sd3.5_medium",
+    "flux-dev": "flux_dev",
+    "chroma-chroma": "chroma",
+}
+"""Model -> ComfyUI's table of its keys."""
 
 
 def layers(version: str, dialect: str) -> Iterator[tuple[tuple[str, str], int, tuple[str, ...], Rule | None]]:
@@ -65,7 +74,7 @@ def promised(version: str, name: str) -> bool:
 @pytest.mark.parametrize("version", TABLES)
 def test_comfyui_takes_the_names_that_are_promised_and_no_others(version: str, dialect: str) -> None:
     """Each lands on its layer's weight; those of a fused layer on its rows, one slice after another."""
-    known, spoken = known_to_comfyui(version), list(layers(version, dialect))
+    known, spoken = known_to_comfyui(TABLES[version]), list(layers(version, dialect))
     # Some tables are of the denoiser alone.
     noted = {path[0] for path, _, names, _ in spoken if set(names) & known.keys()}
     assert "denoiser" in noted
@@ -82,12 +91,38 @@ def test_comfyui_takes_the_names_that_are_promised_and_no_others(version: str, d
         assert ends[-1] in (0, rows)
 
 
+@pytest.mark.parametrize("version", TABLES)
+def test_comfyui_takes_the_names_of_other_programs_that_are_promised(version: str) -> None:
+    """Built on diffusers' paths, as they build them."""
+    known = known_to_comfyui(TABLES[version])
+    rows = [row for row in names_of(version) if not row.written and row.component == "denoiser"]
+    paths = [
+        name.partition(".")[2]
+        for (component, _), _, names, _ in layers(version, "peft")
+        if component == "denoiser"
+        for name in names
+    ]
+    for row in rows:
+        begins = row.names.removesuffix(".*").replace("\\", "")
+        built = {begins + (path if begins.endswith(".") else path.replace(".", "_")) for path in paths}
+        assert (built <= known.keys()) == ("ComfyUI" in row.known_to)
+        assert all(re.fullmatch(row.names, name) for name in built)
+    assert len(rows) == 2 + (version == "sd3-3.5_medium")
+
+
+def test_a_file_of_another_program_is_to_be_converted_to_names_that_are_written() -> None:
+    tensors = {f"lora_transformer_single_transformer_blocks_{i}_proj_out.lora_up.weight": (4, 1) for i in range(20)}
+    found = {each.client: each for each in loads_in(tensors, names_of("chroma-chroma"))}
+    assert (found["ComfyUI"].loaded, found["Forge"].loaded) == (20, 0)
+    assert found["Forge"].dialect == found["diffusers"].dialect == "kohya"
+
+
 # --- the counts ---
 
 
 @pytest.mark.parametrize(
     ("version", "count", "of"),
-    [("sd1", 222, 350), ("sd2", 288, 416), ("sdxl", 492, 1052)],
+    [("sd-v1", 222, 350), ("sd-v2", 288, 416), ("sdxl-base", 492, 1052)],
     ids=lambda value: str(value),
 )
 def test_files_in_pefts_names_lack_the_attention_of_unets_in_comfyui(version: str, count: int, of: int) -> None:
@@ -104,7 +139,7 @@ def test_files_in_pefts_names_lack_the_attention_of_unets_in_comfyui(version: st
 def test_kohyas_names_load_everywhere_but_where_it_is_said(version: str) -> None:
     lacking = {
         "sd3": {"diffusers": "peft", "A1111": ""},  # without T5
-        "chroma": {},
+        "chroma-chroma": {},
         "flux": {},
     }.get(full_size.FILES[version][0], {})
     components = [name for name in full_size.models(version).nets() if name != "t5xxl"]
@@ -113,30 +148,34 @@ def test_kohyas_names_load_everywhere_but_where_it_is_said(version: str) -> None
 
 
 def test_what_is_said_of_stable_diffusion_3() -> None:
-    found = said("sd3.5_medium", "kohya")
+    found = said("sd3-3.5_medium", "kohya")
     assert found["diffusers"].text() == (
         "diffusers: none of 695 layers; it does not know denoiser, clip_l, clip_g, t5xxl in kohya names: choose --dialect "
         "peft and leave t5xxl untrained"
     )
     assert found["ComfyUI"].text() == "ComfyUI: 695 of 695 layers"
     assert (
-        said("sd3.5_medium", "kohya", "denoiser")["diffusers"].text("convert it to {}").endswith(": convert it to peft")
+        said("sd3-3.5_medium", "kohya", "denoiser")["diffusers"]
+        .text("convert it to {}")
+        .endswith(": convert it to peft")
     )
-    assert said("sd3.5_medium", "peft")["Forge"].loaded == 0
+    assert said("sd3-3.5_medium", "peft")["Forge"].loaded == 0
 
 
 def test_a_t5_stands_in_the_way_of_diffusers_where_it_takes_it_for_a_clip() -> None:
-    chroma, flux = said("chroma", "kohya")["diffusers"], said("flux_dev", "kohya")["diffusers"]
+    chroma, flux = said("chroma-chroma", "kohya")["diffusers"], said("flux-dev", "kohya")["diffusers"]
     assert chroma.text().endswith(
         "does not know t5xxl in kohya names, and then loads nothing of the file: leave t5xxl untrained"
     )
     assert (flux.loaded, flux.layers) == (304 + 72, 304 + 72 + 168)
-    assert said("chroma", "kohya", "denoiser")["diffusers"].loaded == 228
+    assert said("chroma-chroma", "kohya", "denoiser")["diffusers"].loaded == 228
 
 
 def test_programs_that_do_not_run_a_model_are_not_named() -> None:
-    assert set(said("flux_dev", "kohya")) == set(said("chroma", "kohya")) == {"ComfyUI", "Forge", "diffusers"}
-    assert [client.name for client in CLIENTS if runs(client, names_of("sdxl"))] == [client.name for client in CLIENTS]
+    assert set(said("flux-dev", "kohya")) == set(said("chroma-chroma", "kohya")) == {"ComfyUI", "Forge", "diffusers"}
+    assert [client.name for client in CLIENTS if runs(client, names_of("sdxl-base"))] == [
+        client.name for client in CLIENTS
+    ]
 
 
 # --- kinds ---
@@ -144,7 +183,7 @@ def test_programs_that_do_not_run_a_model_are_not_named() -> None:
 
 def of_kind(kind: str) -> dict[str, Loaded]:
     tensors = headers.table(f"adapter.sdxl.{kind}")
-    return {each.client: each for each in loads_in(tensors, names_of("sdxl"))}
+    return {each.client: each for each in loads_in(tensors, names_of("sdxl-base"))}
 
 
 @pytest.mark.parametrize(
@@ -189,7 +228,7 @@ ONE = "lora_unet_input_blocks_1_0_in_layers_2"
     ids=lambda value: next(iter(value)) if isinstance(value, dict) and value else "",
 )
 def test_kinds_by_their_tensors(tensors: dict[str, tuple[int, ...]], known_to: str, words: dict[str, str]) -> None:
-    found = loads_in({f"{ONE}.{leaf}": shape for leaf, shape in tensors.items()}, names_of("sdxl"))
+    found = loads_in({f"{ONE}.{leaf}": shape for leaf, shape in tensors.items()}, names_of("sdxl-base"))
     assert {each.client for each in found if each.loaded} == set(known_to.split())
     assert all(words.get(each.client, "") in each.text() for each in found)
 
@@ -200,5 +239,14 @@ def test_a_kind_that_is_not_known_ends_the_loading_of_some() -> None:
         for i in range(9)
         for leaf in ("lora_up.weight", "lora_down.weight")
     }
-    found = {each.client: each.loaded for each in loads_in(tensors, names_of("sdxl"))}
+    found = {each.client: each.loaded for each in loads_in(tensors, names_of("sdxl-base"))}
     assert found == {"ComfyUI": 9, "Forge": 9, "diffusers": 0, "A1111": 0}
+
+
+@pytest.mark.parametrize("name", adapters.kinds())
+def test_what_every_kind_writes_is_known_by_its_tensors(name: str) -> None:
+    plan = adapters.parse(NetworkConfig(network_module=name, network_dim=4))
+    adapter = plan.kind(nn.Linear(16, 16), plan.options(conv=False), torch.Generator())
+    found = loads_in({f"{ONE}.{leaf}": tuple(t.shape) for leaf, t in adapter.tensors().items()}, names_of("sdxl-base"))
+    assert not [each for each in found if "some of its tensors" in each.text()]
+    assert any(each.loaded for each in found)

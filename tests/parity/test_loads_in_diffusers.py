@@ -173,7 +173,7 @@ def filled(version: str, *components: str) -> dict[ModulePath, AdapterTensors]:
 
 @pytest.mark.parametrize(
     ("version", "pipeline", "components"),
-    [("flux_dev", FluxPipeline, ("denoiser", "clip_l")), ("chroma", ChromaPipeline, ("denoiser",))],
+    [("flux-dev", FluxPipeline, ("denoiser", "clip_l")), ("chroma-chroma", ChromaPipeline, ("denoiser",))],
     ids=["flux", "chroma"],
 )
 def test_kohyas_names_of_full_size_are_read_as_pefts(version: str, pipeline: Any, components: tuple[str, ...]) -> None:
@@ -199,13 +199,13 @@ def old_names(name: str) -> str:
 
 
 def test_t5_stands_in_the_way_of_chroma_and_is_left_out_of_flux(both: Any) -> None:
-    for family, version in (("chroma", "chroma"), ("flux", "flux_dev")):
+    for family, version in (("chroma", "chroma-chroma"), ("flux", "flux-dev")):
         models = full_size.models(version)
         t5 = files.write(models.dialects["kohya"], filled(version, "t5xxl"))
         with pytest.raises(ValueError):
             both(family).pipe.load_lora_weights(dict(t5))
         assert promise(models, t5).loaded == 0
-    whole = files.write(models.dialects["kohya"], filled("flux_dev", "denoiser", "t5xxl"))
+    whole = files.write(models.dialects["kohya"], filled("flux-dev", "denoiser", "t5xxl"))
     read = FluxPipeline.lora_state_dict(whole)
     assert promise(models, whole).loaded == 304
     assert not [name for name in read if not name.startswith("transformer.")]

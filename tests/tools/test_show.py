@@ -76,7 +76,7 @@ def test_what_other_programs_load_of_an_adapter(tmp_path: Path, keys: Callable[[
     assert found["ComfyUI"] == len(keys("adapter.sd3_medium.lora")) // 3
     assert found["diffusers"] == 0
     assert "loads in diffusers: none of" in show.text(facts)
-    assert "convert it to peft names" in show.text(facts)
+    assert "convert it with --to peft" in show.text(facts)
     assert show.describe(file_of(tmp_path / "b.safetensors", keys("sd1.single_file")))["loads_in"] == []
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from sfumato.formats.clients import Names
-from sfumato.models.shared_names import clip_names, t5_names
+from sfumato.models.shared_names import clip_names, elsewhere, t5_names
 
 _ALL = ("ComfyUI", "Forge", "diffusers")
 NATIVE = (
@@ -14,6 +14,8 @@ NATIVE = (
 LOADS_IN = (
     *NATIVE,
     Names(dialect="peft", component="denoiser", names=r"transformer\..*", known_to=_ALL),
+    elsewhere("SimpleTuner's", "lycoris_", "ComfyUI", "Forge"),
+    elsewhere("OneTrainer's", "lora_transformer_", "ComfyUI", "Forge"),
     *clip_names("clip_l", "1", "text_encoder", _ALL),
     *t5_names("3"),
 )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from sfumato.formats.clients import Names, Part
-from sfumato.models.shared_names import ALL, clip_names
+from sfumato.models.shared_names import ALL, clip_names, elsewhere
 
 # The attention's layers end in `processor.to_q` there, as diffusers wrote them in 2023.
 _NO_ATTENTION = Part(names=r"unet\.(?!.*\.to_(q|k|v|out)(\.|$)).*", lacks="attention")
@@ -17,5 +17,7 @@ UNET = (
         known_to=("diffusers",),
         partly={"ComfyUI": _NO_ATTENTION, "Forge": _NO_ATTENTION},
     ),
+    elsewhere("SimpleTuner's", "lycoris_", "ComfyUI", "Forge"),
+    elsewhere("sd-scripts' OFT", "oft_unet_", "A1111"),
 )
 LOADS_IN = (*UNET, *clip_names("text encoder", "", "text_encoder", ALL, "clip_[lh]"))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from sfumato.formats.clients import Names, Part
-from sfumato.models.shared_names import clip_names, t5_names
+from sfumato.models.shared_names import clip_names, elsewhere, t5_names
 
 _COMFY = ("ComfyUI", "Forge")
 # A1111 runs 3 medium alone. It asks each key for two dots, which `alpha` of a kohya name has not.
@@ -21,6 +21,9 @@ LOADS_IN = (
         known_to=("ComfyUI", "diffusers"),
         partly={"A1111": _ATTENTION},
     ),
+    elsewhere("SimpleTuner's", "lycoris_", "ComfyUI"),
+    elsewhere("OneTrainer's", "lora_transformer_", "ComfyUI"),
+    elsewhere("PEFT's own", r"base_model\.model\.", "ComfyUI"),
     *clip_names("clip_l", "1", "text_encoder", _COMFY),
     *clip_names("clip_g", "2", "text_encoder_2", _COMFY),
     *t5_names("3"),
