@@ -8,7 +8,7 @@ loaded where a program knows both its name and all kinds of tensors that it has.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 Shape = tuple[int, ...]
@@ -88,6 +88,7 @@ class Client:
 
 
 _ROWS = "divides by the norm of the layer before the change, so that its effect is a little stronger or weaker"
+_CONSTRAINT = "takes an alpha above 0 for the constraint as it is"
 _DROPS = "drops the magnitudes of DoRA"
 _ALIKE = dict.fromkeys(("lora", "dora", "loha", "lokr", "glora", "diff"), "")
 """What programs with LyCORIS' kinds take."""
@@ -98,8 +99,8 @@ CLIENTS = (
         kinds={
             **_ALIKE,
             "dora_rows": _ROWS,
-            "oft": "takes alpha itself for the constraint, leaves rescale out, and squares a strength other than 1.0",
-            "boft": "takes alpha itself for the constraint, and leaves a layer without alpha out",
+            "oft": f"squares a strength other than 1.0, leaves rescale out, and {_CONSTRAINT}",
+            "boft": f"leaves a layer without alpha out, and {_CONSTRAINT}",
         },
         misreads={"dora_peft": f"{_DROPS}, which it knows in kohya's names"},
     ),
@@ -154,7 +155,7 @@ class Names:
 
     dialect: str
     component: str
-    """In words that are the same for all dialects: "denoiser", "T5"."""
+    """In words that are the same for all dialects: "denoiser", "t5xxl"."""
     names: str
     """Pattern of the names of layers, without what follows for the tensor."""
     known_to: tuple[str, ...] = ()
@@ -230,31 +231,32 @@ def _loaded(
         for name, (kinds, _) in layers.items()
     }
     lost = nameless | {name for name, kinds in strange.items() if kinds}
-    unknown_kinds = frozenset[str]().union(*strange.values())
     whole = (
         any(row and client.name in row.refused_by for row in rows.values())
         or (client.stops and any(strange[name] - client.misreads.keys() for name in lost - nameless))
         or sum(layers[name][1] for name in lost) > client.tolerates
     )
-    why = [*_unknown_names(client, [row for row in family if any(rows[name] is row for name in nameless)])]
-    why += ["does not know some names"] if any(rows[name] is None for name in nameless) else []
-    why += [*_unknown_kinds(client, unknown_kinds)]
+    loaded = [] if whole else [name for name in layers if name not in lost]
+    unknown_kinds = frozenset[str]().union(*strange.values())
+    why = [*_unknown_names(client, [rows[name] for name in nameless], family), *_unknown_kinds(client, unknown_kinds)]
     if whole and len(lost) < len(layers):
         why.append("and then loads nothing of the file")
-    found = [row for row in family if any(each is row for each in rows.values())]
     helps = nameless and not unknown_kinds
-    dialect, without = _better(client, found, family, whole) if helps else ("", ())
+    dialect, without = _better(client, _among(rows.values(), family), family, whole) if helps else ("", ())
     return Loaded(
         client=client.name,
-        loaded=0 if whole else len(layers) - len(lost),
+        loaded=len(loaded),
         layers=len(layers),
         why=tuple(why),
         dialect=dialect,
         without=without,
-        remarks=()
-        if whole
-        else tuple(_remarks(client, frozenset[str]().union(*(kinds for kinds, _ in layers.values())))),
+        remarks=tuple(_remarks(client, frozenset[str]().union(*(layers[name][0] for name in loaded)))),
     )
+
+
+def _among(rows: Collection[Names | None], family: Sequence[Names]) -> list[Names]:
+    """Those of a family's records that are among these, in their order."""
+    return [row for row in family if any(row is each for each in rows)]
 
 
 def _unknown_kinds(client: Client, kinds: frozenset[str]) -> Iterator[str]:
@@ -263,14 +265,16 @@ def _unknown_kinds(client: Client, kinds: frozenset[str]) -> Iterator[str]:
         yield client.misreads.get(kind) or f"does not know {title}"
 
 
-def _unknown_names(client: Client, rows: Iterable[Names]) -> Iterator[str]:
+def _unknown_names(client: Client, rows: Collection[Names | None], family: Sequence[Names]) -> Iterator[str]:
     """What a program does not know of these: parts of components, and whole components, by dialect."""
     dialects: dict[str, list[str]] = {}
-    for row in rows:
+    for row in _among(rows, family):
         part = row.partly.get(client.name)
         dialects.setdefault(row.dialect, []).append(f"the {part.lacks} of {row.component}" if part else row.component)
     for dialect, components in dialects.items():
         yield f"does not know {', '.join(components)} in {dialect} names"
+    if None in rows:
+        yield "does not know some names"
 
 
 def _better(

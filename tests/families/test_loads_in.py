@@ -207,9 +207,9 @@ ONE = "lora_unet_input_blocks_1_0_in_layers_2"
         (
             {"oft_blocks": (4, 8, 8), "alpha": ()},
             "ComfyUI A1111",
-            {"ComfyUI": "OFT: it takes alpha itself", "Forge": "does not know OFT"},
+            {"ComfyUI": "OFT: it squares a strength", "Forge": "does not know OFT"},
         ),
-        ({"oft_blocks": (2, 4, 8, 8)}, "ComfyUI A1111", {"ComfyUI": "BOFT: it takes alpha itself"}),
+        ({"oft_blocks": (2, 4, 8, 8)}, "ComfyUI A1111", {"ComfyUI": "BOFT: it leaves a layer without alpha out"}),
         ({"weight": (8,), "on_input": (1,)}, "A1111", {"ComfyUI": r"does not know (IA)3"}),
         ({"diff": (8, 8)}, "ComfyUI Forge A1111", {}),
         (
