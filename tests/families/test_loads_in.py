@@ -10,6 +10,7 @@ import pytest
 import torch
 from flux_checks import known_to_comfyui
 from tinies import headers
+from tinies.cases import modules
 from torch import nn
 
 from sfumato import adapters, families
@@ -46,11 +47,9 @@ def said(version: str, dialect: str, *components: str) -> dict[str, Loaded]:
 # --- ComfyUI, key by key ---
 
 TABLES = {
-    "sd-v1": "sd1",
-    "sdxl-base": "sdxl",
-    "sd3-3.5_medium": "sd3.5_medium",
-    "flux-dev": "flux_dev",
-    "chroma-chroma": "chroma",
+    f"{module.CASES[0].family}-{variant}": table
+    for module in modules()
+    for variant, table in getattr(module, "COMFYUI", {}).items()
 }
 """Model -> ComfyUI's table of its keys."""
 
@@ -135,13 +134,16 @@ def test_files_in_pefts_names_lack_the_attention_of_unets_in_comfyui(version: st
     assert (found["Forge"].loaded, found["A1111"].loaded) == (0, 0)
 
 
-@pytest.mark.parametrize("version", full_size.FILES)
-def test_kohyas_names_load_everywhere_but_where_it_is_said(version: str) -> None:
-    lacking = {
-        "sd3": {"diffusers": "peft", "A1111": ""},  # without T5
-        "chroma-chroma": {},
-        "flux": {},
-    }.get(full_size.FILES[version][0], {})
+@pytest.mark.parametrize(
+    ("version", "lacking"),
+    [
+        *((version, {}) for version in ("sd-v1", "sd-v2", "sdxl-base", "flux-dev", "chroma-chroma")),
+        *((f"sd3-{variant}", {"diffusers": "peft", "A1111": ""}) for variant in ("3_medium", "3.5_medium")),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_kohyas_names_load_everywhere_but_where_it_is_said(version: str, lacking: dict[str, str]) -> None:
+    """But for a T5. `lacking`: program -> the dialect that it is said to take in place of kohya's."""
     components = [name for name in full_size.models(version).nets() if name != "t5xxl"]
     found = said(version, "kohya", *components)
     assert {name: each.dialect for name, each in found.items() if each.loaded < each.layers} == lacking

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -16,7 +17,7 @@ from diffusers import ChromaPipeline, FluxPipeline
 from tinies.cases import Case, cases
 from torch import Tensor, nn
 
-from sfumato import families
+from sfumato import adapters, families
 from sfumato.adapters import files, parse
 from sfumato.adapters.insert import AdapterNetwork, TargetLayer, choose
 from sfumato.config import LossConfig, NetworkConfig, NoiseConfig
@@ -92,11 +93,11 @@ def one_of_each(chosen: list[TargetLayer]) -> list[TargetLayer]:
     return list({re.sub(r"\d+", "#", target.path): target for target in reversed(chosen)}.values())
 
 
-def inserted(models: Models, kind: str, *components: str) -> AdapterNetwork:
+def inserted(models: Models, kind: str, *components: str, rank: int = 2) -> AdapterNetwork:
     """Adapters with values, at work, on a layer of each place that they go on."""
     family, nets = models.family, models.nets()
-    args = ("conv_dim=1",) if "conv" in family.targets["denoiser"] else ()
-    network = NetworkConfig(network_module=kind, network_dim=2, network_alpha=1.0, network_args=args)
+    args = (f"conv_dim={rank}",) if "conv" in family.targets["denoiser"] else ()
+    network = NetworkConfig(network_module=kind, network_dim=rank, network_alpha=1.0, network_args=args)
     plan = parse(network, families.facts(family.name).network_args)
     layer = partial(family.target_layer, models.options, plan)
     chosen = {name: one_of_each(choose(nets[name], name, family.targets[name], plan, layer)) for name in components}
@@ -153,6 +154,21 @@ def test_diffusers_loads_what_is_promised(both: Any, cell: tuple[str, str, str])
     else:
         assert refused or count == 0
         torch.testing.assert_close(found, here.plain, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["sd", "sd3"])
+def test_other_kinds_are_refused_or_change_nothing(both: Any, family: str) -> None:
+    here: Both = both(family)
+    for kind in set(adapters.kinds()) - {"lora", "dora"}:
+        held = inserted(here.models, kind, "denoiser", rank=4)
+        held.remove()
+        tensors = {
+            name: t.detach().clone() for name, t in files.write(here.models.dialects["kohya"], held.state()).items()
+        }
+        assert promise(here.models, tensors).loaded == 0
+        with suppress(ValueError):
+            here.pipe.load_lora_weights(dict(tensors), adapter_name="ours")
+        assert adapted_layers(here.pipe) == 0
 
 
 # --- kohya's names of FLUX.1 and Chroma ---

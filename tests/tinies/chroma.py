@@ -137,6 +137,8 @@ CASES = (
 
 USUAL = {"chroma": lambda: headers.under(headers.NET, headers.transformer("chroma")) | headers.text("t5xxl")}
 """The models that people have, for `tests/usual_models.py`: variant -> the tensors of a single file."""
+COMFYUI = {"chroma": "chroma"}
+"""Variant -> ComfyUI's table of its adapters' keys, `fixtures/comfy.*`."""
 
 HEADERS: headers.Headers = {
     "chroma": (lambda: headers.transformer("chroma"), "chroma checkpoint ", "denoiser"),

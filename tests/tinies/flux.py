@@ -193,6 +193,8 @@ CASES = (
 
 USUAL = {"dev": lambda: headers.comfy("flux_dev")}
 """The models that people have, for `tests/usual_models.py`: variant -> the tensors of a single file."""
+COMFYUI = {"dev": "flux_dev"}
+"""Variant -> ComfyUI's table of its adapters' keys, `fixtures/comfy.*`."""
 
 HEADERS: headers.Headers = {
     "flux dev": (lambda: headers.transformer("flux_dev"), "flux checkpoint dev", "denoiser"),

@@ -58,6 +58,8 @@ CASES = tuple(
 
 USUAL = {"v1": lambda: headers.sd(1), "v2": lambda: headers.sd(2)}
 """The models that people have, for `tests/usual_models.py`: variant -> the tensors of a single file."""
+COMFYUI = {"v1": "sd1"}
+"""Variant -> ComfyUI's table of its adapters' keys, `fixtures/comfy.*`."""
 
 HEADERS: headers.Headers = {
     "sd1": (lambda: headers.sd(1), "sd checkpoint v1", headers.WHOLE),

@@ -242,6 +242,8 @@ USUAL = {
     for kind in ("3_medium", "3.5_medium", "3.5_large")
 }
 """The models that people have, for `tests/usual_models.py`: variant -> the tensors of a single file."""
+COMFYUI = {"3.5_medium": "sd3.5_medium"}
+"""Variant -> ComfyUI's table of its adapters' keys, `fixtures/comfy.*`."""
 
 HEADERS: headers.Headers = {
     "sd3 medium": (lambda: headers.sd3("sd3_medium"), "sd3 checkpoint medium", "denoiser, vae"),

@@ -170,6 +170,8 @@ CASES = (
 
 USUAL = {"base": lambda: headers.table("sdxl.single_file")}
 """The models that people have, for `tests/usual_models.py`: variant -> the tensors of a single file."""
+COMFYUI = {"base": "sdxl"}
+"""Variant -> ComfyUI's table of its adapters' keys, `fixtures/comfy.*`."""
 
 HEADERS: headers.Headers = {
     "sdxl": (lambda: headers.table("sdxl.single_file"), "sdxl checkpoint ", headers.WHOLE),
