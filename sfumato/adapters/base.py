@@ -233,7 +233,7 @@ class Adapter(nn.Module):
     def fold_alpha(cls, tensors: AdapterTensors) -> AdapterTensors:
         """The tensors without alpha, its effect multiplied into the others (PEFT). Errors: `UserError` if that has no
         exact form."""
-        raise UserError(f"these names hold LoRA alone, not {cls.__name__}; save with --dialect kohya")
+        raise UserError(f"PEFT's names have no place for {cls.__name__}; choose kohya or comfy")
 
     # What subclasses use.
 
@@ -406,8 +406,8 @@ def peft_magnitude(magnitude: Tensor) -> Tensor:
     magnitudes by input column."""
     if not _on_out(magnitude):
         raise UserError(
-            "DoRA with magnitudes by input column (wd_on_out=False) has no place in these names; save with --dialect "
-            "kohya"
+            "PEFT's names have no place for DoRA with magnitudes by input column (wd_on_out=False); choose kohya or "
+            "comfy"
         )
     return magnitude.flatten() if magnitude.ndim == 2 else magnitude.transpose(0, 1)
 

@@ -55,7 +55,13 @@ def read(
     layers that have no exact form from their pieces; None: they are refused. Errors: `UserError` listing the keys that
     name no layer, with the nearest names.
     """
-    spellings = Spellings(dialects, paths)
+    return read_as(Spellings(dialects, paths), tensors, inexact)
+
+
+def read_as(
+    spellings: Spellings, tensors: Mapping[str, Tensor], inexact: Inexact | None = None
+) -> dict[ModulePath, AdapterTensors]:
+    """`read`, for several files of one model."""
     found: dict[ModulePath, tuple[Rule | None, dict[int, AdapterTensors]]] = {}
     strange = []
     for key, named in spellings.claimed(tensors):

@@ -18,7 +18,7 @@ from sfumato.adapters import from_tensors
 from sfumato.adapters.base import Adapter
 from sfumato.errors import Mistakes, UserError, nearest
 from sfumato.families import detect
-from sfumato.formats import adapter_metadata
+from sfumato.formats import adapter_metadata, files
 from sfumato.formats.adapter_check import check_adapter
 from sfumato.formats.dialect import AdapterTensors, Dialect, ModulePath
 from sfumato.formats.names import Rule
@@ -43,6 +43,8 @@ class Outline:
     layers: Mapping[ModulePath, tuple[int, ...]]
     """Layer -> shape of its weight."""
     dialects: Mapping[str, Dialect]
+    spellings: Spellings
+    """The layers by every name that programs give them."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,17 +87,20 @@ def read(
 def read_like(path: str | Path, outline: Outline) -> tuple[AdapterFile, list[str]]:
     """An adapter file as one for the same model, whatever its shapes; and the keys that name no layer of it."""
     file, tensors, metadata, left_out = _opened(path)
-    spellings = Spellings(outline.dialects.values(), outline.layers)
-    strange = [key for key, named in spellings.claimed(tensors) if named is None]
-    state = adapter_files.read(
-        outline.dialects.values(), {key: t for key, t in tensors.items() if key not in set(strange)}, outline.layers
-    )
+    strange = [key for key, named in outline.spellings.claimed(tensors) if named is None]
+    claimed = {key: t for key, t in tensors.items() if key not in set(strange)}
+    state = adapter_files.read_as(outline.spellings, claimed)
     return AdapterFile(path=file, outline=outline, state=state, metadata=metadata, left_out=left_out), strange
 
 
 def _opened(path: str | Path) -> tuple[Path, dict[str, Tensor], dict[str, str], dict[str, str]]:
     """(file, tensors of layers, metadata, keys that belong to no adapter -> what they are)"""
     file = _file(Path(path).expanduser())
+    header = files.read_header(file)
+    found = detect.identify({name: info.shape for name, info in header.tensors.items()}, header.metadata)
+    if found and found.kind != "adapter":
+        what = detect.CALLED.get(found.kind, "a base model").partition(",")[0]
+        raise UserError(f"{file} is {what}, not an adapter (such as a LoRA)")
     tensors, metadata = adapter_metadata.load(file)
     left_out = {key: what for key in tensors for start, what in NOT_OF_LAYERS.items() if key.startswith(start)}
     return file, {key: t for key, t in tensors.items() if key not in left_out}, metadata, left_out
@@ -148,8 +153,13 @@ def _usual(family: str, variant: str) -> Outline:
 
 
 def _outline(family: Family, variant: str, parts: Mapping[str, Shapes]) -> Outline:
+    layers, dialects = reference.layers(parts), reference.dialects(family, parts)
     return Outline(
-        family=family, variant=variant, layers=reference.layers(parts), dialects=reference.dialects(family, parts)
+        family=family,
+        variant=variant,
+        layers=layers,
+        dialects=dialects,
+        spellings=Spellings(dialects.values(), layers),
     )
 
 
@@ -174,9 +184,6 @@ def _outlines(
         return [_outline(theirs, Path(model).name, {**usual, **parts})]
     shapes = {key: tuple(t.shape) for key, t in tensors.items()}
     detected = detect.identify(shapes, metadata)
-    if detected and detected.kind != "adapter":
-        what = detect.CALLED.get(detected.kind, "a base model").partition(",")[0]
-        raise UserError(f"{file} is {what}, not an adapter (such as a LoRA)")
     family = family or (detected.family if detected else None)
     if family is None:
         return _by_names(file, shapes, tensors, metadata)
@@ -216,8 +223,7 @@ def _by_names(file: Path, shapes: Shapes, tensors: Mapping[str, Tensor], metadat
 
 def _unclaimed(tensors: Mapping[str, Tensor], outline: Outline) -> int:
     """How many keys name no layer of a model."""
-    spellings = Spellings(outline.dialects.values(), outline.layers)
-    return sum(named is None for _, named in spellings.claimed(tensors))
+    return sum(named is None for _, named in outline.spellings.claimed(tensors))
 
 
 def _read(
@@ -229,7 +235,7 @@ def _read(
         assert inexact is not None
         return inexact(path, pieces, rule, outline.layers[path])
 
-    state = adapter_files.read(outline.dialects.values(), tensors, outline.layers, near if inexact else None)
+    state = adapter_files.read_as(outline.spellings, tensors, near if inexact else None)
     _check_shapes(state, outline)
     return state
 

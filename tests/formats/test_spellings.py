@@ -81,8 +81,7 @@ LEAVES = {"lora_up.weight", "lora_down.weight", "lora_A.weight", "lora_B.weight"
 
 @cache
 def spellings(family: str) -> Spellings:
-    outline = usual_outlines(family)[0]
-    return Spellings(outline.dialects.values(), outline.layers)
+    return usual_outlines(family)[0].spellings
 
 
 @pytest.mark.parametrize("program", THEIRS)
@@ -99,7 +98,7 @@ def test_names_of_other_programs(program: str) -> None:
 def test_a_name_stands_for_one_layer_however_it_is_joined(family: str) -> None:
     """All layers of the usual models of all families: no name of one program is another layer's of another."""
     for outline in usual_outlines(family):
-        known = Spellings(outline.dialects.values(), outline.layers)
+        known = outline.spellings
         stands_for: dict[str, tuple[ModulePath, int]] = {}
         for dialect in outline.dialects.values():
             for path in filter(dialect.holds, outline.layers):

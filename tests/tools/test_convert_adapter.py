@@ -1,214 +1,122 @@
-"""Adapters between the names of programs: exact or refused, for every kind; `docs/conversions.md` is what these tests find.
-
-`python tests/tools/test_convert_adapter.py` writes the page anew.
-"""
+"""Adapters between the names of programs: exact or refused, for every kind."""
 
 from __future__ import annotations
 
-import sys
-import tempfile
-from collections.abc import Iterator, Mapping
-from dataclasses import fields
-from functools import cache
 from pathlib import Path
-from typing import Any, NamedTuple
-
-if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).parents[1]))
+from typing import Any
 
 import pytest
 import torch
-from tinies import flux, sdxl
-from torch import Tensor
+from conversions import PAGE, a_file, cells, model, page
 
-from sfumato import adapters
 from sfumato.adapters import files as adapter_files
-from sfumato.adapters.base import Adapter
 from sfumato.errors import UserError
 from sfumato.formats import files
-from sfumato.formats.dialect import ALPHA, AdapterTensors, ModulePath
+from sfumato.formats.metadata import hashes
 from sfumato.tools import adapter_file
-from sfumato.tools.convert_adapter import convert
+from sfumato.tools.convert_adapter import Nearest, change, convert
 from sfumato.tools.verify import verify
 
-PAGE = Path(__file__).parents[2] / "docs" / "conversions.md"
-LAYERS: Mapping[str, tuple[ModulePath, ...]] = {
-    "flux": tuple(
-        ("denoiser", path)
-        for path in (
-            "double_blocks.0.img_attn.qkv",  # q, k and v of equal rows
-            "double_blocks.0.img_mlp.0",
-            "single_blocks.0.linear1",  # q, k, v and the two-layer net, of other rows
-            "final_layer.adaLN_modulation.1",  # rows change places
-        )
-    ),
-    "sdxl": (
-        ("denoiser", "input_blocks.4.1.transformer_blocks.0.attn1.to_q"),
-        ("denoiser", "input_blocks.4.0.in_layers.2"),  # a 3x3 convolution
-        ("clip_l", "text_model.encoder.layers.0.self_attn.q_proj"),
-    ),
-}
-WAYS = (
-    ("sdxl", "kohya", "comfy"),
-    ("sdxl", "kohya", "diffusers"),
-    ("sdxl", "diffusers", "lycoris"),
-    ("flux", "comfy", "kohya"),
-    ("flux", "kohya", "diffusers"),
-    ("flux", "diffusers", "comfy"),
-)
-"""Family, from, to."""
+
+def test_the_page_says_what_is_found(tmp_path: Path) -> None:
+    """docs/conversions.md: a row for every form that a kind's files have."""
+    assert PAGE.read_text(encoding="utf-8") == page(cells(tmp_path)), "write it anew: python tests/conversions.py"
 
 
-class Form(NamedTuple):
-    """A form that files of a kind have."""
-
-    title: str
-    kind: type[Adapter]
-    options: Mapping[str, Any]
-    ranks: tuple[int, ...] = (2,)
-    """Of one layer, or piece of a layer, after the other, again and again."""
-    alpha: bool = True
+# --- files ---
 
 
-@cache
-def model(family: str) -> Path:
-    """A tiny model's denoiser and, of SDXL, all the rest."""
-    folder = Path(tempfile.mkdtemp(prefix="sfumato-"))
-    return {"flux": lambda: flux.write(True, folder), "sdxl": lambda: sdxl.write(folder)}[family]().model
+def test_metadata_stay_and_hashes_are_new(tmp_path: Path) -> None:
+    """But for diffusers' config: its alphas stand in the tensors now, and would act twice."""
+    config = '{"transformer.r": 2, "transformer.lora_alpha": 6}'
+    given = {"ss_network_dim": "2", "sshs_model_hash": "old", "lora_adapter_metadata": config, "author": "me"}
+    one = a_file(tmp_path / "one.safetensors", dialect="diffusers", **given)
+    found = convert(one, tmp_path / "other.safetensors", "kohya", model=str(model("flux")))
+    header = files.read_header(tmp_path / "other.safetensors")
+    tensors = files.load(tmp_path / "other.safetensors")
+    without = {"ss_network_dim": "2", "author": "me"}
+    assert dict(header.metadata) == {**without, **hashes(tensors, without)}
+    assert (found.layers, found.keys_in, found.keys_out) == (4, 2 * 9, 3 * 4)
+    assert tensors["lora_unet_double_blocks_0_img_mlp_0.alpha"] == 6
 
 
-@cache
-def outline(family: str) -> adapter_file.Outline:
-    (found,) = adapter_file._outlines(Path(), {}, {}, None, str(model(family)))
-    return found
+def test_what_is_not_of_a_layer_is_listed(tmp_path: Path) -> None:
+    one = a_file(tmp_path / "one.safetensors")
+    files.save(one, {**files.load(one), "bundle_emb.cat.clip_l": torch.zeros(2, 8)}, {})
+    found = convert(one, tmp_path / "other.safetensors", "comfy", model=str(model("flux")))
+    assert list(found.left_out) == ["bundle_emb.cat.clip_l"]
+    assert found.keys_in == found.keys_out + 1
+    files.save(one, {**files.load(one), "lora_unet_double_blocks_0_img_mlp_1.alpha": torch.zeros(())}, {})
+    with pytest.raises(UserError, match="1 of 13 keys of the adapter name no layer"):
+        convert(one, tmp_path / "other.safetensors", "comfy", model=str(model("flux")))
 
 
-def forms() -> Iterator[Form]:
-    """Every kind with files of its own, in every form that one of its switches gives to them."""
-    seen = set()
-    for name in adapters.kinds():
-        kind = adapters.kind(name)
-        if "read" not in vars(kind):
-            continue  # its files are its parent's
-        switches: list[dict[str, Any]] = [{}]
-        for field in fields(kind.Options):
-            if field.type == "bool":
-                switches.append({field.name: not field.default})
-                if field.name == "dora_wd":
-                    switches.append({"dora_wd": True, "wd_on_out": False})
-        for options in switches:
-            form = Form(", ".join([name, *(f"{k}={v}" for k, v in options.items())]), kind, options)
-            made = {leaf: t.shape for path in LAYERS["sdxl"] for leaf, t in tensors_of(form, "sdxl", path).items()}
-            if (look := (kind, *sorted((k, tuple(v)) for k, v in made.items()))) not in seen:
-                seen.add(look)
-                yield form
-        if name == "lora":
-            yield Form("lora, mixed ranks", kind, {}, ranks=(2, 3, 1))
-            yield Form("lora, no alpha", kind, {}, alpha=False)
+@pytest.mark.parametrize(("dtype", "verdict"), [("bf16", "exact up to bfloat16"), ("fp16", "exact up to float16")])
+def test_number_formats(tmp_path: Path, dtype: str, verdict: str) -> None:
+    one = a_file(tmp_path / "one.safetensors")
+    convert(one, tmp_path / "other.safetensors", "diffusers", model=str(model("flux")), dtype=dtype)
+    found = verify(one, tmp_path / "other.safetensors", model=str(model("flux")))
+    assert (found.same, found.verdict) == (True, verdict)
 
 
-def tensors_of(form: Form, family: str, path: ModulePath, rows: int | None = None, at: int = 0) -> AdapterTensors:
-    """An adapter of a layer, or of a piece of so many rows, away from its start."""
-    shape = outline(family).layers[path]
-    g = torch.Generator().manual_seed(at)
-    weight = 0.1 * torch.randn(rows or shape[0], *shape[1:], generator=g)
-    options = form.kind.Options(rank=form.ranks[at % len(form.ranks)], alpha=1.0, **form.options)
-    adapter = form.kind(adapter_file._layer(weight), options, g)
-    with torch.no_grad():
-        for p in adapter.parameters():
-            p.add_(0.1 * torch.randn(p.shape, generator=g))
-    tensors = adapter.tensors()
-    return tensors if form.alpha else {leaf: t for leaf, t in tensors.items() if leaf != ALPHA}
-
-
-def written(form: Form, family: str, dialect_name: str) -> dict[str, Tensor]:
-    """A file as a program with these names trains it: of a layer that it has in pieces, an adapter each. Errors:
-    `UserError` if the names cannot hold the kind."""
-    dialect = outline(family).dialects[dialect_name]
-    out: dict[str, Tensor] = {}
-    for at, path in enumerate(LAYERS[family]):
-        names, rule = dialect.names(path)
-        if len(names) == 1:
-            out |= adapter_files.write(dialect, {path: tensors_of(form, family, path, at=at)})
-            continue
-        shape = outline(family).layers[path]
-        assert rule is not None
-        rows = rule.rows or (shape[0] // len(names),) * len(names)
-        for i, (name, n) in enumerate(zip(names, rows, strict=True)):
-            tensors = form.kind.fold_alpha(tensors_of(form, family, path, n, at + i))
-            out |= {f"{name}.{dialect.tensor_names.get(leaf, leaf)}": t for leaf, t in tensors.items()}
-    return out
-
-
-def cell(form: Form, way: tuple[str, str, str], folder: Path) -> str:
-    """ "exact", or why not. What is written has the same effect, which `verify` finds."""
-    family, source, to = way
-    one, other = folder / "one.safetensors", folder / "other.safetensors"
-    try:
-        files.save(one, written(form, family, source), {})
-    except UserError as error:
-        return reason(error)
-    try:
-        convert(one, other, to, model=str(model(family)))
-    except UserError as error:
-        assert not other.exists()
-        return reason(error)
-    found = verify(one, other, model=str(model(family)))
-    other.unlink()
-    assert found.same, found.differences
-    return found.verdict
-
-
-def reason(error: UserError) -> str:
-    """Without the layer's name, which comes first in a message."""
-    text = error.messages[0].removeprefix(f"{error.messages[0].split('.safetensors: ')[0]}.safetensors: ")
-    return text.rpartition(": ")[2] if ": " in text else text
-
-
-FORMS = tuple(forms())
-
-
-@pytest.fixture(scope="module")
-def table(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, tuple[str, str, str]], str]:
-    folder = tmp_path_factory.mktemp("table")
-    return {(form.title, way): cell(form, way, folder) for form in FORMS for way in WAYS}
-
-
-def page(table: Mapping[tuple[str, tuple[str, str, str]], str]) -> str:
-    """The page of the docs."""
-    reasons: dict[str, int] = {}
-
-    def said(text: str) -> str:
-        return text if text == "exact" else f"refused [{reasons.setdefault(text, len(reasons) + 1)}]"
-
-    heads = [f"{source} to {to} ({family})" for family, source, to in WAYS]
-    lines = [f"| {' | '.join(['kind', *heads])} |", "|---" * (len(heads) + 1) + "|"]
-    lines += [f"| {' | '.join([form.title, *(said(table[form.title, way]) for way in WAYS)])} |" for form in FORMS]
-    return "\n".join(
-        [
-            "# Conversions of adapters",
-            "",
-            "What `sfumato convert IN OUT --to kohya|comfy|diffusers|lycoris` does with each kind of adapter. Made and",
-            "kept by `tests/tools/test_convert_adapter.py`: each cell was converted and verified on tiny models.",
-            "",
-            "`lycoris` is kohya's names, which A1111, ComfyUI and `lycoris.kohya` read. SDXL stands for models whose layers",
-            "are the same in diffusers, FLUX.1 for those whose q, k and v are one layer in kohya's and ComfyUI's names and",
-            "several in diffusers'. `exact`: the same change of every weight, within 2e-6 of its norm. What is refused may",
-            "be had as a LoRA that is near to it: `--rank N`, with the error stated.",
-            "",
-            *lines,
-            "",
-            *(f"{n}. {text}" for text, n in reasons.items()),
-            "",
-        ]
+@pytest.mark.parametrize(("source", "to"), [("kohya", "diffusers"), ("diffusers", "comfy")])
+def test_what_has_no_exact_form_becomes_a_lora_with_a_stated_error(tmp_path: Path, source: str, to: str) -> None:
+    """The error that is stated is the error that is there; at the full rank there is none."""
+    one, other = a_file(tmp_path / "one.safetensors", "lokr", dialect=source), tmp_path / "other.safetensors"
+    found = convert(one, other, to, model=str(model("flux")), rank=4)
+    assert set(found.errors) == {"denoiser.single_blocks.0.linear1"} | (
+        {"denoiser.double_blocks.0.img_attn.qkv"} if source == "diffusers" else set()
     )
+    read = [adapter_file.read(p, model=str(model("flux")), inexact=Nearest(1000).joined) for p in (one, other)]
+    for layer, error in found.errors.items():
+        path = ("denoiser", layer.removeprefix("denoiser."))
+        a, b = (change(path, file.state[path], file.outline.layers[path]) for file in read)
+        assert float((a - b).norm() / a.norm()) == pytest.approx(error, rel=1e-3)
+        assert 0 < error < 0.9
+    assert max(convert(one, other, to, model=str(model("flux")), rank=1000).errors.values(), default=0) < 1e-6
 
 
-def test_the_page_says_what_is_found(table: dict[tuple[str, tuple[str, str, str]], str]) -> None:
-    assert PAGE.read_text(encoding="utf-8") == page(table), f"write it anew: python {Path(__file__).name}"
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"to": "khoya"}, "--to khoya: expected kohya, comfy, peft, lycoris, diffusers; did you mean 'kohya'"),
+        ({"dtype": "fp8"}, "--dtype fp8: expected"),
+        ({"rank": 0}, "--rank 0: expected 1 or more"),
+        ({"family": "fluxx"}, "--family fluxx: known are .*; did you mean 'flux'"),
+        ({"model": None}, r"it was read as an adapter for FLUX.1 \(dev\); if it is for a model of other sizes"),
+    ],
+)
+def test_mistakes(tmp_path: Path, given: dict[str, Any], message: str) -> None:
+    one = a_file(tmp_path / "one.safetensors")
+    with pytest.raises(UserError, match=message):
+        convert(one, tmp_path / "two.safetensors", **{"to": "comfy", "model": str(model("flux")), **given})
+    assert not (tmp_path / "two.safetensors").exists()
 
 
-if __name__ == "__main__":
-    with tempfile.TemporaryDirectory() as where:
-        made = {(form.title, way): cell(form, way, Path(where)) for form in FORMS for way in WAYS}
-    PAGE.write_text(page(made), encoding="utf-8")
+# --- real sizes, and which model a file is for ---
+
+
+@pytest.mark.parametrize(
+    ("name", "family", "variant"),
+    [
+        ("adapter.sd1.lora", "sd", "v1"),
+        ("adapter.sdxl.locon", "sdxl", "base"),
+        ("adapter.flux.lora", "flux", "dev"),
+        ("adapter.sd3_medium.lora", "sd3", "3_medium"),
+    ],
+)
+def test_a_files_model_is_found_without_one(tmp_path: Path, keys: Any, name: str, family: str, variant: str) -> None:
+    """The tables of real files; of each a few layers, to be quick. Under names that no family's signature knows, too."""
+    table = keys(name)
+    layers = sorted({key.partition(".")[0] for key in table})[::40]
+    tensors = {k: torch.ones(s) for k, s in table.items() if k.partition(".")[0] in layers}
+    files.save(tmp_path / "one.safetensors", tensors, {})
+    first = adapter_file.read(tmp_path / "one.safetensors")
+    assert (first.outline.family.name, first.outline.variant) == (family, variant)
+    peft = first.outline.dialects["peft"]
+    state = {path: t for path, t in first.state.items() if path[0] == "denoiser"}
+    theirs = {f"base_model.model.{k.split('.', 1)[1]}": t for k, t in adapter_files.write(peft, state).items()}
+    files.save(tmp_path / "two.safetensors", theirs, {})
+    second = adapter_file.read(tmp_path / "two.safetensors")
+    assert second.outline.family.name == family
+    assert second.state.keys() == state.keys()
