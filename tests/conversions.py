@@ -102,12 +102,12 @@ def forms() -> Iterator[Form]:
                     switches.append({"dora_wd": True, "wd_on_out": False})
         for options in switches:
             form = Form(", ".join([name, *(f"{k}={v}" for k, v in options.items())]), kind, options)
-            made = {
-                f"{path[1]}.{leaf}": t.shape
-                for path in LAYERS["sdxl"]
-                for leaf, t in tensors_of(form, "sdxl", path).items()
-            }
-            if (look := tuple(sorted((k, tuple(v)) for k, v in made.items()))) not in seen:
+            try:
+                made = [(path[1], tensors_of(form, "sdxl", path)) for path in LAYERS["sdxl"]]
+            except UserError:
+                continue  # the kind does not have this setting
+            shapes = {(path, leaf): tuple(t.shape) for path, tensors in made for leaf, t in tensors.items()}
+            if (look := tuple(sorted(shapes.items()))) not in seen:
                 seen.add(look)
                 yield form
         if name == "lora":
