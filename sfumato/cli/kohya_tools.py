@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from sfumato.cli import flags, main, svd_tools
+from sfumato.cli import adapter_tools, flags, main, svd_tools
 from sfumato.cli.flags import Parser
 
 
@@ -101,7 +101,14 @@ _EXTRACT = Tool(
         "no_metadata": _METADATA,
     },
 )
+_TO_COMFY = Tool(flags=adapter_tools.to_comfy_flags, run=adapter_tools.to_comfy, idle={})
 TOOLS: Mapping[str, Tool] = {
+    "check_lora_weights": Tool(flags=adapter_tools.weights_flags, run=adapter_tools.weights, idle={}),
+    "convert_anima_lora_to_comfy": _TO_COMFY,
+    "convert_flux_lora": Tool(
+        flags=adapter_tools.convert_flux_flags, run=adapter_tools.convert_flux, idle={"src": _FOUND}
+    ),
+    "convert_hunyuan_image_lora_to_comfy": _TO_COMFY,
     "resize_lora": Tool(flags=_resize_flags, run=_resize, idle={}),
     "extract_lora_from_models": _EXTRACT,
     "flux_extract_lora": _EXTRACT,

@@ -243,6 +243,12 @@ def _doctor(words: list[str]) -> int:
     return 1 if doctor.broken(facts) else 0
 
 
+def _verify(words: list[str]) -> int:
+    from sfumato.cli import adapter_tools
+
+    return adapter_tools.verify(words)
+
+
 def _parser(command: str, description: str) -> argparse.ArgumentParser:
     from sfumato.cli.flags import Parser
 
@@ -257,6 +263,7 @@ COMMANDS: Mapping[str, Command] = {
     "convert": Command(_convert, "a checkpoint as another layout, an adapter in other names"),
     "extract": Command(_extract, "a LoRA file of what two models differ in"),
     "resize": Command(_resize, "a LoRA file with smaller ranks"),
+    "verify": Command(_verify, "whether two adapters, or two checkpoints, have the same effect"),
     "show": Command(_show, "say what a weight file is"),
     "doctor": Command(_doctor, "say what this machine has and whether it can train"),
 }

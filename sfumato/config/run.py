@@ -149,8 +149,9 @@ class OutputConfig(Record):
     """Save the whole state of the run when training ends."""
     resume: Annotated[str | None, PathTo("state")] = None
     """Resume from this state folder (`NAME-state`), or `auto` for the newest in output_dir."""
-    dialect: Annotated[Literal["kohya", "comfy", "peft"], _ADAPTERS] = "kohya"
-    """Key names of a saved adapter; `kohya` loads in ComfyUI, Forge and diffusers."""
+    dialect: Annotated[Literal["kohya", "comfy", "peft", "diffusers", "lycoris"], _ADAPTERS] = "kohya"
+    """Key names of a saved adapter; `kohya`, which LyCORIS' files have too, loads in ComfyUI, Forge and diffusers;
+    `diffusers` and `peft` are one."""
     no_metadata: bool = False
     """Write only the metadata that loaders need."""
     training_comment: str | None = None

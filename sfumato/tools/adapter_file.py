@@ -26,7 +26,7 @@ from sfumato.formats.spellings import Spellings
 from sfumato.models import components, locate, reference
 from sfumato.models.base import Family
 from sfumato.models.components import Checkpoint
-from sfumato.models.detection import Shapes
+from sfumato.models.detection import Shapes, has
 
 WEIGHTS = ("adapter_model.safetensors", "pytorch_lora_weights.safetensors")
 """What a folder that PEFT or diffusers saved holds."""
@@ -215,10 +215,9 @@ def _by_names(file: Path, shapes: Shapes, tensors: Mapping[str, Tensor], metadat
         return list(fits.values())
     if fits:
         raise UserError(f"{file}: its layers may be those of {' or '.join(fits)}; say which with --family")
-    raise UserError(
-        f"{file} is {detect.unknown(shapes)}; if it is an adapter for a model of other sizes than usual, give the "
-        "model with --model"
-    )
+    known = any(has(shapes, pattern) for pattern in detect.FUTURE.values())
+    cure = "" if known else "; if it is an adapter for a model of other sizes than usual, give the model with --model"
+    raise UserError(f"{file} is {detect.unknown(shapes)}{cure}")
 
 
 def _unclaimed(tensors: Mapping[str, Tensor], outline: Outline) -> int:
