@@ -52,7 +52,7 @@ from sfumato.models.base import Models  # noqa: E402
 from sfumato.optim import build  # noqa: E402
 from sfumato.train import devices, dist  # noqa: E402
 from sfumato.train.step import Step  # noqa: E402
-from sfumato.train.trainables import Adapters, Full  # noqa: E402
+from sfumato.train.trainables import Adapters, Full, Trainable  # noqa: E402
 
 WARM, ROUNDS, STEPS = 2, 3, 4
 """Steps that are not timed; rounds that are, and steps of each: the device is waited for once a round."""
@@ -148,13 +148,21 @@ def training_step(
     devices.apply_memory_options(models.family.blocks(models.denoiser), config.memory)
     if "compiled" in variant:
         compile_blocks(models.family.blocks(models.denoiser))
+    batch = random_batch(models, FAMILIES[family][1], args.resolution).to(device)
+    return stepper(config, models, trainable, batch), {
+        "parameters": sum(p.numel() for p in models.denoiser.parameters()),
+        "trained": sum(p.numel() for p in trainable.weights().values()),
+    }
+
+
+def stepper(config: Config, models: Models, trainable: Trainable, batch: Batch) -> Callable[[], Tensor]:
+    """A function that trains a step and gives its loss."""
     process = models.process(config.noise, config.loss)
     step = Step(models, trainable, process, config.loss, dist.precision(config.train.mixed_precision))
     optimizer = build.optimizer(config.optimizer, trainable.groups())
     if config.train.full_bf16:
         optimizer = build.in_low_bits(optimizer, config.train.seed)
     trainable.train(True)
-    batch = random_batch(models, FAMILIES[family][1], args.resolution).to(device)
 
     def go() -> Tensor:
         loss: Tensor = step(batch)
@@ -164,24 +172,21 @@ def training_step(
         optimizer.zero_grad(set_to_none=True)
         return loss.detach()
 
-    return go, {
-        "parameters": sum(p.numel() for p in models.denoiser.parameters()),
-        "trained": sum(p.numel() for p in trainable.weights().values()),
-    }
+    return go
 
 
-def random_batch(models: Models, text: Mapping[str, tuple[int, ...]], resolution: int) -> Batch:
-    """One sample, whose latents and text are cached."""
+def random_batch(models: Models, text: Mapping[str, tuple[int, ...]], resolution: int, size: int = 1) -> Batch:
+    """`size` samples, whose latents and text are cached."""
     g = torch.Generator().manual_seed(0)
     side = resolution // models.family.latents.stride
     return Batch(
-        captions=[""],
-        keys=[1],
-        weight=torch.ones(1),
-        multiplier=torch.ones(1),
-        sizes=torch.tensor([[resolution, resolution, 0, 0, resolution, resolution]]),
-        latents=torch.randn(1, models.family.latents.channels, side, side, generator=g),
-        cond={name: torch.randn(1, *shape, generator=g).bfloat16() for name, shape in text.items()},
+        captions=[""] * size,
+        keys=list(range(1, size + 1)),
+        weight=torch.ones(size),
+        multiplier=torch.ones(size),
+        sizes=torch.tensor([[resolution, resolution, 0, 0, resolution, resolution]] * size),
+        latents=torch.randn(size, models.family.latents.channels, side, side, generator=g),
+        cond={name: torch.randn(size, *shape, generator=g).bfloat16() for name, shape in text.items()},
     )
 
 

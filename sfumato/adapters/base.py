@@ -244,7 +244,8 @@ class Adapter(nn.Module):
             mask = self.dropout_mask("module_dropout", self.options.module_dropout, (delta.shape[0],), delta.device)
             delta = delta * per_sample(mask, delta).to(delta.dtype)
         if isinstance(strength, Tensor):
-            return torch.addcmul(y, (delta * scale).to(y.dtype), per_sample(strength, y).to(y.dtype))
+            delta = delta if scale == 1.0 else delta * scale
+            return torch.addcmul(y, delta.to(y.dtype), per_sample(strength, y).to(y.dtype))
         return torch.add(y, delta.to(y.dtype), alpha=strength * scale)
 
     def drop_rows(self, delta: Tensor, dim: int) -> Tensor:

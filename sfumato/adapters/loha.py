@@ -15,7 +15,6 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from sfumato.adapters.base import (
     Additive,
@@ -27,7 +26,7 @@ from sfumato.adapters.base import (
     init_device,
     no_dora,
 )
-from sfumato.adapters.operation import Operation
+from sfumato.adapters.operation import WRITTEN, Operation, without_autocast
 from sfumato.errors import UserError
 from sfumato.formats.dialect import ALPHA, DORA, AdapterTensors
 
@@ -58,7 +57,7 @@ class LoHa(Additive):
         out, channels, *kernel = self.operation.shape
         columns, r = channels * math.prod(kernel), options.rank
         self.tucker = isinstance(options, LoHaOptions) and options.use_tucker and columns > channels
-        self.dense = r * r * (out + columns) >= out * columns
+        self.dense = r * r * (out + columns + WRITTEN) >= out * columns
         """Whether it is cheaper to build the whole matrix than to go through its r * r ranks."""
 
         def normal(std: float, *shape: int) -> nn.Parameter:
@@ -141,7 +140,7 @@ class LoHa(Additive):
         """(out, r), (r, columns), (out, r), (r, columns)"""
         if not self.tucker:
             return self.hada_w1_a, self.hada_w1_b, self.hada_w2_a, self.hada_w2_b
-        with torch.autocast(self.hada_t1.device.type, enabled=False):
+        with without_autocast(self.hada_t1):
             b1, b2 = (
                 torch.einsum("ij..., jc -> ic...", t, b).flatten(1)
                 for t, b in ((self.hada_t1, self.hada_w1_b), (self.hada_t2, self.hada_w2_b))
@@ -159,22 +158,20 @@ class _Dense(torch.autograd.Function):
         return operation(x, _hadamard(a1, b1, a2, b2).to(x.dtype))
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, a1, b1, a2, b2 = ctx.saved_tensors
-        with torch.autocast(x.device.type, enabled=False):
-            left, right = a1.float() @ b1.float(), a2.float() @ b2.float()
+        x, *factors = ctx.saved_tensors
+        with without_autocast(x):
+            a1, b1, a2, b2 = (factor.float() for factor in factors)
+            left, right = a1 @ b1, a2 @ b2
             grad_x, grad_w = ctx.operation.gradients(grad, x, (left * right).to(x.dtype), ctx.needs_input_grad[1])
-            grad_left, grad_right = grad_w * right, grad_w * left
-            grads = (
-                grad_left @ b1.float().T, a1.float().T @ grad_left, grad_right @ b2.float().T, a2.float().T @ grad_right
-            )  # fmt: skip
-        return None, grad_x, *(g.to(t.dtype) for g, t in zip(grads, (a1, b1, a2, b2), strict=True))
+            grad_left, grad_right = right.mul_(grad_w), left.mul_(grad_w)
+            grads = grad_left @ b1.T, a1.T @ grad_left, grad_right @ b2.T, a2.T @ grad_right
+        return None, grad_x, *(g.to(factor.dtype) for g, factor in zip(grads, factors, strict=True))
 
 
 def _hadamard(a1: Tensor, b1: Tensor, a2: Tensor, b2: Tensor) -> Tensor:
     """(a1 b1) o (a2 b2), (out, columns), in fp32: bf16 would round each of the three products."""
-    with torch.autocast(a1.device.type, enabled=False):
+    with without_autocast(a1):
         return (a1.float() @ b1.float()) * (a2.float() @ b2.float())
 
 

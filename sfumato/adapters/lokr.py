@@ -25,7 +25,7 @@ from sfumato.adapters.base import (
     init_device,
     no_dora,
 )
-from sfumato.adapters.operation import Operation
+from sfumato.adapters.operation import WRITTEN, Operation
 from sfumato.errors import UserError
 from sfumato.formats.dialect import ALPHA, DORA, AdapterTensors
 
@@ -278,14 +278,16 @@ def _second_rows(tensors: AdapterTensors) -> int:
 
 
 def _cheapest_turn(form: Form, shape: Sequence[int], steps: Sequence[Sequence[int]]) -> int:
-    """Before which of the second factor's steps (their shapes) the first one takes the fewest multiplications for a
-    pixel or token; -1: the built product takes no more."""
-    columns = shape[1] // form.columns
-    widths = [columns, *(step[0] for step in steps)]
+    """Before which of the second factor's steps (their shapes) the first one is cheapest, by multiplications for a
+    pixel or token and numbers that are written between; -1: the built product is no dearer."""
+    widths = [shape[1] // form.columns, *(step[0] for step in steps)]
 
     def work(turn: int) -> int:
         second = sum((form.columns if i < turn else form.rows) * math.prod(step) for i, step in enumerate(steps))
-        return second + form.rows * form.columns * widths[turn]
+        written = form.columns * sum(widths[1 : turn + 1]) + form.rows * sum(widths[turn:]) - shape[0]
+        if len(shape) == 2:  # the first factor's channels are not the last ones: its input and output are turned
+            written += (form.columns + form.rows) * widths[turn]
+        return second + form.rows * form.columns * widths[turn] + WRITTEN * written
 
     turn = min(range(len(widths)), key=work)
     return -1 if math.prod(shape) <= work(turn) else turn
@@ -301,7 +303,8 @@ def _product(steps: Sequence[Tensor]) -> Tensor:
 
 def _kronecker(first: Tensor, steps: Sequence[Tensor]) -> Tensor:
     """The built product, (out, in, *kernel)."""
-    return torch.einsum("lm, kn... -> lkmn...", first, _product(steps)).flatten(0, 1).flatten(1, 2)
+    second = _product(steps)
+    return torch.kron(first.view(*first.shape, *(1 for _ in second.shape[2:])), second)
 
 
 ADAPTER = LoKr

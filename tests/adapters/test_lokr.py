@@ -191,12 +191,32 @@ def test_every_tensor_learns_in_the_second_step(form):
     assert all(p.grad.abs().sum() > 0 for p in adapter.parameters())
 
 
-def test_the_product_is_built_only_where_that_is_no_dearer():
-    built = {name: made(make(), rank=8).turn < 0 for name, (make, _) in LAYERS.items()}
-    assert [name for name, b in built.items() if b] == ["primes"]
-    # Through the two thin factors first, the small one between them.
-    assert made(nn.Linear(1280, 1280), rank=4).turn == 1
-    assert made(nn.Conv2d(320, 640, 3), rank=4, use_tucker=True).turn == 2
+def test_every_order_of_the_factors_gives_the_same(case):
+    layer, adapter, x = case
+    x.requires_grad_()
+    wanted = adapter.operation(x, adapter.product(layer.weight) / adapter.options.scale)
+    cotangent = torch.randn(wanted.shape)
+    (grad,) = torch.autograd.grad(wanted, x, cotangent)
+    for turn in range(-1, len(adapter._second()) + 1):
+        adapter.turn = turn
+        delta = adapter.delta(x)
+        close(delta, wanted, atol=1e-5, rtol=1e-5)
+        close(torch.autograd.grad(delta, x, cotangent)[0], grad, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("layer", "turn"),
+    [
+        ("nn.Linear(64, 64)", -1),  # what is written between takes longer than the product's multiplications
+        ("nn.Linear(127, 3001)", 1),  # primes: the first factor is 1x1, the second one thin
+        ("nn.Linear(1280, 1280)", 1),  # through the two thin factors, the small one between them
+        ("nn.Conv2d(320, 640, 3)", 2),
+    ],
+)
+def test_the_product_is_built_only_where_that_is_no_dearer(layer, turn):
+    with torch.device("meta"):
+        made_of = eval(layer)
+    assert LoKr(made_of, LoKrOptions(rank=4, use_tucker=True), torch.Generator()).turn == turn
 
 
 @pytest.mark.parametrize("name", ["adapter.sdxl.lokr", "adapter.anima.lokr"])
