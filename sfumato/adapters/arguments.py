@@ -258,6 +258,8 @@ def _sense(chosen: type[Adapter], args: Mapping[str, Any], network: NetworkConfi
     lycoris, wide = network.network_module == LYCORIS, network.network_module == LYCORIS or args.get("target")
     if "conv_alpha" in args and not (args.get("conv_dim") or args.get("conv_block_dims") or wide):
         errors.append("network_args conv_alpha does nothing without conv_dim: set conv_dim, or leave conv_alpha out")
+    if "wd_on_out" in args and not args.get("dora_wd", getattr(chosen.Options(), "dora_wd", False)):
+        errors.append("network_args wd_on_out does nothing without dora_wd: set dora_wd, or leave wd_on_out out")
     errors += [
         f"{name} has no meaning for {chosen.__name__}: leave it out"
         for name in DROPOUTS

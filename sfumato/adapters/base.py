@@ -103,6 +103,11 @@ class Adapter(nn.Module):
         its parent's leaves this to the parent."""
         raise NotImplementedError
 
+    @classmethod
+    def with_args(cls, options: LayerOptions, more: Mapping[str, Any]) -> LayerOptions:
+        """Options that `read` found, with a run's own settings."""
+        return replace(options, **more)
+
     def adapt_input(self, x: Tensor) -> Tensor:
         """The layer's input -> the input that it gets in place of that."""
         return x
@@ -399,7 +404,7 @@ class Additive(Adapter):
 
 def dora_options(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
     """The fields of `AdditiveOptions` for the tensors of a file."""
-    return {"dora_wd": True, "wd_on_out": _on_out(tensors[DORA])} if DORA in tensors else {"dora_wd": False}
+    return {"dora_wd": True, "wd_on_out": _on_out(tensors[DORA])} if DORA in tensors else {}
 
 
 def peft_magnitude(magnitude: Tensor) -> Tensor:

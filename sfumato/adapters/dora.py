@@ -11,13 +11,13 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from sfumato.adapters.base import AdditiveOptions, LayerOptions
-from sfumato.adapters.lora import LoRA
+from sfumato.adapters.base import LayerOptions
+from sfumato.adapters.lora import LoRA, LoRAOptions
 from sfumato.formats.dialect import DORA
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class DoRAOptions(AdditiveOptions):
+class DoRAOptions(LoRAOptions):
     dora_wd: bool = True
 
 

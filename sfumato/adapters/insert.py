@@ -262,7 +262,7 @@ def from_state(
             if (component, path) in read:
                 kind, options = read[component, path]
                 if plan:
-                    options = replace(options, **plan.more_for(kind))
+                    options = kind.with_args(options, plan.more_for(kind))
                 chosen.setdefault(component, []).append(TargetLayer(path, layer, options, kind))
     network = AdapterNetwork(chosen, seed=seed)
     try:

@@ -8,79 +8,163 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
-from typing import ClassVar
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from sfumato.adapters.base import Additive, LayerOptions, as_input, device_of, dora_options, init_device, peft_magnitude
+from sfumato.adapters.base import (
+    Additive,
+    AdditiveOptions,
+    LayerOptions,
+    as_input,
+    device_of,
+    dora_options,
+    init_device,
+    is_meta,
+    peft_magnitude,
+)
+from sfumato.adapters.starts import Start, start_factors
 from sfumato.errors import UserError
-from sfumato.formats.dialect import ALPHA, DORA, DOWN, UP, AdapterTensors
+from sfumato.formats.dialect import ALPHA, DORA, DOWN, MID, UP, AdapterTensors
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoRAOptions(AdditiveOptions):
+    use_tucker: bool = False
+    """A convolution's kernel stands in a third factor of rank x rank, between the two."""
+    init: str = "default"
+    """"pissa" or "olora": the start is a part of the layer's own weight; the file has twice the rank."""
 
 
 class LoRA(Additive):
     """`y + multiplier * alpha / rank * up(down(x))`. A convolution's `down` has its kernel, stride and padding; its
     `up` is 1x1."""
 
+    Options: ClassVar[type[LayerOptions]] = LoRAOptions
     aliases = ("locon",)
     supports = frozenset({"dropout", "rank_dropout", "module_dropout"})
+    shaping = frozenset({"use_tucker"})
     rows: ClassVar[Mapping[str, int]] = {UP: 0}
+
+    lora_mid: nn.Conv2d | None
+    start: Start | None
 
     def __init__(self, base: nn.Module, options: LayerOptions, generator: torch.Generator) -> None:
         super().__init__(base, options, generator)
         self.lora_down: nn.Linear | nn.Conv2d
         self.lora_up: nn.Linear | nn.Conv2d | Diagonal
-        self.lora_down, self.lora_up = _pair(base, options.rank * max(1, len(options.pieces)))
-        start = nn.init.kaiming_uniform_(
-            torch.empty(self.lora_down.weight.shape, device=init_device(base)), a=math.sqrt(5), generator=generator
-        )
-        self.lora_down.weight = nn.Parameter(start.to(device_of(base)))
+        tucker = isinstance(options, LoRAOptions) and options.use_tucker
+        self.lora_down, self.lora_mid, self.lora_up = _factors(base, options.rank * max(1, len(options.pieces)), tucker)
+        for factor in (self.lora_down, self.lora_mid):
+            if factor is not None:
+                factor.weight = nn.Parameter(
+                    self.start_values(base, factor.weight.shape, generator).to(device_of(base))
+                )
         if options.pieces:
             self.lora_up = Diagonal(options.pieces, options.rank, device_of(base))
             self.alpha *= len(options.pieces)
         else:
             self.lora_up.weight = nn.Parameter(torch.zeros(self.lora_up.weight.shape, device=device_of(base)))
+        self.register_module("start", None)
+        if how := self.start_name(options):
+            self._start_from(how, base, generator)
+
+    def start_values(self, base: nn.Module, shape: torch.Size, generator: torch.Generator) -> Tensor:
+        """Those of `lora_down`, and of a Tucker form's `lora_mid`."""
+        empty = torch.empty(shape, device=init_device(base))
+        return nn.init.kaiming_uniform_(empty, a=math.sqrt(5), generator=generator)
+
+    @classmethod
+    def start_name(cls, options: LayerOptions) -> str:
+        """Which of `start_factors` it starts from; empty for none. Errors: `UserError` for another name."""
+        if not isinstance(options, LoRAOptions) or options.init == "default":
+            return ""
+        if options.init not in ("pissa", "olora"):
+            raise UserError(f"network_args init={options.init}: expected default, pissa or olora")
+        return options.init
+
+    def start_weight(self, base: nn.Module, generator: torch.Generator) -> Tensor:
+        """(out, in): what the start is a part of, fp32."""
+        assert isinstance(base.weight, Tensor)
+        return base.weight.detach().float().flatten(1)
+
+    def _start_from(self, how: str, base: nn.Module, generator: torch.Generator) -> None:
+        if self.lora_mid is not None or isinstance(self.lora_up, Diagonal):
+            raise UserError(f"a start from the layer's weight ({how}) has no form beside use_tucker and split_qkv")
+        down, up = self.lora_down.weight, self.lora_up.weight
+        if is_meta(base):
+            up0, down0 = torch.empty_like(up), torch.empty_like(down)
+        else:
+            weight = self.start_weight(base, generator)
+            up0, down0 = start_factors(how, weight, len(down), self.options.scale, generator)
+        layer = _factors(base, len(down), tucker=False)[2]
+        self.start = Start(layer, up0.reshape(up.shape).contiguous(), down0.reshape(down.shape).contiguous())
+        self.lora_down.weight = nn.Parameter(self.start.down.clone())
 
     @classmethod
     def read(cls, tensors: Mapping[str, Tensor]) -> LayerOptions | None:
-        if tensors.keys() - {ALPHA, DORA} != {DOWN, UP}:
+        more = {ALPHA, DORA, MID} if issubclass(cls.Options, LoRAOptions) else {ALPHA}
+        if tensors.keys() - more != {DOWN, UP}:
             return None
         rank = len(tensors[DOWN])
-        return cls.Options(rank=rank, alpha=float(tensors.get(ALPHA, rank)), **dora_options(tensors))
+        form = dora_options(tensors) | ({"use_tucker": True} if MID in tensors else {})
+        return cls.Options(rank=rank, alpha=float(tensors.get(ALPHA, rank)), **form)
 
     def delta(self, x: Tensor) -> Tensor:
-        h = self.lora_down(as_input(x, self.lora_down.weight))
-        out: Tensor = self.lora_up(self._drop(h) if self.training else h)
-        return out
+        x = as_input(x, self.lora_down.weight)
+        h = self.lora_down(x)
+        if self.lora_mid is not None:
+            h = self.lora_mid(h)
+        out: Tensor = self.lora_up(self.drop(h))
+        return out if self.start is None else out + self.start(self.lora_down, x, self.drop)
 
     def product(self, weight: Tensor) -> Tensor:
+        return self._matrix().view(weight.shape) * self.options.scale
+
+    def _matrix(self) -> Tensor:
+        """(out, in), or (out, in * kernel): the factors' product, fp32."""
         up, down = self.lora_up.weight.float(), self.lora_down.weight.float()
-        return (up.flatten(1) @ down.flatten(1)).view(weight.shape) * self.options.scale
+        if self.lora_mid is not None:
+            down = mixed(self.lora_mid.weight.float(), down)
+        product = up.flatten(1) @ down.flatten(1)
+        return product if self.start is None else product + self.start.product(self.lora_down.weight)
 
     def tensors(self) -> AdapterTensors:
         own = super().tensors()
         if isinstance(self.lora_up, Diagonal):
-            own = {leaf: t for leaf, t in own.items() if leaf not in self.lora_up.names} | {
-                UP: self.lora_up.weight.detach()
-            }
-        return own
+            own = {leaf: t for leaf, t in own.items() if leaf not in self.lora_up.names}
+            own[UP] = self.lora_up.weight.detach()
+        return own if self.start is None else self.start.to_file(own)
 
     def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
-        if not isinstance(self.lora_up, Diagonal):
-            return super().load_tensors(tensors)
         given = dict(tensors)
-        down, up = given.get(DOWN), given.pop(UP, None)
-        blocks = None if down is None or up is None else self.lora_up.blocks_of(up)
-        if down is None or blocks is None:
-            raise UserError(
-                f"{self.name}: the file's adapter is not of {len(self.options.pieces)} separate pieces; leave "
-                "split_qkv out"
-            )
-        given.setdefault(ALPHA, torch.tensor(float(len(down))))
-        super().load_tensors(given | dict(zip(self.lora_up.names, blocks, strict=True)))
-        self.options = replace(self.options, alpha=float(self.alpha) / len(self.options.pieces))
+        if self.start is not None:
+            try:
+                given = self.start.from_file(given)
+            except UserError as error:
+                raise UserError(f"{self.name}: {error}") from None
+        elif isinstance(self.lora_up, Diagonal):
+            down, up = given.get(DOWN), given.pop(UP, None)
+            blocks = None if down is None or up is None else self.lora_up.blocks_of(up)
+            if down is None or blocks is None:
+                raise UserError(
+                    f"{self.name}: the file's adapter is not of {len(self.options.pieces)} separate pieces; leave "
+                    "split_qkv out"
+                )
+            given.setdefault(ALPHA, torch.tensor(float(len(down))))
+            given.update(zip(self.lora_up.names, blocks, strict=True))
+        super().load_tensors(given)
+        if isinstance(self.lora_up, Diagonal):
+            self.options = replace(self.options, alpha=float(self.alpha) / len(self.options.pieces))
+
+    @classmethod
+    def with_args(cls, options: LayerOptions, more: Mapping[str, Any]) -> LayerOptions:
+        """Half of the file's rank is the start's."""
+        options = super().with_args(options, more)
+        return replace(options, rank=options.rank // 2, alpha=options.alpha / 2) if cls.start_name(options) else options
 
     @classmethod
     def join_factors(cls, pieces: Mapping[int, AdapterTensors], rows: Sequence[int]) -> AdapterTensors:
@@ -105,23 +189,27 @@ class LoRA(Additive):
     def fold_alpha(cls, tensors: AdapterTensors) -> AdapterTensors:
         up = tensors[UP]
         scale = float(tensors[ALPHA]) / tensors[DOWN].shape[0] if ALPHA in tensors else 1.0
-        folded = {DOWN: tensors[DOWN], UP: (up.float() * scale).to(up.dtype)}
+        down = mixed(tensors[MID], tensors[DOWN]) if MID in tensors else tensors[DOWN]
+        folded = {DOWN: down, UP: (up.float() * scale).to(up.dtype)}
         return folded | ({DORA: peft_magnitude(tensors[DORA])} if DORA in tensors else {})
 
     def loraplus_parameters(self) -> list[nn.Parameter]:
         return list(self.lora_up.parameters())
 
     def norm(self) -> Tensor:
-        up, down = self.lora_up.weight, self.lora_down.weight
-        norm: Tensor = torch.linalg.matrix_norm(up.flatten(1) @ down.flatten(1))
+        if self.start is not None:
+            raise UserError("scale_weight_norms has no meaning beside init and sig_type: leave it out")
+        norm: Tensor = torch.linalg.matrix_norm(self._matrix())
         return norm * abs(self.options.scale)
 
     @property
     def factors(self) -> int:
-        return 2
+        return 2 if self.lora_mid is None else 3
 
-    def _drop(self, h: Tensor) -> Tensor:
+    def drop(self, h: Tensor) -> Tensor:
         """(b, ..., rank) or (b, rank, h, w) with the dropouts of one step."""
+        if not self.training:
+            return h
         if p := self.options.dropout:
             h = h * self.dropout_mask("dropout", p, h.shape, h.device).to(h.dtype) / (1 - p)
         if p := self.options.rank_dropout:
@@ -171,15 +259,27 @@ def _diagonal(blocks: Iterable[Tensor]) -> Tensor:
     return out
 
 
-def _pair(base: nn.Module, rank: int) -> tuple[nn.Linear, nn.Linear] | tuple[nn.Conv2d, nn.Conv2d]:
-    """Both factors' layers on the meta device: making them there leaves the global random state alone."""
+def mixed(mid: Tensor, down: Tensor) -> Tensor:
+    """The `down` (rank, in, *kernel) that does as a Tucker form's 1x1 `down` and its `mid` (rank, rank, *kernel)."""
+    return torch.einsum("mn...,ni->mi...", mid, down.flatten(1))
+
+
+_Factors = (
+    tuple[nn.Linear, None, nn.Linear] | tuple[nn.Conv2d, None, nn.Conv2d] | tuple[nn.Conv2d, nn.Conv2d, nn.Conv2d]
+)
+
+
+def _factors(base: nn.Module, rank: int, tucker: bool) -> _Factors:
+    """The layers down, mid and up on the meta device: making them there leaves the global random state alone. `tucker`:
+    with a mid, where there is a kernel."""
     if isinstance(base, nn.Linear):
         down = nn.Linear(base.in_features, rank, bias=False, device="meta")
-        return down, nn.Linear(rank, base.out_features, bias=False, device="meta")
+        return down, None, nn.Linear(rank, base.out_features, bias=False, device="meta")
     if not isinstance(base, nn.Conv2d) or base.groups != 1 or isinstance(base.padding, str):
         raise TypeError(f"LoRA goes on linear layers and on convolutions without groups, not on {base}")
+    tucker = tucker and base.kernel_size != (1, 1)
     conv = nn.Conv2d(
-        base.in_channels,
+        rank if tucker else base.in_channels,
         rank,
         (base.kernel_size[0], base.kernel_size[1]),
         (base.stride[0], base.stride[1]),
@@ -189,7 +289,10 @@ def _pair(base: nn.Module, rank: int) -> tuple[nn.Linear, nn.Linear] | tuple[nn.
         padding_mode=base.padding_mode,
         device="meta",
     )
-    return conv, nn.Conv2d(rank, base.out_channels, 1, bias=False, device="meta")
+    up = nn.Conv2d(rank, base.out_channels, 1, bias=False, device="meta")
+    if tucker:
+        return nn.Conv2d(base.in_channels, rank, 1, bias=False, device="meta"), conv, up
+    return conv, None, up
 
 
 ADAPTER = LoRA

@@ -17,6 +17,7 @@ AdapterTensors = dict[str, Tensor]
 """What an adapter keeps for a layer, in kohya's and LyCORIS' names: "lora_down.weight", "alpha", "hada_w1_a" ..."""
 
 DOWN, UP, ALPHA, DORA = "lora_down.weight", "lora_up.weight", "alpha", "dora_scale"
+MID = "lora_mid.weight"
 PEFT_NAMES = {DOWN: "lora_A.weight", UP: "lora_B.weight"}
 """For `Dialect.tensor_names`: what PEFT, and with it diffusers and ComfyUI, calls the two factors of a LoRA."""
 READ_AS = {

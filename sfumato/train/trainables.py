@@ -43,7 +43,8 @@ class Trainable(Protocol):
     """Notes for the user on how it was put together."""
 
     def weights(self) -> dict[str, nn.Parameter]:
-        """Everything that is trained, or was before it was frozen, by a name that stays the same from run to run."""
+        """Everything that is trained, or was before it was frozen, and what adapters keep of their start, by a name
+        that stays the same from run to run."""
         ...
 
     def groups(self) -> list[Group]:
@@ -220,9 +221,8 @@ class Adapters:
         # What these names cannot hold is reported now, not after the training.
         self.tensors()
         by_path = self.network.by_path().items()
-        self._weights = {
-            "|".join((*path, name)): p for path, a in by_path for name, p in a.named_parameters() if p.requires_grad
-        }
+        # What an adapter keeps of its start is among them: a run's state holds it, and no optimizer does.
+        self._weights = {"|".join((*path, name)): p for path, a in by_path for name, p in a.named_parameters()}
 
     def weights(self) -> dict[str, nn.Parameter]:
         return self._weights

@@ -46,10 +46,10 @@ def insert(net: nn.Module, plan: AdapterPlan, *, seed: int = 0) -> AdapterNetwor
 
 
 def disturb(inserted: AdapterNetwork) -> None:
-    """Every parameter away from its start."""
+    """Every parameter that is trained away from its start."""
     g = torch.Generator().manual_seed(7)
     with torch.no_grad():
-        for p in inserted.parameters():
+        for p in (p for p in inserted.parameters() if p.requires_grad):
             p.add_(0.3 * torch.randn(p.shape, generator=g))
 
 

@@ -11,6 +11,8 @@ from torch import nn
 
 from sfumato.adapters.base import LayerOptions
 from sfumato.adapters.lora import LoRA
+from sfumato.adapters.operation import Operation
+from sfumato.formats.dialect import DOWN, MID, UP
 
 close = torch.testing.assert_close
 
@@ -104,3 +106,33 @@ def test_rank_stabilised(case, alpha):
         again = LoRA(layer, options, torch.Generator())
         again.load_tensors(adapter.tensors())
         close(again.delta_weight(layer.weight), change, atol=0, rtol=0)
+
+
+def test_tucker(case):
+    """LyCORIS' LoCon with `use_tucker`: same tensors and effect, and an exact LoRA where names have no `lora_mid`."""
+    layer, _, x = case
+    adapter = LoRA(layer, LoRA.Options(rank=4, alpha=3.0, use_tucker=True), torch.Generator().manual_seed(1))
+    nn.init.normal_(adapter.lora_up.weight, std=0.2)
+    other = LoConModule("x", layer, lora_dim=4, alpha=3.0, use_tucker=True)
+    tensors = adapter.tensors()
+    assert {k: v.shape for k, v in other.custom_state_dict().items()} == {k: v.shape for k, v in tensors.items()}
+    assert (MID in tensors) == (layer.weight.shape[2:].numel() > 1)
+    other.load_state_dict(tensors, strict=False)
+    change = adapter.delta_weight(layer.weight)
+    close(other.get_diff_weight()[0], change, atol=1e-6, rtol=1e-5)
+    mine = adapter(x, layer(x), layer)
+    close(mine, Operation(layer)(x, layer.weight + change) + per_channel(layer, layer.bias), atol=1e-5, rtol=1e-5)
+    again = LoRA(layer, LoRA.read(other.custom_state_dict()), torch.Generator())
+    again.load_tensors(other.custom_state_dict())
+    close(again(x, layer(x), layer), mine, atol=0, rtol=0)
+    folded = LoRA.fold_alpha(tensors)
+    assert folded.keys() == {DOWN, UP}
+    plain = LoRA(layer, LoRA.read(folded), torch.Generator())
+    plain.load_tensors(folded)
+    close(plain.delta_weight(layer.weight), change, atol=1e-6, rtol=1e-5)
+    other.apply_to()
+    close(layer(x), mine, atol=1e-5, rtol=1e-5)
+
+
+def per_channel(layer, bias):
+    return 0 if bias is None else bias.view(-1, *[1] * (layer.weight.ndim - 2))

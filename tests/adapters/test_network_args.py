@@ -46,6 +46,7 @@ def test_all_args():
 def test_dora(name):
     plan = parse(NetworkConfig(network_args=(f"{name}=True", "wd_on_out=False")))
     assert plan.more == {"dora_wd": True, "wd_on_out": False}
+    assert parse(NetworkConfig(network_module="dora", network_args=("wd_on_out=False",))).more == {"wd_on_out": False}
 
 
 def test_conv_alpha_defaults_to_one():
@@ -86,8 +87,8 @@ def test_front_ends_write_what_is_off():
 def test_other_programs_names_of_options():
     plan = parse(NetworkConfig(network_module="loha", network_args=("use_cp=True",)))
     assert plan.more == {"use_tucker": True}
-    with pytest.raises(UserError, match="use_tucker: has no meaning for LoRA, as it is for loha"):
-        parse(NetworkConfig(network_args=("use_tucker=True",)))
+    with pytest.raises(UserError, match="decompose_both: has no meaning for LoRA, as it is for lokr"):
+        parse(NetworkConfig(network_args=("decompose_both=True",)))
 
 
 def test_patterns_with_commas_and_equals():
@@ -125,6 +126,7 @@ def test_helpers_are_no_kinds():
         ({"network_args": ("conv_dim",)}, "expected key=value"),
         ({"network_args": ("train_norm=True",)}, "train_norm: has no meaning for LoRA, layers of normalisation"),
         ({"network_args": ("conv_alpha=1",)}, "conv_alpha does nothing without conv_dim"),
+        ({"network_args": ("wd_on_out=False",)}, "wd_on_out does nothing without dora_wd"),
         ({"network_args": ("rank_dropout=1.0",)}, "rank_dropout=1.0: expected 0 or more and below 1, found 1"),
         ({"network_args": ("dropout=0.1",), "network_dropout": 0.2}, "set twice"),
         ({"network_dropout": 1.0}, "network_dropout: expected 0 or more and below 1, found 1"),

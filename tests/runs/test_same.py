@@ -9,6 +9,8 @@ import pytest
 import torch
 from training import Train
 
+from sfumato.adapters import lora
+from sfumato.adapters.starts import start_factors
 from sfumato.formats.files import load
 from sfumato.train import loop
 
@@ -56,6 +58,17 @@ def test_resuming_equals_going_on(train: Train, method: str) -> None:
     stop_after(train, 3, **settings)
     stop_after(train, 5, resume="auto", **settings)
     train("parts", max_train_steps=8, resume="auto", **settings)
+    assert_same(whole / "out.safetensors", whole.parent / "parts" / "out.safetensors")
+
+
+@pytest.mark.parametrize("how", ["pissa"])
+def test_resuming_with_what_an_adapter_keeps(train: Train, monkeypatch: pytest.MonkeyPatch, how: str) -> None:
+    """2 + 2 steps; a state holds the start, for on another machine it comes out with other bits."""
+    settings: dict[str, Any] = {"network_args": (f"init={how}",), "ema_decay": 0.5}
+    whole = train("whole", max_train_steps=4, **settings)
+    stop_after(train, 2, **settings)
+    monkeypatch.setattr(lora, "start_factors", lambda *args: tuple(t + 2**-18 for t in start_factors(*args)))
+    train("parts", max_train_steps=4, resume="auto", **settings)
     assert_same(whole / "out.safetensors", whole.parent / "parts" / "out.safetensors")
 
 
