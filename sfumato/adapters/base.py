@@ -323,7 +323,7 @@ class Additive(Adapter):
 
     @property
     def factors(self) -> int:
-        """How many factors dW has, of which each takes an equal share of a scale."""
+        """How many factors dW has that are trained, of which each takes an equal share of a scale."""
         return len(list(self.parameters()))
 
     def product(self, weight: Tensor) -> Tensor:
@@ -359,7 +359,8 @@ class Additive(Adapter):
         norm = self.norm()
         ratio = (limit / norm).clamp(max=1.0)
         for factor in self.parameters():
-            factor.mul_(ratio ** (1 / self.factors))
+            if factor.requires_grad:
+                factor.mul_(ratio ** (1 / self.factors))
         return norm * ratio, ratio < 1.0
 
     def delta_weight(self, weight: Tensor) -> Tensor:

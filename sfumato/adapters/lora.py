@@ -106,8 +106,8 @@ class LoRA(Additive):
 
     @classmethod
     def read(cls, tensors: Mapping[str, Tensor]) -> LayerOptions | None:
-        more = {ALPHA, DORA, MID} if issubclass(cls.Options, LoRAOptions) else {ALPHA}
-        if tensors.keys() - more != {DOWN, UP}:
+        forms = {DORA: AdditiveOptions, MID: LoRAOptions}
+        if tensors.keys() - {ALPHA} - {leaf for leaf, o in forms.items() if issubclass(cls.Options, o)} != {DOWN, UP}:
             return None
         rank = len(tensors[DOWN])
         form = dora_options(tensors) | ({"use_tucker": True} if MID in tensors else {})
@@ -213,12 +213,14 @@ class LoRA(Additive):
         if p := self.options.dropout:
             h = h * self.dropout_mask("dropout", p, h.shape, h.device).to(h.dtype) / (1 - p)
         if p := self.options.rank_dropout:
-            mask = self.dropout_mask("rank_dropout", p, (h.shape[0], len(self.lora_down.weight)), h.device).to(
-                h.dtype
-            ) / (1 - p)
-            ones = [1] * (h.ndim - 2)
-            h = h * mask.view(len(h), *((-1, *ones) if isinstance(self.lora_down, nn.Conv2d) else (*ones, -1)))
+            mask = self.dropout_mask("rank_dropout", p, (h.shape[0], len(self.lora_down.weight)), h.device)
+            h = h * self.per_rank(mask.to(h.dtype) / (1 - p), h)
         return h
+
+    def per_rank(self, values: Tensor, h: Tensor) -> Tensor:
+        """(b, rank), shaped to act on what is between the factors."""
+        ones = [1] * (h.ndim - 2)
+        return values.view(len(h), *((-1, *ones) if isinstance(self.lora_down, nn.Conv2d) else (*ones, -1)))
 
 
 class Diagonal(nn.Module):
