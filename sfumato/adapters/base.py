@@ -214,6 +214,20 @@ class Adapter(nn.Module):
         }
 
     @classmethod
+    def shared(cls, pieces: Mapping[int, AdapterTensors], rows: Sequence[int]) -> AdapterTensors:
+        """`join` of tensors that act on a layer's input, and so belong to all rows. Errors: `UserError` unless all
+        pieces have the same."""
+        first = pieces[min(pieces)]
+        if len(pieces) < len(rows) or any(
+            piece.keys() != first.keys() or not all(torch.equal(t, first[leaf]) for leaf, t in piece.items())
+            for piece in pieces.values()
+        ):
+            raise UserError(
+                f"{cls.__name__} on the inputs of a fused layer's pieces has no exact form unless they are equal"
+            )
+        return first
+
+    @classmethod
     def _no_change(cls, like: AdapterTensors, dims: Mapping[str, int], rows: int) -> AdapterTensors:
         """Such tensors for so many rows, without effect; what belongs to all rows stays."""
         return {

@@ -93,16 +93,7 @@ class IA3(Adapter):
 
     @classmethod
     def join(cls, pieces: Mapping[int, AdapterTensors], rows: Sequence[int]) -> AdapterTensors:
-        """Factors of the input are shared by all pieces, so that they must be equal."""
-        first = pieces[min(pieces)]
-        if not _on_input(first):
-            return super().join(pieces, rows)
-        if len(pieces) < len(rows) or any(
-            piece.keys() != first.keys() or not all(torch.equal(t, first[leaf]) for leaf, t in piece.items())
-            for piece in pieces.values()
-        ):
-            raise UserError("(IA)3 on the inputs of a fused layer's pieces has no exact form unless they are equal")
-        return first
+        return cls.shared(pieces, rows) if _on_input(pieces[min(pieces)]) else super().join(pieces, rows)
 
     @classmethod
     def move_rows(cls, tensors: AdapterTensors, move: Callable[[Tensor], Tensor]) -> AdapterTensors:
