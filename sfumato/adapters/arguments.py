@@ -68,9 +68,9 @@ class CommonArgs:
     loraplus_text_encoder_lr_ratio: float | None = None
     """The same for text encoders."""
     enable_all_linear: bool = False
-    """For kinds that are on attention alone by default: on all layers that others are on."""
+    """With kohya's `networks.oft`, which is on attention alone: on all layers that others are on by default."""
     enable_conv: bool = False
-    """For these kinds: on convolutions besides."""
+    """With it: on convolutions besides."""
     algo: str | None = None
     """With `lycoris.kohya`: the kind of adapter; default lora."""
     preset: str | None = None
@@ -128,8 +128,7 @@ def parse(network: NetworkConfig, family: type | None = None) -> AdapterPlan:
     errors += _sense(chosen, args, network)
     if network.dim_from_weights and network.network_weights:
         errors += _fixed_by_file(args, chosen, family)
-    if not chosen.has_rank and (network.network_dim is not None or network.network_alpha is not None):
-        notices.append(f"network_dim, network_alpha: accepted, no effect: {chosen.__name__} has no rank")
+    notices += _without_rank(network, chosen)
     if errors:
         raise UserError(*errors)
     own = {} if family is None else {name: args.pop(name) for name in values.types(family) if name in args}
@@ -170,8 +169,9 @@ def _plan(
         loraplus_denoiser=args.loraplus_unet_lr_ratio,
         loraplus_encoders=args.loraplus_text_encoder_lr_ratio,
         family=family,
-        more=more,
-        targets=_targets(chosen, args),
+        more={**(chosen.kohya_options(alpha) if _is_kohyas(network) else {}), **more},
+        targets=(targets := _targets(network, chosen, args)),
+        targets_from="target" if args.target or not targets else "preset",
         large=args.conv_dim != 0,
         include=values.patterns(args.include_patterns or "[]") or (),
         exclude=values.patterns(args.exclude_patterns or "[]") or (),
@@ -181,13 +181,27 @@ def _plan(
     return presets.apply(plan, args.preset, args.conv_alpha) if network.network_module == LYCORIS else plan
 
 
-def _targets(chosen: type[Adapter], args: CommonArgs) -> tuple[str, ...]:
+def _targets(network: NetworkConfig, chosen: type[Adapter], args: CommonArgs) -> tuple[str, ...]:
     if args.target:
         return tuple(name.strip() for name in args.target.split(",") if name.strip())
-    if args.enable_all_linear or args.enable_conv:
-        first = (DEFAULT,) if args.enable_all_linear else chosen.targets
-        return (*first, CONVOLUTIONS) if args.enable_conv else first
-    return ()
+    if not chosen.kohya_targets or not _is_kohyas(network):
+        return ()
+    first = (DEFAULT,) if args.enable_all_linear else chosen.kohya_targets
+    convolutions = args.enable_conv or bool(args.conv_dim)
+    return (*first, CONVOLUTIONS) if convolutions else first
+
+
+def _is_kohyas(network: NetworkConfig) -> bool:
+    return (network.network_module or "").startswith("networks.")
+
+
+def _without_rank(network: NetworkConfig, chosen: type[Adapter]) -> Iterator[str]:
+    """Notices of a rank and an alpha that mean nothing for the kind."""
+    if network.network_dim is not None and not chosen.has_rank:
+        yield f"network_dim: accepted, no effect: {chosen.__name__} has no rank"
+    alpha = chosen.has_alpha or (_is_kohyas(network) and chosen.kohya_options(1.0))
+    if network.network_alpha is not None and not alpha:
+        yield f"network_alpha: accepted, no effect: {chosen.__name__} has no alpha"
 
 
 def _rules(args: CommonArgs) -> Iterator[LayerRule]:
@@ -274,9 +288,10 @@ def _sense(chosen: type[Adapter], args: Mapping[str, Any], network: NetworkConfi
     elif args.get("preset") and args.get("target"):
         errors.append("network_args preset, target: both say what gets adapters; leave one of them out")
     for name in ("enable_all_linear", "enable_conv"):
-        if args.get(name) and (args.get("target") or not chosen.targets):
-            why = "target says so" if chosen.targets else f"is for kinds on attention alone; {chosen.__name__} is not"
-            errors.append(f"network_args {name}: {why}; leave it out")
+        if args.get(name) and not (chosen.kohya_targets and _is_kohyas(network)):
+            errors.append(f"network_args {name}: is for networks.oft, which is on attention alone; use target")
+        elif args.get(name) and args.get("target"):
+            errors.append(f"network_args {name}: target says what gets adapters; leave it out")
     return errors
 
 

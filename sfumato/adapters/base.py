@@ -64,8 +64,8 @@ class Adapter(nn.Module):
     """Which of dropout, rank_dropout, module_dropout the kind has."""
     aliases: ClassVar[tuple[str, ...]] = ()
     """Other programs' names of the kind, such as LyCORIS' `algo`."""
-    targets: ClassVar[tuple[str, ...]] = ()
-    """Sets of layers that the kind is on by default; none: those that the family has for all."""
+    kohya_targets: ClassVar[tuple[str, ...]] = ()
+    """Sets of layers that kohya's `networks.KIND` is on by default; none: those that the family has for all."""
     has_alpha: ClassVar[bool] = True
     """Whether a layer's file tensors have an alpha."""
     has_rank: ClassVar[bool] = True
@@ -107,6 +107,11 @@ class Adapter(nn.Module):
     def with_args(cls, options: LayerOptions, more: Mapping[str, Any]) -> LayerOptions:
         """Options that `read` found, with a run's own settings."""
         return replace(options, **more)
+
+    @classmethod
+    def kohya_options(cls, alpha: float) -> Mapping[str, Any]:
+        """The options that kohya's `networks.KIND` has by default. `alpha`: network_alpha."""
+        return {}
 
     def adapt_input(self, x: Tensor) -> Tensor:
         """The layer's input -> the input that it gets in place of that."""

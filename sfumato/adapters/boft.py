@@ -10,7 +10,7 @@ apply a multiplier other than 1 to each turn, here it acts on the change as a wh
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -25,6 +25,12 @@ class BOFT(OFT):
     """`y + multiplier * (rescale * R_m ... R_1 (y - bias) - (y - bias))`."""
 
     Options: ClassVar[type[LayerOptions]] = RotationOptions
+    kohya_targets = ()
+
+    @classmethod
+    def kohya_options(cls, alpha: float) -> Mapping[str, Any]:
+        """sd-scripts has no such module."""
+        return {}
 
     @staticmethod
     def shape(rows: int, options: RotationOptions) -> tuple[int, ...]:

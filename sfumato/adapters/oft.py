@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from math import lcm
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -50,6 +50,8 @@ class OFT(Adapter):
     """
 
     Options: ClassVar[type[LayerOptions]] = OFTOptions
+    aliases = ("diag-oft",)
+    kohya_targets = ("attention",)
     supports = frozenset({"rank_dropout", "module_dropout"})
     has_alpha = False
     options: RotationOptions
@@ -88,6 +90,11 @@ class OFT(Adapter):
         if BLOCKS not in tensors or not tensors.keys() <= {BLOCKS, RESCALE, ALPHA} or tensors[BLOCKS].ndim != 3:
             return None
         return OFTOptions(rank=len(tensors[BLOCKS]), rescaled=RESCALE in tensors, count_blocks=True)
+
+    @classmethod
+    def kohya_options(cls, alpha: float) -> Mapping[str, Any]:
+        """network_dim counts blocks, and network_alpha is the constraint."""
+        return {"count_blocks": True, "constraint": alpha}
 
     def forward(self, x: Tensor, y: Tensor, layer: nn.Module) -> Tensor:
         rows = 1 if isinstance(layer, nn.Conv2d) else -1

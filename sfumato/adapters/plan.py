@@ -112,8 +112,7 @@ class AdapterPlan:
     def sets(self, component: str, has: Iterable[str]) -> tuple[str, ...]:
         """Those of the sets that a component `has` that get adapters; none: it is not trained."""
         known = {*has, ALL, NONE}
-        default = tuple(name for name in self.kind.targets if name in known)
-        default = default or (DEFAULT, *((CONVOLUTIONS,) if self.conv_rank else ()))
+        default = (DEFAULT, *((CONVOLUTIONS,) if self.conv_rank else ()))
         more = self.family.sets() if component == DENOISER and self.family is not None else ()
         if not self.targets:
             return *default, *more

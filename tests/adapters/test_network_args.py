@@ -78,10 +78,37 @@ def test_the_longest_name_is_meant(monkeypatch):
 
 def test_front_ends_write_what_is_off():
     """bmaltais' writes all of LyCORIS' arguments, most of them switched off."""
-    off = ("rank_dropout_scale=False", "train_norm=False", "use_scalar=False", "bypass_mode=False")
+    off = ("rank_dropout_scale=False", "train_norm=False", "use_scalar=False", "factor=-1", "bypass_mode=False")
     plan = parse(NetworkConfig(network_module="lycoris.kohya", network_args=("algo=locon", "preset=full", *off)))
     assert plan.kind is LoRA
     assert plan.notices == () and plan.more == {}
+
+
+@pytest.mark.parametrize(
+    ("args", "targets"),
+    [
+        ((), ("attention",)),
+        (("enable_all_linear=False", "enable_conv=False"), ("attention",)),
+        (("enable_all_linear=True",), ("linear",)),
+        (("enable_all_linear=True", "enable_conv=True"), ("linear", "conv")),
+        (("target=mlp",), ("mlp",)),
+    ],
+)
+def test_kohyas_oft(args, targets):
+    """Of blocks counted by network_dim, limited by network_alpha, on attention unless told otherwise; "False" means
+    False."""
+    for module in ("networks.oft", "networks.oft_flux"):
+        plan = parse(NetworkConfig(network_module=module, network_dim=8, network_alpha=1e-3, network_args=args))
+        assert plan.more == {"count_blocks": True, "constraint": 1e-3} and plan.targets == targets
+        assert plan.notices == ()
+    own = parse(NetworkConfig(network_module="oft", network_alpha=1.0))
+    assert own.more == {} and own.targets == ()
+    assert own.notices == ("network_alpha: accepted, no effect: OFT has no alpha",)
+
+
+def test_a_rank_that_means_nothing_is_stated():
+    plan = parse(NetworkConfig(network_module="lycoris.kohya", network_dim=8, network_args=("algo=ia3", "preset=ia3")))
+    assert plan.notices == ("network_dim: accepted, no effect: IA3 has no rank",)
 
 
 def test_other_programs_names_of_options():
@@ -132,8 +159,11 @@ def test_helpers_are_no_kinds():
         ({"network_dropout": 1.0}, "network_dropout: expected 0 or more and below 1, found 1"),
         ({"network_args": ("algo=loha",)}, r"algo: is for lycoris\.kohya; name the kind in network_module"),
         ({"network_args": ("preset=full",)}, r"preset: is for lycoris\.kohya; use target"),
-        ({"network_args": ("enable_conv=True",)}, "enable_conv: is for kinds on attention alone; LoRA is not"),
-        ({"network_args": ("constraintt=3",)}, "'constraintt' is not known"),
+        (
+            {"network_args": ("enable_conv=True",)},
+            r"enable_conv: is for networks\.oft, which is on attention alone; use target",
+        ),
+        ({"network_args": ("colour=3",)}, "'colour' is not known"),
         ({"network_args": ("network_reg_dims=a",)}, "network_reg_dims=a: expected patterns with their ranks"),
         ({"network_args": ("network_reg_dims=a=0.5",)}, "network_reg_dims=a=0.5: expected patterns with their ranks"),
         ({"network_args": ("network_reg_lrs=(=1",)}, "network_reg_lrs=.* expected patterns with their numbers"),
