@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from sfumato import adapters, families
@@ -34,6 +35,10 @@ class Trained:
     """Numbers that the optimizer changes."""
     rates: tuple[float, ...]
     """Their learning rates."""
+    ranks: dict[str, int] = field(default_factory=dict)
+    """Kind and rank of adapters -> layers with one."""
+    sets: dict[str, int] = field(default_factory=dict)
+    """Named set of layers -> those of it with an adapter; a layer may be in several."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,4 +178,17 @@ def _trained(trainable: Trainable) -> Iterator[Trained]:
         tensors[component] = tensors.get(component, 0) + len(group.parameters)
     for component in trainable.trained:
         layers = tensors.get(component, 0) if by_path is None else sum(path[0] == component for path in by_path)
-        yield Trained(component, layers, numbers.get(component, 0), tuple(rates.get(component, ())))
+        ranks, sets = _adapted(trainable, component) if isinstance(trainable, Adapters) else ({}, {})
+        yield Trained(
+            component, layers, numbers.get(component, 0), tuple(rates.get(component, ())), ranks=ranks, sets=sets
+        )
+
+
+def _adapted(trainable: Adapters, component: str) -> tuple[dict[str, int], dict[str, int]]:
+    """The layers of a component that have adapters, by rank and by set."""
+    by_path = {path: a for path, a in trainable.network.by_path().items() if path[0] == component}
+    kinds = Counter(
+        f"{type(a).__name__} {a.options.rank}" if a.has_rank else type(a).__name__ for a in by_path.values()
+    )
+    sets = Counter(name for path in by_path for name in trainable.called[path].sets if name.islower())
+    return dict(kinds), dict(sorted(sets.items()))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from sfumato.train.progress import answers, print_table
 from sfumato.train.trainables import caches_latents, caches_text
 
 TRAINED = ("trained", "layers", "numbers", "MiB in fp32", "learning rate")
+ADAPTED = ("trained", "adapters of rank", "layers by named set")
 FOLDERS = ("dataset", "folder", "kind", "images", "repeats", "samples an epoch", "left out")
 BUCKETS = ("dataset", "bucket", "images", "samples", "batches", "last batch", "cut away", "enlarged")
 RESULTS = ("after", "files")
@@ -36,6 +37,8 @@ def show(config: Config, method: Method, datasets: tuple[DatasetConfig, ...], re
         answers.print(note)
     answers.print(_model(config))
     print_table(TRAINED, [_trained_row(each) for each in checked.trained])
+    if method == "network":
+        print_table(ADAPTED, [(each.component, _counts(each.ranks), _counts(each.sets)) for each in checked.trained])
     print_table(FOLDERS, folder_rows(data.plan))
     print_table(BUCKETS, bucket_rows(data.plan))
     answers.print(steps_line(data.plan, budget))
@@ -142,6 +145,10 @@ def _model(config: Config) -> str:
 def _trained_row(each: Trained) -> tuple[str, ...]:
     rates = " to ".join(f"{rate:g}" for rate in sorted({min(each.rates), max(each.rates)})) if each.rates else ""
     return each.component, f"{each.layers:,}", f"{each.numbers:,}", f"{each.numbers * 4 / 2**20:,.1f}", rates
+
+
+def _counts(found: Mapping[str, int]) -> str:
+    return ", ".join(f"{name}: {count}" for name, count in found.items())
 
 
 def _cached(config: Config) -> list[str]:

@@ -208,7 +208,8 @@ class Adapters:
             self.network = AdapterNetwork(layers, seed=config.train.seed)
             if loaded:
                 self.notices += self._load(loaded)
-        called = targets.named_layers(models, self.trained)
+        self.called = called = targets.named_layers(models, self.trained)
+        """What every layer of what is trained is called, with an adapter or without."""
         targets.check_trained(plan, self.trained, called)
         self.layer_rates = {
             path: targets.rate(plan, path, called[path], self.rates[path[0]]) for path in self.network.by_path()

@@ -176,7 +176,7 @@ def test_images_that_are_too_large_for_the_model(model: Path, images: Path, tmp_
 
 
 def test_what_is_trained_is_counted_without_values(model: Path, images: Path, tmp_path: Path) -> None:
-    given = settings(model, tmp_path, network_args=("conv_dim=2",), text_encoder_lr=(1e-5,))
+    given = settings(model, tmp_path, network_args=("conv_dim=3",), text_encoder_lr=(1e-5,))
     checked = check.check(given, "network", data(images))
     denoiser, text = checked.trained
     assert all(p.is_meta for net in checked.models.nets().values() for p in net.parameters())
@@ -186,6 +186,9 @@ def test_what_is_trained_is_counted_without_values(model: Path, images: Path, tm
         groups = {g.name: sum(p.numel() for p in g.parameters) for g in real.groups()}
     assert groups == {"denoiser": denoiser.numbers, "clip_l": text.numbers}
     assert (text.layers, text.rates) == (18, (1e-5,))
+    assert text.ranks == {"LoRA 2": 18} and text.sets == {"attention": 12, "ia3": 9, "linear": 18, "mlp": 6}
+    assert denoiser.sets["linear"] + denoiser.sets["conv"] == denoiser.layers == sum(denoiser.ranks.values())
+    assert denoiser.ranks.keys() == {"LoRA 2", "LoRA 3"}
     assert not any(m._forward_hooks for net in models.nets().values() for m in net.modules())
 
 
