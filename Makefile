@@ -29,6 +29,7 @@ check: .venv/dev
 docs: .venv/dev
 	$(BIN)/python -m sfumato.cli.reference > docs/options.md
 	$(BIN)/python -m sfumato.cli.loads_in > docs/loads-in.md
+	$(BIN)/python -m sfumato.cli.adapter_reference > docs/adapters.md
 
 clean:
 	rm -rf .venv runs

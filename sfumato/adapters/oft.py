@@ -51,7 +51,7 @@ class OFT(Adapter):
 
     Options: ClassVar[type[LayerOptions]] = OFTOptions
     aliases = ("diag-oft",)
-    kohya_targets = ("attention",)
+    kohya_targets: ClassVar[tuple[str, ...]] = ("attention",)
     supports = frozenset({"rank_dropout", "module_dropout"})
     has_alpha = False
     options: RotationOptions

@@ -38,13 +38,13 @@ def page() -> str:
 
 
 def _section(title: str, text: str, found: Iterable[options.Option]) -> str:
-    rows = [f"| `{o.name}` | {_cell(_expected(o))} | {_shown(o.default)} | {_cell(o.help)} |" for o in found]
+    rows = [f"| `{o.name}` | {_cell(expected_of(o))} | {_shown(o.default)} | {_cell(o.help)} |" for o in found]
     return "\n".join(
         [f"## {title}", "", text, "", "| setting | value | default | meaning |", "|---|---|---|---|", *rows, ""]
     )
 
 
-def _expected(option: options.Option) -> str:
+def expected_of(option: options.Option) -> str:
     """The type and the range in words: "a whole number, 1 or more"."""
     return ", ".join(filter(None, (values.expected(option.kind), rules.range_of(option.hint))))
 

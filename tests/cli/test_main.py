@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from sfumato import train
-from sfumato.cli import loads_in, reference
+from sfumato.cli import adapter_reference, loads_in, reference
 from sfumato.cli.main import COMMANDS, guarded, main
 from sfumato.train import pipeline, run
 
@@ -102,6 +102,14 @@ def test_the_page_of_what_loads_where_is_up_to_date() -> None:
     page = Path(__file__).parents[2] / "docs" / "loads-in.md"
     assert page.read_text(encoding="utf-8") == loads_in.page(), (
         "run `python -m sfumato.cli.loads_in > docs/loads-in.md`"
+    )
+
+
+def test_the_page_of_adapters_is_up_to_date() -> None:
+    """Every kind and every family is on it by itself."""
+    page = Path(__file__).parents[2] / "docs" / "adapters.md"
+    assert page.read_text(encoding="utf-8") == adapter_reference.page(), (
+        "run `python -m sfumato.cli.adapter_reference > docs/adapters.md`"
     )
 
 

@@ -35,18 +35,27 @@ _KIND = Must(("all", *BLOCKS).__contains__, f"all, {' or '.join(BLOCKS)}")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NetworkArgs(Arguments):
-    """For `Facts.network_args`. A rank of 0 leaves the layers out; None: they have network_dim."""
+    """A rank of 0 leaves the layers out; layers without one of their own have network_dim."""
 
     img_attn_dim: Natural | None = None
+    """Rank on the image's attention in blocks of two streams."""
     txt_attn_dim: Natural | None = None
+    """The same for the text's."""
     img_mlp_dim: Natural | None = None
+    """Rank on the image's two-layer net."""
     txt_mlp_dim: Natural | None = None
+    """The same for the text's."""
     img_mod_dim: Natural | None = None
+    """Rank on what the image's stream is modulated by."""
     txt_mod_dim: Natural | None = None
+    """The same for the text's."""
     single_dim: Natural | None = None
+    """Rank on the two layers of blocks of one stream."""
     single_mod_dim: Natural | None = None
+    """Rank on what blocks of one stream are modulated by."""
     in_dims: Annotated[str | None, one_for_each(INPUTS)] = None
-    """Five ranks, of `INPUTS`: "[4,0,0,0,4]"."""
+    """Five ranks, those of img_in, time_in, vector_in, guidance_in and txt_in, which have adapters then:
+    "[4,0,0,0,4]"."""
     train_double_block_indices: Blocks = None
     """Numbers of the blocks of two streams that get adapters: "all", "none" or "0-5,8"."""
     train_single_block_indices: Blocks = None

@@ -77,7 +77,7 @@ _WEIGHTS = Must(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NetworkArgs(Arguments):
-    """For `Facts.network_args`. A rank of 0 leaves a block out; None: all have the common one."""
+    """A rank of 0 leaves a block out; blocks without one of their own have network_dim."""
 
     BLOCKS: ClassVar[BlockNumbers] = UNET_BLOCKS
     RATES: ClassVar[tuple[str, ...]] = (*_WAYS, "block_lr_zero_threshold")

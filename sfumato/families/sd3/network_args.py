@@ -36,16 +36,23 @@ EMBEDDERS = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NetworkArgs(Arguments):
-    """For `Facts.network_args`. A rank of 0 leaves the layers out; None: they have network_dim."""
+    """A rank of 0 leaves the layers out; layers without one of their own have network_dim."""
 
     context_attn_dim: Natural | None = None
+    """Rank on the text's attention."""
     context_mlp_dim: Natural | None = None
+    """Rank on its two-layer net."""
     context_mod_dim: Natural | None = None
+    """Rank on what its stream is modulated by."""
     x_attn_dim: Natural | None = None
+    """Rank on the image's attention."""
     x_mlp_dim: Natural | None = None
+    """Rank on its two-layer net."""
     x_mod_dim: Natural | None = None
+    """Rank on what its stream is modulated by."""
     emb_dims: Annotated[str | None, one_for_each(EMBEDDERS)] = None
-    """Six ranks, of `EMBEDDERS`: "[4,0,0,0,0,4]"."""
+    """Six ranks, those of context_embedder, t_embedder, x_embedder, y_embedder, final_layer.adaLN_modulation and
+    final_layer.linear, which have adapters then: "[4,0,0,0,0,4]"."""
     train_block_indices: Blocks = None
     """Numbers of the blocks that get adapters: "all", "none" or "0-5,8"."""
     split_qkv: bool = False
