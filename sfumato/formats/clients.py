@@ -282,8 +282,10 @@ def _better(
 ) -> tuple[str, tuple[str, ...]]:
     """The dialect in which a program knows most of the components of a file, and those that it does not know there.
 
-    Nothing where the file's own dialect is as good. `whole`: it loads nothing of the file as it is.
+    Nothing where the file's own dialect is as good, or none is known. `whole`: it loads nothing of the file as it is.
     """
+    if not found:
+        return "", ()
     components = list(dict.fromkeys(row.component for row in found))
     known: dict[str, set[str]] = {row.dialect: set() for row in found}
     for row in family:
