@@ -29,6 +29,23 @@ FUTURE = {
 }
 """Models that sfumato does not train yet, and the names that they are known by; a family of theirs is asked first."""
 
+OTHERS = {
+    "ip_adapter": (
+        "an IP-Adapter (an image as prompt), which sfumato does not train",
+        r"(ip_adapter|image_proj)\..*|.*\.(to_[kv]_ip|ip_adapter_double_stream_[kv]_proj)\..*",
+    ),
+    "hypernetwork": ("a hypernetwork, which sfumato does not train", r"\d+\.[01]\.linear(\.?\d+)\.(weight|bias)"),
+    "upscaler": (
+        "an upscaler of images (ESRGAN, SwinIR or the like), not a base model",
+        r"(params(_ema)?\.)?(model\.1\.sub\.0\.RDB1\.|body\.0\.rdb1\.|layers\.0\.residual_group\.|conv_after_body\.).*",
+    ),
+    "clip_vision": (
+        "an image encoder (CLIP vision), not a base model",
+        r"(.*\.)?(vision_model\.encoder\.layers\.0\.|visual\.transformer\.resblocks\.0\.).*",
+    ),
+}
+"""Kinds of files that belong to no family -> what they are, and pattern of the names by which they are known."""
+
 SEEMS = {
     "an adapter (such as a LoRA) for a model that its names do not tell, not a base model": ADAPTER_TENSOR,
     "a VAE of a model that is not supported yet": r"(encoder|decoder)\.conv_in\.weight",
@@ -94,11 +111,18 @@ def unknown(shapes: Shapes) -> str:
     for model, pattern in FUTURE.items():
         if has(shapes, pattern):
             return f"of {model}, which is not supported yet"
+    if kind := other_kind(shapes):
+        return OTHERS[kind][0]
     for what, pattern in SEEMS.items():
         if has(shapes, pattern):
             return what
     first = ", ".join(repr(key) for key in list(shapes)[:2])
     return f"no model that sfumato knows (its tensors: {len(shapes)}, {first} ...)"
+
+
+def other_kind(shapes: Shapes) -> str:
+    """The kind, of `OTHERS`, of a file that no family knows; "" if it is none of them."""
+    return next((kind for kind, (_, pattern) in OTHERS.items() if has(shapes, pattern)), "")
 
 
 def _header(paths: Sequence[Path], flag: str) -> tuple[Shapes, Mapping[str, str]]:

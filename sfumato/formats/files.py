@@ -187,6 +187,8 @@ def _flat(content: object, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
     elif isinstance(content, Mapping):
         for name, value in content.items():
             yield from _flat(value, f"{prefix}.{name}" if prefix else str(name))
+    elif isinstance(content, tuple | list) and prefix.isdigit():  # the two nets of a hypernetwork for one width
+        yield from _flat(dict(enumerate(content)), prefix)
 
 
 def _pickle_header(path: Path) -> Header:

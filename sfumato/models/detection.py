@@ -79,8 +79,8 @@ def vae(channels: int, prefix: str) -> tuple[Single, ...]:
 def clip(width: int, variant: str = "") -> tuple[Single, ...]:
     """A CLIP text encoder, in OpenCLIP's and in transformers' names."""
     layers = {
-        "openclip": r"(.*\.)?resblocks\.0\.attn\.in_proj_weight",
-        "hf": r"(.*\.)?encoder\.layers\.0\.self_attn\.q_proj\.weight",
+        "openclip": r"(?!.*visual)(.*\.)?resblocks\.0\.attn\.in_proj_weight",
+        "hf": r"(?!.*vision)(.*\.)?encoder\.layers\.0\.self_attn\.q_proj\.weight",
     }
     return tuple(
         Single(kind="text_encoder", dialect=dialect, tensors={layer: (None, width)}, variant=variant)

@@ -69,25 +69,42 @@ def weight_files(folder: Path) -> list[Path]:
     )
 
 
-QUANTISED = re.compile(
-    r"(.*\.)?scaled_fp8"  # ComfyUI's mark on a file of scaled fp8 weights
-    r"|.*\.(scale_weight|scale_input|weight_scale(_\d+)?|input_scale|output_scale|comfy_quant)"
-    r"|.*\.(absmax|nested_absmax|quant_map|nested_quant_map|quant_state(\..*)?|SCB)"  # bitsandbytes
-    r"|.*\.(qweight|qzeros|scales)"  # GPTQ, AWQ
-    r"|.*\.weight\._(data|scale|shift)"  # quanto
-)
-"""Tensors that stand beside weights in fewer bits."""
+QUANTISED = {
+    "nf4 of bitsandbytes": r".*\.quant_state\.bitsandbytes__nf4",
+    "fp4 of bitsandbytes": r".*\.quant_state\.bitsandbytes__fp4",
+    "4 bits of bitsandbytes": r".*\.(absmax|nested_absmax|quant_map|nested_quant_map|quant_state(\..*)?)",
+    "int8 of bitsandbytes": r".*\.SCB",
+    "SVDQuant of Nunchaku": r".*\.(wscales|wcscales|wtscale)",
+    "GPTQ or AWQ": r".*\.(qweight|qzeros|scales)",
+    "quanto": r".*\.weight\._(data|scale|shift)",
+    "fp8 or fewer bits with scales, as ComfyUI writes them": (
+        r"(.*\.)?scaled_fp8"
+        r"|.*\.(scale_weight|scale_input|weight_scale(_\d+)?|input_scale|output_scale|comfy_quant)"
+    ),
+}
+"""How weights are kept in fewer bits -> pattern of the tensors that stand beside them."""
+_QUANTISED = {form: re.compile(pattern) for form, pattern in QUANTISED.items()}
+
+
+def quantised(names: Iterable[str]) -> tuple[str, str]:
+    """How the weights of a file are quantised and a tensor that shows it, by the first form that has one; ("", "")
+    where they are not. Weights in scaled fp8 that can be read are not looked for: their scales have no name here."""
+    names = list(names)
+    return next(
+        ((form, name) for form, pattern in _QUANTISED.items() for name in names if pattern.fullmatch(name)), ("", "")
+    )
 
 
 def refuse_quantised(where: Path | str, names: Iterable[str] = ()) -> None:
     """Errors: `UserError` if a file is quantised: GGUF, known by its ending, or weights with scales beside
     them."""
-    again = "take the file in fp16 or bf16 (plain fp8 without scales is read as well)"
+    again = "take the file in fp16 or bf16 (plain fp8, and ComfyUI's scaled fp8, are read as well)"
     if str(where).lower().endswith(".gguf"):
         raise UserError(f"{where}: weights quantised to GGUF cannot be read; {again}")
-    if found := next((name for name in names if QUANTISED.fullmatch(name)), None):
+    form, found = quantised(names)
+    if form:
         raise UserError(
-            f"{where}: its weights are quantised (it has the tensor {found!r}), which cannot be read; {again}"
+            f"{where}: its weights are quantised (it has the tensor {found!r}: {form}), which cannot be read; {again}"
         )
 
 

@@ -12,47 +12,47 @@ from typing import Any
 from sfumato import families
 from sfumato.errors import UserError
 from sfumato.families import detect
-from sfumato.formats import files
+from sfumato.formats import adapter_metadata, adapter_summary, files, gguf, scaled_fp8
 from sfumato.formats.clients import loads_in
-from sfumato.formats.header import Header
+from sfumato.formats.header import Header, TensorInfo
 from sfumato.models import locate
-from sfumato.models.detection import Detected, Shapes
-
-_DOWN = (".lora_down.weight", ".lora_A.weight", ".lora_A.default.weight", ".lora.down.weight")
-"""Ends of the tensors whose rows are the rank of a LoRA."""
+from sfumato.models.detection import ADAPTER_TENSOR, Detected, Shapes, has
 
 
 def describe(path: str | Path) -> dict[str, Any]:
     """JSON-able facts of a file, a diffusers folder, or a folder of one component's weights.
 
-    `kind`: checkpoint, adapter, vae, text_encoder, embedding, controlnet or unknown (then `seems` says more);
-    `family`, `variant`, `dialect`, `prediction`: None where the file does not show it; `parts` of a checkpoint;
-    `tensors`, `parameters`, `bytes`: counts; `dtypes`: tensors of each; `ranks`: LoRA layers of each rank;
-    `loads_in`: of an adapter, what other programs load of it; `metadata`: as in the file.
+    `kind`: checkpoint, adapter, vae, text_encoder, embedding, controlnet, one of `detect.OTHERS` or unknown (then
+    `seems` says more); `family`, `variant`, `dialect`, `prediction`: None where the file does not show it; `quantised`:
+    in which form, if it is; `parts` of a checkpoint; `tensors`, `parameters`, `bytes`: counts; `dtypes`: tensors of
+    each; `kinds`, `ranks`, `alphas`: layers of an adapter of each; `made_by`: the program that wrote it; `loads_in`:
+    what other programs load of it; `metadata`: as in the file.
 
     Errors: `UserError` for what is missing, truncated or not a weight file.
     """
     path = Path(path).expanduser()
     headers = _headers(path)
     tensors = {name: info for header in headers.values() for name, info in header.tensors.items()}
-    shapes = {name: info.shape for name, info in tensors.items()}
     metadata = {key: value for header in headers.values() for key, value in header.metadata.items()}
+    quantised, plain = _quantised(path, tensors)
+    shapes = {name: tensors[name].shape for name in plain}
     found, seems = _identify(path, shapes, metadata)
+    seems = f"its weights are quantised ({quantised}); {seems}" if quantised else seems
+    adapter = (found is not None and found.kind == "adapter") or has(shapes, ADAPTER_TENSOR)
     facts: dict[str, Any] = {
         "path": str(path),
-        "kind": found.kind if found else "unknown",
+        "kind": found.kind if found else detect.other_kind(shapes) or "unknown",
         "family": found.family if found else None,
         "variant": found.variant or None if found else None,
         "dialect": found.dialect or None if found else None,
         "prediction": found.prediction if found else None,
+        "quantised": quantised or None,
         "parts": list(found.parts) if found else [],
         "tensors": sum(len(header.tensors) for header in headers.values()),
         "parameters": sum(math.prod(i.shape) for header in headers.values() for i in header.tensors.values()),
         "bytes": sum(file.stat().st_size for file in headers),
         "dtypes": dict(Counter(i.dtype for header in headers.values() for i in header.tensors.values()).most_common()),
-        "ranks": dict(
-            sorted(Counter(i.shape[0] for name, i in tensors.items() if name.endswith(_DOWN) and i.shape).items())
-        ),
+        **_adapter(headers if adapter else {}),
         "loads_in": _loads_in(found, shapes),
         "metadata": metadata,
     }
@@ -65,6 +65,8 @@ def text(facts: dict[str, Any]) -> str:
     lines = [f"{facts['path']}: {facts['kind'].replace('_', ' ')}{f' of {of}' if of else ''}"]
     if "seems" in facts:
         lines.append(f"  {facts['seems']}")
+    if facts["kinds"]:
+        lines.append(f"  {', '.join(facts['kinds'])}{f' made by {by}' if (by := facts['made_by']) else ''}")
     labelled = {
         "names": facts["dialect"],
         "prediction": facts["prediction"],
@@ -72,7 +74,10 @@ def text(facts: dict[str, Any]) -> str:
         "tensors": f"{facts['tensors']:,} ({', '.join(f'{n:,} {dtype}' for dtype, n in facts['dtypes'].items())})",
         "parameters": f"{facts['parameters']:,}",
         "size": f"{facts['bytes'] / 2**20:,.1f} MiB",
-        "LoRA": ", ".join(f"{n:,} layers of rank {rank}" for rank, n in facts["ranks"].items()),
+        "quantised": facts["quantised"],
+        "kinds": ", ".join(f"{n:,} layers of {kind}" for kind, n in facts["kinds"].items()),
+        "ranks": ", ".join(f"{n:,} layers of rank {rank}" for rank, n in facts["ranks"].items()),
+        "alphas": ", ".join(f"{n:,} layers of alpha {alpha:g}" for alpha, n in facts["alphas"].items()),
     }
     lines += [f"  {name:<12}{value}" for name, value in labelled.items() if value]
     lines += [f"  loads in {each['text']}" for each in facts["loads_in"]]
@@ -97,6 +102,26 @@ def _identify(path: Path, shapes: Shapes, metadata: Mapping[str, str]) -> tuple[
     return found, "" if found else detect.unknown(shapes)
 
 
+def _quantised(path: Path, tensors: Mapping[str, TensorInfo]) -> tuple[str, list[str]]:
+    """How weights are quantised ("" if they are not), and the names of the weights alone."""
+    if gguf.is_gguf(path):
+        kinds = Counter(i.dtype for i in tensors.values() if i.dtype not in gguf.PLAIN)
+        return f"GGUF ({', '.join(kind for kind, _ in kinds.most_common(2)) or 'plain'})", list(tensors)
+    scaling = scaled_fp8.companions(tensors)
+    left = [name for name in tensors if name not in scaling]
+    form, _ = locate.quantised(left)
+    return form or ("fp8 scaled" if scaling else ""), [n for n in left if not form or not locate.quantised([n])[0]]
+
+
+def _adapter(headers: Mapping[Path, Header]) -> dict[str, Any]:
+    """Facts of an adapter; empty ones of anything else."""
+    made = {"kinds": {}, "ranks": {}, "alphas": {}, "made_by": ""}
+    for path, header in headers.items():
+        made |= adapter_summary.summary(header, None if path.suffix in files.PICKLES else path)
+        made["made_by"] = adapter_metadata.made_by(header.metadata, header.tensors)
+    return made
+
+
 def _loads_in(found: Detected | None, shapes: Shapes) -> list[dict[str, Any]]:
     if found is None or found.kind != "adapter":
         return []
@@ -107,7 +132,7 @@ def _loads_in(found: Detected | None, shapes: Shapes) -> list[dict[str, Any]]:
 def _headers(path: Path) -> dict[Path, Header]:
     """file -> its header, for all weight files of what `path` names."""
     if not path.is_dir():
-        return {path: files.read_header(path)}
+        return {path: gguf.read(path) if gguf.is_gguf(path) else files.read_header(path)}
     if (path / "model_index.json").is_file():
         index = locate.read_json(path / "model_index.json")
         parts = [path / name for name in index if (path / name).is_dir() and _has_weights(path / name)]

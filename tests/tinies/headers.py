@@ -85,6 +85,61 @@ def scaled(tensors: Table, mark: str = "scale_weight") -> Table:
     return tensors | {name.removesuffix("weight") + mark: () for name, shape in tensors.items() if len(shape) == 2}
 
 
+def nf4(tensors: Table) -> Table:
+    """As bitsandbytes keeps matrices in 4 bits: two numbers a byte, and what is needed to unpack them."""
+    out: Table = {}
+    for name, shape in tensors.items():
+        if len(shape) != 2:
+            out[name] = shape
+            continue
+        count = shape[0] * shape[1]
+        out |= {name: (count // 2, 1), f"{name}.absmax": (count // 64,), f"{name}.quant_map": (16,)}
+        out[f"{name}.quant_state.bitsandbytes__nf4"] = (90,)
+    return out
+
+
+def ip_adapter() -> Table:
+    """ip-adapter_sd15.safetensors: the image's projection, and keys and values for it in each cross attention."""
+    made: Table = {"image_proj.proj.weight": (3072, 1024), "image_proj.proj.bias": (3072,)}
+    made |= {f"image_proj.norm.{leaf}": (768,) for leaf in ("weight", "bias")}
+    widths = (320, 320, 640, 640, 1280, 1280, 1280, 1280, 1280, 640, 640, 640, 320, 320, 320, 1280)
+    return made | {
+        f"ip_adapter.{2 * i + 1}.to_{kind}_ip.weight": (width, 768) for i, width in enumerate(widths) for kind in "kv"
+    }
+
+
+def esrgan(*, old: bool) -> Table:
+    """RealESRGAN_x4plus (params_ema) or 4x-UltraSharp (its older names): convolutions in residual dense blocks."""
+    start = "model.1.sub.{}.RDB{}.conv{}.0" if old else "params_ema.body.{}.rdb{}.conv{}"
+    made: Table = {("model.0" if old else "params_ema.conv_first") + ".weight": (64, 3, 3, 3)}
+    for block in range(23):
+        for dense in (1, 2, 3):
+            for conv in (1, 2, 3, 4, 5):
+                name = start.format(block, dense, conv)
+                made[f"{name}.weight"] = (32 if conv < 5 else 64, 32 * conv + 32, 3, 3)
+                made[f"{name}.bias"] = (32 if conv < 5 else 64,)
+    return made
+
+
+def clip_vision(width: int = 1280, layers: int = 32, *, openclip: bool = False) -> Table:
+    """CLIP-ViT-H-14's image encoder, as IP-Adapters come with; in OpenCLIP's names as open_clip_pytorch_model."""
+    if openclip:
+        block = {
+            "attn.in_proj_weight": (3 * width, width),
+            "attn.out_proj.weight": (width, width),
+            "ln_1.weight": (width,),
+        }
+        return under("visual.", {f"transformer.resblocks.{i}.{n}": s for i in range(layers) for n, s in block.items()})
+    made: Table = {"embeddings.class_embedding": (width,), "embeddings.patch_embedding.weight": (width, 3, 14, 14)}
+    for i in range(layers):
+        made |= {f"encoder.layers.{i}.self_attn.{n}_proj.weight": (width, width) for n in ("q", "k", "v", "out")}
+        made |= {
+            f"encoder.layers.{i}.mlp.fc1.weight": (4 * width, width),
+            f"encoder.layers.{i}.layer_norm1.weight": (width,),
+        }
+    return under("vision_model.", made) | {"visual_projection.weight": (1024, width)}
+
+
 def without(pattern: str, tensors: Table) -> Table:
     return {name: shape for name, shape in tensors.items() if not re.fullmatch(pattern, name)}
 
