@@ -47,7 +47,7 @@ def convert(words: Sequence[str]) -> int:
 
     if tool.is_adapter(args.source.expanduser()):
         return _convert_adapter(args)
-    _refuse(args, ("family", "model", "rank"), "is for adapters, and IN is a whole checkpoint")
+    refuse(args, ("family", "model", "rank"), "is for adapters, and IN is a whole checkpoint")
     parts = {name: value for name in part_flags() if (value := getattr(args, name))}
     return run_convert(
         args.source, args.out, as_json=args.json, to=args.to, dtype=args.dtype, parts=parts, tokenizer=args.tokenizer,
@@ -64,9 +64,9 @@ def run_convert(source: Path, out: Path, *, as_json: bool = False, **how: Any) -
     """Convert a checkpoint, with progress, and say what came out."""
     from sfumato.tools import convert as tool
 
-    with _megabytes("converting") as advance:
+    with megabytes("converting") as advance:
         facts = tool.convert(source.expanduser(), out.expanduser(), progress=advance, **how)
-    _say(facts, f"{out}: {facts['family']}, {', '.join(facts['parts'])}; {facts['tensors']:,} tensors", as_json)
+    say(facts, f"{out}: {facts['family']}, {', '.join(facts['parts'])}; {facts['tensors']:,} tensors", as_json)
     return 0
 
 
@@ -76,7 +76,7 @@ def _convert_adapter(args: argparse.Namespace) -> int:
     from sfumato.tools import convert_adapter
     from sfumato.train.progress import progress
 
-    _refuse(args, (*part_flags(), "tokenizer", "bundle"), "is for whole checkpoints, and IN is an adapter")
+    refuse(args, (*part_flags(), "tokenizer", "bundle"), "is for whole checkpoints, and IN is an adapter")
     if args.to is None:
         raise UserError(f"--to: say in whose names; there are {', '.join(convert_adapter.DIALECTS)}")
     with progress("converting") as advance:
@@ -88,16 +88,18 @@ def _convert_adapter(args: argparse.Namespace) -> int:
     text = f"{args.out}: {made.layers:,} layers ({', '.join(made.kinds)}) of {made.family} in {args.to} names"
     if made.errors:
         text += f"; {len(made.errors):,} are the nearest LoRA, which lacks {max(made.errors.values()):.1%} at most"
-    _say(facts, text, args.json)
+    say(facts, text, args.json)
     return 0
 
 
-def _refuse(args: argparse.Namespace, names: Sequence[str], why: str) -> None:
+def refuse(args: argparse.Namespace, names: Sequence[str], why: str) -> None:
+    """Errors: `UserError` for each of these flags that is given."""
     if given := [name for name in names if getattr(args, name)]:
         raise UserError(*(f"--{name}: {why}; leave it out" for name in given))
 
 
-def _say(facts: Mapping[str, Any], text: str, as_json: bool) -> None:
+def say(facts: Mapping[str, Any], text: str, as_json: bool) -> None:
+    """What was done, for a reader or for a program."""
     from sfumato.train.progress import console
 
     if as_json:
@@ -107,7 +109,7 @@ def _say(facts: Mapping[str, Any], text: str, as_json: bool) -> None:
 
 
 @contextmanager
-def _megabytes(title: str) -> Iterator[Callable[[int, int], None]]:
+def megabytes(title: str) -> Iterator[Callable[[int, int], None]]:
     """Progress of a job that counts bytes."""
     from sfumato.train.progress import progress
 

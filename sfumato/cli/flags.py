@@ -31,6 +31,15 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{self.prog}: {message}; `--help` lists all flags")
 
+    def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]
+        """The flags. Errors: `UserError`, for unknown ones with the nearest name."""
+        parsed, strange = self.parse_known_args(args, namespace)
+        known = [name for action in self._actions for name in action.option_strings if action.help != argparse.SUPPRESS]
+        if strange:
+            unknown = [word for word in strange if word.startswith("-")] or strange
+            raise UserError(*(f"{self.prog}: unknown: {w}{nearest(w.partition('=')[0], known)}" for w in unknown))
+        return parsed
+
 
 def parser(prog: str, *, names: Iterable[str] | None = None) -> Parser:
     """Flags for all settings (or those in `names`), grouped as the config is.

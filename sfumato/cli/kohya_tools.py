@@ -6,9 +6,11 @@ from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from sfumato.cli import adapter_tools, flags, main, svd_tools
+from sfumato.cli import adapter_tools, flags, main, svd_tools, tools
 from sfumato.cli.flags import Parser
+from sfumato.errors import UserError
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,6 +92,68 @@ def _extract(args: Namespace) -> int:
     return svd_tools.run_extract(args.model_org, args.model_tuned, args.save_to, how, device=args.device)
 
 
+def _merge_flags(base: str, *, lbws: bool = False) -> Callable[[ArgumentParser], None]:
+    """`base`: the flag of the model that is merged into."""
+
+    def add(parser: ArgumentParser) -> None:
+        if base:
+            parser.add_argument(f"--{base}", type=Path)
+        parser.add_argument("--save_to", type=Path, required=True)
+        parser.add_argument("--models", nargs="+", type=Path, required=True)
+        parser.add_argument("--ratios", nargs="+", type=float, default=[])
+        parser.add_argument("--save_precision", choices=tools.PRECISIONS)
+        parser.add_argument("--no_metadata", action="store_true")
+        if lbws:
+            parser.add_argument("--lbws", nargs="+", default=[])
+
+    return add
+
+
+def _flux_merge_flags(parser: ArgumentParser) -> None:
+    _merge_flags("flux_model")(parser)
+    for name in FLUX_PARTS:
+        parser.add_argument(f"--{name}", type=Path)
+        parser.add_argument(f"--{name}_save_to", type=Path)
+
+
+def _svd_merge_flags(parser: ArgumentParser) -> None:
+    _merge_flags("", lbws=True)(parser)
+    parser.add_argument("--new_rank", type=int, default=4)
+    parser.add_argument("--new_conv_rank", type=int)
+
+
+def _merge(args: Namespace) -> int:
+    """Into a model if there is one, else into one adapter."""
+    base = getattr(args, "sd_model", None) or getattr(args, "flux_model", None)
+    parts = {name: path for name in FLUX_PARTS if (path := getattr(args, name, None))}
+    outs = {name: path for name in FLUX_PARTS if (path := getattr(args, f"{name}_save_to", None))}
+    if base is None and parts:
+        raise UserError("--flux_model: the transformer is needed as well, as the layers' names follow from it")
+    if odd := sorted(outs.keys() - parts.keys()):
+        raise UserError(*(f"--{name}_save_to: does nothing without --{name}" for name in odd))
+    common: dict[str, Any] = {
+        "adapters": tools.paired(args.models, args.ratios),
+        "out": args.save_to.expanduser(),
+        "block_weights": [tools.block_weights(text) for text in getattr(args, "lbws", [])],
+        "dtype": tools.dtype_of(args.save_precision),
+        "metadata": not args.no_metadata,
+    }
+    if base is None:
+        from sfumato.tools.merge_adapters import Joining
+
+        rank, conv_rank = getattr(args, "new_rank", None), getattr(args, "new_conv_rank", None)
+        return tools.run_join(Joining(**common, rank=rank, conv_rank=conv_rank))
+    from sfumato.tools.merge import Merging
+
+    options = {name: str(path.expanduser()) for name, path in parts.items()}
+    only = ("denoiser", *parts) if hasattr(args, "flux_model") else ()
+    return tools.run_merge(Merging(**common, model=base.expanduser(), options=options, outs=outs, only=only))
+
+
+_ADDED = "the ranks of the files always stand side by side: sums of the factors are not sums of the changes"
+_MERGE_IDLE = {"concat": _ADDED, "shuffle": _ADDED, "precision": "all is computed in fp32", "v2": _FOUND}
+FLUX_PARTS = ("clip_l", "t5xxl")
+"""Text encoders that kohya's script takes in files of their own."""
 _METADATA = "a file always says what it is and how it was made"
 _EXTRACT = Tool(
     flags=_extract_flags,
@@ -109,6 +173,18 @@ TOOLS: Mapping[str, Tool] = {
         flags=adapter_tools.convert_flux_flags, run=adapter_tools.convert_flux, idle={"src": _FOUND}
     ),
     "convert_hunyuan_image_lora_to_comfy": _TO_COMFY,
+    "merge_lora": Tool(flags=_merge_flags("sd_model"), run=_merge, idle=_MERGE_IDLE),
+    "sdxl_merge_lora": Tool(flags=_merge_flags("sd_model", lbws=True), run=_merge, idle=_MERGE_IDLE),
+    "flux_merge_lora": Tool(
+        flags=_flux_merge_flags,
+        run=_merge,
+        idle=_MERGE_IDLE
+        | dict.fromkeys(("mem_eff_load_save", "loading_device", "working_device"), _LOADED)
+        | {"diffusers": _FOUND},
+    ),
+    "svd_merge_lora": Tool(
+        flags=_svd_merge_flags, run=_merge, idle=_MERGE_IDLE | {"device": "matrices of the ranks alone are decomposed"}
+    ),
     "resize_lora": Tool(flags=_resize_flags, run=_resize, idle={}),
     "extract_lora_from_models": _EXTRACT,
     "flux_extract_lora": _EXTRACT,

@@ -207,6 +207,12 @@ def _convert(words: list[str]) -> int:
     return checkpoint_tools.convert(words)
 
 
+def _merge(words: list[str]) -> int:
+    from sfumato.cli import tools
+
+    return tools.merge(words)
+
+
 def _extract(words: list[str]) -> int:
     from sfumato.cli import svd_tools
 
@@ -261,6 +267,7 @@ COMMANDS: Mapping[str, Command] = {
     "cache": Command(_cache, "encode images and captions for later trainings"),
     "sample": Command(_sample, "sample images"),
     "convert": Command(_convert, "a checkpoint as another layout, an adapter in other names"),
+    "merge": Command(_merge, "adapters into a model or into one adapter; models into one"),
     "extract": Command(_extract, "a LoRA file of what two models differ in"),
     "resize": Command(_resize, "a LoRA file with smaller ranks"),
     "verify": Command(_verify, "whether two adapters, or two checkpoints, have the same effect"),

@@ -1,11 +1,164 @@
-"""Command lines of the tools that make files of files: words in, a call of `sfumato/tools/` out."""
+"""`sfumato merge`, and the flags of files with strengths."""
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
+from sfumato.cli.checkpoint_tools import megabytes, part_flags, refuse, say
+from sfumato.cli.flags import Parser
 from sfumato.errors import UserError
+
+if TYPE_CHECKING:
+    from sfumato.tools.merge import Merging
+    from sfumato.tools.merge_adapters import Joining
+
+PRECISIONS = {
+    "float": "float32",
+    "fp32": "float32",
+    "fp16": "float16",
+    "bf16": "bfloat16",
+    "fp8": "float8_e4m3fn",
+}
+
+
+def merge(words: Sequence[str]) -> int:
+    """`sfumato merge --adapters A B --ratios 0.8 0.5 [--model M] --out X`"""
+    args = _merge_parser().parse_args(list(words))
+    parts = {name: value for name in part_flags() if (value := getattr(args, name, None))}
+    of_models, of_one = (*parts, "only"), ("rank", "conv_rank", "to", "family", "layers_of")
+    if args.models:
+        refuse(args, (*parts, *of_one, "adapters", "model", "lbws", "no_metadata"), "does nothing beside --models")
+        return _run_models(args)
+    if not args.adapters:
+        raise UserError("sfumato merge: say what is merged: --adapters FILE ..., or --models FILE FILE ...")
+    common = {
+        "adapters": paired(args.adapters, args.ratios),
+        "out": args.out.expanduser(),
+        "block_weights": [block_weights(text) for text in args.lbws],
+        "dtype": dtype_of(args.save_precision),
+        "metadata": not args.no_metadata,
+    }
+    if args.model is None:
+        refuse(args, of_models, "is for merging into a model, which --model names")
+        from sfumato.tools.merge_adapters import Joining
+
+        one = Joining(
+            **common, rank=args.rank, conv_rank=args.conv_rank, dialect=args.to or "kohya", family=args.family,
+            model=args.layers_of,
+        )  # fmt: skip
+        return run_join(one, as_json=args.json)
+    refuse(args, of_one, "is for one adapter made of several, without --model")
+    from sfumato.tools.merge import Merging
+
+    what = Merging(**common, model=args.model.expanduser(), options=parts, only=args.only)
+    return run_merge(what, as_json=args.json)
+
+
+def _merge_parser() -> Parser:
+    parser = Parser(
+        prog="sfumato merge",
+        description="Adapters merged into a model, or without --model into one adapter file; or --models into one.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--adapters", nargs="+", type=Path, default=[], metavar="FILE", help="merged in this order")
+    parser.add_argument("--models", nargs="+", type=Path, default=[], metavar="FILE", help="checkpoints to be added")
+    parser.add_argument("--ratios", nargs="+", type=float, default=[], help="one for each; default 1, of models equal")
+    parser.add_argument("--out", type=Path, required=True, help="file to write, or folder where the model is one")
+    parser.add_argument(
+        "--lbws", nargs="+", default=[], help="layer-wise weights for each adapter, or one for all: [1,0.5,...]"
+    )
+    parser.add_argument("--save_precision", choices=PRECISIONS, help="number format; default: as in the files")
+    parser.add_argument("--only", nargs="+", default=[], metavar="COMPONENT", help="change these alone: denoiser ...")
+    parser.add_argument("--no_metadata", action="store_true", help="the result does not say what it was made of")
+    parser.add_argument("--json", action="store_true", help="machine-readable")
+    whole = parser.add_argument_group("into a model")
+    whole.add_argument("--model", type=Path, metavar="FILE", help="single file or diffusers folder")
+    for name in part_flags():
+        if name != "vae":
+            whole.add_argument(f"--{name}", metavar="FILE", help=f"the model's {name}, in a file of its own")
+    one = parser.add_argument_group("into one adapter")
+    one.add_argument("--rank", type=int, help="the nearest LoRA of at most this rank; default: exact, ranks add up")
+    one.add_argument("--conv_rank", type=int, help="the same for convolutions larger than 1x1; default --rank")
+    one.add_argument("--to", metavar="DIALECT", help="names of the file; default kohya")
+    one.add_argument("--family", help="of the model, where the files do not show it")
+    one.add_argument("--layers_of", metavar="FILE", help="a model of other sizes than the usual ones of its family")
+    return parser
+
+
+def _run_models(args: argparse.Namespace) -> int:
+    from sfumato.tools.merge_models import merge_checkpoints
+
+    paths = [path for path, _ in paired(args.models, args.ratios)]
+    with megabytes("merging") as advance:
+        facts = merge_checkpoints(
+            paths, args.out.expanduser(), args.ratios or None, save_precision=args.save_precision,
+            only=args.only or None, progress=advance,
+        )  # fmt: skip
+    say(facts, f"{args.out}: {', '.join(map(str, paths))}; {facts['tensors']:,} tensors", args.json)
+    return 0
+
+
+def run_merge(what: Merging, *, as_json: bool = False) -> int:
+    """Merge into a model, with progress, and say what came out."""
+    from sfumato.tools import merge as tool
+
+    with megabytes("merging") as advance:
+        facts = tool.merge(what, advance)
+    lines = []
+    for each in facts["adapters"]:
+        layers = ", ".join(f"{count:,} layers of {component}" for component, count in each["layers"].items())
+        lines.append(f"{each['path']} at {each['ratio']:g}: {layers} ({', '.join(each['kinds'])})")
+    say(facts, "\n".join([*lines, f"written: {', '.join(facts['written'])}"]), as_json)
+    return 0
+
+
+def run_join(what: Joining, *, as_json: bool = False) -> int:
+    """Merge into one adapter, with progress, and say what came out."""
+    from sfumato.tools import merge_adapters as tool
+    from sfumato.train.progress import progress
+
+    with progress("merging") as advance:
+        facts = tool.join(what, advance)
+    ranks = [layer["rank"] for layer in facts["layers"] if layer["rank"]]
+    of = f" of rank {min(ranks)} to {max(ranks)}" if ranks else ""
+    lost = (
+        f"; the rank leaves out {facts['error']:.2%} of the change (Frobenius norm), "
+        f"{max(layer['error'] for layer in facts['layers']):.2%} of a layer's at most"
+        if facts["error"]
+        else ", exact but for rounding to the number format"
+    )
+    say(facts, f"{facts['path']}: {len(facts['layers']):,} layers{of}{lost}", as_json)
+    return 0
+
+
+def paired(adapters: Sequence[Path], ratios: Sequence[float]) -> list[tuple[Path, float]]:
+    """Files with their ratios. Errors: `UserError` for files that are not there, and another number of ratios."""
+    wrong = [f"no such file: {path}" for path in adapters if not path.expanduser().exists()]
+    if ratios and len(ratios) != len(adapters):
+        wrong.append(f"{len(ratios)} ratios for {len(adapters)} adapters; give one for each, or none")
+    if wrong:
+        raise UserError(*wrong)
+    return [(path.expanduser(), ratio) for path, ratio in zip(adapters, ratios or [1.0] * len(adapters), strict=True)]
+
+
+def block_weights(text: str) -> list[float]:
+    """ "[1,0,0.5]" or "1,0,0.5" -> its numbers. Errors: `UserError`."""
+    try:
+        return [float(part) for part in text.strip().strip("[]").split(",")]
+    except ValueError:
+        raise UserError(f"--lbws {text}: expected numbers such as [1,0,0.5,...]") from None
+
+
+def dtype_of(name: str | None) -> Any:
+    """The number format of one of `PRECISIONS`; None: as it is."""
+    if name is None:
+        return None
+    import torch
+
+    return getattr(torch, PRECISIONS[name])
 
 
 def take_adapters(words: list[str], flag: str) -> list[tuple[Path, float]]:

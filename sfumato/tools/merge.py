@@ -29,6 +29,7 @@ from sfumato.models.base import Models
 from sfumato.models.components import ComponentWeights
 from sfumato.models.loading import merge_when_read, outline_parts
 from sfumato.models.merged import merged
+from sfumato.tools.merge_adapters import strengths_of
 from sfumato.tools.written import check_output
 from sfumato.train.provenance import now
 from sfumato.train.trainables import read_adapter
@@ -73,13 +74,9 @@ def merge(what: Merging, progress: Progress | None = None) -> dict[str, Any]:
     models = outline_parts(family, str(what.model), facts.options(**what.options))
     _check_outputs(what, models)
     read = [(path, ratio, _layers(models, path, what.only)) for path, ratio in what.adapters]
-    lists = _lists(models, what)
-    found = in_order(
-        *(
-            changes(models.nets(), state, _strength(models, ratio, weights))
-            for (_, ratio, state), weights in zip(read, lists, strict=True)
-        )
-    )
+    strengths = strengths_of(family, [ratio for _, ratio in what.adapters], what.block_weights)
+    each = zip(read, strengths, strict=True)
+    found = in_order(*(changes(models.nets(), state, strength) for (_, _, state), strength in each))
     merge_when_read(models, found)
     metadata = _metadata(what, models)
     if models.source.layout == "diffusers":
@@ -104,7 +101,7 @@ def _layers(models: Models, path: Path, only: Collection[str]) -> dict[ModulePat
     for name, prefixes in starts.items():
         count = sum(key.startswith(prefixes) for key in header.tensors)
         if count and not only:
-            cure = f"give its file with --parts {absent[name]}=FILE, or " if absent[name] else ""
+            cure = f"give its file with --{absent[name]}, or " if absent[name] else ""
             raise UserError(
                 f"{path}: {count} of its {len(header.tensors)} tensors are for {name}, which the model does not hold: "
                 f"{cure}leave it as it is with --only {' '.join(models.nets())}"
@@ -121,32 +118,6 @@ def _layers(models: Models, path: Path, only: Collection[str]) -> dict[ModulePat
     if unknown := sorted(set(only) - set(models.nets())):
         raise UserError(f"--only {' '.join(unknown)}: the model holds {', '.join(models.nets())}")
     return {layer: tensors for layer, tensors in state.items() if not only or layer[0] in only}
-
-
-def _lists(models: Models, what: Merging) -> list[Sequence[float] | None]:
-    """The layer-wise weights of each adapter. Errors: `UserError`."""
-    given, known = what.block_weights, models.family.block_weights
-    if not given:
-        return [None] * len(what.adapters)
-    if known is None:
-        raise UserError(f"layer-wise weights (lbws): {models.family.title} has no such blocks; leave them out")
-    lengths = " or ".join(map(str, known.lists))
-    wrong = [
-        f"lbws: a list of {len(each)} numbers; expected {lengths}" for each in given if len(each) not in known.lists
-    ]
-    if len(given) not in (1, len(what.adapters)):
-        wrong.append(f"lbws: {len(given)} lists for {len(what.adapters)} adapters; give one for each, or one for all")
-    if wrong:
-        raise UserError(*wrong)
-    return [*given] if len(given) == len(what.adapters) else [given[0]] * len(what.adapters)
-
-
-def _strength(models: Models, ratio: float, weights: Sequence[float] | None) -> Callable[[ModulePath], float]:
-    known = models.family.block_weights
-    if weights is None or known is None:
-        return lambda layer: ratio
-    by_block = dict(zip(known.lists[len(weights)], weights, strict=True))
-    return lambda layer: ratio * by_block.get(known.block(layer), 1.0)
 
 
 def _counts(state: Mapping[ModulePath, AdapterTensors]) -> dict[str, Any]:
