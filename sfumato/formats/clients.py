@@ -43,7 +43,7 @@ KINDS = {
     "oft": Kind(title="OFT", tensors="oft_blocks", fits=lambda shape: len(shape) != 4),
     "boft": Kind(title="BOFT", tensors="oft_blocks", fits=lambda shape: len(shape) == 4),
     "oft_diag": Kind(title="OFT of LyCORIS 2", tensors="oft_diag"),
-    "oft_peft": Kind(title="OFT on inputs (PEFT)", tensors=r"oft_[RS](\.default)?(\.weight)?"),
+    "oft_peft": Kind(title="OFT on inputs (PEFT)", tensors=r"oft_R(\.\w+)*"),
     "ia3": Kind(title="(IA)3", tensors=r"weight|on_input"),
     "ia3_peft": Kind(title="(IA)3 in PEFT's names", tensors=r"ia3_l(\.default)?"),
     "glora": Kind(title="GLoRA", tensors=r"[ab][12]\.weight"),

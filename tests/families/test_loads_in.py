@@ -251,4 +251,5 @@ def test_what_every_kind_writes_is_known_by_its_tensors(name: str) -> None:
     adapter = plan.kind(nn.Linear(16, 16), plan.options(conv=False), torch.Generator())
     found = loads_in({f"{ONE}.{leaf}": tuple(t.shape) for leaf, t in adapter.tensors().items()}, names_of("sdxl-base"))
     assert not [each for each in found if "some of its tensors" in each.text()]
-    assert any(each.loaded for each in found)
+    # OFT on inputs is for PEFT itself, and for OneTrainer.
+    assert any(each.loaded for each in found) == (name != "oftv2")
