@@ -34,6 +34,7 @@ class IA3(Adapter):
     supports = frozenset({"module_dropout"})
     has_alpha = False
     has_rank = False
+    shaping = frozenset({"train_on_input"})
     neutral: ClassVar[Mapping[str, float]] = {"weight": 0.0, PEFT: 1.0}
     options: IA3Options
     on_input: Tensor

@@ -28,6 +28,7 @@ from sfumato.adapters.base import (
 from sfumato.adapters.operation import WRITTEN, Operation
 from sfumato.errors import UserError
 from sfumato.formats.dialect import ALPHA, DORA, AdapterTensors
+from sfumato.tensors.algebra import factorization
 
 W1, W1A, W1B = "lokr_w1", "lokr_w1_a", "lokr_w1_b"
 W2, W2A, W2B, T2 = "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2"
@@ -85,17 +86,6 @@ class LoKrOptions(AdditiveOptions):
             thin=not self.full_matrix and self.rank < max(rest, other_columns) / 2,
             tucker=self.use_tucker and math.prod(shape[2:]) > 1,
         )
-
-
-def factorization(size: int, factor: int = -1) -> tuple[int, int]:
-    """Two divisors of a size, the smaller one first, as LyCORIS chooses them: `factor` and the rest if it is a divisor,
-    else the most equal two of which the smaller one is not above `factor`."""
-    if factor > 0 and size % factor == 0:
-        one = factor
-    else:
-        most = math.isqrt(size) if factor < 0 else min(factor, math.isqrt(size))
-        one = next(d for d in range(most, 0, -1) if size % d == 0)
-    return min(one, size // one), max(one, size // one)
 
 
 class LoKr(Additive):

@@ -54,6 +54,8 @@ class OFT(Adapter):
     kohya_targets: ClassVar[tuple[str, ...]] = ("attention",)
     supports = frozenset({"rank_dropout", "module_dropout"})
     has_alpha = False
+    any_rank = True
+    shaping = frozenset({"count_blocks", "rescaled"})
     options: RotationOptions
     rescale: nn.Parameter | None
 

@@ -42,6 +42,7 @@ class OFTv2(Adapter):
     Options: ClassVar[type[LayerOptions]] = OFTv2Options
     supports = frozenset({"module_dropout"})
     has_alpha = False
+    any_rank = True
     options: OFTv2Options
     above: Tensor
 
@@ -100,7 +101,8 @@ class OFTv2(Adapter):
 
     def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
         given = self.own_form(tensors)
-        given.pop(EXACT, None)
+        if given.pop(EXACT, None) is not None and self.options.use_cayley_neumann:
+            raise UserError(f"{self.name}: the file's rotations are exact ones; set use_cayley_neumann=False")
         own = self.oft_R["weight"]
         if len(given.get(WEIGHT, own)) == 1:  # all blocks share one (PEFT's block_share)
             given[WEIGHT] = given[WEIGHT].expand(len(own), -1)

@@ -41,6 +41,9 @@ def test_equals_peft(name, size, series):
     assert written.keys() == ({"oft_R.weight"} if series else {"oft_R.weight", "oft_R.exact"})
     again = from_tensors(written)[1]
     assert (again.rank, again.use_cayley_neumann) == (adapter.size, series)
+    if not series:
+        with pytest.raises(UserError, match="set use_cayley_neumann=False"):
+            OFTv2(layer, OFTv2Options(rank=size), torch.Generator()).load_tensors(written)
     set_peft_model_state_dict(peft, {HEAD + "oft_R.weight": written["oft_R.weight"]})
     merged = peft.merge_and_unload()[0]
     close(layer.weight + adapter.delta_weight(layer.weight), merged.weight.detach(), atol=1e-5, rtol=1e-5)
