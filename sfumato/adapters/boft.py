@@ -22,7 +22,9 @@ from sfumato.formats.dialect import ALPHA, AdapterTensors
 
 
 class BOFT(OFT):
-    """`y + multiplier * (rescale * R_m ... R_1 (y - bias) - (y - bias))`."""
+    """`y + multiplier * (rescale * R_m ... R_1 (y - bias) - (y - bias))`.
+
+    network_dim is the most rows of a block; a layer that has none so small gets its smallest."""
 
     Options: ClassVar[type[LayerOptions]] = RotationOptions
     kohya_targets = ()

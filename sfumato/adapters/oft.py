@@ -46,7 +46,8 @@ class OFTOptions(RotationOptions):
 class OFT(Adapter):
     """`y + multiplier * (rescale * R^T (y - bias) - (y - bias))`: the layer's output is turned, never its weight.
 
-    A multiplier acts on the change as a whole, as in LyCORIS.
+    network_dim is the most rows of a block, of which there are at least as many as a block has rows (as in LyCORIS);
+    in kohya's networks.oft their number. A multiplier acts on the change as a whole, as in LyCORIS.
     """
 
     Options: ClassVar[type[LayerOptions]] = OFTOptions
@@ -104,11 +105,15 @@ class OFT(Adapter):
 
     def change(self, h: Tensor, rows: int) -> Tensor:
         """What turning and rescaling adds to the layer's rows, which are dimension 1 or -1 of h; in h's dtype."""
-        delta = self.turn(h, cayley(skew(_limited(self.oft_blocks, self._limit()))).to(h.dtype), rows)
+        delta = self.turn(h, self.rotations().to(h.dtype), rows)
         if self.rescale is None:
             return delta
         factor = self.rescale.float().view(-1, *[1] * (h.ndim - 2 if rows == 1 else 0))
         return delta * factor.to(h.dtype) + h * (factor - 1).to(h.dtype)
+
+    def rotations(self) -> Tensor:
+        """R - I of each block, in fp32."""
+        return cayley(skew(_limited(self.oft_blocks, self._limit())))
 
     @staticmethod
     def turn(h: Tensor, rotations: Tensor, rows: int) -> Tensor:

@@ -30,14 +30,14 @@ WEIGHT, EXACT, SCALED = "oft_R.weight", "oft_R.exact", "oft_R.scaled_oft"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OFTv2Options(LayerOptions):
-    """`rank` is the size of a block; where that does not divide a layer's inputs, the divisor nearest to it."""
-
     use_cayley_neumann: bool = True
     """The first 5 terms of a series in place of the exact rotation: faster, and as good while the angles are small."""
 
 
 class OFTv2(Adapter):
-    """`layer(x + multiplier * (R^T x - x))`."""
+    """`layer(x + multiplier * (R^T x - x))`.
+
+    network_dim is the size of a block; where that does not divide a layer's inputs, the divisor nearest to it."""
 
     Options: ClassVar[type[LayerOptions]] = OFTv2Options
     supports = frozenset({"module_dropout"})
@@ -68,7 +68,7 @@ class OFTv2(Adapter):
     def adapt_input(self, x: Tensor) -> Tensor:
         if self.patches:
             return x
-        return self.add(x, OFT.turn(x, self.change().to(x.dtype), self.operation.channels))
+        return self.add(x, OFT.turn(x, self.rotations().to(x.dtype), self.operation.channels))
 
     def forward(self, x: Tensor, y: Tensor, layer: nn.Module) -> Tensor:
         if not self.patches:
@@ -79,9 +79,9 @@ class OFTv2(Adapter):
         return self.add(y, self.operation(x, self.delta_weight(weight).to(x.dtype)))
 
     def delta_weight(self, weight: Tensor) -> Tensor:
-        return OFT.turn(weight.float().flatten(1), self.change().mT, -1).view(weight.shape)
+        return OFT.turn(weight.float().flatten(1), self.rotations().mT, -1).view(weight.shape)
 
-    def change(self) -> Tensor:
+    def rotations(self) -> Tensor:
         """R - I of each block, (k, n, n), in fp32."""
         weight = self.oft_R["weight"].float()
         upper = weight.new_zeros(len(weight), self.size, self.size)

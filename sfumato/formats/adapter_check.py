@@ -24,7 +24,7 @@ def check_adapter(tensors: Mapping[str, Tensor], what: str) -> None:
 
 def _wrong(name: str, tensor: Tensor) -> str:
     """What is wrong with a tensor, or nothing."""
-    if name.endswith(("alpha", "on_input")):
+    if name.endswith(("alpha", "on_input", "scaled_oft")):
         if tensor.numel() != 1:
             return f"holds {tensor.numel()} numbers; expected one"
     elif not tensor.numel():

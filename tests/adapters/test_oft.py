@@ -15,6 +15,7 @@ from tinies import headers
 from torch import Tensor, nn
 
 from sfumato.adapters import AdapterPlan, files, from_tensors
+from sfumato.adapters import kind as adapter_kind
 from sfumato.adapters.insert import from_state
 from sfumato.adapters.oft import OFT, OFTOptions
 from sfumato.errors import UserError
@@ -104,6 +105,23 @@ def test_the_rotation_is_one_to_fp32_also_for_small_angles():
     r = (eye + exact) @ torch.linalg.inv(eye - exact)
     close(r @ r.mT, eye.expand(3, 8, 8), atol=1e-12, rtol=0)
     close(cayley(q).double(), r - eye, atol=1e-10, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("kind", "more"), [("oft", {}), ("boft", {}), ("oftv2", {}), ("oftv2", {"use_cayley_neumann": False})]
+)
+def test_rotations_are_made_in_fp32_under_autocast_and_of_bf16_weights(kind, more):
+    layer, made = nn.Linear(8, 16, bias=False), adapter_kind(kind)
+    adapter = made(layer, made.Options(rank=4, **more), torch.Generator())
+    nn.init.normal_(next(adapter.parameters()), std=0.05, generator=torch.Generator().manual_seed(0))
+    adapter.bfloat16()
+    with torch.autocast("cpu", torch.bfloat16):
+        rotations = adapter.rotations()
+    assert rotations.dtype is torch.float32
+    eye = torch.eye(rotations.shape[-1]).double()
+    r = rotations.double() + eye
+    series = kind == "oftv2" and not more
+    close(r @ r.mT, eye.expand_as(r), atol=1e-3 if series else 1e-6, rtol=0)
 
 
 @pytest.mark.parametrize("constraint", [0.0, 0.02])

@@ -8,11 +8,13 @@ import pytest
 import torch
 from layers import LAYERS
 from peft import OFTConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from small import disturb, insert
 from torch import nn
 
-from sfumato.adapters import from_tensors
+from sfumato.adapters import AdapterPlan, files, from_tensors
 from sfumato.adapters.oftv2 import OFTv2, OFTv2Options
 from sfumato.errors import UserError
+from sfumato.formats.dialect import Dialect
 
 close = torch.testing.assert_close
 HEAD = "base_model.model.0."
@@ -58,8 +60,8 @@ def test_the_series_is_near_the_rotation():
     exact = OFTv2(layer, OFTv2Options(rank=4, use_cayley_neumann=False), torch.Generator())
     with torch.no_grad():
         exact.oft_R["weight"].copy_(-series.oft_R["weight"])
-    close(series.change(), exact.change(), atol=1e-4, rtol=0)
-    r = exact.change().double() + torch.eye(4)
+    close(series.rotations(), exact.rotations(), atol=1e-4, rtol=0)
+    r = exact.rotations().double() + torch.eye(4)
     close(r @ r.mT, torch.eye(4).double().expand(2, 4, 4), atol=1e-6, rtol=0)
 
 
@@ -74,6 +76,16 @@ def test_forms_of_other_programs():
     scaled.load_tensors(file)
     close(scaled.tensors()["oft_R.weight"], own["oft_R.weight"] / 6**0.5)
     assert from_tensors(file)[0] is OFTv2
+
+
+def test_pefts_names_hold_it(net):
+    inserted = insert(net, AdapterPlan(kind=OFTv2, rank=4, conv_rank=4))
+    disturb(inserted)
+    peft = Dialect(name="peft", prefix={"denoiser": "base_model.model."}, fold_alpha=True)
+    keys = files.write(peft, inserted.state())
+    assert "base_model.model.block.to_q.oft_R.weight" in keys
+    read = files.read([peft], keys, [("denoiser", path) for path, _ in net.named_modules()])
+    assert all(torch.equal(t, read[path][leaf]) for path, own in inserted.state().items() for leaf, t in own.items())
 
 
 def test_pieces_of_a_fused_layer_share_its_input():
