@@ -44,7 +44,6 @@ class OFTv2(Adapter):
     has_alpha = False
     any_rank = True
     options: OFTv2Options
-    above: Tensor
 
     def __init__(self, base: nn.Module, options: OFTv2Options, generator: torch.Generator) -> None:
         super().__init__(base, options, generator)
@@ -55,7 +54,6 @@ class OFTv2(Adapter):
         self.size = _nearest(inputs, options.rank)
         elements = self.size * (self.size - 1) // 2
         self.oft_R = nn.ParameterDict({"weight": torch.zeros(inputs // self.size, elements, device=device_of(base))})
-        self.register_buffer("above", torch.triu_indices(self.size, self.size, 1).to(device_of(base)), persistent=False)
 
     @classmethod
     def read(cls, tensors: Mapping[str, Tensor]) -> OFTv2Options | None:
@@ -85,8 +83,8 @@ class OFTv2(Adapter):
         """R - I of each block, (k, n, n), in fp32."""
         weight = self.oft_R["weight"].float()
         upper = weight.new_zeros(len(weight), self.size, self.size)
-        block, (row, column) = torch.arange(len(weight), device=weight.device)[:, None], self.above.unbind()
-        upper = upper.index_put((block, row, column), weight)
+        row, column = torch.triu_indices(self.size, self.size, 1, device=weight.device)
+        upper = upper.index_put((torch.arange(len(weight), device=weight.device)[:, None], row, column), weight)
         q = upper - upper.mT
         if not self.options.use_cayley_neumann:
             return cayley(-q)
