@@ -1,19 +1,20 @@
 """Seconds per step of every kind of adapter on the model in the box, and what that is of LoRA's, in one run.
 
 The model of `examples/emoji` with the quickstart's settings: rank 16, 8 on convolutions above 1x1, batch 10, 64 px.
-Latents and text are random and count as cached. Rounds of all kinds take turns, and a kind's ratio is the median of its
-rounds' ratios to LoRA's, so that whatever else the machine does falls on all alike.
+LoHa's ranks are the roots of those: its change has then the same rank as LoRA's (--same_dim: the same network_dim).
+Latents and text are random and count as cached. The kinds take turns, step by step, and the fastest step of each counts; on
+the CPU it is its own time that counts, of all threads, not that of the clock: other work falls on none of them.
 
     python benchmarks/adapters.py
-    python benchmarks/adapters.py --kinds lora loha --rank 4 --network_args conv_dim=4 use_tucker=True
+    python benchmarks/adapters.py --kinds lora loha --same_dim
 """
 
 from __future__ import annotations
 
 import argparse
-import statistics
+import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -27,11 +28,13 @@ from sfumato.train import dist
 from sfumato.train.trainables import Adapters
 
 MODEL = ROOT / "examples" / "emoji" / "model.safetensors"
-WARM = 2
-"""Steps of each kind before the clock starts."""
+ROOTS = {"loha"}
+"""Kinds whose change has the square of their rank."""
 
 
-def training_step(kind: str, args: argparse.Namespace, device: torch.device) -> tuple[Callable[[], Tensor], int]:
+def training_step(
+    kind: str, rank: int, conv: int, args: argparse.Namespace, device: torch.device
+) -> tuple[Callable[[], Tensor], int]:
     """A function that trains a step, and how many numbers are trained."""
     models = sfumato.load(
         MODEL, device=device, dtype=torch.bfloat16 if args.mixed_precision == "bf16" else torch.float32
@@ -42,9 +45,9 @@ def training_step(kind: str, args: argparse.Namespace, device: torch.device) -> 
         train=TrainConfig(mixed_precision=args.mixed_precision),
         network=NetworkConfig(
             network_module=kind,
-            network_dim=args.rank,
-            network_alpha=args.rank,
-            network_args=tuple(args.network_args),
+            network_dim=rank,
+            network_alpha=rank,
+            network_args=(f"conv_dim={conv}", f"conv_alpha={conv}", *args.network_args),
             network_train_unet_only=True,
         ),
         family=models.options,
@@ -57,43 +60,47 @@ def training_step(kind: str, args: argparse.Namespace, device: torch.device) -> 
     return stepper(config, models, trainable, batch), sum(p.numel() for p in trainable.weights().values())
 
 
+def timed(steps: Mapping[str, Callable[[], Tensor]], count: int, device: torch.device) -> dict[str, float]:
+    """Seconds of the fastest of `count` steps of each kind, after two that do not count."""
+    clock = time.process_time if device.type == "cpu" else time.perf_counter
+    seconds: dict[str, list[float]] = {kind: [] for kind in steps}
+    for _ in range(count + 2):
+        for kind, go in steps.items():
+            wait(device)
+            start = clock()
+            go()
+            wait(device)
+            seconds[kind].append(clock() - start)
+    return {kind: min(own[2:]) for kind, own in seconds.items()}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kinds", nargs="*", default=list(adapters.kinds()), choices=list(adapters.kinds()))
     parser.add_argument("--rank", type=int, default=16)
-    parser.add_argument("--network_args", nargs="*", default=["conv_dim=8", "conv_alpha=8"])
+    parser.add_argument("--conv_rank", type=int, default=8)
+    parser.add_argument("--same_dim", action="store_true", help="the same network_dim for all kinds")
+    parser.add_argument("--network_args", nargs="*", default=[])
     parser.add_argument("--batch", type=int, default=10)
     parser.add_argument("--mixed_precision", choices=["no", "bf16"], default="no")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--steps", type=int, default=4, help="of a round")
+    parser.add_argument("--steps", type=int, default=20)
     parser.add_argument(
         "--out", type=Path, help="the JSON file that gets the section `adapters`; default: none is written"
     )
     args = parser.parse_args()
-    device = dist.device_of()
-    steps = {kind: training_step(kind, args, device) for kind in ["lora", *(k for k in args.kinds if k != "lora")]}
-    seconds: dict[str, list[float]] = {kind: [] for kind in steps}
-    for count in [WARM, *[args.steps] * args.rounds]:
-        for kind, (go, _) in steps.items():
-            wait(device)
-            start = time.perf_counter()
-            for _ in range(count):
-                go()
-            wait(device)
-            seconds[kind].append((time.perf_counter() - start) / count)
-    rows = []
-    for kind, (_, trained) in steps.items():
-        ratios = [own / lora for own, lora in zip(seconds[kind][1:], seconds["lora"][1:], strict=True)]
-        row = {
-            "kind": kind,
-            "seconds_per_step": round(statistics.median(seconds[kind][1:]), 4),
-            "of_lora": round(statistics.median(ratios), 3),
-            "trained": trained,
-        }
-        print("  ".join(f"{key} {value}" for key, value in row.items()), flush=True)
-        rows.append(row)
-    settings = {name: getattr(args, name) for name in ("rank", "network_args", "batch", "mixed_precision")}
-    record(args.out, "adapters", device, {**settings, "rows": rows})
+    device, rows = dist.device_of(), {}
+    steps = {}
+    for kind in ["lora", *(k for k in args.kinds if k != "lora")]:
+        root = kind in ROOTS and not args.same_dim
+        rank, conv = (math.ceil(math.sqrt(r)) if root else r for r in (args.rank, args.conv_rank))
+        steps[kind], trained = training_step(kind, rank, conv, args, device)
+        rows[kind] = {"network_dim": rank, "conv_dim": conv, "trained": trained}
+    seconds = timed(steps, args.steps, device)
+    for kind, row in rows.items():
+        row |= {"seconds_per_step": round(seconds[kind], 4), "of_lora": round(seconds[kind] / seconds["lora"], 3)}
+        print(f"{kind:<8}" + "  ".join(f"{key} {value}" for key, value in row.items()), flush=True)
+    settings = {name: getattr(args, name) for name in ("network_args", "batch", "mixed_precision", "steps")}
+    record(args.out, "adapters", device, {**settings, "kinds": rows})
 
 
 if __name__ == "__main__":
