@@ -2,8 +2,8 @@
 
 The model of `examples/emoji` with the quickstart's settings: rank 16, 8 on convolutions above 1x1, batch 10, 64 px.
 LoHa's ranks are the roots of those: its change has then the same rank as LoRA's (--same_dim: the same network_dim).
-Latents and text are random and count as cached. The kinds take turns, step by step, and the fastest step of each counts; on
-the CPU it is its own time that counts, of all threads, not that of the clock: other work falls on none of them.
+Latents and text are random and count as cached. The kinds take turns, step by step, and the fastest step of each
+counts; on the CPU its own time counts, of all threads, and not the clock's: other work falls on none of them.
 
     python benchmarks/adapters.py
     python benchmarks/adapters.py --kinds lora loha --same_dim
