@@ -138,6 +138,9 @@ class Adapter(nn.Module):
         """The parameters that LoRA+ (arXiv:2402.12354) gives a higher rate; none: LoRA+ has no meaning for the kind."""
         return []
 
+    def after_step(self) -> None:
+        """Called after each optimizer step, while the gradients are still there."""
+
     def scale_norm(self, limit: float) -> tuple[Tensor, Tensor]:
         """Scale the change so that its Frobenius norm is at most `limit`. Returns (norm after, whether it was scaled),
         0-d tensors; nothing is read back from the device."""
@@ -286,17 +289,19 @@ class Adapter(nn.Module):
     def dropout_mask(self, purpose: str, chance: float, shape: Sequence[int], device: torch.device) -> Tensor:
         """A mask of `shape` (rows of one sample next to each other): False with the given chance, by the batch's own
         random numbers."""
+        generators = self.generators(purpose, device)
+        rows, odd = divmod(shape[0], len(generators))
+        if odd:
+            raise RuntimeError(f"{shape[0]} rows do not share out over {len(generators)} samples")
+        parts = [torch.rand((rows, *shape[1:]), generator=generator, device=device) for generator in generators]
+        return torch.cat(parts) >= chance
+
+    def generators(self, purpose: str, device: torch.device) -> list[torch.Generator]:
+        """One for each sample of the batch, by its own random numbers, the purpose and the layer."""
         rng = self.context.rng
         if rng is None:
-            raise RuntimeError("adapters with dropout in training mode need `AdapterNetwork.rng` for every batch")
-        rows, odd = divmod(shape[0], len(rng.keys))
-        if odd:
-            raise RuntimeError(f"{shape[0]} rows do not share out over {len(rng.keys)} samples")
-        parts = []
-        for k in rng.keys:
-            generator = torch.Generator(device).manual_seed(key(k, purpose, self.name))
-            parts.append(torch.rand((rows, *shape[1:]), generator=generator, device=device))
-        return torch.cat(parts) >= chance
+            raise RuntimeError("adapters with randomness in training mode need `AdapterNetwork.rng` for every batch")
+        return [torch.Generator(device).manual_seed(key(k, purpose, self.name)) for k in rng.keys]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

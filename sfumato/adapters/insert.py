@@ -235,6 +235,11 @@ class AdapterNetwork(nn.Module):
             handle.remove()
         self._handles.clear()
 
+    def after_step(self) -> None:
+        """To be called after each optimizer step, while the gradients are still there."""
+        for adapter in self.by_path().values():
+            adapter.after_step()
+
     def scale_norms(self, limit: float) -> Norms:
         """Scale every change whose norm is above `limit` down to it (max-norm regularisation)."""
         norms, scaled = zip(*(adapter.scale_norm(limit) for adapter in self.by_path().values()), strict=True)

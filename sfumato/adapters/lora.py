@@ -26,6 +26,7 @@ from sfumato.adapters.base import (
     is_meta,
     peft_magnitude,
 )
+from sfumato.adapters.perturbation import Perturbation
 from sfumato.adapters.starts import Start, start_factors
 from sfumato.errors import UserError
 from sfumato.formats.dialect import ALPHA, DORA, DOWN, MID, UP, AdapterTensors
@@ -37,6 +38,10 @@ class LoRAOptions(AdditiveOptions):
     """A convolution's kernel stands in a third factor of rank x rank, between the two."""
     init: str = "default"
     """"pissa" or "olora": the start is a part of the layer's own weight; the file has twice the rank."""
+    ggpo_sigma: float | None = None
+    """GGPO, with ggpo_beta: noise in training by the norms of the layer's weight, times this."""
+    ggpo_beta: float | None = None
+    """The same by the squared norms of its gradient."""
 
 
 class LoRA(Additive):
@@ -51,6 +56,7 @@ class LoRA(Additive):
 
     lora_mid: nn.Conv2d | None
     start: Start | None
+    ggpo: Perturbation | None
 
     def __init__(self, base: nn.Module, options: LayerOptions, generator: torch.Generator) -> None:
         super().__init__(base, options, generator)
@@ -69,8 +75,11 @@ class LoRA(Additive):
         else:
             self.lora_up.weight = nn.Parameter(torch.zeros(self.lora_up.weight.shape, device=device_of(base)))
         self.register_module("start", None)
+        self.register_module("ggpo", None)
         if how := self.start_name(options):
             self._start_from(how, base, generator)
+        if isinstance(options, LoRAOptions) and (options.ggpo_sigma, options.ggpo_beta) != (None, None):
+            self._perturb(base, options.ggpo_sigma, options.ggpo_beta)
 
     def start_values(self, base: nn.Module, shape: torch.Size, generator: torch.Generator) -> Tensor:
         """Those of `lora_down`, and of a Tucker form's `lora_mid`."""
@@ -104,6 +113,18 @@ class LoRA(Additive):
         self.start = Start(layer, up0.reshape(up.shape).contiguous(), down0.reshape(down.shape).contiguous())
         self.lora_down.weight = nn.Parameter(self.start.down.clone())
 
+    def _perturb(self, base: nn.Module, sigma: float | None, beta: float | None) -> None:
+        if sigma is None or beta is None:
+            raise UserError("network_args ggpo_sigma, ggpo_beta: one does nothing without the other; set both")
+        if self.lora_mid is not None or self.start is not None or isinstance(self.lora_up, Diagonal):
+            raise UserError("network_args ggpo_sigma: GGPO has no form beside use_tucker, init and split_qkv")
+        self.ggpo = Perturbation(base, sigma, beta)
+        self.register_forward_hook(_perturbed)
+
+    def after_step(self) -> None:
+        if self.ggpo is not None:
+            self.ggpo.update(self.lora_up.weight, self.lora_down.weight, self.options.scale)
+
     @classmethod
     def read(cls, tensors: Mapping[str, Tensor]) -> LayerOptions | None:
         forms = {DORA: AdditiveOptions, MID: LoRAOptions}
@@ -133,7 +154,7 @@ class LoRA(Additive):
         return product if self.start is None else product + self.start.product(self.lora_down.weight)
 
     def tensors(self) -> AdapterTensors:
-        own = super().tensors()
+        own = {leaf: t for leaf, t in super().tensors().items() if not leaf.startswith("ggpo.")}
         if isinstance(self.lora_up, Diagonal):
             own = {leaf: t for leaf, t in own.items() if leaf not in self.lora_up.names}
             own[UP] = self.lora_up.weight.detach()
@@ -156,6 +177,8 @@ class LoRA(Additive):
                 )
             given.setdefault(ALPHA, torch.tensor(float(len(down))))
             given.update(zip(self.lora_up.names, blocks, strict=True))
+        if self.ggpo is not None:
+            given["ggpo.deviation"] = self.ggpo.deviation
         super().load_tensors(given)
         if isinstance(self.lora_up, Diagonal):
             self.options = replace(self.options, alpha=float(self.alpha) / len(self.options.pieces))
@@ -221,6 +244,11 @@ class LoRA(Additive):
         """(b, rank), shaped to act on what is between the factors."""
         ones = [1] * (h.ndim - 2)
         return values.view(len(h), *((-1, *ones) if isinstance(self.lora_down, nn.Conv2d) else (*ones, -1)))
+
+
+def _perturbed(adapter: LoRA, args: tuple[Tensor, ...], y: Tensor) -> Tensor:
+    """A hook after the adapter's forward: GGPO, in training."""
+    return y if adapter.ggpo is None or not adapter.training else y + adapter.ggpo(adapter, args[0]).to(y.dtype)
 
 
 class Diagonal(nn.Module):

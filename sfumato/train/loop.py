@@ -102,30 +102,33 @@ class Run:
 
 @dataclass(slots=True)
 class PendingMetrics:
-    """Losses that are still on the device, so that no step waits for one to be read."""
+    """Losses and other numbers that are still on the device, so that no step waits for one to be read."""
 
-    values: list[tuple[int, Tensor, Tensor, list[float]]] = field(default_factory=list)
+    values: list[tuple[int, dict[str, Tensor], list[float]]] = field(default_factory=list)
     read: float = 0.0
     average: float = math.nan
 
-    def add(self, step: int, loss: Tensor, norm: Tensor, rates: list[float]) -> None:
-        self.values.append((step, loss, norm, rates))
+    def add(self, step: int, metrics: dict[str, Tensor], rates: list[float]) -> None:
+        self.values.append((step, metrics, rates))
 
     def flush(self, run: Run, epoch: int) -> None:
         """Read, check and log what has gathered."""
         if not self.values:
             return
         numbers = torch.stack(
-            [torch.stack((loss.detach().float(), norm.detach().float())) for _, loss, norm, _ in self.values]
+            [number.detach().float() for _, metrics, _ in self.values for number in metrics.values()]
         ).tolist()
-        for (step, _, _, rates), (loss, norm) in zip(self.values, numbers, strict=True):
+        following = iter(numbers)
+        for step, metrics, rates in self.values:
+            found = dict(zip(metrics, following, strict=False))
+            loss = found["loss"]
             named = dict(zip([g["name"] for g in run.optimizer.param_groups], rates, strict=True))
             if not math.isfinite(loss):
                 raise diagnose.not_finite(run, step, loss, named)
             self.average = loss if math.isnan(self.average) else 0.95 * self.average + 0.05 * loss
             if run.log:
                 lrs = {f"lr/{n}": lr for n, lr in named.items()}
-                run.log.write(step, loss=loss, grad_norm=norm, epoch=epoch + 1, **lrs)
+                run.log.write(step, **found, epoch=epoch + 1, **lrs)
         self.values.clear()
         self.read = time.monotonic()
 
@@ -166,8 +169,8 @@ def train(run: Run) -> bool:
     try:
         with Interrupt() as interrupt:
             for epoch in range(run.step // budget.steps_per_epoch, budget.epochs):
-                for loss, norm, rates in _epoch(run, epoch):
-                    pending.add(run.step, loss, norm, rates)
+                for metrics, rates in _epoch(run, epoch):
+                    pending.add(run.step, metrics, rates)
                     stop = run.world.agree(interrupt.asked)
                     actions = _due_actions(run, epoch)
                     if actions or stop or run.step == budget.steps or time.monotonic() - pending.read > 0.5:
@@ -189,22 +192,22 @@ def train(run: Run) -> bool:
     return True
 
 
-def _epoch(run: Run, epoch: int) -> Iterator[tuple[Tensor, Tensor, list[float]]]:
-    """The optimizer steps of an epoch that are still to do: mean loss, gradient norm and rates of each, once it is
-    done."""
+def _epoch(run: Run, epoch: int) -> Iterator[tuple[dict[str, Tensor], list[float]]]:
+    """The optimizer steps of an epoch that are still to do: mean loss, gradient norm and the like, and the rates of
+    each, once it is done."""
     budget = run.budget
     for batches in run.loader.epoch(epoch, start_step=run.step - epoch * budget.steps_per_epoch):
         if run.step >= budget.steps:
             return
-        loss, norm = _optimizer_step(run, batches)
+        metrics = _optimizer_step(run, batches)
         rates = build.rates(run.optimizer)
         run.schedule.step()
         run.step += 1
         run.whole = True
-        yield loss, norm, rates
+        yield metrics, rates
 
 
-def _optimizer_step(run: Run, batches: StepBatches) -> tuple[Tensor, Tensor]:
+def _optimizer_step(run: Run, batches: StepBatches) -> dict[str, Tensor]:
     """One step on batches that are shared out over the processes; every sample weighs the same."""
     world, total = run.world, torch.zeros((), device=run.world.device)
     for number, batch in enumerate(batches.batches, 1):
@@ -215,15 +218,15 @@ def _optimizer_step(run: Run, batches: StepBatches) -> tuple[Tensor, Tensor]:
         total += cost.detach() / batches.samples
     if world.size > 1:
         torch.distributed.all_reduce(total)
-    return total, _update(run)
+    return {"loss": total, **_update(run)}
 
 
 def _exchange(step: nn.Module, *, last: bool) -> AbstractContextManager[Any]:
     return nullcontext() if last or not isinstance(step, DistributedDataParallel) else step.no_sync()
 
 
-def _update(run: Run) -> Tensor:
-    """Clip, step, average; returns the gradient norm."""
+def _update(run: Run) -> dict[str, Tensor]:
+    """Clip, step, average; returns the gradient norm, and what the trainable has to log."""
     weights = run.trainable.weights()
     run.scaler.unscale_(run.optimizer)
     limit = run.config.optimizer.max_grad_norm
@@ -231,11 +234,11 @@ def _update(run: Run) -> Tensor:
     run.whole = False
     run.scaler.step(run.optimizer)
     run.scaler.update()
+    metrics = {"grad_norm": norm, **run.trainable.after_step()}
     run.optimizer.zero_grad(set_to_none=True)
-    run.trainable.after_step()
     if run.ema:
         run.ema.update(weights)
-    return norm
+    return metrics
 
 
 def _due_actions(run: Run, epoch: int) -> Callable[[], None] | None:

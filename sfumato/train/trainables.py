@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -67,8 +68,9 @@ class Trainable(Protocol):
         """Called before each forward pass: how much noise (b,) the samples have, 0 to 1."""
         ...
 
-    def after_step(self) -> None:
-        """Called after each optimizer step."""
+    def after_step(self) -> Mapping[str, Tensor]:
+        """Called after each optimizer step, while the gradients are still there. Returns what is to be logged, 0-d
+        tensors by name."""
         ...
 
     def freeze_encoders(self) -> None:
@@ -147,8 +149,8 @@ class Full:
     def on_noise(self, level: Tensor) -> None:
         pass
 
-    def after_step(self) -> None:
-        pass
+    def after_step(self) -> Mapping[str, Tensor]:
+        return {}
 
     def freeze_encoders(self) -> None:
         for name in self.trained[1:]:
@@ -217,6 +219,8 @@ class Adapters:
         """Of each layer that has an adapter."""
         for path, adapter in self.network.by_path().items():
             adapter.requires_grad_(self.layer_rates[path] != 0)
+        if config.network.scale_weight_norms:
+            self.network.scale_norms(math.inf)  # a kind for which that has no meaning says so now
         if config.train.full_bf16:
             self.network.to(torch.bfloat16)
         # What these names cannot hold is reported now, not after the training.
@@ -299,10 +303,16 @@ class Adapters:
             if each:
                 each.multiplier = multiplier
 
-    def after_step(self) -> None:
-        limit = self.config.network.scale_weight_norms
-        if limit:
-            self.network.scale_norms(limit)
+    def after_step(self) -> Mapping[str, Tensor]:
+        self.network.after_step()
+        if not (limit := self.config.network.scale_weight_norms):
+            return {}
+        norms = self.network.scale_norms(limit)
+        return {  # by sd-scripts' names
+            "max_norm/keys_scaled": norms.scaled,
+            "max_norm/average_key_norm": norms.mean,
+            "max_norm/max_key_norm": norms.largest,
+        }
 
     def freeze_encoders(self) -> None:
         for (component, _), adapter in self.network.by_path().items():

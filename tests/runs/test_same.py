@@ -61,10 +61,10 @@ def test_resuming_equals_going_on(train: Train, method: str) -> None:
     assert_same(whole / "out.safetensors", whole.parent / "parts" / "out.safetensors")
 
 
-@pytest.mark.parametrize("how", ["pissa"])
-def test_resuming_with_what_an_adapter_keeps(train: Train, monkeypatch: pytest.MonkeyPatch, how: str) -> None:
-    """2 + 2 steps; a state holds the start, for on another machine it comes out with other bits."""
-    settings: dict[str, Any] = {"network_args": (f"init={how}",), "ema_decay": 0.5}
+@pytest.mark.parametrize("args", [("init=pissa",), ("ggpo_sigma=0.03", "ggpo_beta=0.01"), ("dora_wd=True",)])
+def test_resuming_with_what_an_adapter_keeps(train: Train, monkeypatch: pytest.MonkeyPatch, args: tuple[str]) -> None:
+    """2 + 2 steps. A state holds the start, for on another machine it comes out with other bits; and GGPO's norms."""
+    settings: dict[str, Any] = {"network_args": args, "ema_decay": 0.5}
     whole = train("whole", max_train_steps=4, **settings)
     stop_after(train, 2, **settings)
     monkeypatch.setattr(lora, "start_factors", lambda *args: tuple(t + 2**-18 for t in start_factors(*args)))

@@ -15,6 +15,7 @@ from safetensors import safe_open
 from training import Train, config
 
 from sfumato.config import DatasetConfig, SubsetConfig
+from sfumato.errors import UserError
 from sfumato.formats.files import load
 from sfumato.models.components import ComponentWeights
 from sfumato.train import checkpoints, pipeline, run
@@ -86,6 +87,31 @@ def test_memory_and_precision_options_train(train: Train, options: dict[str, Any
             json.loads(line)["loss"] for line in (train("b", max_train_steps=6) / "out.jsonl").read_text().splitlines()
         ]
         assert losses == pytest.approx(plain, abs=1e-6)
+
+
+def test_max_norm_is_logged_by_sd_scripts_names(train: Train) -> None:
+    """Of the weights after each step: how many were scaled down, and the norms after that."""
+    folder = train("a", scale_weight_norms=1e-4, max_train_steps=2, learning_rate=1e-2)
+    for line in (folder / "out.jsonl").read_text().splitlines():
+        entry = json.loads(line)
+        assert entry["max_norm/keys_scaled"] >= 1
+        assert 0 < entry["max_norm/average_key_norm"] <= entry["max_norm/max_key_norm"] * 1.001
+        assert entry["max_norm/max_key_norm"] == pytest.approx(1e-4, rel=1e-3)
+        assert entry["grad_norm"] > 0
+    network = load(folder / "out.safetensors")
+    up, down = (
+        next(t for name, t in sorted(network.items()) if name.endswith(f"{which}.weight")) for which in ("up", "down")
+    )
+    assert torch.linalg.matrix_norm(up.flatten(1) @ down.flatten(1)) <= 1.01e-4
+
+
+@pytest.mark.parametrize(("kind", "args"), [("dora", ()), ("lora", ("init=pissa",)), ("full", ())])
+def test_max_norm_that_has_no_meaning_is_refused_before_training(
+    train: Train, tmp_path: Path, kind: str, args: tuple[str, ...]
+) -> None:
+    with pytest.raises(UserError, match="scale_weight_norms has no meaning"):
+        train("a", network_module=kind, network_args=args, scale_weight_norms=1.0)
+    assert not (tmp_path / "a" / "out.jsonl").exists()
 
 
 def test_stopping_the_text_encoder_freezes_it(train: Train) -> None:
