@@ -104,6 +104,11 @@ class Adapter(nn.Module):
         raise NotImplementedError
 
     @classmethod
+    def file_kind(cls) -> str:
+        """What a reader of a file finds, such as "lora" of the kinds that only train otherwise."""
+        return next(kind for kind in cls.__mro__ if "read" in vars(kind)).__name__.lower()
+
+    @classmethod
     def with_args(cls, options: LayerOptions, more: Mapping[str, Any]) -> LayerOptions:
         """Options that `read` found, with a run's own settings."""
         return replace(options, **more)

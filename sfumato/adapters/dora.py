@@ -22,6 +22,10 @@ class DoRAOptions(LoRAOptions):
 
 
 class DoRA(LoRA):
+    """LoRA with the magnitude and the direction of the layer's weight trained apart: `lora` with `dora_wd=True`. As in
+    PEFT, no gradient goes through the norm (in LyCORIS one does); a multiplier acts on the whole change of the weight
+    (in LyCORIS on the magnitude alone)."""
+
     Options: ClassVar[type[LayerOptions]] = DoRAOptions
 
     @classmethod

@@ -14,18 +14,22 @@ from torch.func import functional_call
 
 from sfumato.adapters.base import LayerOptions, as_input
 from sfumato.adapters.lora import LoRA
+from sfumato.config.rules import Count
 from sfumato.errors import UserError
 from sfumato.tensors.shapes import per_sample
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DyLoRAOptions(LayerOptions):
-    unit: int = 1
+    unit: Count = 1
     """Ranks that are learnt together; divides network_dim and conv_dim."""
 
 
 class DyLoRA(LoRA):
-    """Scaled by sqrt(rank / ranks seen) besides, as in sd-scripts, where however the multiplier does not act."""
+    """LoRA whose first ranks, however many, are a LoRA of their own; a file is a plain LoRA of all.
+
+    Scaled in training by sqrt(rank / ranks seen) besides, as in sd-scripts, where however the multiplier does not act.
+    """
 
     Options: ClassVar[type[LayerOptions]] = DyLoRAOptions
     supports = frozenset({"module_dropout"})
@@ -33,7 +37,7 @@ class DyLoRA(LoRA):
     def __init__(self, base: nn.Module, options: LayerOptions, generator: torch.Generator) -> None:
         super().__init__(base, options, generator)
         assert isinstance(options, DyLoRAOptions)
-        if options.unit < 1 or options.rank % options.unit:
+        if options.rank % options.unit:
             raise UserError(
                 f"network_args unit={options.unit}: expected a divisor of network_dim, and of conv_dim; found rank "
                 f"{options.rank}"

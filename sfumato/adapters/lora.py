@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -28,25 +28,29 @@ from sfumato.adapters.base import (
 )
 from sfumato.adapters.perturbation import Perturbation
 from sfumato.adapters.starts import Start, start_factors
+from sfumato.config.rules import Amount, Must
 from sfumato.errors import UserError
 from sfumato.formats.dialect import ALPHA, DORA, DOWN, MID, UP, AdapterTensors
+
+_INITS = ("pissa", "olora")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoRAOptions(AdditiveOptions):
     use_tucker: bool = False
     """A convolution's kernel stands in a third factor of rank x rank, between the two."""
-    init: str = "default"
+    init: Annotated[str, Must(("default", *_INITS).__contains__, f"default, {' or '.join(_INITS)}")] = "default"
     """"pissa" or "olora": the start is a part of the layer's own weight; the file has twice the rank."""
-    ggpo_sigma: float | None = None
+    ggpo_sigma: Amount | None = None
     """GGPO, with ggpo_beta: noise in training by the norms of the layer's weight, times this."""
-    ggpo_beta: float | None = None
+    ggpo_beta: Amount | None = None
     """The same by the squared norms of its gradient."""
 
 
 class LoRA(Additive):
     """`y + multiplier * alpha / rank * up(down(x))`. A convolution's `down` has its kernel, stride and padding; its
-    `up` is 1x1."""
+    `up` is 1x1. With `init` a file is a plain LoRA of twice the rank on the untouched model (PEFT saves one of the rank
+    for a model that it has changed)."""
 
     Options: ClassVar[type[LayerOptions]] = LoRAOptions
     aliases = ("locon",)
@@ -88,12 +92,8 @@ class LoRA(Additive):
 
     @classmethod
     def start_name(cls, options: LayerOptions) -> str:
-        """Which of `start_factors` it starts from; empty for none. Errors: `UserError` for another name."""
-        if not isinstance(options, LoRAOptions) or options.init == "default":
-            return ""
-        if options.init not in ("pissa", "olora"):
-            raise UserError(f"network_args init={options.init}: expected default, pissa or olora")
-        return options.init
+        """Which of `start_factors` it starts from; empty for none."""
+        return options.init if isinstance(options, LoRAOptions) and options.init != "default" else ""
 
     def start_weight(self, base: nn.Module, generator: torch.Generator) -> Tensor:
         """(out, in): what the start is a part of, fp32."""

@@ -16,6 +16,8 @@ from sfumato.adapters.lora import LoRA
 
 
 class LoRAFA(LoRA):
+    """LoRA whose `down` stays as it starts, which takes less memory; a file is a plain LoRA."""
+
     Options: ClassVar[type[LayerOptions]] = AdditiveOptions
 
     def __init__(self, base: nn.Module, options: LayerOptions, generator: torch.Generator) -> None:

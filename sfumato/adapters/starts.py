@@ -34,6 +34,8 @@ def start_factors(
     (arXiv:2406.01775): the beginning of a QR decomposition; "principal", "middle" and "last" (T-LoRA,
     arXiv:2507.05964): orthonormal rows of these singular vectors, the values in up0.
     """
+    if how not in ("pissa", "olora", "principal", "middle", "last"):
+        raise ValueError(how)
     most = min(rank, *weight.shape)
     if how == "olora":
         up, _ = torch.linalg.qr(weight[:, :most])

@@ -7,37 +7,43 @@ A file is a plain LoRA, all of whose ranks act; of twice the rank with one of th
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from sfumato.adapters.base import LayerOptions, init_device
 from sfumato.adapters.lora import LoRA
+from sfumato.config.rules import Amount, Count, Must
 from sfumato.errors import UserError
 from sfumato.tensors.shapes import per_sample
+
+_STARTS = ("", "principal", "middle", "last")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TLoRAOptions(LayerOptions):
-    min_rank: int = 1
+    min_rank: Count = 1
     """Ranks that see pure noise."""
-    alpha_rank_scale: float = 1.0
+    alpha_rank_scale: Amount = 1.0
     """The ranks beyond min_rank fall with (1 - noise level) to this power."""
-    sig_type: str = ""
+    sig_type: Annotated[str, Must(_STARTS.__contains__, "principal, middle or last")] = ""
     """An orthogonal start, from the "principal", "middle" or "last" singular vectors; empty: LoRA's own."""
     use_data_init: bool = True
     """Singular vectors of the layer's weight; False: of a random matrix."""
 
 
 class TLoRA(LoRA):
+    """LoRA of which noisier samples see fewer ranks in training. A file is a plain LoRA; LyCORIS' own form of such
+    files (`q_layer`, `p_layer`, `lambda_layer`) does not say from which start it counts, and is not read."""
+
     Options: ClassVar[type[LayerOptions]] = TLoRAOptions
 
     @classmethod
     def start_name(cls, options: LayerOptions) -> str:
         assert isinstance(options, TLoRAOptions)
-        if options.sig_type not in ("", "principal", "middle", "last"):
-            raise UserError(f"network_args sig_type={options.sig_type}: expected principal, middle or last")
+        if not (options.use_data_init or options.sig_type):
+            raise UserError("network_args use_data_init does nothing without sig_type: set it, or leave both out")
         return options.sig_type
 
     def start_weight(self, base: nn.Module, generator: torch.Generator) -> Tensor:

@@ -67,7 +67,7 @@ class Facts:
             resolution=self.plan.datasets[0].resolution,
             prediction=self._prediction(),
             date=datetime.fromtimestamp(self.started),
-            adapter=self.adapter.kind.__name__.lower() if self.adapter else "",
+            adapter=self.adapter.kind.file_kind() if self.adapter else "",
             encoder_layer=getattr(options, "clip_skip", None),
             timestep_range=(noise.min_timestep or 0, noise.max_timestep or 1000)
             if noise.min_timestep or noise.max_timestep

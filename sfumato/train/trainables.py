@@ -174,7 +174,7 @@ class Adapters:
 
     def __init__(self, models: Models, config: Config, plan: AdapterPlan) -> None:
         self.models, self.config, self.plan = models, config, plan
-        self.kind = plan.kind.__name__.lower()
+        self.kind = plan.kind.file_kind()
         network = config.network
         nets = models.nets()
         self.notices: tuple[str, ...] = targets.check_sets(models.family.targets, plan)

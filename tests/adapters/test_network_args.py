@@ -42,6 +42,12 @@ def test_all_args():
     assert (plan.loraplus_ratio("denoiser"), plan.loraplus_ratio("clip_l")) == (16.0, 4.0)
 
 
+def test_kinds_whose_files_are_plain_lora():
+    for name in ("tlora", "dylora", "lora_fa", "networks.lora_fa", "networks.dylora", "lora", "dora", "loha"):
+        found = kind(name).file_kind()
+        assert found == (name if name in ("dora", "loha") else "lora")
+
+
 @pytest.mark.parametrize("name", ["dora_wd", "weight_decompose"])
 def test_dora(name):
     plan = parse(NetworkConfig(network_args=(f"{name}=True", "wd_on_out=False")))

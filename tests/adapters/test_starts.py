@@ -11,10 +11,11 @@ from safetensors.torch import load_file
 from small import disturb, insert
 from torch import nn
 
-from sfumato.adapters import AdapterPlan, from_tensors
+from sfumato.adapters import AdapterPlan, from_tensors, parse
 from sfumato.adapters.insert import from_state
 from sfumato.adapters.lora import LoRA
 from sfumato.adapters.starts import start_factors
+from sfumato.config import NetworkConfig
 from sfumato.errors import UserError
 from sfumato.tensors.random import SampleRandom
 
@@ -132,7 +133,7 @@ def test_factors(how, shape):
 
 def test_mistakes(net):
     with pytest.raises(UserError, match="init=pisa: expected default, pissa or olora"):
-        insert(net, plan("pisa"))
+        parse(NetworkConfig(network_args=("init=pisa",)))
     with pytest.raises(UserError, match="no form beside use_tucker"):
         insert(net, plan("pissa", use_tucker=True))
     plain = insert(net, AdapterPlan(kind=LoRA, rank=4, conv_rank=3))

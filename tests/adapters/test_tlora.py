@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 import torch
 from lycoris.modules.tlora import TLoraModule, clear_timestep_mask, compute_timestep_mask, set_timestep_mask
 from small import disturb, insert
 from torch import nn
 
-from sfumato.adapters import AdapterPlan, from_tensors
+from sfumato.adapters import AdapterPlan, from_tensors, parse
 from sfumato.adapters.insert import from_state
 from sfumato.adapters.lora import LoRA
 from sfumato.adapters.tlora import TLoRA
+from sfumato.config import NetworkConfig
 from sfumato.errors import UserError
 
 close = torch.testing.assert_close
@@ -98,4 +97,6 @@ def test_the_file_is_a_plain_lora(net, x, more):
 
 def test_unknown_start(net):
     with pytest.raises(UserError, match="sig_type=first: expected principal, middle or last"):
-        insert(net, replace(AdapterPlan(kind=TLoRA), more={"sig_type": "first"}))
+        parse(NetworkConfig(network_module="tlora", network_args=("sig_type=first",)))
+    with pytest.raises(UserError, match="use_data_init does nothing without sig_type"):
+        insert(net, AdapterPlan(kind=TLoRA, more={"use_data_init": False}))
