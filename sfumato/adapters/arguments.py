@@ -93,6 +93,7 @@ _SPELLINGS = {
 }
 """Other names of options, where a kind has them by the second name alone."""
 _NO_EFFECT = {
+    "rank_dropout_scale": "what a rank_dropout leaves is always scaled up",
     "verbose": "it only changes what is printed",
     "bypass_mode": "a change is computed beside its layer or in its weight, whichever is cheaper, with the same result",
 }
@@ -102,7 +103,6 @@ _ELSEWHERE = {
     "use_scalar": "there is no trained factor on a layer's whole change",
     "disable_conv_cp": "write use_tucker",
     "train_on_input": "there is no such choice",
-    "rank_dropout_scale": "what is left of a rank_dropout is always scaled up",
     "train_llm_adapter": "this family has no such part",
     "train_t5xxl": "this family has no T5",
     "split_qkv": "this family has no fused layers",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from copy import deepcopy
 from functools import partial
@@ -132,6 +133,45 @@ def test_which_blocks(models: Models, args: tuple[str, ...], double: set[int], s
     found = ranks(models, *args)
     blocks = {(path.split(".")[0], int(path.split(".")[1])) for path in found}
     assert blocks == {("double_blocks", i) for i in double} | {("single_blocks", i) for i in single}
+
+
+@pytest.mark.parametrize(
+    ("target", "wanted"),
+    [
+        ("double_blocks", r"double_blocks\..*"),
+        ("single_blocks", r"single_blocks\..*"),
+        ("attention", r"double_blocks\.\d\.(img|txt)_attn\..*|single_blocks\.\d\.linear[12]"),
+        ("modulation", r".*blocks.*(_mod|modulation)\..*"),
+        ("denoiser.mlp", r"double_blocks\.\d\.(img|txt)_mlp\..*|single_blocks\.\d\.linear[12]"),
+        ("inputs", r"(img|txt)_in|(time|vector|guidance)_in\.(in|out)_layer"),
+    ],
+)
+def test_named_sets(models: Models, target: str, wanted: str) -> None:
+    every = {path for path, layer in models.denoiser.named_modules() if isinstance(layer, nn.Linear)}
+    found = ranks(models, f"target={target}")
+    assert found == {path: 4 for path in every if re.fullmatch(wanted, path)} and found
+
+
+def test_a_rank_by_pattern_goes_before_the_familys_own_and_keeps_the_pieces(models: Models) -> None:
+    args = ("img_attn_dim=0", "train_single_block_indices=none", "split_qkv=True")
+    found = {
+        p.path: (p.options.rank, bool(p.options.pieces))
+        for p in places(
+            models, plan_of(*args, "network_reg_dims=double_blocks_1_img_attn=3,.*single_blocks.0.linear1=2")
+        )
+    }
+    assert found.keys() & {f"double_blocks.0.{name}" for name in ATTENTION} == {
+        "double_blocks.0.txt_attn.qkv",
+        "double_blocks.0.txt_attn.proj",
+    }
+    assert found["double_blocks.1.img_attn.qkv"] == (3, True) and found["double_blocks.1.img_attn.proj"] == (3, False)
+    assert [(path, *each) for path, each in found.items() if "single" in path] == [("single_blocks.0.linear1", 2, True)]
+
+
+@pytest.mark.parametrize("family", ["flux", "chroma"])
+def test_conv_dim_is_refused_where_no_layer_is_a_convolution(models: Models, family: str) -> None:
+    with pytest.raises(UserError, match="conv_dim: does nothing, as none of the layers that get adapters is a convol"):
+        places(models, any_plan_of(family, "conv_dim=4"))
 
 
 def test_text_encoders_have_the_common_rank(models: Models) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import replace
@@ -122,6 +123,23 @@ def test_adapters_on_the_embedders_act_and_come_back(models: Models, tmp_path: P
 )
 def test_which_blocks(models: Models, told: str, blocks: set[int]) -> None:
     assert {int(path.split(".")[1]) for path in ranks(models, f"train_block_indices={told}")} == blocks
+
+
+@pytest.mark.parametrize(
+    ("target", "wanted"),
+    [
+        ("attention", r".*\.attn2?\..*"),
+        ("mlp,modulation", r"joint_blocks\..*\.(mlp|adaLN_modulation)\..*"),
+        ("context", r".*\.context_block\..*"),
+        ("image", r".*\.x_block\..*"),
+        ("embedders,output", r"(?!joint_blocks).*"),
+    ],
+)
+def test_named_sets(models: Models, target: str, wanted: str) -> None:
+    layers = (nn.Linear, nn.Conv2d)
+    every = {path for path, layer in models.denoiser.named_modules() if isinstance(layer, layers)}
+    found = ranks(models, f"target={target}")
+    assert found == {path: 4 for path in every if re.fullmatch(wanted, path)} and found
 
 
 def test_text_encoders_have_the_common_rank(models: Models) -> None:
