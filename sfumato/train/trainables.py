@@ -218,7 +218,8 @@ class Adapters:
         }
         """Of each layer that has an adapter."""
         for path, adapter in self.network.by_path().items():
-            adapter.requires_grad_(self.layer_rates[path] != 0)
+            if not self.layer_rates[path]:
+                adapter.requires_grad_(False)
         if config.network.scale_weight_norms:
             self.network.scale_norms(math.inf)  # a kind for which that has no meaning says so now
         if config.train.full_bf16:

@@ -41,7 +41,11 @@ def adapters(models: Models, *args: str, **more: Any) -> Adapters:
     made = Adapters(
         models,
         config(family=models.options, learning_rate=1e-3, network_train_unet_only=True, **more),
-        plan_of("sd", *args, **{name: more[name] for name in ("dim_from_weights", "network_weights") if name in more}),
+        plan_of(
+            "sd",
+            *args,
+            **{name: more[name] for name in ("dim_from_weights", "network_module", "network_weights") if name in more},
+        ),
     )
     made.remove()
     return made
@@ -148,7 +152,12 @@ def test_rates_act_on_layers_of_a_file_as_well(models: Models, tmp_path: Path) -
     assert set(by_rate(made.groups())) == {1e-3, 5e-4}
     still = {path for path, a in made.network.by_path().items() if not any(p.requires_grad for p in a.parameters())}
     assert {path[1].partition(".")[0] for path in still} == {"middle_block"}
-    assert not any("middle_block" in name for name in made.weights())
+
+
+def test_what_a_kind_does_not_train_stays_out_of_the_groups(models: Models) -> None:
+    made = adapters(models, network_module="lora_fa")
+    assert by_rate(made.groups()) == {1e-3: len(made.network.by_path())}
+    assert {name.split("|")[-1] for name, p in made.weights().items() if p.requires_grad} == {"lora_up.weight"}
 
 
 @pytest.mark.parametrize(
