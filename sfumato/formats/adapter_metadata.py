@@ -36,8 +36,9 @@ def made_by(metadata: Mapping[str, str], names: Collection[str] = ()) -> str:
     ):
         if mark.lower() in text.lower():
             return program
-    if any(key.startswith("ot_") for key in metadata):
-        return "OneTrainer"
+    for start, program in (("ss_sfumato_", "sfumato"), ("ot_", "OneTrainer")):
+        if any(key.startswith(start) for key in metadata):
+            return program
     module = metadata.get("ss_network_module", "")
     if module.startswith("lycoris"):
         return "LyCORIS in kohya's scripts"
