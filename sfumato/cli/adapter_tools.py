@@ -81,8 +81,7 @@ def _convert(source: Path, target: Path, to: str) -> int:
     from sfumato.tools.convert_adapter import convert
     from sfumato.train.progress import answers
 
-    made = convert(source, target, to)
-    answers.print(f"{target}: {made.layers:,} layers ({', '.join(made.kinds)}) of {made.family} in {to} names")
+    answers.print(convert(source, target, to).text(target))
     return 0
 
 

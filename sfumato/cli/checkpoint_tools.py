@@ -84,11 +84,7 @@ def _convert_adapter(args: argparse.Namespace) -> int:
             args.source, args.out, args.to, family=args.family, model=args.model, dtype=args.dtype, rank=args.rank,
             progress=advance,
         )  # fmt: skip
-    facts = asdict(made)
-    text = f"{args.out}: {made.layers:,} layers ({', '.join(made.kinds)}) of {made.family} in {args.to} names"
-    if made.errors:
-        text += f"; {len(made.errors):,} are the nearest LoRA, which lacks {max(made.errors.values()):.1%} at most"
-    say(facts, text, args.json)
+    say(asdict(made), made.text(args.out), args.json)
     return 0
 
 

@@ -35,13 +35,13 @@ def truncated(matrix: Tensor, rank: int, generator: torch.Generator) -> Truncate
     rank = max(1, min(rank, m, n))
     if rank * EXACT >= min(m, n) or rank + OVERSAMPLE >= min(m, n):
         u, s, vh = torch.linalg.svd(matrix, full_matrices=False)
-    else:
-        start = torch.randn(n, rank + OVERSAMPLE, generator=generator).to(matrix.device)
-        basis = torch.linalg.qr(matrix @ start).Q
-        for _ in range(POWERS):
-            basis = torch.linalg.qr(matrix @ torch.linalg.qr(matrix.T @ basis).Q).Q
-        small, s, vh = torch.linalg.svd(basis.T @ matrix, full_matrices=False)
-        u = basis @ small
+        return _cut(u, s, vh, rank, _norm(s))
+    start = torch.randn(n, rank + OVERSAMPLE, generator=generator).to(matrix.device)
+    basis = torch.linalg.qr(matrix @ start).Q
+    for _ in range(POWERS):
+        basis = torch.linalg.qr(matrix @ torch.linalg.qr(matrix.T @ basis).Q).Q
+    small, s, vh = torch.linalg.svd(basis.T @ matrix, full_matrices=False)
+    u = basis @ small
     return _cut(u, s, vh, rank, float(torch.linalg.matrix_norm(matrix)))
 
 
@@ -56,7 +56,12 @@ def product(up: Tensor, down: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def recompressed(up: Tensor, down: Tensor, rank: int) -> Truncated:
     """The best product of a rank for `up @ down`, (m, r) and (r, n); exact."""
     u, s, vh = product(up, down)
-    return _cut(u, s, vh, max(1, min(rank, len(s))), float(s.square().sum().sqrt()))
+    return _cut(u, s, vh, max(1, min(rank, len(s))), _norm(s))
+
+
+def _norm(singular: Tensor) -> float:
+    """Frobenius norm of a matrix of these singular values; in fp64, or what little a rank leaves out would be lost."""
+    return float(singular.double().square().sum().sqrt())
 
 
 def _cut(u: Tensor, s: Tensor, vh: Tensor, rank: int, norm: float) -> Truncated:

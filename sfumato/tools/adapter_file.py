@@ -22,6 +22,7 @@ from sfumato.formats import adapter_metadata, files
 from sfumato.formats.adapter_check import check_adapter
 from sfumato.formats.dialect import AdapterTensors, Dialect, ModulePath
 from sfumato.formats.names import Rule
+from sfumato.formats.planned import Writable
 from sfumato.formats.spellings import Spellings
 from sfumato.models import components, locate, reference
 from sfumato.models.base import Family
@@ -137,6 +138,18 @@ def open_checkpoint(path: str | Path, flag: str) -> tuple[Family, Checkpoint]:
     return family, components.open_model(
         where, family.components, family.title, given={}, passthrough_keys=family.passthrough_keys
     )
+
+
+def weights(model: str | Path) -> dict[ModulePath, Writable]:
+    """The weights of a checkpoint's layers, each read when it is asked for. Errors: as `open_checkpoint`."""
+    _, source = open_checkpoint(model, "--model")
+    return {
+        (part, name.removesuffix(".weight")): tensor
+        for part, held in source.components.items()
+        if part != "vae"
+        for name, tensor in held.planned().items()
+        if name.endswith(".weight")
+    }
 
 
 # --- which model it is for ---

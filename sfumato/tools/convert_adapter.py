@@ -9,13 +9,16 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from sfumato import families
 from sfumato.adapters import files as adapter_files
 from sfumato.errors import Mistakes, UserError, nearest
 from sfumato.formats import files
 from sfumato.formats.adapter_metadata import DIFFUSERS_CONFIG
+from sfumato.formats.clients import loads_in
 from sfumato.formats.dialect import ALIASES, ALPHA, DOWN, UP, AdapterTensors, Dialect, ModulePath
 from sfumato.formats.metadata import hashes
 from sfumato.formats.names import Rule
+from sfumato.formats.planned import made
 from sfumato.tensors.low_rank import truncated
 from sfumato.tools import adapter_file
 from sfumato.tools.adapter_file import AdapterFile
@@ -41,6 +44,20 @@ class Converted:
     """Keys that belong to no adapter -> what they are; they are not in the new file."""
     errors: Mapping[str, float] = field(default_factory=dict)
     """Layers that have no exact form there -> Frobenius norm of what their change lacks, as a share of it."""
+    approximated: int = 0
+    """Layers that became the nearest LoRA, with or without an error."""
+    dialect: str = ""
+    loads_in: tuple[str, ...] = ()
+    """What each program loads of the new file, a line each."""
+
+    def text(self, path: Path) -> str:
+        """For a reader; `path`: of the new file."""
+        first = f"{path}: {self.layers:,} layers ({', '.join(self.kinds)}) of {self.family} in {self.dialect} names"
+        if self.approximated:
+            most = max(self.errors.values(), default=0.0)
+            first += f"; {self.approximated:,} are the nearest LoRA, which lacks {most:.1%} of a layer's change at most"
+        left_out = (f"  left out: {key}: {what}" for key, what in self.left_out.items())
+        return "\n".join([first, *left_out, *(f"  {line}" for line in self.loads_in)])
 
 
 def convert(
@@ -68,7 +85,7 @@ def convert(
     if rank is not None and rank < 1:
         raise UserError(f"--rank {rank}: expected 1 or more")
     check_output(path, Path(source).expanduser())
-    nearest_lora = None if rank is None else Nearest(rank)
+    nearest_lora = None if rank is None else Nearest(rank, model)
     read = adapter_file.read(source, family=family, model=model, inexact=nearest_lora.joined if nearest_lora else None)
     dialect = read.outline.dialects[dialect_name]
     tensors = _written(read, dialect, nearest_lora, progress)
@@ -87,6 +104,15 @@ def convert(
         keys_out=len(tensors),
         left_out=read.left_out,
         errors=nearest_lora.errors if nearest_lora else {},
+        approximated=nearest_lora.layers if nearest_lora else 0,
+        dialect=to,
+        loads_in=tuple(
+            of.text("--to {}")
+            for of in loads_in(
+                {name: tuple(t.shape) for name, t in tensors.items()},
+                families.facts(read.outline.family.name).loads_in,
+            )
+        ),
     )
 
 
@@ -133,27 +159,37 @@ def _cast(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
 class Nearest:
     """The nearest LoRA of a rank to a layer's change; `errors` has what each lacks."""
 
-    def __init__(self, rank: int) -> None:
+    def __init__(self, rank: int, model: str | None = None) -> None:
+        """`model`: the checkpoint, for kinds that act on a layer's own weight."""
         self.rank = rank
         self.errors: dict[str, float] = {}
+        self.layers = 0
+        """How many were made."""
+        self._weights = adapter_file.weights(model) if model else {}
         self._generator = torch.Generator().manual_seed(0)
 
     def __call__(self, path: ModulePath, tensors: AdapterTensors, shape: tuple[int, ...]) -> AdapterTensors:
-        """Errors: `UserError` for a change that depends on the layer's weight."""
-        return self._lora(path, change(path, tensors, shape))
+        """Errors: `UserError` for a change that depends on the layer's weight, without the model."""
+        weight = self._weight(path, shape)
+        return self._lora(path, change(path, tensors, weight, known=path in self._weights))
 
     def joined(
         self, path: ModulePath, pieces: Mapping[int, AdapterTensors], rule: Rule, shape: tuple[int, ...]
     ) -> AdapterTensors:
         """Of a fused layer, from the tensors of its pieces; one that is missing changes nothing."""
         rows = rule.rows or (shape[0] // len(rule.foreign),) * len(rule.foreign)
+        weights = torch.split(self._weight(path, shape), list(rows))
         parts = [
-            change(path, pieces[i], (n, *shape[1:])) if i in pieces else torch.zeros(n, *shape[1:])
-            for i, n in enumerate(rows)
+            change(path, pieces[i], weight, known=path in self._weights) if i in pieces else torch.zeros(weight.shape)
+            for i, weight in enumerate(weights)
         ]
         return self._lora(path, torch.cat(parts))
 
+    def _weight(self, path: ModulePath, shape: tuple[int, ...]) -> Tensor:
+        return made(self._weights[path]).float() if path in self._weights else torch.zeros(shape)
+
     def _lora(self, path: ModulePath, delta: Tensor) -> AdapterTensors:
+        self.layers += 1
         found = truncated(delta.flatten(1), self.rank, self._generator)
         if found.error:
             self.errors[".".join(path)] = found.error
@@ -165,14 +201,13 @@ class Nearest:
         }
 
 
-def change(path: ModulePath, tensors: AdapterTensors, shape: tuple[int, ...]) -> Tensor:
-    """What an adapter adds to a layer's weight of this shape, fp32. Errors: `UserError` if that depends on the
-    weight."""
-    weight = torch.zeros(shape)
+def change(path: ModulePath, tensors: AdapterTensors, weight: Tensor, *, known: bool = False) -> Tensor:
+    """What an adapter adds to a layer's weight, fp32. `known`: whether that is the layer's own, and not a stand-in of
+    its shape. Errors: `UserError` if it depends on the weight and that is not known."""
     adapter = adapter_file.adapter_of(path, tensors, weight)
-    if adapter.needs_weight():
+    if adapter.needs_weight() and not known:
         raise UserError(
-            f"{'.'.join(path)}: {type(adapter).__name__} acts on the layer's own weight; it is not a sum that a LoRA "
-            "could be near to without the model"
+            f"{'.'.join(path)}: {type(adapter).__name__} acts on the layer's own weight; for a LoRA near to that, give "
+            "the model with --model"
         )
     return adapter.delta_weight(weight)

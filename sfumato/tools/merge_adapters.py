@@ -159,7 +159,9 @@ def _sum(
         up, down = joined[UP].float() * (float(joined[ALPHA]) / len(joined[DOWN])), joined[DOWN].float()
         return _lora(recompressed(up.flatten(1), down.flatten(1), most), shape, missing)
     if most is not None:
-        delta = sum((change(path, tensors, shape) * strength for tensors, strength in terms), torch.zeros(shape))
+        delta = sum(
+            (change(path, tensors, torch.zeros(shape)) * strength for tensors, strength in terms), torch.zeros(shape)
+        )
         return _lora(truncated(delta.flatten(1), most, torch.Generator().manual_seed(0)), shape, missing)
     if all(tensors.keys() <= FULL for tensors, _ in terms):
         names = {name for tensors, _ in terms for name in tensors}

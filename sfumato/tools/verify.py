@@ -15,7 +15,7 @@ from sfumato.errors import UserError
 from sfumato.families import detect
 from sfumato.formats import files
 from sfumato.formats.dialect import AdapterTensors, ModulePath
-from sfumato.formats.planned import Writable, made
+from sfumato.formats.planned import made
 from sfumato.tools import adapter_file
 from sfumato.tools.adapter_file import AdapterFile
 
@@ -72,13 +72,13 @@ def verify(
     if _is_model(one) and _is_model(other):
         return _checkpoints(Path(one), Path(other), progress)
     first, second, wrong = _both(one, other, family, model)
-    weights = _weights(model) if model else {}
+    weights = adapter_file.weights(model) if model else {}
     paths = list(dict.fromkeys([*first.state, *second.state]))
     found = []
     for i, path in enumerate(paths):
         progress(i, len(paths))
         pair = first.state.get(path), second.state.get(path)
-        weight = weights.get(f"{path[0]}.{path[1]}.weight")
+        weight = weights.get(path)
         found.append(_layer(path, *pair, first.outline.layers[path], made(weight) if weight else None))
     tensors = [t for file in (first, second) for each in file.state.values() for t in each.values()]
     return _judged([*found, *wrong], tensors)
@@ -114,17 +114,6 @@ def _both(
 
 def _strange(names: list[str]) -> list[Difference]:
     return [Difference(name, 1.0, float("nan"), "names no layer") for name in names]
-
-
-def _weights(model: str) -> dict[str, Writable]:
-    """component.tensor -> the model's own, read when it is asked for."""
-    _, source = adapter_file.open_checkpoint(model, "--model")
-    return {
-        f"{part}.{name}": tensor
-        for part, weights in source.components.items()
-        if part != "vae"
-        for name, tensor in weights.planned().items()
-    }
 
 
 def _layer(

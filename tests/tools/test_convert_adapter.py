@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from conversions import PAGE, a_file, cells, model, page
+from conversions import PAGE, Form, a_file, cells, model, page, written
 
+from sfumato import adapters
 from sfumato.adapters import files as adapter_files
 from sfumato.errors import UserError
 from sfumato.formats import files
@@ -45,6 +46,7 @@ def test_what_is_not_of_a_layer_is_listed(tmp_path: Path) -> None:
     files.save(one, {**files.load(one), "bundle_emb.cat.clip_l": torch.zeros(2, 8)}, {})
     found = convert(one, tmp_path / "other.safetensors", "comfy", model=str(model("flux")))
     assert list(found.left_out) == ["bundle_emb.cat.clip_l"]
+    assert "left out: bundle_emb.cat.clip_l: an embedding that OneTrainer puts beside" in found.text(one)
     assert found.keys_in == found.keys_out + 1
     files.save(one, {**files.load(one), "lora_unet_double_blocks_0_img_mlp_1.alpha": torch.zeros(())}, {})
     with pytest.raises(UserError, match="1 of 13 keys of the adapter name no layer"):
@@ -70,10 +72,29 @@ def test_what_has_no_exact_form_becomes_a_lora_with_a_stated_error(tmp_path: Pat
     read = [adapter_file.read(p, model=str(model("flux")), inexact=Nearest(1000).joined) for p in (one, other)]
     for layer, error in found.errors.items():
         path = ("denoiser", layer.removeprefix("denoiser."))
-        a, b = (change(path, file.state[path], file.outline.layers[path]) for file in read)
+        a, b = (change(path, file.state[path], torch.zeros(file.outline.layers[path])) for file in read)
         assert float((a - b).norm() / a.norm()) == pytest.approx(error, rel=1e-3)
         assert 0 < error < 0.9
     assert max(convert(one, other, to, model=str(model("flux")), rank=1000).errors.values(), default=0) < 1e-6
+
+
+@pytest.mark.parametrize("kind", ["oft", "dora", "ia3"])
+def test_kinds_that_act_on_the_weight_become_a_lora_beside_the_model(tmp_path: Path, kind: str) -> None:
+    """`--rank` with `--model`: at the full rank the LoRA does the same to this model's weights."""
+    if kind == "dora":  # of diffusers' pieces, whose magnitudes are those of their own rows
+        kind = "loha"
+        form = Form("loha", adapters.kind("loha"), {"dora_wd": True})
+        files.save(tmp_path / "one.safetensors", written(form, "flux", "kohya"), {})
+    else:
+        a_file(tmp_path / "one.safetensors", kind)
+    one, other = tmp_path / "one.safetensors", tmp_path / "other.safetensors"
+    made = convert(one, other, "diffusers", model=str(model("flux")), rank=1000)
+    assert made.kinds != ("LoRA",)
+    assert max(made.errors.values(), default=0) < 1e-5
+    assert verify(one, other, model=str(model("flux"))).same
+    text = made.text(other)
+    assert "are the nearest LoRA" in text
+    assert "diffusers: 9 of 9 layers" in text
 
 
 @pytest.mark.parametrize(
