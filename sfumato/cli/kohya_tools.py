@@ -26,11 +26,11 @@ class Tool:
 
 def run(script: str, argv: Sequence[str]) -> int:
     """Run a command line of kohya's script of this name (without `.py`); the exit code."""
-    return main.guarded(lambda: _run(script, argv))
+    return main.guarded(lambda: run_tool(TOOLS[script], script, argv))
 
 
-def _run(script: str, argv: Sequence[str]) -> int:
-    tool = TOOLS[script]
+def run_tool(tool: Tool, script: str, argv: Sequence[str]) -> int:
+    """Run a command line of a tool; the exit code. Errors: `UserError`."""
     parser = Parser(prog=f"{script}.py", allow_abbrev=False)
     tool.flags(parser)
     for name in tool.idle:

@@ -40,6 +40,7 @@ def convert(
     parts: Mapping[str, str] | None = None,
     tokenizer: str | None = None,
     bundle: bool = False,
+    metadata: Mapping[str, str] | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Write the checkpoint `path` (a single file or a diffusers folder) to `out`; what was done, as JSON-able facts.
@@ -47,11 +48,11 @@ def convert(
     `to`: "single" or "diffusers"; None: by the ending of `out`. `dtype`: of `checkpoints.PRECISIONS`; None: as in the
     files (weights in scaled fp8 as bf16). `parts`: flag of a component -> a file of its own, put in place of what the
     model has; a single file then holds it too. `tokenizer`: a folder. `bundle`: whether a single file also holds the
-    text encoders and the VAE. Errors: `UserError` for what is missing or contradicts; nothing is written then.
+    text encoders and the VAE. `metadata`: more of it. Errors: `UserError` for what is missing or contradicts; nothing is written then.
     """
     layout = layout_of(path, out, to)
     models = opened(path, layout, parts or {}, tokenizer, bundle=bundle)
-    facts = write(models, checkpoints.stored(models), out, layout, dtype=dtype, progress=progress)
+    facts = write(models, checkpoints.stored(models), out, layout, dtype=dtype, metadata=metadata, progress=progress)
     return {"from": "diffusers" if path.is_dir() else "single_file", **facts}
 
 
