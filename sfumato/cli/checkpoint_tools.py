@@ -71,27 +71,7 @@ def run_convert(source: Path, out: Path, *, as_json: bool = False, **how: Any) -
     return 0
 
 
-def merge(words: Sequence[str]) -> int:
-    """`sfumato merge --models A B C --ratios 0.5 0.3 0.2 --out X`"""
-    parser = Parser(
-        prog="sfumato merge --models", description="The weighted sum of checkpoints of one family.", allow_abbrev=False
-    )
-    parser.add_argument("--models", nargs="+", type=Path, required=True, help="files or diffusers folders")
-    parser.add_argument("--ratios", nargs="+", type=float, help="one for each model; default: equal, of sum 1")
-    parser.add_argument("--out", type=Path, required=True, help="what to write; without an ending: a diffusers folder")
-    parser.add_argument("--only", nargs="+", metavar="PART", help="merge these alone (denoiser, clip_l ...)")
-    parser.add_argument("--precision", choices=COMPUTED, default="fp32", help="what is computed in; default fp32")
-    parser.add_argument("--save_precision", choices=PRECISIONS, help="number format; default: as in the first model")
-    parser.add_argument("--device", default="cpu", help="where sums are computed: cpu, cuda ...")
-    parser.add_argument("--json", action="store_true", help="machine-readable")
-    args = parser.parse_args(list(words))
-    return run_merge(
-        args.models, args.out, args.ratios, precision=args.precision, save_precision=args.save_precision,
-        only=args.only, device=args.device, as_json=args.json,
-    )  # fmt: skip
-
-
-def run_merge(
+def run_merge_models(
     models: Sequence[Path], out: Path, ratios: Sequence[float] | None, *, as_json: bool = False, each: bool = False,
     **how: Any,
 ) -> int:  # fmt: skip
@@ -100,11 +80,11 @@ def run_merge(
     from sfumato.train.progress import console
 
     paths = [path.expanduser() for path in models]
-    with _megabytes("merging") as advance:
+    with megabytes("merging") as advance:
         facts = tool.merge_checkpoints(paths, out.expanduser(), ratios, progress=advance, **how)
     lacking = facts["lacking"]
     text = f"{out}: " + " + ".join(f"{ratio:g} x {path}" for path, ratio in facts["models"].items())
-    _say(facts, text, as_json)
+    say(facts, text, as_json)
     if lacking and not as_json:
         console.print(f"{len(lacking):,} tensors are not in all of them, and were summed over those that have them")
         for name, paths_without in lacking.items() if each else ():

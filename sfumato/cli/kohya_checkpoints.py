@@ -54,7 +54,7 @@ def _merge_flags(parser: ArgumentParser) -> None:
 
 
 def _merge(args: Namespace) -> int:
-    return checkpoint_tools.run_merge(
+    return checkpoint_tools.run_merge_models(
         args.models, args.output, args.ratios or None, precision=args.precision, save_precision=args.saving_precision,
         only=("denoiser",) if args.unet_only else None, device=args.device, each=args.show_skipped,
     )  # fmt: skip

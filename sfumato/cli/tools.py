@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sfumato.cli.checkpoint_tools import megabytes, part_flags, refuse, say
+from sfumato.cli.checkpoint_tools import COMPUTED, megabytes, part_flags, refuse, run_merge_models, say
 from sfumato.cli.flags import Parser
 from sfumato.errors import UserError
 
@@ -31,9 +30,15 @@ def merge(words: Sequence[str]) -> int:
     of_models, of_one = (*parts, "only"), ("rank", "conv_rank", "to", "family", "layers_of")
     if args.models:
         refuse(args, (*parts, *of_one, "adapters", "model", "lbws", "no_metadata"), "does nothing beside --models")
-        return _run_models(args)
+        return run_merge_models(
+            args.models, args.out, args.ratios or None, precision=args.precision or "fp32",
+            save_precision=args.save_precision, only=args.only or None, device=args.device or "cpu", as_json=args.json,
+        )  # fmt: skip
     if not args.adapters:
         raise UserError("sfumato merge: say what is merged: --adapters FILE ..., or --models FILE FILE ...")
+    refuse(args, ("precision", "device"), "is for --models")
+    if args.save_precision == "fp8_scaled":
+        raise UserError("--save_precision fp8_scaled: is for --models; a model in it stays so when adapters are merged")
     common = {
         "adapters": paired(args.adapters, args.ratios),
         "out": args.out.expanduser(),
@@ -70,10 +75,15 @@ def _merge_parser() -> Parser:
     parser.add_argument(
         "--lbws", nargs="+", default=[], help="layer-wise weights for each adapter, or one for all: [1,0.5,...]"
     )
-    parser.add_argument("--save_precision", choices=PRECISIONS, help="number format; default: as in the files")
+    parser.add_argument(
+        "--save_precision", choices=(*PRECISIONS, "fp8_scaled"), help="number format; default: as in the (first) model"
+    )
     parser.add_argument("--only", nargs="+", default=[], metavar="COMPONENT", help="change these alone: denoiser ...")
     parser.add_argument("--no_metadata", action="store_true", help="the result does not say what it was made of")
     parser.add_argument("--json", action="store_true", help="machine-readable")
+    models = parser.add_argument_group("models into one")
+    models.add_argument("--precision", choices=COMPUTED, help="what sums are computed in; default fp32")
+    models.add_argument("--device", help="where sums are computed: cpu, cuda ...; default cpu")
     whole = parser.add_argument_group("into a model")
     whole.add_argument("--model", type=Path, metavar="FILE", help="single file or diffusers folder")
     for name in part_flags():
@@ -86,19 +96,6 @@ def _merge_parser() -> Parser:
     one.add_argument("--family", help="of the model, where the files do not show it")
     one.add_argument("--layers_of", metavar="FILE", help="a model of other sizes than the usual ones of its family")
     return parser
-
-
-def _run_models(args: argparse.Namespace) -> int:
-    from sfumato.tools.merge_models import merge_checkpoints
-
-    paths = [path for path, _ in paired(args.models, args.ratios)]
-    with megabytes("merging") as advance:
-        facts = merge_checkpoints(
-            paths, args.out.expanduser(), args.ratios or None, save_precision=args.save_precision,
-            only=args.only or None, progress=advance,
-        )  # fmt: skip
-    say(facts, f"{args.out}: {', '.join(map(str, paths))}; {facts['tensors']:,} tensors", args.json)
-    return 0
 
 
 def run_merge(what: Merging, *, as_json: bool = False) -> int:

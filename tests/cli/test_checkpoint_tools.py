@@ -34,6 +34,20 @@ def test_a_checkpoint_is_converted(model: Path, tmp_path: Path, capsys: pytest.C
     assert all(torch.equal(t, first[name].half()) for name, t in again.items() if "model.diffusion_model" in name)
 
 
+def test_checkpoints_are_merged(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    save(tmp_path / "b.safetensors", {n: 3 * t for n, t in load(model).items() if not n.startswith("first_stage")})
+    words = ["merge", "--models", str(model), str(tmp_path / "b.safetensors"), "--ratios", "0.5", "0.25"]
+    assert main([*words, "--out", str(tmp_path / "out.safetensors"), "--save_precision", "bf16"]) == 0
+    said, name = " ".join(capsys.readouterr().err.split()), "model.diffusion_model.out.2.weight"
+    assert "tensors are not in all of them" in said and "add up to 0.75" in said
+    first, out = load(model)[name], load(tmp_path / "out.safetensors")[name]
+    assert out.dtype == torch.bfloat16
+    torch.testing.assert_close(out.float(), 1.25 * first, atol=1e-3, rtol=1e-2)
+    assert main([*words, "--out", str(model)]) == 2
+    assert main(["merge", "--adapters", str(model), "--out", str(tmp_path / "x"), "--device", "cpu"]) == 2
+    assert "--device: is for --models" in capsys.readouterr().err
+
+
 def test_flags_are_those_of_the_families() -> None:
     assert set(part_flags()) == {"vae", "clip_l", "clip_g", "t5xxl"}
 
