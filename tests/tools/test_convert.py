@@ -10,6 +10,7 @@ import torch
 from tinies import flux, sd3, sdxl
 from tinies.cases import Case, Files, cases
 from torch import Tensor
+from transformers import CLIPTextModelWithProjection
 
 from sfumato.errors import UserError
 from sfumato.families.detect import detect_file
@@ -83,16 +84,16 @@ def test_a_bundle_holds_all(case: Case, files: Files, folder: Path, tmp_path: Pa
         assert_same(load(other / weights.relative_to(folder)), load(weights))
 
 
-@pytest.mark.parametrize("dtype", ["fp16", "bf16", "float"])
-def test_number_formats(dtype: str, tmp_path: Path) -> None:
-    path = sdxl.write(tmp_path).model
-    convert(path, tmp_path / "b.safetensors", dtype=dtype)
-    wanted = checkpoints.PRECISIONS[dtype]
-    first, again = load(path), load(tmp_path / "b.safetensors")
-    assert again.keys() == first.keys()
-    nets = [n for n in first if first[n].is_floating_point() and n.startswith(("model.", "first_stage", "conditioner"))]
-    assert {again[n].dtype for n in nets} >= {wanted}
-    assert all(torch.equal(again[n], first[n].to(again[n].dtype)) for n in first)
+def test_number_formats(tmp_path: Path) -> None:
+    """All of the nets; what belongs to no net stays as it is."""
+    path = sd3.write("medium", tmp_path).model
+    first = load(path)
+    for dtype in ("fp16", "bf16", "float"):
+        convert(path, tmp_path / "b.safetensors", dtype=dtype)
+        again = load(tmp_path / "b.safetensors")
+        assert again.keys() == first.keys()
+        kinds = {n: checkpoints.PRECISIONS[dtype] if "logit_scale" not in n else t.dtype for n, t in first.items()}
+        assert all(torch.equal(again[n], t.to(kinds[n])) and again[n].dtype == kinds[n] for n, t in first.items())
 
 
 def test_parts_of_their_own_go_into_the_file(tmp_path: Path) -> None:
@@ -134,18 +135,27 @@ def test_fp8_is_for_the_layers_of_blocks(tmp_path: Path) -> None:
         assert wide.keys() == first.keys() and {t.dtype for t in wide.values()} == {torch.bfloat16}
 
 
-@pytest.mark.parametrize("scheduler", ["v_prediction", "epsilon"])
-def test_a_v_prediction_is_kept(scheduler: str, tmp_path: Path) -> None:
-    """ComfyUI knows it by an empty tensor."""
-    path = sdxl.put(
-        tmp_path / "model.safetensors",
-        {**sdxl.single_file(), **({"v_pred": torch.zeros(0)} if scheduler == "v_prediction" else {})},
-    )
+def test_a_v_prediction_is_kept(tmp_path: Path) -> None:
+    """ComfyUI knows it by an empty tensor, diffusers by the scheduler."""
+    path = sdxl.put(tmp_path / "model.safetensors", {**sdxl.single_file(), "v_pred": torch.zeros(0)})
     convert(path, tmp_path / "folder")
-    text = (tmp_path / "folder" / "scheduler" / "scheduler_config.json").read_text()
-    assert scheduler in text
+    assert "v_prediction" in (tmp_path / "folder" / "scheduler" / "scheduler_config.json").read_text()
     convert(tmp_path / "folder", tmp_path / "again.safetensors")
-    assert detect_file(tmp_path / "again.safetensors").prediction == ("v" if scheduler == "v_prediction" else None)
+    assert detect_file(tmp_path / "again.safetensors").prediction == "v"
+
+
+def test_a_clip_without_a_projection_gets_the_identity(tmp_path: Path) -> None:
+    """diffusers' class for Stable Diffusion 3 has one, and would make it of random numbers."""
+    apart = sd3.write("3.5_large", tmp_path)
+    clip = {n: t for n, t in load(Path(apart.options["clip_l"])).items() if "text_projection" not in n}
+    save(tmp_path / "clip_l.safetensors", clip)
+    names = {**parts_of(apart), "clip_l": str(tmp_path / "clip_l.safetensors")}
+    convert(apart.model, tmp_path / "folder", parts=names)
+    net = CLIPTextModelWithProjection.from_pretrained(tmp_path / "folder" / "text_encoder")
+    out = net(torch.tensor([[1, 2, 713]]))
+    with torch.no_grad():
+        net.text_projection.weight.copy_(torch.eye(64))
+    assert torch.equal(out.text_embeds, net(torch.tensor([[1, 2, 713]])).text_embeds)
 
 
 def test_mistakes(tmp_path: Path) -> None:

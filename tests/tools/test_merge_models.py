@@ -62,7 +62,7 @@ def test_sums_of_every_family(case: Case, tmp_path: Path) -> None:
 @pytest.fixture(scope="module")
 def two(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     folder = tmp_path_factory.mktemp("two")
-    first = sdxl.write(folder).model
+    first = sd3.write("medium", folder).model
     save(folder / "b.safetensors", other(load(first), 3))
     return first, folder / "b.safetensors"
 
@@ -77,17 +77,18 @@ def test_it_is_linear_in_the_ratio(two: tuple[Path, Path], tmp_path: Path) -> No
             continue
         torch.testing.assert_close(t, 0.25 * out[0][name] + 0.75 * out[1][name], atol=1e-6, rtol=1e-6)
     merge_checkpoints(two, tmp_path / "equal.safetensors")
-    name = "model.diffusion_model.out.2.weight"
+    name = "model.diffusion_model.final_layer.linear.weight"
     assert torch.allclose(load(tmp_path / "equal.safetensors")[name], (out[0][name] + out[1][name]) / 2)
 
 
 def test_layouts_and_names_may_differ(two: tuple[Path, Path], tmp_path: Path) -> None:
     """A folder and a file give what two files give, as a file and as a folder."""
-    convert(two[1], tmp_path / "b")
+    tokenizers = str(two[0].parent)
+    convert(two[1], tmp_path / "b", tokenizer=tokenizers)
     merge_checkpoints(two, tmp_path / "files.safetensors", (0.3, 0.7))
     merge_checkpoints((two[0], tmp_path / "b"), tmp_path / "mixed.safetensors", (0.3, 0.7))
     merge_checkpoints((two[0], tmp_path / "b"), tmp_path / "folder", (0.3, 0.7))
-    convert(tmp_path / "folder", tmp_path / "folder.safetensors")
+    convert(tmp_path / "folder", tmp_path / "folder.safetensors", bundle=True)
     wanted = load(tmp_path / "files.safetensors")
     for name in ("mixed", "folder"):
         found = load(tmp_path / f"{name}.safetensors")
@@ -139,14 +140,15 @@ def test_what_cannot_be_merged(two: tuple[Path, Path], tmp_path: Path) -> None:
     out = tmp_path / "out.safetensors"
     (tmp_path / "flux").mkdir()
     strange = flux.write(True, tmp_path / "flux").model
-    with pytest.raises(UserError, match=r"Stable Diffusion XL.*FLUX\.1"):
+    with pytest.raises(UserError, match=r"Stable Diffusion 3.*FLUX\.1"):
         merge_checkpoints((two[0], strange), out)
     with pytest.raises(UserError, match="--ratios: 1 for 2 models"):
         merge_checkpoints(two, out, (0.5,))
-    v = tmp_path / "v.safetensors"
-    save(v, {**load(two[1]), "v_pred": torch.zeros(0)})
+    (tmp_path / "sdxl").mkdir()
+    noise, v = sdxl.write(tmp_path / "sdxl").model, tmp_path / "v.safetensors"
+    save(v, {**load(noise), "v_pred": torch.zeros(0)})
     with pytest.raises(UserError, match="predicts noise"):
-        merge_checkpoints((two[0], v), out)
+        merge_checkpoints((noise, v), out)
     wider = {n: torch.cat([t, t]) if n.endswith("token_embedding.weight") else t for n, t in load(two[1]).items()}
     save(v, wider)
     with pytest.raises(UserError, match="has shape"):
