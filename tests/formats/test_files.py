@@ -272,6 +272,7 @@ def test_files_get_the_permissions_of_any_new_file(tmp_path: Path) -> None:
 
 def test_check_finite_names_the_tensors() -> None:
     files.check_finite(some(), "the adapter")
+    files.check_finite({"large": torch.full((8,), 3e38), "none": torch.zeros(0)}, "whose sum is not finite")
     bad = {f"t{i}": torch.tensor([1.0, float("nan")], dtype=torch.float16) for i in range(5)}
     with pytest.raises(UserError, match=r"the adapter: .* t0 \(1 of 2 values\), t1 .*, t2 .* and 2 more"):
         files.check_finite(some() | bad, "the adapter")
