@@ -19,6 +19,7 @@ from sfumato.adapters.merging import changes, in_order
 from sfumato.errors import UserError
 from sfumato.families.detect import detect_file, identify
 from sfumato.formats import files
+from sfumato.formats.adapter_check import check_adapter
 from sfumato.formats.dialect import AdapterTensors, ModulePath
 from sfumato.formats.folders import aside_folder, irreplaceable
 from sfumato.formats.lazy import Lazy
@@ -107,13 +108,15 @@ def _layers(models: Models, path: Path, only: Collection[str]) -> dict[ModulePat
                 f"{cure}leave it as it is with --only {' '.join(models.nets())}"
             )
     left_out = tuple(prefix for prefixes in starts.values() for prefix in prefixes)
+    check_adapter(files.load(path), f"adapter {path}")
     try:
         state = read_adapter(models, path, "adapter", skip=lambda key: key.startswith(left_out) if left_out else False)
     except UserError as error:
         found = identify({name: info.shape for name, info in header.tensors.items()}, header.metadata)
         if found and found.kind == "adapter" and found.family != models.family.name:
             other = families.family(found.family).title
-            raise UserError(f"{path} is an adapter of {other}, the model is {models.family.title}") from error
+            looks = f"{path} looks like an adapter of {other}, and the model is {models.family.title}"
+            raise UserError(*error.messages, looks) from error
         raise
     if unknown := sorted(set(only) - set(models.nets())):
         raise UserError(f"--only {' '.join(unknown)}: the model holds {', '.join(models.nets())}")

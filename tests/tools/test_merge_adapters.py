@@ -77,8 +77,8 @@ def test_two_halves_are_the_whole_to_the_bit(where: Path, models: Models, tmp_pa
     for layer, t in one.items():
         close(whole[layer], t, atol=1e-7, rtol=1e-6)
         close(mean[layer], (t + other[layer]) / 2, atol=1e-6, rtol=1e-6)
-    ups = {name: t for name, t in load(a).items() if "lora_up" in name}
-    assert all(torch.equal(load(out)[name][:, : t.shape[1]], t) for name, t in ups.items())
+    found = load(out)
+    assert all(torch.equal(found[name][:, : t.shape[1]], t) for name, t in load(a).items() if "lora_up" in name)
 
 
 def test_a_rank_gives_the_nearest_and_says_the_error(where: Path, models: Models, tmp_path: Path) -> None:
@@ -157,7 +157,8 @@ def test_the_command_and_kohyas(where: Path, models: Models, tmp_path: Path, cap
         "float",
     ]
     assert kohya_tools.run("merge_lora", words) == 0
-    assert all(torch.equal(t, load(out)[name]) for name, t in load(again).items())
+    first, second = load(out), load(again)
+    assert all(torch.equal(t, first[name]) for name, t in second.items())
     assert main(["merge", "--adapters", a, b, "--out", out, "--layers_of", model, "--to", "diffusers"]) == 0
     assert "exact but for rounding" in capsys.readouterr().err
     assert all(".lora_A." in name or ".lora_B." in name for name in load(out))
