@@ -99,14 +99,6 @@ def _layers(models: Models, path: Path, only: Collection[str]) -> dict[ModulePat
     absent = {c.name: c.flag for c in models.family.components if c.name not in (*models.nets(), "vae")}
     starts = {name: tuple(d.prefix[name] for d in models.dialects.values() if d.prefix.get(name)) for name in absent}
     header = files.read_header(path)
-    for name, prefixes in starts.items():
-        count = sum(key.startswith(prefixes) for key in header.tensors)
-        if count and not only:
-            cure = f"give its file with --{absent[name]}, or " if absent[name] else ""
-            raise UserError(
-                f"{path}: {count} of its {len(header.tensors)} tensors are for {name}, which the model does not hold: "
-                f"{cure}leave it as it is with --only {' '.join(models.nets())}"
-            )
     left_out = tuple(prefix for prefixes in starts.values() for prefix in prefixes)
     check_adapter(files.load(path), f"adapter {path}")
     try:
@@ -118,6 +110,14 @@ def _layers(models: Models, path: Path, only: Collection[str]) -> dict[ModulePat
             looks = f"{path} looks like an adapter of {other}, and the model is {models.family.title}"
             raise UserError(*error.messages, looks) from error
         raise
+    for name, prefixes in starts.items():
+        count = sum(key.startswith(prefixes) for key in header.tensors)
+        if count and not only:
+            cure = f"give its file with --{absent[name]}, or " if absent[name] else ""
+            raise UserError(
+                f"{path}: {count} of its {len(header.tensors)} tensors are for {name}, which the model does not hold: "
+                f"{cure}leave it as it is with --only {' '.join(models.nets())}"
+            )
     if unknown := sorted(set(only) - set(models.nets())):
         raise UserError(f"--only {' '.join(unknown)}: the model holds {', '.join(models.nets())}")
     return {layer: tensors for layer, tensors in state.items() if not only or layer[0] in only}

@@ -307,8 +307,7 @@ def test_the_result_says_what_it_was_made_of(small: Path, tmp_path: Path) -> Non
         found["modelspec.merged_from"] == "the base, style" and found["modelspec.title"] == "out" and found["x"] == "y"
     )
     assert (
-        found["modelspec.architecture"] == "chroma"
-        and not {"sshs_model_hash", "modelspec.hash_sha256"} & found.keys()
+        found["modelspec.architecture"] == "chroma" and not {"sshs_model_hash", "modelspec.hash_sha256"} & found.keys()
     )
 
 
