@@ -119,7 +119,8 @@ class Signature:
         """What a file with these tensors is, if it is of this family. `claim`: the variant that its metadata name."""
         if found := self.denoiser(shapes) or self._adapter(shapes, claim):
             return found
-        if any(name.startswith(PREFIX) for name in shapes):  # a bundle of another family, which may hold the same VAE
+        # An adapter, or a bundle of another family, which may hold the same VAE.
+        if has(shapes, ADAPTER_TENSOR) or any(name.startswith(PREFIX) for name in shapes):
             return None
         for single in self.singles:
             if single.fits(shapes):
