@@ -48,7 +48,9 @@ def convert(
     `to`: "single" or "diffusers"; None: by the ending of `out`. `dtype`: of `checkpoints.PRECISIONS`; None: as in the
     files (weights in scaled fp8 as bf16). `parts`: flag of a component -> a file of its own, put in place of what the
     model has; a single file then holds it too. `tokenizer`: a folder. `bundle`: whether a single file also holds the
-    text encoders and the VAE. `metadata`: more of it. Errors: `UserError` for what is missing or contradicts; nothing is written then.
+    text encoders and the VAE. `metadata`: more of it.
+
+    Errors: `UserError` for what is missing or contradicts; nothing is written then.
     """
     layout = layout_of(path, out, to)
     models = opened(path, layout, parts or {}, tokenizer, bundle=bundle)
