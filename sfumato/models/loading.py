@@ -6,7 +6,6 @@ import json
 import math
 import shutil
 from collections.abc import Callable, Collection, Mapping
-from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -47,16 +46,12 @@ def examine(
     where = locate.local(path, NAME)
     if detect:
         detect(where, NAME)
-    given = {
-        component.flag: vae if component.name == "vae" else getattr(options, component.flag, None)
-        for component in family.components
-        if component.flag
-    }
     source = components.open_model(
-        where, family.components, family.title, given=given, passthrough_keys=family.passthrough_keys
-    )
-    if missing := components.lacking(source, [p for p in family.components if p.name not in family.optional]):
-        raise UserError(*missing)
+        where, family.components, family.title,
+        given=_given(family, options, vae), passthrough_keys=family.passthrough_keys,
+    )  # fmt: skip
+    if wrong := missing(family, source):
+        raise UserError(*wrong)
     with locate.understood(str(where)):
         return family.complete(options, source)
 
@@ -106,26 +101,43 @@ def outline(
     return models
 
 
-def outline_parts(family: Family, path: str, options: FamilyOptions) -> Models:
-    """Those nets of a model that a file or folder (and the files that the options name) holds, without values: for what
-    is done to weights, where a VAE, a tokenizer or a text encoder may be missing.
+def outline_parts(family: Family, path: str, options: FamilyOptions, vae: str | None = None) -> Models:
+    """Those nets of a model that a file or folder (and the files that are named for its parts) holds, without values:
+    for what is done to weights, where a VAE, a tokenizer or a text encoder may be missing. Encoders are made when they
+    are asked for.
 
-    Errors: `UserError` for tensors that do not fit their net, or if there is no denoiser.
+    Errors: `UserError` if there is no denoiser, and, where nothing is missing, as `examine`.
     """
     where = locate.local(path, NAME)
-    given = {c.flag: getattr(options, c.flag, None) for c in family.components if c.flag and c.name != "vae"}
     source = components.open_model(
-        where, family.components, family.title, given=given, passthrough_keys=family.passthrough_keys
-    )
+        where, family.components, family.title,
+        given=_given(family, options, vae), passthrough_keys=family.passthrough_keys,
+    )  # fmt: skip
     if "denoiser" not in source.components:
         raise UserError(f"{where} holds no denoiser of {family.title}")
-    with suppress(UserError, LookupError):  # what follows from components that are not there is left open
-        options, source = family.complete(options, source)
-    nets = {name: weights.empty() for name, weights in source.components.items() if name != "vae"}
-    denoiser = nets.pop("denoiser")
+    if not missing(family, source):  # else what follows from the missing is left open
+        with locate.understood(str(where)):
+            options, source = family.complete(options, source)
+    nets = {name: weights.empty for name, weights in source.components.items() if name != "vae"}
+    denoiser = nets.pop("denoiser")()
     return Models(
-        family=family, options=options, denoiser=denoiser, encoders=nets, tokenizers={}, vaes=None, source=source
-    )
+        family=family, options=options, denoiser=denoiser, encoders=OnDemand(nets), tokenizers={}, vaes=None,
+        source=source,
+    )  # fmt: skip
+
+
+def missing(family: Family, source: Checkpoint) -> list[str]:
+    """A message for each component that a model must have and that is not there."""
+    return components.lacking(source, [part for part in family.components if part.name not in family.optional])
+
+
+def _given(family: Family, options: FamilyOptions, vae: str | None) -> dict[str, str | None]:
+    """Component's flag -> the file that is named for it."""
+    return {
+        component.flag: vae if component.name == "vae" else getattr(options, component.flag, None)
+        for component in family.components
+        if component.flag
+    }
 
 
 def load(

@@ -16,7 +16,7 @@ from sfumato.errors import UserError
 from sfumato.families import detect
 from sfumato.formats import files, scaled_fp8
 from sfumato.formats.planned import Writable, renamed
-from sfumato.models import components, loading, locate
+from sfumato.models import components, loading
 from sfumato.models.base import Family, Models
 from sfumato.models.components import Checkpoint
 
@@ -48,33 +48,10 @@ def open_whole(path: Path, given: Mapping[str, str], tokenizer: str | None = Non
 
 
 def open_parts(path: Path, given: Mapping[str, str]) -> Models:
-    """Those nets of a model that its file or folder, and the files given, hold, without values; the encoders are not
-    made. Errors: `UserError`."""
+    """Those nets of a model that its file or folder, and the files given, hold, without values. Errors: `UserError`."""
     family = family_of(path)
     options = families.facts(family.name).options(**_options(family, given))
-    source = components.open_model(
-        locate.local(str(path), "IN"),
-        family.components,
-        family.title,
-        given=given,
-        passthrough_keys=family.passthrough_keys,
-    )
-    if not _lacking(family, source):
-        with locate.understood(str(path)):
-            options, source = family.complete(options, source)
-    return Models(
-        family=family,
-        options=options,
-        denoiser=source.components["denoiser"].empty(),
-        encoders={},
-        tokenizers={},
-        vaes=None,
-        source=source,
-    )
-
-
-def _lacking(family: Family, source: Checkpoint) -> list[str]:
-    return components.lacking(source, [part for part in family.components if part.name not in family.optional])
+    return loading.outline_parts(family, str(path), options, given.get("vae"))
 
 
 def _options(family: Family, given: Mapping[str, str]) -> dict[str, Any]:
@@ -112,7 +89,7 @@ def metadata(models: Models, path: Path) -> dict[str, str]:
     """The metadata of a file made of a checkpoint: its own, but for hashes, which are of its bytes."""
     kept = {key: value for key, value in models.source.metadata.items() if "hash" not in key and key != "format"}
     made = {"modelspec.sai_model_spec": "1.0.1", "modelspec.title": path.stem}
-    if not _lacking(models.family, models.source):  # else the version may not be known
+    if not loading.missing(models.family, models.source):  # else the version may not be known
         made["modelspec.architecture"] = families.facts(models.family.name).architecture(models.options)
     if getattr(models.options, "v_parameterization", False):
         made["modelspec.prediction_type"] = "v"

@@ -46,9 +46,9 @@ def convert(
     """Write the checkpoint `path` (a single file or a diffusers folder) to `out`; what was done, as JSON-able facts.
 
     `to`: "single" or "diffusers"; None: by the ending of `out`. `dtype`: of `checkpoints.PRECISIONS`; None: as in the
-    files (weights in scaled fp8 as bf16). `parts`: flag of a component -> a file of its own, put in place of what the
-    model has; a single file then holds it too. `tokenizer`: a folder. `bundle`: whether a single file also holds the
-    text encoders and the VAE. `metadata`: more of it.
+    files (scaled fp8 stays so in a single file that keeps its names, and becomes bf16 else). `parts`: flag of a
+    component -> a file of its own, put in place of what the model has; a single file then holds it too. `tokenizer`: a
+    folder. `bundle`: whether a single file also holds the text encoders and the VAE. `metadata`: more of it.
 
     Errors: `UserError` for what is missing or contradicts; nothing is written then.
     """
