@@ -69,6 +69,20 @@ def _resize(args: Namespace) -> int:
     )
 
 
+def _dylora_flags(parser: ArgumentParser) -> None:
+    parser.add_argument("--model", type=Path, required=True)
+    parser.add_argument("--save_to", type=Path, required=True)
+    parser.add_argument("--unit", type=int, required=True)
+
+
+def _dylora(args: Namespace) -> int:
+    from sfumato.tools.dylora import first_ranks
+
+    for path in first_ranks(args.model, args.save_to, args.unit):
+        print(path)
+    return 0
+
+
 def _extract_flags(parser: ArgumentParser) -> None:
     parser.add_argument("--model_org", type=Path, required=True)
     parser.add_argument("--model_tuned", type=Path, required=True)
@@ -185,6 +199,7 @@ TOOLS: Mapping[str, Tool] = {
     "svd_merge_lora": Tool(
         flags=_svd_merge_flags, run=_merge, idle=_MERGE_IDLE | {"device": "matrices of the ranks alone are decomposed"}
     ),
+    "extract_lora_from_dylora": Tool(flags=_dylora_flags, run=_dylora, idle={}),
     "resize_lora": Tool(flags=_resize_flags, run=_resize, idle={}),
     "extract_lora_from_models": _EXTRACT,
     "flux_extract_lora": _EXTRACT,

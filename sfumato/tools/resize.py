@@ -85,7 +85,7 @@ def resize(
     check_output(out, source)
     tensors = files.load(source)
     check_adapter(tensors, str(source))
-    layers = _layers(source, tensors)
+    layers = lora_layers(source, tensors)
     written: dict[str, Tensor] = dict(tensors)
     facts = []
     for done, (name, keys) in enumerate(layers.items(), 1):
@@ -113,7 +113,7 @@ def resize(
     return {"path": str(out), "layers": facts}
 
 
-def _layers(source: Path, tensors: Mapping[str, Tensor]) -> dict[str, dict[str, str]]:
+def lora_layers(source: Path, tensors: Mapping[str, Tensor]) -> dict[str, dict[str, str]]:
     """Layer -> its keys by DOWN, UP, ALPHA. Errors: `UserError` if a tensor is not a LoRA's."""
     layers: dict[str, dict[str, str]] = {}
     odd = []

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from sfumato.errors import UserError
 from sfumato.formats import files
+from sfumato.tools.dylora import first_ranks
 from sfumato.tools.resize import Resizing, resize
 
 LAYERS = {"lora_unet_a": (12, 9, ()), "lora_unet_b": (10, 8, (3, 3)), "lora_te_c": (8, 8, (1, 1))}
@@ -118,3 +119,19 @@ def test_what_has_no_smaller_rank_is_refused(tmp_path: Path) -> None:
     damaged = lora() | {"lora_unet_a.lora_down.weight": torch.full((6, 9), torch.nan)}
     with pytest.raises(UserError, match=r"lora_unet_a.lora_down.weight holds NaN"):
         resized(tmp_path, damaged, Resizing(rank=1))
+
+
+def test_the_first_ranks_of_a_dylora_act_as_in_training(tmp_path: Path) -> None:
+    """sd-scripts scales n ranks out of r by sqrt(r / n)."""
+    before = lora()
+    files.save(tmp_path / "a.safetensors", before)
+    made = first_ranks(tmp_path / "a.safetensors", tmp_path / "b.safetensors", 2)
+    assert [path.name for path in made] == ["b-0002.safetensors", "b-0004.safetensors", "b-0006.safetensors"]
+    for path, count in zip(made, (2, 4, 6), strict=True):
+        after = files.load(path)
+        for i, name in enumerate(LAYERS):
+            down, up = before[f"{name}.lora_down.weight"].flatten(1), before[f"{name}.lora_up.weight"].flatten(1)
+            wanted = up[:, :count] @ down[:count] * ((i + 1) / 6) * (6 / count) ** 0.5
+            torch.testing.assert_close(change(after, name), wanted)
+    with pytest.raises(UserError, match="unit 4 must divide"):
+        first_ranks(tmp_path / "a.safetensors", tmp_path / "b.safetensors", 4)
