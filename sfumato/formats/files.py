@@ -370,9 +370,8 @@ def check_finite(tensors: Mapping[str, Tensor], what: str, cast: torch.dtype | N
     for name, t in tensors.items():
         if t.is_floating_point():
             values = t.float() if t.element_size() == 1 else t  # isfinite knows no 8-bit floats
-            # A sum is finite only if all its terms are, and many times as fast to make.
-            total = values.sum(dtype=torch.promote_types(values.dtype, torch.float32))
-            if not bool(torch.isfinite(total)) and not bool(torch.isfinite(values).all()):
+            # The extremes are NaN where any number is; they cost an eighth of looking at each, and less than a sum.
+            if values.numel() and not bool(torch.isfinite(torch.stack(torch.aminmax(values))).all()):
                 bad.append(f"{name} ({int((~torch.isfinite(values)).sum()):,} of {t.numel():,} values)")
     if bad:
         more = f" and {len(bad) - 3} more" if len(bad) > 3 else ""
