@@ -125,3 +125,21 @@ def test_more_rates_than_text_encoders_are_reported(
     )
     assert "text_encoder_lr: 2 rates for 1 text encoders (clip_l); the others do nothing" in capsys.readouterr().err
     assert [g["lr"] for g in a_run.optimizer.param_groups] == [1e-3, 1e-4]
+
+
+def test_rates_of_layers_train_and_resume(where: Path, tmp_path: Path) -> None:
+    """Each rate has a group of the optimizer, and a state takes them up again."""
+    settings = {"network_args": ("network_reg_lrs=.*attn1.*=5e-4", "up_lr_weight=zeros+0.5")}
+    first = prepared.prepare(where, output_dir=str(tmp_path), **settings)
+    assert [(g["name"], g["lr"]) for g in first.optimizer.param_groups] == [
+        ("denoiser 0", 1e-3),
+        ("denoiser 1", 5e-4),
+    ]
+    loop.train(first)
+    assert all(p.abs().sum() > 0 for name, p in first.trainable.weights().items() if "lora_down" in name)
+    state = tmp_path / "out-state"
+    first.save_state(state)
+    again = prepared.prepare(where, output_dir=str(tmp_path), resume=str(state), max_train_steps=3, **settings)
+    assert [g["name"] for g in again.optimizer.param_groups] == ["denoiser 0", "denoiser 1"]
+    with pytest.raises(UserError, match="denoiser 0, denoiser 1 was trained, denoiser is to be trained now"):
+        prepared.prepare(where, output_dir=str(tmp_path), resume=str(state), max_train_steps=3)
