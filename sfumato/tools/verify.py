@@ -14,7 +14,7 @@ from sfumato.adapters.base import Adapter
 from sfumato.errors import UserError
 from sfumato.families import detect
 from sfumato.formats import files
-from sfumato.formats.dialect import AdapterTensors, ModulePath
+from sfumato.formats.dialect import ALPHA, DOWN, UP, AdapterTensors, ModulePath
 from sfumato.formats.planned import made
 from sfumato.tools import adapter_file
 from sfumato.tools.adapter_file import AdapterFile
@@ -127,6 +127,8 @@ def _layer(
     name = ".".join(path)
     if one and other and _equal(one, other):
         return Difference(name, 0.0, 0.0)
+    if one and other and (near := _factors(name, one, other, shape)):
+        return near
     base = torch.zeros(shape) if weight is None else weight.float()
     try:
         a, b = (adapter_file.adapter_of(path, tensors, base) if tensors else None for tensors in (one, other))
@@ -135,6 +137,30 @@ def _layer(
     if weight is None and any(each and each.needs_weight() for each in (a, b)):
         return _parameters(name, a, b)
     return _difference(name, *_alike(*(None if each is None else _change(each, base) for each in (a, b))))
+
+
+def _factors(name: str, one: AdapterTensors, other: AdapterTensors, shape: tuple[int, ...]) -> Difference | None:
+    """Of two plain LoRAs, by their factors alone, where they are equal up to rounding: their difference is a LoRA too,
+    and its norms need matrices of the ranks alone. None: anything else, which is compared number by number."""
+    if any(tensors.keys() != {DOWN, UP, ALPHA} for tensors in (one, other)):
+        return None
+    if any(t[UP].flatten(1).shape[0] != shape[0] or t[DOWN].shape[1:] != shape[1:] for t in (one, other)):
+        return None
+    downs = [t[DOWN].double().flatten(1) for t in (one, other)]
+    ups = [t[UP].double().flatten(1) * (float(t[ALPHA]) / len(t[DOWN])) for t in (one, other)]
+    if any(up.shape[1] != len(down) for up, down in zip(ups, downs, strict=True)):
+        return None
+    norm = max(_norm(up, down) for up, down in zip(ups, downs, strict=True))
+    apart = _norm(torch.cat([ups[0], -ups[1]], 1), torch.cat(downs))
+    relative = apart / norm if norm else 0.0
+    return Difference(name, relative, apart) if relative <= EXACT else None
+
+
+def _norm(up: Tensor, down: Tensor) -> float:
+    """Frobenius norm of a product of factors in fp64, which is that of their triangles: good to 1e-15 of the
+    factors'."""
+    left, right = torch.linalg.qr(up).R, torch.linalg.qr(down.T).R
+    return float(torch.linalg.matrix_norm(left @ right.T))
 
 
 def _change(adapter: Adapter, weight: Tensor) -> Tensor:

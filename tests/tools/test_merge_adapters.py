@@ -48,7 +48,9 @@ def joined(where: Path, out: Path, *merged: tuple[Path, float], **more: Any) -> 
 
 def deltas(where: Path, path: Path) -> dict[ModulePath, Tensor]:
     read = adapter_file.read(path, model=str(where / "model.safetensors"))
-    return {layer: change(layer, tensors, read.outline.layers[layer]) for layer, tensors in read.state.items()}
+    return {
+        layer: change(layer, tensors, torch.zeros(read.outline.layers[layer])) for layer, tensors in read.state.items()
+    }
 
 
 def test_changes_of_mixed_dialects_ranks_and_alphas_add_up(where: Path, models: Models, tmp_path: Path) -> None:
