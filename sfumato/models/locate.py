@@ -104,7 +104,7 @@ def refuse_quantised(where: Path | str, names: Iterable[str] = ()) -> None:
     form, found = quantised(names)
     if form:
         raise UserError(
-            f"{where}: its weights are quantised (it has the tensor {found!r}: {form}), which cannot be read; {again}"
+            f"{where}: its weights are quantised (it has the tensor {found!r}): {form}, which cannot be read; {again}"
         )
 
 
