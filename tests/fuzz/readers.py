@@ -28,6 +28,7 @@ from sfumato.config import DatasetConfig, NetworkConfig, OptimizerConfig, Subset
 from sfumato.data import captions, scan
 from sfumato.data.entries import facts
 from sfumato.data.store import FileIndex, TensorStore, why
+from sfumato.errors import UserError
 from sfumato.families import detect
 from sfumato.formats import dialect, files, metadata, run
 from sfumato.formats.files import stamp
@@ -353,7 +354,7 @@ def _network_args(stage: Stage, args: list[str]) -> None:
     for family in families.names():
         try:
             adapters.parse(NetworkConfig(network_args=tuple(args)), families.facts(family).network_args)
-        except adapters.UserError as error:
+        except UserError as error:
             last = error
     raise last
 
