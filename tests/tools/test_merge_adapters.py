@@ -174,11 +174,12 @@ def test_models_go_to_the_tool_for_models(tmp_path: Path, monkeypatch: Any, caps
 
     def merge(*given: Any, progress: Any, **more: Any) -> dict[str, Any]:
         calls.append((*given, more))
-        return {"tensors": 3}
+        return {"models": {"a": 0.5, "b": 1.0}, "lacking": {}}
 
     monkeypatch.setattr(merge_models, "merge_checkpoints", merge)
     assert main(["merge", "--models", "a", "b", "--ratios", "0.5", "1", "--out", "c", "--only", "denoiser"]) == 0
-    assert calls == [([Path("a"), Path("b")], Path("c"), [0.5, 1.0], {"save_precision": None, "only": ["denoiser"]})]
+    how = {"precision": "fp32", "save_precision": None, "only": ["denoiser"], "device": "cpu"}
+    assert calls == [([Path("a"), Path("b")], Path("c"), [0.5, 1.0], how)]
 
 
 @pytest.mark.parametrize(
