@@ -16,16 +16,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from sfumato.adapters.base import (
-    Additive,
-    AdditiveOptions,
-    LayerOptions,
-    as_input,
-    device_of,
-    dora_options,
-    init_device,
-    no_dora,
-)
+from sfumato.adapters.additive import Additive, AdditiveOptions, dora_options, no_dora
+from sfumato.adapters.base import LayerOptions, as_input, device_of, init_device
 from sfumato.adapters.operation import WRITTEN, Operation, without_autocast
 from sfumato.errors import UserError
 from sfumato.formats.dialect import ALPHA, DORA, AdapterTensors

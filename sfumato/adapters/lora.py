@@ -15,17 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from sfumato.adapters.base import (
-    Additive,
-    AdditiveOptions,
-    LayerOptions,
-    as_input,
-    device_of,
-    dora_options,
-    init_device,
-    is_meta,
-    peft_magnitude,
-)
+from sfumato.adapters.additive import Additive, AdditiveOptions, dora_options, peft_magnitude
+from sfumato.adapters.base import LayerOptions, as_input, device_of, init_device, is_meta
 from sfumato.adapters.perturbation import Perturbation
 from sfumato.adapters.starts import Start, start_factors
 from sfumato.config.rules import Amount, Must

@@ -11,7 +11,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from sfumato.adapters.base import AdditiveOptions, LayerOptions, init_device
+from sfumato.adapters.additive import AdditiveOptions
+from sfumato.adapters.base import LayerOptions, init_device
 from sfumato.adapters.lora import LoRA
 
 
