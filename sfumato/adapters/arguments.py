@@ -12,7 +12,7 @@ from sfumato.adapters.find import LYCORIS, kind, kinds
 from sfumato.adapters.plan import CONVOLUTIONS, DEFAULT, DROPOUTS, AdapterPlan, LayerRule
 from sfumato.config import NetworkConfig, rules
 from sfumato.config.pairs import several
-from sfumato.config.rules import Amount, Must, Natural
+from sfumato.config.rules import Amount, Must, Natural, Positive
 from sfumato.errors import UserError, nearest
 
 if TYPE_CHECKING:
@@ -61,11 +61,11 @@ class CommonArgs:
     presets, network_dim."""
     conv_alpha: Amount | None = None
     """The same as network_alpha for these; default 1, with LyCORIS network_alpha."""
-    loraplus_lr_ratio: float | None = None
+    loraplus_lr_ratio: Positive | None = None
     """LoRA+ (arXiv:2402.12354): factor on the rate of the factors that start at 0."""
-    loraplus_unet_lr_ratio: float | None = None
+    loraplus_unet_lr_ratio: Positive | None = None
     """The same for the denoiser."""
-    loraplus_text_encoder_lr_ratio: float | None = None
+    loraplus_text_encoder_lr_ratio: Positive | None = None
     """The same for text encoders."""
     enable_all_linear: bool = False
     """With kohya's `networks.oft`, which is on attention alone: on all layers that others are on by default."""

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from sfumato.adapters.base import Adapter, LayerOptions, device_of, without_bias
+from sfumato.config.rules import Amount
 from sfumato.errors import UserError
 from sfumato.formats.dialect import ALPHA, AdapterTensors
 from sfumato.tensors.algebra import cayley, factorization, skew
@@ -31,7 +32,7 @@ _LEAST = 32
 class RotationOptions(LayerOptions):
     """`rank` is about the size of a block."""
 
-    constraint: float = 0.0
+    constraint: Amount = 0.0
     """The norm of Q is at most this times the layer's rows; 0: no limit."""
     rescaled: bool = False
     """Train a factor per output row besides."""

@@ -7,15 +7,21 @@ import fnmatch
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import tomllib
 
 from sfumato.adapters import values
-from sfumato.adapters.find import kind, kinds
-from sfumato.adapters.plan import NONE, TEXT, AdapterPlan, LayerRule
+from sfumato.adapters.find import LYCORIS, kind
+from sfumato.adapters.plan import DROPOUTS, NONE, TEXT, AdapterPlan, LayerRule
+from sfumato.config import rules
+from sfumato.config.rules import Amount, Natural
 from sfumato.errors import UserError, nearest
+
+if TYPE_CHECKING:
+    from sfumato.adapters.base import Adapter
 
 _FULL, _LINEAR = ("linear", "conv", "ends", "time"), ("linear",)
 PRESETS: Mapping[str, tuple[tuple[str, ...], bool]] = {
@@ -46,10 +52,10 @@ def apply(plan: AdapterPlan, preset: str | None, conv_alpha: float | None) -> Ad
         return plan
     if (found := PRESETS.get(preset or "full")) is None:
         return _from_file(plan, str(preset))
-    rules = plan.rules
+    own = plan.rules
     if preset == "ia3" and "train_on_input" in values.types(plan.kind.Options):
-        rules += (LayerRule(pattern=re.compile(r".*\.(ff\.net\.2|mlp\.fc2)"), more={"train_on_input": True}),)
-    return _without_large(replace(plan, targets=found[0], targets_from="preset", rules=rules), found[1])
+        own += (LayerRule(pattern=re.compile(r".*\.(ff\.net\.2|mlp\.fc2)"), more={"train_on_input": True}),)
+    return _without_large(replace(plan, targets=found[0], targets_from="preset", rules=own), found[1])
 
 
 def _without_large(plan: AdapterPlan, large: bool) -> AdapterPlan:
@@ -66,17 +72,19 @@ def _from_file(plan: AdapterPlan, path: str) -> AdapterPlan:
         chosen, names = modules[f"{part}_target_module"], modules[f"{part}_target_name"]
         targets += [f"{component}.{name}" for name in (_FULL if chosen is None else chosen)]
         targets += [f"{component}.{NONE}"] if names else []
+    compiled = partial(_compiled, where)
     include = [
-        re.compile(rf"{before}\.(?:{spelled(name)}|{re.escape(name)})")
+        compiled(name, rf"{before}\.(?:{spelled(name)}|{re.escape(name)})")
         for part, before in (("unet", "denoiser"), ("text_encoder", r"(?!denoiser\.)\w+"))
         for name in modules[f"{part}_target_name"] or ()
     ]
-    exclude = [re.compile(rf"(?:{_open(spelled(name))})(?:\..*)?") for name in told.get("exclude_name", ())]
-    rules = [
-        *(LayerRule(set=name, **_own(f"{where}: module_algo_map.{name}", own)) for name, own in _map(told, "module")),
+    exclude = [compiled(name, rf"(?:{_open(spelled(name))})(?:\..*)?") for name in told.get("exclude_name", ())]
+    own = partial(_own, plan.kind)
+    for_layers = [
+        *(LayerRule(set=name, **own(f"{where}: module_algo_map.{name}", each)) for name, each in _map(told, "module")),
         *(
-            LayerRule(pattern=re.compile(_open(spelled(name))), **_own(f"{where}: name_algo_map.{name}", own))
-            for name, own in _map(told, "name")
+            LayerRule(pattern=compiled(name, _open(spelled(name))), **own(f"{where}: name_algo_map.{name}", each))
+            for name, each in _map(told, "name")
         ),
     ]
     made = replace(
@@ -85,7 +93,7 @@ def _from_file(plan: AdapterPlan, path: str) -> AdapterPlan:
         targets_from="preset file",
         include=(*plan.include, *include),
         exclude=(*plan.exclude, *exclude),
-        rules=(*plan.rules, *rules),
+        rules=(*plan.rules, *for_layers),
     )
     return _without_large(made, told.get("enable_conv", True))
 
@@ -131,22 +139,33 @@ def _mistakes(told: Mapping[str, Any]) -> Iterator[str]:
             yield f"{key}: expected a list of names"
 
 
-def _own(where: str, told: Mapping[str, Any]) -> dict[str, Any]:
-    """A map's entry, for a `LayerRule`. Errors: `UserError` for what the kind does not have."""
-    algo = told.get("algo")
-    chosen = None if algo is None else kind("lycoris.kohya", str(algo))
-    having = (chosen,) if chosen else map(kind, kinds())
-    known = {name: of for each in having for name, of in values.types(each.Options).items()}
-    more, errors = dict[str, Any](), list[str]()
+def _compiled(where: str, name: str, pattern: str) -> re.Pattern[str]:
+    """A pattern that was made of `name`. Errors: `UserError` if that is none."""
+    try:
+        return re.compile(pattern)
+    except re.error as error:
+        raise UserError(f"{where}: {name!r} is no regular expression: {error.msg}") from None
+
+
+def _own(common: type[Adapter], where: str, told: Mapping[str, Any]) -> dict[str, Any]:
+    """A map's entry, for a `LayerRule`. `common`: the kind where it names none. Errors: `UserError` for what the kind
+    does not have, and for values that cannot be."""
+    chosen = kind(LYCORIS, str(told["algo"])) if "algo" in told else common
+    known = {n: of for n, of in values.types(chosen.Options).items() if n not in DROPOUTS or n in chosen.supports}
+    allowed = {**rules.hints(chosen.Options), "dim": Natural, "alpha": Amount}
+    more, numbers, errors = dict[str, Any](), dict[str, Any](), list[str]()
     for name, value in told.items():
         if name in known:
             more[name] = values.typed(name, str(value), known[name], errors)
-        elif name not in ("algo", "dim", "alpha") and not values.off(str(value)):
-            errors.append(f"{where}: {name} has no meaning for {algo or 'any kind'}{nearest(name, known)}")
-    numbers = {name: told[key] for key, name in (("dim", "rank"), ("alpha", "alpha")) if key in told}
+        elif name in ("dim", "alpha"):
+            numbers[name] = values.typed(name, str(value), "int" if name == "dim" else "float", errors)
+        elif name != "algo" and not values.off(str(value)):
+            errors.append(f"{where}: {name} has no meaning for {chosen.__name__}{nearest(name, known)}")
     errors += [
-        f"{where}: {name} {n!r}: expected a number" for name, n in numbers.items() if not isinstance(n, int | float)
+        f"{where}: {name}={value}: {message}"
+        for name, value in (more | numbers).items()
+        if (message := rules.mistake(allowed[name], value))
     ]
     if errors:
         raise UserError(*errors)
-    return {"kind": chosen, "more": more or None, **numbers}
+    return {"kind": chosen, "more": more, "rank": numbers.get("dim"), "alpha": numbers.get("alpha")}

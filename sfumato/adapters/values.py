@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import math
 import re
 from dataclasses import fields
 from typing import Any, get_args, get_type_hints
@@ -25,15 +26,22 @@ def typed(name: str, text: str, kind_of: str, errors: list[str]) -> Any:
     """The value of `text`, or None and an error."""
     read = {
         "int": int,
-        "float": float,
+        "float": _finite,
         "bool": {"true": True, "false": False, "1": True, "0": False}.__getitem__,
         "str": str,
     }[kind_of]
     try:
         return read(text.strip().lower() if kind_of == "bool" else text)  # type: ignore[operator]
     except (ValueError, KeyError):
-        errors.append(f"network_args {name}={text}: expected {'True or False' if kind_of == 'bool' else kind_of}")
+        expected = {"bool": "True or False", "float": "a finite number"}.get(kind_of, kind_of)
+        errors.append(f"network_args {name}={text}: expected {expected}")
         return None
+
+
+def _finite(text: str) -> float:
+    if not math.isfinite(number := float(text)):
+        raise ValueError
+    return number
 
 
 def off(text: str) -> bool:
@@ -57,7 +65,7 @@ def by_pattern(text: str) -> tuple[tuple[re.Pattern[str], float], ...] | None:
     if not found or _bare(text).rstrip(",") != _bare(whole):
         return None
     try:
-        return tuple((re.compile(pattern), float(value)) for pattern, value in found)
+        return tuple((re.compile(pattern), _finite(value)) for pattern, value in found)
     except (ValueError, re.error):
         return None
 

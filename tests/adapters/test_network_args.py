@@ -156,6 +156,10 @@ def test_helpers_are_no_kinds():
     [
         ({"network_args": ("conv_dims=8",)}, "did you mean 'conv_dim'"),
         ({"network_args": ("conv_dim=eight",)}, "network_args conv_dim=eight: expected int"),
+        ({"network_args": ("dropout=nan",)}, "network_args dropout=nan: expected a finite number"),
+        ({"network_args": ("network_reg_lrs=.*=1e400",)}, "network_reg_lrs=.* expected patterns with their numbers"),
+        ({"network_args": ("loraplus_lr_ratio=-2",)}, "loraplus_lr_ratio=-2.0: expected above 0, found -2"),
+        ({"network_module": "oft", "network_args": ("constraint=-1",)}, "constraint=-1.0: expected 0 or more"),
         ({"network_args": ("conv_dim",)}, "expected key=value"),
         ({"network_args": ("train_norm=True",)}, "train_norm: has no meaning for LoRA, layers of normalisation"),
         ({"network_args": ("conv_alpha=1",)}, "conv_alpha does nothing without conv_dim"),

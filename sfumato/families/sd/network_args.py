@@ -64,13 +64,15 @@ def weights(text: str, count: int) -> tuple[float, ...] | None:
     return tuple(_PRESETS[name](i / max(count - 1, 1)) + given[0] for i in range(count))
 
 
-_NUMBERS = Must(lambda text: all(n >= 0 for n in numbers(text) or (-1,)), "numbers with commas between them, 0 or more")
+_NUMBERS = Must(
+    lambda text: all(0 <= n < math.inf for n in numbers(text) or (-1,)), "numbers with commas between them, 0 or more"
+)
 _INTEGERS = Must(
     lambda text: all(n >= 0 and n.is_integer() for n in numbers(text) or (-1.0,)),
     "whole numbers with commas between them, 0 or more",
 )
 _WEIGHTS = Must(
-    lambda text: all(w >= 0 for w in weights(text, 2) or (-1,)),
+    lambda text: all(0 <= w < math.inf for w in weights(text, 2) or (-1,)),
     f"numbers with commas between them, 0 or more, or one of {', '.join(_PRESETS)}, with +x for x more",
 )
 
