@@ -282,10 +282,15 @@ def check_kinds(
     state: Mapping[ModulePath, AdapterTensors], plan: AdapterPlan | None
 ) -> dict[ModulePath, tuple[type[Adapter], LayerOptions]]:
     """The kind and the options of each layer in a file. Errors: `UserError` for another kind than the plan's."""
-    read = {path: from_tensors(tensors, plan.kind if plan else None) for path, tensors in state.items()}
+    read = {}
+    for path, tensors in state.items():
+        try:
+            read[path] = from_tensors(tensors, plan.kind if plan else None)
+        except UserError as error:
+            raise UserError(*(f"{'.'.join(path)}: {message}" for message in error.messages)) from None
     if plan and (others := {kind.__name__ for kind, _ in read.values() if kind not in plan.kinds()}):
         raise UserError(
-            f"network_weights: the file holds {', '.join(sorted(others))}, and {plan.kind.__name__} is trained: name "
+            f"the file holds {', '.join(sorted(others))}, and {plan.kind.__name__} is trained: name "
             "its kind with network_module, or leave network_module out"
         )
     return read

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Protocol
@@ -200,7 +201,8 @@ class Adapters:
                 self.notices += (
                     f"network_weights has nothing for {lacking}, which dim_from_weights therefore leaves untrained",
                 )
-            self.network = from_state(nets, loaded, plan, seed=config.train.seed)
+            with _named(network.network_weights):
+                self.network = from_state(nets, loaded, plan, seed=config.train.seed)
         else:
             target = partial(models.family.target_layer, models.options, plan)
             layers = {
@@ -209,7 +211,8 @@ class Adapters:
             }
             self.network = AdapterNetwork(layers, seed=config.train.seed)
             if loaded:
-                self.notices += self._load(loaded)
+                with _named(network.network_weights):
+                    self.notices += self._load(loaded)
         self.called = called = targets.named_layers(models, self.trained)
         """What every layer of what is trained is called, with an adapter or without."""
         targets.check_trained(plan, self.trained, called)
@@ -389,8 +392,18 @@ def _frozen_adapters(
             "cannot take into account: "
             "leave cache_text_encoder_outputs out, or start from a file of the denoiser alone"
         )
-    frozen = from_state(models.nets(), given)
+    with _named(config.network.network_weights):
+        frozen = from_state(models.nets(), given)
     return frozen.eval().requires_grad_(False)
+
+
+@contextmanager
+def _named(file: str | None) -> Iterator[None]:
+    """What is wrong with the file that a run starts from names it."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(*(f"network_weights {file}: {message}" for message in error.messages)) from None
 
 
 def _in_file(

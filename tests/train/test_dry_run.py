@@ -106,8 +106,12 @@ def test_adapters_that_do_not_fit(refused: Refused, tmp_path: Path) -> None:
     files.save(tmp_path / "empty.safetensors", {})
     text = refused(base_weights=(str(tmp_path / "empty.safetensors"),))
     assert text.count("empty.safetensors") == 1 and "base_weights" in text and "holds no tensors" in text
-    text = refused(base_weights=(str(tmp_path / "wide.safetensors"),))
-    assert "wide.safetensors" in text and "has shape [3, 64], expected [3, 32]" in text
+    for options in ({"base_weights": (wide := str(tmp_path / "wide.safetensors"),)}, {"network_weights": wide}):
+        text = refused(**options, **({"dim_from_weights": True} if "network_weights" in options else {}))
+        assert "wide.safetensors" in text and "has shape [3, 64], expected [3, 32]" in text
+    files.save(tmp_path / "half.safetensors", dict([tensors.popitem()]))
+    text = refused(network_weights=str(tmp_path / "half.safetensors"), dim_from_weights=True)
+    assert "half.safetensors" in text and "attn1.to_q: no kind of adapter has the tensors" in text
 
 
 def test_arguments_in_one_string_are_reported_beside_each_other_and_a_file_is_named_once(
