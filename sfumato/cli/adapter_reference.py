@@ -4,6 +4,7 @@ sfumato.cli.adapter_reference`."""
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from inspect import getdoc
 
 import torch
@@ -19,7 +20,7 @@ from sfumato.cli import options
 from sfumato.cli.reference import expected_of
 from sfumato.errors import UserError
 from sfumato.formats.clients import CLIENTS, Names, loads_in
-from sfumato.formats.dialect import AdapterTensors, usual
+from sfumato.formats.dialect import usual
 
 HEAD = f"""# Adapters
 
@@ -65,18 +66,20 @@ def _kinds() -> Iterator[str]:
 def _row(name: str) -> tuple[str, ...]:
     own = kind(name)
     also = vars(own).get("aliases", ())
-    return f"`{name}`", _listed(also), _listed(sorted(_tensors(own))), _features(own), *_dialects(own)
+    return f"`{name}`", _listed(also), _listed(sorted(_adapter(own).tensors())), _features(own), *_dialects(own)
 
 
-def _tensors(own: type[Adapter]) -> AdapterTensors:
-    """Those of a layer with the kind's default options."""
-    return own(nn.Linear(16, 16), own.Options(), torch.Generator().manual_seed(0)).tensors()
+def _adapter(own: type[Adapter]) -> Adapter:
+    """That of a layer with the kind's default options."""
+    return own(nn.Linear(16, 16), own.Options(), torch.Generator().manual_seed(0))
 
 
 def _features(own: type[Adapter]) -> str:
     found = [name for name in DROPOUTS if name in own.supports]
     found += ["loraplus_lr_ratio"] if own.loraplus_parameters is not Adapter.loraplus_parameters else []
-    found += ["scale_weight_norms"] if own.scale_norm is not Adapter.scale_norm else []
+    with suppress(UserError):
+        _adapter(own).scale_norm(1.0)
+        found.append("scale_weight_norms")
     return _listed(found)
 
 
@@ -88,7 +91,7 @@ def _dialects(own: type[Adapter]) -> tuple[str, str]:
     cells = []
     for name in ("kohya", "peft"):
         try:
-            written = files.write(dialects[name], {("denoiser", "layer"): _tensors(own)})
+            written = files.write(dialects[name], {("denoiser", "layer"): _adapter(own).tensors()})
             found = loads_in({key: tuple(t.shape) for key, t in written.items()}, known)
             cells.append(", ".join(each.client for each in found if each.loaded) or "none")
         except UserError:
