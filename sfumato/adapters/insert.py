@@ -289,9 +289,11 @@ def check_kinds(
         except UserError as error:
             raise UserError(*(f"{'.'.join(path)}: {message}" for message in error.messages)) from None
     if plan and (others := {kind.__name__ for kind, _ in read.values() if kind not in plan.kinds()}):
+        several = len({kind for kind, _ in read.values()}) > 1
+        cure = "name its kind with network_module, or leave network_module out"
         raise UserError(
-            f"the file holds {', '.join(sorted(others))}, and {plan.kind.__name__} is trained: name "
-            "its kind with network_module, or leave network_module out"
+            f"the file holds {', '.join(sorted(others))}, and {plan.kind.__name__} is trained: "
+            f"{'several kinds in one file need the preset file that they were trained with' if several else cure}"
         )
     return read
 

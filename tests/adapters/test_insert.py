@@ -97,6 +97,15 @@ def test_from_state_refuses_layers_that_are_not_there(net):
         from_state({"denoiser": net}, {("denoiser", "block.to_q"): {"difference": torch.zeros(3)}})
 
 
+def test_a_file_of_several_kinds_needs_its_preset(net):
+    state = insert(net, LORA).state()
+    path = ("denoiser", "block.to_q")
+    other = {"hada_w1_a": torch.zeros(3, 1), "hada_w1_b": torch.zeros(1, 3)}
+    state[path] = {**other, **{name.replace("w1", "w2"): t for name, t in other.items()}, "alpha": torch.ones(())}
+    with pytest.raises(UserError, match="several kinds in one file need the preset file"):
+        from_state({"denoiser": net}, state, LORA)
+
+
 def test_a_multiplier_for_each_sample_cannot_be_merged(net):
     inserted = insert(net, LORA)
     inserted.multiplier = torch.ones(2)
