@@ -24,10 +24,11 @@ from sfumato.formats.dialect import AdapterTensors, Dialect, ModulePath
 from sfumato.formats.names import Rule
 from sfumato.formats.planned import Writable
 from sfumato.formats.spellings import Spellings
-from sfumato.models import components, locate, reference
+from sfumato.models import locate, reference
 from sfumato.models.base import Family
 from sfumato.models.components import Checkpoint
 from sfumato.models.detection import Shapes, has
+from sfumato.tools import checkpoints
 
 WEIGHTS = ("adapter_model.safetensors", "pytorch_lora_weights.safetensors")
 """What a folder that PEFT or diffusers saved holds."""
@@ -80,7 +81,6 @@ def read(
     adapter, for keys that name no layer and for shapes that do not fit.
     """
     file, tensors, metadata, left_out = _opened(path)
-    check_adapter(tensors, str(file))
     outline, state = _fitting(file, tensors, _outlines(file, tensors, metadata, family, model), inexact)
     return AdapterFile(path=file, outline=outline, state=state, metadata=metadata, left_out=left_out)
 
@@ -103,6 +103,7 @@ def _opened(path: str | Path) -> tuple[Path, dict[str, Tensor], dict[str, str], 
         what = detect.CALLED.get(found.kind, "a base model").partition(",")[0]
         raise UserError(f"{file} is {what}, not an adapter (such as a LoRA)")
     tensors, metadata = adapter_metadata.load(file)
+    check_adapter(tensors, str(file))
     left_out = {key: what for key in tensors for start, what in NOT_OF_LAYERS.items() if key.startswith(start)}
     return file, {key: t for key, t in tensors.items() if key not in left_out}, metadata, left_out
 
@@ -133,11 +134,8 @@ def _layer(weight: Tensor) -> nn.Module:
 def open_checkpoint(path: str | Path, flag: str) -> tuple[Family, Checkpoint]:
     """A checkpoint's family, and its components as far as it holds them; headers are read and nothing else. Errors:
     `UserError` for what is none."""
-    family = families.family(detect.detect_file(path, flag).family)
-    where = locate.local(str(path), flag)
-    return family, components.open_model(
-        where, family.components, family.title, given={}, passthrough_keys=family.passthrough_keys
-    )
+    models = checkpoints.open_parts(locate.local(str(path), flag), {})
+    return models.family, models.source
 
 
 def weights(model: str | Path) -> dict[ModulePath, Writable]:
@@ -263,8 +261,9 @@ def _fitting(
             return outline, _read(tensors, outline, inexact)
     title = f"{outlines[0].family.title} ({', '.join(o.variant for o in outlines)})"
     raise UserError(
-        *(f"{file}: {message}" for message in mistakes.messages[:5]),
-        f"{file}: it was read as an adapter for {title}; if it is for a model of other sizes, give that with --model",
+        *dict.fromkeys(f"{file}: {message}" for message in mistakes.messages[:5]),
+        f"{file}: it was read as an adapter for {title}; if it is for a model of other sizes, give that with "
+        "--model, or where adapters are merged into one with --layers_of",
     )
 
 

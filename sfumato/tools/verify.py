@@ -87,7 +87,7 @@ def verify(
 def _judged(found: list[Difference], tensors: list[Tensor]) -> Verified:
     coarsest = max((ROUNDING.get(t.dtype, EXACT) for t in tensors), default=EXACT)
     same = all(d.relative <= coarsest and not d.why for d in found)
-    inexact = sorted((d for d in found if d.relative > EXACT or d.why), key=lambda d: (-bool(d.why), -d.relative))
+    inexact = sorted((d for d in found if not d.relative <= EXACT or d.why), key=lambda d: (-bool(d.why), -d.relative))
     names = sorted({str(t.dtype).removeprefix("torch.") for t in tensors if t.dtype in ROUNDING})
     verdict = "exact" if not inexact else f"exact up to {' and '.join(names)}" if same else "not the same"
     return Verified(same=same, verdict=verdict, compared=len(found), differences=tuple(inexact))
@@ -103,8 +103,11 @@ def _both(
     try:
         first = adapter_file.read(one, family=family, model=model)
     except UserError as error:
-        second = adapter_file.read(other, family=family, model=model)
-        first, wrong = adapter_file.read_like(one, second.outline)
+        try:
+            second = adapter_file.read(other, family=family, model=model)
+            first, wrong = adapter_file.read_like(one, second.outline)
+        except UserError as another:
+            raise UserError(*dict.fromkeys([*error.messages, *another.messages])) from None
         if not first.state:
             raise error from None
         return first, second, _strange(wrong)

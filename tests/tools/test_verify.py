@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from conversions import a_file, model, opened_once, outline
 from tinies import sdxl
+from tinies.cases import cases
 from torch import Tensor
 
 from sfumato.errors import UserError
@@ -107,6 +108,26 @@ def test_the_same_checkpoint_in_another_layout(tmp_path: Path) -> None:
     found = verify(one, tmp_path / "other.safetensors")
     assert [d.layer for d in found.differences] == ["denoiser.input_blocks.4.0.in_layers.2.weight"]
     assert not found.same
+    files.save(tmp_path / "nan.safetensors", tensors | {key: tensors[key] * float("nan")}, {})
+    found = verify(one, tmp_path / "nan.safetensors")
+    assert (found.same, found.verdict, len(found.differences)) == (False, "not the same", 1)
+
+
+def test_a_folder_holds_the_text_encoder_of_its_variant_alone(tmp_path: Path) -> None:
+    case = next(case for case in cases() if case.name == "sd-1")
+    case.pipeline().save_pretrained(tmp_path / "folder")
+    found = verify(case.write(tmp_path).model, tmp_path / "folder")
+    assert found.same, found.differences[:3]
+
+
+def test_a_damaged_adapter_is_refused_on_either_side(tmp_path: Path) -> None:
+    good = a_file(tmp_path / "good.safetensors")
+    tensors = files.load(good)
+    key = next(k for k in tensors if k.endswith("lora_up.weight"))
+    files.save(tmp_path / "nan.safetensors", tensors | {key: tensors[key] * float("nan")}, {})
+    for pair in ((good, tmp_path / "nan.safetensors"), (tmp_path / "nan.safetensors", good)):
+        with pytest.raises(UserError, match=rf"nan\.safetensors: {key} holds NaN"):
+            verify(*pair)
 
 
 def test_what_is_no_adapter(tmp_path: Path) -> None:
