@@ -44,7 +44,9 @@ def verify(words: Sequence[str]) -> int:
         return 0 if found.same else 1
     answers.print(f"{found.verdict}: {found.compared:,} compared, {len(found.differences):,} differ")
     for d in found.differences[:SHOWN]:
-        answers.print(f"  {d.layer}: {d.why or f'{d.relative:.2g} of its norm, {d.largest:.2g} at most'}")
+        answers.print(
+            f"  {d.layer}: {d.why or f'differs by {d.relative:.2g} of its norm, a number by {d.largest:.2g} at most'}"
+        )
     if len(found.differences) > SHOWN:
         answers.print(f"  and {len(found.differences) - SHOWN:,} more (all with --json)")
     return 0 if found.same else 1

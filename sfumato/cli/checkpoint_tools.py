@@ -97,12 +97,13 @@ def run_merge_models(
 def _convert_adapter(args: argparse.Namespace) -> int:
     from dataclasses import asdict
 
+    from sfumato.formats.dialect import NAMES
     from sfumato.tools import convert_adapter
     from sfumato.train.progress import progress
 
     refuse(args, (*part_flags(), "tokenizer", "bundle"), "is for whole checkpoints, and IN is an adapter")
     if args.to is None:
-        raise UserError(f"--to: say in whose names; there are {', '.join(convert_adapter.DIALECTS)}")
+        raise UserError(f"--to: say in whose names; there are {', '.join(NAMES)}")
     with progress("converting") as advance:
         made = convert_adapter.convert(
             args.source, args.out, args.to, family=args.family, model=args.model, dtype=args.dtype, rank=args.rank,
@@ -116,6 +117,13 @@ def refuse(args: argparse.Namespace, names: Sequence[str], why: str) -> None:
     """Errors: `UserError` for each of these flags that is given."""
     if given := [name for name in names if getattr(args, name)]:
         raise UserError(*(f"--{name}: {why}; leave it out" for name in given))
+
+
+def dtype_of(name: str | None) -> Any:
+    """The number format of one of `PRECISIONS`; None: as it is."""
+    from sfumato.tools.checkpoints import PRECISIONS
+
+    return None if name is None else PRECISIONS[name]
 
 
 def say(facts: Mapping[str, Any], text: str, as_json: bool) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from sfumato.cli import adapter_tools, flags, main, svd_tools, tools
+from sfumato.cli.checkpoint_tools import COMPUTED, PRECISIONS, dtype_of
 from sfumato.cli.flags import Parser
 from sfumato.errors import UserError
 
@@ -53,7 +54,7 @@ def _resize_flags(parser: ArgumentParser) -> None:
     parser.add_argument("--new_conv_rank", type=int)
     parser.add_argument("--dynamic_method", choices=svd_tools.METHODS)
     parser.add_argument("--dynamic_param", type=float)
-    parser.add_argument("--save_precision", choices=svd_tools.PRECISIONS)
+    parser.add_argument("--save_precision", choices=COMPUTED)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--verbose", action="store_true")
 
@@ -89,7 +90,7 @@ def _extract_flags(parser: ArgumentParser) -> None:
     parser.add_argument("--save_to", type=Path, required=True)
     parser.add_argument("--dim", type=int, default=4)
     parser.add_argument("--conv_dim", type=int)
-    parser.add_argument("--save_precision", choices=svd_tools.PRECISIONS, default="float")
+    parser.add_argument("--save_precision", choices=COMPUTED, default="float")
     parser.add_argument("--clamp_quantile", type=float, default=0.99)
     parser.add_argument("--min_diff", type=float, default=0.01)
     parser.add_argument("--device", default="cpu")
@@ -101,7 +102,7 @@ def _extract(args: Namespace) -> int:
     how = Extraction(
         rank=args.dim, conv_rank=args.conv_dim, min_diff=args.min_diff,
         clamp_quantile=args.clamp_quantile if args.clamp_quantile < 1 else None,
-        dtype=svd_tools.dtype_of(args.save_precision),
+        dtype=dtype_of(args.save_precision),
     )  # fmt: skip
     return svd_tools.run_extract(args.model_org, args.model_tuned, args.save_to, how, device=args.device)
 
@@ -115,7 +116,7 @@ def _merge_flags(base: str, *, lbws: bool = False) -> Callable[[ArgumentParser],
         parser.add_argument("--save_to", type=Path, required=True)
         parser.add_argument("--models", nargs="+", type=Path, required=True)
         parser.add_argument("--ratios", nargs="+", type=float, default=[])
-        parser.add_argument("--save_precision", choices=tools.PRECISIONS)
+        parser.add_argument("--save_precision", choices=PRECISIONS[:-1])
         parser.add_argument("--no_metadata", action="store_true")
         if lbws:
             parser.add_argument("--lbws", nargs="+", default=[])
@@ -149,7 +150,7 @@ def _merge(args: Namespace) -> int:
         "adapters": tools.paired(args.models, args.ratios),
         "out": args.save_to.expanduser(),
         "block_weights": [tools.block_weights(text) for text in getattr(args, "lbws", [])],
-        "dtype": tools.dtype_of(args.save_precision),
+        "dtype": dtype_of(args.save_precision),
         "metadata": not args.no_metadata,
     }
     if base is None:

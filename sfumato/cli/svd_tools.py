@@ -6,15 +6,15 @@ import argparse
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from sfumato.cli.checkpoint_tools import COMPUTED, dtype_of
 from sfumato.cli.flags import Parser
 
 if TYPE_CHECKING:
     from sfumato.tools.extract import Extraction
     from sfumato.tools.resize import Resizing
 
-PRECISIONS = ("float", "fp32", "fp16", "bf16")
 METHODS = ("sv_ratio", "sv_fro", "sv_cumulative")
 
 
@@ -29,8 +29,8 @@ def extract(words: Sequence[str]) -> int:
     parser.add_argument(
         "--min_diff", type=float, default=0.0, help="text encoder layers that changed less are left out"
     )
-    parser.add_argument("--dtype", choices=PRECISIONS, default="fp16", help="number format of the file; default fp16")
-    parser.add_argument("--dialect", default="kohya", help="names of the file: kohya, comfy or peft; default kohya")
+    parser.add_argument("--dtype", choices=COMPUTED, default="fp16", help="number format of the file; default fp16")
+    parser.add_argument("--to", metavar="DIALECT", default="kohya", help="names of the file; default kohya")
     parser.add_argument("--seed", type=int, default=0, help="of the randomised decomposition")
     parser.add_argument("--device", default="cpu", help="where the matrices are decomposed: cpu, cuda ...")
     _json(parser)
@@ -38,7 +38,7 @@ def extract(words: Sequence[str]) -> int:
     from sfumato.tools.extract import Extraction
 
     how = Extraction(
-        rank=args.rank, conv_rank=args.conv_rank, min_diff=args.min_diff, dialect=args.dialect, seed=args.seed,
+        rank=args.rank, conv_rank=args.conv_rank, min_diff=args.min_diff, dialect=args.to, seed=args.seed,
         dtype=dtype_of(args.dtype),
     )  # fmt: skip
     return run_extract(args.original, args.tuned, args.out, how, device=args.device, as_json=args.json)
@@ -80,7 +80,7 @@ def resize(words: Sequence[str]) -> int:
     parser.add_argument(
         "--dynamic_param", type=float, help="sv_ratio: a ratio; sv_fro, sv_cumulative: the share to keep"
     )
-    parser.add_argument("--dtype", choices=PRECISIONS, help="number format of the file; default: as it was")
+    parser.add_argument("--dtype", choices=COMPUTED, help="number format of the file; default: as it was")
     parser.add_argument("--device", default="cpu", help="where the matrices are decomposed: cpu, cuda ...")
     _json(parser)
     args = parser.parse_args(list(words))
@@ -97,9 +97,8 @@ def run_resize(
     from sfumato.tools import resize as tool
     from sfumato.train.progress import console, print_table, progress
 
-    made = dtype_of(dtype) if dtype else None
     with progress("resizing") as advance:
-        facts = tool.resize(source, out, how, dtype=made, device=device, progress=advance)
+        facts = tool.resize(source, out, how, dtype=dtype_of(dtype), device=device, progress=advance)
     if as_json:
         print(json.dumps(facts, indent=2))
         return 0
@@ -113,13 +112,6 @@ def run_resize(
         f"change is kept on average, {min(kept):.1%} at least (Frobenius norm)"
     )
     return 0
-
-
-def dtype_of(name: str) -> Any:
-    """The number format of one of `PRECISIONS`."""
-    import torch
-
-    return {"fp16": torch.float16, "bf16": torch.bfloat16}.get(name, torch.float32)
 
 
 def _parser(command: str, description: str) -> argparse.ArgumentParser:

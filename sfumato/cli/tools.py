@@ -4,23 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from sfumato.cli.checkpoint_tools import COMPUTED, megabytes, part_flags, refuse, run_merge_models, say
+from sfumato.cli.checkpoint_tools import (
+    COMPUTED,
+    PRECISIONS,
+    dtype_of,
+    megabytes,
+    part_flags,
+    refuse,
+    run_merge_models,
+    say,
+)
 from sfumato.cli.flags import Parser
 from sfumato.errors import UserError
 
 if TYPE_CHECKING:
     from sfumato.tools.merge import Merging
     from sfumato.tools.merge_adapters import Joining
-
-PRECISIONS = {
-    "float": "float32",
-    "fp32": "float32",
-    "fp16": "float16",
-    "bf16": "bfloat16",
-    "fp8": "float8_e4m3fn",
-}
 
 
 def merge(words: Sequence[str]) -> int:
@@ -32,18 +33,18 @@ def merge(words: Sequence[str]) -> int:
         refuse(args, (*parts, *of_one, "adapters", "model", "lbws", "no_metadata"), "does nothing beside --models")
         return run_merge_models(
             args.models, args.out, args.ratios or None, precision=args.precision or "fp32",
-            save_precision=args.save_precision, only=args.only or None, device=args.device or "cpu", as_json=args.json,
+            save_precision=args.dtype, only=args.only or None, device=args.device or "cpu", as_json=args.json,
         )  # fmt: skip
     if not args.adapters:
         raise UserError("sfumato merge: say what is merged: --adapters FILE ..., or --models FILE FILE ...")
     refuse(args, ("precision", "device"), "is for --models")
-    if args.save_precision == "fp8_scaled":
-        raise UserError("--save_precision fp8_scaled: is for --models; a model in it stays so when adapters are merged")
+    if args.dtype == "fp8_scaled":
+        raise UserError("--dtype fp8_scaled: is for --models; a model in it stays so when adapters are merged")
     common = {
         "adapters": paired(args.adapters, args.ratios),
         "out": args.out.expanduser(),
         "block_weights": [block_weights(text) for text in args.lbws],
-        "dtype": dtype_of(args.save_precision),
+        "dtype": dtype_of(args.dtype),
         "metadata": not args.no_metadata,
     }
     if args.model is None:
@@ -75,9 +76,7 @@ def _merge_parser() -> Parser:
     parser.add_argument(
         "--lbws", nargs="+", default=[], help="layer-wise weights for each adapter, or one for all: [1,0.5,...]"
     )
-    parser.add_argument(
-        "--save_precision", choices=(*PRECISIONS, "fp8_scaled"), help="number format; default: as in the (first) model"
-    )
+    parser.add_argument("--dtype", choices=PRECISIONS, help="number format; default: as in the (first) model")
     parser.add_argument("--only", nargs="+", default=[], metavar="COMPONENT", help="change these alone: denoiser ...")
     parser.add_argument("--no_metadata", action="store_true", help="the result does not say what it was made of")
     parser.add_argument("--json", action="store_true", help="machine-readable")
@@ -147,15 +146,6 @@ def block_weights(text: str) -> list[float]:
         return [float(part) for part in text.strip().strip("[]").split(",")]
     except ValueError:
         raise UserError(f"--lbws {text}: expected numbers such as [1,0,0.5,...]") from None
-
-
-def dtype_of(name: str | None) -> Any:
-    """The number format of one of `PRECISIONS`; None: as it is."""
-    if name is None:
-        return None
-    import torch
-
-    return getattr(torch, PRECISIONS[name])
 
 
 def take_adapters(words: list[str], flag: str) -> list[tuple[Path, float]]:

@@ -116,6 +116,8 @@ def unknown(shapes: Shapes) -> str:
     for what, pattern in SEEMS.items():
         if has(shapes, pattern):
             return what
+    if not shapes:
+        return "an empty file, without a tensor"
     first = ", ".join(repr(key) for key in list(shapes)[:2])
     return f"no model that sfumato knows (its tensors: {len(shapes)}, {first} ...)"
 

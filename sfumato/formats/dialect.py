@@ -8,7 +8,7 @@ from typing import Literal
 
 from torch import Tensor
 
-from sfumato.errors import UserError
+from sfumato.errors import UserError, nearest
 from sfumato.formats.names import KeyMap, Rule
 
 ModulePath = tuple[str, str]
@@ -34,6 +34,8 @@ READ_AS = {
 ALIASES = {"lycoris": "kohya", "diffusers": "peft"}
 """What programs call a dialect -> its name here. LyCORIS' files for A1111 and ComfyUI are kohya's, with leaves of their
 own."""
+NAMES = ("kohya", "comfy", "peft", *ALIASES)
+"""Of the dialects that are written."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -96,6 +98,12 @@ def usual(
             fold_alpha=True,
         ),
     }
+
+
+def check_dialect(name: str) -> None:
+    """Errors: `UserError` for what no dialect is called."""
+    if name not in NAMES:
+        raise UserError(f"--to {name}: expected {', '.join(NAMES)}{nearest(name, NAMES)}")
 
 
 def with_aliases(dialects: Mapping[str, Dialect]) -> dict[str, Dialect]:

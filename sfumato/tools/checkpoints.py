@@ -14,7 +14,7 @@ from torch import nn
 from sfumato import __version__, families
 from sfumato.errors import UserError
 from sfumato.families import detect
-from sfumato.formats import files, scaled_fp8
+from sfumato.formats import scaled_fp8
 from sfumato.formats.planned import Writable, renamed
 from sfumato.models import components, loading
 from sfumato.models.base import Family, Models
@@ -32,12 +32,11 @@ PRECISIONS = {
 }
 """What a checkpoint can be written in. The last two are for the linear layers of the denoiser's blocks, and all else is
 then in bf16: it loses more by fp8 than it is large."""
-ENDINGS = (".safetensors", *files.PICKLES)
 
 
 def family_of(path: Path) -> Family:
     """The family of a checkpoint, by its header. Errors: `UserError` for what is no checkpoint with a denoiser."""
-    return families.family(detect.detect_file(path, "IN").family)
+    return families.family(detect.detect_file(path, "the model").family)
 
 
 def open_whole(path: Path, given: Mapping[str, str], tokenizer: str | None = None) -> Models:

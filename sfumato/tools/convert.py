@@ -17,6 +17,7 @@ from sfumato.models.base import Models
 from sfumato.models.detection import ADAPTER_TENSOR, has
 from sfumato.tools import adapter_file, checkpoints
 from sfumato.tools.checkpoints import State
+from sfumato.tools.written import ENDINGS, check_output, check_output_file
 
 LAYOUTS = {"single": "single_file", "diffusers": "diffusers"}
 
@@ -104,18 +105,16 @@ def write(
 
 def layout_of(path: Path, out: Path, to: str | None) -> str:
     """The layout of `out`, made of `path`. Errors: `UserError`, also where it must not be written."""
-    file = out.suffix in checkpoints.ENDINGS
+    file = out.suffix in ENDINGS
     to = to or ("single" if file else "diffusers")
     if to not in LAYOUTS:
+        checkpoints.family_of(path)  # what is no checkpoint is said to be that
         raise UserError(f"--to {to}: {path} is a whole checkpoint, for which there are {' and '.join(LAYOUTS)}")
-    if to == "single" and not file:
-        raise UserError(f"{out}: a single file ends in {', '.join(checkpoints.ENDINGS)}")
     if to == "diffusers" and file:
         raise UserError(f"{out}: --to diffusers writes a folder, and this is the name of a file")
-    if out.exists() and path.exists() and out.resolve() in (path.resolve(), *path.resolve().parents):
-        raise UserError(f"{out}: is also read; choose another name for the result")
-    if to == "single" and out.is_dir():
-        raise UserError(f"{out}: a file is to be written here, and this is a folder")
+    (check_output_file if to == "single" else check_output)(out, path)
+    if out.resolve() in path.resolve().parents:
+        raise UserError(f"{out}: holds what is read; choose another name for the result")
     if to == "diffusers" and (why := irreplaceable(out)):
         raise UserError(why)
     return LAYOUTS[to]

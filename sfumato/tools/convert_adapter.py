@@ -11,20 +11,19 @@ from torch import Tensor
 
 from sfumato import families
 from sfumato.adapters import files as adapter_files
-from sfumato.errors import Mistakes, UserError, nearest
+from sfumato.errors import Mistakes, UserError
 from sfumato.formats import files
 from sfumato.formats.adapter_metadata import DIFFUSERS_CONFIG
 from sfumato.formats.clients import loads_in
-from sfumato.formats.dialect import ALIASES, ALPHA, DOWN, UP, AdapterTensors, Dialect, ModulePath
+from sfumato.formats.dialect import ALIASES, ALPHA, DOWN, UP, AdapterTensors, Dialect, ModulePath, check_dialect
 from sfumato.formats.metadata import hashes
 from sfumato.formats.names import Rule
 from sfumato.formats.planned import made
 from sfumato.tensors.low_rank import truncated
 from sfumato.tools import adapter_file
 from sfumato.tools.adapter_file import AdapterFile
-from sfumato.tools.written import check_output
+from sfumato.tools.written import check_output_file, check_rank
 
-DIALECTS = ("kohya", "comfy", "peft", *ALIASES)
 DTYPES = {"float": torch.float32, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 Progress = Callable[[int, int], None]
 """(done, all) layers"""
@@ -78,13 +77,11 @@ def convert(
     `UserError`, and nothing is written.
     """
     path, dialect_name = Path(target).expanduser(), ALIASES.get(to, to)
-    if to not in DIALECTS:
-        raise UserError(f"--to {to}: expected {', '.join(DIALECTS)}{nearest(to, DIALECTS)}")
+    check_dialect(to)
     if dtype is not None and dtype not in DTYPES:
         raise UserError(f"--dtype {dtype}: expected {', '.join(DTYPES)}")
-    if rank is not None and rank < 1:
-        raise UserError(f"--rank {rank}: expected 1 or more")
-    check_output(path, Path(source).expanduser())
+    check_rank(rank)
+    check_output_file(path, Path(source).expanduser())
     nearest_lora = None if rank is None else Nearest(rank, model)
     read = adapter_file.read(source, family=family, model=model, inexact=nearest_lora.joined if nearest_lora else None)
     dialect = read.outline.dialects[dialect_name]

@@ -12,7 +12,7 @@ from sfumato.formats.adapter_check import check_adapter
 from sfumato.formats.dialect import ALPHA, DOWN, UP
 from sfumato.formats.metadata import hashes
 from sfumato.tools.resize import lora_layers
-from sfumato.tools.written import check_output
+from sfumato.tools.written import check_output_file
 
 
 def first_ranks(source: Path, out: Path, unit: int) -> list[Path]:
@@ -32,7 +32,7 @@ def first_ranks(source: Path, out: Path, unit: int) -> list[Path]:
     written = []
     for count in range(unit, rank + 1, unit):
         path = out.with_name(f"{out.stem}-{count:04d}{out.suffix}")
-        check_output(path, source)
+        check_output_file(path, source)
         made: dict[str, Tensor] = dict(tensors)
         for keys in layers.values():
             made[keys[DOWN]] = tensors[keys[DOWN]][:count].contiguous()

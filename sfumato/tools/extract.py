@@ -18,14 +18,14 @@ from sfumato.adapters.insert import choose
 from sfumato.errors import UserError
 from sfumato.families.detect import detect_file
 from sfumato.formats import files
-from sfumato.formats.dialect import ALPHA, DOWN, UP, AdapterTensors, ModulePath
+from sfumato.formats.dialect import ALIASES, ALPHA, DOWN, UP, AdapterTensors, ModulePath, check_dialect
 from sfumato.formats.metadata import hashes
 from sfumato.formats.planned import Writable, made
 from sfumato.models.base import Models
 from sfumato.models.loading import outline_parts
 from sfumato.tensors.low_rank import truncated
 from sfumato.tensors.random import generator
-from sfumato.tools.written import check_output
+from sfumato.tools.written import check_device, check_output_file, check_rank
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,6 +46,10 @@ class Extraction:
     options: Mapping[str, Any] = field(default_factory=dict)
     """The family's own, spelled as its flags, of both models: files of parts, say."""
 
+    def __post_init__(self) -> None:
+        check_rank(self.rank)
+        check_rank(self.conv_rank, "conv_rank")
+
 
 def extract(
     original: Path,
@@ -64,7 +68,9 @@ def extract(
     the difference's own)}, and `unheld`, the tensors that differ and that no LoRA holds (norms, biases, layers that are
     not adapted). Errors: `UserError` for models of two kinds, or that do not differ.
     """
-    check_output(out, original, tuned)
+    check_output_file(out, original, tuned)
+    check_device(str(device))
+    check_dialect(how.dialect)
     name = detect_file(original, "the original model").family
     if (other := detect_file(tuned, "the tuned model").family) != name:
         raise UserError(f"{tuned} is a model of {other}, {original} one of {name}: there is no difference to take")
@@ -87,8 +93,8 @@ def extract(
             progress(done, len(pairs))
     if not state:
         raise UserError(f"{original} and {tuned} do not differ in any layer that a LoRA goes on")
-    dialects = base.dialects
-    tensors = {n: t.to(how.dtype) for n, t in adapter_files.write(dialects[how.dialect], state).items()}
+    dialect = base.dialects[ALIASES.get(how.dialect, how.dialect)]
+    tensors = {n: t.to(how.dtype) for n, t in adapter_files.write(dialect, state).items()}
     files.check_finite(tensors, f"the adapter {out.name}", how.dtype)
     metadata = {
         "modelspec.sai_model_spec": "1.0.1",

@@ -31,13 +31,12 @@ from sfumato.models.components import ComponentWeights
 from sfumato.models.loading import merge_when_read, outline_parts
 from sfumato.models.merged import merged
 from sfumato.tools.merge_adapters import strengths_of
-from sfumato.tools.written import check_output
+from sfumato.tools.written import ENDINGS, check_output, check_output_file
 from sfumato.train.provenance import now
 from sfumato.train.trainables import read_adapter
 
 Progress = Callable[[int, int], None]
-_SAVED = (".safetensors", *files.PICKLES)
-_WEIGHTS = (*_SAVED, ".msgpack", ".h5", ".onnx", ".gguf")
+_WEIGHTS = (*ENDINGS, ".msgpack", ".h5", ".onnx", ".gguf")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -138,11 +137,9 @@ def _check_outputs(what: Merging, models: Models) -> None:
     inputs = [what.model, *(path for path, _ in what.adapters), *map(Path, what.options.values())]
     folder = models.source.layout == "diffusers"
     for out in (what.out, *(_beside(what, name) for name in _parts(models))):
-        check_output(out, *inputs)
+        (check_output if folder and out == what.out else check_output_file)(out, *inputs)
     if folder and (why := irreplaceable(what.out)):
         raise UserError(why)
-    if not folder and (what.out.is_dir() or what.out.suffix not in _SAVED):
-        raise UserError(f"{what.out}: the model is a single file, and so is the result: expected NAME.safetensors")
     if folder and what.model.resolve() in what.out.resolve().parents:
         raise UserError(f"{what.out}: is within the model's folder; choose another")
 
@@ -153,7 +150,7 @@ def _parts(models: Models) -> dict[str, ComponentWeights]:
 
 
 def _beside(what: Merging, name: str) -> Path:
-    suffix = what.out.suffix if what.out.suffix in _SAVED else ".safetensors"
+    suffix = what.out.suffix if what.out.suffix in ENDINGS else ".safetensors"
     return what.outs.get(name, what.out.with_name(f"{what.out.stem}_{name}{suffix}"))
 
 

@@ -16,14 +16,14 @@ from sfumato.adapters import files as adapter_files
 from sfumato.adapters import from_tensors
 from sfumato.errors import Mistakes, UserError
 from sfumato.formats import files
-from sfumato.formats.dialect import ALIASES, ALPHA, DORA, DOWN, UP, AdapterTensors, ModulePath
+from sfumato.formats.dialect import ALIASES, ALPHA, DORA, DOWN, UP, AdapterTensors, ModulePath, check_dialect
 from sfumato.formats.metadata import hashes
 from sfumato.models.base import Family
 from sfumato.tensors.low_rank import Truncated, recompressed, truncated
 from sfumato.tools import adapter_file
 from sfumato.tools.adapter_file import AdapterFile
 from sfumato.tools.convert_adapter import change
-from sfumato.tools.written import check_output
+from sfumato.tools.written import check_output_file, check_rank
 from sfumato.train.provenance import now
 
 LORA = {DOWN, UP, ALPHA}
@@ -57,6 +57,10 @@ class Joining:
     metadata: bool = True
     """Whether the result says what it was made of."""
 
+    def __post_init__(self) -> None:
+        check_rank(self.rank)
+        check_rank(self.conv_rank, "conv_rank")
+
 
 def join(what: Joining, progress: Callable[[int, int], None] | None = None) -> dict[str, Any]:
     """Write the sum of the adapters' changes, each times its ratio, as one adapter.
@@ -65,12 +69,11 @@ def join(what: Joining, progress: Callable[[int, int], None] | None = None) -> d
     missing, as a share of the change's own)}, and `error`, the same over all layers. Errors: `UserError` for files of
     two families, and for changes whose sum has no exact form, and nothing is written.
     """
-    check_output(what.out, *(path for path, _ in what.adapters))
+    check_output_file(what.out, *(path for path, _ in what.adapters))
+    check_dialect(what.dialect)
     read = [adapter_file.read(path, family=what.family, model=what.model) for path, _ in what.adapters]
     outline = _common(read)
-    dialect = outline.dialects.get(ALIASES.get(what.dialect, what.dialect))
-    if dialect is None:
-        raise UserError(f"dialect {what.dialect}: expected one of {', '.join(outline.dialects)}")
+    dialect = outline.dialects[ALIASES.get(what.dialect, what.dialect)]
     strengths = strengths_of(outline.family, [ratio for _, ratio in what.adapters], what.block_weights)
     state: dict[ModulePath, AdapterTensors] = {}
     layers: list[dict[str, Any]] = []

@@ -17,6 +17,7 @@ from sfumato.formats.planned import PlannedTensor, Writable, made
 from sfumato.models.base import Models
 from sfumato.tools import checkpoints, convert
 from sfumato.tools.checkpoints import State
+from sfumato.tools.written import check_device
 
 SHOWN = 5
 
@@ -53,6 +54,7 @@ def merge_checkpoints(
     ratios = list(ratios) if ratios is not None else [1 / len(paths)] * len(paths)
     if len(paths) < 2 or len(ratios) != len(paths):
         raise UserError(f"--ratios: {len(ratios)} for {len(paths)} models; give two models or more, and one for each")
+    check_device(device)
     layout = {convert.layout_of(path, out, None) for path in paths}.pop()
     opened = [convert.opened(paths[0], layout, {}), *(checkpoints.open_parts(path, {}) for path in paths[1:])]
     sources = [

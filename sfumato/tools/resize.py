@@ -16,7 +16,7 @@ from sfumato.formats.adapter_check import check_adapter
 from sfumato.formats.dialect import ALPHA, DORA, DOWN, READ_AS, UP
 from sfumato.formats.metadata import hashes
 from sfumato.tensors.low_rank import product
-from sfumato.tools.written import check_output
+from sfumato.tools.written import check_device, check_output_file, check_rank
 
 Method = Literal["sv_ratio", "sv_fro", "sv_cumulative"]
 _LEAVES = {DOWN: DOWN, UP: UP, ALPHA: ALPHA, **READ_AS}
@@ -39,8 +39,9 @@ class Resizing:
     parameter: float | None = None
 
     def __post_init__(self) -> None:
-        ranks = {"new_rank": self.rank, "new_conv_rank": self.conv_rank}
-        wrong = [f"{name}: expected 1 or more, found {n}" for name, n in ranks.items() if n is not None and n < 1]
+        check_rank(self.rank)
+        check_rank(self.conv_rank, "conv_rank")
+        wrong = []
         if self.method is None and self.parameter is not None:
             wrong.append("dynamic_param: does nothing without dynamic_method; leave it out")
         if self.method == "sv_ratio" and not (self.parameter or 0) >= 1:
@@ -82,7 +83,8 @@ def resize(
     Returns JSON-able facts: `layers` of {name, rank, new_rank, kept (share of the Frobenius norm)}. Errors: `UserError`
     for a file that is not a LoRA, or is damaged, or would be overwritten.
     """
-    check_output(out, source)
+    check_output_file(out, source)
+    check_device(str(device))
     tensors = files.load(source)
     check_adapter(tensors, str(source))
     layers = lora_layers(source, tensors)
@@ -126,12 +128,22 @@ def lora_layers(source: Path, tensors: Mapping[str, Tensor]) -> dict[str, dict[s
         else:
             layers.setdefault(key[: -len(spelled) - 1], {})[_LEAVES[spelled]] = key
     odd += [key for keys in layers.values() if not {DOWN, UP} <= keys.keys() for key in keys.values()]
-    if odd:
+    if not odd:
+        _check_factors(source, tensors, layers)
+    else:
         raise UserError(
             f"{source}: {odd[0]!r} is not part of a LoRA's pair of factors ({len(odd)} such tensors); only LoRA (with "
             "or without DoRA's magnitudes) has smaller ranks"
         )
     return layers
+
+
+def _check_factors(source: Path, tensors: Mapping[str, Tensor], layers: Mapping[str, Mapping[str, str]]) -> None:
+    """Errors: `UserError` for factors of two ranks, such as a transposed one."""
+    for name, keys in layers.items():
+        up, down = tensors[keys[UP]].shape, tensors[keys[DOWN]].shape
+        if up[1] != down[0]:
+            raise UserError(f"{source}: {name}: factors of shapes {list(up)} and {list(down)} are of no common rank")
 
 
 def _metadata(old: Mapping[str, str], how: Resizing, alphas: set[float]) -> dict[str, str]:

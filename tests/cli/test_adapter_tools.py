@@ -46,7 +46,7 @@ def test_kohyas_converter_of_flux_and_verify(lora: Path, capsys: pytest.CaptureF
     del tensors[f"{QKV}.alpha"]
     save(other, tensors, {})
     assert main(["verify", str(lora), str(other)]) == 1
-    assert "denoiser.double_blocks.3.img_attn.qkv: 0.5 of its norm" in capsys.readouterr().out
+    assert "denoiser.double_blocks.3.img_attn.qkv: differs by 0.5 of its norm" in capsys.readouterr().out
     assert main(["verify", str(lora), str(lora.with_name("none.safetensors"))]) == 2
 
 

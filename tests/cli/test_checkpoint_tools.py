@@ -37,7 +37,7 @@ def test_a_checkpoint_is_converted(model: Path, tmp_path: Path, capsys: pytest.C
 def test_checkpoints_are_merged(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     save(tmp_path / "b.safetensors", {n: 3 * t for n, t in load(model).items() if not n.startswith("first_stage")})
     words = ["merge", "--models", str(model), str(tmp_path / "b.safetensors"), "--ratios", "0.5", "0.25"]
-    assert main([*words, "--out", str(tmp_path / "out.safetensors"), "--save_precision", "bf16"]) == 0
+    assert main([*words, "--out", str(tmp_path / "out.safetensors"), "--dtype", "bf16"]) == 0
     said, name = " ".join(capsys.readouterr().err.split()), "model.diffusion_model.out.2.weight"
     assert "tensors are not in all of them" in said and "add up to 0.75" in said
     first, out = load(model)[name], load(tmp_path / "out.safetensors")[name]

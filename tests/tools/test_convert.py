@@ -164,12 +164,13 @@ def test_mistakes(tmp_path: Path) -> None:
     (tmp_path / "other" / "cat.png").touch()
     for wrong, told in (
         ({"out": path}, "is also read"),
-        ({"out": tmp_path / "x", "to": "single"}, "a single file ends in"),
+        ({"out": tmp_path / "x", "to": "single"}, "a single file is written here"),
         ({"out": tmp_path / "x.safetensors", "to": "diffusers"}, "the name of a file"),
         ({"out": tmp_path / "x.safetensors", "to": "kohya"}, "whole checkpoint"),
         ({"out": tmp_path / "x.safetensors", "parts": {"t5xxl": "a"}}, "--t5xxl"),
         ({"out": tmp_path / "x", "dtype": "fp8_scaled"}, "single files"),
-        ({"out": tmp_path, "to": "diffusers"}, "is also read"),
+        ({"out": tmp_path / "no" / "x.safetensors"}, "there is no folder"),
+        ({"out": tmp_path, "to": "diffusers"}, "holds what is read"),
         ({"out": tmp_path / "other", "to": "diffusers"}, "not sfumato's"),
     ):
         named: dict[str, Any] = dict(wrong)

@@ -68,6 +68,10 @@ def test_models_that_do_not_differ_are_refused(case: Case, written: Files, tmp_p
         extract(written.model, written.model, tmp_path / "out.safetensors", how)
     with pytest.raises(UserError, match="also read"):
         extract(written.model, written.model, written.model, how)
+    with pytest.raises(UserError, match=r"--to kohia: expected .*did you mean 'kohya'"):
+        extract(written.model, written.model, tmp_path / "out.safetensors", replace(how, dialect="kohia"))
+    with pytest.raises(UserError, match="--rank 0: expected 1 or more"):
+        replace(how, rank=0)
     assert not (tmp_path / "out.safetensors").exists()
 
 

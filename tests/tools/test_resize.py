@@ -99,7 +99,7 @@ def test_a_layer_that_learned_nothing_has_rank_one(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("wrong", "says"),
     [
-        ({"rank": 0}, "new_rank: expected 1 or more, found 0"),
+        ({"rank": 0}, "--rank 0: expected 1 or more"),
         ({"rank": 4, "parameter": 2.0}, "dynamic_param: does nothing"),
         ({"rank": 4, "method": "sv_fro", "parameter": 1.5}, "sv_fro expects a share"),
         ({"rank": 4, "method": "sv_ratio", "parameter": 0.5}, "sv_ratio expects a ratio"),
@@ -116,6 +116,14 @@ def test_what_has_no_smaller_rank_is_refused(tmp_path: Path) -> None:
     files.save(tmp_path / "a.safetensors", lora())
     with pytest.raises(UserError, match="also read"):
         resize(tmp_path / "a.safetensors", tmp_path / "a.safetensors", Resizing(rank=1))
+    for out in (tmp_path / "x.png", tmp_path):
+        with pytest.raises(UserError, match=r"expected NAME\.safetensors"):
+            resize(tmp_path / "a.safetensors", out, Resizing(rank=1))
+    with pytest.raises(UserError, match="--device nonsense: cannot be used"):
+        resize(tmp_path / "a.safetensors", tmp_path / "b.safetensors", Resizing(rank=1), device="nonsense")
+    transposed = lora() | {"lora_unet_a.lora_down.weight": lora()["lora_unet_a.lora_down.weight"].T.contiguous()}
+    with pytest.raises(UserError, match=r"lora_unet_a: factors of shapes .* are of no common rank"):
+        resized(tmp_path, transposed, Resizing(rank=1))
     damaged = lora() | {"lora_unet_a.lora_down.weight": torch.full((6, 9), torch.nan)}
     with pytest.raises(UserError, match=r"lora_unet_a.lora_down.weight holds NaN"):
         resized(tmp_path, damaged, Resizing(rank=1))
