@@ -163,10 +163,7 @@ class Adapter(nn.Module):
             raise UserError(f"{self.name}: expected {', '.join(sorted(own))}; missing or not known: {', '.join(wrong)}")
         for name, t in own.items():
             if t.numel() != given[name].numel() or (t.ndim and t.shape != given[name].shape):
-                raise UserError(
-                    f"{self.name}.{name} has shape {list(given[name].shape)}, expected {list(t.shape)}; "
-                    "a file of another rank needs its own network_dim, or --dim_from_weights"
-                )
+                raise UserError(f"{self.name}.{name} has shape {list(given[name].shape)}, expected {list(t.shape)}")
         with torch.no_grad():
             for name, t in own.items():
                 t.copy_(given[name].reshape(t.shape))

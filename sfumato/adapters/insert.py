@@ -17,6 +17,8 @@ from sfumato.errors import UserError
 from sfumato.formats.dialect import NATIVE, AdapterTensors, Dialect, ModulePath
 from sfumato.tensors.random import SampleRandom, generator
 
+_RANKS = "a file of another rank needs its own network_dim, or --dim_from_weights"
+
 
 class TargetLayer(NamedTuple):
     """A layer that gets an adapter."""
@@ -210,7 +212,7 @@ class AdapterNetwork(nn.Module):
             try:
                 own[path].load_tensors(state[path])
             except UserError as e:
-                errors += e.messages
+                errors += (f"{message}; {_RANKS}" for message in e.messages)
         if errors:
             raise UserError(*sorted(errors)[:8])
 

@@ -15,7 +15,7 @@ import torch
 
 from sfumato import __version__, families
 from sfumato.adapters import from_tensors
-from sfumato.adapters.merging import changes, in_order
+from sfumato.adapters.merging import Change, Strength, changes, in_order
 from sfumato.errors import UserError
 from sfumato.families.detect import detect_file, identify
 from sfumato.formats import files
@@ -76,7 +76,7 @@ def merge(what: Merging, progress: Progress | None = None) -> dict[str, Any]:
     read = [(path, ratio, _layers(models, path, what.only)) for path, ratio in what.adapters]
     strengths = strengths_of(family, [ratio for _, ratio in what.adapters], what.block_weights)
     each = zip(read, strengths, strict=True)
-    found = in_order(*(changes(models.nets(), state, strength) for (_, _, state), strength in each))
+    found = in_order(*(_changes(models, path, state, strength) for (path, _, state), strength in each))
     merge_when_read(models, found)
     metadata = _metadata(what, models)
     if models.source.layout == "diffusers":
@@ -120,6 +120,16 @@ def _layers(models: Models, path: Path, only: Collection[str]) -> dict[ModulePat
     if unknown := sorted(set(only) - set(models.nets())):
         raise UserError(f"--only {' '.join(unknown)}: the model holds {', '.join(models.nets())}")
     return {layer: tensors for layer, tensors in state.items() if not only or layer[0] in only}
+
+
+def _changes(
+    models: Models, path: Path, state: Mapping[ModulePath, AdapterTensors], strength: Strength
+) -> dict[str, dict[str, Change]]:
+    """Errors: `UserError` for tensors that do not fit their layers, with the file's name."""
+    try:
+        return changes(models.nets(), state, strength)
+    except UserError as error:
+        raise UserError(*(f"{path}: {message}" for message in error.messages)) from None
 
 
 def _counts(state: Mapping[ModulePath, AdapterTensors]) -> dict[str, Any]:
