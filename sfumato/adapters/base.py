@@ -134,6 +134,11 @@ class Adapter(nn.Module):
         """Whether `delta_weight` depends on the values of the weight."""
         return True
 
+    def low_rank(self) -> tuple[Tensor, Tensor] | None:
+        """(out, r) and (r, in * kernel), fp32, where `delta_weight` is always their product; merging is much faster
+        then."""
+        return None
+
     def delta_bias(self, bias: Tensor) -> Tensor | None:
         """The same for the layer's bias; None: it stays."""
         return None

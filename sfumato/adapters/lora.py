@@ -138,11 +138,22 @@ class LoRA(Additive):
 
     def _matrix(self) -> Tensor:
         """(out, in), or (out, in * kernel): the factors' product, fp32."""
+        up, down = self._pair()
+        product = up @ down
+        return product if self.start is None else product + self.start.product(self.lora_down.weight)
+
+    def _pair(self) -> tuple[Tensor, Tensor]:
+        """(out, r) and (r, in * kernel), fp32: the factors without a start's."""
         up, down = self.lora_up.weight.float(), self.lora_down.weight.float()
         if self.lora_mid is not None:
             down = mixed(self.lora_mid.weight.float(), down)
-        product = up.flatten(1) @ down.flatten(1)
-        return product if self.start is None else product + self.start.product(self.lora_down.weight)
+        return up.flatten(1), down.flatten(1)
+
+    def low_rank(self) -> tuple[Tensor, Tensor] | None:
+        if self.dora_scale is not None or self.start is not None:
+            return None
+        up, down = self._pair()
+        return up * self.options.scale, down
 
     def tensors(self) -> AdapterTensors:
         own = {leaf: t for leaf, t in super().tensors().items() if not leaf.startswith("ggpo.")}

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -13,11 +15,34 @@ from sfumato.adapters.base import Adapter
 from sfumato.errors import UserError
 from sfumato.formats.dialect import AdapterTensors, ModulePath
 
-Change = Callable[[Tensor], Tensor]
-"""A weight in fp32 -> the same with all that is merged into it, in fp32; the given one may be overwritten."""
 Strength = Callable[[ModulePath], float]
 """How strongly a layer's adapter is merged."""
 SHOWN = 8
+BLOCK = 1 << 18
+"""Numbers that are changed at once: in fp32 they and their factors stay in a core's cache (1 MB)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """All that is merged into one tensor."""
+
+    whole: Callable[[Tensor], Tensor]
+    """The tensor in fp32 -> the changed one in fp32; the given one may be overwritten."""
+    factors: Callable[[], tuple[Tensor, Tensor]] | None = None
+    """(out, r) and (r, in * kernel), fp32, if `whole` does nothing but add their product."""
+
+    @torch.no_grad()
+    def __call__(self, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+        """The changed tensor in a number format, rounded once; the given one may be overwritten."""
+        if self.factors is None:
+            return self.whole(tensor.float()).to(dtype)
+        return _plus_product(tensor, *self.factors(), dtype)
+
+    def then(self, other: Change) -> Change:
+        """Both, one after the other."""
+        first, second = self.factors, other.factors
+        both = partial(_side_by_side, first, second) if first and second else None
+        return Change(lambda tensor: other.whole(self.whole(tensor)), both)
 
 
 def changes(
@@ -43,7 +68,11 @@ def changes(
         if layer.bias is not None and type(adapter).delta_bias is not Adapter.delta_bias:
             changed.append("bias")
         for leaf in changed:
-            out[component][f"{path}.{leaf}"] = partial(_merged, f"{component}.{path}", layer, tensors, leaf, scale)
+            given = (f"{component}.{path}", layer, tensors)
+            product = leaf == "weight" and adapter.low_rank() is not None
+            out[component][f"{path}.{leaf}"] = Change(
+                partial(_merged, *given, leaf, scale), partial(_factors, *given, scale) if product else None
+            )
     if wrong:
         raise UserError(*sorted(wrong)[:SHOWN])
     return out
@@ -56,7 +85,7 @@ def in_order(*each: Mapping[str, Mapping[str, Change]]) -> dict[str, dict[str, C
         for component, by_name in changed.items():
             known = out.setdefault(component, {})
             for name, change in by_name.items():
-                known[name] = partial(_both, known[name], change) if name in known else change
+                known[name] = known[name].then(change) if name in known else change
     return out
 
 
@@ -78,12 +107,45 @@ def _adapter(name: str, layer: nn.Module, tensors: AdapterTensors) -> Adapter:
     return adapter
 
 
-@torch.no_grad()
 def _merged(name: str, layer: nn.Module, tensors: AdapterTensors, leaf: str, scale: float, weight: Tensor) -> Tensor:
     adapter = with_values(name, layer, tensors)
     delta = adapter.delta_weight(weight) if leaf == "weight" else adapter.delta_bias(weight)
     return weight if delta is None else weight.add_(delta, alpha=scale)
 
 
-def _both(first: Change, second: Change, weight: Tensor) -> Tensor:
-    return second(first(weight))
+def _factors(name: str, layer: nn.Module, tensors: AdapterTensors, scale: float) -> tuple[Tensor, Tensor]:
+    found = with_values(name, layer, tensors).low_rank()
+    assert found is not None
+    return found[0] * scale, found[1]
+
+
+def _side_by_side(*each: Callable[[], tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """The factors of a sum of products."""
+    ups, downs = zip(*(factors() for factors in each), strict=True)
+    return torch.cat(ups, 1), torch.cat(downs)
+
+
+def _plus_product(weight: Tensor, up: Tensor, down: Tensor, dtype: torch.dtype) -> Tensor:
+    """weight + up @ down in fp32, then in `dtype`: some rows at a time, in the cache of one core."""
+    out = weight if weight.dtype == dtype and weight.is_contiguous() else torch.empty(weight.shape, dtype=dtype)
+    rows = max(1, BLOCK // down.shape[1])
+    buffer = torch.empty(min(rows, len(up)), down.shape[1])
+    with _one_thread():
+        for start in range(0, len(up), rows):
+            left = up[start : start + rows]
+            block = buffer[: len(left)].view(-1, *weight.shape[1:])
+            block.copy_(weight[start : start + rows])
+            block.flatten(1).addmm_(left, down)
+            out[start : start + rows] = block
+    return out
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Small steps take longer when several threads wait for each other at each."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)

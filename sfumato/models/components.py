@@ -185,7 +185,7 @@ class ComponentWeights:
         )
         for name, tensor in self.key_format.read(tensors):
             kept = (dtype or tensor.dtype) if tensor.is_floating_point() else tensor.dtype
-            yield name, (self.changes[name](tensor.float()) if name in self.changes else tensor).to(kept)
+            yield name, self.changes[name](tensor, kept) if name in self.changes else tensor.to(kept)
 
     def planned(self, dtype: torch.dtype | None = None) -> dict[str, Writable]:
         """The tensors by native name, each read when it is made; in `dtype`, or in the number formats of the files (fp8
@@ -201,7 +201,7 @@ class ComponentWeights:
         change = self.changes.get(name)
         if change is None or not tensor.dtype.is_floating_point:
             return tensor.to(dtype) if tensor.dtype.is_floating_point else tensor
-        return PlannedTensor(dtype, tuple(tensor.shape), lambda: change(made(tensor).float()).to(dtype))
+        return PlannedTensor(dtype, tuple(tensor.shape), lambda: change(made(tensor), dtype))
 
     def empty(self) -> nn.Module:
         """The net without values (on the meta device). Errors: `UserError` for tensors whose names or shapes do not fit
