@@ -20,7 +20,7 @@ from sfumato.errors import Mistakes, UserError, nearest
 from sfumato.families import detect
 from sfumato.formats import adapter_metadata, files
 from sfumato.formats.adapter_check import check_adapter
-from sfumato.formats.dialect import AdapterTensors, Dialect, ModulePath
+from sfumato.formats.dialect import ALPHA, DOWN, UP, AdapterTensors, Dialect, ModulePath
 from sfumato.formats.names import Rule
 from sfumato.formats.planned import Writable
 from sfumato.formats.spellings import Spellings
@@ -115,6 +115,16 @@ def adapter_of(path: ModulePath, tensors: AdapterTensors, weight: Tensor) -> Ada
     adapter.name = ".".join(path)
     adapter.load_tensors(tensors)
     return adapter.requires_grad_(False).eval()
+
+
+def as_lora(up: Tensor, down: Tensor, shape: tuple[int, ...]) -> AdapterTensors:
+    """The LoRA of scale 1 whose change is `up @ down`, (m, r) and (r, n), on a layer whose weight has this shape."""
+    rank, ones = len(down), [1] * (len(shape) - 2)
+    return {
+        DOWN: down.reshape(rank, *shape[1:]).cpu().contiguous(),
+        UP: up.reshape(shape[0], rank, *ones).cpu().contiguous(),
+        ALPHA: torch.tensor(float(rank)),
+    }
 
 
 def _layer(weight: Tensor) -> nn.Module:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -11,11 +11,12 @@ from torch import Tensor
 
 from sfumato import families
 from sfumato.adapters import files as adapter_files
+from sfumato.data.store import Progress
 from sfumato.errors import Mistakes, UserError
 from sfumato.formats import files
 from sfumato.formats.adapter_metadata import DIFFUSERS_CONFIG
 from sfumato.formats.clients import loads_in
-from sfumato.formats.dialect import ALIASES, ALPHA, DOWN, UP, AdapterTensors, Dialect, ModulePath, check_dialect
+from sfumato.formats.dialect import ALIASES, ALPHA, AdapterTensors, Dialect, ModulePath, check_dialect
 from sfumato.formats.metadata import hashes
 from sfumato.formats.names import Rule
 from sfumato.formats.planned import made
@@ -25,8 +26,6 @@ from sfumato.tools.adapter_file import AdapterFile
 from sfumato.tools.written import check_output_file, check_rank
 
 DTYPES = {"float": torch.float32, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-Progress = Callable[[int, int], None]
-"""(done, all) layers"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -190,12 +189,7 @@ class Nearest:
         found = truncated(delta.flatten(1), self.rank, self._generator)
         if found.error:
             self.errors[".".join(path)] = found.error
-        rank, ones = len(found.down), [1] * (delta.ndim - 2)
-        return {
-            DOWN: found.down.reshape(rank, *delta.shape[1:]).contiguous(),
-            UP: found.up.reshape(len(delta), rank, *ones).contiguous(),
-            ALPHA: torch.tensor(float(rank)),
-        }
+        return adapter_file.as_lora(found.up, found.down, tuple(delta.shape))
 
 
 def change(path: ModulePath, tensors: AdapterTensors, weight: Tensor, *, known: bool = False) -> Tensor:

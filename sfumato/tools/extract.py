@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -15,16 +15,18 @@ from sfumato import __version__, adapters, families
 from sfumato.adapters import AdapterPlan
 from sfumato.adapters import files as adapter_files
 from sfumato.adapters.insert import choose
+from sfumato.data.store import Progress
 from sfumato.errors import UserError
 from sfumato.families.detect import detect_file
 from sfumato.formats import files
-from sfumato.formats.dialect import ALIASES, ALPHA, DOWN, UP, AdapterTensors, ModulePath, check_dialect
+from sfumato.formats.dialect import ALIASES, AdapterTensors, ModulePath, check_dialect
 from sfumato.formats.metadata import hashes
 from sfumato.formats.planned import Writable, made
 from sfumato.models.base import Models
 from sfumato.models.loading import outline_parts
 from sfumato.tensors.low_rank import truncated
 from sfumato.tensors.random import generator
+from sfumato.tools.adapter_file import as_lora
 from sfumato.tools.written import check_device, check_output_file, check_rank
 
 
@@ -58,7 +60,7 @@ def extract(
     how: Extraction,
     *,
     device: torch.device | str = "cpu",
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Write the LoRA that turns `original` into `tuned`, as far as its ranks allow, with two tensors in memory at a
     time.
@@ -155,15 +157,9 @@ def _difference(before: Tensor, after: Tensor, how: Extraction, *, text: bool) -
 
 
 def _tensors(up: Tensor, down: Tensor, difference: Tensor, how: Extraction) -> AdapterTensors:
-    rank = len(down)
     if how.clamp_quantile is not None:
         # torch.quantile takes no more than 16 million numbers.
         values = torch.cat([up.flatten(), down.flatten()]).abs().sort().values
         limit = float(values[min(len(values) - 1, int(how.clamp_quantile * len(values)))])
         up, down = up.clamp(-limit, limit), down.clamp(-limit, limit)
-    kernel = difference.shape[2:]
-    return {
-        UP: up.reshape(*up.shape, *[1] * len(kernel)).cpu().contiguous(),
-        DOWN: down.reshape(rank, *difference.shape[1:]).cpu().contiguous(),
-        ALPHA: torch.tensor(float(rank)),
-    }
+    return as_lora(up, down, tuple(difference.shape))

@@ -16,6 +16,7 @@ import torch
 from sfumato import __version__, families
 from sfumato.adapters import from_tensors
 from sfumato.adapters.merging import Change, Strength, changes, in_order
+from sfumato.data.store import Progress
 from sfumato.errors import UserError
 from sfumato.families.detect import detect_file, identify
 from sfumato.formats import files
@@ -35,7 +36,6 @@ from sfumato.tools.written import ENDINGS, check_output, check_output_file
 from sfumato.train.provenance import now
 from sfumato.train.trainables import read_adapter
 
-Progress = Callable[[int, int], None]
 _WEIGHTS = (*ENDINGS, ".msgpack", ".h5", ".onnx", ".gguf")
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from sfumato import __version__, families
 from sfumato.adapters import files as adapter_files
 from sfumato.adapters import from_tensors
+from sfumato.data.store import Progress
 from sfumato.errors import Mistakes, UserError
 from sfumato.formats import files
 from sfumato.formats.dialect import ALIASES, ALPHA, DORA, DOWN, UP, AdapterTensors, ModulePath, check_dialect
@@ -62,7 +63,7 @@ class Joining:
         check_rank(self.conv_rank, "conv_rank")
 
 
-def join(what: Joining, progress: Callable[[int, int], None] | None = None) -> dict[str, Any]:
+def join(what: Joining, progress: Progress | None = None) -> dict[str, Any]:
     """Write the sum of the adapters' changes, each times its ratio, as one adapter.
 
     Returns JSON-able facts: `layers` of {component, path, rank (None: not a LoRA), error (Frobenius norm of what is
@@ -199,12 +200,7 @@ def _side_by_side(terms: Sequence[Term]) -> AdapterTensors:
 
 def _lora(found: Truncated, shape: tuple[int, ...], missing: Missing) -> AdapterTensors:
     missing.add(found)
-    rank = len(found.down)
-    return {
-        DOWN: found.down.reshape(rank, *shape[1:]).contiguous(),
-        UP: found.up.reshape(shape[0], rank, *[1] * (len(shape) - 2)).contiguous(),
-        ALPHA: torch.tensor(float(rank)),
-    }
+    return adapter_file.as_lora(found.up, found.down, shape)
 
 
 # --- files ---

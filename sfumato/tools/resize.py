@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -10,6 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from sfumato.data.store import Progress
 from sfumato.errors import UserError
 from sfumato.formats import files
 from sfumato.formats.adapter_check import check_adapter
@@ -75,7 +76,7 @@ def resize(
     *,
     dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Write `source` with smaller ranks; the scale alpha / rank of every layer stays, and so do names and DoRA's
     magnitudes.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from sfumato.adapters.base import Adapter
+from sfumato.data.store import Progress
 from sfumato.errors import UserError
 from sfumato.families import detect
 from sfumato.formats import files
@@ -19,8 +20,6 @@ from sfumato.formats.planned import made
 from sfumato.tools import adapter_file
 from sfumato.tools.adapter_file import AdapterFile
 
-Progress = Callable[[int, int], None]
-"""(done, all) layers or tensors"""
 EXACT = 2e-6
 """A difference up to this is what fp32 makes of another order of summation."""
 ROUNDING = {torch.float16: 2e-3, torch.bfloat16: 1.5e-2, torch.float8_e4m3fn: 0.1}
