@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -17,6 +17,8 @@ from sfumato.formats.dialect import AdapterTensors, ModulePath
 
 Strength = Callable[[ModulePath], float]
 """How strongly a layer's adapter is merged."""
+Factors = tuple[Tensor, Tensor]
+"""(out, r) and (r, in * kernel), fp32."""
 SHOWN = 8
 BLOCK = 1 << 18
 """Numbers that are changed at once: in fp32 they and their factors stay in a core's cache (1 MB)."""
@@ -28,21 +30,20 @@ class Change:
 
     whole: Callable[[Tensor], Tensor]
     """The tensor in fp32 -> the changed one in fp32; the given one may be overwritten."""
-    factors: Callable[[], tuple[Tensor, Tensor]] | None = None
-    """(out, r) and (r, in * kernel), fp32, if `whole` does nothing but add their product."""
+    factors: Callable[[], Factors | None] = lambda: None
+    """Those of a product, if `whole` does nothing but add it."""
 
     @torch.no_grad()
     def __call__(self, tensor: Tensor, dtype: torch.dtype) -> Tensor:
         """The changed tensor in a number format, rounded once; the given one may be overwritten."""
-        if self.factors is None:
-            return self.whole(tensor.float()).to(dtype)
-        return _plus_product(tensor, *self.factors(), dtype)
+        factors = self.factors()
+        return self.whole(tensor.float()).to(dtype) if factors is None else _plus_product(tensor, *factors, dtype)
 
     def then(self, other: Change) -> Change:
         """Both, one after the other."""
-        first, second = self.factors, other.factors
-        both = partial(_side_by_side, first, second) if first and second else None
-        return Change(lambda tensor: other.whole(self.whole(tensor)), both)
+        return Change(
+            lambda tensor: other.whole(self.whole(tensor)), partial(_side_by_side, self.factors, other.factors)
+        )
 
 
 def changes(
@@ -69,10 +70,10 @@ def changes(
             changed.append("bias")
         for leaf in changed:
             given = (f"{component}.{path}", layer, tensors)
-            product = leaf == "weight" and adapter.low_rank() is not None
-            out[component][f"{path}.{leaf}"] = Change(
-                partial(_merged, *given, leaf, scale), partial(_factors, *given, scale) if product else None
-            )
+            change = Change(partial(_merged, *given, leaf, scale))
+            if leaf == "weight" and type(adapter).low_rank is not Adapter.low_rank:
+                change = replace(change, factors=partial(_factors, *given, scale))
+            out[component][f"{path}.{leaf}"] = change
     if wrong:
         raise UserError(*sorted(wrong)[:SHOWN])
     return out
@@ -113,16 +114,15 @@ def _merged(name: str, layer: nn.Module, tensors: AdapterTensors, leaf: str, sca
     return weight if delta is None else weight.add_(delta, alpha=scale)
 
 
-def _factors(name: str, layer: nn.Module, tensors: AdapterTensors, scale: float) -> tuple[Tensor, Tensor]:
+def _factors(name: str, layer: nn.Module, tensors: AdapterTensors, scale: float) -> Factors | None:
     found = with_values(name, layer, tensors).low_rank()
-    assert found is not None
-    return found[0] * scale, found[1]
+    return found and (found[0] * scale, found[1])
 
 
-def _side_by_side(*each: Callable[[], tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-    """The factors of a sum of products."""
-    ups, downs = zip(*(factors() for factors in each), strict=True)
-    return torch.cat(ups, 1), torch.cat(downs)
+def _side_by_side(one: Callable[[], Factors | None], other: Callable[[], Factors | None]) -> Factors | None:
+    """The factors of the sum of two products."""
+    first, second = one(), other()
+    return first and second and (torch.cat((first[0], second[0]), 1), torch.cat((first[1], second[1])))
 
 
 def _plus_product(weight: Tensor, up: Tensor, down: Tensor, dtype: torch.dtype) -> Tensor:
@@ -130,7 +130,7 @@ def _plus_product(weight: Tensor, up: Tensor, down: Tensor, dtype: torch.dtype) 
     out = weight if weight.dtype == dtype and weight.is_contiguous() else torch.empty(weight.shape, dtype=dtype)
     rows = max(1, BLOCK // down.shape[1])
     buffer = torch.empty(min(rows, len(up)), down.shape[1])
-    with _one_thread():
+    with one_thread():
         for start in range(0, len(up), rows):
             left = up[start : start + rows]
             block = buffer[: len(left)].view(-1, *weight.shape[1:])
@@ -141,7 +141,7 @@ def _plus_product(weight: Tensor, up: Tensor, down: Tensor, dtype: torch.dtype) 
 
 
 @contextmanager
-def _one_thread() -> Iterator[None]:
+def one_thread() -> Iterator[None]:
     """Small steps take longer when several threads wait for each other at each."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)

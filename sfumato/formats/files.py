@@ -10,11 +10,12 @@ import re
 import shutil
 import stat
 import zipfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from sfumato.errors import UserError, WriteError
 from sfumato.formats import header, leftovers
@@ -249,6 +250,7 @@ def save(
     """
     path = Path(path)
     total = sum(t.nbytes for t in tensors.values())
+    report = progress or (lambda done, total: None)
     with aside(path, total) as temp:
         with temp.open("wb") as file:
             if path.suffix in PICKLES:
@@ -256,13 +258,27 @@ def save(
 
                 torch.save({name: _made(name, t).detach().cpu().contiguous() for name, t in tensors.items()}, file)
             else:
-                for part in serialise(tensors, metadata):
-                    for at in range(0, len(part), PIECE):
-                        file.write(part[at : at + PIECE])
-                    if progress:
-                        progress(min(file.tell(), total), total)
+                _write(file, serialise(tensors, metadata), lambda done: report(min(done, total), total))
         if check:
             check()
+
+
+def _write(file: BinaryIO, parts: Iterable[bytes | memoryview], written: Callable[[int], None]) -> None:
+    """Write each part in a thread while the next one is made, so two of them are in memory at most."""
+
+    def put(part: bytes | memoryview) -> int:
+        for at in range(0, len(part), PIECE):
+            file.write(part[at : at + PIECE])
+        return file.tell()
+
+    with ThreadPoolExecutor(1) as thread:
+        writing: Future[int] | None = None
+        for part in parts:
+            if writing:
+                written(writing.result())
+            writing = thread.submit(put, part)
+        if writing:
+            written(writing.result())
 
 
 def serialise(

@@ -15,7 +15,7 @@ import torch
 
 from sfumato import __version__, families
 from sfumato.adapters import from_tensors
-from sfumato.adapters.merging import Change, Strength, changes, in_order
+from sfumato.adapters.merging import Change, Strength, changes, in_order, one_thread
 from sfumato.data.store import Progress
 from sfumato.errors import UserError
 from sfumato.families.detect import detect_file, identify
@@ -62,6 +62,7 @@ class Merging:
     """Whether the result says what it was made of."""
 
 
+@one_thread()
 def merge(what: Merging, progress: Progress | None = None) -> dict[str, Any]:
     """Write the merged model. Everything is checked before anything is written.
 
