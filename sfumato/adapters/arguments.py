@@ -272,6 +272,10 @@ def _sense(chosen: type[Adapter], args: Mapping[str, Any], network: NetworkConfi
     lycoris, wide = network.network_module == LYCORIS, network.network_module == LYCORIS or args.get("target")
     if "conv_alpha" in args and not (args.get("conv_dim") or args.get("conv_block_dims") or wide):
         errors.append("network_args conv_alpha does nothing without conv_dim: set conv_dim, or leave conv_alpha out")
+    if args.get("use_tucker") and not (args.get("conv_dim") or args.get("conv_block_dims") or wide):
+        errors.append("network_args use_tucker does nothing without conv_dim: set conv_dim, or leave use_tucker out")
+    if args.get("full_matrix") and args.get("decompose_both"):
+        errors.append("network_args full_matrix, decompose_both: one wants whole factors, the other products of two")
     if "wd_on_out" in args and not args.get("dora_wd", getattr(chosen.Options(), "dora_wd", False)):
         errors.append("network_args wd_on_out does nothing without dora_wd: set dora_wd, or leave wd_on_out out")
     errors += [

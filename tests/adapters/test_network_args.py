@@ -118,7 +118,7 @@ def test_a_rank_that_means_nothing_is_stated():
 
 
 def test_other_programs_names_of_options():
-    plan = parse(NetworkConfig(network_module="loha", network_args=("use_cp=True",)))
+    plan = parse(NetworkConfig(network_module="loha", network_args=("use_cp=True", "conv_dim=4")))
     assert plan.more == {"use_tucker": True}
     with pytest.raises(UserError, match="decompose_both: has no meaning for LoRA, as it is for lokr"):
         parse(NetworkConfig(network_args=("decompose_both=True",)))
@@ -163,6 +163,11 @@ def test_helpers_are_no_kinds():
         ({"network_args": ("conv_dim",)}, "expected key=value"),
         ({"network_args": ("train_norm=True",)}, "train_norm: has no meaning for LoRA, layers of normalisation"),
         ({"network_args": ("conv_alpha=1",)}, "conv_alpha does nothing without conv_dim"),
+        ({"network_args": ("use_tucker=True",)}, "use_tucker does nothing without conv_dim"),
+        (
+            {"network_module": "lokr", "network_args": ("full_matrix=True", "decompose_both=True")},
+            "full_matrix, decompose_both: one wants whole factors",
+        ),
         ({"network_args": ("wd_on_out=False",)}, "wd_on_out does nothing without dora_wd"),
         ({"network_args": ("rank_dropout=1.0",)}, "rank_dropout=1.0: expected 0 or more and below 1, found 1"),
         ({"network_args": ("dropout=0.1",), "network_dropout": 0.2}, "set twice"),
