@@ -129,6 +129,8 @@ def main() -> None:
     tensor = max(map(math.prod, shapes_of(args.family).values())) * 4 / MB
     grown = max(run["peak"] - run["before"] for _, run in runs)
     result = {
+        "command": " ".join(["python", "benchmarks/merge.py", *sys.argv[1:]]),
+        "load_average": os.getloadavg()[0],
         "machine": f"{platform.machine()}, {os.cpu_count()} CPUs",
         "family": args.family,
         "rank": args.rank,
