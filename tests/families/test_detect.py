@@ -211,7 +211,7 @@ HEADERS: Headers = {
         LANGUAGE,
     ),
     "an image classifier": (lambda: {"layer1.0.conv1.weight": (64, 64, 3, 3), "bn1.running_mean": (64,)}, "", UNKNOWN),
-    "nothing": (dict, "", UNKNOWN),
+    "nothing": (dict, "", "is an empty file, without a tensor"),
 }
 HEADERS |= {name: row for name, row in FUTURE.items() if name.split()[0] not in families.names()}
 HEADERS |= {name: row for module in modules() for name, row in module.HEADERS.items()}
