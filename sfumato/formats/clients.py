@@ -87,7 +87,10 @@ class Client:
     """Whether it loads nothing of a file where a layer that it knows by name holds a kind that it does not know."""
 
 
-_ROWS = "divides by the norm of the layer before the change, so that its effect is a little stronger or weaker"
+_ROWS = (
+    "divides by the norm of the layer before the change, so that its effect is a little stronger or weaker "
+    "(wd_on_out=False is exact there)"
+)
 _CONSTRAINT = "takes an alpha above 0 for the constraint as it is"
 _DROPS = "drops the magnitudes of DoRA"
 _ALIKE = dict.fromkeys(("lora", "dora", "loha", "lokr", "glora", "diff"), "")
@@ -126,7 +129,9 @@ CLIENTS = (
             **_ALIKE,
             **dict.fromkeys(("oft", "boft", "oft_diag", "ia3"), ""),
         },
-        misreads={"dora_rows": "takes DoRA's magnitudes of outputs for those of inputs"},
+        misreads={
+            "dora_rows": "takes DoRA's magnitudes of outputs for those of inputs (wd_on_out=False is right there)"
+        },
         stops=True,
     ),
 )
