@@ -109,7 +109,7 @@ def _convert_adapter(args: argparse.Namespace) -> int:
             args.source, args.out, args.to, family=args.family, model=args.model, dtype=args.dtype, rank=args.rank,
             progress=advance,
         )  # fmt: skip
-    say(asdict(made), made.text(args.out), args.json)
+    say({"out": str(args.out), **asdict(made)}, made.text(args.out), args.json)
     return 0
 
 

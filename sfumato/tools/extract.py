@@ -110,7 +110,7 @@ def extract(
         "ss_v2": str(bool(getattr(base.options, "v2", False))),
     }
     files.save(out, tensors, {**metadata, **hashes(tensors, metadata)})
-    return {"path": str(out), "layers": layers, "unheld": unheld}
+    return {"out": str(out), "layers": layers, "unheld": unheld}
 
 
 def _ranks(models: Models, how: Extraction) -> dict[ModulePath, int]:

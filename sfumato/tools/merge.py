@@ -66,8 +66,8 @@ class Merging:
 def merge(what: Merging, progress: Progress | None = None) -> dict[str, Any]:
     """Write the merged model. Everything is checked before anything is written.
 
-    Returns JSON-able facts: `written`, the files; `adapters`: of each {path, ratio, layers of each component, kinds}.
-    Errors: `UserError` for adapters that are damaged, of another model, or do not fit; for results that would be
+    Returns JSON-able facts: `out`; `beside`, further files; `adapters`: of each {path, ratio, layers of each
+    component, kinds}. Errors: `UserError` for adapters that are damaged, of another model, or do not fit; for results that would be
     written over what is read.
     """
     facts = families.facts(detect_file(what.model, "model").family)
@@ -84,9 +84,10 @@ def merge(what: Merging, progress: Progress | None = None) -> dict[str, Any]:
         _write_folder(what, models, metadata, progress)
     else:
         _write_single(what, models, metadata, progress)
-    written = _write_parts(what, models, metadata, progress)
+    beside = _write_parts(what, models, metadata, progress)
     return {
-        "written": [str(path) for path in (what.out, *written)],
+        "out": str(what.out),
+        "beside": [str(path) for path in beside],
         "adapters": [{"path": str(path), "ratio": ratio, **_counts(state)} for path, ratio, state in read],
     }
 

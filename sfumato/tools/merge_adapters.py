@@ -97,7 +97,7 @@ def join(what: Joining, progress: Progress | None = None) -> dict[str, Any]:
     files.check_finite(tensors, f"the adapter {what.out.name}", what.dtype)
     metadata = _metadata(what, read, state)
     files.save(what.out, tensors, {**metadata, **hashes(tensors, metadata)})
-    return {"path": str(what.out), "layers": layers, "error": missing.share}
+    return {"out": str(what.out), "layers": layers, "error": missing.share}
 
 
 def strengths_of(

@@ -113,7 +113,7 @@ def resize(
         files.read_header(source).metadata, how, {float(written[k[ALPHA]]) for k in layers.values() if ALPHA in k}
     )
     files.save(out, written, {**metadata, **hashes(written, metadata)})
-    return {"path": str(out), "layers": facts}
+    return {"out": str(out), "layers": facts}
 
 
 def lora_layers(source: Path, tensors: Mapping[str, Tensor]) -> dict[str, dict[str, str]]:

@@ -111,7 +111,7 @@ def test_a_merged_file_is_the_net_with_the_adapter_acting(case: Case, tmp_path: 
         Merging(model=held.model, adapters=[(tmp_path / "lora.safetensors", 0.7)], out=out, options=held.options)
     )
     beside = {name: str(out.with_name(f"merged_{name}.safetensors")) for name in held.options}
-    assert facts["written"] == [str(out), *(beside[n] for n in models.source.components if n in beside)]
+    assert [facts["out"], *facts["beside"]] == [str(out), *(beside[n] for n in models.source.components if n in beside)]
     same(nets(out, **beside), acting(held.model, (state, 0.7), **held.options))
     before, after = load(held.model), load(out)
     assert {name for name in before if not name.startswith("model_ema.")} == after.keys()

@@ -143,7 +143,7 @@ def test_the_command_and_kohyas(where: Path, models: Models, tmp_path: Path, cap
     model = str(where / "model.safetensors")
     assert main(["merge", "--adapters", a, b, "--ratios", "0.8", "-0.5", "--model", model, "--out", out, "--json"]) == 0
     facts = json.loads(capsys.readouterr().out)
-    assert [each["ratio"] for each in facts["adapters"]] == [0.8, -0.5] and facts["written"] == [out]
+    assert [each["ratio"] for each in facts["adapters"]] == [0.8, -0.5] and (facts["out"], facts["beside"]) == (out, [])
     words = [
         "--sd_model",
         model,
