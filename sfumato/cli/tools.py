@@ -107,7 +107,7 @@ def run_merge(what: Merging, *, as_json: bool = False) -> int:
     for each in facts["adapters"]:
         layers = ", ".join(f"{count:,} layers of {component}" for component, count in each["layers"].items())
         lines.append(f"{each['path']} at {each['ratio']:g}: {layers} ({', '.join(each['kinds'])})")
-    say(facts, "\n".join([*lines, f"written: {', '.join(facts['written'])}"]), as_json)
+    say(facts, "\n".join([*lines, f"written: {', '.join([facts['out'], *facts['beside']])}"]), as_json)
     return 0
 
 
@@ -126,7 +126,7 @@ def run_join(what: Joining, *, as_json: bool = False) -> int:
         if facts["error"]
         else ", exact but for rounding to the number format"
     )
-    say(facts, f"{facts['path']}: {len(facts['layers']):,} layers{of}{lost}", as_json)
+    say(facts, f"{facts['out']}: {len(facts['layers']):,} layers{of}{lost}", as_json)
     return 0
 
 

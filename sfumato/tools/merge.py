@@ -67,8 +67,8 @@ def merge(what: Merging, progress: Progress | None = None) -> dict[str, Any]:
     """Write the merged model. Everything is checked before anything is written.
 
     Returns JSON-able facts: `out`; `beside`, further files; `adapters`: of each {path, ratio, layers of each
-    component, kinds}. Errors: `UserError` for adapters that are damaged, of another model, or do not fit; for results that would be
-    written over what is read.
+    component, kinds}. Errors: `UserError` for adapters that are damaged, of another model, or do not fit; for results
+    that would be written over what is read.
     """
     facts = families.facts(detect_file(what.model, "model").family)
     family = families.family(facts.signature.family)
