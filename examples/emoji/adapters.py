@@ -61,7 +61,7 @@ def train(kind: str) -> int:
     settings = {"output_dir": str(OUT), "output_name": kind, "network_module": kind, **SETTINGS.get(kind, {})}
     if not adapters.kind(kind).has_rank:
         text = (HERE / "quickstart.toml").read_text(encoding="utf-8")
-        config = OUT / f"{kind}.toml"
+        config = OUT / f"{kind}-settings.toml"
         OUT.mkdir(parents=True, exist_ok=True)
         none = ("network_dim", "network_alpha", "network_args")
         lines = [line for line in text.splitlines() if not line.startswith(none)]
