@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-import torch
 from torch import Tensor
 
 from sfumato.errors import UserError
+from sfumato.formats.files import all_finite
 
 _SHOWN = 5
 
@@ -33,6 +33,6 @@ def _wrong(name: str, tensor: Tensor) -> str:
         return f"has shape {list(tensor.shape)}; expected a matrix"
     elif not tensor.is_floating_point():
         return f"holds {str(tensor.dtype).removeprefix('torch.')}; expected floating-point numbers"
-    if not torch.isfinite(tensor.float()).all():
+    if tensor.is_floating_point() and not all_finite(tensor):
         return "holds NaN or infinity: the file is damaged, or its training had failed"
     return ""

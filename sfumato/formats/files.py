@@ -375,6 +375,15 @@ def _sync(path: Path) -> None:
 # --- content ---
 
 
+def all_finite(tensor: Tensor) -> bool:
+    """Whether a tensor of floating-point numbers holds neither NaN nor infinity."""
+    import torch
+
+    values = tensor.float() if tensor.element_size() == 1 else tensor  # isfinite knows no 8-bit floats
+    # The extremes are NaN where any number is; they cost an eighth of looking at each, and less than a sum.
+    return not values.numel() or bool(torch.isfinite(torch.stack(torch.aminmax(values))).all())
+
+
 def check_finite(tensors: Mapping[str, Tensor], what: str, cast: torch.dtype | None = None) -> None:
     """Errors: `UserError` naming the first tensors with NaN or infinity; `what`: which weights these are.
 
@@ -382,13 +391,11 @@ def check_finite(tensors: Mapping[str, Tensor], what: str, cast: torch.dtype | N
     """
     import torch
 
-    bad = []
-    for name, t in tensors.items():
-        if t.is_floating_point():
-            values = t.float() if t.element_size() == 1 else t  # isfinite knows no 8-bit floats
-            # The extremes are NaN where any number is; they cost an eighth of looking at each, and less than a sum.
-            if values.numel() and not bool(torch.isfinite(torch.stack(torch.aminmax(values))).all()):
-                bad.append(f"{name} ({int((~torch.isfinite(values)).sum()):,} of {t.numel():,} values)")
+    bad = [
+        f"{name} ({int((~torch.isfinite(t.float())).sum()):,} of {t.numel():,} values)"
+        for name, t in tensors.items()
+        if t.is_floating_point() and not all_finite(t)
+    ]
     if bad:
         more = f" and {len(bad) - 3} more" if len(bad) > 3 else ""
         small = cast is not None and torch.finfo(cast).max < torch.finfo(torch.float32).max / 10
