@@ -27,9 +27,9 @@ SETTINGS: Mapping[str, Mapping[str, Any]] = {
     "ia3": {"learning_rate": 5e-2},
     "loha": {"network_dim": 8, "network_alpha": 8, "network_args": ["conv_dim=8", "conv_alpha=8"]},
     "lokr": {"network_args": ["conv_dim=8", "conv_alpha=8", "factor=8"]},
-    "oft": {"learning_rate": 1e-2},
-    "boft": {"learning_rate": 1e-2},
-    "oftv2": {"learning_rate": 1e-2},
+    "oft": {"learning_rate": 4e-3},
+    "boft": {"learning_rate": 4e-3},
+    "oftv2": {"learning_rate": 4e-3},
 }
 """Kind -> what it is trained with where that differs from quickstart.toml; those without two factors want other
 rates."""
