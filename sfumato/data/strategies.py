@@ -8,7 +8,6 @@ from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from sfumato.data.batch import Cond, Tokens
 
@@ -87,11 +86,12 @@ class TextEncoderOutputsCachingStrategy:
     fields: tuple[str, ...]
     """Names in cond that are cached."""
     ragged: Mapping[str, str] = field(default_factory=dict)
-    """Field (n, d) -> the field (n,), true for its used rows, which come first: such a field is cached without the
-    others. In a cond of any `length` the second field may be missing, which means that all rows are used: attention is
-    faster without a mask."""
-    length: int | None = None
-    """Rows that ragged fields are padded to with zeros when they are read; None: to the longest of a batch."""
+    """Field (n, ...) -> the field (n,), true for its used rows, which come first: such a field is cached without the
+    others, of which there may be none left. In a cond of any length the second field may be missing, which means that
+    all rows are used: attention is faster without a mask."""
+    lengths: Mapping[str, int] = field(default_factory=dict)
+    """Ragged field -> rows that it is padded to with zeros when it is read, if the batch has no longer one; those
+    without are padded to the longest of a batch."""
     dtype: torch.dtype = torch.float16
     settings: Mapping[str, object] = field(default_factory=dict)
 
@@ -109,9 +109,15 @@ class TextEncoderOutputsCachingStrategy:
             if name not in self.ragged:
                 joined[name] = torch.stack(values)
                 continue
-            lengths = torch.tensor([len(value) for value in values])
-            rows = self.length or int(lengths.max())
-            joined[name] = torch.stack([functional.pad(value, (0, 0, 0, rows - len(value))) for value in values])
-            if self.length or int(lengths.min()) < rows:
-                joined[self.ragged[name]] = torch.arange(rows) < lengths[:, None]
+            used = torch.tensor([len(value) for value in values])
+            least = self.lengths.get(name)
+            rows = max(int(used.max()), least or 0)
+            joined[name] = torch.stack([_padded(value, rows) for value in values])
+            if least is not None or int(used.min()) < rows:
+                joined[self.ragged[name]] = torch.arange(rows) < used[:, None]
         return joined
+
+
+def _padded(value: Tensor, rows: int) -> Tensor:
+    """(n, ...) -> (rows, ...), zeros behind."""
+    return torch.cat([value, value.new_zeros(rows - len(value), *value.shape[1:])])

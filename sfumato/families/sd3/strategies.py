@@ -32,7 +32,7 @@ def outputs(*, t5: bool, length: int, masked: bool) -> TextEncoderOutputsCaching
     return TextEncoderOutputsCachingStrategy(
         fields=(*clips, *(("t5",) if t5 else ()), *(("t5_mask",) if t5 and masked else ())),
         ragged={"t5": "t5_mask"} if t5 and masked else {},
-        length=length,
+        lengths={"t5": length} if t5 and masked else {},
         dtype=torch.bfloat16,
     )
 
