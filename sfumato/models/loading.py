@@ -25,7 +25,7 @@ from sfumato.models import components, locate
 from sfumato.models.base import Family, Models, TokenizerSpec
 from sfumato.models.components import Checkpoint
 from sfumato.models.encoders.tokenizers import is_stock
-from sfumato.models.meta_init import shapes
+from sfumato.models.meta_init import drop, shapes
 from sfumato.models.ondemand import LaterTokenizer, OnDemand
 
 NAME = "pretrained_model_name_or_path"
@@ -226,7 +226,7 @@ def unload(models: Models) -> None:
     """Give up the memory of the text encoders; `materialize` reads them again."""
     for name, net in models.made().items():
         if name in models.encoders:
-            net.to("meta")
+            drop(net)
 
 
 def _tokenizer(spec: TokenizerSpec, source: Checkpoint, given: str | None, *, later: bool) -> Any:

@@ -22,25 +22,30 @@ def shapes(tensors: Mapping[str, Writable]) -> dict[str, tuple[int, ...]]:
 def fill(net: Net, tensors: Mapping[str, Tensor], what: str) -> Net:
     """The net with these very tensors as its own, frozen and in eval mode.
 
-    Errors: as `check`; `RuntimeError` for a net with parameters or buffers that no file fills.
+    Errors: as `check`.
     """
     check(net, shapes(tensors), what)
     net.load_state_dict(dict(tensors), strict=True, assign=True)
-    own = (*net.named_parameters(), *net.named_buffers())
-    if empty := [name for name, t in own if t.is_meta and name not in tensors]:
-        raise RuntimeError(
-            f"{type(net).__name__}: {', '.join(empty)} still on the meta device after loading {what}: a buffer that is "
-            "not persistent is filled by no file; make it in forward, or register it persistent and in the key table"
-        )
     return net.eval().requires_grad_(False)
+
+
+def drop(net: nn.Module) -> None:
+    """Give up the tensors that `fill` gave the net; buffers that no file holds stay."""
+    net.load_state_dict({name: t.to("meta") for name, t in net.state_dict().items()}, assign=True)
 
 
 def check(net: nn.Module, given: Mapping[str, tuple[int, ...]], what: str) -> None:
     """That tensors of these names and shapes are those of the net.
 
     Errors: `UserError` that names what is missing, left over or of another shape; `what`: whose tensors they are.
+    `RuntimeError` for a net with buffers that no file fills.
     """
     wanted = shapes(net.state_dict())
+    if empty := [name for name, t in net.named_buffers() if t.is_meta and name not in wanted]:
+        raise RuntimeError(
+            f"{type(net).__name__} for {what}: the buffer {', '.join(empty)} is not persistent, so no file fills it: "
+            "make it in forward, or register it persistent and in the key table"
+        )
     wrong = [f"{what} lacks the tensor {name!r} {shape}" for name, shape in wanted.items() if name not in given]
     wrong += [
         f"{what} has the tensor {name!r}, which has no place in the net{nearest(name, wanted)}"

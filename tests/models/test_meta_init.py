@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor, nn
 
-from sfumato.models.meta_init import fill, shapes
+from sfumato.formats import files
+from sfumato.models.components import Component, native_format, open_component
+from sfumato.models.meta_init import drop, fill, shapes
 
 TENSORS = {"proj.weight": torch.ones(2, 4), "proj.bias": torch.zeros(2)}
 
@@ -27,11 +31,16 @@ def made(*, persistent: bool) -> Net:
         return Net(persistent=persistent)
 
 
-def test_a_buffer_that_no_file_fills_is_named() -> None:
+def test_a_buffer_that_no_file_fills_is_named_before_a_value_is_read(tmp_path: Path) -> None:
+    files.save(tmp_path / "net.safetensors", TENSORS)
+    component = Component(
+        name="net", title="the net", net=lambda shapes, config: made(persistent=False), key_format=native_format
+    )
+    weights = open_component(component, str(tmp_path / "net.safetensors"))
     with pytest.raises(
-        RuntimeError, match=r"^Net: angles still on the meta device after loading the file: .* in forward"
+        RuntimeError, match=r"^Net for .*net.safetensors \(the net\): the buffer angles is not persistent"
     ):
-        fill(made(persistent=False), TENSORS, "the file")
+        weights.empty()
 
 
 def test_a_buffer_of_the_file_is_filled() -> None:
@@ -44,3 +53,6 @@ def test_a_buffer_that_is_made_on_a_device_stays() -> None:
     net = made(persistent=False)
     net.angles = torch.arange(3.0)
     assert not fill(net, TENSORS, "the file").angles.is_meta
+    drop(net)
+    assert net.proj.weight.is_meta and not net.angles.is_meta and not net.training
+    assert torch.equal(fill(net, TENSORS, "the file").proj.weight, TENSORS["proj.weight"])
