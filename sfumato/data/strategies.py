@@ -67,6 +67,8 @@ class LatentsCachingStrategy:
     """What latents are cached in."""
     patch: int = 1
     """Latent pixels a side that the denoiser takes together: sides of images are multiples of stride x patch."""
+    frames: bool = False
+    """Whether the VAE is one of videos (b, c, frames, h, w); a picture passes through it as a video of one frame."""
 
     @property
     def multiple(self) -> int:
@@ -75,8 +77,13 @@ class LatentsCachingStrategy:
 
     def encode(self, vae: nn.Module, pixels: Tensor) -> Tensor:
         """(b, 3, H, W) in [-1, 1] -> (b, c, h, w): the posterior's mean, raw."""
-        mean: Tensor = cast(Any, vae).encode(pixels).latent_dist.mode()
-        return mean
+        mean: Tensor = cast(Any, vae).encode(pixels[:, :, None] if self.frames else pixels).latent_dist.mode()
+        return mean[:, :, 0] if self.frames else mean
+
+    def decode(self, vae: nn.Module, latents: Tensor) -> Tensor:
+        """The inverse of `encode`, but for what is lost: raw (b, c, h, w) -> (b, 3, H, W)."""
+        pixels: Tensor = cast(Any, vae).decode(latents[:, :, None] if self.frames else latents).sample
+        return pixels[:, :, 0] if self.frames else pixels
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,8 +1,8 @@
-"""VAEs: diffusers' classes, sized by the tensors of a file, and how files name these."""
+"""VAEs: how latents are scaled; diffusers' KL autoencoder, sized by the tensors of a file, and how files name it."""
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import Any, cast
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from sfumato.errors import UserError
 from sfumato.formats.names import CONV_TO_LINEAR, KeyMap, Rule, rule
-from sfumato.models.components import NATIVE, Component, Config, KeyFormat, matching
+from sfumato.models.components import NATIVE, Component, Config, KeyFormat, Scaling, matching
 from sfumato.models.layers import Shapes, count_layers
 
 FLUX_SCALE, FLUX_SHIFT = 0.3611, 0.1159
@@ -53,20 +53,37 @@ def kl_net(shapes: Shapes, scale: float, shift: float | None = None) -> Any:
 
 
 def scale(vae: nn.Module, latents: Tensor) -> Tensor:
-    """Raw latents -> those of the denoiser: (x - shift) * scale."""
-    factor, shift = _scaling(vae)
-    return (latents - shift) * factor
+    """Raw latents -> those of the denoiser: (x - shift) * factor."""
+    return scaled(latents, _scaling(vae))
 
 
 def unscale(vae: nn.Module, latents: Tensor) -> Tensor:
     """The inverse of `scale`."""
-    factor, shift = _scaling(vae)
+    factor, shift = _beside(latents, _scaling(vae))
     return latents / factor + shift
 
 
-def _scaling(vae: nn.Module) -> tuple[float, float]:
+def scaled(latents: Tensor, scaling: Scaling) -> Tensor:
+    """`scale` by what is known of a VAE."""
+    factor, shift = _beside(latents, scaling)
+    return (latents - shift) * factor
+
+
+def _scaling(vae: nn.Module) -> Scaling:
     config = cast(Any, vae).config
-    return float(config.scaling_factor), float(config.shift_factor or 0.0)
+    if "scaling_factor" in config:
+        return float(config.scaling_factor), float(config.get("shift_factor") or 0.0)
+    return per_channel(config.latents_mean, config.latents_std)
+
+
+def per_channel(mean: Sequence[float], std: Sequence[float]) -> Scaling:
+    """Factor and shift (c, 1, 1), fp32, that give every channel mean 0 and spread 1."""
+    return 1.0 / torch.tensor(std)[:, None, None], torch.tensor(mean)[:, None, None]
+
+
+def _beside(latents: Tensor, scaling: Scaling) -> Scaling:
+    factor, shift = (x.to(latents.device) if isinstance(x, Tensor) else x for x in scaling)
+    return factor, shift
 
 
 # --- files ---

@@ -25,7 +25,7 @@ from sfumato.data.strategies import (
 from sfumato.errors import UserError
 from sfumato.formats.dialect import Dialect, ModulePath, with_aliases
 from sfumato.formats.planned import Writable
-from sfumato.models.autoencoders import scale, unscale
+from sfumato.models.autoencoders import scale, scaled, unscale
 from sfumato.models.components import Checkpoint, Component
 from sfumato.models.encoders.tokenizers import MERGES
 from sfumato.models.ondemand import OnDemand
@@ -89,8 +89,7 @@ class Models:
         device, dtype = device_and_dtype(self.vae)
         with torch.autocast(device.type, enabled=False):
             raw = unscale(self.vae, latents.to(device, torch.float32))
-            decoded: Tensor = cast(Any, self.vae).decode(raw.to(dtype)).sample
-        return decoded.float()
+            return self.family.latents.decode(self.vae, raw.to(dtype)).float()
 
     def process(self, noise: NoiseConfig, loss: LossConfig) -> NoiseProcess:
         """How latents are noised, what the prediction should be, and what an error weighs."""
@@ -129,8 +128,7 @@ class Models:
         weights = self.source.components.get("vae")
         if weights is None or weights.component.scaling is None:
             return scale(self.vae, latents)
-        factor, shift = weights.component.scaling(weights.config)
-        return (latents - shift) * factor
+        return scaled(latents, weights.component.scaling(weights.config))
 
     def nets(self) -> Mapping[str, nn.Module]:
         """What can be trained, by component name: the denoiser and the encoders."""

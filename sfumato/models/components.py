@@ -24,6 +24,8 @@ from sfumato.models.meta_init import check, fill, shapes
 
 Config = Mapping[str, Any]
 """A component's `config.json`; empty for single files, which have none."""
+Scaling = tuple[float | Tensor, float | Tensor]
+"""Factor and shift from a VAE's raw latents to the denoiser's, (x - shift) * factor: numbers, or (c, 1, 1) in fp32."""
 SHOWN = 5
 COARSE = [files.torch_dtype(kind) for kind in STORED]
 
@@ -105,8 +107,8 @@ class Component:
     """Whether a new single file holds it, if nothing else is asked for."""
     diffusers: Callable[[Shapes], KeyFormat] = native_format
     """The key format of a diffusers folder."""
-    scaling: Callable[[Config], tuple[float, float]] | None = None
-    """Of a VAE: factor and shift from its raw latents to the denoiser's, (x - shift) * factor."""
+    scaling: Callable[[Config], Scaling] | None = None
+    """Of a VAE."""
 
 
 def denoiser(

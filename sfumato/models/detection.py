@@ -67,12 +67,39 @@ def _has(shape: tuple[int, ...], wanted: tuple[int | None, ...] | None) -> bool:
 
 def vae(channels: int, prefix: str) -> tuple[Single, ...]:
     """A KL autoencoder of images, in LDM's and in diffusers' names; `prefix`: in single files, which it may lack."""
+    latents = {"decoder.conv_in.weight": (None, channels, None, None)}
+    blocks = {"ldm": "down.0.block.0", "diffusers": "down_blocks.0.resnets.0"}
+    return _vae(prefix, {dialect: {**latents, f"encoder.{b}.conv1.weight": None} for dialect, b in blocks.items()})
+
+
+def hunyuan_vae(prefix: str) -> tuple[Single, ...]:
+    """The VAE of 64 channels, in the original names, which are ComfyUI's, and in diffusers'."""
+    latents = {"decoder.conv_in.weight": (None, 64, None, None)}
+    blocks = {"original": "down.0.downsample.conv", "diffusers": "down_blocks.0.conv1"}
+    return _vae(prefix, {dialect: {**latents, f"encoder.{b}.weight": (None,) * 4} for dialect, b in blocks.items()})
+
+
+def qwen_vae(prefix: str) -> tuple[Single, ...]:
+    """The video VAE of 16 channels, in the original names, which are ComfyUI's, and in diffusers'."""
+    halves = {
+        "original": ("conv1", "downsamples.0.residual.2"),
+        "diffusers": ("conv_in", "down_blocks.0.conv1"),
+    }
+    return _vae(
+        prefix,
+        {
+            dialect: {f"decoder.{first}.weight": (None, 16, *(None,) * 3), f"encoder.{block}.weight": (None,) * 5}
+            for dialect, (first, block) in halves.items()
+        },
+    )
+
+
+def _vae(prefix: str, dialects: Mapping[str, Mapping[str, tuple[int | None, ...] | None]]) -> tuple[Single, ...]:
+    """`dialects`: name -> tensors that are there; `prefix`: in single files, which it may lack."""
     below = f"({re.escape(prefix)})?"
-    latents = {rf"{below}decoder\.conv_in\.weight": (None, channels, None, None)}
-    blocks = {"ldm": r"down\.0\.block\.0", "diffusers": r"down_blocks\.0\.resnets\.0"}
     return tuple(
-        Single(kind="vae", dialect=dialect, tensors={**latents, rf"{below}encoder\.{block}\.conv1\.weight": None})
-        for dialect, block in blocks.items()
+        Single(kind="vae", dialect=dialect, tensors={below + re.escape(name): s for name, s in tensors.items()})
+        for dialect, tensors in dialects.items()
     )
 
 

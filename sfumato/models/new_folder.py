@@ -35,7 +35,7 @@ def t5_config(encoder: T5Encoder) -> dict[str, Any]:
 
 def vae_config(vae: Any) -> dict[str, Any]:
     """config.json of a VAE."""
-    return {"_class_name": "AutoencoderKL", **{k: v for k, v in vae.config.items() if not k.startswith("_")}}
+    return {"_class_name": type(vae).__name__, **{k: v for k, v in vae.config.items() if not k.startswith("_")}}
 
 
 def flow_folder(
@@ -56,7 +56,7 @@ def flow_folder(
     present = {
         "scheduler": ("diffusers", "FlowMatchEulerDiscreteScheduler"),
         "transformer": ("diffusers", str(transformer["_class_name"])),
-        "vae": ("diffusers", "AutoencoderKL"),
+        "vae": ("diffusers", type(models.vae).__name__),
     }
     absent = {"feature_extractor", "image_encoder"}
     configs = {"denoiser": transformer, "vae": vae_config(models.vae)}

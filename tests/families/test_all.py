@@ -224,17 +224,20 @@ def test_a_fixed_latent_becomes_the_pipelines_latents(case: Case, models: Models
 
 
 def test_latents_are_scaled_as_by_the_pipeline(case: Case, models: Models) -> None:
-    pixels = torch.rand(1, 3, 32, 48, generator=torch.Generator().manual_seed(4)) * 2 - 1
+    side, frames = 2 * models.family.latents.stride, models.family.latents.frames
+    pixels = torch.rand(1, 3, side, side + side // 2, generator=torch.Generator().manual_seed(4)) * 2 - 1
     vae = case.pipeline().vae
     with torch.no_grad():
         raw = models.encode_images(pixels)
-        config, theirs = vae.config, vae.encode(pixels).latent_dist.mode()
-        shift = getattr(config, "shift_factor", None) or 0.0
-        torch.testing.assert_close(
-            scale(models.vae, raw), (theirs - shift) * config.scaling_factor, atol=1e-5, rtol=1e-5
-        )
+        config, theirs = vae.config, vae.encode(pixels[:, :, None] if frames else pixels).latent_dist.mode()
+        if frames:
+            mean, std = (torch.tensor(config[f"latents_{what}"])[:, None, None, None] for what in ("mean", "std"))
+        else:
+            mean, std = torch.tensor(config.get("shift_factor") or 0.0), torch.tensor(1 / config.scaling_factor)
+        wanted = ((theirs - mean) / std).reshape(raw.shape)
+        torch.testing.assert_close(scale(models.vae, raw), wanted, atol=1e-5, rtol=1e-5)
         torch.testing.assert_close(unscale(models.vae, scale(models.vae, raw)), raw, atol=1e-5, rtol=1e-5)
-        decoded, wanted = models.decode(scale(models.vae, raw)), vae.decode(theirs).sample
+        decoded, wanted = models.decode(scale(models.vae, raw)), vae.decode(theirs).sample.reshape(pixels.shape)
     torch.testing.assert_close(decoded, wanted, atol=1e-4, rtol=1e-4)
 
 
