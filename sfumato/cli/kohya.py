@@ -42,7 +42,18 @@ CACHED = ("cache_text_encoder_outputs", "cache_text_encoder_outputs_to_disk")
 DEFAULTS: Mapping[str, object] = {"learning_rate": 2e-6, "caption_extension": ".caption"}
 """Where kohya's defaults differ from ours and change the result."""
 
-OURS = frozenset({"cache_dir", "class_tokens", "dialect", "ema_decay", "num_repeats", "skip_unreadable", "tokenizer"})
+OURS = frozenset(
+    {
+        "cache_dir",
+        "class_tokens",
+        "dialect",
+        "ema_decay",
+        "num_repeats",
+        "skip_unreadable",
+        "tokenizer",
+        "vae_tile_size",
+    }
+)
 """Settings of all families that kohya's command lines do not have."""
 
 

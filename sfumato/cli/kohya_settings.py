@@ -24,6 +24,7 @@ _VALIDATION = "only matters with validation_split"
 _DEEPSPEED = "only matters with deepspeed"
 _CONSOLE = "everything is written to LOG.jsonl beside the result, and the console says what matters"
 _GUI = "a graphical front end writes it; sd-scripts does not read it either"
+_CHUNKS = "it never changes results; vae_tile_size spares the VAE's memory"
 _PRINTS = "it only changes what is printed"
 
 INERT: Mapping[str, str] = {
@@ -61,6 +62,8 @@ INERT: Mapping[str, str] = {
     "t5xxl_dtype": "text encoders run in the format of mixed_precision; what would overflow in it is computed in fp32",
     "text_encoder_batch_size": "captions are encoded in batches of a size that suits",
     "tokenizer_cache_dir": "the CLIP vocabulary comes with sfumato; see tokenizer",
+    "vae_chunk_size": _CHUNKS,
+    "vae_disable_cache": "a video VAE keeps nothing for frames that do not come",
     "validate_every_n_epochs": _VALIDATION,
     "validate_every_n_steps": _VALIDATION,
     "validation_seed": _VALIDATION,

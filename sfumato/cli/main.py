@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 METHODS: tuple[Method, ...] = ("network", "full")
 SAMPLE = """
     sample_prompts sample_sampler output_dir output_name network_weights base_weights base_weights_multiplier seed
-    mixed_precision xformers sdpa no_half_vae zero_terminal_snr
+    mixed_precision xformers sdpa no_half_vae vae_tile_size zero_terminal_snr
 """
 """What `sfumato sample` reads, besides the model and the family's own settings."""
 

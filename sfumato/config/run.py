@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass, field, fields
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
-from annotated_types import Interval
+from annotated_types import Ge, Interval
 
 from sfumato.config.data import DataConfig
 from sfumato.config.rules import (
@@ -258,6 +258,9 @@ class MemoryConfig(Record):
     """Run the VAE in fp32 even when the computation is in fp16 or bf16."""
     vae_batch_size: Annotated[Count, Needs("cache_latents", "cache_latents_to_disk")] = 1
     """Images that the VAE encodes at once."""
+    vae_tile_size: Annotated[Annotated[int, Ge(256)] | None, ZeroIsOff()] = None
+    """Images with a side of more pixels than this pass through the VAE in overlapping tiles of this size (512, say),
+    which needs less memory and changes them a little."""
 
 
 @dataclass(frozen=True, kw_only=True)

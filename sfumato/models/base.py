@@ -29,6 +29,7 @@ from sfumato.models.autoencoders import scale, scaled, unscale
 from sfumato.models.components import Checkpoint, Component
 from sfumato.models.encoders.tokenizers import MERGES
 from sfumato.models.ondemand import OnDemand
+from sfumato.models.tiles import in_tiles
 from sfumato.tensors.noise import NoiseProcess
 from sfumato.tensors.random import SampleRandom
 
@@ -55,6 +56,8 @@ class Models:
 
     noise: NoiseConfig | None = None
     """What the whole model is trained with, as far as its files have to say so."""
+    tile: int | None = None
+    """Side of the tiles, in pixels, in which larger pictures pass through the VAE; None: they pass whole."""
 
     def tokenize(self, captions: Sequence[str]) -> Tokens:
         """b captions -> named tensors whose first dimension is b, on the CPU."""
@@ -80,7 +83,7 @@ class Models:
         """
         device, dtype = device_and_dtype(self.vae)
         with torch.autocast(device.type, enabled=False):
-            return self.family.latents.encode(self.vae, pixels.to(device, dtype)).float()
+            return self._in_tiles(self.family.latents.encode, pixels.to(device, dtype), into=self.family.latents.stride)
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
@@ -89,7 +92,12 @@ class Models:
         device, dtype = device_and_dtype(self.vae)
         with torch.autocast(device.type, enabled=False):
             raw = unscale(self.vae, latents.to(device, torch.float32))
-            return self.family.latents.decode(self.vae, raw.to(dtype)).float()
+            return self._in_tiles(self.family.latents.decode, raw.to(dtype), out=self.family.latents.stride)
+
+    def _in_tiles(self, half: Callable[[nn.Module, Tensor], Tensor], x: Tensor, into: int = 1, out: int = 1) -> Tensor:
+        """One half of the VAE, in tiles where the picture is larger than one; fp32."""
+        net = partial(half, self.vae)
+        return (in_tiles(net, x, self.tile // (into * out), into, out) if self.tile else net(x)).float()
 
     def process(self, noise: NoiseConfig, loss: LossConfig) -> NoiseProcess:
         """How latents are noised, what the prediction should be, and what an error weighs."""

@@ -71,8 +71,15 @@ def _net(shapes: Shapes, config: Config) -> nn.Module:
             latents_mean=list(config.get("latents_mean", MEAN)),
             latents_std=list(config.get("latents_std", STD)),
         )
+    # A picture is one frame: kept for a next one, the inputs of all its layers would take gigabytes.
+    made._feat_map = made._enc_feat_map = None
+    made.clear_cache = _nothing
     net: nn.Module = made
     return net
+
+
+def _nothing() -> None:
+    """In place of diffusers' making of empty caches."""
 
 
 def _key_format(shapes: Shapes) -> KeyFormat | None:

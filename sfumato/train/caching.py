@@ -101,7 +101,9 @@ def fingerprint(config: Config, models: Models, component: str) -> str:
     )
     network = config.network
     merged = [file_digest(path) for path in network.base_weights] if component != "vae" else []
-    return " ".join([digest, *merged, *(map(str, network.base_weights_multiplier) if merged else ()), f"in {dtype}"])
+    tiles = [f"tiles {models.tile}"] if models.tile and component == "vae" else []
+    strengths = map(str, network.base_weights_multiplier) if merged else ()
+    return " ".join([digest, *merged, *strengths, f"in {dtype}", *tiles])
 
 
 def fill_caches(config: Config, data: Data, models: Models, world: dist.World) -> Caches:

@@ -52,6 +52,7 @@ def load_models(
     if method == "full":
         trained_in = torch.bfloat16 if config.train.full_bf16 else torch.float32
         dtype |= dict.fromkeys(whole_nets(family, config, names), trained_in)
+    models.tile = config.memory.vae_tile_size
     # fp16 overflows in these VAEs, so it is never what they run in.
     dtype["vae"] = torch.bfloat16 if precision == "bf16" and not config.memory.no_half_vae else torch.float32
     strengths = config.network.base_weights_multiplier

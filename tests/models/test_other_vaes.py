@@ -131,6 +131,16 @@ def test_latents_of_videos_are_scaled_by_channel_as_by_the_pipeline() -> None:
     torch.testing.assert_close(unscale(vae, ours), raw[:, :, 0], atol=1e-5, rtol=1e-5)
 
 
+def test_nothing_is_kept_for_a_second_frame() -> None:
+    """diffusers' class keeps the input of every layer; a picture has no second frame."""
+    ours, kept = nets.built(QWEN.part, QWEN.original()), []
+    for half in (ours.encoder, ours.decoder):
+        half.register_forward_hook(lambda net, args, kwargs, out: kept.append(kwargs["feat_cache"]), with_kwargs=True)
+    with torch.no_grad():
+        QWEN.latents.decode(ours, QWEN.latents.encode(ours, pixels()))
+    assert kept == [None, None]
+
+
 @kinds
 def test_what_a_file_lacks_and_a_folder_says_of_scaling(kind: Kind, tmp_path: Path) -> None:
     raw = torch.rand(2, kind.latents.channels, 3, 2, generator=torch.Generator().manual_seed(0))
