@@ -115,6 +115,20 @@ def clip(width: int, variant: str = "") -> tuple[Single, ...]:
     )
 
 
+def language_model(width: int, mark: str, variant: str = "") -> Single:
+    """A decoder-only language model. `mark`: a tensor of its layer 0 that others of this width lack."""
+    layer = r"(?!.*visual)(.*\.)?layers\.0\."
+    tensors = {rf"{layer}self_attn\.q_proj\.weight": (None, width), layer + re.escape(mark): None}
+    return Single(kind="text_encoder", dialect="hf", tensors=tensors, variant=variant)
+
+
+def t5(width: int, variant: str = "") -> Single:
+    """T5's encoder, or a whole T5."""
+    layer = r"(?!.*decoder)(.*\.)?block\.0\.layer\.0\.SelfAttention\."
+    tensors = {rf"{layer}q\.weight": (None, width), rf"{layer}relative_attention_bias\.weight": None}
+    return Single(kind="text_encoder", dialect="hf", tensors=tensors, variant=variant)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Signature:
     """How a family's files are recognised."""

@@ -49,6 +49,29 @@ def linear(shapes: Shapes, name: str) -> nn.Linear:
     return nn.Linear(into, out, bias=f"{name}.bias" in shapes)
 
 
+class WideLinear(nn.Linear):
+    """A linear layer that is never computed in fp16, for outputs that pass its range.
+
+    Where the weight is in fp16, or autocast is to fp16, it gives fp32; the sums that pass from block to block are fp32
+    with it.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (..., in) -> (..., out)."""
+        if not in_fp16(self.weight):
+            return super().forward(x)
+        with torch.autocast(x.device.type, enabled=False):
+            return F.linear(x.float(), self.weight.float(), None if self.bias is None else self.bias.float())
+
+
+def in_fp16(weight: Tensor) -> bool:
+    """Whether a layer with this weight is computed in fp16: the weight is, or autocast has it so."""
+    device = weight.device.type
+    if torch.is_autocast_enabled(device):
+        return torch.get_autocast_dtype(device) == torch.float16
+    return weight.dtype == torch.float16
+
+
 class MLP(nn.Sequential):
     """Two linear layers, called by `names`, with an activation between them: (..., n) -> (..., m)."""
 

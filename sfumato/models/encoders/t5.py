@@ -1,4 +1,4 @@
-"""The encoder of T5 v1.1 (T5-XXL): transformers' class under the names that files use."""
+"""The encoder of T5 v1.1 (T5-XXL) and byT5 (byT5-small): transformers' class under the names that files use."""
 
 from __future__ import annotations
 
@@ -6,20 +6,19 @@ from collections.abc import Collection
 from typing import Any, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sfumato.adapters import AdapterPlan
 from sfumato.config import FamilyOptions
 from sfumato.formats.names import KeyMap, rule
 from sfumato.models.components import Component, KeyFormat, matching
-from sfumato.models.layers import Shapes, count_layers
+from sfumato.models.layers import Shapes, WideLinear, count_layers
 
-EMBEDDING, TWIN = "shared.weight", "encoder.embed_tokens.weight"
-"""One tensor under two names: transformers ties them, and files hold the first, both or, rarely, the second alone."""
+EMBEDDING, TWIN, BARE_TWIN = "shared.weight", "encoder.embed_tokens.weight", "embed_tokens.weight"
+"""One tensor under several names: transformers ties them, and files hold the first, both or, rarely, the second alone;
+the third is the second where the encoder stands without its prefix."""
 _FIRST = "encoder.block.0.layer."
-_SHARED = KeyMap(rule("shared"), rule("encoder"))
-_TWIN_ALONE = KeyMap(rule("shared", "encoder.embed_tokens"), rule("encoder"))
+_BARE = "block.0.layer.0.SelfAttention.q.weight"
 _UNUSED = matching(r"(decoder|lm_head)\..*|logit_scale|spiece_model")
 _ATTENTION, _MLP = ("*.SelfAttention.?",), ("*.DenseReluDense.w*",)
 T5_TARGETS = {
@@ -46,6 +45,7 @@ class T5Encoder(nn.Module):
         del self.encoder.embed_tokens  # the same as `shared`, which is looked up here
         for block in self.layers:
             feed = cast(Any, block).layer[1].DenseReluDense
+            # What it gives passes fp16's range.
             feed.wo = WideLinear(feed.wo.in_features, feed.wo.out_features, bias=False)
 
     def forward(self, ids: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -59,23 +59,6 @@ class T5Encoder(nn.Module):
         """The transformer's blocks, in forward order."""
         blocks: nn.ModuleList = self.encoder.block
         return blocks
-
-
-class WideLinear(nn.Linear):
-    """A linear layer that is never computed in fp16: the outputs of T5's feed-forward pass fp16's range.
-
-    Where the weight is in fp16, or autocast is to fp16, it gives fp32; the sums that pass from block to block are fp32
-    with it.
-    """
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x (..., in) -> (..., out)."""
-        device = x.device.type
-        mixed = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) == torch.float16
-        if not mixed and self.weight.dtype != torch.float16:
-            return super().forward(x)
-        with torch.autocast(device, enabled=False):
-            return F.linear(x.float(), self.weight.float())
 
 
 def t5_net(shapes: Shapes) -> T5Encoder:
@@ -107,29 +90,45 @@ def t5_net(shapes: Shapes) -> T5Encoder:
 
 def t5_component(prefixes: tuple[str, ...], folder: str) -> Component:
     """T5-XXL's encoder, which comes in a file of its own or in a bundle."""
+    return _component("t5xxl", prefixes, folder, "t5xxl")
+
+
+def byt5_component(prefixes: tuple[str, ...], folder: str, flag: str = "byt5") -> Component:
+    """byT5-small's encoder (arXiv:2105.13626), as trained for glyphs (Glyph-ByT5, arXiv:2403.09622), or plain."""
+    return _component("byt5", (*prefixes, "module.text_tower.encoder."), folder, flag)
+
+
+def _component(name: str, prefixes: tuple[str, ...], folder: str, flag: str) -> Component:
     return Component(
-        name="t5xxl",
-        title="the text encoder t5xxl",
+        name=name,
+        title=f"the text encoder {name}",
         prefixes=(*prefixes, ""),
         folder=folder,
-        flag="t5xxl",
+        flag=flag,
         net=lambda shapes, config: t5_net(shapes),
-        key_format=lambda names: KeyFormat("hf", t5_keys(names)) if EMBEDDING in names or TWIN in names else None,
+        key_format=lambda names: KeyFormat("hf", t5_keys(names)) if _embedding(names) else None,
         bundled=False,
         unused_keys=lambda names: {*t5_idle(names), *_UNUSED(names)},
-        tied_keys={TWIN: EMBEDDING},
+        tied_keys={TWIN: EMBEDDING, BARE_TWIN: EMBEDDING},
     )
 
 
+def _embedding(names: Collection[str]) -> str | None:
+    """The name of the embedding that is read."""
+    return next((name for name in (EMBEDDING, TWIN, BARE_TWIN) if name in names), None)
+
+
 def t5_keys(names: Collection[str]) -> KeyMap:
-    """native: a `T5Encoder`. foreign: transformers' T5EncoderModel in a file with these names, but for those of
-    `t5_idle`."""
-    return _SHARED if EMBEDDING in names else _TWIN_ALONE
+    """native: a `T5Encoder`. foreign: transformers' T5EncoderModel, or its encoder without `encoder.`, in a file with
+    these names, but for those of `t5_idle`."""
+    parts = [rule(f"encoder.{part}", part) for part in ("block", "final_layer_norm")]
+    embedding = rule(EMBEDDING, _embedding(names) or EMBEDDING)
+    return KeyMap(embedding, *(parts if _BARE in names else [rule("encoder")]))
 
 
 def t5_idle(names: Collection[str]) -> list[str]:
-    """Of the names in a file, the embedding's second copy."""
-    return [TWIN] if EMBEDDING in names and TWIN in names else []
+    """Of the names in a file, the embedding's other copies."""
+    return [name for name in (TWIN, BARE_TWIN) if name in names and name != _embedding(names)]
 
 
 def trains_t5(options: FamilyOptions, plan: AdapterPlan | None) -> bool:

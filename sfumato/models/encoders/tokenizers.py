@@ -1,12 +1,12 @@
-"""Tokenizers of the text encoders: CLIP's from a folder or from the vocabulary that comes with sfumato, T5's from a
-folder."""
+"""Tokenizers of the text encoders: CLIP's, Qwen's and byT5's from a folder or from what comes with sfumato, T5's and
+Gemma's from a folder."""
 
 from __future__ import annotations
 
 import gzip
 import json
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache, partial
 from hashlib import blake2b
 from pathlib import Path
@@ -75,8 +75,15 @@ def fingerprint(tokenizer: Any) -> str:
 
 
 def is_stock(tokenizer: Any) -> bool:
-    """Whether the tokenizer has CLIP's own vocabulary."""
-    return bool(tokenizer.get_vocab() == stock_vocabulary()[0])
+    """Whether the tokenizer has a vocabulary that comes with sfumato."""
+    vocabulary = tokenizer.get_vocab()
+    stock: dict[int, Callable[[], Any]] = {
+        49408: lambda: stock_vocabulary()[0],
+        151665: lambda: qwen_vocabulary(None).get_vocab(),
+        151669: lambda: qwen_vocabulary(None, qwen3=True).get_vocab(),
+        1510: lambda: byt5_vocabulary(None).get_vocab(),
+    }
+    return len(vocabulary) in stock and bool(vocabulary == stock[len(vocabulary)]())
 
 
 def padded(tokenizer: Any, captions: Sequence[str], length: int) -> tuple[Tensor, Tensor]:
@@ -199,3 +206,109 @@ def _fields(message: bytes) -> Iterator[tuple[int, bytes]]:
         if at > len(message):
             raise ValueError("truncated")
         yield key >> 3, message[start:at]
+
+
+# --- Gemma ---
+
+GEMMA_HUB = "Alpha-VLLM/Lumina-Image-2.0"
+"""Where Gemma-2's vocabulary is when no folder has it, in its folder `tokenizer`; Google's own is behind a login."""
+
+
+def gemma_home() -> Path:
+    """The hub's Gemma-2 tokenizer, downloaded. For `TokenizerSpec.home`."""
+    return locate.local(GEMMA_HUB, "tokenizer", ("tokenizer/*",)) / "tokenizer"
+
+
+def gemma_vocabulary(folder: Path | None) -> Any:
+    """transformers' GemmaTokenizer of a folder with tokenizer.json, which begins a text with `<bos>`; None: the hub's.
+    It pads and cuts at the end. For `TokenizerSpec.make`. Errors: `UserError`."""
+    from transformers import GemmaTokenizer
+
+    return _of_folder(GemmaTokenizer, folder or gemma_home(), "Gemma", ("tokenizer.json",))
+
+
+def _of_folder(kind: Any, folder: Path, whose: str, files: Sequence[str]) -> Any:
+    """A tokenizer of a folder that holds one of the files."""
+    if not any((folder / name).is_file() for name in files):
+        raise UserError(
+            f"tokenizer folder {folder}: no {' or '.join(files)} is in it; give the folder of a {whose} tokenizer"
+        )
+    try:
+        return kind.from_pretrained(folder, local_files_only=True, padding_side="right", truncation_side="right")
+    except Exception as error:  # of a broken file the library, written in Rust, raises anything
+        raise UserError(
+            f"tokenizer folder {folder} cannot be read as {whose}'s: {type(error).__name__}: {error}"
+        ) from error
+
+
+# --- Qwen ---
+
+QWEN_MERGES = Path(__file__).with_name("qwen_bpe.txt.gz")
+QWEN_SPECIAL = (
+    *("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|object_ref_start|>", "<|object_ref_end|>"),
+    *("<|box_start|>", "<|box_end|>", "<|quad_start|>", "<|quad_end|>"),
+    *("<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>"),
+)
+"""Special tokens that follow the pieces in the vocabulary of Qwen2.5-VL and Qwen3, from 151643 on."""
+QWEN_TOOLS = (
+    *("<tool_call>", "</tool_call>", "<|fim_prefix|>", "<|fim_middle|>", "<|fim_suffix|>", "<|fim_pad|>"),
+    *("<|repo_name|>", "<|file_sep|>"),
+)
+"""Further tokens after these."""
+QWEN3_TOOLS = ("<tool_response>", "</tool_response>", "<think>", "</think>")
+"""Tokens that Qwen3 has after these, up to 151668."""
+
+
+def qwen_home() -> Path:
+    """The file of Qwen's vocabulary that comes with sfumato. For `TokenizerSpec.home`."""
+    return QWEN_MERGES
+
+
+def qwen_vocabulary(folder: Path | None, *, qwen3: bool = False) -> Any:
+    """transformers' Qwen2Tokenizer of a folder with tokenizer.json or vocab.json; None: that of Qwen2.5-VL, or of Qwen3
+    if `qwen3`. It adds no mark to a text, and pads and cuts at the end. For `TokenizerSpec.make`. Errors:
+    `UserError`."""
+    from transformers import AddedToken, Qwen2Tokenizer
+
+    if folder is not None:
+        return _of_folder(Qwen2Tokenizer, folder, "Qwen", ("tokenizer.json", "vocab.json"))
+    vocabulary, merges = qwen_pieces()
+    made = Qwen2Tokenizer(vocab=dict(vocabulary), merges=list(merges), model_max_length=131072, padding_side="right")
+    made.add_tokens([AddedToken(token, special=True, normalized=False) for token in QWEN_SPECIAL])
+    tools = (*QWEN_TOOLS, *(QWEN3_TOOLS if qwen3 else ()))
+    made.add_tokens([AddedToken(token, special=False, normalized=False) for token in tools])
+    made.eos_token = "<|im_end|>"  # only now: made with it, it would be the first token after the pieces
+    return made
+
+
+@cache
+def qwen_pieces() -> tuple[dict[str, int], list[tuple[str, str]]]:
+    """The pieces of all Qwens up to 3 {token: id}, and their merges in order."""
+    with gzip.open(QWEN_MERGES, "rt", encoding="utf-8") as file:
+        merges = [(first, second) for first, second in (line.split(" ") for line in file.read().splitlines())]
+    return {token: i for i, token in enumerate((*byte_letters(), *(a + b for a, b in merges)))}, merges
+
+
+# --- byT5 ---
+
+COLOURS = 138
+FONTS = {"en": 512, "cn": 143, "jp": 211, "kr": 122}
+"""Tokens that Glyph-ByT5-v2 has after byT5's, as `<color-0>` and `<en-font-0>`, in this order."""
+
+
+def byt5_home() -> Path:
+    """This file: nothing else is read. For `TokenizerSpec.home`."""
+    return Path(__file__)
+
+
+def byt5_vocabulary(folder: Path | None) -> Any:
+    """transformers' ByT5Tokenizer of a folder; None: byT5's bytes and the tokens of Glyph-ByT5-v2. It ends a text with
+    `</s>`. For `TokenizerSpec.make`. Errors: `UserError`."""
+    from transformers import ByT5Tokenizer
+
+    if folder is not None:
+        return _of_folder(ByT5Tokenizer, folder, "byT5", ("tokenizer_config.json",))
+    made = ByT5Tokenizer()
+    fonts = [f"<{language}-font-{i}>" for language, count in FONTS.items() for i in range(count)]
+    made.add_tokens([*(f"<color-{i}>" for i in range(COLOURS)), *fonts], special_tokens=True)
+    return made
