@@ -30,6 +30,7 @@ from sfumato.models.components import Checkpoint, Component
 from sfumato.models.encoders.tokenizers import MERGES
 from sfumato.models.ondemand import OnDemand
 from sfumato.models.tiles import in_tiles
+from sfumato.tensors.guidance import ClassifierFree, Guidance, GuidanceInfo
 from sfumato.tensors.noise import NoiseProcess
 from sfumato.tensors.random import SampleRandom
 
@@ -59,8 +60,10 @@ class Models:
     tile: int | None = None
     """Side of the tiles, in pixels, in which larger pictures pass through the VAE; None: they pass whole."""
 
-    def tokenize(self, captions: Sequence[str]) -> Tokens:
-        """b captions -> named tensors whose first dimension is b, on the CPU."""
+    def tokenize(self, captions: Sequence[str], *, negative: bool = False) -> Tokens:
+        """b captions, or `negative` prompts -> named tensors whose first dimension is b, on the CPU."""
+        if negative and self.family.tokenize_negative is not None:
+            return self.family.tokenize_negative(self).tokenize(captions)
         return self.tokenize_strategy.tokenize(captions)
 
     def encode(self, tokens: Tokens) -> Cond:
@@ -269,6 +272,8 @@ class Family:
     """A last change to the tensors of a single file about to be saved."""
     tokenize: Callable[[Models], TokenizeStrategy]
     """Captions -> tokens."""
+    tokenize_negative: Callable[[Models], TokenizeStrategy] | None = None
+    """Negative prompts of samples -> tokens; None: as captions."""
     encode: Callable[[Models], TextEncodingStrategy]
     """Tokens -> cond."""
     latents: LatentsCachingStrategy
@@ -282,9 +287,11 @@ class Family:
     """(models, output of the text encoders, sample info) -> all inputs of `predict` besides x and t."""
     predict: Callable[[nn.Module, Tensor, Tensor, Cond], Tensor]
     """(denoiser, x (b, c, h, w), t (b,), cond) -> what the denoiser predicts, shaped as x."""
-    sigmas: Callable[[Models, int, int], Tensor] | None = None
-    """(models, steps, latent pixels of the image) -> (steps + 1,) noise levels from 1 to 0 that an image is sampled
-    along; None: DDPM."""
+    sigmas: Callable[[Models, int, int, float | None], Tensor] | None = None
+    """(models, steps, latent pixels of the image, the prompt's flow_shift) -> (steps + 1,) noise levels from 1 to 0
+    that an image is sampled along; None: DDPM. The shift is None where `FACTS.prompt` has none."""
+    guidance: Callable[[Models, GuidanceInfo], Guidance] = lambda models, info: ClassifierFree(info.scale)
+    """(models, what b images are guided by) -> how their predictions are combined."""
     largest: Callable[[Models], int] | None = None
     """models -> the longest side, in pixels, of an image that the denoiser has positions for; None: any."""
     blocks: Callable[[nn.Module], Sequence[nn.Module]]

@@ -52,6 +52,20 @@ class Prompt:
     seed: int | None = None
     sample_sampler: str | None = None
     """One of `SAMPLERS`; None: the run's."""
+    flow_shift: float | None = None
+    """Shift of the noise levels, above 1 towards more noise."""
+    cfg_trunc_ratio: float | None = None
+    """Share of the steps, the first ones, that are guided by the negative prompt."""
+    renorm_cfg: float | None = None
+    """Norm of the guided prediction, in those of the prediction with the prompt alone; 0: as guidance makes it."""
+    apg_start_step_general: int | None = None
+    """The last step, counted from 0, that is guided plainly, and not by adaptive projected guidance."""
+    apg_start_step_ocr: int | None = None
+    """The same for a prompt that has text to be drawn, in quotes."""
+    guidance_rescale: float | None = None
+    """How far a guided prediction is moved to the deviation of that with the prompt alone, from 0 to 1."""
+    guidance_rescale_apg: float | None = None
+    """The same in the steps of adaptive projected guidance."""
 
 
 OPTIONS = {
@@ -63,14 +77,17 @@ OPTIONS = {
     "g": "guidance_scale",
     "n": "negative_prompt",
     "ss": "sample_sampler",
-}
-"""Option of a prompt line -> field."""
-LATER = {
-    "cn": "controlnet_image",
     "ctr": "cfg_trunc_ratio",
     "rcfg": "renorm_cfg",
     "fs": "flow_shift",
 }
+"""Option of a prompt line -> field."""
+OWN = (
+    "flow_shift", "cfg_trunc_ratio", "renorm_cfg", "apg_start_step_general", "apg_start_step_ocr", "guidance_rescale",
+    "guidance_rescale_apg",
+)  # fmt: skip
+"""Fields that only families have whose `FACTS.prompt` gives them a default."""
+LATER = {"cn": "controlnet_image"}
 """Options and keys of sd-scripts that no family here takes yet."""
 _LONG_DASH = re.compile(r"(?:^|\s)(-*[\u2010-\u2015\u2212\ufe58\uff0d]+-*)([A-Za-z]+)(?=\s)")
 """What word processors and web pages make of two hyphens."""
@@ -84,18 +101,44 @@ KINDS: Mapping[str, type] = {
     "seed": int,
     "scale": float,
     "guidance_scale": float,
+    **{name: int if name.startswith("apg_start_step") else float for name in OWN},
 }
-LIMITS: Mapping[str, tuple[int, int]] = {
+LIMITS: Mapping[str, tuple[float, float]] = {
     "width": (8, 16384),
     "height": (8, 16384),
     "sample_steps": (1, 1000),
     "seed": (0, 2**64 - 1),
+    "flow_shift": (0.01, 100),
+    "cfg_trunc_ratio": (0, 1),
+    "renorm_cfg": (0, 100),
+    "apg_start_step_general": (-1, 1000),
+    "apg_start_step_ocr": (-1, 1000),
+    "guidance_rescale": (0, 1),
+    "guidance_rescale_apg": (0, 1),
 }
 
 
 def default(options: FamilyOptions) -> Prompt:
     """What a prompt leaves out, for the family whose options these are."""
     return Prompt(**families.facts_of(options).prompt) if options.family else Prompt()
+
+
+def own(prompt: Prompt, default: Prompt) -> dict[str, float]:
+    """The values of the fields `OWN` that the family whose `default` this is has."""
+    values = {name: getattr(prompt, name) for name in OWN}
+    defaults = {name: getattr(default, name) for name in OWN}
+    return {
+        name: defaults[name] if value is None else value for name, value in values.items() if defaults[name] is not None
+    }
+
+
+def of_no_use(given: Iterable[str], default: Prompt) -> list[str]:
+    """A message for each of the `given` fields that the family whose `default` this is does not have."""
+    return [
+        f"{name}: the samples of this model have no use for it; leave it out"
+        for name in given
+        if name in OWN and getattr(default, name) is None
+    ]
 
 
 def of_run(config: Config, datasets: Sequence[DatasetConfig]) -> list[Prompt]:
@@ -213,6 +256,7 @@ def _checked(given: Mapping[str, Any], place: str, default: Prompt) -> Prompt:
     mistakes = [
         _unknown(place, f"key {key!r}", key, {v: v for v in LATER.values()}, known) for key in given if key not in known
     ]
+    mistakes += [f"{place}: {message}" for message in of_no_use(given, default)]
     if "prompt" not in given:
         mistakes.append(f'{place}: `prompt` is missing; "" samples without one')
     values: dict[str, Any] = {}

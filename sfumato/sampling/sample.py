@@ -16,17 +16,19 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from sfumato.data.batch import Cond
 from sfumato.data.store import Progress
 from sfumato.errors import UserError
 from sfumato.models.base import Models, SampleInfo, check_sizes, device_and_dtype
 from sfumato.sampling import image_files
-from sfumato.sampling.prompts import SAMPLERS, Prompt, default
+from sfumato.sampling.prompts import OWN, SAMPLERS, Prompt, default, of_no_use, own
 from sfumato.sampling.prompts import sampler as own_name
+from sfumato.tensors.guidance import Guidance, GuidanceInfo
 from sfumato.tensors.noise import NoiseProcess
 from sfumato.tensors.random import key
 
-EncodedPrompts = Mapping[str, Mapping[str, Tensor]]
-"""Caption -> the outputs of the text encoders for it, by name, on the CPU."""
+EncodedPrompts = Mapping[tuple[str, bool], Mapping[str, Tensor]]
+"""(prompt, whether it is a negative one) -> the outputs of the text encoders for it, by name, on the CPU."""
 log = logging.getLogger(__name__)
 
 
@@ -197,7 +199,8 @@ def _scheduler(models: Models, process: NoiseProcess, prompt: Prompt, sampler: s
         scheduler.set_timesteps(prompt.sample_steps, device=device)
         return scheduler
     _, height, width = _latent_shape(models, prompt)
-    return Euler(models.family.sigmas(models, prompt.sample_steps, height * width).to(device))
+    shift = own(prompt, default(models.options)).get("flow_shift")
+    return Euler(models.family.sigmas(models, prompt.sample_steps, height * width, shift).to(device))
 
 
 def scheduler_for(process: NoiseProcess, sampler: str) -> Any:
@@ -222,13 +225,15 @@ def scheduler_for(process: NoiseProcess, sampler: str) -> Any:
 
 def encode_prompts(models: Models, prompts: Sequence[Prompt], device: torch.device | None = None) -> EncodedPrompts:
     """The prompts, negative ones too, through the text encoders; `device`: as in `generate`."""
-    texts = dict.fromkeys(text for p in prompts for text in ([p.negative_prompt] if p.scale > 1 else []) + [p.prompt])
+    texts = dict.fromkeys(
+        text for p in prompts for text in ([(p.negative_prompt, True)] if p.scale > 1 else []) + [(p.prompt, False)]
+    )
     nets = list(models.encoders.values())
     encoded = {}
     with on_device(nets, device), torch.no_grad(), _evaluating(nets):
-        for text in texts:
-            cond = models.encode(models.tokenize([text]))
-            encoded[text] = {name: t.cpu() for name, t in models.outputs.entry(cond, 0).items()}
+        for text, negative in texts:
+            cond = models.encode(models.tokenize([text], negative=negative))
+            encoded[text, negative] = {name: t.cpu() for name, t in models.outputs.entry(cond, 0).items()}
     return encoded
 
 
@@ -259,27 +264,41 @@ def _denoise(
         )
     x = noise.to(device, torch.float32) * scheduler.init_noise_sigma
     guided = prompts[0].scale > 1
-    captions = ([p.negative_prompt for p in prompts] if guided else []) + [p.prompt for p in prompts]
+    captions = ([(p.negative_prompt, True) for p in prompts] if guided else []) + [(p.prompt, False) for p in prompts]
     text = {n: t.to(device) for n, t in models.outputs.join([encoded[caption] for caption in captions]).items()}
     cond = models.condition(text, _sample_info(models, [*prompts, *prompts] if guided else prompts))
     cond = {n: t.to(device, dtype if t.is_floating_point() else None) for n, t in cond.items()}
-    scale = torch.tensor([p.scale for p in prompts], device=device).view(-1, 1, 1, 1)
+    alone = {n: t[len(x) :] for n, t in cond.items()} if guided else cond
+    rule = _guidance(models, prompts, alone, len(scheduler.timesteps)) if guided else None
     # Samplers that add noise on the way take it from each image's own generator as well.
     extra = {"generator": generators} if "generator" in inspect.signature(scheduler.step).parameters else {}
-    for t in scheduler.timesteps:
-        model_input = scheduler.scale_model_input(torch.cat([x, x]) if guided else x, t)
+    for step, t in enumerate(scheduler.timesteps):
+        both = rule is not None and rule.uses_negative(step)
+        model_input = scheduler.scale_model_input(torch.cat([x, x]) if both else x, t)
         timestep = t.float().expand(len(model_input))  # fp32 whatever the net's format: 16 bits would round it
-        prediction = models.predict(model_input.to(dtype), timestep, cond).float()
-        if guided:
+        prediction = models.predict(model_input.to(dtype), timestep, cond if both else alone).float()
+        if rule is not None and both:
             negative, positive = prediction.chunk(2)
-            prediction = negative + scale * (positive - negative)
+            prediction = rule.combine(positive, negative, step)
         x = scheduler.step(prediction, t, x, **extra, return_dict=False)[0]
         advance()
     return list(x)
 
 
+def _guidance(models: Models, prompts: Sequence[Prompt], cond: Cond, steps: int) -> Guidance:
+    """The guidance of prompts that are sampled together; `cond`: theirs, without the negative ones'."""
+    scale = torch.tensor([p.scale for p in prompts], device=device_and_dtype(models.denoiser)[0]).view(-1, 1, 1, 1)
+    values = own(prompts[0], default(models.options))
+    return models.family.guidance(models, GuidanceInfo(scale=scale, steps=steps, cond=cond, values=values))
+
+
 def check_prompts(models: Models, prompts: Sequence[Prompt], sampler: str) -> None:
-    """Errors: `UserError` for images that are too large for the model, and for samplers that do not fit it."""
+    """Errors: `UserError` for images that are too large for the model, and for samplers and options that do not fit
+    it."""
+    plain = default(models.options)
+    for p in prompts:
+        if wrong := of_no_use((name for name in OWN if getattr(p, name) is not None), plain):
+            raise UserError(*(f"the prompt {p.prompt!r}: {message}" for message in wrong))
     check_sizes(
         models, ((f"the prompt {p.prompt!r}", p.width, p.height, "lower its width and height") for p in prompts)
     )
@@ -317,7 +336,11 @@ def _warn_of_no_effect(prompts: Sequence[Prompt], models: Models) -> None:
 
 def _shape(prompt: Prompt, models: Models, sampler: str) -> tuple[object, ...]:
     """What images must share to be sampled together."""
-    return (*_latent_shape(models, prompt), prompt.sample_steps, prompt.sample_sampler or sampler, prompt.scale > 1)
+    values = own(prompt, default(models.options))
+    return (
+        *_latent_shape(models, prompt), prompt.sample_steps, prompt.sample_sampler or sampler, prompt.scale > 1,
+        *values.items(),
+    )  # fmt: skip
 
 
 def _latent_shape(models: Models, prompt: Prompt) -> tuple[int, int, int]:

@@ -10,11 +10,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from sfumato import families
 from sfumato.config import Config, DatasetConfig, SampleConfig
 from sfumato.errors import UserError
 from sfumato.families.sd.facts import Options
 from sfumato.formats import files
-from sfumato.sampling.prompts import Prompt, of_run, parse_line, read_prompts, sized
+from sfumato.sampling.prompts import OWN, Prompt, default, of_run, own, parse_line, read_prompts, sized
 
 
 def written(folder: Path, name: str, text: str) -> Path:
@@ -83,6 +84,20 @@ def test_all_mistakes_are_reported_with_their_lines(tmp_path: Path) -> None:
         assert words in message
 
 
+def test_a_family_takes_the_options_that_it_has_defaults_for() -> None:
+    sd3, has_all = default(families.facts("sd3").options()), Prompt(**dict.fromkeys(OWN, 1))
+    assert own(Prompt(), sd3) == {"flow_shift": 3.0}
+    assert parse_line("a --fs 5.5", default=sd3).flow_shift == 5.5
+    line = parse_line("a --ctr 0.5 --rcfg 0 --fs 6", default=has_all)
+    assert (line.cfg_trunc_ratio, line.renorm_cfg, line.flow_shift) == (0.5, 0.0, 6.0)
+    assert own(line, has_all) == dict.fromkeys(OWN, 1) | {"cfg_trunc_ratio": 0.5, "renorm_cfg": 0.0, "flow_shift": 6.0}
+    with pytest.raises(UserError) as caught:
+        parse_line("a --ctr 0.5 --rcfg 1 --fs 3", default=sd3)
+    assert [m.split(":")[1].strip() for m in caught.value.messages] == ["cfg_trunc_ratio", "renorm_cfg"]
+    with pytest.raises(UserError, match="cfg_trunc_ratio: 0 to 1 was expected"):
+        parse_line("a --ctr 25", default=has_all)
+
+
 def test_toml_subsets_go_over_the_defaults(tmp_path: Path) -> None:
     text = """
     [prompt]
@@ -132,7 +147,8 @@ def test_json_takes_tables_and_lines(tmp_path: Path) -> None:
         ("p.toml", "[prompts]\n", "[prompt] with [[prompt.subset]]"),
         ("p.toml", "[prompt]\nsubset = 1", "two brackets"),
         ("p.json", '[{"width": 64}]', "`prompt` is missing"),
-        ("p.json", '[{"prompt": "a", "flow_shift": 3}]', "not supported yet"),
+        ("p.json", '[{"prompt": "a", "controlnet_image": "x.png"}]', "not supported yet"),
+        ("p.json", '[{"prompt": "a", "flow_shift": 3}]', "entry 1: flow_shift: the samples of this model have no use"),
         ("p.json", '{"prompt": "a"}', "a list"),
         ("p.json", "[1]", "a list"),
         ("p.json", "[", "is not JSON"),

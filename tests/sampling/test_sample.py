@@ -6,7 +6,7 @@ import logging
 import re
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import diffusers
 import numpy as np
@@ -33,6 +33,7 @@ from sfumato.models import loading
 from sfumato.models.base import Models
 from sfumato.sampling.prompts import SAMPLERS, Prompt
 from sfumato.sampling.sample import decode, generate, sample, sample_latents, scheduler_for
+from sfumato.tensors.guidance import ClassifierFree, GuidanceInfo
 from sfumato.tensors.noise import DDPM
 from sfumato.train.pipeline import main
 
@@ -141,6 +142,57 @@ def test_a_batch_equals_single_runs(tmp_path: Path, sampler: str) -> None:
         (alone,) = sample_latents(models, [prompt], process=EPS, sampler=sampler)
         torch.testing.assert_close(one, alone, atol=1e-5, rtol=1e-5)
     assert calls == [(n, 11) for n in range(1, 12)]
+
+
+class Half:
+    """Guidance in the first half of the steps, which remembers what it was called with."""
+
+    def __init__(self, info: GuidanceInfo) -> None:
+        self.info, self.steps = info, list[int]()
+
+    def uses_negative(self, step: int) -> bool:
+        return (step + 1) / self.info.steps <= 0.5
+
+    def combine(self, positive: Tensor, negative: Tensor, step: int) -> Tensor:
+        self.steps.append(step)
+        return ClassifierFree(self.info.scale).combine(positive, negative, step)
+
+
+def test_a_family_guides_in_its_own_way(models: Models) -> None:
+    """The negative half is predicted in the guided steps alone, and the negative prompt has tokens of its own."""
+    rules, batches, negatives = list[Half](), list[int](), list[str]()
+
+    class Tokens:
+        def tokenize(self, captions: list[str]) -> Any:
+            negatives.extend(captions)
+            return models.tokenize_strategy.tokenize(captions)
+
+    def predict(net: Any, x: Tensor, t: Tensor, cond: Any) -> Tensor:
+        batches.append(len(x))
+        assert {len(tensor) for tensor in cond.values()} == {len(x)}
+        return models.family.predict(net, x, t, cond)
+
+    def guidance(models: Models, info: GuidanceInfo) -> Half:
+        rules.append(Half(info))
+        return rules[-1]
+
+    family = replace(models.family, guidance=guidance, predict=predict, tokenize_negative=lambda m: cast(Any, Tokens()))
+    own = replace(models, family=family)
+    prompts = [replace(PROMPT, sample_steps=4, seed=seed) for seed in (1, 2)]
+    ours = sample_latents(own, prompts, process=EPS, sampler="ddim", batch_size=2)
+    assert batches == [4, 4, 2, 2] and rules[0].steps == [0, 1] and negatives == ["dull"]
+    assert rules[0].info.scale.flatten().tolist() == [5.0, 5.0] and rules[0].info.values == {}
+    plain = sample_latents(models, prompts, process=EPS, sampler="ddim", batch_size=2)
+    assert not torch.allclose(ours[0], plain[0])
+    with pytest.raises(UserError, match="the prompt 'a cat': renorm_cfg: the samples of this model have no use"):
+        sample_latents(models, [replace(PROMPT, renorm_cfg=1.0)], process=EPS)
+
+
+def test_a_prompt_shifts_the_noise_levels(models: Models) -> None:
+    sigmas, scheduler = families.family("sd3").sigmas, diffusers.FlowMatchEulerDiscreteScheduler(shift=5.0)
+    scheduler.set_timesteps(6)
+    assert sigmas is not None
+    torch.testing.assert_close(sigmas(models, 6, 64, 5.0), cast(Any, scheduler).sigmas)
 
 
 def test_global_randomness_is_not_touched(models: Models) -> None:

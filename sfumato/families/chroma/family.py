@@ -100,7 +100,7 @@ def predict(net: nn.Module, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
     return prediction
 
 
-def sigmas(models: Models, steps: int, latent_pixels: int) -> Tensor:
+def sigmas(models: Models, steps: int, latent_pixels: int, shift: float | None) -> Tensor:
     """As FLUX.1 dev, the larger the image, the longer with noise."""
     return schedule(steps, mu=flux_mu(latent_pixels // PATCH**2))
 

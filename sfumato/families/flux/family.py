@@ -195,7 +195,7 @@ def predict(net: nn.Module, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
     return prediction
 
 
-def sigmas(models: Models, steps: int, latent_pixels: int) -> Tensor:
+def sigmas(models: Models, steps: int, latent_pixels: int, shift: float | None) -> Tensor:
     """The larger the image, the longer dev stays with noise; schnell's steps are even."""
     return schedule(steps, mu=flux_mu(latent_pixels // PATCH**2) if Completed.of(models.options).guided else None)
 

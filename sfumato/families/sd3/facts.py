@@ -18,6 +18,8 @@ from sfumato.models.flow_options import FlowOptions, Scheme, Shift
 from sfumato.models.text_options import OWN_RATES, T5Rate, TextEncoderRate, TrainT5
 
 FAMILY = "sd3"
+SHIFT = 3.0
+"""Towards noise, of training and of samplers (arXiv:2403.03206, 5.3.2)."""
 Version = Literal["medium", "3.5-medium", "3.5-large"]
 LONGEST = 512
 """Tokens that diffusers' pipeline lets T5 have at most."""
@@ -203,7 +205,7 @@ FACTS = Facts(
     pipelines=("StableDiffusion3Pipeline", "StableDiffusion3Img2ImgPipeline", "StableDiffusion3InpaintPipeline"),
     scripts={"sd3_train_network": "network", "sd3_train": "full"},
     defaults={"sample_sampler": "euler"},
-    prompt={"width": 1024, "height": 1024, "sample_steps": 28, "scale": 5.0},
+    prompt={"width": 1024, "height": 1024, "sample_steps": 28, "scale": 5.0, "flow_shift": SHIFT},
     refused=flow_options.REFUSED,
     idle=IDLE,
     clashes=CLASHES,

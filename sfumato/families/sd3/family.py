@@ -38,8 +38,6 @@ from sfumato.tensors.noise import NoiseProcess
 from sfumato.tensors.random import SampleRandom
 from sfumato.tensors.shapes import per_sample
 
-SHIFT = 3.0
-"""Towards noise, of training and of samplers (arXiv:2403.03206, 5.3.2)."""
 SCALE, VAE_SHIFT = 1.5305, 0.0609
 """From raw latents to those of the transformer: (x - shift) * scale."""
 SAMPLE_SIZE = 128
@@ -176,7 +174,9 @@ def new_folder(models: Models) -> NewFolder | None:
         "dual_attention_layers": dual,
         "qk_norm": "rms_norm" if "joint_blocks.0.x_block.attn.ln_q.weight" in shapes else None,
     }
-    made = flow_folder(models, "StableDiffusion3Pipeline", transformer, {"shift": SHIFT}, "CLIPTextModelWithProjection")
+    made = flow_folder(
+        models, "StableDiffusion3Pipeline", transformer, {"shift": facts.SHIFT}, "CLIPTextModelWithProjection"
+    )
     clip = cast(ClipText, models.encoders["clip_l"])
     if made is None or isinstance(clip.text_projection, nn.Linear):
         return made
@@ -203,7 +203,7 @@ def outputs_strategy(models: Models) -> TextEncoderOutputsCachingStrategy:
 
 def process(models: Models, noise: NoiseConfig, loss: LossConfig) -> NoiseProcess:
     """Rectified flow."""
-    return Flow.of(models.options, noise, shift=SHIFT)
+    return Flow.of(models.options, noise, shift=facts.SHIFT)
 
 
 def condition(models: Models, cond: Cond, setting: SampleInfo) -> Cond:
@@ -258,9 +258,9 @@ def predict(net: nn.Module, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
     return prediction
 
 
-def sigmas(models: Models, steps: int, latent_pixels: int) -> Tensor:
+def sigmas(models: Models, steps: int, latent_pixels: int, shift: float | None) -> Tensor:
     """The same for images of all sizes."""
-    return schedule(steps, shift=SHIFT)
+    return schedule(steps, shift=shift)
 
 
 def largest(models: Models) -> int:
