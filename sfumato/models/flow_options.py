@@ -13,6 +13,9 @@ from sfumato.config import FamilyOptions, Settings, rules
 from sfumato.config.rules import Idle, Needs, Positive
 
 Sampling = Literal["sigma", "uniform", "sigmoid", "shift", "flux_shift"]
+NextditSampling = Literal["sigma", "uniform", "sigmoid", "shift", "flux_shift", "nextdit_shift"]
+"""For families whose models were trained with nextdit_shift: even, then shifted as flux_shift. Early versions of
+sd-scripts moved it the other way, towards the image."""
 Scheme = Literal["sigma_sqrt", "logit_normal", "mode", "cosmap", "none", "uniform"]
 
 _SPREAD = Needs(

@@ -30,7 +30,7 @@ class Flow:
     logit_normal and mode from the noisy end (u stands for 1 - u).
     """
 
-    timestep_sampling: Literal["sigma", "uniform", "sigmoid", "shift", "flux_shift"] = "sigma"
+    timestep_sampling: Literal["sigma", "uniform", "sigmoid", "shift", "flux_shift", "nextdit_shift"] = "sigma"
     sigmoid_scale: float | None = None
     discrete_flow_shift: float | None = None
     weighting_scheme: Literal["sigma_sqrt", "logit_normal", "mode", "cosmap", "none", "uniform"] = "uniform"
@@ -82,7 +82,7 @@ class Flow:
         shift = 1.0
         if self.timestep_sampling in ("sigma", "shift"):
             shift = _or(self.discrete_flow_shift, self.shift)
-        elif self.timestep_sampling == "flux_shift":
+        elif self.timestep_sampling in ("flux_shift", "nextdit_shift"):
             shift = math.exp(flux_mu((height // 2) * (width // 2)))
         low, high = (edge / self.steps for edge in self._range)
         s = low + (high - low) * shifted(self._random(rng), shift)

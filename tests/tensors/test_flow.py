@@ -7,7 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, fields
-from typing import Any, get_type_hints
+from typing import Any, get_args, get_type_hints
 
 import pytest
 import torch
@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 from sfumato.cli import options
 from sfumato.config import LossConfig, NoiseConfig
-from sfumato.models.flow_options import REFUSED, FlowOptions
+from sfumato.models.flow_options import REFUSED, FlowOptions, NextditSampling
 from sfumato.tensors import losses
 from sfumato.tensors.flow import LARGEST, SMALLEST, Flow, flux_mu, schedule
 from sfumato.tensors.noise import DDPM, NoisySample
@@ -29,7 +29,7 @@ LATENTS = torch.randn(64, 4, 6, 8, generator=torch.Generator().manual_seed(1))
 RANDOM = SampleRandom(range(64))
 MANY = SampleRandom(range(4000))
 CLOSE = {"atol": 1e-6, "rtol": 1e-6}
-KINDS = ("sigma", "uniform", "sigmoid", "shift", "flux_shift")
+KINDS = ("sigma", "uniform", "sigmoid", "shift", "flux_shift", "nextdit_shift")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -160,6 +160,9 @@ def test_flux_shift_equals_diffusers_time_shift_at_every_size() -> None:
         mu = calculate_shift((height // 2) * (width // 2))
         ours = Flow(timestep_sampling="flux_shift", sigmoid_scale=1.7).sigmas(RANDOM, height, width)
         torch.testing.assert_close(ours, scheduler.time_shift(mu, 1.0, u), **CLOSE)
+        even = Flow(timestep_sampling="uniform").sigmas(RANDOM, 8, 8)
+        ours = Flow(timestep_sampling="nextdit_shift").sigmas(RANDOM, height, width)
+        torch.testing.assert_close(ours, scheduler.time_shift(mu, 1.0, even), **CLOSE)
 
 
 def unshift(s: torch.Tensor, shift: float) -> torch.Tensor:
@@ -186,6 +189,7 @@ E_MU = math.exp(0.5)
         ({"timestep_sampling": "shift", "discrete_flow_shift": 3.1582}, lambda s: normal(s, math.log(3.1582))),
         ({"timestep_sampling": "shift", "shift": 6.0, "sigmoid_scale": 0.5}, lambda s: normal(s, math.log(6.0), 0.5)),
         ({"timestep_sampling": "flux_shift"}, lambda s: normal(unshift(s, E_MU))),
+        ({"timestep_sampling": "nextdit_shift"}, lambda s: unshift(s, E_MU)),
         ({"timestep_sampling": "uniform", "min_timestep": 200, "max_timestep": 700}, lambda s: (s - 0.2) / 0.5),
         ({"timestep_sampling": "sigmoid", "min_timestep": 200, "max_timestep": 700}, lambda s: normal((s - 0.2) / 0.5)),
         ({"timestep_sampling": "shift", "shift": 3.0, "max_timestep": 500}, lambda s: normal(unshift(s / 0.5, 3.0))),
@@ -332,6 +336,8 @@ def test_fields_are_taken_from_configs_by_name_and_none_is_lost() -> None:
 
 def test_options_have_the_types_and_defaults_of_the_process_and_a_text_each() -> None:
     hints, theirs = get_type_hints(FlowOptions), get_type_hints(Flow)
+    assert get_args(NextditSampling) == (*get_args(hints["timestep_sampling"]), "nextdit_shift")
+    hints["timestep_sampling"] = NextditSampling  # the process has what families may add
     defaults = {f.name: f.default for f in fields(Flow)}
     found = options.of(Options, "any")
     for field in fields(FlowOptions):
