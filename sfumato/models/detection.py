@@ -115,15 +115,23 @@ def clip(width: int, variant: str = "") -> tuple[Single, ...]:
     )
 
 
-def language_model(width: int, mark: str, variant: str = "") -> Single:
-    """A decoder-only language model. `mark`: a tensor of its layer 0 that others of this width lack."""
+LANGUAGE_MODELS = {
+    "gemma2": "pre_feedforward_layernorm.weight",
+    "qwen3": "self_attn.q_norm.weight",
+    "qwen25vl": "self_attn.q_proj.bias",
+}
+"""Decoder-only language models -> a tensor of their layers that the others lack."""
+
+
+def language_model(name: str, width: int, variant: str = "") -> Single:
+    """One of `LANGUAGE_MODELS`, with states of this width."""
     layer = r"(?!.*visual)(.*\.)?layers\.0\."
-    tensors = {rf"{layer}self_attn\.q_proj\.weight": (None, width), layer + re.escape(mark): None}
+    tensors = {rf"{layer}self_attn\.q_proj\.weight": (None, width), layer + re.escape(LANGUAGE_MODELS[name]): None}
     return Single(kind="text_encoder", dialect="hf", tensors=tensors, variant=variant)
 
 
 def t5(width: int, variant: str = "") -> Single:
-    """T5's encoder, or a whole T5."""
+    """T5's encoder, or a whole T5, with states of this width."""
     layer = r"(?!.*decoder)(.*\.)?block\.0\.layer\.0\.SelfAttention\."
     tensors = {rf"{layer}q\.weight": (None, width), rf"{layer}relative_attention_bias\.weight": None}
     return Single(kind="text_encoder", dialect="hf", tensors=tensors, variant=variant)

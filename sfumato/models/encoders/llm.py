@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from sfumato.errors import UserError
 from sfumato.formats.names import KeyMap, rule
 from sfumato.models.components import NATIVE, Component, Config, KeyFormat, matching
+from sfumato.models.detection import LANGUAGE_MODELS
 from sfumato.models.layers import Shapes, WideLinear, count_layers, in_fp16
 
 _PARTS = ("embed_tokens", "layers", "norm")
@@ -42,12 +43,12 @@ LLM_TARGETS = {
 class Recipe:
     """What the tensors of a language model do not say of it."""
 
+    name: str
+    """The component's, and in `LANGUAGE_MODELS`."""
     module: str
     """In `transformers.models`."""
     classes: str
     """How the names of its classes begin."""
-    mark: str
-    """A tensor of layer 0 that the other models lack."""
     head_dim: int
     """Channels of an attention head."""
     theta: float
@@ -57,6 +58,8 @@ class Recipe:
     scaled: bool = False
     """Whether embeddings are multiplied by the square root of their width."""
     attention: str = "sdpa"
+    hub: str = ""
+    """What stands before its names in folders."""
 
     def class_named(self, what: str) -> Any:
         """One of transformers' classes: "Config", "DecoderLayer", "RMSNorm"."""
@@ -69,9 +72,9 @@ class Recipe:
 
 _QWEN = {"rms_norm_eps": 1e-6, "hidden_act": "silu"}
 GEMMA2 = Recipe(
+    name="gemma2",
     module="gemma2",
     classes="Gemma2",
-    mark="pre_feedforward_layernorm.weight",
     head_dim=256,
     theta=1e4,
     # Every other layer looks back 4,096 tokens at most; captions are shorter, so that no mask is made for it.
@@ -85,9 +88,9 @@ GEMMA2 = Recipe(
     attention="eager",  # sdpa has no soft-capping
 )
 """Gemma-2-2B (arXiv:2408.00118)."""
-QWEN3 = Recipe(module="qwen3", classes="Qwen3", mark="self_attn.q_norm.weight", head_dim=128, theta=1e6, facts=_QWEN)
+QWEN3 = Recipe(name="qwen3", module="qwen3", classes="Qwen3", head_dim=128, theta=1e6, facts=_QWEN)
 """Qwen3-0.6B (arXiv:2505.09388)."""
-QWEN25VL = Recipe(module="qwen2", classes="Qwen2", mark="self_attn.q_proj.bias", head_dim=128, theta=1e6, facts=_QWEN)
+QWEN25VL = Recipe(name="qwen25vl", module="qwen2", classes="Qwen2", head_dim=128, theta=1e6, facts=_QWEN, hub="model.")
 """Qwen2.5-VL-7B (arXiv:2502.13923). Without images its positions in time, height and width are one, as in Qwen2.5."""
 
 
@@ -190,23 +193,23 @@ def _check_config(config: Config, own: Mapping[str, Any], folder: str) -> None:
 
 def gemma2_component(prefixes: tuple[str, ...], folder: str, flag: str = "gemma2") -> Component:
     """Gemma-2-2B, which comes in a file of its own or in a bundle."""
-    return _component("gemma2", GEMMA2, prefixes, folder, flag)
+    return _component(GEMMA2, prefixes, folder, flag)
 
 
 def qwen3_component(prefixes: tuple[str, ...], folder: str, flag: str = "qwen3") -> Component:
     """Qwen3-0.6B, which comes in a file of its own or in a bundle."""
-    return _component("qwen3", QWEN3, prefixes, folder, flag)
+    return _component(QWEN3, prefixes, folder, flag)
 
 
 def qwen25vl_component(prefixes: tuple[str, ...], folder: str, flag: str = "text_encoder") -> Component:
     """The language half of Qwen2.5-VL-7B; the other half stays in the file."""
-    return _component("qwen25vl", QWEN25VL, prefixes, folder, flag)
+    return _component(QWEN25VL, prefixes, folder, flag)
 
 
-def _component(name: str, recipe: Recipe, prefixes: tuple[str, ...], folder: str, flag: str) -> Component:
+def _component(recipe: Recipe, prefixes: tuple[str, ...], folder: str, flag: str) -> Component:
     return Component(
-        name=name,
-        title=f"the text encoder {name}",
+        name=recipe.name,
+        title=f"the text encoder {recipe.name}",
         prefixes=(*prefixes, ""),
         folder=folder,
         flag=flag,
@@ -214,13 +217,14 @@ def _component(name: str, recipe: Recipe, prefixes: tuple[str, ...], folder: str
         key_format=lambda names: llm_format(names, recipe),
         single=lambda names: _below("model."),  # as ComfyUI writes bundles
         bundled=False,
+        diffusers=lambda names: _below(recipe.hub),
         unused_keys=_UNUSED,
     )
 
 
 def llm_format(names: Collection[str], recipe: Recipe) -> KeyFormat | None:
     """How a file names this model; None: it holds another, or none."""
-    return next((_below(p) for p in _PREFIXES if f"{p}layers.0.{recipe.mark}" in names), None)
+    return next((_below(p) for p in _PREFIXES if f"{p}layers.0.{LANGUAGE_MODELS[recipe.name]}" in names), None)
 
 
 def _below(prefix: str) -> KeyFormat:
