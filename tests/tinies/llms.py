@@ -114,6 +114,7 @@ def gemma_tokenizer() -> Any:
     return GemmaTokenizer(vocab=vocabulary, merges=merges, padding_side="right", add_bos_token=True)
 
 
+@cache
 def byt5_tokenizer() -> ByT5Tokenizer:
     """byT5's own: it is small."""
     made: ByT5Tokenizer = byt5_vocabulary(None)

@@ -79,8 +79,8 @@ def is_stock(tokenizer: Any) -> bool:
     vocabulary = tokenizer.get_vocab()
     stock: dict[int, Callable[[], Any]] = {
         49408: lambda: stock_vocabulary()[0],
-        151665: lambda: qwen_vocabulary(None).get_vocab(),
-        151669: lambda: qwen_vocabulary(None, qwen3=True).get_vocab(),
+        151665: lambda: _whole_qwen(qwen3=False),
+        151669: lambda: _whole_qwen(qwen3=True),
         1510: lambda: byt5_vocabulary(None).get_vocab(),
     }
     return len(vocabulary) in stock and bool(vocabulary == stock[len(vocabulary)]())
@@ -287,6 +287,12 @@ def qwen_pieces() -> tuple[dict[str, int], list[tuple[str, str]]]:
     with gzip.open(QWEN_MERGES, "rt", encoding="utf-8") as file:
         merges = [(first, second) for first, second in (line.split(" ") for line in file.read().splitlines())]
     return {token: i for i, token in enumerate((*byte_letters(), *(a + b for a, b in merges)))}, merges
+
+
+def _whole_qwen(*, qwen3: bool) -> dict[str, int]:
+    """The pieces and what follows them."""
+    tokens = (*qwen_pieces()[0], *QWEN_SPECIAL, *QWEN_TOOLS, *(QWEN3_TOOLS if qwen3 else ()))
+    return {token: i for i, token in enumerate(tokens)}
 
 
 # --- byT5 ---
