@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import Qwen2_5_VLForConditionalGeneration
 
 from sfumato.errors import UserError
+from sfumato.families.flux.facts import FACTS
 from sfumato.formats.files import save
 from sfumato.memory.checkpoint import checkpoint_blocks
 from sfumato.models.components import Component, open_component
@@ -310,6 +311,7 @@ def test_each_family_can_know_its_own_encoder(keys: Keys) -> None:
     for single, (name, table) in zip(singles, tables.items(), strict=True):
         assert [other for other in tables if single.fits(tables[other])] == [name]
         assert single.fits({f"text_encoders.x.transformer.{k}": shape for k, shape in table.items()})
+    assert FACTS.signature.detect(tables["t5xxl.hf"]) and not FACTS.signature.detect(tables["byt5_small_glyph.hf"])
     assert singles[3].fits({k.removeprefix("encoder."): s for k, s in tables["byt5_small_glyph.hf"].items()})
 
 

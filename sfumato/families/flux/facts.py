@@ -10,7 +10,7 @@ from sfumato.config.rules import Amount, Count, Idle, Weights
 from sfumato.families.flux.clients import LOADS_IN
 from sfumato.families.flux.network_args import NetworkArgs
 from sfumato.models import flow_options
-from sfumato.models.detection import Detected, Shapes, Signature, Single, has, marked, parts, vae
+from sfumato.models.detection import Detected, Shapes, Signature, has, marked, parts, t5, vae
 from sfumato.models.facts import Facts
 from sfumato.models.flow_options import FlowOptions, Sampling, Shift
 from sfumato.models.text_options import OWN_RATES, T5Rate, TextEncoderRate, TrainT5
@@ -137,11 +137,7 @@ SIGNATURE = Signature(
     variant=_guided,
     singles=(
         *vae(16, VAE),
-        Single(
-            kind="text_encoder",
-            dialect="hf",
-            tensors={rf"({T5XXL})?encoder\.block\.0\.layer\.0\.SelfAttention\.relative_attention_bias\.weight": None},
-        ),
+        t5(4096),
     ),
 )
 
