@@ -19,7 +19,7 @@ SD_SCALE = 0.18215
 """Factor from raw latents to those of the denoiser in Stable Diffusion 1.x and 2.x."""
 LDM_MARK, DIFFUSERS_MARK = "encoder.down.0.block.0.conv1.weight", "encoder.down_blocks.0.resnets.0.conv1.weight"
 """A tensor by which a KL autoencoder's key format is known."""
-_UNUSED = matching(r"(?!(encoder|decoder|quant_conv|post_quant_conv)\.).*")
+UNUSED = matching(r"(?!(encoder|decoder|quant_conv|post_quant_conv)\.).*")
 """A VAE's own checkpoint also holds the loss that it was trained with, and an average of the weights."""
 EARLY_MARK = "encoder.mid_block.attentions.0.query.weight"
 
@@ -82,7 +82,8 @@ def per_channel(mean: Sequence[float], std: Sequence[float]) -> Scaling:
 
 
 def _beside(latents: Tensor, scaling: Scaling) -> Scaling:
-    factor, shift = (x.to(latents.device) if isinstance(x, Tensor) else x for x in scaling)
+    """On the latents' device, without waiting for it."""
+    factor, shift = (x.to(latents.device, non_blocking=True) if isinstance(x, Tensor) else x for x in scaling)
     return factor, shift
 
 
@@ -120,7 +121,7 @@ def vae_component(
         key_format=vae_key_format,
         single=lambda names: KeyFormat("ldm", vae_keys(names)),
         bundled=bundled,
-        unused_keys=_UNUSED,
+        unused_keys=UNUSED,
         scaling=scaling,
     )
 

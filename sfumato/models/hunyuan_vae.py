@@ -14,6 +14,7 @@ from torch import nn
 
 from sfumato.errors import UserError
 from sfumato.formats.names import KeyMap, Rule, rule
+from sfumato.models.autoencoders import UNUSED
 from sfumato.models.components import NATIVE, Component, Config, KeyFormat
 from sfumato.models.layers import Shapes, count_layers
 
@@ -37,6 +38,7 @@ def hunyuan_vae_component(prefixes: tuple[str, ...], *, bundled: bool = False) -
         key_format=_key_format,
         single=_original,
         bundled=bundled,
+        unused_keys=UNUSED,
         scaling=lambda config: (_factor(config), 0.0),
     )
 

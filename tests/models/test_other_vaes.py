@@ -21,7 +21,7 @@ from sfumato.errors import UserError
 from sfumato.formats.files import save
 from sfumato.formats.names import KeyMap, add_prefix
 from sfumato.models import detection
-from sfumato.models.autoencoders import scale, scaled, unscale
+from sfumato.models.autoencoders import scale, scaled, unscale, vae_keys
 from sfumato.models.components import Component, open_component
 from sfumato.models.hunyuan_vae import hunyuan_vae_component, hunyuan_vae_keys
 from sfumato.models.meta_init import shapes
@@ -131,14 +131,17 @@ def test_latents_of_videos_are_scaled_by_channel_as_by_the_pipeline() -> None:
     torch.testing.assert_close(unscale(vae, ours), raw[:, :, 0], atol=1e-5, rtol=1e-5)
 
 
-def test_nothing_is_kept_for_a_second_frame() -> None:
-    """diffusers' class keeps the input of every layer; a picture has no second frame."""
+def test_a_picture_costs_no_video(monkeypatch: pytest.MonkeyPatch) -> None:
+    """diffusers' class keeps the input of every layer for a second frame, and puts two frames of zeros before the first."""
     ours, kept = nets.built(QWEN.part, QWEN.original()), []
     for half in (ours.encoder, ours.decoder):
         half.register_forward_hook(lambda net, args, kwargs, out: kept.append(kwargs["feat_cache"]), with_kwargs=True)
+    monkeypatch.setattr(torch.nn.Conv3d, "_conv_forward", lambda *_: pytest.fail("a convolution over frames"))
     with torch.no_grad():
         QWEN.latents.decode(ours, QWEN.latents.encode(ours, pixels()))
-    assert kept == [None, None]
+        assert kept == [None, None]
+        with pytest.raises(RuntimeError):
+            ours.encode(torch.zeros(1, 3, 5, 16, 16))
 
 
 @kinds
@@ -206,3 +209,9 @@ def test_a_kl_autoencoder_is_none_of_these() -> None:
     for name in ("flux.vae", "sd3.vae"):
         single = (*detection.hunyuan_vae("vae."), *detection.qwen_vae("vae."))
         assert not any(s.fits(headers.table(name)) for s in single)
+
+
+def test_a_kl_autoencoder_in_the_same_names_is_refused() -> None:
+    theirs = encoders.vae16().state_dict()
+    with pytest.raises(UserError, match="its latents have 16 channels, those of this model 64"):
+        nets.built(HUNYUAN.part, vae_keys(theirs).to_foreign(theirs))
