@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -83,7 +83,8 @@ def tokenize(captions: Sequence[str]) -> dict[str, Tensor]:
 
 
 def texts(of: Plan, store: TensorStore, index: FileIndex, encoder: str = "clip", **settings: object) -> CachedText:
-    def hidden(tokens: Any) -> dict[str, Tensor]:
-        return {"hidden": tokens["ids"].float(), "not kept": tokens["ids"]}
+    def hidden(batches: Sequence[Sequence[str]]) -> Iterator[dict[str, Tensor]]:
+        for ids in (tokenize(captions)["ids"] for captions in batches):
+            yield {"hidden": ids.float(), "not kept": ids}
 
-    return cache_texts(of, store, index, tokenize, hidden, encoder, OUTPUTS, settings=settings)
+    return cache_texts(of, store, index, hidden, encoder, OUTPUTS, settings=settings)

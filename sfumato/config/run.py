@@ -261,6 +261,11 @@ class MemoryConfig(Record):
     vae_tile_size: Annotated[Annotated[int, Ge(256)] | None, ZeroIsOff()] = None
     """Images with a side of more pixels than this pass through the VAE in overlapping tiles of this size (512, say),
     which needs less memory and changes them a little."""
+    stream_text_encoders: Annotated[
+        bool | None, Needs("cache_text_encoder_outputs", "cache_text_encoder_outputs_to_disk")
+    ] = None
+    """Read text encoders block by block while captions are encoded, so that none is ever in memory whole; the numbers
+    are the same. Default: those of more than 4 GiB."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from sfumato.config import DatasetConfig
 from sfumato.data import augment, captions
-from sfumato.data.batch import Cond, Tokens
+from sfumato.data.batch import Cond
 from sfumato.data.entries import Damaged
 from sfumato.data.plan import Item, Plan
 from sfumato.data.store import FileIndex, KeyParts, Progress, TensorStore, key, trust, unusable, why, writing
@@ -288,8 +288,7 @@ def cache_texts(
     plan: Plan,
     store: TensorStore,
     index: FileIndex,
-    tokenize: Callable[[Sequence[str]], Tokens],
-    encode: Callable[[Tokens], Cond],
+    encode: Callable[[Sequence[Sequence[str]]], Iterable[Cond]],
     fingerprint: str,
     strategy: TextEncoderOutputsCachingStrategy,
     *,
@@ -299,7 +298,9 @@ def cache_texts(
 ) -> CachedText:
     """See that the store holds the text outputs of every caption that the plan can give; encode those that it lacks.
 
-    `fingerprint`: of the encoders' weights. `settings`: all that tokens and outputs depend on besides (JSON values).
+    `encode`: batches of captions -> the cond of each, one after another, without gradients. `fingerprint`: of the
+    encoders' weights. `settings`: all that tokens and outputs depend on besides (JSON values). `progress`: of looking
+    for entries; `encode` has its own.
     Raises UserError when an option makes captions too many to encode beforehand, and for outputs that are not finite.
     """
     owners = every_caption(plan)
@@ -317,11 +318,10 @@ def cache_texts(
 
     wanted = [_Job(keys[caption], owner, parts[owner], "") for owner, caption in owners.items()]
     jobs = _missing(store, index, "texts", wanted, mismatch, progress)
+    portions = [jobs[start : start + batch_size] for start in range(0, len(jobs), batch_size)]
+    conds = encode([[owners[job.owner] for job in portion] for portion in portions])
     with writing(store) as put:
-        for start in range(0, len(jobs), batch_size):
-            portion = jobs[start : start + batch_size]
-            with torch.no_grad():
-                cond = encode(tokenize([owners[job.owner] for job in portion]))
+        for portion, cond in zip(portions, conds, strict=True):
             for i, job in enumerate(portion):
                 put(
                     job.key,
@@ -330,8 +330,6 @@ def cache_texts(
                         for name, t in strategy.entry(cond, i).items()
                     },
                 )
-            if progress:
-                progress(start + len(portion), len(jobs))
     return _finish(CachedText(store=store, keys=keys, strategy=strategy), index, "texts", parts, jobs)
 
 

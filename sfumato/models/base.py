@@ -54,6 +54,9 @@ class Models:
     """What it was read from; what was not trained is copied from there."""
     dtypes: Mapping[str, torch.dtype | None] = field(default_factory=dict)
     """Number format of each component's weights; None: as in its file."""
+    streamed: frozenset[str] = frozenset()
+    """Frozen text encoders that `streaming.encode_each` reads block by block when it needs them; they have no values
+    otherwise."""
 
     noise: NoiseConfig | None = None
     """What the whole model is trained with, as far as its files have to say so."""

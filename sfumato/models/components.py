@@ -164,6 +164,11 @@ class ComponentWeights:
         """The same as the file has it, with nothing merged."""
         return replace(self, changes={})
 
+    def part(self, names: Collection[str]) -> ComponentWeights:
+        """The same with tensors of these native names alone, and what else their tensors in the file are made into."""
+        wanted = {source for name in names for source in self.key_format.sources(name)}
+        return replace(self, tensors=self.tensors.only(wanted.__contains__))
+
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Shapes by native name. Errors: `UserError` for names that the key format does not know."""
         try:

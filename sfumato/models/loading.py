@@ -207,8 +207,10 @@ def merge_when_read(models: Models, changes: Mapping[str, Mapping[str, Change]])
 
 
 def materialize(models: Models, device: torch.device | str = "cpu") -> None:
-    """All text encoders on the device; those that were left for later get their values."""
+    """All text encoders on the device but those that are streamed; those that were left for later get their values."""
     for name, net in models.encoders.items():
+        if name in models.streamed:
+            continue
         if next(net.parameters()).is_meta:
             models.source.components[name].put_into(net, models.dtypes.get(name))
         net.to(device)

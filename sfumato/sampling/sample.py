@@ -20,6 +20,7 @@ from sfumato.data.batch import Cond
 from sfumato.data.store import Progress
 from sfumato.errors import UserError
 from sfumato.models.base import Models, SampleInfo, check_sizes, device_and_dtype
+from sfumato.models.streaming import encode_each
 from sfumato.sampling import image_files
 from sfumato.sampling.prompts import OWN, SAMPLERS, Prompt, default, of_no_use, own
 from sfumato.sampling.prompts import sampler as own_name
@@ -224,16 +225,18 @@ def scheduler_for(process: NoiseProcess, sampler: str) -> Any:
 
 
 def encode_prompts(models: Models, prompts: Sequence[Prompt], device: torch.device | None = None) -> EncodedPrompts:
-    """The prompts, negative ones too, through the text encoders; `device`: as in `generate`."""
+    """The prompts, negative ones too, through the text encoders; `device`: as in `generate`. Those that are streamed
+    are read once for all prompts."""
     texts = dict.fromkeys(
         text for p in prompts for text in ([(p.negative_prompt, True)] if p.scale > 1 else []) + [(p.prompt, False)]
     )
-    nets = list(models.encoders.values())
+    nets = [net for name, net in models.encoders.items() if name not in models.streamed]
+    where = device or device_and_dtype(models.denoiser)[0]
     encoded = {}
-    with on_device(nets, device), torch.no_grad(), _evaluating(nets):
-        for text, negative in texts:
-            cond = models.encode(models.tokenize([text], negative=negative))
-            encoded[text, negative] = {name: t.cpu() for name, t in models.outputs.entry(cond, 0).items()}
+    with on_device(nets, device), _evaluating(nets):
+        batches, negative = [[text] for text, _ in texts], [negative for _, negative in texts]
+        for text, cond in zip(texts, encode_each(models, batches, where, negative=negative), strict=True):
+            encoded[text] = {name: t.cpu() for name, t in models.outputs.entry(cond, 0).items()}
     return encoded
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from sfumato import families
 from sfumato.config import Config, DatasetConfig
-from sfumato.data.batch import Cond, Tokens
+from sfumato.data.batch import Cond
 from sfumato.data.cache import CachedLatents, CachedText, cache_latents, cache_texts, check_fixed, every_caption
 from sfumato.data.plan import Plan, make_plan
 from sfumato.data.store import FileIndex, Progress, TensorStore, default_root
@@ -21,6 +21,7 @@ from sfumato.formats.files import file_digest
 from sfumato.formats.metadata import remembered
 from sfumato.models.base import Models, check_sizes
 from sfumato.models.loading import materialize, materialize_vae
+from sfumato.models.streaming import encode_each
 from sfumato.train import dist, lengths
 from sfumato.train.diagnose import blaming
 from sfumato.train.progress import console, progress
@@ -162,13 +163,14 @@ def _cache_latents(
 
 
 def _cache_texts(config: Config, data: Data, models: Models, device: torch.device, advance: Progress) -> CachedText:
-    def encode(tokens: Tokens) -> Cond:
-        materialize(models, device)
+    def encode(batches: Sequence[Sequence[str]]) -> Iterator[Cond]:
+        if batches:
+            materialize(models, device)
         with autocast(device, dist.precision(config.train.mixed_precision)):  # as in the step
-            return models.encode(tokens)
+            return encode_each(models, batches, device, advance)
 
     prints = ", ".join(f"{name} {fingerprint(config, models, name)}" for name in models.encoders)
     return cache_texts(
-        data.plan, data.texts, data.index, models.tokenize, encode, prints, models.outputs,
+        data.plan, data.texts, data.index, encode, prints, models.outputs,
         settings={**models.tokenize_strategy.settings, **models.encode_strategy.settings}, progress=advance,
     )  # fmt: skip

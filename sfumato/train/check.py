@@ -20,7 +20,7 @@ from sfumato.sampling.prompts import Prompt, of_run, sampler
 from sfumato.sampling.sample import check_prompts, check_samplers
 from sfumato.tensors import attention
 from sfumato.train import dist, log, outputs, resume
-from sfumato.train.devices import check_base_weights, outline_models
+from sfumato.train.devices import check_base_weights, outline_models, streaming_notes
 from sfumato.train.trainables import Adapters, Full, Trainable
 
 
@@ -95,7 +95,7 @@ def check(config: Config, method: Method, datasets: tuple[DatasetConfig, ...], r
     assert models is not None
     with outlined(models, config, plan) as trainable:
         notes = [*plan.notices, *_rates_notes(config, models)] if plan else []
-        notes += trainable.notices
+        notes += [*trainable.notices, *streaming_notes(config, models, method)]
         with wrong:
             tried = trial(config.optimizer, trainable.groups(), low_bits=config.train.full_bf16, steps=_steps(config))
             notes += [*tried.notices, *resume.check(config, plan, models.source, tried)]

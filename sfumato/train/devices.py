@@ -17,6 +17,7 @@ from sfumato.families.detect import detect_file
 from sfumato.memory.plan import apply_memory_options
 from sfumato.models.base import Family, Models
 from sfumato.models.loading import merge_when_read, outline, read_values, unload
+from sfumato.models.streaming import LARGE, sizes
 from sfumato.train import dist
 from sfumato.train.progress import progress
 from sfumato.train.trainables import Trainable, caches_latents, caches_text, read_adapter, whole_nets
@@ -45,24 +46,52 @@ def load_models(
     computation, trained ones as they are trained, the VAE in fp32 where that is safer. `method`: None when nothing is
     trained. `map`: whether tensors may stay backed by the files; not where they are used from the CPU's memory, or a
     file that changes meanwhile would change the training, or end it. `base_weights`, and then `adapters` (files and
-    their strengths), are merged while the weights are read, whenever that is."""
-    family, precision = models.family, dist.precision(config.train.mixed_precision)
-    names = [component.name for component in family.components]
-    dtype = dict.fromkeys(names, dist.DTYPES[precision])
-    if method == "full":
-        trained_in = torch.bfloat16 if config.train.full_bf16 else torch.float32
-        dtype |= dict.fromkeys(whole_nets(family, config, names), trained_in)
-    models.tile = config.memory.vae_tile_size
-    # fp16 overflows in these VAEs, so it is never what they run in.
-    dtype["vae"] = torch.bfloat16 if precision == "bf16" and not config.memory.no_half_vae else torch.float32
+    their strengths), are merged while the weights are read, whenever that is. Text encoders that are streamed get no
+    values."""
+    family, dtype = models.family, _formats(config, models.family, method)
     strengths = config.network.base_weights_multiplier
     base = [
         ("base_weights", Path(path), strengths[i] if i < len(strengths) else 1.0)
         for i, path in enumerate(config.network.base_weights)
     ]
     _merge_at_load(models, [*base, *(("network_weights", path, strength) for path, strength in adapters)])
+    models.tile = config.memory.vae_tile_size
+    models.streamed = frozenset(streamed(config, models, method))
+    later = [*_later(config, family), *models.streamed]
     with progress("reading weights") as advance:
-        read_values(models, dtype=dtype, later=_later(config, family), map=map, progress=advance)
+        read_values(models, dtype=dtype, later=later, map=map, progress=advance)
+
+
+def _formats(config: Config, family: Family, method: Method | None) -> dict[str, torch.dtype]:
+    """The number format of each component's weights."""
+    precision = dist.precision(config.train.mixed_precision)
+    names = [component.name for component in family.components]
+    dtype = dict.fromkeys(names, dist.DTYPES[precision])
+    if method == "full":
+        trained_in = torch.bfloat16 if config.train.full_bf16 else torch.float32
+        dtype |= dict.fromkeys(whole_nets(family, config, names), trained_in)
+    # fp16 overflows in these VAEs, so it is never what they run in.
+    dtype["vae"] = torch.bfloat16 if precision == "bf16" and not config.memory.no_half_vae else torch.float32
+    return dtype
+
+
+def streamed(config: Config, models: Models, method: Method | None) -> dict[str, int]:
+    """The text encoders that are read block by block when captions are encoded, with the bytes that they would take
+    whole: where that is done once."""
+    asked = config.memory.stream_text_encoders
+    if asked is False or not (method is None or caches_text(config)):
+        return {}
+    found = sizes(models, _formats(config, models.family, method))
+    return {name: size for name, size in found.items() if asked or size > LARGE}
+
+
+def streaming_notes(config: Config, models: Models, method: Method | None) -> list[str]:
+    """For the user: which text encoders are streamed."""
+    return [
+        f"{models.source.components[name].component.title} ({size / 2**30:.1f} GiB) is read block by block while "
+        "captions are encoded (--stream_text_encoders)"
+        for name, size in streamed(config, models, method).items()
+    ]
 
 
 def _later(config: Config, family: Family) -> list[str]:

@@ -152,7 +152,7 @@ class Samples:
         if prompts and caches_text(config):
             materialize(models, device)
             with autocast(device, self.precision):
-                self.encoded = encode_prompts(models, prompts)
+                self.encoded = encode_prompts(models, prompts, device)
 
     def write(self, step: int, epoch: int) -> None:
         """An image of each prompt after `step` steps, in `epoch` (counted from 0)."""

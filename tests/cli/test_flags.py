@@ -156,6 +156,7 @@ IDLE: list[tuple[flags.Method, list[str], str]] = [
     ("network", ["--sample_every_n_steps", "5"], "sample_every_n_steps"),
     ("network", ["--prior_loss_weight", "0.5"], "prior_loss_weight"),
     ("network", ["--cache_dir", "c"], "cache_dir"),
+    ("network", ["--stream_text_encoders"], "stream_text_encoders"),
     ("network", ["--resolution", "128"], "resolution"),
     ("network", ["--logging_dir", "logs"], "logging_dir"),
 ]

@@ -45,13 +45,8 @@ def kept(tmp_path: Path) -> CachedText:
     of = plan(dataset(subset(images)))
 
     def start() -> CachedText:
-        numbers = {c: i for i, c in enumerate(ROWS)}
-        return cache_texts(
-            of, TensorStore(tmp_path / "cache"), FileIndex(tmp_path / "cache"),
-            lambda captions: {"number": torch.tensor([numbers[c] for c in captions])},
-            lambda tokens: encode([list(ROWS)[i] for i in tokens["number"]]),
-            "encoder", STRATEGY, settings={},
-        )  # fmt: skip
+        store, index = TensorStore(tmp_path / "cache"), FileIndex(tmp_path / "cache")
+        return cache_texts(of, store, index, lambda batches: map(encode, batches), "encoder", STRATEGY, settings={})
 
     assert start().encoded == len(ROWS)
     again = start()

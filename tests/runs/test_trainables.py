@@ -295,7 +295,8 @@ def test_a_second_start_makes_neither_vae_nor_text_encoder(
 def test_what_is_cached_beforehand_is_what_training_would_cache(
     train: Train, model: Path, images: Path, tmp_path: Path
 ) -> None:
-    """`sfumato cache` merges base_weights as training does: text encoders say something else with them."""
+    """`sfumato cache` merges base_weights as training does: text encoders say something else with them; and what they
+    say is the same where they are read block by block."""
     adapter = train("a", learning_rate=1e-1) / "out.safetensors"
     settings = {
         "pretrained_model_name_or_path": str(model),
@@ -313,6 +314,7 @@ def test_what_is_cached_beforehand_is_what_training_would_cache(
         "b",
         **{**settings, "cache_dir": str(tmp_path / "other")},
         cache_text_encoder_outputs_to_disk=True,
+        stream_text_encoders=True,
         max_train_steps=1,
     )
     assert before and before == cached(tmp_path / "other")

@@ -196,6 +196,21 @@ def test_what_is_trained_is_counted_without_values(model: Path, images: Path, tm
     assert not any(m._forward_hooks for net in models.nets().values() for m in net.modules())
 
 
+def test_text_encoders_are_streamed_where_they_are_large_and_their_outputs_cached(
+    model: Path, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def notes(**options: Any) -> list[str]:
+        found = check.check(settings(model, tmp_path, **options), "network", data(images)).notes
+        return [note for note in found if "block by block" in note]
+
+    cached: dict[str, Any] = {"cache_text_encoder_outputs": True}
+    assert not notes() and not notes(**cached)
+    asked = notes(**cached, stream_text_encoders=True)
+    assert len(asked) == 1 and asked[0].startswith("the text encoder clip_l (0.0 GiB) is read")
+    monkeypatch.setattr(devices, "LARGE", 1000)
+    assert notes(**cached) == asked and not notes() and not notes(**cached, stream_text_encoders=False)
+
+
 def test_results_are_named_with_their_ending(
     model: Path, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
