@@ -16,9 +16,8 @@ from transformers.utils import sentencepiece_model_pb2_new as sentencepiece
 
 from sfumato.errors import UserError
 from sfumato.memory.checkpoint import checkpoint_blocks
-from sfumato.models import locate
 from sfumato.models.encoders.t5 import EMBEDDING, TWIN, T5Encoder, t5_idle, t5_keys, t5_net
-from sfumato.models.encoders.tokenizers import T5_FILES, T5_HUB, fingerprint, t5_source, t5_tokenizer
+from sfumato.models.encoders.tokenizers import fingerprint, is_stock, t5_home, t5_tokenizer, t5_vocabulary
 from sfumato.models.meta_init import shapes
 
 Keys = Callable[[str], dict[str, tuple[int, ...]]]
@@ -232,13 +231,14 @@ def test_a_broken_tokenizer_is_told(tmp_path: Path, content: str) -> None:
         t5_tokenizer(tmp_path)
 
 
-def test_where_the_tokenizer_comes_from(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = []
-    monkeypatch.setattr(locate, "local", lambda *given: asked.append(given) or tmp_path)
-    beside, empty = tmp_path / "tokenizer_2", tmp_path / "empty"
-    encoders.t5_tokenizer().save_pretrained(beside)
-    assert t5_source(None, empty, beside) == beside
-    assert asked == []
-    t5_source("mine", beside)
-    t5_source(None, empty)
-    assert asked == [("mine", "tokenizer", T5_FILES), (T5_HUB, "tokenizer", T5_FILES)]
+def test_its_vocabulary_comes_with_us(tmp_path: Path) -> None:
+    """Ids of the T5 paper's example and of prompts, as published checkpoints have them; saved as transformers does, it is the same."""
+    ours = t5_vocabulary(None)
+    assert len(ours) == 32100 and is_stock(ours) and not is_stock(encoders.t5_tokenizer())
+    assert ours("translate English to German: Hello world").input_ids == [13959, 1566, 12, 2968, 10, 8774, 296, 1]
+    assert ours("a photo of a cat").input_ids == [3, 9, 1202, 13, 3, 9, 1712, 1]
+    assert ours("ﬁ Ⅳ ½ “x” 中文 🎨").input_ids == ours("fi IV 1⁄2 “x” 中文 🎨").input_ids
+    assert ours.convert_tokens_to_ids(["<extra_id_99>", "<extra_id_0>"]) == [32000, 32099]
+    assert t5_home().joinpath("LICENSE.txt").is_file()
+    ours.save_pretrained(tmp_path)
+    assert fingerprint(t5_vocabulary(tmp_path)) == fingerprint(ours)

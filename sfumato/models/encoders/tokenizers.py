@@ -1,4 +1,4 @@
-"""Tokenizers of the text encoders: CLIP's, Qwen's and byT5's from a folder or from what comes with sfumato, T5's and
+"""Tokenizers of the text encoders: CLIP's, T5's, Qwen's and byT5's from a folder or from what comes with sfumato,
 Gemma's from a folder."""
 
 from __future__ import annotations
@@ -81,6 +81,7 @@ def is_stock(tokenizer: Any) -> bool:
         49408: lambda: stock_vocabulary()[0],
         151665: lambda: _whole_qwen(qwen3=False),
         151669: lambda: _whole_qwen(qwen3=True),
+        32100: lambda: t5_vocabulary(None).get_vocab(),
         1510: lambda: byt5_vocabulary(None).get_vocab(),
     }
     return len(vocabulary) in stock and bool(vocabulary == stock[len(vocabulary)]())
@@ -114,19 +115,10 @@ def _counts(tokenizer: Any, captions: Sequence[str]) -> list[int]:
 
 # --- T5 ---
 
-T5_HUB = "google/t5-v1_1-xxl"
-"""Where T5's vocabulary is when no folder has it."""
-T5_FILES = ("spiece.model", "tokenizer*.json", "special_tokens_map.json")
-"""What is downloaded of it."""
+T5_VOCABULARY = Path(__file__).with_name("t5_tokenizer")
+"""The folder of T5's vocabulary that comes with sfumato; see the licence there."""
 SENTINELS = 100
 """Tokens `<extra_id_0>` ... that follow the pieces in T5's vocabulary."""
-
-
-def t5_source(given: str | None, *beside: Path) -> Path:
-    """The folder of T5's tokenizer: the one that the user names, else the first of `beside` with one in it, else the
-    hub's."""
-    found = None if given is not None else next((folder for folder in beside if _holds_t5(folder)), None)
-    return found or locate.local(given or T5_HUB, "tokenizer", T5_FILES)
 
 
 def t5_tokenizer(folder: Path) -> Any:
@@ -134,7 +126,7 @@ def t5_tokenizer(folder: Path) -> Any:
     `UserError`."""
     from transformers import T5Tokenizer
 
-    if not _holds_t5(folder):
+    if not any((folder / name).is_file() for name in ("tokenizer.json", "spiece.model")):
         raise UserError(
             f"tokenizer folder {folder}: neither tokenizer.json nor spiece.model is in it; give the folder of a T5 "
             "tokenizer"
@@ -151,17 +143,14 @@ def t5_tokenizer(folder: Path) -> Any:
 
 
 def t5_home() -> Path:
-    """The hub's T5 tokenizer, downloaded. For `TokenizerSpec.home`."""
-    return t5_source(None)
+    """The folder of T5's vocabulary that comes with sfumato. For `TokenizerSpec.home`."""
+    return T5_VOCABULARY
 
 
 def t5_vocabulary(folder: Path | None) -> Any:
-    """T5's tokenizer from a folder; None: the hub's. For `TokenizerSpec.make`."""
-    return t5_tokenizer(folder or t5_source(None))
-
-
-def _holds_t5(folder: Path) -> bool:
-    return any((folder / name).is_file() for name in ("tokenizer.json", "spiece.model"))
+    """T5's tokenizer from a folder; None: with the vocabulary that T5, T5 v1.1 and Flan-T5 share. For
+    `TokenizerSpec.make`."""
+    return t5_tokenizer(folder or T5_VOCABULARY)
 
 
 def _sentencepiece(data: bytes) -> tuple[list[tuple[str, float]], bytes | None]:
