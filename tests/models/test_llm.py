@@ -270,6 +270,37 @@ def test_a_folder_that_transformers_wrote_is_read_and_its_config_checked(name: s
     assert any("rope_type is 'yarn'" in message for message in told.value.messages)
 
 
+PUBLISHED: dict[str, dict[str, Any]] = {
+    "gemma2": {
+        "model_type": "gemma2", "hidden_size": 2304, "intermediate_size": 9216, "num_hidden_layers": 26, "head_dim": 256,
+        "num_attention_heads": 8, "num_key_value_heads": 4, "vocab_size": 256000, "rope_theta": 10000.0,
+        "hidden_act": "gelu_pytorch_tanh", "hidden_activation": "gelu_pytorch_tanh", "rms_norm_eps": 1e-06,
+        "attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0, "query_pre_attn_scalar": 256,
+    },
+    "qwen3": {
+        "model_type": "qwen3", "hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 28, "head_dim": 128,
+        "num_attention_heads": 16, "num_key_value_heads": 8, "vocab_size": 151936, "rope_theta": 1000000,
+        "rope_scaling": None, "hidden_act": "silu", "rms_norm_eps": 1e-06,
+    },
+    "qwen25vl": {
+        "model_type": "qwen2_5_vl", "hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28,
+        "num_attention_heads": 28, "num_key_value_heads": 4, "vocab_size": 152064, "rope_theta": 1000000.0,
+        "rope_scaling": {"type": "mrope", "mrope_section": [16, 24, 24]}, "hidden_act": "silu", "rms_norm_eps": 1e-06,
+        "vision_config": {"depth": 32, "hidden_size": 1280, "num_heads": 16},
+    },
+}  # fmt: skip
+"""What stands in the config.json of the models on the hub, as far as it concerns the net."""
+
+
+@pytest.mark.parametrize(("table", "name"), [("gemma2_2b.hf", "gemma2"), ("qwen3_06b.hf", "qwen3"), ("qwen2_5_vl_7b.hf", "qwen25vl")])  # fmt: skip
+def test_published_configs_are_those_of_our_nets(keys: Keys, table: str, name: str) -> None:
+    shapes = {k.removeprefix("model."): shape for k, shape in keys(table).items() if "visual" not in k}
+    net = llm_net(shapes, RECIPES[name], PUBLISHED[name], "text_encoder")
+    assert net.config.rope_parameters["rope_theta"] == PUBLISHED[name]["rope_theta"]
+    with pytest.raises(UserError, match=r"config\.json: rope_theta is 500000\.0; "):
+        llm_net(shapes, RECIPES[name], {**PUBLISHED[name], "rope_theta": 5e5}, "text_encoder")
+
+
 def test_a_folder_that_we_write_is_read_by_transformers(ours: dict[str, DecoderLM], tmp_path: Path) -> None:
     llms.qwen25vl().config.save_pretrained(tmp_path)
     native = ours["qwen25vl"].state_dict()

@@ -172,7 +172,8 @@ def llm_net(shapes: Shapes, recipe: Recipe, config: Config | None = None, folder
     }
     own = {**sizes, "head_dim": recipe.head_dim, **recipe.facts}
     _check_config(config or {}, {**own, "rope_theta": recipe.theta}, folder)
-    made = recipe.class_named("Config")(**own, attn_implementation=recipe.attention)
+    rope = {"rope_type": "default", "rope_theta": recipe.theta}
+    made = recipe.class_named("Config")(**own, rope_parameters=rope, attn_implementation=recipe.attention)
     with torch.device("meta"):
         return DecoderLM(made, recipe)
 
