@@ -262,7 +262,7 @@ def qwen_vocabulary(folder: Path | None, *, qwen3: bool = False) -> Any:
     if folder is not None:
         return _of_folder(Qwen2Tokenizer, folder, "Qwen", ("tokenizer.json", "vocab.json"))
     vocabulary, merges = qwen_pieces()
-    made = Qwen2Tokenizer(vocab=dict(vocabulary), merges=list(merges), model_max_length=131072, padding_side="right")
+    made = Qwen2Tokenizer(vocab=vocabulary, merges=merges, model_max_length=131072, padding_side="right")
     made.add_tokens([AddedToken(token, special=True, normalized=False) for token in QWEN_SPECIAL])
     tools = (*QWEN_TOOLS, *(QWEN3_TOOLS if qwen3 else ()))
     made.add_tokens([AddedToken(token, special=False, normalized=False) for token in tools])
@@ -270,7 +270,6 @@ def qwen_vocabulary(folder: Path | None, *, qwen3: bool = False) -> Any:
     return made
 
 
-@cache
 def qwen_pieces() -> tuple[dict[str, int], list[tuple[str, str]]]:
     """The pieces of all Qwens up to 3 {token: id}, and their merges in order."""
     with gzip.open(QWEN_MERGES, "rt", encoding="utf-8") as file:
