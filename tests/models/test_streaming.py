@@ -179,7 +179,8 @@ def test_sample_prompts_are_encoded_in_one_pass(streamed: Models) -> None:
     streamed.streamed = frozenset(streamed.encoders)
     materialize(streamed)  # leaves them to be streamed
     found = encode_prompts(streamed, prompts, CPU)
-    assert list(found) == ["dull", "a", "b"] and same([*found.values()], [*wanted.values()])
+    assert list(found) == [("dull", True), ("a", False), ("b", False)]
+    assert same([*found.values()], [*wanted.values()])
 
 
 def test_calls_pass_every_stage_together_as_many_as_memory_takes() -> None:
