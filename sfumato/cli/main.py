@@ -7,7 +7,7 @@ import gc
 import json
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from io import TextIOWrapper
 from typing import TYPE_CHECKING
@@ -17,7 +17,7 @@ from sfumato.errors import UserError, nearest
 
 if TYPE_CHECKING:
     from sfumato.cli.flags import Resolved
-    from sfumato.config import Method
+    from sfumato.config import Config, Method
 
 METHODS: tuple[Method, ...] = ("network", "full")
 SAMPLE = """
@@ -156,22 +156,29 @@ def _cache(words: list[str]) -> int:
 
 
 def _sample(words: list[str]) -> int:
-    from sfumato.cli import options, tools
+    from sfumato.cli import tools
 
     adapters = tools.take_adapters(words, "network_weights")
-    read = [
-        name
-        for name, option in options.known().items()
-        if option.section == "model" or name in SAMPLE.split() or name in options.owners()
-    ]
-    resolved = _resolved(words, "network", "sfumato sample", data=False, only=read)
-    if not resolved.config.sample.sample_prompts:
+    config = sample_config(words, "sfumato sample")
+    if not config.sample.sample_prompts:
         raise UserError("sfumato sample: set sample_prompts, a file of prompts (.txt, .toml or .json)")
     from sfumato.train import pipeline
 
-    for path in pipeline.main(resolved.config, adapters):
+    for path in pipeline.main(config, adapters):
         print(path)
     return 0
+
+
+def sample_config(words: list[str], prog: str, without: Collection[str] = ()) -> Config:
+    """The config of a command line with the flags of `sfumato sample`, `without` some. Errors: `UserError`."""
+    from sfumato.cli import options
+
+    read = [
+        name
+        for name, option in options.known().items()
+        if name not in without and (option.section == "model" or name in SAMPLE.split() or name in options.owners())
+    ]
+    return _resolved(words, "network", prog, data=False, only=read).config
 
 
 def _method(words: list[str], command: str, default: Method | None) -> Method:

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping
 from sfumato import families
 from sfumato.cli import flags, kohya_settings, options, values
 from sfumato.config import rules
+from sfumato.sampling import prompts
 
 HEAD = """# Options
 
@@ -33,6 +34,7 @@ def page() -> str:
         parts.append(
             _section(f"family {family}", (record.__doc__ or "").split("\n")[0], options.of_family(family).values())
         )
+    parts.append(_prompts())
     parts.append(_kohya())
     return "\n".join(parts)
 
@@ -41,6 +43,29 @@ def _section(title: str, text: str, found: Iterable[options.Option]) -> str:
     rows = [f"| `{o.name}` | {_cell(expected_of(o))} | {_shown(o.default)} | {_cell(o.help)} |" for o in found]
     return "\n".join(
         [f"## {title}", "", text, "", "| setting | value | default | meaning |", "|---|---|---|---|", *rows, ""]
+    )
+
+
+def _prompts() -> str:
+    letters = {name: f"`--{letter}`" for letter, name in prompts.OPTIONS.items()}
+    defaults: dict[str, list[str]] = {}
+    for family in families.names():
+        for name, value in families.facts(family).prompt.items():
+            defaults.setdefault(name, []).append(f"{family} `{flags.show(value)}`")
+    rows = [
+        f"| `{o.name}` | {letters.get(o.name, '')} | "
+        f"{', '.join(filter(None, [_shown(o.default), *defaults.get(o.name, [])]))} | {_cell(o.help)} |"
+        for o in options.of(prompts.Prompt, "prompts").values()
+    ]
+    return "\n".join(
+        [
+            "## Prompts",
+            "",
+            "Keys of a prompt file (.toml, .json), options of a line of a .txt. What has defaults of families alone is",
+            "for these, and is refused for others; `guidance_scale` is for models that were distilled with guidance.",
+            "",
+            *("| key | option | default | meaning |", "|---|---|---|---|", *rows, ""),
+        ]
     )
 
 

@@ -365,8 +365,9 @@ class SampleConfig(Record):
     sample_at_first: Annotated[bool, Needs("sample_prompts")] = False
     """Sample the prompts before the first step."""
     sample_prompts: Annotated[File, _SAMPLED] = None
-    """File of prompts: .txt (one per line, with `--w --h --d --s --l --n`), .toml or .json. One without a size is
-    sampled at the resolution of the run, by `sfumato sample` at the resolution that the file was trained at."""
+    """File of prompts: .txt (one per line, with options such as `--w --h --d --s --l --n`), .toml or .json. One without
+    a size is sampled at the resolution of the run, by `sfumato sample` at the resolution that the file was trained
+    at."""
     sample_sampler: Annotated[str, _SAMPLED] = "ddim"
     """ddim, pndm, lms, euler, euler_a, heun, dpm_2, dpm_2_a, dpmsolver, dpmsolver++, dpmsingle."""
 

@@ -1,4 +1,4 @@
-"""Sampled images on disk: their names, what is written in them, and grids of them."""
+"""Sampled images and latents on disk: their names, what is written in them, and grids of images."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
+from torch import Tensor
 
+from sfumato.errors import UserError
 from sfumato.formats import files
 from sfumato.sampling.prompts import Prompt
 
@@ -24,17 +26,45 @@ def file_name(
     return "_".join(p for p in parts if p) + ".png"
 
 
-def save(image: Image.Image, path: Path, prompt: Prompt, sampler: str) -> None:
-    """Write a PNG that says how it was sampled, in the `parameters` field that other programs read."""
+def save(image: Image.Image, path: Path, prompt: Prompt | None, sampler: str) -> None:
+    """Write a PNG that says how it was sampled, in the `parameters` field that other programs read; with no prompt,
+    one that says nothing."""
     info = PngInfo()
-    info.add_itxt(
-        "parameters",
-        f"{prompt.prompt}\nNegative prompt: {prompt.negative_prompt}\nSteps: {prompt.sample_steps}, Sampler: "
-        f"{sampler}, "
-        f"CFG scale: {prompt.scale}, Seed: {prompt.seed}, Size: {image.width}x{image.height}",
-    )
+    if prompt is not None:
+        info.add_itxt(
+            "parameters",
+            f"{prompt.prompt}\nNegative prompt: {prompt.negative_prompt}\nSteps: {prompt.sample_steps}, Sampler: "
+            f"{sampler}, "
+            f"CFG scale: {prompt.scale}, Seed: {prompt.seed}, Size: {image.width}x{image.height}",
+        )
     with files.aside(path) as temporary:
         image.save(temporary, format="PNG", pnginfo=info)
+
+
+def save_latents(latents: Tensor, path: Path, prompt: Prompt | None) -> None:
+    """Write latents (c, h, w), scaled as the denoiser gives them, in sd-scripts' file: `latent` (1, c, h, w), and how
+    they were sampled unless there is no prompt."""
+    told: dict[str, object] = {}
+    if prompt is not None:
+        told = {
+            "seeds": prompt.seed, "prompt": prompt.prompt, "negative_prompt": prompt.negative_prompt,
+            "height": prompt.height, "width": prompt.width, "infer_steps": prompt.sample_steps,
+            "guidance_scale": prompt.scale,
+        }  # fmt: skip
+    files.save(path, {"latent": latents[None].cpu().contiguous()}, {name: str(value) for name, value in told.items()})
+
+
+def load_latents(path: Path, channels: int) -> Tensor:
+    """Latents (c, h, w) of such a file; sd-scripts' may have a dimension of batch or time more. Errors: `UserError` for
+    another file, and for latents of more than one image or of other channels."""
+    latents = files.load(path).get("latent")
+    if latents is None:
+        raise UserError(f"{path}: holds no tensor `latent`; a file that --output_type latent wrote was expected")
+    shape = tuple(latents.shape)
+    sizes = [size for size in shape[:-2] if size != 1] or [1]
+    if len(shape) < 3 or sizes != [channels]:
+        raise UserError(f"{path}: latents of one image with {channels} channels were expected, not {shape}")
+    return latents.reshape(channels, *shape[-2:]).float()
 
 
 def grid(

@@ -41,23 +41,31 @@ class Prompt:
     """One image to sample; fields are spelled as the keys of sd-scripts' TOML and JSON prompt files."""
 
     prompt: str = ""
+    """Text; "" samples without one."""
     negative_prompt: str = ""
+    """What guidance leads away from."""
     width: int = 512
+    """In pixels."""
     height: int = 512
+    """In pixels."""
     sample_steps: int = 30
+    """Steps of the sampler."""
     scale: float = 7.5
     """Classifier-free guidance; at 1 or below the negative prompt is not used."""
     guidance_scale: float | None = None
     """The guidance embedding of distilled models; others take none."""
     seed: int | None = None
+    """Default: one that follows from the run's seed and the prompt's place."""
     sample_sampler: str | None = None
-    """One of `SAMPLERS`; None: the run's."""
+    """As the setting of this name; default: the run's."""
     flow_shift: float | None = None
     """Shift of the noise levels, above 1 towards more noise."""
     cfg_trunc_ratio: float | None = None
-    """Share of the steps, the first ones, that are guided by the negative prompt."""
+    """Share of the steps, the first ones, that are guided by the negative prompt, as in diffusers; sd-scripts guides as
+    long as 1 - the noise level is below it, which are more steps."""
     renorm_cfg: float | None = None
-    """Norm of the guided prediction, in those of the prediction with the prompt alone; 0: as guidance makes it."""
+    """Norm of the guided prediction, in those of the prediction with the prompt alone, row by row as in diffusers
+    (sd-scripts limits the norm of the whole); 0: as guidance makes it."""
     apg_start_step_general: int | None = None
     """The last step, counted from 0, that is guided plainly, and not by adaptive projected guidance."""
     apg_start_step_ocr: int | None = None
@@ -164,8 +172,8 @@ def sized(default: Prompt, *paths: Path | str) -> Prompt:
     return default
 
 
-def read_prompts(path: Path | str, default: Prompt | None = None) -> list[Prompt]:
-    """The prompts of a .txt, .toml or .json file; `default` fills in what they leave out.
+def read_prompts(path: Path | str, default: Prompt | None = None, options: Mapping[str, str] = OPTIONS) -> list[Prompt]:
+    """The prompts of a .txt, .toml or .json file; `default` fills in what they leave out, `options` are those of lines.
 
     Raises one `UserError` with every mistake in the file, each with its line or its place.
     """
@@ -183,7 +191,7 @@ def read_prompts(path: Path | str, default: Prompt | None = None) -> list[Prompt
     for place, entry in reader(path, read_text(path)):
         try:
             prompts.append(
-                parse_line(entry, place, default) if isinstance(entry, str) else _checked(entry, place, default)
+                parse_line(entry, place, default, options) if isinstance(entry, str) else checked(entry, place, default)
             )
         except UserError as error:
             mistakes += error.messages
@@ -194,7 +202,9 @@ def read_prompts(path: Path | str, default: Prompt | None = None) -> list[Prompt
     return prompts
 
 
-def parse_line(line: str, place: str = "prompt", default: Prompt | None = None) -> Prompt:
+def parse_line(
+    line: str, place: str = "prompt", default: Prompt | None = None, options: Mapping[str, str] = OPTIONS
+) -> Prompt:
     """`a cat --w 512 --h 768 --d 1 --s 20 --l 7 --n blurry --ss euler` -> a prompt.
 
     An option is `--` and letters after a space or at the start; any other `--` is text. `place` begins the messages of
@@ -202,15 +212,15 @@ def parse_line(line: str, place: str = "prompt", default: Prompt | None = None) 
     """
     text, *parts = re.split(r"(?:^|\s+)--(?=[A-Za-z])", line.strip())
     for dash, name in _LONG_DASH.findall(line):
-        if name.lower() in OPTIONS or name.lower() in LATER:
+        if name.lower() in options or name.lower() in LATER:
             log.warning("%s: %s%s is read as text: an option begins with two hyphens, --%s", place, dash, name, name)
     given: dict[str, str] = {"prompt": text.strip()}
     mistakes = []
     for part in parts:
         name, _, value = part.strip().partition(" ")
-        field = OPTIONS.get(name.lower())
+        field = options.get(name.lower())
         if field is None:
-            mistakes.append(_unknown(place, f"option --{name}", name.lower(), LATER, OPTIONS, "--"))
+            mistakes.append(_unknown(place, f"option --{name}", name.lower(), LATER, options, "--"))
         elif field in given:
             mistakes.append(f"{place}: --{name} is given twice; give it once")
         elif not value.strip():
@@ -219,7 +229,7 @@ def parse_line(line: str, place: str = "prompt", default: Prompt | None = None) 
             given[field] = value.strip()
     if mistakes:
         raise UserError(*mistakes)
-    return _checked(given, place, default or Prompt())
+    return checked(given, place, default or Prompt())
 
 
 def _lines(path: Path, text: str) -> Iterable[tuple[str, Any]]:
@@ -250,8 +260,9 @@ def _json(path: Path, text: str) -> Iterable[tuple[str, Any]]:
         yield f"{path}: entry {number}", entry
 
 
-def _checked(given: Mapping[str, Any], place: str, default: Prompt) -> Prompt:
-    """Fields with their right types and within their limits, put over `default`."""
+def checked(given: Mapping[str, Any], place: str, default: Prompt) -> Prompt:
+    """Fields with their right types and within their limits, put over `default`. Errors: one `UserError` with all
+    mistakes, which `place` begins."""
     known = {f.name for f in fields(Prompt)}
     mistakes = [
         _unknown(place, f"key {key!r}", key, {v: v for v in LATER.values()}, known) for key in given if key not in known

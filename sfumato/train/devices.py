@@ -70,8 +70,7 @@ def _formats(config: Config, family: Family, method: Method | None) -> dict[str,
     if method == "full":
         trained_in = torch.bfloat16 if config.train.full_bf16 else torch.float32
         dtype |= dict.fromkeys(whole_nets(family, config, names), trained_in)
-    # fp16 overflows in these VAEs, so it is never what they run in.
-    dtype["vae"] = torch.bfloat16 if precision == "bf16" and not config.memory.no_half_vae else torch.float32
+    dtype["vae"] = vae_dtype(config)
     return dtype
 
 
@@ -92,6 +91,12 @@ def streaming_notes(config: Config, models: Models, method: Method | None) -> li
         "captions are encoded (--stream_text_encoders)"
         for name, size in streamed(config, models, method).items()
     ]
+
+
+def vae_dtype(config: Config) -> torch.dtype:
+    """What the VAE runs in: never fp16, which overflows in these VAEs."""
+    half = dist.precision(config.train.mixed_precision) == "bf16" and not config.memory.no_half_vae
+    return torch.bfloat16 if half else torch.float32
 
 
 def _later(config: Config, family: Family) -> list[str]:

@@ -66,6 +66,12 @@ def check(
         raise UserError(*dict.fromkeys(wrong))
 
 
+def check_folder(folder: Path) -> None:
+    """Errors: `UserError` if files cannot be written into a folder."""
+    if wrong := _folder_mistakes(folder):
+        raise UserError(*wrong)
+
+
 def check_samples(folder: Path) -> None:
     """Errors: `UserError` if sample images cannot be written below a folder."""
     if wrong := _folder_mistakes(folder) + _not_folders(folder, ["sample"]):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from sfumato.adapters.insert import from_state
+from sfumato.adapters.insert import AdapterNetwork, from_state
 from sfumato.config import Config
 from sfumato.data.store import Progress
 from sfumato.errors import UserError
@@ -20,7 +20,7 @@ from sfumato.sampling import prompts, sample
 from sfumato.tensors import attention
 from sfumato.tensors.noise import NoiseProcess
 from sfumato.train import dist, outputs
-from sfumato.train.devices import load_models, outline_models
+from sfumato.train.devices import load_models, outline_models, vae_dtype
 from sfumato.train.progress import progress
 from sfumato.train.step import autocast
 from sfumato.train.trainables import read_adapter
@@ -34,34 +34,55 @@ class Pipeline:
     process: NoiseProcess
     precision: dist.Precision
     device: torch.device
+    offload: bool = False
+    """Whether nets are on the device only while they are used."""
 
     @classmethod
     def of(
-        cls, config: Config, device: torch.device | None = None, adapters: Sequence[tuple[Path, float]] = ()
+        cls,
+        config: Config,
+        device: torch.device | None = None,
+        adapters: Sequence[tuple[Path, float]] = (),
+        *,
+        offload: bool = False,
     ) -> Pipeline:
         """The base model of a config with its `base_weights` merged, and then `adapters`, files and their strengths.
         Errors: `UserError` for whatever the user can fix."""
         precision = dist.precision(config.train.mixed_precision)
         attention.choose("xformers" if config.memory.xformers else "sdpa")
         device = dist.device_of() if device is None else device
+        held = torch.device("cpu") if offload else device
         models = outline_models(config)
         load_models(config, models, adapters=adapters)
-        models.denoiser.to(device)
-        materialize(models, device)
+        models.denoiser.to(held)
+        materialize(models, held)
         if models.vaes is not None:
-            materialize_vae(models, device)
+            materialize_vae(models, held)
+        return cls(models, models.process(config.noise, config.loss), precision, device, offload)
+
+    @classmethod
+    def decoder(cls, config: Config, device: torch.device) -> Pipeline:
+        """The VAE alone; the other nets have no values. Errors: as `of`."""
+        models = outline_models(config)
+        models.tile, models.dtypes = config.memory.vae_tile_size, {"vae": vae_dtype(config)}
+        materialize_vae(models, device)
+        precision = dist.precision(config.train.mixed_precision)
         return cls(models, models.process(config.noise, config.loss), precision, device)
 
     @contextmanager
-    def adapted(self, *paths: Path, strength: float = 1.0) -> Iterator[None]:
-        """Adapter files act for as long as the context lasts."""
+    def adapted(
+        self, *paths: Path, strength: float = 1.0, skip: Callable[[str], bool] = lambda key: False
+    ) -> Iterator[list[AdapterNetwork]]:
+        """Adapter files act for as long as the context lasts; their `multiplier` may be changed. `skip`: whether a key
+        of a file is left out."""
         active = []
         try:
             for path in paths:
-                network = from_state(self.models.nets(), read_adapter(self.models, path)).to(self.device).eval()
+                state = read_adapter(self.models, path, skip=skip)
+                network = from_state(self.models.nets(), state).to(self.device).eval()
                 network.multiplier = strength
                 active.append(network)
-            yield
+            yield active
         finally:
             for network in active:
                 network.remove()
@@ -77,8 +98,9 @@ class Pipeline:
         """One image per prompt."""
         with autocast(self.device, self.precision):
             return sample.generate(
-                self.models, wanted, process=self.process, sampler=sampler, batch_size=batch_size, progress=progress
-            )
+                self.models, wanted, process=self.process, sampler=sampler, batch_size=batch_size, progress=progress,
+                device=self.device if self.offload else None,
+            )  # fmt: skip
 
 
 def main(config: Config, adapters: Sequence[tuple[Path, float]] = ()) -> list[Path]:

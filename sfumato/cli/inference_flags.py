@@ -1,0 +1,363 @@
+"""Command lines of kohya's minimal inference scripts: their defaults, and what each flag is here."""
+
+from __future__ import annotations
+
+import re
+from argparse import Namespace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sfumato.cli import flags, main
+from sfumato.cli.flags import Parser
+from sfumato.errors import UserError
+from sfumato.formats.files import read_header
+
+if TYPE_CHECKING:
+    from sfumato.config import Config
+    from sfumato.sampling.prompts import Prompt
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Script:
+    """One of kohya's scripts."""
+
+    prompt: str = ""
+    """Sampled where the command line has none; "": it must have one."""
+    defaults: Mapping[str, Any]
+    """Of prompts."""
+    variants: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    """Variant of the model -> other defaults."""
+    precision: str = "bf16"
+    folder: str | None = "."
+    """Of the results, where the command line names none; None: it must name one."""
+    guidance: str = "scale"
+    """What the option `--g` of a line of prompts is."""
+    keeps: bool = True
+    """Whether options of a line stay for the next ones, where lines are asked for."""
+    renamed: Mapping[str, str] = field(default_factory=dict)
+    """Flags of this script that have another name here."""
+
+
+_CAT = "A photo of a cat"
+SCRIPTS: Mapping[str, Script] = {
+    "sdxl_minimal_inference": Script(
+        prompt=_CAT, precision="fp16", defaults={"width": 1024, "height": 1024, "sample_steps": 50, "scale": 7.0}
+    ),
+    "sd3_minimal_inference": Script(
+        prompt=_CAT,
+        precision="no",
+        defaults={"width": 1024, "height": 1024, "sample_steps": 50, "scale": 5.0, "seed": 1},
+    ),
+    "flux_minimal_inference": Script(
+        prompt=_CAT,
+        defaults={"width": 1360, "height": 768, "sample_steps": 50, "scale": 1.0, "guidance_scale": 3.5},
+        variants={"schnell": {"sample_steps": 4}},
+        guidance="guidance_scale",
+    ),
+    "lumina_minimal_inference": Script(
+        prompt="A beautiful sunset over the mountains",
+        folder="outputs",
+        defaults={"width": 1024, "height": 1024, "sample_steps": 36, "scale": 3.5, "flow_shift": 6.0}
+        | {"cfg_trunc_ratio": 0.25, "renorm_cfg": 1.0},
+    ),
+    "hunyuan_image_minimal_inference": Script(
+        folder=None,
+        keeps=False,
+        defaults={"width": 2048, "height": 2048, "sample_steps": 50, "scale": 3.5, "flow_shift": 5.0}
+        | {"apg_start_step_ocr": 38, "apg_start_step_general": 5, "guidance_rescale": 0, "guidance_rescale_apg": 0},
+    ),
+    "anima_minimal_inference": Script(
+        folder=None,
+        keeps=False,
+        defaults={"width": 1024, "height": 1024, "sample_steps": 50, "scale": 3.5, "flow_shift": 5.0},
+        renamed={"text_encoder": "qwen3"},
+    ),
+}
+"""kohya's script, without `.py` -> what it is."""
+
+PROMPT = {
+    "prompt": "prompt",
+    "negative_prompt": "negative_prompt",
+    "steps": "sample_steps",
+    "infer_steps": "sample_steps",
+    "width": "width",
+    "image_width": "width",
+    "height": "height",
+    "image_height": "height",
+    "seed": "seed",
+    "cfg_scale": "scale",
+    "guidance_scale": "scale",
+    "guidance": "guidance_scale",
+    "flow_shift": "flow_shift",
+    "discrete_flow_shift": "flow_shift",
+    "cfg_trunc_ratio": "cfg_trunc_ratio",
+    "renorm_cfg": "renorm_cfg",
+    "apg_start_step_ocr": "apg_start_step_ocr",
+    "apg_start_step_general": "apg_start_step_general",
+    "guidance_rescale": "guidance_rescale",
+    "guidance_rescale_apg": "guidance_rescale_apg",
+}
+"""Flag -> field of the prompt."""
+LETTERS = {
+    "w": "width",
+    "h": "height",
+    "s": "sample_steps",
+    "d": "seed",
+    "n": "negative_prompt",
+    "l": "scale",
+    "c": "scale",
+    "ctr": "cfg_trunc_ratio",
+    "rcfg": "renorm_cfg",
+    "fs": "flow_shift",
+}
+"""Option of a line of prompts -> field; `g` is the script's `guidance`."""
+RENAMED = {
+    "ckpt_path": "pretrained_model_name_or_path",
+    "ckpt": "pretrained_model_name_or_path",
+    "dit": "pretrained_model_name_or_path",
+    "ae": "vae",
+    "ae_path": "vae",
+    "gemma2_path": "gemma2",
+    "save_path": "output_dir",
+    "t5xxl_token_length": "t5xxl_max_token_length",
+}
+"""Flag -> the name that it has here."""
+_QUANTISED = "weights are not quantised yet: leave it out; a checkpoint in fp8 is read as it is"
+REFUSED = {
+    "fp8": _QUANTISED,
+    "fp8_scaled": _QUANTISED,
+    "text_encoder_cpu": "use --offload, by which text encoders are on the device only while they are used",
+    "add_system_prompt_to_negative_prompt": "write it into --negative_prompt, in front",
+}
+"""Switches that are refused, and what to do instead."""
+_ATTENTION = "attention is PyTorch's, which takes the fastest exact kernel that the device has"
+_CHUNKS = "it never changes results; --vae_tile_size spares the VAE's memory"
+IDLE = {
+    "lycoris": "adapters of all kinds are read",
+    "use_flash_attn": _ATTENTION,
+    "use_sage_attn": _ATTENTION,
+    "fp16_safe_patch": "nets run in bf16",
+    "vae_disable_cache": _CHUNKS,
+}
+"""Switches that have no effect, and why."""
+NETS = ("clip_l", "t5xxl", "gemma2", "flux")
+"""Nets that kohya's scripts take a number format for."""
+_DTYPES = {"float": "no", "float32": "no", "fp32": "no", "bf16": "bf16", "bfloat16": "bf16"} | dict.fromkeys(
+    ("fp16", "float16", "half"), "fp16"
+)
+KEPT = ("width", "height", "sample_steps", "scale", "guidance_scale", "cfg_trunc_ratio", "renorm_cfg", "flow_shift")
+"""What a line of prompts may set for those that follow it."""
+OURS = frozenset({"sample_prompts", "sample_sampler", "output_dir", "output_name", "network_weights", "seed"})
+"""Settings of `sfumato sample` that these scripts say by other flags, or not at all."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Command:
+    """A command line that was read and checked."""
+
+    script: Script
+    args: Namespace
+    config: Config
+    prompts: Sequence[Prompt]
+    """Empty where they are asked for, and where nothing is sampled."""
+    base: Prompt
+    """What a prompt leaves out."""
+    adapters: Sequence[tuple[Path, float]]
+    skips: Sequence[Callable[[str], bool]]
+    """For each adapter, whether a key of its file is left out."""
+
+
+def parse(script_name: str, argv: Sequence[str]) -> Command:
+    """A command line, checked before any weight is read. Errors: `UserError` with all mistakes of one kind."""
+    from sfumato.families.detect import detect_file
+    from sfumato.sampling import prompts
+
+    script, (args, rest) = SCRIPTS[script_name], read(script_name, argv)
+    config = _config(script_name, args, rest)
+    plain = prompts.default(config.family)
+    variant = script.variants.get(detect_file(config.model.pretrained_model_name_or_path).variant or "", {})
+    ours = {
+        name: value
+        for name, value in {**script.defaults, **variant}.items()
+        # A script may be for several families, and not all have each of its options.
+        if name not in (*prompts.OWN, "guidance_scale") or getattr(plain, name) is not None
+    }
+    base = prompts.checked(given(args), f"{script_name}.py", replace(plain, **ours))
+    adapters = _adapters(args)
+    return Command(
+        script=script, args=args, config=config, prompts=_prompts(script, args, base), base=base, adapters=adapters,
+        skips=[_skip(args, i, path) for i, (path, _) in enumerate(adapters)],
+    )  # fmt: skip
+
+
+def read(script_name: str, argv: Sequence[str]) -> tuple[Namespace, list[str]]:
+    """The flags that these scripts have, and all other words, which are for `sfumato sample`. Errors: `UserError`."""
+    script = SCRIPTS[script_name]
+    args, rest = _parser(script_name).parse_known_args([_renamed(word, script) for word in argv])
+    _check(script, args)
+    return args, rest
+
+
+def _renamed(word: str, script: Script) -> str:
+    """A word of the command line, in our words."""
+    name, _, value = word.partition("=")
+    ours = {**RENAMED, **script.renamed}.get(name.removeprefix("--")) if name.startswith("--") else None
+    return word if ours is None else f"--{ours}={value}" if "=" in word else f"--{ours}"
+
+
+def _parser(name: str) -> Parser:
+    made = Parser(prog=f"{name}.py", description="Other flags are those of `sfumato sample`.", allow_abbrev=False)
+    for flag in PROMPT:
+        made.add_argument(f"--{flag}", metavar="X")
+    made.add_argument("--image_size", nargs=2, metavar=("H", "W"))
+    made.add_argument("--from_file", type=Path, metavar="FILE", help="prompts, one per line with options")
+    made.add_argument("--interactive", action="store_true", help="ask for prompts; the model is loaded once")
+    made.add_argument("--output_dir", type=Path, metavar="DIR")
+    made.add_argument("--output_type", choices=("images", "latent", "latent_images"), default="images")
+    made.add_argument("--latent_path", nargs="*", type=Path, default=[], metavar="FILE", help="only decode these")
+    made.add_argument("--no_metadata", action="store_true")
+    made.add_argument("--lora_weights", nargs="*", default=[], metavar="FILE;STRENGTH")
+    made.add_argument("--lora_weight", nargs="*", default=[], metavar="FILE")
+    made.add_argument("--lora_multiplier", nargs="*", type=float, default=[], metavar="X")
+    made.add_argument("--merge_lora_weights", action="store_true", help="merge adapters, which takes less time")
+    made.add_argument("--include_patterns", nargs="*", default=[], metavar="REGEX", help="keys of each adapter")
+    made.add_argument("--exclude_patterns", nargs="*", default=[], metavar="REGEX")
+    made.add_argument("--save_merged_model", type=Path, metavar="FILE", help="merge adapters, sample nothing")
+    made.add_argument("--offload", action="store_true", help="nets are on the device only while they are used")
+    made.add_argument("--device", metavar="X")
+    made.add_argument("--dtype", metavar="X", help="number format of the computation")
+    made.add_argument("--ae_dtype", metavar="X")
+    for net in NETS:
+        made.add_argument(f"--{net}_dtype", metavar="X")
+    made.add_argument("--attn_mode", choices=("torch", "sdpa", "xformers", "flash", "sageattn"), default="torch")
+    made.add_argument("--blocks_to_swap", type=int, default=0)
+    made.add_argument("--vae_chunk_size", type=int)
+    made.add_argument("--prompt2")
+    for switch in ("fp16", "bf16", *REFUSED, *IDLE):
+        made.add_argument(f"--{switch}", action="store_true")
+    return made
+
+
+def _check(script: Script, args: Namespace) -> None:
+    """Notes on what has no effect. Errors: one `UserError` for all that cannot be done, or not together."""
+    wrong = [f"--{name}: {why}" for name, why in REFUSED.items() if getattr(args, name)]
+    if args.blocks_to_swap:
+        wrong.append("--blocks_to_swap: is not supported yet: use --offload")
+    if args.save_merged_model and not (args.lora_weight or args.lora_weights):
+        wrong.append("--save_merged_model: name the adapters to merge with --lora_weight")
+    if args.from_file and args.interactive:
+        wrong.append("--from_file, --interactive: exclude each other; leave one of the two out")
+    if args.include_patterns + args.exclude_patterns and (args.merge_lora_weights or args.save_merged_model):
+        wrong.append("--include_patterns, --exclude_patterns: do nothing where adapters are merged; leave them out")
+    if not (args.output_dir or script.folder or args.save_merged_model):
+        wrong.append("--save_path: is missing: name the folder of the results")
+    sampled = args.prompt is not None or args.from_file or args.interactive or script.prompt
+    if not (sampled or args.latent_path or args.save_merged_model):
+        wrong.append("say what to sample: --prompt, --from_file or --interactive")
+    for name in ("dtype", *(f"{net}_dtype" for net in NETS), "ae_dtype"):
+        if (value := getattr(args, name)) is not None and value not in _DTYPES:
+            why = _QUANTISED if value.startswith(("fp8", "float8")) else f"expected {', '.join(_DTYPES)}"
+            wrong.append(f"--{name} {value}: {why}")
+    if wrong:
+        raise UserError(*wrong)
+    idle = {name: why for name, why in IDLE.items() if getattr(args, name)}
+    if args.attn_mode in ("flash", "sageattn"):
+        idle["attn_mode"] = _ATTENTION
+    if args.vae_chunk_size:
+        idle["vae_chunk_size"] = _CHUNKS
+    if args.prompt2 is not None:
+        idle["prompt2"] = "both text encoders read --prompt, as in sd-scripts"
+    for net in NETS:
+        if getattr(args, f"{net}_dtype"):
+            idle[f"{net}_dtype"] = "nets run in the format of --dtype; what would overflow in it is computed in fp32"
+    for name, why in idle.items():
+        flags.note(f"--{name}: accepted, no effect: {why}")
+
+
+def _config(name: str, args: Namespace, rest: Sequence[str]) -> Config:
+    """The config that remains when prompts and adapters are taken off. Errors: `UserError`."""
+    script = SCRIPTS[name]
+    asked = "fp16" if args.fp16 else "bf16" if args.bf16 else _DTYPES.get(args.dtype or "", script.precision)
+    words = [*rest, "--mixed_precision", asked]
+    if _DTYPES.get(args.ae_dtype or "", asked) == "no" != asked:
+        words.append("--no_half_vae")
+    if args.attn_mode == "xformers":
+        words.append("--xformers")
+    return main.sample_config(words, f"{name}.py", without=OURS)
+
+
+def given(args: Namespace) -> dict[str, Any]:
+    """The fields of a prompt that the command line sets. Errors: `UserError` for one that it sets twice."""
+    found: dict[str, Any] = {"prompt": ""}
+    flagged = [(flag, PROMPT[flag], getattr(args, flag)) for flag in PROMPT]
+    if args.image_size:
+        flagged += [("image_size", "height", args.image_size[0]), ("image_size", "width", args.image_size[1])]
+    twice = []
+    for flag, name, value in flagged:
+        if value is not None:
+            twice += [f"--{flag}: {name} is set by another flag as well; leave one out"] if found.get(name) else []
+            found[name] = value
+    if twice:
+        raise UserError(*twice)
+    return found
+
+
+def letters(script: Script) -> dict[str, str]:
+    """Option of a line of prompts -> field."""
+    return {**LETTERS, "g": script.guidance}
+
+
+def _prompts(script: Script, args: Namespace, base: Prompt) -> list[Prompt]:
+    from sfumato.sampling.prompts import read_prompts
+
+    if args.interactive or args.latent_path or args.save_merged_model:
+        return []
+    if args.from_file:
+        return read_prompts(args.from_file, replace(base, prompt=""), letters(script))
+    return [replace(base, prompt=script.prompt if args.prompt is None else base.prompt)]
+
+
+def _adapters(args: Namespace) -> list[tuple[Path, float]]:
+    """Files and their strengths. Errors: `UserError`."""
+    found, wrong = list[tuple[Path, float]](), list[str]()
+    for text in args.lora_weights:
+        file, _, strength = text.partition(";")
+        try:
+            found.append((Path(file).expanduser(), float(strength or 1)))
+        except ValueError:
+            wrong.append(f"--lora_weights {text}: expected FILE;STRENGTH, such as a.safetensors;0.8")
+    if len(args.lora_multiplier) > len(args.lora_weight):
+        wrong.append(f"--lora_multiplier: {len(args.lora_multiplier)} for {len(args.lora_weight)} files")
+    for i, file in enumerate(args.lora_weight):
+        found.append((Path(file).expanduser(), [*args.lora_multiplier, *[1.0] * (i + 1)][i]))
+    wrong += [f"no such adapter file: {path}" for path, _ in found if not path.is_file()]
+    for name in ("include_patterns", "exclude_patterns"):
+        if len(getattr(args, name)) > len(found):
+            wrong.append(f"--{name}: {len(getattr(args, name))} for {len(found)} adapters")
+    if wrong:
+        raise UserError(*wrong)
+    return found
+
+
+def _skip(args: Namespace, place: int, path: Path) -> Callable[[str], bool]:
+    """Whether a key of the adapter in this place is left out, by its patterns. Errors: `UserError` if all are."""
+    include, exclude = (
+        _pattern(name, texts[place]) if place < len(texts := getattr(args, name)) else None
+        for name in ("include_patterns", "exclude_patterns")
+    )
+
+    def skip(key: str) -> bool:
+        return bool((include and not include.search(key)) or (exclude and exclude.search(key)))
+
+    if (include or exclude) and all(skip(key) for key in read_header(path).tensors):
+        raise UserError(f"--include_patterns, --exclude_patterns: they leave nothing of {path}")
+    return skip
+
+
+def _pattern(flag: str, text: str) -> re.Pattern[str]:
+    try:
+        return re.compile(text)
+    except re.error as error:
+        raise UserError(f"--{flag} {text}: is not a regular expression: {error}") from None
