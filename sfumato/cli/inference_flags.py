@@ -1,45 +1,61 @@
-"""Command lines of kohya's minimal inference scripts: their defaults, and what each flag is here."""
+"""Command lines of kohya's minimal inference scripts, and of `sfumato sample` with their flags: defaults, and what each
+flag is here."""
 
 from __future__ import annotations
 
 import re
-from argparse import Namespace
-from collections.abc import Callable, Mapping, Sequence
+from argparse import SUPPRESS, Namespace
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sfumato.cli import flags, main
+from sfumato.cli import flags, options, tools
 from sfumato.cli.flags import Parser
 from sfumato.errors import UserError
-from sfumato.formats.files import read_header
 
 if TYPE_CHECKING:
     from sfumato.config import Config
     from sfumato.sampling.prompts import Prompt
 
 
+SAMPLE = """
+    sample_prompts sample_sampler output_dir output_name network_weights base_weights base_weights_multiplier seed
+    mixed_precision xformers sdpa no_half_vae vae_tile_size zero_terminal_snr
+"""
+"""What `sfumato sample` reads, besides the model and the family's own settings."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Script:
-    """One of kohya's scripts."""
+    """One of kohya's scripts, or our own command."""
 
     prompt: str = ""
     """Sampled where the command line has none; "": it must have one."""
     defaults: Mapping[str, Any]
-    """Of prompts."""
+    """Of prompts, over those of the family."""
     variants: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     """Variant of the model -> other defaults."""
-    precision: str = "bf16"
+    precision: str | None = "bf16"
+    """Of the computation, where the command line says none; None: what --mixed_precision says."""
     folder: str | None = "."
     """Of the results, where the command line names none; None: it must name one."""
+    below: str = ""
+    """Folder in it that images are written into."""
     guidance: str = "scale"
-    """What the option `--g` of a line of prompts is."""
+    """What the flag --guidance_scale is, and the option `--g` of a line of prompts."""
     keeps: bool = True
     """Whether options of a line stay for the next ones, where lines are asked for."""
     renamed: Mapping[str, str] = field(default_factory=dict)
     """Flags of this script that have another name here."""
+    without: frozenset[str] = frozenset(
+        {"sample_prompts", "sample_sampler", "output_dir", "output_name", "network_weights", "seed"}
+    )
+    """Settings of `sfumato sample` that these scripts say by other flags, or not at all."""
 
 
+SAMPLER = "euler"
+"""What kohya's scripts sample with."""
 _CAT = "A photo of a cat"
 SCRIPTS: Mapping[str, Script] = {
     "sdxl_minimal_inference": Script(
@@ -76,6 +92,17 @@ SCRIPTS: Mapping[str, Script] = {
     ),
 }
 """kohya's script, without `.py` -> what it is."""
+OWN = Script(
+    defaults={},
+    precision=None,
+    folder="output",
+    below="sample",
+    guidance="guidance_scale",
+    without=frozenset({"sample_prompts", "output_dir", "output_name", "seed"}),
+)
+"""`sfumato sample` where it is given a prompt, and not a file of prompts alone."""
+BY_PROMPT = ("prompt", "from_file", "interactive", "latent_path", "save_merged_model")
+"""Flags by which `sfumato sample` has all the others of these scripts."""
 
 PROMPT = {
     "prompt": "prompt",
@@ -88,8 +115,6 @@ PROMPT = {
     "image_height": "height",
     "seed": "seed",
     "cfg_scale": "scale",
-    "guidance_scale": "scale",
-    "guidance": "guidance_scale",
     "flow_shift": "flow_shift",
     "discrete_flow_shift": "flow_shift",
     "cfg_trunc_ratio": "cfg_trunc_ratio",
@@ -99,7 +124,7 @@ PROMPT = {
     "guidance_rescale": "guidance_rescale",
     "guidance_rescale_apg": "guidance_rescale_apg",
 }
-"""Flag -> field of the prompt."""
+"""Flag -> field of the prompt, besides --guidance (a distilled model's) and --guidance_scale (the script's `guidance`)."""
 LETTERS = {
     "w": "width",
     "h": "height",
@@ -149,8 +174,6 @@ _DTYPES = {"float": "no", "float32": "no", "fp32": "no", "bf16": "bf16", "bfloat
 )
 KEPT = ("width", "height", "sample_steps", "scale", "guidance_scale", "cfg_trunc_ratio", "renorm_cfg", "flow_shift")
 """What a line of prompts may set for those that follow it."""
-OURS = frozenset({"sample_prompts", "sample_sampler", "output_dir", "output_name", "network_weights", "seed"})
-"""Settings of `sfumato sample` that these scripts say by other flags, or not at all."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -167,35 +190,40 @@ class Command:
     adapters: Sequence[tuple[Path, float]]
     skips: Sequence[Callable[[str], bool]]
     """For each adapter, whether a key of its file is left out."""
+    sampler: str
 
 
-def parse(script_name: str, argv: Sequence[str]) -> Command:
+def parse(prog: str, script: Script, argv: Sequence[str]) -> Command:
     """A command line, checked before any weight is read. Errors: `UserError` with all mistakes of one kind."""
     from sfumato.families.detect import detect_file
     from sfumato.sampling import prompts
 
-    script, (args, rest) = SCRIPTS[script_name], read(script_name, argv)
-    config = _config(script_name, args, rest)
-    plain = prompts.default(config.family)
-    variant = script.variants.get(detect_file(config.model.pretrained_model_name_or_path).variant or "", {})
+    args, rest = read(prog, script, argv)
+    adapters = [*_adapters(args), *tools.take_adapters(rest, "network_weights")]
+    config = _config(prog, script, args, rest)
+    if config.network.network_weights:
+        adapters.append((Path(config.network.network_weights), 1.0))
+    model = config.model.pretrained_model_name_or_path
+    plain = prompts.sized(prompts.default(config.family), *(path for path, _ in adapters), model)
+    variant = script.variants.get(detect_file(model).variant or "", {}) if script.variants else {}
     ours = {
         name: value
         for name, value in {**script.defaults, **variant}.items()
         # A script may be for several families, and not all have each of its options.
         if name not in (*prompts.OWN, "guidance_scale") or getattr(plain, name) is not None
     }
-    base = prompts.checked(given(args), f"{script_name}.py", replace(plain, **ours))
-    adapters = _adapters(args)
+    base = prompts.checked(given(script, args), prog, replace(plain, **ours))
+    own_sampler = "sample_sampler" not in script.without
     return Command(
         script=script, args=args, config=config, prompts=_prompts(script, args, base), base=base, adapters=adapters,
         skips=[_skip(args, i, path) for i, (path, _) in enumerate(adapters)],
+        sampler=prompts.sampler(config.sample.sample_sampler) if own_sampler else SAMPLER,
     )  # fmt: skip
 
 
-def read(script_name: str, argv: Sequence[str]) -> tuple[Namespace, list[str]]:
-    """The flags that these scripts have, and all other words, which are for `sfumato sample`. Errors: `UserError`."""
-    script = SCRIPTS[script_name]
-    args, rest = _parser(script_name).parse_known_args([_renamed(word, script) for word in argv])
+def read(prog: str, script: Script, argv: Sequence[str]) -> tuple[Namespace, list[str]]:
+    """The flags that these scripts have, and all other words, which are settings. Errors: `UserError`."""
+    args, rest = _parser(prog).parse_known_args([_renamed(word, script) for word in argv])
     _check(script, args)
     return args, rest
 
@@ -207,17 +235,24 @@ def _renamed(word: str, script: Script) -> str:
     return word if ours is None else f"--{ours}={value}" if "=" in word else f"--{ours}"
 
 
-def _parser(name: str) -> Parser:
-    made = Parser(prog=f"{name}.py", description="Other flags are those of `sfumato sample`.", allow_abbrev=False)
-    for flag in PROMPT:
-        made.add_argument(f"--{flag}", metavar="X")
+def help_text() -> str:
+    """The flags that `sfumato sample` has beside one of `BY_PROMPT`, in words."""
+    return _parser("sfumato sample").format_help()
+
+
+def _parser(prog: str) -> Parser:
+    made = Parser(prog=prog, description=f"With --{', --'.join(BY_PROMPT)}:", allow_abbrev=False)
+    shown = set[str]()
+    for flag, name in {**PROMPT, "guidance_scale": "guidance_scale", "guidance": "guidance_scale"}.items():
+        made.add_argument(f"--{flag}", metavar="X", help=SUPPRESS if name in shown else f"{name} of the prompt")
+        shown.add(name)
     made.add_argument("--image_size", nargs=2, metavar=("H", "W"))
     made.add_argument("--from_file", type=Path, metavar="FILE", help="prompts, one per line with options")
     made.add_argument("--interactive", action="store_true", help="ask for prompts; the model is loaded once")
     made.add_argument("--output_dir", type=Path, metavar="DIR")
     made.add_argument("--output_type", choices=("images", "latent", "latent_images"), default="images")
     made.add_argument("--latent_path", nargs="*", type=Path, default=[], metavar="FILE", help="only decode these")
-    made.add_argument("--no_metadata", action="store_true")
+    made.add_argument("--no_metadata", action="store_true", help="files do not say how they were sampled")
     made.add_argument("--lora_weights", nargs="*", default=[], metavar="FILE;STRENGTH")
     made.add_argument("--lora_weight", nargs="*", default=[], metavar="FILE")
     made.add_argument("--lora_multiplier", nargs="*", type=float, default=[], metavar="X")
@@ -230,13 +265,15 @@ def _parser(name: str) -> Parser:
     made.add_argument("--dtype", metavar="X", help="number format of the computation")
     made.add_argument("--ae_dtype", metavar="X")
     for net in NETS:
-        made.add_argument(f"--{net}_dtype", metavar="X")
+        made.add_argument(f"--{net}_dtype", metavar="X", help=SUPPRESS)
     made.add_argument("--attn_mode", choices=("torch", "sdpa", "xformers", "flash", "sageattn"), default="torch")
-    made.add_argument("--blocks_to_swap", type=int, default=0)
-    made.add_argument("--vae_chunk_size", type=int)
-    made.add_argument("--prompt2")
-    for switch in ("fp16", "bf16", *REFUSED, *IDLE):
-        made.add_argument(f"--{switch}", action="store_true")
+    for switch in ("fp16", "bf16"):
+        made.add_argument(f"--{switch}", action="store_true", help=f"--dtype {switch}")
+    made.add_argument("--blocks_to_swap", type=int, default=0, help=SUPPRESS)
+    made.add_argument("--vae_chunk_size", type=int, help=SUPPRESS)
+    made.add_argument("--prompt2", help=SUPPRESS)
+    for switch in (*REFUSED, *IDLE):
+        made.add_argument(f"--{switch}", action="store_true", help=SUPPRESS)
     return made
 
 
@@ -252,7 +289,7 @@ def _check(script: Script, args: Namespace) -> None:
     if args.include_patterns + args.exclude_patterns and (args.merge_lora_weights or args.save_merged_model):
         wrong.append("--include_patterns, --exclude_patterns: do nothing where adapters are merged; leave them out")
     if not (args.output_dir or script.folder or args.save_merged_model):
-        wrong.append("--save_path: is missing: name the folder of the results")
+        wrong.append("--save_path is missing: name the folder of the results")
     sampled = args.prompt is not None or args.from_file or args.interactive or script.prompt
     if not (sampled or args.latent_path or args.save_merged_model):
         wrong.append("say what to sample: --prompt, --from_file or --interactive")
@@ -276,22 +313,35 @@ def _check(script: Script, args: Namespace) -> None:
         flags.note(f"--{name}: accepted, no effect: {why}")
 
 
-def _config(name: str, args: Namespace, rest: Sequence[str]) -> Config:
+def _config(prog: str, script: Script, args: Namespace, rest: Sequence[str]) -> Config:
     """The config that remains when prompts and adapters are taken off. Errors: `UserError`."""
-    script = SCRIPTS[name]
     asked = "fp16" if args.fp16 else "bf16" if args.bf16 else _DTYPES.get(args.dtype or "", script.precision)
-    words = [*rest, "--mixed_precision", asked]
-    if _DTYPES.get(args.ae_dtype or "", asked) == "no" != asked:
+    words = [*rest, "--mixed_precision", asked] if asked else [*rest]
+    if args.ae_dtype and _DTYPES[args.ae_dtype] == "no":
         words.append("--no_half_vae")
     if args.attn_mode == "xformers":
         words.append("--xformers")
-    return main.sample_config(words, f"{name}.py", without=OURS)
+    return sample_config(words, prog, without=script.without)
 
 
-def given(args: Namespace) -> dict[str, Any]:
+def sample_config(words: Sequence[str], prog: str, without: Collection[str] = ()) -> Config:
+    """The config of a command line with the flags of `sfumato sample`, `without` some. Errors: `UserError`."""
+    read = [
+        name
+        for name, option in options.known().items()
+        if name not in without and (option.section == "model" or name in SAMPLE.split() or name in options.owners())
+    ]
+    resolved = flags.resolve_all(words, "network", data=False, prog=prog, only=read)
+    for notice in resolved.notices:
+        flags.note(notice)
+    return resolved.config
+
+
+def given(script: Script, args: Namespace) -> dict[str, Any]:
     """The fields of a prompt that the command line sets. Errors: `UserError` for one that it sets twice."""
     found: dict[str, Any] = {"prompt": ""}
-    flagged = [(flag, PROMPT[flag], getattr(args, flag)) for flag in PROMPT]
+    flagged = [("guidance_scale", script.guidance, args.guidance_scale), ("guidance", "guidance_scale", args.guidance)]
+    flagged += [(flag, name, getattr(args, flag)) for flag, name in PROMPT.items()]
     if args.image_size:
         flagged += [("image_size", "height", args.image_size[0]), ("image_size", "width", args.image_size[1])]
     twice = []
@@ -350,6 +400,8 @@ def _skip(args: Namespace, place: int, path: Path) -> Callable[[str], bool]:
 
     def skip(key: str) -> bool:
         return bool((include and not include.search(key)) or (exclude and exclude.search(key)))
+
+    from sfumato.formats.files import read_header
 
     if (include or exclude) and all(skip(key) for key in read_header(path).tensors):
         raise UserError(f"--include_patterns, --exclude_patterns: they leave nothing of {path}")

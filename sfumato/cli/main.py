@@ -7,7 +7,7 @@ import gc
 import json
 import os
 import sys
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from io import TextIOWrapper
 from typing import TYPE_CHECKING
@@ -17,14 +17,9 @@ from sfumato.errors import UserError, nearest
 
 if TYPE_CHECKING:
     from sfumato.cli.flags import Resolved
-    from sfumato.config import Config, Method
+    from sfumato.config import Method
 
 METHODS: tuple[Method, ...] = ("network", "full")
-SAMPLE = """
-    sample_prompts sample_sampler output_dir output_name network_weights base_weights base_weights_multiplier seed
-    mixed_precision xformers sdpa no_half_vae vae_tile_size zero_terminal_snr
-"""
-"""What `sfumato sample` reads, besides the model and the family's own settings."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,29 +151,21 @@ def _cache(words: list[str]) -> int:
 
 
 def _sample(words: list[str]) -> int:
-    from sfumato.cli import tools
+    from sfumato.cli import inference, inference_flags, tools
 
+    if {"-h", "--help"} & {*words}:
+        print(inference_flags.help_text())
+    if {word.partition("=")[0].removeprefix("--") for word in words} & {*inference_flags.BY_PROMPT}:
+        return inference.run_command(inference_flags.parse("sfumato sample", inference_flags.OWN, words))
     adapters = tools.take_adapters(words, "network_weights")
-    config = sample_config(words, "sfumato sample")
+    config = inference_flags.sample_config(words, "sfumato sample")
     if not config.sample.sample_prompts:
-        raise UserError("sfumato sample: set sample_prompts, a file of prompts (.txt, .toml or .json)")
+        raise UserError("sfumato sample: say what to sample: --prompt, or --sample_prompts, a file of prompts")
     from sfumato.train import pipeline
 
     for path in pipeline.main(config, adapters):
         print(path)
     return 0
-
-
-def sample_config(words: list[str], prog: str, without: Collection[str] = ()) -> Config:
-    """The config of a command line with the flags of `sfumato sample`, `without` some. Errors: `UserError`."""
-    from sfumato.cli import options
-
-    read = [
-        name
-        for name, option in options.known().items()
-        if name not in without and (option.section == "model" or name in SAMPLE.split() or name in options.owners())
-    ]
-    return _resolved(words, "network", prog, data=False, only=read).config
 
 
 def _method(words: list[str], command: str, default: Method | None) -> Method:
@@ -197,12 +184,10 @@ def _method(words: list[str], command: str, default: Method | None) -> Method:
     return default or "network"
 
 
-def _resolved(
-    words: list[str], method: Method, prog: str, *, data: bool = True, only: Sequence[str] | None = None
-) -> Resolved:
+def _resolved(words: list[str], method: Method, prog: str) -> Resolved:
     from sfumato.cli import flags
 
-    resolved = flags.resolve_all(words, method, data=data, prog=prog, only=only)
+    resolved = flags.resolve_all(words, method, prog=prog)
     for notice in resolved.notices:
         flags.note(notice)
     return resolved

@@ -1,4 +1,4 @@
-"""Images and latents of prompts, written one after another with one loaded model: kohya's inference scripts."""
+"""Images and latents of prompts, written one after another with one loaded model."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from PIL import Image
 from torch import Tensor
 
 from sfumato.errors import UserError
@@ -15,9 +16,6 @@ from sfumato.train import outputs
 from sfumato.train.pipeline import Pipeline
 from sfumato.train.progress import progress
 from sfumato.train.step import autocast
-
-SAMPLER = "euler"
-"""What all of kohya's scripts sample with."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,31 +31,26 @@ class Output:
     def __post_init__(self) -> None:
         outputs.check_folder(self.folder)
 
-    def save_image(self, pipeline: Pipeline, latents: Tensor, path: Path, prompt: Prompt) -> None:
-        """Decode latents (c, h, w) and write the image."""
-        with sample.on_device([pipeline.models.vae], pipeline.device):
-            image = sample.decode(pipeline.models, latents, prompt)
-        image_files.save(image, path, prompt if self.described else None, SAMPLER)
 
-
-def write(pipeline: Pipeline, prompts: Sequence[Prompt], output: Output, first: int = 0) -> list[Path]:
+def write(pipeline: Pipeline, prompts: Sequence[Prompt], output: Output, sampler: str, first: int = 0) -> list[Path]:
     """Sample prompts, whose seeds are set, one by one; the files. `first`: the number of the first in file names."""
     models, device = pipeline.models, pipeline.device if pipeline.offload else None
     paths = []
     with autocast(pipeline.device, pipeline.precision), progress("sampling images") as advance:
-        sample.check_prompts(models, prompts, SAMPLER)
+        sample.check_prompts(models, prompts, sampler)
         encoded = sample.encode_prompts(models, prompts, device)
         for place, prompt in enumerate(prompts, first):
             with sample.on_device([models.denoiser], device):
                 (latents,) = sample.sample_latents(
-                    models, [prompt], process=pipeline.process, sampler=SAMPLER, encoded=encoded, progress=advance
+                    models, [prompt], process=pipeline.process, sampler=sampler, encoded=encoded, progress=advance
                 )
             path = output.folder / image_files.file_name("image", place, seed=prompt.seed)
             if output.latents:
                 paths.append(path.with_name(f"{path.stem}_latent.safetensors"))
                 image_files.save_latents(latents, paths[-1], prompt if output.described else None)
             if output.images:
-                output.save_image(pipeline, latents, path, prompt)
+                image = _decoded(pipeline, latents, prompt)
+                image_files.save(image, path, prompt if output.described else None, prompt.sample_sampler or sampler)
                 paths.append(path)
     return paths
 
@@ -73,8 +66,12 @@ def decode(pipeline: Pipeline, files: Sequence[Path], output: Output) -> list[Pa
             wrong += error.messages
     if wrong:
         raise UserError(*wrong)
-    undescribed = Output(folder=output.folder, described=False)
     for place, (file, latents) in enumerate(zip(files, loaded, strict=True)):
         paths.append(output.folder / image_files.file_name(file.stem, place))
-        undescribed.save_image(pipeline, latents, paths[-1], Prompt(prompt=file.name))
+        image_files.save(_decoded(pipeline, latents, Prompt(prompt=file.name)), paths[-1], None, "")
     return paths
+
+
+def _decoded(pipeline: Pipeline, latents: Tensor, prompt: Prompt) -> Image.Image:
+    with sample.on_device([pipeline.models.vae], pipeline.device):
+        return sample.decode(pipeline.models, latents, prompt)

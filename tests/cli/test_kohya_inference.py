@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from tinies import flux, sd3, sdxl
 
 from sfumato.cli.inference_flags import SCRIPTS, given, parse, read
+from sfumato.cli.main import main
 from sfumato.errors import UserError
 from sfumato.formats.files import read_header
 from sfumato.sampling.prompts import Prompt
@@ -73,8 +74,8 @@ LINES: dict[str, tuple[str, dict[str, str], str]] = {
 @pytest.mark.parametrize("script", list(SCRIPTS))
 def test_flags_are_read(script: str) -> None:
     line, wanted, rest = LINES[script]
-    args, words = read(script, line.split())
-    assert given(args) == {"prompt": ""} | wanted
+    args, words = read(script, SCRIPTS[script], line.split())
+    assert given(SCRIPTS[script], args) == {"prompt": ""} | wanted
     assert " ".join(words) == rest
 
 
@@ -84,7 +85,7 @@ def test_flags_are_read(script: str) -> None:
         ("hunyuan_image_minimal_inference", "--prompt a --save_path o --fp8", "--fp8: weights are not quantised yet"),
         ("anima_minimal_inference", "--prompt a --save_path o --text_encoder_cpu", "use --offload"),
         ("hunyuan_image_minimal_inference", "--prompt a --save_path o --blocks_to_swap 20", "use --offload"),
-        ("anima_minimal_inference", "--prompt a", "--save_path: is missing"),
+        ("anima_minimal_inference", "--prompt a", "--save_path is missing"),
         ("anima_minimal_inference", "--save_path o", "say what to sample: --prompt, --from_file or --interactive"),
         ("anima_minimal_inference", "--save_path o --from_file p --interactive", "exclude each other"),
         ("flux_minimal_inference", "--flux_dtype fp8_e4m3fn", "--flux_dtype fp8_e4m3fn: weights are not quantised"),
@@ -95,7 +96,7 @@ def test_flags_are_read(script: str) -> None:
 )  # fmt: skip
 def test_what_cannot_be_done_is_refused_with_what_to_do(script: str, line: str, words: str) -> None:
     with pytest.raises(UserError) as refused:
-        read(script, line.split())
+        read(script, SCRIPTS[script], line.split())
     assert words in str(refused.value)
 
 
@@ -111,7 +112,7 @@ class Tiny:
         self.words = [word for name, path in named.items() for word in (f"--{name}", str(path))]
 
     def parse(self, line: str) -> Any:
-        return parse(self.script, [*self.words, *line.split()])
+        return parse(f"{self.script}.py", SCRIPTS[self.script], [*self.words, *line.split()])
 
     def launch(self, folder: Path, words: Sequence[str]) -> str:
         return launch(self.script, [*self.words, *words], folder)
@@ -203,12 +204,29 @@ def only(folder: Path) -> np.ndarray[Any, Any]:
     return found
 
 
-def test_latents_are_kept_and_decoded_and_adapters_taken_in_part(medium: Tiny, tmp_path: Path) -> None:
+def test_latents_are_kept_and_decoded_and_adapters_taken_in_part(
+    medium: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     adapter, out = lora(tmp_path), tmp_path / "out"
     medium.launch(tmp_path, [*SMALL, "--output_type", "latent_images"])
     plain = only(out)
     medium.launch(tmp_path, [*SMALL, "--lora_weights", f"{adapter};0.5", "--merge_lora_weights"])
     merged = only(out)
+    own = [
+        "sample",
+        *(w.replace("ckpt_path", "pretrained_model_name_or_path") for w in medium.words),
+        *SMALL,
+        "--seed",
+        "1",
+        "--cfg_scale",
+        "5",
+        "--network_weights",
+        adapter,
+        "0.5",
+    ]
+    monkeypatch.chdir(tmp_path)
+    assert main([*own, "--sample_sampler", "euler", "--prompt", "A photo of a cat"]) == 0
+    assert np.array_equal(only(out / "sample"), merged)
     beside = ["--lora_weight", adapter, "--lora_multiplier", "0.5", "--include_patterns", "lora_unet", "--offload"]
     medium.launch(tmp_path, [*SMALL, *beside, "--no_metadata"])
     assert np.abs(merged - only(out)).mean() < 1 < np.abs(merged - plain).mean()

@@ -32,7 +32,7 @@ def test_help_and_version(capsys: pytest.CaptureFixture[str]) -> None:
         (["show"], "required: FILE"),
         (["show", "nothing.safetensors"], "nothing.safetensors"),
         (["sample", "--learning_rate", "1"], "--learning_rate: is not a flag of `sfumato sample`"),
-        (["sample", *BASE[:2]], "set sample_prompts"),
+        (["sample", *BASE[:2]], "say what to sample: --prompt, or --sample_prompts"),
     ],
 )
 def test_mistakes_exit_with_2(argv: list[str], message: str, home: Path, capsys: pytest.CaptureFixture[str]) -> None:
