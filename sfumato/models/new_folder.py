@@ -6,6 +6,7 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 from sfumato.models.base import Models, NewFolder
+from sfumato.models.encoders.llm import DecoderLM
 from sfumato.models.encoders.t5 import T5Encoder
 
 
@@ -31,6 +32,25 @@ def t5_config(encoder: T5Encoder) -> dict[str, Any]:
         "model_type": "t5",
         "tie_word_embeddings": True,
     }
+
+
+def llm_config(encoder: DecoderLM) -> dict[str, Any]:
+    """config.json of a language model."""
+    return {
+        **encoder.config.to_diff_dict(),
+        "architectures": [f"{encoder.recipe.classes}Model"],
+        "model_type": encoder.recipe.module,
+        "rope_theta": encoder.recipe.theta,
+    }
+
+
+def encoder_config(encoder: Any, clip: str) -> tuple[dict[str, Any], str]:
+    """config.json of a text encoder, and transformers' class of its tokenizer; `clip`: the class of a CLIP."""
+    if isinstance(encoder, DecoderLM):
+        return llm_config(encoder), encoder.recipe.tokenizer
+    if isinstance(encoder, T5Encoder):
+        return t5_config(encoder), "T5Tokenizer"
+    return text_config(encoder, clip), "CLIPTokenizer"
 
 
 def vae_config(vae: Any) -> dict[str, Any]:
@@ -64,9 +84,7 @@ def flow_folder(
         if name not in models.encoders:
             absent |= {folders[name], spec.folder}
             continue
-        encoder = models.encoders[name]
-        configs[name] = t5_config(encoder) if isinstance(encoder, T5Encoder) else text_config(encoder, clip)
-        tokenizer = "T5Tokenizer" if isinstance(encoder, T5Encoder) else "CLIPTokenizer"
+        configs[name], tokenizer = encoder_config(models.encoders[name], clip)
         present[folders[name]] = ("transformers", configs[name]["architectures"][0])
         present[spec.folder] = ("transformers", tokenizer)
     return NewFolder(

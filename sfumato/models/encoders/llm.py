@@ -60,6 +60,8 @@ class Recipe:
     attention: str = "sdpa"
     hub: str = ""
     """What stands before its names in folders."""
+    tokenizer: str = "Qwen2Tokenizer"
+    """transformers' class."""
 
     def class_named(self, what: str) -> Any:
         """One of transformers' classes: "Config", "DecoderLayer", "RMSNorm"."""
@@ -86,6 +88,7 @@ GEMMA2 = Recipe(
     },
     scaled=True,
     attention="eager",  # sdpa has no soft-capping
+    tokenizer="GemmaTokenizer",
 )
 """Gemma-2-2B (arXiv:2408.00118)."""
 QWEN3 = Recipe(name="qwen3", module="qwen3", classes="Qwen3", head_dim=128, theta=1e6, facts=_QWEN)
