@@ -1,4 +1,4 @@
-"""The names of Lumina Image 2.0's files: prefixes of bundles, the table to diffusers, the layers of adapters."""
+"""The names of Lumina Image 2.0's transformer: the table to diffusers, the layers that adapters go on."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from sfumato.families.lumina2.net import STACKS
 from sfumato.formats.names import KeyMap, Rule, rule
 from sfumato.models.detection import Shapes
 
-GEMMA = "text_encoders.gemma2_2b.transformer."
-VAE = "vae."
+UNUSED = "norm_final.weight"
+"""A norm that stands in the files, and that none applies who run the model."""
 
 _BLOCKS = tuple(f"{stack}.*" for stack in STACKS)
 TARGETS: Mapping[str, tuple[str, ...]] = {
