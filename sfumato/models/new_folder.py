@@ -40,7 +40,7 @@ def llm_config(encoder: DecoderLM) -> dict[str, Any]:
         **encoder.config.to_diff_dict(),
         "architectures": [f"{encoder.recipe.classes}Model"],
         "model_type": encoder.recipe.module,
-        "rope_theta": encoder.recipe.theta,
+        "rope_parameters": {"rope_type": "default", "rope_theta": encoder.recipe.theta},
     }
 
 
