@@ -143,8 +143,8 @@ def _header(paths: Sequence[Path], flag: str) -> tuple[Shapes, Mapping[str, str]
 
 
 def _folder(path: Path, flag: str) -> Detected:
-    index = path / "model_index.json"
-    if not index.is_file():
+    index = locate.index_of(path)
+    if index is None:
         raise UserError(
             f"{flag}: the folder {path} has no model_index.json: expected a diffusers folder, or a single file"
         )
@@ -153,6 +153,9 @@ def _folder(path: Path, flag: str) -> Detected:
         if pipeline in families.facts(name).pipelines:
             denoiser = path / families.facts(name).denoiser_folder
             shapes, _ = _header(locate.weight_files(denoiser), flag)
+            for folder, prefix in families.facts(name).denoiser_beside.items():
+                found_beside, _ = _header(locate.weight_files(path / folder), flag)
+                shapes = {**shapes, **{prefix + key: shape for key, shape in found_beside.items()}}
             found = _recognised(name, shapes)
             if found and found.refused:
                 raise UserError(f"{flag}: {path} is {found.refused}")

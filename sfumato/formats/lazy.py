@@ -220,6 +220,10 @@ class Lazy(Mapping[str, Tensor]):
             {n[len(prefix) :]: place for n, place in self.places.items() if n.startswith(prefix)}, self.dtype, self.map
         )
 
+    def beside(self, prefix: str, others: Lazy) -> Lazy:
+        """These, and others with `prefix` before their names."""
+        return Lazy({**self.places, **{prefix + n: place for n, place in others.places.items()}}, self.dtype, self.map)
+
     def only(self, wanted: Callable[[str], bool]) -> Lazy:
         """Those whose names are wanted."""
         return Lazy({n: place for n, place in self.places.items() if wanted(n)}, self.dtype, self.map)

@@ -21,7 +21,7 @@ another machine or container may live although its number means nothing here."""
 KINDS = (".safetensors", ".json", ".txt", ".model", ".jinja")
 """Endings of what sfumato writes into folders; a folder that holds anything else is not removed."""
 _DESKTOP = (".DS_Store", "Thumbs.db", "desktop.ini")  # what file managers put into every folder
-MARKS = ("manifest.json", "model_index.json")
+MARKS = ("manifest.json", "model_index.json", "modular_model_index.json")
 """A whole folder of sfumato's holds one of these: a run's state, a model."""
 _FILE = re.compile(r"\.(?P<name>.+)\.(?P<pid>\d{1,9})-\d+\.part(\.\w+)?")
 _FOLDER = re.compile(r"\.(?P<name>.+)\.(?P<pid>\d{1,9})\.(?P<kind>part|old)")

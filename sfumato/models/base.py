@@ -28,6 +28,7 @@ from sfumato.formats.planned import Writable
 from sfumato.models.autoencoders import scale, scaled, unscale
 from sfumato.models.components import Checkpoint, Component
 from sfumato.models.encoders.tokenizers import MERGES
+from sfumato.models.locate import INDEX
 from sfumato.models.ondemand import OnDemand
 from sfumato.models.tiles import in_tiles
 from sfumato.tensors.guidance import ClassifierFree, Guidance, GuidanceInfo
@@ -215,8 +216,10 @@ class NewFolder:
 
     index: Mapping[str, Any]
     """model_index.json"""
+    index_name: str = INDEX[0]
+    """What that file is called: one of `locate.INDEX`."""
     configs: Mapping[str, Mapping[str, Any]]
-    """component -> its config.json"""
+    """component, or folder of `Component.beside` -> its config.json"""
     scheduler: Mapping[str, Any]
     """scheduler/scheduler_config.json"""
     added: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict)
@@ -233,6 +236,10 @@ class TokenizerSpec:
     """The tokenizer of a folder; None: the one that every model of this family has. Errors: `UserError`."""
     alone: bool = True
     """Whether the folder that the user gives may be the tokenizer's itself."""
+    flag: str = ""
+    """The family's option that names its own folder; "": there is none."""
+    rows: Callable[[nn.Module], int] = lambda net: cast(Any, net).config.vocab_size
+    """Tokens that the net knows, which is its text encoder's, or the denoiser."""
     home: Callable[[], Path] = lambda: MERGES
     """The folder or file of the one that `make(None)` gives. Errors: `UserError` if it cannot be had."""
 
@@ -267,7 +274,7 @@ class Family:
     """(options, source) -> the options completed from the files, and the source without what is not the model's.
     Errors: `UserError` if they contradict."""
     tokenizer_specs: Mapping[str, TokenizerSpec]
-    """Text encoder -> its tokenizer."""
+    """Text encoder, or the denoiser where that takes tokens itself -> its tokenizer."""
     new_folder: Callable[[Models], NewFolder | None] | None = None
     """Its value None: what the folder that the model came from holds is copied. No function: it is saved as a diffusers
     folder only if it came as one."""

@@ -95,6 +95,8 @@ class Component:
     bare."""
     folder: str = ""
     """Its folder in a diffusers folder."""
+    beside: Mapping[str, str] = field(default_factory=dict)
+    """Further folders there that hold parts of it -> what stands before these parts' names in `diffusers`."""
     flag: str = ""
     """The setting that names a file of its own; "": there is none."""
     unused_keys: Callable[[Collection[str]], Collection[str]] = lambda names: ()
@@ -382,7 +384,10 @@ def _component(component: Component, folder: Path) -> ComponentWeights:
     """A component in a folder of its own, with its config."""
     config = folder / "config.json"
     read = locate.read_json(config) if config.is_file() else {}
-    return replace(_bare(component, Lazy.of(locate.weight_files(folder)), folder), config=read)
+    tensors = Lazy.of(locate.weight_files(folder))
+    for name, prefix in component.beside.items():
+        tensors = tensors.beside(prefix, Lazy.of(locate.weight_files(folder.parent / name)))
+    return replace(_bare(component, tensors, folder), config=read)
 
 
 def open_component(component: Component, name: str) -> ComponentWeights:
@@ -438,6 +443,16 @@ def lacking(source: Checkpoint, components: Sequence[Component]) -> list[str]:
 
 
 # --- writing ---
+
+
+def by_folder(component: Component, tensors: Mapping[str, Writable]) -> dict[str, dict[str, Writable]]:
+    """Tensors in a diffusers folder's key format -> the folder that each stands in, and its name there."""
+    out: dict[str, dict[str, Writable]] = {component.folder: {}, **{folder: {} for folder in component.beside}}
+    for name, tensor in tensors.items():
+        starts = ((folder, prefix) for folder, prefix in component.beside.items() if name.startswith(prefix))
+        folder, prefix = next(starts, (component.folder, ""))
+        out[folder][name[len(prefix) :]] = tensor
+    return out
 
 
 def values(

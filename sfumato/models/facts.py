@@ -30,6 +30,8 @@ class Facts:
     pipelines: tuple[str, ...]
     """Classes that a diffusers folder of this family names."""
     denoiser_folder: str = "transformer"
+    denoiser_beside: Mapping[str, str] = field(default_factory=dict)
+    """See `Component.beside`."""
     needed: tuple[str, ...] = ("denoiser",)
     """What of `WHOLE` a base model's file must hold; the rest may come from files of its own."""
     scripts: Mapping[str, Literal["network", "full"]] = field(default_factory=dict)

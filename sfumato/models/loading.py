@@ -9,7 +9,7 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import nn
@@ -74,7 +74,7 @@ def outline(
     """
     options, source = examine(family, path, options, detect=detect, vae=vae)
     tokenizers = {
-        name: _tokenizer(family.tokenizer_specs[name], source, tokenizer, later=name in later)
+        name: _tokenizer(family.tokenizer_specs[name], source, options, tokenizer, later=name in later)
         for name in source.components
         if name in family.tokenizer_specs
     }
@@ -82,7 +82,7 @@ def outline(
     def empty(name: str) -> nn.Module:
         net = source.components[name].empty()
         if name in tokenizers:
-            _check_vocabulary(name, tokenizers[name], net)
+            _check_vocabulary(name, family.tokenizer_specs[name], tokenizers[name], net)
         return net
 
     makers = {name: partial(empty, name) for name in source.components}
@@ -231,10 +231,16 @@ def unload(models: Models) -> None:
             drop(net)
 
 
-def _tokenizer(spec: TokenizerSpec, source: Checkpoint, given: str | None, *, later: bool) -> Any:
+def _tokenizer(
+    spec: TokenizerSpec, source: Checkpoint, options: FamilyOptions, given: str | None, *, later: bool
+) -> Any:
     """The tokenizer given, else the one in the folder or beside the file, else the family's own; `later`: made when it
     is used."""
-    folder = _tokenizer_folder(spec, source, given)
+    if own := getattr(options, spec.flag, None):
+        path = locate.local(own, spec.flag)
+        folder: Path | None = path / spec.folder if (path / spec.folder).is_dir() else path
+    else:
+        folder = _tokenizer_folder(spec, source, given)
     return LaterTokenizer(spec.make, folder, folder or spec.home()) if later else spec.make(folder)
 
 
@@ -259,12 +265,11 @@ def _tokenizer_folder(spec: TokenizerSpec, source: Checkpoint, given: str | None
     return beside if beside.is_dir() else None
 
 
-def _check_vocabulary(name: str, tokenizer: Any, encoder: nn.Module) -> None:
-    rows = cast(Any, encoder).config.vocab_size
-    if len(tokenizer) > rows:
+def _check_vocabulary(name: str, spec: TokenizerSpec, tokenizer: Any, net: nn.Module) -> None:
+    if len(tokenizer) > (rows := spec.rows(net)):
+        flag, what = spec.flag or "tokenizer", "the denoiser" if name == "denoiser" else f"the text encoder {name}"
         raise UserError(
-            f"tokenizer: it has {len(tokenizer)} tokens, the text encoder {name} only {rows}; give this model's own "
-            "with tokenizer"
+            f"{flag}: it has {len(tokenizer)} tokens, {what} only {rows}; give this model's own with {flag}"
         )
 
 
@@ -363,7 +368,7 @@ def _write_folder(
         if made is None:
             _copy_facts(source.path, folder)
         else:
-            _json(folder / "model_index.json", made.index)
+            _json(folder / made.index_name, made.index)
             _json(folder / "scheduler" / "scheduler_config.json", made.scheduler)
             for encoder, tokenizer in models.tokenizers.items():
                 tokenizer.save_pretrained(folder / models.family.tokenizer_specs[encoder].folder)
@@ -371,14 +376,15 @@ def _write_folder(
             weights = source.components[name]
             if made is not None:
                 tensors = {**tensors, **made.added.get(name, {})}
-                _json(folder / weights.component.folder / "config.json", made.configs[name])
+                for part, key in {weights.component.folder: name, **{n: n for n in weights.component.beside}}.items():
+                    _json(folder / part / "config.json", made.configs[key])
             written = weights.component.diffusers(shapes(tensors)).write(tensors)
             file = "model" if name in models.encoders else "diffusion_pytorch_model"
-            # Readers of such folders ask for the mark "pt".
-            target = folder / weights.component.folder / f"{file}.safetensors"
-            advance = partial(_advance, progress, before, total) if progress else None
-            files.save(target, written, {**metadata, "format": "pt"}, progress=advance)
-            before += sum(t.nbytes for t in tensors.values())
+            for part, held in components.by_folder(weights.component, written).items():
+                advance = partial(_advance, progress, before, total) if progress else None
+                # Readers of such folders ask for the mark "pt".
+                files.save(folder / part / f"{file}.safetensors", held, {**metadata, "format": "pt"}, progress=advance)
+                before += sum(t.nbytes for t in held.values())
         source.check()
 
 

@@ -11,6 +11,8 @@ from typing import Any
 
 from sfumato.errors import UserError
 
+INDEX = ("model_index.json", "modular_model_index.json")
+"""What a diffusers folder is known by: the list of its components, of a pipeline and of a modular one."""
 WEIGHTS = ("diffusion_pytorch_model", "model", "pytorch_model")
 """File names, without ending, of a component's weights in a diffusers folder."""
 ENDINGS = (".safetensors", ".fp16.safetensors", ".bin", ".fp16.bin")
@@ -45,6 +47,11 @@ def local(name: str, flag: str, patterns: Sequence[str] = PIPELINE_FILES) -> Pat
         raise UserError(
             f"{flag}: {name!r} is no file or folder here, and the hub has no such model or cannot be reached ({reason})"
         ) from error
+
+
+def index_of(folder: Path) -> Path | None:
+    """The list of a diffusers folder's components; None: it is none."""
+    return next((path for name in INDEX if (path := folder / name).is_file()), None)
 
 
 def weight_files(folder: Path) -> list[Path]:

@@ -31,3 +31,10 @@ def rotate(x: Tensor, table: Tensor) -> Tensor:
     cos, sin = table
     a, b = torch.unflatten(x.float(), -1, (-1, 2)).unbind(-1)
     return torch.stack([a * cos - b * sin, a * sin + b * cos], -1).flatten(-2).to(x.dtype)
+
+
+def rotate_halves(x: Tensor, table: Tensor) -> Tensor:
+    """The same with the channels i and i + d / 2 as a pair."""
+    cos, sin = table
+    a, b = x.float().chunk(2, -1)
+    return torch.cat([a * cos - b * sin, a * sin + b * cos], -1).to(x.dtype)

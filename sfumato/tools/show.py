@@ -93,7 +93,7 @@ def text(facts: dict[str, Any]) -> str:
 
 def _identify(path: Path, shapes: Shapes, metadata: Mapping[str, str]) -> tuple[Detected | None, str]:
     """What a file or folder is; or None and what it seems to be."""
-    if (path / "model_index.json").is_file():
+    if locate.index_of(path):
         try:
             return detect.detect_file(path, "FILE"), ""
         except UserError as error:
@@ -133,8 +133,8 @@ def _headers(path: Path) -> dict[Path, Header]:
     """file -> its header, for all weight files of what `path` names."""
     if not path.is_dir():
         return {path: gguf.read(path) if gguf.is_gguf(path) else files.read_header(path)}
-    if (path / "model_index.json").is_file():
-        index = locate.read_json(path / "model_index.json")
+    if listed := locate.index_of(path):
+        index = locate.read_json(listed)
         parts = [path / name for name in index if (path / name).is_dir() and _has_weights(path / name)]
     else:
         parts = [path]

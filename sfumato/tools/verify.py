@@ -17,6 +17,7 @@ from sfumato.families import detect
 from sfumato.formats import files
 from sfumato.formats.dialect import ALPHA, DOWN, UP, AdapterTensors, ModulePath
 from sfumato.formats.planned import made
+from sfumato.models import locate
 from sfumato.tools import adapter_file
 from sfumato.tools.adapter_file import AdapterFile
 
@@ -211,7 +212,7 @@ def _difference(name: str, one: Tensor, other: Tensor) -> Difference:
 def _is_model(path: str | Path) -> bool:
     path = Path(path).expanduser()
     if path.is_dir():
-        return (path / "model_index.json").is_file()
+        return locate.index_of(path) is not None
     header = files.read_header(path)
     found = detect.identify({name: info.shape for name, info in header.tensors.items()}, header.metadata)
     return found is not None and found.kind == "checkpoint"
