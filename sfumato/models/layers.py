@@ -105,6 +105,17 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     return F.layer_norm(x, x.shape[-1:], eps=EPS) * (1 + scale) + shift
 
 
+def modulation(shapes: Shapes, name: str) -> nn.Module:
+    """(b, c) -> (b, n, c): n shifts, scales and gates, by the linear layer of this name behind an activation."""
+    out, into = shapes[f"{name}.weight"]
+    parts = {
+        "act": nn.SiLU(),
+        name.rpartition(".")[2]: linear(shapes, name),
+        "cut": nn.Unflatten(1, (out // into, into)),
+    }
+    return nn.Sequential(OrderedDict(parts))
+
+
 def split_heads(qkv: Tensor, channels: int) -> tuple[Tensor, Tensor, Tensor]:
     """Fused (b, n, 3c) -> q, k, v (b, heads, n, channels)."""
     q, k, v = torch.unflatten(qkv, -1, (3, -1, channels)).permute(2, 0, 3, 1, 4).unbind()

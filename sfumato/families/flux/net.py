@@ -7,7 +7,6 @@ tokens in every attention, in the blocks of two streams after Esser et al. 2024 
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from typing import cast
 
@@ -24,6 +23,7 @@ from sfumato.models.layers import (
     Shapes,
     linear,
     modulate,
+    modulation,
     numbered,
     split_heads,
     timestep_embedding,
@@ -91,7 +91,7 @@ class Flux(FluxBase):
     """x (b, 16, h, w), t (b,), context (b, n, 4096), y (b, 768), guidance (b,) -> (b, 16, h, w); even h and w."""
 
     def __init__(self, shapes: Shapes) -> None:
-        super().__init__(shapes, make_modulation)
+        super().__init__(shapes, modulation)
         self.time_in, self.vector_in = embedder(shapes, "time_in"), embedder(shapes, "vector_in")
         # The distilled dev has it, schnell has not.
         self.guidance_in = (
@@ -230,17 +230,6 @@ def blocks(net: nn.Module) -> Sequence[nn.Module]:
 def embedder(shapes: Shapes, name: str) -> MLP:
     """(b, n) -> (b, c)"""
     return MLP(shapes, name, names=("in_layer", "out_layer"))
-
-
-def make_modulation(shapes: Shapes, name: str) -> nn.Module:
-    """(b, c) -> (b, n, c): FLUX makes the modulation in the block, by the layer of this name."""
-    out, into = shapes[f"{name}.weight"]
-    parts = {
-        "act": nn.SiLU(),
-        name.rpartition(".")[2]: linear(shapes, name),
-        "cut": nn.Unflatten(1, (out // into, into)),
-    }
-    return nn.Sequential(OrderedDict(parts))
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, pe: Tensor, attn_mask: Tensor | None) -> Tensor:
