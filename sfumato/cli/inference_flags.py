@@ -124,7 +124,7 @@ PROMPT = {
     "guidance_rescale": "guidance_rescale",
     "guidance_rescale_apg": "guidance_rescale_apg",
 }
-"""Flag -> field of the prompt, besides --guidance (a distilled model's) and --guidance_scale (the script's `guidance`)."""
+"""Flag -> field of the prompt, besides --guidance (distilled models) and --guidance_scale (the script's `guidance`)."""
 LETTERS = {
     "w": "width",
     "h": "height",
