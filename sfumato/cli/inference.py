@@ -13,7 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sfumato.cli.inference_flags import KEPT, Command, letters
+from sfumato.cli.inference_flags import KEPT, Command, beside, letters
 from sfumato.errors import UserError
 
 if TYPE_CHECKING:
@@ -74,15 +74,13 @@ def _sample(command: Command) -> Iterator[Path]:
     from sfumato.train.pipeline import Pipeline
 
     args, output = command.args, _output(command)
-    # Only adapters beside the weights can have their strengths changed, or be there in part.
-    beside = (args.interactive or args.include_patterns or args.exclude_patterns) and not args.merge_lora_weights
-    merged = [] if beside else command.adapters
+    merged = [] if beside(args) else command.adapters
     pipeline = Pipeline.of(command.config, _device(args), merged, offload=args.offload)
     with ExitStack() as stack:
         networks = [
             stack.enter_context(pipeline.adapted(path, strength=strength, skip=skip))[0]
             for (path, strength), skip in zip(command.adapters, command.skips, strict=True)
-            if beside
+            if beside(args)
         ]
         if not args.interactive:
             yield from inference.write(pipeline, [_seeded(p) for p in command.prompts], output, command.sampler)

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 SAMPLE = """
     sample_prompts sample_sampler output_dir output_name network_weights base_weights base_weights_multiplier seed
-    mixed_precision xformers sdpa no_half_vae vae_tile_size zero_terminal_snr
+    mixed_precision xformers sdpa no_half_vae vae_tile_size stream_text_encoders zero_terminal_snr
 """
 """What `sfumato sample` reads, besides the model and the family's own settings."""
 
@@ -321,7 +321,16 @@ def _config(prog: str, script: Script, args: Namespace, rest: Sequence[str]) -> 
         words.append("--no_half_vae")
     if args.attn_mode == "xformers":
         words.append("--xformers")
+    if (args.interactive or beside(args)) and not any(word.startswith("--stream_text_encoders") for word in rest):
+        # What is used again and again, or has adapters beside its weights, stays in memory.
+        words += ["--stream_text_encoders", "false"]
     return sample_config(words, prog, without=script.without)
+
+
+def beside(args: Namespace) -> bool:
+    """Whether adapters act beside the weights: only then can their strengths be changed, or a part of them be left
+    out."""
+    return bool(args.interactive or args.include_patterns or args.exclude_patterns) and not args.merge_lora_weights
 
 
 def sample_config(words: Sequence[str], prog: str, without: Collection[str] = ()) -> Config:

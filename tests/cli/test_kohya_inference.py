@@ -149,6 +149,9 @@ def test_defaults_are_kohyas(xl: Tiny, medium: Tiny, dev: Tiny, schnell: Tiny, t
     assert dev.parse("--ae_dtype fp32").prompts == [flux]
     assert dev.parse("--ae_dtype fp32").config.memory.no_half_vae
     assert schnell.parse("").prompts == [replace(flux, sample_steps=4)]
+    # A large text encoder is read once where prompts are asked for, and else streamed.
+    assert dev.parse("--interactive").config.memory.stream_text_encoders is False
+    assert schnell.parse("").config.memory.stream_text_encoders is None
     (tmp_path / "p.txt").write_text("a fox --g 2 --l 3 --w 64 --d 4\n\n# no prompt\na dog --n bad\n")
     asked = replace(flux, prompt="a fox", width=64, seed=4, scale=3.0, guidance_scale=2.0)
     assert dev.parse(f"--from_file {tmp_path / 'p.txt'}").prompts == [
