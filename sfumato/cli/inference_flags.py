@@ -32,8 +32,8 @@ class Script:
 
     prompt: str = ""
     """Sampled where the command line has none; "": it must have one."""
-    defaults: Mapping[str, Any]
-    """Of prompts, over those of the family."""
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    """Of prompts, where they differ from those of the family."""
     variants: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     """Variant of the model -> other defaults."""
     precision: str | None = "bf16"
@@ -58,13 +58,9 @@ SAMPLER = "euler"
 """What kohya's scripts sample with."""
 _CAT = "A photo of a cat"
 SCRIPTS: Mapping[str, Script] = {
-    "sdxl_minimal_inference": Script(
-        prompt=_CAT, precision="fp16", defaults={"width": 1024, "height": 1024, "sample_steps": 50, "scale": 7.0}
-    ),
+    "sdxl_minimal_inference": Script(prompt=_CAT, precision="fp16", defaults={"sample_steps": 50, "scale": 7.0}),
     "sd3_minimal_inference": Script(
-        prompt=_CAT,
-        precision="no",
-        defaults={"width": 1024, "height": 1024, "sample_steps": 50, "scale": 5.0, "seed": 1},
+        prompt=_CAT, precision="no", defaults={"sample_steps": 50, "scale": 5.0, "seed": 1}
     ),
     "flux_minimal_inference": Script(
         prompt=_CAT,
@@ -72,28 +68,14 @@ SCRIPTS: Mapping[str, Script] = {
         variants={"schnell": {"sample_steps": 4}},
         guidance="guidance_scale",
     ),
-    "lumina_minimal_inference": Script(
-        prompt="A beautiful sunset over the mountains",
-        folder="outputs",
-        defaults={"width": 1024, "height": 1024, "sample_steps": 36, "scale": 3.5, "flow_shift": 6.0}
-        | {"cfg_trunc_ratio": 0.25, "renorm_cfg": 1.0},
-    ),
-    "hunyuan_image_minimal_inference": Script(
-        folder=None,
-        keeps=False,
-        defaults={"width": 2048, "height": 2048, "sample_steps": 50, "scale": 3.5, "flow_shift": 5.0}
-        | {"apg_start_step_ocr": 38, "apg_start_step_general": 5, "guidance_rescale": 0, "guidance_rescale_apg": 0},
-    ),
+    "lumina_minimal_inference": Script(prompt="A beautiful sunset over the mountains", folder="outputs"),
+    "hunyuan_image_minimal_inference": Script(folder=None, keeps=False),
     "anima_minimal_inference": Script(
-        folder=None,
-        keeps=False,
-        defaults={"width": 1024, "height": 1024, "sample_steps": 50, "scale": 3.5, "flow_shift": 5.0},
-        renamed={"text_encoder": "qwen3"},
+        folder=None, keeps=False, defaults={"flow_shift": 5.0}, renamed={"text_encoder": "qwen3"}
     ),
 }
 """kohya's script, without `.py` -> what it is."""
 OWN = Script(
-    defaults={},
     precision=None,
     folder="output",
     below="sample",
@@ -204,7 +186,9 @@ def parse(prog: str, script: Script, argv: Sequence[str]) -> Command:
     if config.network.network_weights:
         adapters.append((Path(config.network.network_weights), 1.0))
     model = config.model.pretrained_model_name_or_path
-    plain = prompts.sized(prompts.default(config.family), *(path for path, _ in adapters), model)
+    plain = prompts.default(config.family)
+    if script is OWN:
+        plain = prompts.sized(plain, *(path for path, _ in adapters), model)
     variant = script.variants.get(detect_file(model).variant or "", {}) if script.variants else {}
     ours = {
         name: value

@@ -14,7 +14,7 @@ import torch
 from launching import launch
 from PIL import Image
 from safetensors.torch import save_file
-from tinies import flux, sd3, sdxl
+from tinies import flux, lumina2, sd3, sdxl
 
 from sfumato.cli.inference_flags import SCRIPTS, given, parse, read
 from sfumato.cli.main import main
@@ -134,11 +134,16 @@ def dev(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
 
 
 @pytest.fixture(scope="module")
+def lumina(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
+    return Tiny("lumina_minimal_inference", lumina2.write(tmp_path_factory.mktemp("lumina")))
+
+
+@pytest.fixture(scope="module")
 def schnell(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
     return Tiny("flux_minimal_inference", flux.write(False, tmp_path_factory.mktemp("schnell")))
 
 
-def test_defaults_are_kohyas(xl: Tiny, medium: Tiny, dev: Tiny, schnell: Tiny, tmp_path: Path) -> None:
+def test_defaults_are_kohyas(xl: Tiny, medium: Tiny, dev: Tiny, schnell: Tiny, lumina: Tiny, tmp_path: Path) -> None:
     cat = Prompt(prompt="A photo of a cat", width=1024, height=1024, sample_steps=50)
     assert xl.parse("").prompts == [replace(cat, scale=7.0)]
     assert xl.parse("").config.train.mixed_precision == "fp16"
@@ -149,6 +154,10 @@ def test_defaults_are_kohyas(xl: Tiny, medium: Tiny, dev: Tiny, schnell: Tiny, t
     assert dev.parse("--ae_dtype fp32").prompts == [flux]
     assert dev.parse("--ae_dtype fp32").config.memory.no_half_vae
     assert schnell.parse("").prompts == [replace(flux, sample_steps=4)]
+    sunset = replace(cat, prompt="A beautiful sunset over the mountains", sample_steps=36, scale=3.5, flow_shift=6.0)
+    found = lumina.parse("--system_prompt Draw. --renorm_cfg 0.5")
+    assert found.prompts == [replace(sunset, cfg_trunc_ratio=0.25, renorm_cfg=0.5)]
+    assert found.config.family.system_prompt == "Draw."
     # A large text encoder is read once where prompts are asked for, and else streamed.
     assert dev.parse("--interactive").config.memory.stream_text_encoders is False
     assert schnell.parse("").config.memory.stream_text_encoders is None
