@@ -295,6 +295,14 @@ HEADERS: headers.Headers = {
         "lumina2 checkpoint ",
         "an OmniGen2 model",
     ),
+    "newbie lora": (
+        lambda: (
+            headers.lora("diffusion_model.", headers.transformer("lumina2"), _BLOCK)
+            | {"diffusion_model.time_text_embed.1.lora_A.weight": (4, 2048)}
+        ),
+        "",
+        headers.OTHER_ADAPTER,
+    ),
     "z-image lora": (
         lambda: headers.lora("diffusion_model.", wider(headers.transformer("lumina2")), _BLOCK),
         "",

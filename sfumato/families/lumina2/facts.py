@@ -101,8 +101,8 @@ SIGNATURE = Signature(
         r"text_encoders\.gemma2_2b\..*": "comfy",
         rf"(transformer\.)?{_STACKS}\.\d+\.(attn\.to_\w+|feed_forward\.linear_\d|norm1)\..*": "peft",
     },
-    # Z-Image's.
-    foreign=r".*attention[._]to_[qkv]([._].*)?|.*adaLN_modulation[._]0[._].*",
+    # Z-Image's and NewBie's.
+    foreign=r".*attention[._]to_[qkv]([._].*)?|.*adaLN_modulation[._]0[._].*|.*(clip_text_pooled_proj|time_text_embed).*",
     own=_own,
     singles=(language_model("gemma2", WIDTH),),
 )

@@ -15,18 +15,18 @@ if TYPE_CHECKING:
     from sfumato.adapters.insert import TargetLayer
 
 DIMS: Mapping[str, str] = {
-    "refiner_dim": "*_refiner.*",
-    "attn_dim": "layers.*.attention.*",
-    "mlp_dim": "layers.*.feed_forward.*",
-    "mod_dim": "layers.*.adaLN_modulation.*",
+    "attn_dim": "*.attention.*",
+    "mlp_dim": "*.feed_forward.*",
+    "mod_dim": "*.adaLN_modulation.*",
 }
 """Argument -> path pattern of the layers whose rank it is."""
+REFINERS = ("noise_refiner", "context_refiner")
 EMBEDDERS = ("x_embedder", "t_embedder", "cap_embedder")
 """What stands before the blocks, in the order of embedder_dims."""
 CHOICES: Mapping[str, tuple[str, ...]] = {
-    "all": ("layers", "noise_refiner", "context_refiner", "final_layer"),
+    "all": ("layers", *REFINERS, "final_layer"),
     "transformer": ("layers",),
-    "refiners": ("noise_refiner", "context_refiner"),
+    "refiners": REFINERS,
     "noise_refiner": ("noise_refiner",),
     "context_refiner": ("context_refiner",),
 }
@@ -41,13 +41,13 @@ class NetworkArgs(Arguments):
     """A rank of 0 leaves the layers out; layers without one of their own have network_dim."""
 
     attn_dim: Natural | None = None
-    """Rank on the attention of the common blocks."""
+    """Rank on the attention of all blocks."""
     mlp_dim: Natural | None = None
     """Rank on their gated nets."""
     mod_dim: Natural | None = None
     """Rank on what they are modulated by."""
     refiner_dim: Natural | None = None
-    """Rank on all of the blocks that text and image pass alone."""
+    """Rank on all layers of the blocks that text and image pass alone, in place of the other ranks."""
     embedder_dims: Annotated[str | None, one_for_each(EMBEDDERS)] = None
     """Three ranks, those of x_embedder, t_embedder and cap_embedder, which have adapters then: "[4,0,4]"."""
     train_blocks: Annotated[str | None, _CHOICE] = None
@@ -61,15 +61,21 @@ class NetworkArgs(Arguments):
 def target_layer(plan: AdapterPlan, target: TargetLayer) -> TargetLayer | None:
     """For `Family.target_layer`."""
     args: NetworkArgs = plan.family or NetworkArgs()
-    start = target.path.partition(".")[0]
-    rank: int | None
     if target.ranked or _OF_GEMMA.match(target.path):
         return target
-    if start in EMBEDDERS:
-        given = ranks(args.embedder_dims) if args.embedder_dims is not None else None
-        rank = None if given is None else dict(zip(EMBEDDERS, given, strict=True))[start]
-    else:
-        rank = rank_of(args, DIMS, target.path) if start in CHOICES[args.train_blocks or "all"] else 0
+    rank = _rank(args, target.path, target.path.partition(".")[0])
     if rank is None:
         return target
     return target._replace(options=replace(target.options, rank=rank)) if rank else None
+
+
+def _rank(args: NetworkArgs, path: str, start: str) -> int | None:
+    """The rank of a layer of the denoiser; None: the common one. `start`: the first part of its path."""
+    if start in EMBEDDERS:
+        given = None if args.embedder_dims is None else ranks(args.embedder_dims)
+        return None if given is None else given[EMBEDDERS.index(start)]
+    if start not in CHOICES[args.train_blocks or "all"]:
+        return 0
+    if start in REFINERS and args.refiner_dim is not None:
+        return args.refiner_dim
+    return rank_of(args, DIMS, path)

@@ -28,8 +28,8 @@ OUTPUTS = TextEncoderOutputsCachingStrategy(
 
 @dataclass(frozen=True)
 class LuminaTokenize:
-    """Captions -> {"gemma2": (b, n), "gemma2_mask": (b, n)}, the mask True for tokens, where n is what the longest
-    caption needs."""
+    """Captions -> {"gemma2": (b, n)}, where n is what the longest caption needs, and {"gemma2_mask": (b, n)}, True for
+    tokens, where there is padding."""
 
     tokenizer: Any
     length: int
@@ -48,10 +48,12 @@ class LuminaTokenize:
         }
 
     def tokenize(self, captions: Sequence[str]) -> Tokens:
-        """See the class. Where it ends is decided here, on the CPU, so that no step waits for the device."""
+        """See the class. Where padding is is decided here, on the CPU, so that no step waits for the device."""
         ids, used = padded(self.tokenizer, [self._before(caption) + caption for caption in captions], self.length)
-        n = int(used.sum(1).max())
-        return {"gemma2": ids[:, :n], "gemma2_mask": used[:, :n]}
+        counts = used.sum(1)
+        n = int(counts.max())
+        masked = {} if int(counts.min()) == n else {"gemma2_mask": used[:, :n]}
+        return {"gemma2": ids[:, :n], **masked}
 
     def limits(self) -> list[Limit]:
         """Gemma's, less what the system prompt takes."""
@@ -74,8 +76,10 @@ class LuminaEncode:
 
     def encode(self, encoders: Mapping[str, nn.Module], tokens: Tokens) -> Cond:
         """See the class."""
-        net, mask = encoders["gemma2"], tokens["gemma2_mask"]
-        device, full = next(net.parameters()).device, mask.device.type == "cpu" and bool(mask.all())
+        net = encoders["gemma2"]
+        device, mask = next(net.parameters()).device, tokens.get("gemma2_mask")
+        if mask is None:
+            return {"gemma2": net(tokens["gemma2"].to(device), None, PENULTIMATE)}
         mask = mask.to(device)
         states: Tensor = net(tokens["gemma2"].to(device), mask, PENULTIMATE)
-        return {"gemma2": states} if full else {"gemma2": states.masked_fill(~mask[..., None], 0), "gemma2_mask": mask}
+        return {"gemma2": states.masked_fill(~mask[..., None], 0), "gemma2_mask": mask}
