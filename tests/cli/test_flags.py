@@ -196,9 +196,9 @@ def test_settings_that_act_are_not_refused(home: Path) -> None:
 
 def test_a_family_is_read_from_the_header_and_others_are_told(home: Path) -> None:
     safetensors(home / "lora.safetensors", {"lora_unet_down_blocks_0_attentions_0_proj_in.lora_down.weight": (4, 8)})
-    safetensors(home / "lumina.safetensors", {"cap_embedder.0.weight": (24,)})
+    safetensors(home / "upscaler.safetensors", {"params_ema.body.0.rdb1.conv1.weight": (4, 4, 3, 3)})
     (home / "cut.safetensors").write_bytes((home / "base.safetensors").read_bytes()[:-10])
-    for name, said in (("lora", "an adapter"), ("lumina", "Lumina"), ("cut", "")):
+    for name, said in (("lora", "an adapter"), ("upscaler", "an upscaler"), ("cut", "")):
         found = errors(
             ["--pretrained_model_name_or_path", f"{name}.safetensors", "--dataset_config", "data.toml", "--seed", "x"]
         )

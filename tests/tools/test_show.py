@@ -49,7 +49,7 @@ def file_of(
         ("adapter.sd1.lora", "adapter", "sd", "v1", "kohya"),
         ("adapter.sd1.locon", "adapter", "sd", "v1", "kohya"),
         ("clip_l.hf", "text_encoder", "sd", "v1", "hf"),
-        ("lumina2.transformer", "unknown", None, None, None),
+        ("lumina2.transformer", "checkpoint", "lumina2", None, "native"),
         ("anima.transformer", "unknown", None, None, None),
         ("adapter.anima.lora", "unknown", None, None, None),
     ],
@@ -87,10 +87,10 @@ def test_what_other_programs_load_of_an_adapter(tmp_path: Path, keys: Callable[[
     assert show.describe(file_of(tmp_path / "b.safetensors", keys("sd1.single_file")))["loads_in"] == []
 
 
-def test_unknown_files_say_what_they_seem_to_be(tmp_path: Path, keys: Callable[[str], Shapes]) -> None:
-    facts = show.describe(file_of(tmp_path / "a.safetensors", keys("lumina2.transformer")))
-    assert "Lumina" in facts["seems"]
-    assert "Lumina" in show.text(facts)
+def test_unknown_files_say_what_they_seem_to_be(tmp_path: Path) -> None:
+    facts = show.describe(file_of(tmp_path / "a.safetensors", headers.esrgan(old=False)))
+    assert "upscaler" in facts["seems"]
+    assert "upscaler" in show.text(facts)
     other = show.describe(file_of(tmp_path / "b.safetensors", {"hello": (2, 2)}))
     assert "'hello'" in other["seems"]
 
