@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import cast
 
+import torch
 from torch import Tensor, nn
 
 from sfumato.config import FamilyOptions, LossConfig, NoiseConfig
@@ -19,6 +20,7 @@ from sfumato.families.lumina2.net import NORM_EPS, PATCH, Block, Lumina2, blocks
 from sfumato.families.lumina2.network_args import target_layer
 from sfumato.families.lumina2.strategies import LATENTS, OUTPUTS, LuminaEncode, LuminaTokenize
 from sfumato.formats.dialect import Dialect, usual
+from sfumato.formats.planned import Writable
 from sfumato.models.autoencoders import FLUX_SCALE, FLUX_SHIFT, vae_component
 from sfumato.models.base import Family, Models, NewFolder, TokenizerSpec
 from sfumato.models.components import Checkpoint, Config, check_config, denoiser, matching
@@ -81,6 +83,17 @@ def complete(options: FamilyOptions, source: Checkpoint) -> tuple[Options, Check
             f"gemma2: its states are {found} wide, the transformer takes {expected}: it is another text encoder"
         )
     return Options.of(options), source
+
+
+def adjust_single_file(models: Models, tensors: dict[str, Writable]) -> dict[str, Writable]:
+    """With the norm that nothing applies, which folders leave out and Lumina's own code asks for; it was never
+    trained."""
+    mark = "cap_embedder.1.weight"
+    found = next((name for name in tensors if name.endswith(mark)), None)
+    if models.source.layout != "diffusers" or found is None:
+        return tensors
+    width, dtype = tensors[found].shape[0], tensors[found].dtype
+    return {**tensors, found.removesuffix(mark) + UNUSED: torch.ones(width, dtype=dtype)}
 
 
 def new_folder(models: Models) -> NewFolder | None:
@@ -163,6 +176,7 @@ FAMILY = Family(
     complete=complete,
     tokenizer_specs={"gemma2": TokenizerSpec(folder="tokenizer", make=gemma_vocabulary, home=gemma_home)},
     new_folder=new_folder,
+    adjust_single_file=adjust_single_file,
     tokenize=tokenize,
     tokenize_negative=tokenize_negative,
     encode=lambda models: LuminaEncode(),
