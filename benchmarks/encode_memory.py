@@ -108,7 +108,7 @@ def measure(path: str, name: str, target: str) -> Mapping[str, float]:
     )  # fmt: skip
     models.streamed = frozenset([name])
     whole = streaming.sizes(models, {name: dtype})[name]
-    (cond,) = streaming.encode_each(models, [lambda: strategy.tokenize(["a caption"] * CAPTIONS)], torch.device("cpu"))
+    (cond,) = streaming.encode_each(models, [["a caption"] * CAPTIONS], torch.device("cpu"))
     states = cond["states"]
     assert states.shape[:2] == (CAPTIONS, TOKENS) and states.dtype == dtype
     return {
