@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
 from run_fixtures import images, model, train
 from tinies.headers import table
+
+from sfumato.formats import metadata
 
 __all__ = ["images", "keys", "model", "train"]
 
@@ -20,6 +22,14 @@ def pytest_collection_finish() -> None:
     """What was imported stays: the collector need not walk through these million objects again in every test."""
     gc.collect()
     gc.freeze()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def memo(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """What is remembered of files is not the user's, whose memory would fill with files that are gone."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(metadata, "MEMO", tmp_path_factory.mktemp("memo") / "hashes.json")
+        yield
 
 
 @pytest.fixture(scope="session")

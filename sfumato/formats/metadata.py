@@ -21,6 +21,8 @@ from sfumato.formats.paths import printable
 if TYPE_CHECKING:
     from torch import Tensor
 
+MEMO, REMEMBERED = Path("~/.cache/sfumato/hashes.json"), 1000
+"""What `remembered` remembers in, and of how many files: it is read and written whole each time."""
 LEGACY_START, LEGACY_LENGTH = 0x100000, 0x10000
 """The bytes that the old, short hash looks at."""
 NEEDED = (
@@ -335,17 +337,18 @@ def model_hash(path: str | Path, memo: Path | None = None) -> str:
 def remembered(name: str, paths: Sequence[Path], make: Callable[[], str], memo: Path | None = None) -> str:
     """What `make` finds in some files, read once and not in each run: it is remembered by the files' stamps.
 
-    `memo`: the JSON file that remembers; default `~/.cache/sfumato/hashes.json`. When it cannot be written, nothing is
-    remembered.
+    `memo`: the JSON file that remembers; default `MEMO`. When it cannot be written, nothing is remembered.
     """
-    memo = memo or Path("~/.cache/sfumato/hashes.json").expanduser()
+    memo = memo or MEMO.expanduser()
     state = [number for path in paths for number in stamp(path)]
     found = _memory(memo).get(name)
     if isinstance(found, list) and found[:-1] == state:
         return str(found[-1])
     digest = make()
     with suppress(UserError):  # a home that cannot be written does not stop a run
-        write_text(memo, json.dumps({**_memory(memo), name: [*state, digest]}, indent=1))
+        others = [each for each in _memory(memo).items() if each[0] != name]
+        newest = dict([*others, (name, [*state, digest])][-REMEMBERED:])
+        write_text(memo, json.dumps(newest))  # without an indent, which is ten times slower
     return digest
 
 

@@ -92,6 +92,17 @@ def test_a_file_of_the_same_size_and_time_put_in_its_place_is_another(tmp_path: 
     assert metadata.remembered("vae", [path], path.read_text, memo) == "new"
 
 
+def test_the_newest_files_are_remembered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All of them would make every run read and write a longer list."""
+    monkeypatch.setattr(metadata, "REMEMBERED", 3)
+    path, memo = tmp_path / "a", tmp_path / "hashes.json"
+    path.write_bytes(b"one")
+    for name in "abcbd":
+        os.utime(path, (len(name), ord(name)))
+        metadata.remembered(name, [path], lambda name=name: name, memo)  # type: ignore[misc]
+    assert list(json.loads(memo.read_text())) == ["c", "b", "d"]
+
+
 def test_modelspec() -> None:
     output = OutputConfig(output_name="lineart", metadata_author="A. Nonym", metadata_tags="line art, ink")
     spec = metadata.modelspec(
