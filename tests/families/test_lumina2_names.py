@@ -111,7 +111,7 @@ def test_adapters_have_the_names_and_shapes_of_sd_scripts(keys: Keys, usual: Mod
 def test_an_adapter_is_read_back_in_every_dialect(tmp_path: Path) -> None:
     """Also in PEFT's names, which cut q, k and v of unequal rows, and have no place for Gemma."""
     files = lumina2.write(tmp_path, bundled=True)
-    models = lumina2.CASES[1].models(files)
+    models = lumina2.CASES[0].models(files)
     network = inserted(models, plan_of("lumina2"), *models.nets())
     network.remove()
     held = with_alpha(network.state())

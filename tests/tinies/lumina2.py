@@ -96,11 +96,10 @@ def write(folder: Path, *, bundled: bool = False) -> Files:
     return Files(model=model, options={"gemma2": str(folder / "gemma.safetensors")}, vae=str(folder / "ae.safetensors"))
 
 
-def encoded(system: str | None, pipe: Any, captions: Sequence[str]) -> Mapping[str, Tensor]:
+def encoded(system: str, pipe: Any, captions: Sequence[str]) -> Mapping[str, Tensor]:
     """As many rows as the longest caption uses: the pipeline always makes 256.
 
-    Without a system prompt, and for an empty caption, as the pipeline encodes negative prompts: by its `encode_prompt` there
-    is always one. Its states of padding are zero here.
+    An empty caption is encoded as a negative prompt, without the system prompt. States of padding are zero here.
     """
     of_each = [_states(system, pipe, caption) for caption in captions]
     states, mask = (torch.cat(part) for part in zip(*of_each, strict=True))
@@ -115,7 +114,7 @@ def _states(system: str | None, pipe: Any, caption: str) -> tuple[Tensor, Tensor
     return (positive, mask) if system and caption else (negative, negative_mask)
 
 
-def drawn(system: str | None, pipe: Any, prompt: Prompt, noise: Tensor) -> Tensor:
+def drawn(system: str, pipe: Any, prompt: Prompt, noise: Tensor) -> Tensor:
     said = {}
     for side, text, before in (("", prompt.prompt, system), ("negative_", prompt.negative_prompt, None)):
         said[f"{side}prompt_embeds"], said[f"{side}prompt_attention_mask"] = _states(before, pipe, text)
@@ -133,15 +132,16 @@ def drawn(system: str | None, pipe: Any, prompt: Prompt, noise: Tensor) -> Tenso
     return latents
 
 
-CASES = tuple(
+CASES = (
+    # As one bundle, with a system prompt; `tests/families/test_lumina2_*.py` have files apart, and none.
     Case(
         family="lumina2",
-        variant=variant,
+        variant="2",
         pipeline=pipeline,
-        write=partial(write, bundled=system is not None),
-        encoded=partial(encoded, system),
-        drawn=partial(drawn, system),
-        options={} if system is None else {"system_prompt": system},
+        write=partial(write, bundled=True),
+        encoded=partial(encoded, SYSTEM),
+        drawn=partial(drawn, SYSTEM),
+        options={"system_prompt": SYSTEM},
         prompt=Prompt(
             prompt="a cat",
             negative_prompt="dull",
@@ -154,8 +154,7 @@ CASES = tuple(
         ),
         # The last layer's states are not used.
         unmoved=r"gemma2\.(layers\.3\.|norm\.).*",
-    )
-    for variant, system in (("2", None), ("2_bundle", SYSTEM))
+    ),
 )
 
 # --- headers of the real files; see `tinies/headers.py` ---
