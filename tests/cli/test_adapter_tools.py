@@ -61,9 +61,7 @@ def test_names_for_comfyui_and_back(lora: Path) -> None:
     assert all(torch.equal(t, other[name]) for name, t in one.items())
 
 
-@pytest.mark.parametrize(
-    ("name", "title"), [("adapter.anima.lora", "Anima"), ("adapter.hunyuan_image.lora", "HunyuanImage 2.1")]
-)
+@pytest.mark.parametrize(("name", "title"), [("adapter.hunyuan_image.lora", "HunyuanImage 2.1")])
 def test_models_that_are_not_supported_yet_are_named(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, title: str
 ) -> None:

@@ -50,8 +50,8 @@ def file_of(
         ("adapter.sd1.locon", "adapter", "sd", "v1", "kohya"),
         ("clip_l.hf", "text_encoder", "sd", "v1", "hf"),
         ("lumina2.transformer", "checkpoint", "lumina2", None, "native"),
-        ("anima.transformer", "unknown", None, None, None),
-        ("adapter.anima.lora", "unknown", None, None, None),
+        ("anima.transformer", "checkpoint", "anima", None, "native"),
+        ("adapter.anima.lora", "adapter", "anima", None, "kohya"),
     ],
 )
 def test_real_files(

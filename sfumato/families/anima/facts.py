@@ -1,0 +1,147 @@
+"""Anima: options and how files are recognised; imports no torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated
+
+from annotated_types import Interval
+
+from sfumato.config.rules import Folder, Only, Rate, Weights
+from sfumato.families.anima.clients import LOADS_IN
+from sfumato.families.anima.network_args import NetworkArgs
+from sfumato.models import flow_options
+from sfumato.models.detection import (
+    DOWN,
+    PREFIX,
+    Detected,
+    Shapes,
+    Signature,
+    has,
+    language_model,
+    marked,
+    parts,
+    qwen_vae,
+    width,
+)
+from sfumato.models.facts import Facts
+from sfumato.models.flow_options import FlowOptions, Sampling, Shift
+
+FAMILY = "anima"
+SHIFT = 3.0
+"""Towards noise, of samplers."""
+LONGEST = 4096
+"""Tokens that diffusers' pipeline lets a caption have at most."""
+_Tokens = Annotated[int, Interval(ge=1, le=LONGEST)]
+_ComponentRate = Annotated[Rate | None, Only("full", "an adapter has unet_lr and, in network_args, network_reg_lrs")]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Options(FlowOptions):
+    """Settings of Anima alone."""
+
+    family = FAMILY
+    timestep_sampling: Sampling = "sigmoid"
+    discrete_flow_shift: Shift = None
+    """Shift of timestep_sampling sigma and shift, above 1 towards more noise; default 1."""
+    qwen3: Weights = None
+    """Qwen3-0.6B, where the base model's file does not hold it: file, folder or hub id."""
+    t5_tokenizer_path: Folder = None
+    """Folder of T5's tokenizer; default: `t5_tokenizer` beside the checkpoint if there is one, else the hub's."""
+    qwen3_max_token_length: _Tokens = LONGEST
+    """Qwen3's tokens of a caption; longer ones are cut."""
+    t5_max_token_length: _Tokens = LONGEST
+    """T5's tokens of a caption; longer ones are cut. The model has at least 512 rows of text, which shorter captions
+    fill with zeros."""
+    self_attn_lr: _ComponentRate = None
+    """Learning rate of the attention within the image when whole models are trained; default: learning_rate; 0
+    freezes."""
+    cross_attn_lr: _ComponentRate = None
+    """The same of the attention to the text."""
+    mlp_lr: _ComponentRate = None
+    """The same of the two-layer nets."""
+    mod_lr: _ComponentRate = None
+    """The same of the modulations."""
+    llm_adapter_lr: _ComponentRate = None
+    """The same of the text adapter, which holds much of what the model knows of names and is easily spoiled."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Completed(Options):
+    """The options, with what the file says."""
+
+    blocks: int
+
+
+# --- files ---
+
+NET, VAE, QWEN3 = "net.", "vae.", "text_encoders.qwen3_06b.transformer."
+"""What stands before the denoiser's names in the published file, and before others in files that hold several nets."""
+BESIDE = {"text_conditioner": "text_conditioner."}
+"""The folder in which diffusers keeps the text adapter, which in files is part of the transformer -> what stands before
+its names."""
+_COSMOS = {
+    "native": ("x_embedder.proj.1.weight", "blocks.0.adaln_modulation_self_attn.1.weight"),
+    "diffusers": ("patch_embed.proj.weight", "transformer_blocks.0.norm1.linear_1.weight"),
+}
+_ADAPTER = {"native": "llm_adapter.embed.weight", "diffusers": "text_conditioner.embed.weight"}
+_QWEN3_WIDTH, _WIDTH, _TEXT_WIDTH = 1024, 2048, 1024
+PATCH_CHANNELS = 68
+"""2 x 2 latents of 16 channels and one that marks padding: an image alone."""
+_PLAIN = "Cosmos-Predict2, which is Anima's transformer without the text adapter, and is not supported"
+_VIDEO = "a Cosmos-Predict2 model that takes {} channels a patch, not {} (one of videos), which is not supported"
+
+
+def _denoiser(shapes: Shapes) -> Detected | None:
+    if (found := marked(shapes, _COSMOS, (NET, PREFIX, ""))) is None:
+        return None
+    dialect, prefix = found
+    channels = shapes[prefix + _COSMOS[dialect][0]][1]
+    refused = "" if prefix + _ADAPTER[dialect] in shapes else _PLAIN
+    if channels != PATCH_CHANNELS:
+        refused = _VIDEO.format(channels, PATCH_CHANNELS)
+    return Detected(family=FAMILY, kind="checkpoint", dialect=dialect, parts=parts(shapes, vae=VAE), refused=refused)
+
+
+_LAYERS = r"((self|cross)_attn[._]((q|k|v|o|output)_proj)|mlp[._](layer[12]|[02])|adaln_modulation_)"
+
+
+def _own(shapes: Shapes) -> bool:
+    """Some video models have diffusers' names too, at other widths."""
+    if has(shapes, rf".*blocks[._]\d+[._]{_LAYERS}.*|text_conditioner\..*|.*\.norm[123]\.linear_[12]\..*"):
+        return True
+    to = rf".*transformer_blocks\.\d+\.attn{{}}\.to_{{}}{DOWN}"
+    return (width(shapes, to.format(1, "q")), width(shapes, to.format(2, "k"))) == (_WIDTH, _TEXT_WIDTH)
+
+
+SIGNATURE = Signature(
+    family=FAMILY,
+    claims={"anima": ""},
+    denoiser=_denoiser,
+    adapters={
+        rf"(lora_unet|lycoris|oft_unet)_(llm_adapter_)?blocks_\d+_{_LAYERS}.*": "kohya",
+        rf"(diffusion_model\.)?(llm_adapter\.)?blocks\.\d+\.{_LAYERS}.*": "comfy",
+        r"(transformer\.)?transformer_blocks\.\d+\.(attn[12]\.to_|ff\.net\.|norm[123]\.linear_).*": "peft",
+        r"text_conditioner\.blocks\..*": "peft",
+    },
+    own=_own,
+    singles=(*qwen_vae(VAE), language_model("qwen3", _QWEN3_WIDTH)),
+)
+
+
+FACTS = Facts(
+    options=Options,
+    signature=SIGNATURE,
+    architecture=lambda options: "anima-preview",
+    base_model_version=lambda options: "anima",
+    pipelines=("AnimaModularPipeline",),
+    denoiser_beside=BESIDE,
+    scripts={"anima_train_network": "network", "anima_train": "full"},
+    defaults={"sample_sampler": "euler"},
+    prompt={"width": 1024, "height": 1024, "sample_steps": 50, "scale": 3.5, "flow_shift": SHIFT},
+    refused=flow_options.REFUSED,
+    idle=flow_options.IDLE,
+    network_args=NetworkArgs,
+    metadata=(*flow_options.METADATA, "qwen3_max_token_length", "t5_max_token_length"),
+    loads_in=LOADS_IN,
+)
