@@ -17,12 +17,19 @@ RENAMED: Mapping[str, tuple[str, object]] = {
     "use_safetensors": ("save_model_as", "safetensors"),
 }
 """kohya's name -> our name, and the value that it stands for (None: its own)."""
+SWITCHES: Mapping[str, Mapping[str, str]] = {
+    # PyTorch's attention takes the flash kernel itself, where that can run.
+    "attn_mode": {"torch": "sdpa", "flash": "sdpa", "xformers": "xformers"},
+}
+"""kohya's name -> its value -> the switch of ours that this turns on."""
 
 _KEYED = "what is cached is found by its content, and what does not fit is encoded again"
 _UPLOAD = "only matters with huggingface_repo_id"
 _VALIDATION = "only matters with validation_split"
 _DEEPSPEED = "only matters with deepspeed"
 _CONSOLE = "everything is written to LOG.jsonl beside the result, and the console says what matters"
+_ENCODER_DEVICE = "text encoders are on the device while they are used, and on the CPU else"
+_ENCODER_FORMAT = "text encoders run in the format of mixed_precision; what would overflow in it is computed in fp32"
 _GUI = "a graphical front end writes it; sd-scripts does not read it either"
 _CHUNKS = "it never changes results; vae_tile_size spares the VAE's memory"
 _PRINTS = "it only changes what is printed"
@@ -39,6 +46,7 @@ INERT: Mapping[str, str] = {
     "dynamo_backend": "only matters with torch_compile",
     "epoch": _GUI,
     "fp16_master_weights_and_gradients": _DEEPSPEED,
+    "fp8_vl": _ENCODER_FORMAT,
     "highvram": "no memory is given back between steps anyway",
     "huggingface_path_in_repo": _UPLOAD,
     "huggingface_repo_type": _UPLOAD,
@@ -58,10 +66,12 @@ INERT: Mapping[str, str] = {
     "save_t5xxl": "trained text encoders are written with the result anyway",
     "skip_cache_check": _KEYED,
     "skip_latents_validity_check": _KEYED,
+    "split_attn": "padding is hidden by a mask, so that no sample has to be attended to by itself",
     "split_mode": "sd-scripts has taken it back",
-    "t5xxl_device": "text encoders are on the device while they are used, and on the CPU else",
-    "t5xxl_dtype": "text encoders run in the format of mixed_precision; what would overflow in it is computed in fp32",
+    "t5xxl_device": _ENCODER_DEVICE,
+    "t5xxl_dtype": _ENCODER_FORMAT,
     "text_encoder_batch_size": "captions are encoded in batches of a size that suits",
+    "text_encoder_cpu": _ENCODER_DEVICE,
     "tokenizer_cache_dir": "the CLIP vocabulary comes with sfumato; see tokenizer",
     "vae_chunk_size": _CHUNKS,
     "vae_disable_cache": "a video VAE keeps nothing for frames that do not come",
@@ -93,6 +103,7 @@ REFUSED: Mapping[str, str] = {
     "double_blocks_to_swap": _MEMORY,
     "fp8_base": _MEMORY,
     "fp8_base_unet": _MEMORY,
+    "fp8_scaled": _MEMORY,
     "full_fp16": "is not supported, as weights and gradients overflow in fp16: use full_bf16, or mixed_precision fp16",
     "fused_backward_pass": _MEMORY,
     "fused_optimizer_groups": _MEMORY,
@@ -128,7 +139,7 @@ _OFF: tuple[object, ...] = (False, None, "", "no", "none", 0, "0", "0.0", "false
 
 def names() -> frozenset[str]:
     """All of kohya's settings that are not ours."""
-    return frozenset({*RENAMED, *INERT, *REFUSED})
+    return frozenset({*RENAMED, *SWITCHES, *INERT, *REFUSED})
 
 
 def flags() -> frozenset[str]:
@@ -144,10 +155,21 @@ def translate(given: Given, report: Report) -> Given | None:
         if value is None:
             return ours
         return replace(ours, value=value, flag=False) if not off(given) else None
+    if given.key in SWITCHES:
+        return _switch(given, report)
     if given.key in INERT:
         report.note(f"{given}: accepted, no effect: {INERT[given.key]}")
     elif not off(given):
         report.error(f"{given}: {REFUSED[given.key]}")
+    return None
+
+
+def _switch(given: Given, report: Report) -> Given | None:
+    """The switch of ours that a value of kohya's setting turns on."""
+    known, value = SWITCHES[given.key], str(_alone(given.value))
+    if value in known:
+        return replace(given, key=known[value], value=True, flag=False, where=given.where or f"--{given.key}")
+    report.error(f"{given} {value}: is not supported; expected {' or '.join(known)}")
     return None
 
 
