@@ -91,7 +91,7 @@ class RMSNorm(nn.Module):
 
     def __init__(self, channels: int, name: str = "weight", eps: float = EPS) -> None:
         super().__init__()
-        self.name, self.eps = name, eps
+        self.name, self.eps, self.channels = name, eps, channels
         self.register_parameter(name, nn.Parameter(torch.ones(channels)))
 
     def forward(self, x: Tensor) -> Tensor:
