@@ -35,6 +35,9 @@ from sfumato.tensors.guidance import ClassifierFree, Guidance, GuidanceInfo
 from sfumato.tensors.noise import NoiseProcess
 from sfumato.tensors.random import SampleRandom
 
+T_NEXT = "t_next"
+"""In a sampler's cond: (b,) the t of its next step, 0 in the last, fp32, for nets that predict the mean velocity until
+then."""
 IN_MEMORY = Checkpoint(path=Path("a model made in memory"), components={})
 
 
@@ -296,7 +299,8 @@ class Family:
     condition: Callable[[Models, Cond, SampleInfo], Cond] = as_encoded
     """(models, output of the text encoders, sample info) -> all inputs of `predict` besides x and t."""
     predict: Callable[[nn.Module, Tensor, Tensor, Cond], Tensor]
-    """(denoiser, x (b, c, h, w), t (b,), cond) -> what the denoiser predicts, shaped as x."""
+    """(denoiser, x (b, c, h, w), t (b,), cond) -> what the denoiser predicts, shaped as x. In cond, while sampling,
+    also `T_NEXT`."""
     sigmas: Callable[[Models, int, int, float | None], Tensor] | None = None
     """(models, steps, latent pixels of the image, the prompt's flow_shift) -> (steps + 1,) noise levels from 1 to 0
     that an image is sampled along; None: DDPM. The shift is None where `FACTS.prompt` has none."""

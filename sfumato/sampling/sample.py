@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from itertools import count, groupby
+from itertools import count, groupby, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from sfumato.data.batch import Cond
 from sfumato.data.store import Progress
 from sfumato.errors import UserError
-from sfumato.models.base import Models, SampleInfo, check_sizes, device_and_dtype
+from sfumato.models.base import T_NEXT, Models, SampleInfo, check_sizes, device_and_dtype
 from sfumato.models.streaming import encode_each
 from sfumato.sampling import image_files
 from sfumato.sampling.prompts import OWN, SAMPLERS, Prompt, default, of_no_use, own
@@ -275,11 +275,14 @@ def _denoise(
     rule = _guidance(models, prompts, alone, len(scheduler.timesteps)) if guided else None
     # Samplers that add noise on the way take it from each image's own generator as well.
     extra = {"generator": generators} if "generator" in inspect.signature(scheduler.step).parameters else {}
-    for step, t in enumerate(scheduler.timesteps):
+    times = [*scheduler.timesteps, torch.zeros_like(scheduler.timesteps[0])]
+    for step, (t, t_next) in enumerate(pairwise(times)):
         both = rule is not None and rule.uses_negative(step)
         model_input = scheduler.scale_model_input(torch.cat([x, x]) if both else x, t)
-        timestep = t.float().expand(len(model_input))  # fp32 whatever the net's format: 16 bits would round it
-        prediction = models.predict(model_input.to(dtype), timestep, cond if both else alone).float()
+        # fp32 whatever the net's format: 16 bits would round them.
+        timestep, next_one = (time.float().expand(len(model_input)) for time in (t, t_next))
+        said = {**(cond if both else alone), T_NEXT: next_one}
+        prediction = models.predict(model_input.to(dtype), timestep, said).float()
         if rule is not None and both:
             negative, positive = prediction.chunk(2)
             prediction = rule.combine(positive, negative, step)

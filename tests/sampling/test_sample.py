@@ -161,6 +161,7 @@ class Half:
 def test_a_family_guides_in_its_own_way(models: Models) -> None:
     """The negative half is predicted in the guided steps alone, and the negative prompt has tokens of its own."""
     rules, batches, negatives = list[Half](), list[int](), list[str]()
+    times = list[tuple[float, float]]()
 
     class Tokens:
         def tokenize(self, captions: list[str]) -> Any:
@@ -169,6 +170,7 @@ def test_a_family_guides_in_its_own_way(models: Models) -> None:
 
     def predict(net: Any, x: Tensor, t: Tensor, cond: Any) -> Tensor:
         batches.append(len(x))
+        times.append((float(t[0]), float(cond["t_next"][0])))
         assert {len(tensor) for tensor in cond.values()} == {len(x)}
         return models.family.predict(net, x, t, cond)
 
@@ -180,6 +182,7 @@ def test_a_family_guides_in_its_own_way(models: Models) -> None:
     own = replace(models, family=family)
     prompts = [replace(PROMPT, sample_steps=4, seed=seed) for seed in (1, 2)]
     ours = sample_latents(own, prompts, process=EPS, sampler="ddim", batch_size=2)
+    assert [there for _, there in times] == [*(here for here, _ in times[1:]), 0]
     assert batches == [4, 4, 2, 2] and rules[0].steps == [0, 1] and negatives == ["dull"]
     assert rules[0].info.scale.flatten().tolist() == [5.0, 5.0] and rules[0].info.values == {}
     plain = sample_latents(models, prompts, process=EPS, sampler="ddim", batch_size=2)
