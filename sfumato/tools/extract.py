@@ -121,8 +121,9 @@ def _ranks(models: Models, how: Extraction) -> dict[ModulePath, int]:
         (component, t.path): how.conv_rank
         if how.conv_rank and getattr(t.layer, "kernel_size", (1, 1)) != (1, 1)
         else how.rank
-        for component, net in models.nets().items()
-        for t in choose(net, component, models.family.targets[component], plan, target)
+        for component, sets in models.family.targets.items()
+        if component in models.nets()
+        for t in choose(models.nets()[component], component, sets, plan, target)
     }
 
 
