@@ -225,6 +225,8 @@ class NewFolder:
     """component, or folder of `Component.beside` -> its config.json"""
     scheduler: Mapping[str, Any]
     """scheduler/scheduler_config.json"""
+    files: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    """Further JSON files, by their paths in the folder."""
     added: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict)
     """component -> native tensors that its file lacks and diffusers needs."""
 
@@ -315,7 +317,8 @@ class Family:
     dialects: Callable[[Models], Mapping[str, Dialect]]
     """Adapter key names: "kohya", "comfy", "peft"."""
     targets: Mapping[str, Mapping[str, tuple[str, ...]]]
-    """component -> layer kind ("linear", "conv") -> path patterns (fnmatch) of the layers that adapters go on."""
+    """component -> layer kind ("linear", "conv") -> path patterns (fnmatch) of the layers that adapters go on. A text
+    encoder that is never trained has none."""
     target_layer: Callable[[FamilyOptions, AdapterPlan, TargetLayer], TargetLayer | None] = (
         lambda options, plan, target: target
     )

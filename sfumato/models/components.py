@@ -101,6 +101,9 @@ class Component:
     """The setting that names a file of its own; "": there is none."""
     unused_keys: Callable[[Collection[str]], Collection[str]] = lambda names: ()
     """Of its names (prefix off) those that no net has; in a single file they are copied on save."""
+    carried_keys: Mapping[str, str] = field(default_factory=dict)
+    """Patterns of those of `unused_keys` that go with the net into a diffusers folder or another single file -> their
+    names there, as `re.sub` makes them."""
     tied_keys: Mapping[str, str] = field(default_factory=dict)
     """Those of `unused_keys` that repeat the values of another name: copy -> original."""
     single: Callable[[Shapes], KeyFormat] = native_format
@@ -161,6 +164,16 @@ class ComponentWeights:
     """Whether it comes from a file of its own, named by a setting."""
     changes: Mapping[str, Change] = field(default_factory=dict)
     """Native name -> what is merged into this tensor whenever it is read."""
+    unused: Lazy | None = None
+    """What the files hold of it that no net has, prefix off."""
+
+    def carried(self) -> dict[str, Writable]:
+        """What a diffusers folder, or another single file, holds of it besides the net, as it is stored."""
+        held = {} if self.unused is None else self.unused.as_stored()
+        names = {
+            name: (p, to) for p, to in self.component.carried_keys.items() for name in held if re.fullmatch(p, name)
+        }
+        return {re.sub(*by, name): held[name] for name, by in names.items()}
 
     def unmerged(self) -> ComponentWeights:
         """The same as the file has it, with nothing merged."""
@@ -349,8 +362,9 @@ def _single(path: Path, components: Sequence[Component], title: str, passthrough
         used = mine.only(lambda name, unused=unused: name not in unused)  # type: ignore[misc]
         if key_format := component.key_format(used.shapes):
             found[component.name] = ComponentWeights(
-                component=component, tensors=used, key_format=key_format, prefix=prefix, where=path
-            )
+                component=component, tensors=used, key_format=key_format, prefix=prefix, where=path,
+                unused=mine.only(lambda name, unused=unused: name in unused),  # type: ignore[misc]
+            )  # fmt: skip
             others |= {prefix + name for name in unused}
             left = left.only(lambda name, prefix=prefix: not name.startswith(prefix))  # type: ignore[misc]
     if left:
@@ -428,7 +442,10 @@ def _bare(component: Component, tensors: Lazy, where: Path) -> ComponentWeights:
         raise UserError(
             f"{_asked(component, where)} does not hold {component.title} (its tensors: {len(tensors)}, {first} ...)"
         )
-    return ComponentWeights(component=component, tensors=used, key_format=key_format, prefix=None, where=where)
+    left = tensors.only(lambda name: name in unused)
+    return ComponentWeights(
+        component=component, tensors=used, key_format=key_format, prefix=None, where=where, unused=left
+    )
 
 
 def lacking(source: Checkpoint, components: Sequence[Component]) -> list[str]:
@@ -485,10 +502,10 @@ def single_file(source: Checkpoint, components: Mapping[str, Mapping[str, Writab
         weights = source.components[name]
         if weights.prefix is None:
             continue
-        key_format = weights.key_format
+        key_format, carried = weights.key_format, dict[str, Writable]()
         if weights.alone or source.path.is_dir():
-            key_format = weights.component.single(shapes(tensors))
-        out |= add_prefix(key_format.write(tensors), weights.prefix)
+            key_format, carried = weights.component.single(shapes(tensors)), weights.carried()
+        out |= add_prefix({**key_format.write(tensors), **carried}, weights.prefix)
         pairs = [
             (weights.prefix + copy, weights.prefix + original) for copy, original in weights.component.tied_keys.items()
         ]

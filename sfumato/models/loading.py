@@ -362,7 +362,8 @@ def _write_folder(
     """A folder that diffusers' pipeline reads; it appears whole or not at all."""
     check_folder(models)
     source, before = models.source, 0
-    total = sum(t.nbytes for tensors in values.values() for t in tensors.values())
+    carried = {name: source.components[name].carried() for name in values}
+    total = sum(t.nbytes for held in (values, carried) for tensors in held.values() for t in tensors.values())
     with aside_folder(path, total) as folder:
         made = models.family.new_folder(models) if models.family.new_folder else None
         if made is None:
@@ -370,6 +371,8 @@ def _write_folder(
         else:
             _json(folder / made.index_name, made.index)
             _json(folder / "scheduler" / "scheduler_config.json", made.scheduler)
+            for name, content in made.files.items():
+                _json(folder / name, content)
             for encoder, tokenizer in models.tokenizers.items():
                 tokenizer.save_pretrained(folder / models.family.tokenizer_specs[encoder].folder)
         for name, tensors in values.items():
@@ -378,7 +381,7 @@ def _write_folder(
                 tensors = {**tensors, **made.added.get(name, {})}
                 for part, key in {weights.component.folder: name, **{n: n for n in weights.component.beside}}.items():
                     _json(folder / part / "config.json", made.configs[key])
-            written = weights.component.diffusers(shapes(tensors)).write(tensors)
+            written = {**weights.component.diffusers(shapes(tensors)).write(tensors), **carried[name]}
             file = "model" if name in models.encoders else "diffusion_pytorch_model"
             for part, held in components.by_folder(weights.component, written).items():
                 advance = partial(_advance, progress, before, total) if progress else None

@@ -6,7 +6,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any
 
@@ -206,8 +206,12 @@ def qwen3_component(prefixes: tuple[str, ...], folder: str, flag: str = "qwen3")
 
 
 def qwen25vl_component(prefixes: tuple[str, ...], folder: str, flag: str = "text_encoder") -> Component:
-    """The language half of Qwen2.5-VL-7B; the other half stays in the file."""
-    return _component(QWEN25VL, prefixes, folder, flag)
+    """The language half of Qwen2.5-VL-7B; the other half, and the head, stay in the file, and go with it into a
+    diffusers folder, in the names of the hub's."""
+    return replace(
+        _component(QWEN25VL, prefixes, folder, flag),
+        carried_keys={r"(model\.)?(visual\..*)": r"\2", r"(language_model\.)?(lm_head\..*)": r"\2"},
+    )
 
 
 def _component(recipe: Recipe, prefixes: tuple[str, ...], folder: str, flag: str) -> Component:
