@@ -10,7 +10,7 @@ from sfumato.config.rules import Amount, Count, Idle, Weights
 from sfumato.families.flux.clients import LOADS_IN
 from sfumato.families.flux.network_args import NetworkArgs
 from sfumato.models import flow_options
-from sfumato.models.detection import Detected, Shapes, Signature, has, marked, parts, t5, vae
+from sfumato.models.detection import DOWN, Detected, Shapes, Signature, has, marked, parts, t5, vae, width
 from sfumato.models.facts import Facts
 from sfumato.models.flow_options import FlowOptions, Sampling, Shift
 from sfumato.models.text_options import OWN_RATES, T5Rate, TextEncoderRate, TrainT5
@@ -125,6 +125,8 @@ ADAPTERS = {
 }
 FOREIGN = r"lora_te2_.*|.*(joint_blocks|(img|txt)_mlp[._]fc[12]|byt5_in).*"
 """What adapters of SD3 and HunyuanImage have, whose names are otherwise alike."""
+_INPUTS = rf".*([._](qkv|linear1|proj_mlp)|[._]to_[qkv]|add_[qkv]_proj){DOWN}"
+"""Factors of a LoRA that are as wide as the transformer."""
 
 SIGNATURE = Signature(
     family=FAMILY,
@@ -132,6 +134,8 @@ SIGNATURE = Signature(
     denoiser=_denoiser,
     adapters=ADAPTERS,
     foreign=FOREIGN + r"|.*distilled_guidance_layer.*",
+    # HunyuanImage's, which ComfyUI and diffusers name alike.
+    fits=lambda shapes: width(shapes, _INPUTS) != 3584,
     # Qwen-Image and SD3 have `transformer_blocks` as well.
     own=lambda shapes: has(shapes, r".*((double|single)_blocks|single_transformer_blocks|te3_encoder_block).*"),
     variant=_guided,
