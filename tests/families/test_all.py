@@ -24,7 +24,7 @@ from sfumato.sampling.prompts import Prompt
 from sfumato.sampling.sample import sample_latents
 from sfumato.train.check import check
 
-CAPTIONS = ["a cat on a mat", "", "red " * 30 + "end", "one, two! " * 40]
+CAPTIONS = ['a cat on a "mat"', "", "red " * 30 + "end", "one, two! " * 40]
 ALL = [pytest.param(case, id=case.name) for case in cases()]
 
 

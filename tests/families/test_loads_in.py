@@ -57,13 +57,14 @@ OTHERS = ("lycoris_", "lora_transformer_", "base_model.model.")
 
 
 def layers(version: str, dialect: str) -> Iterator[tuple[tuple[str, str], int, tuple[str, ...], Rule | None]]:
-    """Path of a layer, its rows, its names, and the rule that cuts it."""
+    """Component and path of a layer, as ComfyUI calls it, its rows, its names, and the rule that cuts it."""
     models = full_size.models(version)
-    spoken, nets = models.dialects[dialect], models.nets()
+    spoken, nets, comfy = models.dialects[dialect], models.nets(), models.dialects["comfy"].keys
     for component, path in full_size.adapter(version):
         if component in spoken.prefix:
             rows = len(nets[component].get_submodule(path).weight)
-            yield (component, path), rows, *spoken.names((component, path))
+            theirs = comfy[component].match(path, native=True).foreign()[0] if component in comfy else path
+            yield (component, theirs), rows, *spoken.names((component, path))
 
 
 def promised(version: str, name: str) -> bool:
