@@ -23,9 +23,9 @@ CALLED: Mapping[Kind, str] = {
 }
 
 FUTURE = {
-    "HunyuanImage 2.1": r"(model\.diffusion_model\.)?byt5_in\..*|lora_unet_double_blocks_\d+_img_mlp_fc1\..*",
-    "Lumina Image 2.0": r"(model\.diffusion_model\.)?cap_embedder\..*|lora_unet_context_refiner_.*",
-    "Anima": r"(net\.|model\.diffusion_model\.)?llm_adapter\..*|lora_unet_(llm_adapter|blocks)_.*",
+    "Qwen-Image": r"(.*[._])?(transformer_blocks[._]\d+[._](img|txt)_(mod[._]1|mlp[._]net)[._].*|txt_norm\.weight)",
+    "FLUX.2": r"(.*[._])?((double|single)_stream_modulation(_img|_txt)?)[._].*",
+    "Z-Image": r"(.*[._])?(layers[._]\d+[._]attention[._](to_[qkv]|to_out[._]0)[._].*|cap_pad_token)",
 }
 """Models that sfumato does not train yet, and the names that they are known by; a family of theirs is asked first."""
 

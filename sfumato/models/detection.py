@@ -197,13 +197,15 @@ def width(shapes: Shapes, pattern: str) -> int | None:
     return next((shape[1] for name, shape in shapes.items() if len(shape) == 2 and re.fullmatch(pattern, name)), None)
 
 
-def marked(shapes: Shapes, marks: Mapping[str, Sequence[str]]) -> tuple[str, str] | None:
+def marked(
+    shapes: Shapes, marks: Mapping[str, Sequence[str]], prefixes: Sequence[str] = (PREFIX, "")
+) -> tuple[str, str] | None:
     """(dialect, prefix) of a denoiser, if all marks of a dialect are there. `marks`: dialect -> names of tensors."""
     return next(
         (
             (dialect, prefix)
             for dialect, names in marks.items()
-            for prefix in (PREFIX, "")
+            for prefix in prefixes
             if all(prefix + name in shapes for name in names)
         ),
         None,

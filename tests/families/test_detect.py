@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import diffusers
 import pytest
 import tiny
 import torch
@@ -19,8 +20,6 @@ from tinies.headers import (
     FIRST,
     LANGUAGE,
     LATER,
-    NET,
-    OTHER_VAE,
     SMALL,
     T5,
     UNKNOWN,
@@ -169,21 +168,31 @@ def test_detection_imports_no_torch() -> None:
 
 # --- headers of real files, and what is said of them ---
 
+
+def of_diffusers(name: str, **sizes: int) -> dict[str, tuple[int, ...]]:
+    """The tensors of diffusers' net of this name."""
+    with torch.device("meta"):
+        net = getattr(diffusers, name)(**sizes)
+    return {name: tuple(t.shape) for name, t in net.state_dict().items()}
+
+
 FUTURE: Headers = {
-    "lumina2": (lambda: transformer("lumina2"), "", f"of Lumina Image 2.0, {LATER}"),
-    "lumina2 with prefix": (lambda: under(NET, transformer("lumina2")), "", f"of Lumina Image 2.0, {LATER}"),
-    "lumina2 lora": (lambda: table("adapter.lumina2.lora"), "", f"of Lumina Image 2.0, {LATER}"),
-    "hunyuan_image": (lambda: transformer("hunyuan_image"), "", f"of HunyuanImage 2.1, {LATER}"),
-    "hunyuan_image lora": (lambda: table("adapter.hunyuan_image.lora"), "", f"of HunyuanImage 2.1, {LATER}"),
-    "anima": (lambda: under("net.", transformer("anima")), "", f"of Anima, {LATER}"),
-    "anima bare": (lambda: transformer("anima"), "", f"of Anima, {LATER}"),
-    "anima lora": (lambda: table("adapter.anima.lora"), "", f"of Anima, {LATER}"),
-    "hunyuan_image vae": (lambda: table("hunyuan_image.vae"), "", OTHER_VAE),
-    "anima vae": (lambda: table("qwen_image.vae.diffusers"), "", OTHER_VAE),
-    "anima qwen3": (lambda: table("qwen3_06b.hf"), "", LANGUAGE),
-    "lumina2 gemma2": (lambda: table("gemma2_2b.hf"), "", LANGUAGE),
+    f"{model} {kind}": (
+        lambda make=make, name=name, sizes=sizes: make(of_diffusers(name, **sizes)),
+        "",
+        f"of {model}, {LATER}",
+    )
+    for model, name, sizes in (
+        ("Qwen-Image", "QwenImageTransformer2DModel", {"num_layers": 1}),
+        ("FLUX.2", "Flux2Transformer2DModel", {"num_layers": 1, "num_single_layers": 1}),
+        ("Z-Image", "ZImageTransformer2DModel", {"n_layers": 1}),
+    )
+    for kind, make in (
+        ("net", lambda net: net),
+        ("lora", lambda net: lora("diffusion_model.", net, r".*(blocks|layers)\.0\.|.*modulation")),
+    )
 }
-"""Models that are known by name and not trained yet; the first word is the family that they will be."""
+"""Models that are known by name and not trained yet."""
 
 HEADERS: Headers = {
     # Parts alone
@@ -213,7 +222,7 @@ HEADERS: Headers = {
     "an image classifier": (lambda: {"layer1.0.conv1.weight": (64, 64, 3, 3), "bn1.running_mean": (64,)}, "", UNKNOWN),
     "nothing": (dict, "", "is an empty file, without a tensor"),
 }
-HEADERS |= {name: row for name, row in FUTURE.items() if name.split()[0] not in families.names()}
+HEADERS |= FUTURE
 HEADERS |= {name: row for module in modules() for name, row in module.HEADERS.items()}
 
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 from flux_checks import within
 from tinies import hunyuan_image
+from tinies.llms import BYT5_WIDTH, QWEN25VL_WIDTH
 from torch import Tensor
 
 from sfumato.errors import UserError
@@ -42,8 +43,8 @@ def inputs(*, distilled: bool = False, b: int = 2) -> dict[str, Tensor]:
     told = {
         "x": torch.randn(b, 64, 3, 5, generator=g).requires_grad_(),
         "t": torch.tensor([3.1, 977.0, 500.5])[:b],
-        "text": torch.randn(b, 9, hunyuan_image.TEXT_WIDTH, generator=g).requires_grad_(),
-        "glyphs": torch.randn(b, 5, hunyuan_image.GLYPHS_WIDTH, generator=g).requires_grad_(),
+        "text": torch.randn(b, 9, QWEN25VL_WIDTH, generator=g).requires_grad_(),
+        "glyphs": torch.randn(b, 5, BYT5_WIDTH, generator=g).requires_grad_(),
         "text_mask": torch.arange(9) < torch.tensor([9, 4, 6])[:b, None],
         "glyphs_mask": torch.arange(5) < torch.tensor([3, 0, 5])[:b, None],
     }

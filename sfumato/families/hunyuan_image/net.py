@@ -52,7 +52,7 @@ class HunyuanImage(Denoiser):
             raise UserError(f"img_in.proj.weight: patches of {' x '.join(map(str, patch))}; 1 x 1 was expected")
         if head % 4 or width % head:
             raise UserError(f"the transformer has {width} channels, which cannot be cut into heads of {head}")
-        self.axes = (head // 2, head // 2)
+        self.axes, self.theta = (head // 2, head // 2), THETA
         self.img_in = nn.Sequential(OrderedDict(proj=nn.Conv2d(channels, width, 1)))
         self.txt_in = TextIn(shapes, "txt_in", width // head)
         self.byt5_in = GlyphsIn(shapes, "byt5_in")
@@ -94,7 +94,7 @@ class HunyuanImage(Denoiser):
         if any(m is not None for _, m in masks):
             seen = [torch.ones(s.shape[:2], dtype=torch.bool, device=s.device) if m is None else m for s, m in masks]
             mask = torch.cat([seen[0].new_ones(img.shape[:2]), *seen], 1)[:, None, None]  # (b, 1, 1, h * w + m + n)
-        pe = rope(positions(h, w, txt.shape[1], x.device), self.axes, THETA)
+        pe = rope(positions(h, w, txt.shape[1], x.device), self.axes, self.theta)
         for block in self.double_blocks:
             img, txt = block(img, txt, vec, pe, mask)
         tokens = torch.cat([img, txt], 1)

@@ -1,0 +1,12 @@
+"""Trains whole HunyuanImage-2.1 models by kohya's flags, which sd-scripts does not, under python, accelerate launch and
+torchrun."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from sfumato.cli.kohya import run
+
+if __name__ == "__main__":
+    raise SystemExit(run("hunyuan_image_train", sys.argv[1:]))
