@@ -1,5 +1,4 @@
-"""Trains whole HunyuanImage-2.1 models by kohya's flags, which sd-scripts does not, under python, accelerate launch and
-torchrun."""
+"""Runs the command lines of kohya's hunyuan_image_train.py under python, accelerate launch and torchrun."""
 
 import sys
 from pathlib import Path
