@@ -185,7 +185,8 @@ def test_padding_changes_what_is_said_only_where_no_mask_hides_it(case: Case, mo
     said = predict(models, x, t, cond)
     for name, mask in strategy.ragged.items():
         assert not cond[mask].all()
-        cond[name] = torch.where(cond[mask][..., None], cond[name], torch.full_like(cond[name], 7.0))
+        used = cond[mask].reshape(*cond[mask].shape, *[1] * (cond[name].ndim - 2))
+        cond[name] = torch.where(used, cond[name], torch.full_like(cond[name], 7))
     torch.testing.assert_close(predict(models, x, t, cond), said, atol=1e-6, rtol=1e-6)
     if not strategy.ragged:  # the models were trained with padding in sight
         name = next(name for name, value in cond.items() if value.ndim == 3)

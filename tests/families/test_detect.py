@@ -42,6 +42,7 @@ from sfumato.errors import UserError
 from sfumato.families.detect import Detected, detect_file, identify
 from sfumato.families.sd.facts import Options, architecture, base_model_version
 from sfumato.formats.files import save
+from sfumato.models.components import by_folder
 
 Keys = Callable[[str], dict[str, tuple[int, ...]]]
 
@@ -322,10 +323,17 @@ FOLDERS = {name: (module.CASES[0].family, *row) for module in modules() for name
 
 def pipeline(folder: Path, name: str, shards: int) -> Path:
     family, make, _ = FOLDERS[name]
-    cls, inner = families.facts(family).pipelines[0], families.facts(family).denoiser_folder
-    tensors = list(make().items())
-    (folder / inner).mkdir(parents=True)
+    cls = families.facts(family).pipelines[0]
+    folder.mkdir()
     (folder / "model_index.json").write_text(json.dumps({"_class_name": cls}))
+    part = next(part for part in families.family(family).components if part.name == "denoiser")
+    for inner, held in by_folder(part, make()).items():
+        write_shards(folder / inner, held, shards)
+    return folder
+
+
+def write_shards(folder: Path, tensors: Table, shards: int) -> None:
+    folder.mkdir(parents=True)
     places: dict[str, str] = {}
     for i in range(shards):
         file = (
@@ -333,14 +341,11 @@ def pipeline(folder: Path, name: str, shards: int) -> Path:
             if shards > 1
             else "diffusion_pytorch_model.safetensors"
         )
-        held = dict(tensors[i::shards])
-        sparse(folder / inner / file, held)
+        held = dict(list(tensors.items())[i::shards])
+        sparse(folder / file, held)
         places |= dict.fromkeys(held, file)
     if shards > 1:
-        (folder / inner / "diffusion_pytorch_model.safetensors.index.json").write_text(
-            json.dumps({"weight_map": places})
-        )
-    return folder
+        (folder / "diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps({"weight_map": places}))
 
 
 @pytest.mark.parametrize("shards", [1, 3])

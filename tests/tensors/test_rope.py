@@ -6,7 +6,7 @@ import torch
 from diffusers.models.embeddings import apply_rotary_emb
 from diffusers.models.transformers.transformer_flux import FluxPosEmbed
 
-from sfumato.tensors.rope import rope, rotate
+from sfumato.tensors.rope import rope, rotate, rotate_halves
 
 WIDTHS = (16, 56, 56)
 
@@ -49,3 +49,12 @@ def test_angles_are_fp32_in_a_net_of_16_bits() -> None:
     y = rotate(x, table)
     assert table.dtype == torch.float32
     assert torch.equal(y, rotate(x.float(), table).bfloat16())
+
+
+def test_halves_are_turned_as_neighbours_are() -> None:
+    """The same turn, of channels in another order."""
+    x = torch.randn(2, 3, 6, 128, generator=torch.Generator().manual_seed(0))
+    table = rope(positions(), WIDTHS, 10_000)
+    woven = torch.stack(x.chunk(2, -1), -1).flatten(-2)
+    turned = torch.cat(rotate(woven, table).unflatten(-1, (-1, 2)).unbind(-1), -1)
+    torch.testing.assert_close(rotate_halves(x, table), turned, atol=1e-6, rtol=0)
