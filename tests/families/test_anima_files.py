@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from sparse import sparse
 from tinies import anima, encoders, llms, vaes
 from tinies.cases import Files
 from torch import Tensor
@@ -191,3 +192,14 @@ def test_a_tokenizer_with_more_tokens_than_the_text_adapter_knows_is_refused(fil
     tokenizer.save_pretrained(tmp_path / "t5")
     with pytest.raises(UserError, match=r"t5_tokenizer_path: it has \d+ tokens, the denoiser only 94"):
         opened(files, t5_tokenizer_path=str(tmp_path / "t5"))
+
+
+def test_vocabularies_come_with_sfumato(tmp_path: Path) -> None:
+    """Qwen3's and T5's, for a model of the real size, with nothing beside it."""
+    path = sparse(tmp_path / "anima.safetensors", anima.bundle())
+    models = loading.outline(FAMILY, str(path), Options(), later=("qwen3", "vae"))
+    tokens = models.tokenize(["masterpiece, 1girl", ""])
+    sizes = {name: len(tokenizer) for name, tokenizer in models.tokenizers.items()}
+    assert sizes == {"qwen3": 151669, "denoiser": 32100}
+    assert models.tokenizers["qwen3"].decode(tokens["qwen3"][0]) == "masterpiece, 1girl"
+    assert tokens["t5"][1].tolist() == [1] + [0] * (tokens["t5"].shape[1] - 1)

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from runs.test_families import changed, prepared, states, trained
 from tinies import anima
 from tinies.cases import Files
 
@@ -121,18 +120,6 @@ def test_rates_of_whole_models() -> None:
     assert {path: FAMILY.rate(o, "denoiser", path) for path in wanted} == wanted
     assert FAMILY.rate(o, "qwen3", "layers.0.mlp.up_proj.weight") is None
     assert not [path for path in wanted if FAMILY.rate(Completed(blocks=28), "denoiser", path) is not None]
-
-
-def test_a_rate_of_nothing_leaves_a_component_as_it_is(files: Files, images: Path, tmp_path: Path) -> None:
-    kept = {"cache_latents": True, "cache_text_encoder_outputs": True}
-    options = {"llm_adapter_lr": 0.0, "mlp_lr": 0.0, "self_attn_lr": 1e-3}
-    a_run = prepared(anima.CASES[0], files, images, tmp_path, "full", options=options, **kept)
-    before = states(a_run.trainable.models)  # type: ignore[attr-defined]
-    moved = changed(before, states(trained(a_run)))
-    still = {name for name in before if name.startswith("denoiser.")} - moved
-    assert still == {
-        name for name in before if name.startswith("denoiser.llm_adapter.") or ("denoiser." in name and ".mlp." in name)
-    }
 
 
 def test_prompts_are_drawn_as_the_model_is(base: list[str]) -> None:

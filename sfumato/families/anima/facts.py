@@ -47,7 +47,8 @@ class Options(FlowOptions):
     qwen3: Weights = None
     """Qwen3-0.6B, where the base model's file does not hold it: file, folder or hub id."""
     t5_tokenizer_path: Folder = None
-    """Folder of T5's tokenizer; default: `t5_tokenizer` beside the checkpoint if there is one, else the hub's."""
+    """Folder of T5's tokenizer; default: `t5_tokenizer` beside the checkpoint if there is one, else the vocabulary that
+    comes with sfumato."""
     qwen3_max_token_length: _Tokens = LONGEST
     """Qwen3's tokens of a caption; longer ones are cut."""
     t5_max_token_length: _Tokens = LONGEST
