@@ -50,6 +50,7 @@ OURS = frozenset(
         "ema_decay",
         "num_repeats",
         "skip_unreadable",
+        "stream_text_encoders",
         "tokenizer",
         "vae_tile_size",
     }

@@ -21,7 +21,7 @@ from sfumato.errors import UserError
 from sfumato.formats import files
 from sfumato.formats.folders import aside_folder
 from sfumato.formats.planned import Writable
-from sfumato.models import components, locate
+from sfumato.models import components, locate, saving
 from sfumato.models.base import Family, Models, TokenizerSpec
 from sfumato.models.components import Checkpoint
 from sfumato.models.encoders.tokenizers import is_stock
@@ -316,7 +316,7 @@ def save(
     made = models.made()
     each = {name: weights for name, weights in source.components.items() if name in wanted}
     values = {
-        name: components.values(made.get(name), weights, (state or {}).get(name, {}), dtype)
+        name: saving.values(made.get(name), weights, (state or {}).get(name, {}), dtype)
         for name, weights in each.items()
     }
     values = {name: files.finite(tensors, f"{path.name} ({name})", dtype) for name, tensors in values.items()}
@@ -333,7 +333,7 @@ def save(
         )
     files.save(
         path,
-        finish(models.family.adjust_single_file(models, components.single_file(source, values))),
+        finish(models.family.adjust_single_file(models, saving.single_file(source, values))),
         metadata,
         source.check,
         progress,
@@ -383,7 +383,7 @@ def _write_folder(
                     _json(folder / part / "config.json", made.configs[key])
             written = {**weights.component.diffusers(shapes(tensors)).write(tensors), **carried[name]}
             file = "model" if name in models.encoders else "diffusion_pytorch_model"
-            for part, held in components.by_folder(weights.component, written).items():
+            for part, held in saving.by_folder(weights.component, written).items():
                 advance = partial(_advance, progress, before, total) if progress else None
                 # Readers of such folders ask for the mark "pt".
                 files.save(folder / part / f"{file}.safetensors", held, {**metadata, "format": "pt"}, progress=advance)

@@ -16,7 +16,7 @@ from sfumato.errors import UserError
 from sfumato.families import detect
 from sfumato.formats import scaled_fp8
 from sfumato.formats.planned import Writable, renamed
-from sfumato.models import components, loading
+from sfumato.models import loading, saving
 from sfumato.models.base import Family, Models
 from sfumato.models.components import Checkpoint
 
@@ -121,7 +121,7 @@ def scaled(models: Models, narrow: Collection[str], tensors: dict[str, Writable]
     denoiser = models.source.components["denoiser"]
     fp8, other = (torch.empty(0, dtype=dtype, device="meta") for dtype in (torch.float8_e4m3fn, torch.float32))
     shapes = {n: (fp8 if n in narrow else other).new_empty(shape) for n, shape in denoiser.shapes().items()}
-    written = components.single_file(replace(models.source, passthrough={}), {"denoiser": shapes})
+    written = saving.single_file(replace(models.source, passthrough={}), {"denoiser": shapes})
     names = [n for n, t in written.items() if t.dtype == fp8.dtype]
     return scaled_fp8.quantised(tensors, names, [f"{denoiser.prefix}{scaled_fp8.MARK}"])
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 from tinies import sdxl
 
+from sfumato import families
 from sfumato.cli.checkpoint_tools import part_flags
 from sfumato.cli.main import main
 from sfumato.formats.files import load, save
@@ -49,7 +50,8 @@ def test_checkpoints_are_merged(model: Path, tmp_path: Path, capsys: pytest.Capt
 
 
 def test_flags_are_those_of_the_families() -> None:
-    assert set(part_flags()) == {"vae", "clip_l", "clip_g", "t5xxl"}
+    parts = {part.flag for name in families.names() for part in families.family(name).components if part.flag}
+    assert set(part_flags()) == parts
 
 
 @pytest.mark.parametrize(

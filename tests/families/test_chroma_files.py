@@ -24,10 +24,11 @@ from sfumato.families.flux.facts import T5XXL, VAE
 from sfumato.formats import files
 from sfumato.formats.names import add_prefix
 from sfumato.models.base import Models
-from sfumato.models.components import Checkpoint, open_component, open_model, single_file
+from sfumato.models.components import Checkpoint, open_component, open_model
 from sfumato.models.detection import PREFIX
 from sfumato.models.loading import load, save
 from sfumato.models.meta_init import check, shapes
+from sfumato.models.saving import single_file
 
 Keys = Callable[[str], dict[str, tuple[int, ...]]]
 COMPONENTS = {part.name: part for part in FAMILY.components}

@@ -42,7 +42,7 @@ from sfumato.errors import UserError
 from sfumato.families.detect import Detected, detect_file, identify
 from sfumato.families.sd.facts import Options, architecture, base_model_version
 from sfumato.formats.files import save
-from sfumato.models.components import by_folder
+from sfumato.models.saving import by_folder
 
 Keys = Callable[[str], dict[str, tuple[int, ...]]]
 

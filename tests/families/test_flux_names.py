@@ -21,9 +21,10 @@ from sfumato.families.flux.facts import CLIP_L, T5XXL, VAE
 from sfumato.families.flux.family import FAMILY
 from sfumato.families.flux.names import flux_keys
 from sfumato.families.flux.net import Flux
-from sfumato.models.components import Checkpoint, open_model, single_file
+from sfumato.models.components import Checkpoint, open_model
 from sfumato.models.detection import PREFIX
 from sfumato.models.meta_init import check, fill, shapes
+from sfumato.models.saving import single_file
 
 Keys = Callable[[str], dict[str, tuple[int, ...]]]
 each_version = pytest.mark.parametrize("version", ["dev", "schnell"])

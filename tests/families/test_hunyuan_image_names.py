@@ -27,8 +27,9 @@ from sfumato.families.hunyuan_image.names import COMFY, transformer_keys
 from sfumato.families.hunyuan_image.net import HunyuanImage
 from sfumato.formats.files import load, save
 from sfumato.models.base import Models
-from sfumato.models.components import open_model, single_file
+from sfumato.models.components import open_model
 from sfumato.models.meta_init import check, fill, shapes
+from sfumato.models.saving import single_file
 
 Keys = Callable[[str], dict[str, tuple[int, ...]]]
 each_dialect = pytest.mark.parametrize("spelling", ["kohya", "comfy", "peft"])

@@ -24,9 +24,10 @@ from sfumato.formats.files import load, save
 from sfumato.formats.names import add_prefix
 from sfumato.models import loading
 from sfumato.models.base import Models
-from sfumato.models.components import open_model, single_file
+from sfumato.models.components import open_model
 from sfumato.models.detection import PREFIX
 from sfumato.models.meta_init import check, shapes
+from sfumato.models.saving import single_file
 from sfumato.tensors.flow import Flow
 
 Keys = Callable[[str], dict[str, tuple[int, ...]]]

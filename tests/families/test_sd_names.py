@@ -23,8 +23,9 @@ from sfumato.families.sd.family import FAMILY
 from sfumato.families.sd.names import unet_keys
 from sfumato.formats import dialect
 from sfumato.models.base import Models
-from sfumato.models.components import Checkpoint, open_model, single_file
+from sfumato.models.components import Checkpoint, open_model
 from sfumato.models.meta_init import check, shapes
+from sfumato.models.saving import single_file
 
 Keys = Callable[[str], dict[str, tuple[int, ...]]]
 

@@ -27,9 +27,10 @@ from sfumato.families.sdxl.folder import transformer_layers, unet_config
 from sfumato.families.sdxl.names import CLIP_G, PASSTHROUGH, unet_keys
 from sfumato.formats.dialect import AdapterTensors, Dialect, ModulePath
 from sfumato.models.base import Models
-from sfumato.models.components import Checkpoint, open_model, single_file
+from sfumato.models.components import Checkpoint, open_model
 from sfumato.models.detection import PREFIX
 from sfumato.models.meta_init import check, shapes
+from sfumato.models.saving import single_file
 
 Shapes = dict[str, tuple[int, ...]]
 Keys = Callable[[str], Shapes]

@@ -307,15 +307,6 @@ HEADERS: headers.Headers = {
         "",
         headers.OTHER_ADAPTER,
     ),
-    "z-image lora of its own names": (
-        lambda: {
-            f"diffusion_model.layers.{i}.attention.to_q.lora_{side}.weight": (4, 3840)[:: 1 if side == "A" else -1]
-            for i in range(30)
-            for side in "AB"
-        },
-        "",
-        headers.OTHER_ADAPTER,
-    ),
 }
 
 FOLDERS: headers.Folders = {

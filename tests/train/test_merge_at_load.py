@@ -16,7 +16,7 @@ from training import config
 from sfumato.cli.main import main
 from sfumato.errors import UserError
 from sfumato.formats.planned import made
-from sfumato.models import components, loading
+from sfumato.models import loading, saving
 from sfumato.train.devices import load_models, outline_models
 from sfumato.train.pipeline import Pipeline
 
@@ -97,9 +97,9 @@ def test_text_encoders_that_are_read_again_and_saved_are_merged(where: Path, tmp
     weights = models.source.components["clip_l"]
     plain = dict(weights.unmerged().natives())
     assert any(not torch.equal(t, plain[name]) for name, t in first.items())
-    assert components.unchanged(first, weights) and not components.unchanged(first, weights.unmerged())
+    assert saving.unchanged(first, weights) and not saving.unchanged(first, weights.unmerged())
     loading.unload(models)
-    saved = components.values(encoder, weights, {}, None)
+    saved = saving.values(encoder, weights, {}, None)
     assert all(torch.equal(made(t), first[name]) for name, t in saved.items())
 
 

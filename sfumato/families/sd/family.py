@@ -24,10 +24,11 @@ from sfumato.formats.planned import Writable, renamed
 from sfumato.models import locate
 from sfumato.models.autoencoders import vae_component
 from sfumato.models.base import Family, Models, TokenizerSpec
-from sfumato.models.components import Checkpoint, Config, denoiser, unchanged
+from sfumato.models.components import Checkpoint, Config, denoiser
 from sfumato.models.encoders.clip import CLIP_TARGETS, LAYERS, clip_component
 from sfumato.models.encoders.tokenizers import clip_tokenizer
 from sfumato.models.layers import Shapes, count_layers
+from sfumato.models.saving import unchanged
 from sfumato.tensors.noise import DDPM, NoiseProcess
 
 LAYERS_USED = 23
