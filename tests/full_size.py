@@ -46,6 +46,8 @@ def adapter(name: str) -> dict[ModulePath, AdapterTensors]:
     args = ("conv_dim=1",) if "conv" in targets["denoiser"] else ()
     plan = parse(NetworkConfig(network_dim=1, network_args=args), families.facts(held.family.name).network_args)
     layer = partial(held.family.target_layer, held.options, plan)
-    inserted = AdapterNetwork({part: choose(nets[part], part, targets[part], plan, layer) for part in targets}, seed=0)
+    inserted = AdapterNetwork(
+        {part: choose(nets[part], part, targets[part], plan, layer) for part in nets if part in targets}, seed=0
+    )
     inserted.remove()
     return inserted.state()
