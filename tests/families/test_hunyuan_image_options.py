@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,8 +18,6 @@ from sfumato.errors import UserError
 from sfumato.families.hunyuan_image import facts
 from sfumato.families.hunyuan_image.facts import FACTS, Completed, Options
 from sfumato.families.hunyuan_image.family import FAMILY, Unguided
-from sfumato.formats.files import load, save
-from sfumato.models import loading
 from sfumato.models.base import Models, SampleInfo
 from sfumato.sampling.prompts import default
 from sfumato.tensors.flow import Flow
@@ -173,43 +169,3 @@ def test_distilled_models_are_not_guided_again(caplog: pytest.LogCaptureFixture)
     assert "scale (--l) has no effect" in caplog.text
     x = torch.ones(1, 1, 1, 1)
     assert rule.combine(x, -x, 0) is x
-
-
-# --- files ---
-
-
-@pytest.fixture(scope="module")
-def files(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    return hunyuan_image.write(False, tmp_path_factory.mktemp("model"))
-
-
-def test_what_the_files_say_completes_the_options(files: Any, tmp_path: Path) -> None:
-    case = hunyuan_image.CASES[0]
-    options: Any = case.models(files).options
-    assert (options.variant, options.double_blocks, options.single_blocks) == ("base", 2, 3)
-    assert options.guidance_scale is None
-    with pytest.raises(UserError, match=r"guidance_scale: .* is the base model, which takes no guidance"):
-        case.models(files, options={"guidance_scale": 2.0})
-    bundle = hunyuan_image.write(True, tmp_path)
-    distilled: Any = hunyuan_image.CASES[1].models(bundle).options
-    assert (distilled.variant, distilled.guidance_scale) == ("distilled", 1.0)
-    with pytest.raises(
-        UserError, match="byt5: its states are 80 wide, the transformer takes 72: it is another model's"
-    ):
-        case.models(replace(files, options={**files.options, "byt5": other_byt5(tmp_path)}))
-
-
-def other_byt5(folder: Path) -> str:
-    wide = {n: torch.zeros([80 if s == 72 else s for s in t.shape]) for n, t in hunyuan_image.parts()["byt5"].items()}
-    save(folder / "byt5.safetensors", wide, {})
-    return str(folder / "byt5.safetensors")
-
-
-def test_half_of_a_qwen_makes_no_folder(files: Any, tmp_path: Path) -> None:
-    half = {n: t for n, t in load(Path(files.options["text_encoder"])).items() if not n.startswith("visual.")}
-    save(tmp_path / "half.safetensors", half, {})
-    told = {**files.options, "text_encoder": str(tmp_path / "half.safetensors")}
-    models = hunyuan_image.CASES[0].models(replace(files, options=told))
-    with pytest.raises(UserError, match=r"half\.safetensors holds the language half of Qwen2.5-VL alone"):
-        loading.save(models, tmp_path / "out", layout="diffusers", dtype=None, metadata={})
-    assert not (tmp_path / "out").exists()

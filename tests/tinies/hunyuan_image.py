@@ -144,8 +144,8 @@ def drawn(pipe: Any, prompt: Prompt, noise: Tensor) -> Tensor:
     return latents
 
 
-OWN = replace(PROMPT, width=96, height=64, flow_shift=5.0, scale=3.5, guidance_scale=3.25, sample_steps=5)
-APG = {"apg_start_step_general": 1, "apg_start_step_ocr": 3, "guidance_rescale": 0.0, "guidance_rescale_apg": 0.0}
+OWN = replace(PROMPT, width=96, height=64, flow_shift=5.0, scale=3.5, guidance_scale=3.25)
+APG = {"apg_start_step_general": 0, "apg_start_step_ocr": 1, "guidance_rescale": 0.0, "guidance_rescale_apg": 0.0}
 
 
 def _case(variant: str, prompt: Prompt, *, distilled: bool = False) -> Case:
@@ -160,10 +160,9 @@ def _case(variant: str, prompt: Prompt, *, distilled: bool = False) -> Case:
     )
 
 
-CASES = (
-    _case("base", replace(OWN, prompt='a sign that says "cat"')),
-    _case("distilled", replace(OWN, guidance_scale=4.25), distilled=True),
-)
+CASES = (_case("base", replace(OWN, prompt='a sign that says "cat"')),)
+DISTILLED_CASE = _case("distilled", replace(OWN, guidance_scale=4.25), distilled=True)
+"""Tried by the family's own tests: what it has besides is small."""
 
 # --- headers of the real files; see `tinies/headers.py` ---
 
