@@ -22,6 +22,9 @@ TARGETS: Mapping[str, tuple[str, ...]] = {
     "llm_adapter": ("llm_adapter.blocks.*",),
     # sd-scripts' classes, which LyCORIS' presets name.
     "Block": ("blocks.*",),
+    "PatchEmbed": ("x_embedder.*",),
+    "TimestepEmbedding": ("t_embedder.*",),
+    "FinalLayer": ("final_layer.*",),
     "LLMAdapterTransformerBlock": ("llm_adapter.blocks.*",),
 }
 """Set of layers -> path patterns of the layers. "linear" has adapters by default; sd-scripts leaves modulations and
