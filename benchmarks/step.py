@@ -24,6 +24,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +57,9 @@ from sfumato.train.trainables import Adapters, Full, Trainable  # noqa: E402
 
 WARM, ROUNDS, STEPS = 2, 3, 4
 """Steps that are not timed; rounds that are, and steps of each: the device is waited for once a round."""
-BLOCKS = re.compile(r"(.*(?:joint|double|single|transformer)_blocks)\.(\d+)\.")
+BLOCKS = re.compile(
+    r"(.*(?:joint|double|single|transformer)_blocks|(?!.*distilled)(?:.*\.)?(?:layers|blocks|context_refiner|noise_refiner))\.(\d+)\."
+)
 VARIANTS = ("checkpointing", "plain", "full", "checkpointing+compiled", "plain+compiled")
 """How a net is trained, the most wanted first. full: all weights, themselves in bf16, with checkpointing; else LoRA."""
 FULL = ("sdxl",)
@@ -75,8 +78,17 @@ FAMILIES: Mapping[str, tuple[Callable[[], Shapes], Shapes]] = {
     "flux": (lambda: headers.comfy("flux_dev"), {"pooled": (768,), "t5": (512, 4096)}),
     # Of one caption all tokens are visible, and there are no more than it needs.
     "chroma": (lambda: headers.without(".*clip_l.*", headers.comfy("chroma")), {"t5": (128, 4096)}),
+    "lumina2": (lambda: usual("lumina2"), {"gemma2": (128, 2304)}),
+    "hunyuan_image": (lambda: usual("hunyuan_image"), {"text": (128, 3584), "glyphs": (32, 1472)}),
+    "anima": (lambda: usual("anima"), {"qwen3": (128, 1024), "t5_ids": (128,)}),
 }  # fmt: skip
 """Family -> the tensors of a checkpoint, and what is cached of a caption."""
+
+
+def usual(family: str) -> Shapes:
+    """The tensors of the model that people have."""
+    table: Shapes = next(iter(import_module(f"tinies.{family}").USUAL.values()))()
+    return table
 
 
 def two_blocks(table: Shapes) -> Shapes:
@@ -186,7 +198,12 @@ def random_batch(models: Models, text: Mapping[str, tuple[int, ...]], resolution
         multiplier=torch.ones(size),
         sizes=torch.tensor([[resolution, resolution, 0, 0, resolution, resolution]] * size),
         latents=torch.randn(size, models.family.latents.channels, side, side, generator=g),
-        cond={name: torch.randn(size, *shape, generator=g).bfloat16() for name, shape in text.items()},
+        cond={
+            name: torch.randint(1, 1000, (size, *shape), generator=g)
+            if name.endswith("_ids")
+            else torch.randn(size, *shape, generator=g).bfloat16()
+            for name, shape in text.items()
+        },
     )
 
 

@@ -32,11 +32,10 @@ from sfumato.models.components import (
     matching,
     open_component,
     open_model,
-    single_file,
-    values,
 )
 from sfumato.models.encoders.clip import clip_component
 from sfumato.models.encoders.t5 import EMBEDDING, TWIN
+from sfumato.models.saving import single_file, values
 
 Tensors = dict[str, Tensor]
 KEYS = KeyMap(rule("attn.qkv", "attn.to_q", "attn.to_k", "attn.to_v"), rule("out"))

@@ -200,8 +200,10 @@ class GlyphsIn(nn.Module):
         self.fc1, self.fc2, self.fc3 = (linear(shapes, f"{name}.fc{i}") for i in (1, 2, 3))
 
     def forward(self, x: Tensor) -> Tensor:
-        """See the class."""
-        out: Tensor = self.fc3(F.gelu(self.fc2(F.gelu(self.fc1(self.layernorm(x))))))
+        """See the class. What is kept of a text comes in fp32, whatever the net's format: so is the norm computed."""
+        norm = self.layernorm
+        x = F.layer_norm(x.float(), norm.normalized_shape, norm.weight.float(), norm.bias.float(), norm.eps).to(x.dtype)
+        out: Tensor = self.fc3(F.gelu(self.fc2(F.gelu(self.fc1(x)))))
         return out
 
 
