@@ -175,7 +175,7 @@ class RefinerBlock(nn.Module):
         super().__init__()
         width = shapes[f"{name}.norm1.weight"][0]
         self.channels = width // heads
-        self.norm1, self.norm2 = nn.LayerNorm(width, EPS), nn.LayerNorm(width, EPS)
+        self.norm1, self.norm2 = LayerNorm(width, EPS), LayerNorm(width, EPS)
         self.self_attn_qkv, self.self_attn_proj = (
             linear(shapes, f"{name}.self_attn_{part}") for part in ("qkv", "proj")
         )
@@ -196,15 +196,23 @@ class GlyphsIn(nn.Module):
 
     def __init__(self, shapes: Shapes, name: str) -> None:
         super().__init__()
-        self.layernorm = nn.LayerNorm(shapes[f"{name}.layernorm.weight"][0])
+        self.layernorm = LayerNorm(shapes[f"{name}.layernorm.weight"][0])
         self.fc1, self.fc2, self.fc3 = (linear(shapes, f"{name}.fc{i}") for i in (1, 2, 3))
 
     def forward(self, x: Tensor) -> Tensor:
-        """See the class. What is kept of a text comes in fp32, whatever the net's format: so is the norm computed."""
-        norm = self.layernorm
-        x = F.layer_norm(x.float(), norm.normalized_shape, norm.weight.float(), norm.bias.float(), norm.eps).to(x.dtype)
-        out: Tensor = self.fc3(F.gelu(self.fc2(F.gelu(self.fc1(x)))))
+        """See the class."""
+        out: Tensor = self.fc3(F.gelu(self.fc2(F.gelu(self.fc1(self.layernorm(x))))))
         return out
+
+
+class LayerNorm(nn.LayerNorm):
+    """In fp32, whatever formats weights and input are in, which differ where text is kept in 16 bits."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., c) -> (..., c)"""
+        return F.layer_norm(x.float(), self.normalized_shape, self.weight.float(), self.bias.float(), self.eps).to(
+            x.dtype
+        )
 
 
 class DoubleBlock(nn.Module):
