@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from PIL import Image
 from training import Train, config
 
 from sfumato.config import DatasetConfig, Method, SubsetConfig
-from sfumato.train import run
+from sfumato.train import log, run
 
 
 @pytest.fixture(scope="session")
@@ -55,7 +56,8 @@ def train(model: Path, images: Path, tmp_path: Path) -> Train:
         }
         folder = SubsetConfig(**{"image_dir": str(images), **(subset or {})})
         data = DatasetConfig(subsets=(folder,), resolution=(64, 64), batch_size=2)
-        run.train(config(**{**settings, **options}), method, (data,))
+        with patch.object(log, "curve"):  # an eighth of a short run; tests/train/test_log.py has it
+            run.train(config(**{**settings, **options}), method, (data,))
         return tmp_path / name
 
     return go

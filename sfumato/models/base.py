@@ -64,6 +64,7 @@ class Models:
 
     noise: NoiseConfig | None = None
     """What the whole model is trained with, as far as its files have to say so."""
+    _dialects: Mapping[str, Dialect] | None = field(default=None, init=False, repr=False, compare=False)
     tile: int | None = None
     """Side of the tiles, in pixels, in which larger pictures pass through the VAE; None: they pass whole."""
 
@@ -130,8 +131,11 @@ class Models:
 
     @property
     def dialects(self) -> Mapping[str, Dialect]:
-        """Adapter key names: "kohya", "comfy", "peft", and what others call these."""
-        return with_aliases(self.family.dialects(self))
+        """Adapter key names: "kohya", "comfy", "peft", and what others call these. Made once: they follow from the
+        names of the nets' tensors, which stay."""
+        if self._dialects is None:
+            self._dialects = with_aliases(self.family.dialects(self))
+        return self._dialects
 
     @property
     def vae(self) -> nn.Module:
