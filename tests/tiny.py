@@ -35,6 +35,12 @@ def tiny_sd1(folder: Path, dtype: torch.dtype = torch.float32) -> Path:
     return _single(folder, single_file(v2=False, dtype=dtype), v2=False)
 
 
+def short_sd1(folder: Path) -> Path:
+    """The same with less than half of the blocks, for tests of what is not the net's: three levels of one block each,
+    the last without attention."""
+    return _single(folder, single_file(v2=False, short=True), v2=False)
+
+
 def tiny_sd2(folder: Path, dtype: torch.dtype = torch.float32) -> Path:
     """`folder/model.safetensors`, a 2.x single file, with `folder/tokenizer` beside it."""
     return _single(folder, single_file(v2=True, dtype=dtype), v2=True)
@@ -62,12 +68,21 @@ class Parts:
 
 
 @cache
-def parts(*, v2: bool, seed: int = 0) -> Parts:
+def parts(*, v2: bool, seed: int = 0, short: bool = False) -> Parts:
     """diffusers' and transformers' own models."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         channels = (64, 64, 128, 128) if v2 else (32, 64, 64, 64)
+        fewer: dict[str, Any] = {}
+        if short:
+            channels = channels[:3]
+            fewer = {
+                "layers_per_block": 1,
+                "down_block_types": ("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
+                "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
+            }
         unet = UNet2DConditionModel(
+            **fewer,
             sample_size=8,
             block_out_channels=channels,
             attention_head_dim=[c // 64 for c in channels] if v2 else 8,
@@ -151,9 +166,9 @@ def text_states(text: Any) -> dict[str, Tensor]:
     return dict(tensors) if any(name.startswith("text_model.") for name in tensors) else CLIP_BARE.to_native(tensors)
 
 
-def single_file(*, v2: bool, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+def single_file(*, v2: bool, dtype: torch.dtype = torch.float32, short: bool = False) -> dict[str, Tensor]:
     """All tensors of a single file, those that belong to no net as well."""
-    p = parts(v2=v2)
+    p = parts(v2=v2, short=short)
     unet, vae, text = p.unet.state_dict(), p.vae.state_dict(), text_states(p.text)
     nets = add_prefix(unet_keys(unet).to_native(unet), PREFIX) | add_prefix(vae_keys(vae).to_foreign(vae), VAE)
     nets |= add_prefix(OPEN_CLIP.to_native(text), CLIP_H) if v2 else add_prefix(text, CLIP_L)
