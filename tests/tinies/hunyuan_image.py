@@ -273,6 +273,15 @@ HEADERS: headers.Headers = {
         OURS,
         headers.ADAPTER,
     ),
+    "hunyuan_image lora of a model for videos": (
+        lambda: {
+            name: tuple(2048 if n == 3584 else n for n in shape)
+            for name, shape in headers.table("adapter.hunyuan_image.lora").items()
+        },
+        "",
+        headers.OTHER_ADAPTER,
+    ),
+    "hunyuan_image for videos": (video, "", headers.UNKNOWN),
     "hunyuan_image vae": (lambda: headers.table("hunyuan_image.vae"), "hunyuan_image vae ", headers.VAE),
     "hunyuan_image vae with prefix": (
         lambda: headers.under(VAE, headers.table("hunyuan_image.vae")),

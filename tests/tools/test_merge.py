@@ -110,9 +110,13 @@ def test_a_merged_file_is_the_net_with_the_adapter_acting(case: Case, tmp_path: 
     facts = merge(
         Merging(model=held.model, adapters=[(tmp_path / "lora.safetensors", 0.7)], out=out, options=held.options)
     )
-    beside = {name: str(out.with_name(f"merged_{name}.safetensors")) for name in held.options}
-    assert [facts["out"], *facts["beside"]] == [str(out), *(beside[n] for n in models.source.components if n in beside)]
-    same(nets(out, **beside), acting(held.model, (state, 0.7), **held.options))
+    # Text encoders that no adapter goes on stay where they are.
+    changed_parts = [w.component for n, w in models.source.components.items() if n in models.family.targets]
+    beside = {
+        c.flag: str(out.with_name(f"merged_{c.name}.safetensors")) for c in changed_parts if c.flag in held.options
+    }
+    assert [facts["out"], *facts["beside"]] == [str(out), *beside.values()]
+    same(nets(out, **{**held.options, **beside}), acting(held.model, (state, 0.7), **held.options))
     before, after = load(held.model), load(out)
     assert {name for name in before if not name.startswith("model_ema.")} == after.keys()
     changed = {name for name, t in after.items() if not torch.equal(t, before[name])}

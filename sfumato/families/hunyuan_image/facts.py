@@ -123,6 +123,14 @@ def variant(shapes: Shapes) -> Variant:
 _INPUTS = rf".*(qkv|linear1|attn_proj|attn\.proj|to_[qkv]|add_[qkv]_proj|proj_mlp|[._]lin|_linear|mod\.linear){DOWN}"
 """Factors of a LoRA that are as wide as the transformer."""
 
+
+def _own(shapes: Shapes) -> bool:
+    """Models for videos have all of these names, of other widths; of kinds that do not show theirs the names decide."""
+    found = width(shapes, _INPUTS)
+    names = r".*((img|txt)_mlp[._]fc[12]|(img|txt)_mod_linear|modulation_linear|byt5_in).*"
+    return has(shapes, names) if found is None else found == WIDTH
+
+
 SIGNATURE = Signature(
     family=FAMILY,
     claims={"hunyuan-image-2.1": "", "hunyuan_image": ""},
@@ -135,10 +143,7 @@ SIGNATURE = Signature(
     foreign=r".*(joint_blocks|distilled_guidance_layer|vector_in|(img|txt)_mod\.1).*|lora_te[23]?_.*",
     # FLUX.1's and HunyuanVideo's, which have ComfyUI's and diffusers' names.
     fits=lambda shapes: width(shapes, _INPUTS) != 3072,
-    own=lambda shapes: (
-        has(shapes, r".*((img|txt)_mlp[._]fc[12]|(img|txt)_mod_linear|modulation_linear|byt5_in).*")
-        or width(shapes, _INPUTS) == WIDTH
-    ),
+    own=_own,
     singles=(*hunyuan_vae(VAE), language_model("qwen25vl", WIDTH), t5(GLYPHS_WIDTH)),
 )
 
