@@ -28,7 +28,7 @@ OPTIONS: dict[str, Any] = {
 
 def folder(where: Path) -> Path:
     """`model.safetensors` and two `images` in it."""
-    tiny.tiny_sd1(where)
+    tiny.short_sd1(where)
     (where / "images").mkdir()
     for i in range(2):
         noise = np.random.default_rng(i).integers(0, 256, (8, 8, 3), dtype=np.uint8)

@@ -16,7 +16,6 @@ from training import Train, config
 from sfumato.config import DatasetConfig, Method, SubsetConfig
 from sfumato.train import log, run
 
-
 CURVE = log.curve
 
 

@@ -30,7 +30,7 @@ close = torch.testing.assert_close
 @pytest.fixture(scope="module")
 def where(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny model of SD 1.x."""
-    return tiny.tiny_sd1(tmp_path_factory.mktemp("join")).parent
+    return tiny.short_sd1(tmp_path_factory.mktemp("join")).parent
 
 
 @pytest.fixture(scope="module")

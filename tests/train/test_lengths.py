@@ -86,7 +86,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Config, tuple[Dataset
     root = tmp_path_factory.mktemp("long")
     images = make_images(root)
     (images / "3.txt").write_text("red " * 90)
-    model = tiny.tiny_sd1(root / "model")
+    model = tiny.short_sd1(root / "model")
     settings = config(
         pretrained_model_name_or_path=str(model), output_dir=str(root / "out"), max_train_steps=1, network_dim=1,
         cache_text_encoder_outputs_to_disk=True, cache_dir=str(root / "cache"), network_train_unet_only=True,

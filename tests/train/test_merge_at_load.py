@@ -27,7 +27,7 @@ X, T = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0)), torc
 def where(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny model and two adapters that act on both its nets."""
     folder = tmp_path_factory.mktemp("merge_at_load")
-    tiny.tiny_sd1(folder)
+    tiny.short_sd1(folder)
     models = outline_models(settings(folder))
     for i, name in enumerate("ab"):
         adapter_file(models, folder / f"{name}.safetensors", seed=i)
