@@ -65,14 +65,17 @@ def same(found: Sequence[Any], wanted: Sequence[Any]) -> bool:
     )
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-@pytest.mark.parametrize("ahead", [False, True], ids=["", "read ahead"])
+@pytest.mark.parametrize(
+    ("dtype", "autocast", "ahead"),
+    [(torch.float32, False, False), (torch.float32, True, True), (torch.bfloat16, False, True)],
+    ids=["fp32", "autocast, read ahead", "bf16, read ahead"],
+)
 def test_the_numbers_are_the_same(
-    streamed: Models, dtype: torch.dtype, ahead: bool, monkeypatch: pytest.MonkeyPatch
+    streamed: Models, dtype: torch.dtype, autocast: bool, ahead: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(streaming, "_reads_ahead", lambda device: ahead)
-    wanted, counts = whole(streamed, dtype), list[tuple[int, int]]()
-    with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.float32 and ahead):
+    counts = list[tuple[int, int]]()
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         wanted = whole(streamed, dtype)
         found = list(streaming.encode_each(streamed, BATCHES, CPU, lambda *count: counts.append(count)))
     assert same(found, wanted)
@@ -132,7 +135,12 @@ class FirstBlock:
         return {"t5": out}
 
 
-@pytest.mark.parametrize("models", [c for c in CASES if c.family == "flux"], indirect=True, ids=lambda case: case.name)
+ONE = pytest.mark.parametrize(
+    "models", [c for c in CASES if c.family == "flux"], indirect=True, ids=lambda case: case.name
+)
+
+
+@ONE
 def test_what_is_not_run_is_not_read_and_tables_stay_in_the_file(
     models: Models, streamed: Models, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -156,8 +164,9 @@ def test_what_is_not_run_is_not_read_and_tables_stay_in_the_file(
     assert not any(".block." in name for name in mapped)
 
 
+@ONE
 def test_an_error_ends_all_and_leaves_the_encoders_without_values(
-    streamed: Models, monkeypatch: pytest.MonkeyPatch
+    models: Models, streamed: Models, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def broken(captions: Sequence[str], **more: Any) -> Any:
         raise KeyError("a tokenizer that fails")
@@ -177,7 +186,8 @@ def test_an_error_ends_all_and_leaves_the_encoders_without_values(
     left.close()  # type: ignore[attr-defined]
 
 
-def test_sample_prompts_are_encoded_in_one_pass(streamed: Models) -> None:
+@ONE
+def test_sample_prompts_are_encoded_in_one_pass(models: Models, streamed: Models) -> None:
     prompts = [Prompt(prompt=text, negative_prompt="dull", scale=scale) for text, scale in (("a", 5.0), ("b", 1.0))]
     streamed.dtypes, streamed.streamed = dict.fromkeys(streamed.nets(), torch.float32), frozenset()
     materialize(streamed)
