@@ -1,8 +1,8 @@
 """Peak host memory of encoding captions with text encoders of full size, read block by block from their files.
 
 Writes each encoder's file with the names and shapes of the real one, and a hole where the values would be (no room on
-the disk), encodes two captions of 32 tokens on the CPU in a process of its own, and takes how far that process's memory
-grew over what it had after its imports. Needs some GB of memory; about ten minutes on two cores.
+the disk), encodes two captions of 32 tokens on the accelerator, or the CPU where there is none, in a process of its own,
+and takes how far that process's memory grew over what it had after its imports. Needs some GB of memory; about ten minutes on two cores.
 """
 
 from __future__ import annotations
@@ -92,12 +92,15 @@ def measure(path: str, name: str, target: str) -> Mapping[str, float]:
     from sfumato.models.components import Checkpoint, open_component
     from sfumato.models.encoders.llm import qwen25vl_component
     from sfumato.models.encoders.t5 import t5_component
+    from sfumato.train import devices, dist
 
+    device = dist.device_of()
     component = {"qwen25vl": qwen25vl_component, "t5xxl": t5_component}[name]((), "")
     assert transformers.T5EncoderModel and transformers.Qwen2Model
     strategy, carrier = Strategy(name), families.family(families.names()[0])
     family = replace(carrier, tokenize=lambda models: strategy, encode=lambda models: strategy)
-    torch.ones(64, 64) @ torch.ones(64, 64)  # the library of matrix products takes its own memory when it is first used
+    # The library of matrix products takes its own memory when it is first used.
+    assert (torch.ones(64, 64, device=device) @ torch.ones(64, 64, device=device)).sum().item()
     forget_peak()
     before, own = resident(), Own()
     weights = open_component(component, path)
@@ -108,7 +111,7 @@ def measure(path: str, name: str, target: str) -> Mapping[str, float]:
     )  # fmt: skip
     models.streamed = frozenset([name])
     whole = streaming.sizes(models, {name: dtype})[name]
-    (cond,) = streaming.encode_each(models, [["a caption"] * CAPTIONS], torch.device("cpu"))
+    (cond,) = streaming.encode_each(models, [["a caption"] * CAPTIONS], device)
     states = cond["states"]
     assert states.shape[:2] == (CAPTIONS, TOKENS) and states.dtype == dtype
     return {
@@ -116,6 +119,7 @@ def measure(path: str, name: str, target: str) -> Mapping[str, float]:
         "baseline_gb": sum(before.values()) / GB,
         "growth_gb": (peak() - sum(before.values())) / GB,
         "own_gb": (own.stop() - before["own"]) / GB,
+        "device_gb": devices.peak_memory(device) / GB if device.type != "cpu" else 0.0,
         "seconds": time.monotonic() - begun,
     }
 
@@ -129,7 +133,7 @@ def run(path: Path, name: str, target: str) -> dict[str, Any]:
     return found
 
 
-COLUMNS = ("encoder", "file", "target", "whole_gb", "baseline_gb", "growth_gb", "own_gb", "seconds")
+COLUMNS = ("encoder", "file", "target", "whole_gb", "baseline_gb", "growth_gb", "own_gb", "device_gb", "seconds")
 
 
 def rows(cases: Sequence[tuple[str, str]]) -> list[dict[str, Any]]:

@@ -62,7 +62,7 @@ BLOCKS = re.compile(
 )
 VARIANTS = ("checkpointing", "plain", "full", "checkpointing+compiled", "plain+compiled")
 """How a net is trained, the most wanted first. full: all weights, themselves in bf16, with checkpointing; else LoRA."""
-FULL = ("sdxl",)
+FULL = ("sdxl", "lumina2", "anima")
 """Families whose full training fits a card."""
 
 Shapes = dict[str, tuple[int, ...]]
