@@ -1,8 +1,9 @@
 """Peak host memory of encoding captions with text encoders of full size, read block by block from their files.
 
 Writes each encoder's file with the names and shapes of the real one, and a hole where the values would be (no room on
-the disk), encodes two captions of 32 tokens on the accelerator, or the CPU where there is none, in a process of its own,
-and takes how far that process's memory grew over what it had after its imports. Needs some GB of memory; about ten minutes on two cores.
+the disk), encodes two captions of 32 tokens on the accelerator, or the CPU where there is none, in a process of its
+own, and takes how far that process's memory grew over what it had after its imports. Needs some GB of memory; about ten
+minutes on two cores.
 """
 
 from __future__ import annotations
