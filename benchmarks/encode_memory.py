@@ -79,7 +79,8 @@ class Strategy:
         return {"ids": torch.arange(len(captions) * TOKENS).view(len(captions), TOKENS)}
 
     def encode(self, encoders: Mapping[str, Any], tokens: Mapping[str, Any]) -> Mapping[str, Any]:
-        return {"states": encoders[self.name](tokens["ids"])}
+        net = encoders[self.name]
+        return {"states": net(tokens["ids"].to(next(net.parameters()).device))}
 
 
 def measure(path: str, name: str, target: str) -> Mapping[str, float]:
@@ -127,7 +128,7 @@ def measure(path: str, name: str, target: str) -> Mapping[str, float]:
 
 def run(path: Path, name: str, target: str) -> dict[str, Any]:
     """`measure` in a fresh process."""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
     command = [sys.executable, __file__, "--measure", str(path), name, target]
     output = subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE, text=True).stdout
     found: dict[str, Any] = json.loads(output.splitlines()[-1])
