@@ -145,9 +145,9 @@ def test_schnell_is_told_none_and_says_so_when_a_prompt_asks(schnell: Models, ca
 
 def test_sigmas_go_by_the_version_and_by_the_size(dev: Models, schnell: Models) -> None:
     assert FAMILY.sigmas is not None
-    assert torch.equal(FAMILY.sigmas(dev, 20, 128 * 128), schedule(20, mu=flux_mu(64 * 64)))
-    assert torch.equal(FAMILY.sigmas(dev, 20, 64 * 64), schedule(20, mu=flux_mu(32 * 32)))
-    torch.testing.assert_close(FAMILY.sigmas(schnell, 4, 128 * 128), torch.tensor([1, 0.75, 0.5, 0.25, 0]))
+    assert torch.equal(FAMILY.sigmas(dev, 20, 128 * 128, None), schedule(20, mu=flux_mu(64 * 64)))
+    assert torch.equal(FAMILY.sigmas(dev, 20, 64 * 64, None), schedule(20, mu=flux_mu(32 * 32)))
+    torch.testing.assert_close(FAMILY.sigmas(schnell, 4, 128 * 128, None), torch.tensor([1, 0.75, 0.5, 0.25, 0]))
 
 
 def test_the_net_hears_timesteps_in_fp32(dev: Models) -> None:
