@@ -17,9 +17,9 @@ _DROPOUTS = ("rank_dropout", "module_dropout")
 
 def full_name(word: str, names: Collection[str], report: Report) -> str:
     """A word of a command line, with a flag that is the beginning of one name alone written out, as argparse reads
-    it."""
+    it; the whole name of a setting of ours is that one."""
     short, equals, value = word.removeprefix("--").partition("=")
-    if not word.startswith("--") or not short or short in names:
+    if not word.startswith("--") or not short or short in names or short in options.known():
         return word
     if len(meant := beginning(short, names)) != 1:
         return word  # unknown, or of several meanings: reported with the unknown flags

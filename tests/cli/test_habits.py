@@ -167,6 +167,9 @@ def test_a_shortened_flag_that_could_be_several_is_refused_with_all_of_them(home
 def test_a_flag_whose_name_begins_anothers_is_itself(home: Path) -> None:
     config = kohya.resolve("train_network", [*BASE, "--cache_latents"]).config
     assert config.data.cache_latents and not config.data.cache_latents_to_disk
+    # One of ours, which the words of a mistake name, and which begins tokenizer_cache_dir.
+    Path("words").mkdir()
+    assert kohya.resolve("train_network", [*BASE, "--tokenizer", "words"]).config.model.tokenizer == "words"
 
 
 def test_flags_are_shortened_over_kohyas_own_list() -> None:
