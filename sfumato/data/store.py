@@ -233,7 +233,8 @@ _OPAQUE = ("picture", "mask", "caption", "VAE", "text encoder", "crop")
 
 
 def _change(name: str, old: object, new: object) -> str:
-    return f"{name} changed" if name in _OPAQUE else f"{name} {_text(old)} -> {_text(new)}"
+    told = f"{_text(old)} -> {_text(new)}"
+    return f"{name} changed" if name in _OPAQUE or "\n" in told else f"{name} {told}"
 
 
 def _text(value: object) -> str:

@@ -193,6 +193,7 @@ def test_the_index_waits_for_another_run(tmp_path: Path) -> None:
         (None, {"a": 1}, "new"),
         ({"a": 1}, {"a": 1}, "its entry is gone"),
         ({"VAE": "x"}, {"VAE": "y"}, "VAE changed"),
+        ({"template": "a\nb"}, {"template": "a\nc"}, "template changed"),
         ({"bucket": [512, 512], "crop": [0, 1]}, {"bucket": [448, 576], "crop": [0, 0]}, "bucket 512x512 -> 448x576"),
         (
             {"picture": "x", "dtype": "float16"},
