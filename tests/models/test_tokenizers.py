@@ -178,6 +178,14 @@ def test_a_folder_without_a_tokenizer_and_a_broken_one_are_told(name: str, tmp_p
         make(tmp_path)
 
 
+@pytest.mark.parametrize(("name", "other"), [("gemma", "qwen"), ("qwen", "gemma"), ("byt5", "qwen")])
+def test_a_folder_of_another_model_is_told(name: str, other: str, kept: dict[str, Path]) -> None:
+    """transformers reads it, and then fails with the first caption, or makes tokens of other meaning."""
+    make, whose = MAKERS[name]
+    with pytest.raises(UserError, match=f"where {whose}'s has it; give the folder of a {whose} tokenizer"):
+        make(kept[other])
+
+
 def test_they_are_made_when_they_are_used(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     made = LaterTokenizer(byt5_vocabulary, None, byt5_home())

@@ -6,7 +6,7 @@ from __future__ import annotations
 import gzip
 import json
 import struct
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache, partial
 from hashlib import blake2b
 from pathlib import Path
@@ -213,21 +213,31 @@ def gemma_vocabulary(folder: Path | None) -> Any:
     It pads and cuts at the end. For `TokenizerSpec.make`. Errors: `UserError`."""
     from transformers import GemmaTokenizer
 
-    return _of_folder(GemmaTokenizer, folder or gemma_home(), "Gemma", ("tokenizer.json",))
+    marks = {"<pad>": 0, "<eos>": 1, "<bos>": 2}
+    return _of_folder(GemmaTokenizer, folder or gemma_home(), "Gemma", ("tokenizer.json",), marks)
 
 
-def _of_folder(kind: Any, folder: Path, whose: str, files: Sequence[str]) -> Any:
-    """A tokenizer of a folder that holds one of the files."""
+def _of_folder(kind: Any, folder: Path, whose: str, files: Sequence[str], marks: Mapping[str, int | None]) -> Any:
+    """A tokenizer of a folder that holds one of the files. `marks`: tokens that the vocabulary must have, in these
+    places, or in any: transformers makes a tokenizer of this kind of many a folder that is another's."""
     if not any((folder / name).is_file() for name in files):
         raise UserError(
             f"tokenizer folder {folder}: no {' or '.join(files)} is in it; give the folder of a {whose} tokenizer"
         )
     try:
-        return kind.from_pretrained(folder, local_files_only=True, padding_side="right", truncation_side="right")
+        made = kind.from_pretrained(folder, local_files_only=True, padding_side="right", truncation_side="right")
     except Exception as error:  # of a broken file the library, written in Rust, raises anything
         raise UserError(
             f"tokenizer folder {folder} cannot be read as {whose}'s: {type(error).__name__}: {error}"
         ) from error
+    vocabulary = made.get_vocab()
+    for mark, place in marks.items():
+        if mark not in vocabulary or place not in (None, vocabulary[mark]):
+            raise UserError(
+                f"tokenizer folder {folder}: its vocabulary does not have {mark} where {whose}'s has it; give the "
+                f"folder of a {whose} tokenizer"
+            )
+    return made
 
 
 # --- Qwen ---
@@ -260,7 +270,7 @@ def qwen_vocabulary(folder: Path | None, *, qwen3: bool = False) -> Any:
     from transformers import AddedToken, Qwen2Tokenizer
 
     if folder is not None:
-        return _of_folder(Qwen2Tokenizer, folder, "Qwen", ("tokenizer.json", "vocab.json"))
+        return _of_folder(Qwen2Tokenizer, folder, "Qwen", ("tokenizer.json", "vocab.json"), {"<|im_start|>": None})
     vocabulary, merges = qwen_pieces()
     made = Qwen2Tokenizer(vocab=vocabulary, merges=merges, model_max_length=131072, padding_side="right")
     made.add_tokens([AddedToken(token, special=True, normalized=False) for token in QWEN_SPECIAL])
@@ -301,7 +311,7 @@ def byt5_vocabulary(folder: Path | None) -> Any:
     from transformers import ByT5Tokenizer
 
     if folder is not None:
-        return _of_folder(ByT5Tokenizer, folder, "byT5", ("tokenizer_config.json",))
+        return _of_folder(ByT5Tokenizer, folder, "byT5", ("tokenizer_config.json",), {"<pad>": 0, "</s>": 1})
     made = ByT5Tokenizer()
     fonts = [f"<{language}-font-{i}>" for language, count in FONTS.items() for i in range(count)]
     made.add_tokens([*(f"<color-{i}>" for i in range(COLOURS)), *fonts], special_tokens=True)
