@@ -118,6 +118,12 @@ def _written(
     """The tensors under the dialect's names. Errors: one `UserError` for all layers that it cannot hold."""
     out: dict[str, Tensor] = {}
     mistakes = Mistakes()
+    if homeless := sorted({component for component, _ in read.state} - dialect.prefix.keys()):
+        raise UserError(
+            f"{dialect.name} names have no place for layers of {', '.join(homeless)}, they hold "
+            f"{', '.join(dialect.prefix)}: choose other names with --to, or train without them "
+            "(network_train_unet_only)"
+        )
     for i, (path, tensors) in enumerate(read.state.items()):
         progress(i, len(read.state))
         try:

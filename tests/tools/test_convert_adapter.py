@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from conversions import PAGE, Form, a_file, cells, model, page, written
+from tinies import lumina2
 
 from sfumato import adapters
 from sfumato.adapters import files as adapter_files
@@ -112,6 +113,16 @@ def test_mistakes(tmp_path: Path, given: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         convert(one, tmp_path / "two.safetensors", **{"to": "comfy", "model": str(model("flux")), **given})
     assert not (tmp_path / "two.safetensors").exists()
+
+
+def test_layers_of_a_component_that_the_names_do_not_hold_are_told_once(tmp_path: Path) -> None:
+    """A rank would not help."""
+    bundle, one = lumina2.write(tmp_path / "model", bundled=True).model, tmp_path / "one.safetensors"
+    rows, columns = files.read_header(bundle).tensors[f"{lumina2.GEMMA}layers.0.mlp.up_proj.weight"].shape
+    pair = {"lora_down.weight": torch.zeros(1, columns), "lora_up.weight": torch.zeros(rows, 1)}
+    files.save(one, {f"lora_te_layers_0_mlp_up_proj.{leaf}": t for leaf, t in pair.items()}, {})
+    with pytest.raises(UserError, match=r"^peft names have no place for layers of gemma2, they hold denoiser: [^:]*$"):
+        convert(one, tmp_path / "two.safetensors", "peft", family="lumina2", model=str(bundle), rank=1)
 
 
 # --- real sizes, and which model a file is for ---
