@@ -19,6 +19,12 @@ from sfumato.train.pipeline import Pipeline
 PROMPT = Prompt(prompt="image 1, red", negative_prompt="blue", width=64, height=64, sample_steps=4, scale=5.0, seed=3)
 
 
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """With all blocks, for it is the net's names that are tried."""
+    return tiny.tiny_sd1(tmp_path_factory.mktemp("model"))
+
+
 def theirs(adapter: Path | None, noise: torch.Tensor) -> torch.Tensor:
     """The latents of diffusers' StableDiffusionPipeline with the adapter file loaded by its own loader."""
     pipeline = tiny.pipeline(v2=False)
