@@ -31,6 +31,8 @@ ENCODERS = {"qwen25vl": ("qwen2_5_vl_7b.hf", "BF16"), "t5xxl": ("t5xxl.hf", "F16
 """Text encoder -> the table of its file, and the format that it is published in."""
 CASES = [(name, target) for name in ENCODERS for target in ("bfloat16", "float32")]
 CAPTIONS, TOKENS = 2, 32
+BATCH = 8
+"""Captions that are encoded together when they are kept."""
 ALLOWED = 2.5
 """GB of growth."""
 
@@ -70,21 +72,24 @@ class Strategy:
 
     settings: Mapping[str, object] = {}
 
-    def __init__(self, name: str) -> None:
-        self.name = name
+    def __init__(self, name: str, tokens: int) -> None:
+        self.name, self.tokens = name, tokens
 
     def tokenize(self, captions: Sequence[str], **_: object) -> Mapping[str, Any]:
         import torch
 
-        return {"ids": torch.arange(len(captions) * TOKENS).view(len(captions), TOKENS)}
+        return {"ids": torch.arange(len(captions) * self.tokens).view(len(captions), self.tokens) % 1000}
 
     def encode(self, encoders: Mapping[str, Any], tokens: Mapping[str, Any]) -> Mapping[str, Any]:
         net = encoders[self.name]
         return {"states": net(tokens["ids"].to(next(net.parameters()).device))}
 
 
-def measure(path: str, name: str, target: str) -> Mapping[str, float]:
-    """Encode with the encoder of this file in this process. All that is imported for it is imported before."""
+def measure(
+    path: str, name: str, target: str, captions: int = CAPTIONS, tokens: int = TOKENS, whole: bool = False
+) -> Mapping[str, float]:
+    """Encode with the encoder of this file in this process, block by block, or with all of it in memory (`whole`). All
+    that is imported for it is imported before."""
     import torch
     import transformers
 
@@ -99,7 +104,7 @@ def measure(path: str, name: str, target: str) -> Mapping[str, float]:
     device = dist.device_of()
     component = {"qwen25vl": qwen25vl_component, "t5xxl": t5_component}[name]((), "")
     assert transformers.T5EncoderModel and transformers.Qwen2Model
-    strategy, carrier = Strategy(name), families.family(families.names()[0])
+    strategy, carrier = Strategy(name, tokens), families.family(families.names()[0])
     family = replace(carrier, tokenize=lambda models: strategy, encode=lambda models: strategy)
     # The library of matrix products takes its own memory when it is first used.
     assert (torch.ones(64, 64, device=device) @ torch.ones(64, 64, device=device)).sum().item()
@@ -111,13 +116,19 @@ def measure(path: str, name: str, target: str) -> Mapping[str, float]:
         family, None, torch.nn.Linear(1, 1), {name: weights.empty()}, {}, None,
         Checkpoint(path=Path(path), components={name: weights}), {name: dtype},
     )  # fmt: skip
-    models.streamed = frozenset([name])
-    whole = streaming.sizes(models, {name: dtype})[name]
-    (cond,) = streaming.encode_each(models, [["a caption"] * CAPTIONS], device)
-    states = cond["states"]
-    assert states.shape[:2] == (CAPTIONS, TOKENS) and states.dtype == dtype
+    if whole:
+        weights.put_into(models.encoders[name], dtype).to(device)
+    else:
+        models.streamed = frozenset([name])
+    size, done = streaming.sizes(models, {name: dtype})[name], 0
+    batches = [["a caption"] * min(BATCH, captions - start) for start in range(0, captions, BATCH)]
+    for cond in streaming.encode_each(models, batches, device):
+        states = cond["states"].cpu()
+        done += len(states)
+        assert states.shape[1] == tokens and states.dtype == dtype
+    assert done == captions
     return {
-        "whole_gb": whole / GB,
+        "whole_gb": size / GB,
         "baseline_gb": sum(before.values()) / GB,
         "growth_gb": (peak() - sum(before.values())) / GB,
         "own_gb": (own.stop() - before["own"]) / GB,
@@ -126,10 +137,11 @@ def measure(path: str, name: str, target: str) -> Mapping[str, float]:
     }
 
 
-def run(path: Path, name: str, target: str) -> dict[str, Any]:
+def run(path: Path, name: str, target: str, given: argparse.Namespace) -> dict[str, Any]:
     """`measure` in a fresh process."""
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
     command = [sys.executable, __file__, "--measure", str(path), name, target]
+    command += ["--captions", str(given.captions), "--tokens", str(given.tokens), *(["--whole"] if given.whole else [])]
     output = subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE, text=True).stdout
     found: dict[str, Any] = json.loads(output.splitlines()[-1])
     return found
@@ -138,7 +150,7 @@ def run(path: Path, name: str, target: str) -> dict[str, Any]:
 COLUMNS = ("encoder", "file", "target", "whole_gb", "baseline_gb", "growth_gb", "own_gb", "device_gb", "seconds")
 
 
-def rows(cases: Sequence[tuple[str, str]]) -> list[dict[str, Any]]:
+def rows(cases: Sequence[tuple[str, str]], given: argparse.Namespace) -> list[dict[str, Any]]:
     """All cases, one after another."""
     from sparse import sparse
 
@@ -148,7 +160,7 @@ def rows(cases: Sequence[tuple[str, str]]) -> list[dict[str, Any]]:
             table, stored = ENCODERS[name]
             shapes = json.loads(gzip.decompress((KEYS / f"{table}.json.gz").read_bytes()))
             path = sparse(Path(folder) / f"{name}.safetensors", shapes, stored)
-            found = {"encoder": name, "file": stored, "target": target, **run(path, name, target)}
+            found = {"encoder": name, "file": stored, "target": target, **run(path, name, target, given)}
             made.append({name: round(value, 3) if isinstance(value, float) else value for name, value in found.items()})
             print(table_of(made[-1:]), flush=True)
     return made
@@ -164,17 +176,23 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=RESULTS, help="JSON file of the results (default: %(default)s)")
     parser.add_argument("--encoder", choices=ENCODERS, help="this one alone")
+    parser.add_argument("--captions", type=int, default=CAPTIONS, help="(default: %(default)s)")
+    parser.add_argument("--tokens", type=int, default=TOKENS, help="of each (default: %(default)s)")
+    parser.add_argument("--format", choices=("bfloat16", "float32"), help="this one alone")
+    parser.add_argument("--whole", action="store_true", help="the encoder in memory whole, to compare with")
     parser.add_argument("--measure", nargs=3, metavar=("FILE", "ENCODER", "FORMAT"), help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.measure:
-        print(json.dumps(measure(*given.measure)))
+        print(json.dumps(measure(*given.measure, given.captions, given.tokens, given.whole)))
         return
     print("".join(f"{name:>{max(len(name), 8) + 2}}" for name in COLUMNS))
-    made = rows([case for case in CASES if given.encoder in (None, case[0])])
+    wanted = [case for case in CASES if given.encoder in (None, case[0]) and given.format in (None, case[1])]
+    made = rows(wanted, given)
     given.out.parent.mkdir(parents=True, exist_ok=True)
-    facts = {"machine": machine(), "captions": CAPTIONS, "tokens": TOKENS, "allowed_gb": ALLOWED, "rows": made}
+    facts = {"machine": machine(), "captions": given.captions, "tokens": given.tokens, "rows": made}
+    facts |= {"whole": True} if given.whole else {"allowed_gb": ALLOWED}
     given.out.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
-    if over := [row for row in made if row["growth_gb"] > ALLOWED]:
+    if not given.whole and (over := [row for row in made if row["growth_gb"] > ALLOWED]):
         raise SystemExit(f"more than {ALLOWED} GB:\n{table_of(over)}")
 
 
