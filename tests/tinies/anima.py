@@ -277,6 +277,13 @@ HEADERS: headers.Headers = {
         "anima adapter ",
         headers.ADAPTER,
     ),
+    "cosmos 14b lora": (
+        lambda: {
+            n: tuple(5120 if i == 2048 else i for i in s) for n, s in headers.lora("", plain(), "^blocks").items()
+        },
+        "",
+        headers.OTHER_ADAPTER,
+    ),
     "anima vae": (lambda: headers.table("qwen_image.vae.diffusers"), "anima vae ", headers.VAE),
     "anima vae of wan": (wan_vae, "anima vae ", headers.VAE),
     "anima vae with prefix": (lambda: headers.under(VAE, wan_vae()), "anima vae ", headers.VAE),

@@ -233,6 +233,14 @@ HEADERS: headers.Headers = {
         "flux adapter .*",
         headers.ADAPTER,
     ),
+    "flux.2 lora of comfy": (
+        lambda: {
+            n: tuple(6144 if i == 3072 else i for i in s)
+            for n, s in headers.lora("diffusion_model.", headers.transformer("flux_dev"), r"_attn\.").items()
+        },
+        "",
+        headers.OTHER_ADAPTER,
+    ),
     # Qwen-Image has layers of these names and sizes as well.
     "flux lora of the first layers": (
         lambda: headers.lora(

@@ -282,6 +282,14 @@ HEADERS: headers.Headers = {
         headers.OTHER_ADAPTER,
     ),
     "hunyuan_image for videos": (video, "", headers.UNKNOWN),
+    "hunyuanvideo lora of two-layer nets": (
+        lambda: {
+            name: tuple(3072 if n == 3584 else n for n in shape)
+            for name, shape in lora("diffusion_model.", net(), r"_mlp\.fc1").items()
+        },
+        "",
+        headers.OTHER_ADAPTER,
+    ),
     "hunyuan_image vae": (lambda: headers.table("hunyuan_image.vae"), "hunyuan_image vae ", headers.VAE),
     "hunyuan_image vae with prefix": (
         lambda: headers.under(VAE, headers.table("hunyuan_image.vae")),

@@ -302,6 +302,11 @@ HEADERS: headers.Headers = {
         "",
         headers.OTHER_ADAPTER,
     ),
+    "z-image lora of one layer": (
+        lambda: headers.lora("diffusion_model.", wider(headers.transformer("lumina2")), r"^layers.*attention\.out"),
+        "",
+        headers.OTHER_ADAPTER,
+    ),
     "z-image lora": (
         lambda: headers.lora("diffusion_model.", wider(headers.transformer("lumina2")), _BLOCK),
         "",

@@ -104,6 +104,8 @@ def _denoiser(shapes: Shapes) -> Detected | None:
     return Detected(family=FAMILY, kind="checkpoint", dialect=dialect, parts=parts(shapes, vae=VAE), refused=refused)
 
 
+_LARGER = 5120
+"""Channels of Cosmos-Predict2 14B, whose names are the same."""
 _LAYERS = r"((self|cross)_attn[._]((q|k|v|o|output)_proj)|mlp[._](layer[12]|[02])|adaln_modulation_)"
 
 
@@ -125,6 +127,7 @@ SIGNATURE = Signature(
         r"(transformer\.)?transformer_blocks\.\d+\.(attn[12]\.to_|ff\.net\.|norm[123]\.linear_).*": "peft",
         r"text_conditioner\.blocks\..*": "peft",
     },
+    fits=lambda shapes: width(shapes, rf".*blocks[._]\d+[._](self_attn[._][qkv]_proj|mlp[._]layer1){DOWN}") != _LARGER,
     own=_own,
     singles=(*qwen_vae(VAE), language_model("qwen3", _QWEN3_WIDTH)),
 )

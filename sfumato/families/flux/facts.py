@@ -134,8 +134,8 @@ SIGNATURE = Signature(
     denoiser=_denoiser,
     adapters=ADAPTERS,
     foreign=FOREIGN + r"|.*distilled_guidance_layer.*",
-    # HunyuanImage's, which ComfyUI and diffusers name alike.
-    fits=lambda shapes: width(shapes, _INPUTS) != 3584,
+    # HunyuanImage's and FLUX.2's, which ComfyUI and diffusers name alike.
+    fits=lambda shapes: width(shapes, _INPUTS) not in (3584, 4096, 6144),
     # Qwen-Image and SD3 have `transformer_blocks` as well.
     own=lambda shapes: has(shapes, r".*((double|single)_blocks|single_transformer_blocks|te3_encoder_block).*"),
     variant=_guided,

@@ -120,7 +120,10 @@ def variant(shapes: Shapes) -> Variant:
     return "distilled" if has(shapes, r"(.*\.)?(guidance_in|guidance_embedder)\..*") else "base"
 
 
-_INPUTS = rf".*(qkv|linear1|attn_proj|attn\.proj|to_[qkv]|add_[qkv]_proj|proj_mlp|[._]lin|_linear|mod\.linear){DOWN}"
+_INPUTS = (
+    r".*(qkv|linear1|attn_proj|attn\.proj|to_[qkv]|add_[qkv]_proj|proj_mlp|[._]lin|_linear|mod\.linear|mlp[._](fc1|0))"
+    + DOWN
+)
 """Factors of a LoRA that are as wide as the transformer."""
 
 

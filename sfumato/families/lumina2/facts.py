@@ -75,7 +75,7 @@ def _denoiser(shapes: Shapes) -> Detected | None:
 
 
 _INPUTS = (
-    rf".*{_STACKS}[._]\d+[._](attention[._]qkv|attn[._]to_[qkv]|feed_forward[._](w|linear_)[13]){DOWN}"
+    rf".*{_STACKS}[._]\d+[._](attention[._](qkv|out)|attn[._]to_([qkv]|out[._]0)|feed_forward[._](w|linear_)[13]){DOWN}"
     rf"|.*layers[._]\d+[._](self_attn[._][qkv]_proj|mlp[._](gate|up)_proj){DOWN}"
 )
 """Factors of a LoRA that are as wide as the transformer, or as Gemma."""
