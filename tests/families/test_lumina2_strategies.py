@@ -85,6 +85,11 @@ def test_what_is_cut_is_told(models: Models) -> None:
     before = len(gemma_tokenizer()("a photo of <Prompt Start> ", add_special_tokens=False).input_ids)
     (limit,) = told(models, system_prompt="a photo of").tokenize_strategy.limits()
     assert limit.tokens == 255 - before
+    # After the space "cat" is one token; at the start of a text it is three.
+    captions = [f"cat {'z' * n}" for n in range(225, 245)]
+    tokens = gemma_tokenizer()([f"a photo of <Prompt Start> {caption}" for caption in captions]).input_ids
+    cut = [len(ids) > 256 for ids in tokens]
+    assert any(cut) and not all(cut) and [count > limit.tokens for count in limit.count(captions)] == cut
     (limit,) = told(models, system_prompt="red " * 500).tokenize_strategy.limits()
     assert limit.tokens == 0
 

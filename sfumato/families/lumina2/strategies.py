@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -56,10 +56,15 @@ class LuminaTokenize:
         return {"gemma2": ids[:, :n], **masked}
 
     def limits(self) -> list[Limit]:
-        """Gemma's, less what the system prompt takes."""
+        """Gemma's, less what the system prompt takes. Both are counted as one text, the first word of a caption being
+        another token after a space."""
         (own,) = limit("Gemma", self.tokenizer, self.length - 1, "gemma2_max_token_length")
         (before,) = own.count([self._before("a caption")])
-        return limit("Gemma", self.tokenizer, max(own.tokens - before, 0), own.raised_by)
+
+        def count(captions: Sequence[str]) -> list[int]:
+            return [n - before for n in own.count([self._before(caption) + caption for caption in captions])]
+
+        return [replace(own, tokens=max(own.tokens - before, 0), count=count)]
 
     def _before(self, caption: str) -> str:
         return self.system + START if self.system and caption else ""
