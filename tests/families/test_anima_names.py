@@ -202,3 +202,15 @@ def test_kohyas_converter_to_comfyui_knows_the_family(keys: Keys, tmp_path: Path
     one, other = load(kohya), load(back)
     assert one.keys() == other.keys()
     assert all(torch.equal(t, other[name]) for name, t in one.items())
+
+
+@pytest.mark.parametrize("blocks", [36, 40])
+def test_adapters_of_deeper_models_are_converted_without_the_model(tmp_path: Path, blocks: int) -> None:
+    """sd-scripts' converter, which takes none, has them too."""
+    one, other = tmp_path / "one.safetensors", tmp_path / "other.safetensors"
+    down, up = torch.ones(1, 2048), torch.ones(2048, 1)
+    layers = [f"lora_unet_blocks_{i}_self_attn_q_proj" for i in (0, blocks - 1)]
+    pairs = [{f"{layer}.lora_down.weight": down, f"{layer}.lora_up.weight": up} for layer in layers]
+    save(one, pairs[0] | pairs[1], {})
+    assert run("convert_anima_lora_to_comfy", [str(one), str(other)]) == 0
+    assert f"diffusion_model.blocks.{blocks - 1}.self_attn.q_proj.lora_B.weight" in load(other)

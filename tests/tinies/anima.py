@@ -7,7 +7,7 @@ shared between tests: not to be changed.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -187,10 +187,10 @@ def deeper(blocks: int) -> headers.Table:
     }
 
 
-def bundle() -> headers.Table:
+def bundle(blocks: int = 28) -> headers.Table:
     """As ComfyUI saves a checkpoint."""
     return (
-        headers.under(headers.NET, headers.transformer("anima"))
+        headers.under(headers.NET, deeper(blocks))
         | headers.under(f"{QWEN3}model.", headers.table("qwen3_06b.hf"))
         | headers.under(VAE, wan_vae())
     )
@@ -215,7 +215,7 @@ def plain() -> headers.Table:
     return headers.without(r"pos_embedder\..*", headers.transformer("anima"))
 
 
-USUAL = {"28": bundle}
+USUAL = {"28": bundle, "36": partial(bundle, 36), "40": partial(bundle, 40)}
 COMFYUI = {"28": "anima"}
 
 NO_ADAPTER = "is Cosmos-Predict2, which is Anima's transformer without the text adapter"
