@@ -299,10 +299,12 @@ def _guidance(models: Models, prompts: Sequence[Prompt], cond: Cond, steps: int)
 
 
 def check_prompts(models: Models, prompts: Sequence[Prompt], sampler: str) -> None:
-    """Errors: `UserError` for images that are too large for the model, and for samplers and options that do not fit
-    it."""
-    plain = default(models.options)
+    """Errors: `UserError` for images that are too large or too small for the model, and for samplers and options that
+    do not fit it."""
+    plain, least = default(models.options), models.family.latents.multiple
     for p in prompts:
+        if min(p.width, p.height) < least:
+            raise UserError(f"the prompt {p.prompt!r}: {p.width}x{p.height}: both sides must be at least {least}")
         if wrong := of_no_use((name for name in OWN if getattr(p, name) is not None), plain):
             raise UserError(*(f"the prompt {p.prompt!r}: {message}" for message in wrong))
     check_sizes(

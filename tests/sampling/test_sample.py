@@ -291,6 +291,11 @@ def test_what_has_no_effect_is_reported(models: Models, caplog: pytest.LogCaptur
     assert "multiples of 8" in caplog.text and "--g" in caplog.text
 
 
+def test_an_image_without_a_latent_is_refused(models: Models) -> None:
+    with pytest.raises(UserError, match="the prompt 'a cat': 7x16: both sides must be at least 8"):
+        generate(models, [replace(PROMPT, width=7, height=16)], process=EPS)
+
+
 def test_samplers_that_do_not_fit_are_refused() -> None:
     zero = DDPM(prediction="v", zero_terminal_snr=True)
     for sampler in ("pndm", "heun", "dpm_2", "dpmsingle"):
