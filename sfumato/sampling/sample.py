@@ -230,6 +230,7 @@ def encode_prompts(models: Models, prompts: Sequence[Prompt], device: torch.devi
     texts = dict.fromkeys(
         text for p in prompts for text in ([(p.negative_prompt, True)] if p.scale > 1 else []) + [(p.prompt, False)]
     )
+    _warn_of_cut(models, [text for text, negative in texts if not (negative and models.family.tokenize_negative)])
     nets = [net for name, net in models.encoders.items() if name not in models.streamed]
     where = device or device_and_dtype(models.denoiser)[0]
     encoded = {}
@@ -340,6 +341,17 @@ def _warn_of_no_effect(prompts: Sequence[Prompt], models: Models) -> None:
                 "guidance_scale (--g) has no effect: it is for models distilled with guidance; scale (--l) guides this "
                 "one"
             )
+
+
+def _warn_of_cut(models: Models, texts: Sequence[str]) -> None:
+    for limit in models.tokenize_strategy.limits():
+        cure = f"; {limit.raised_by} makes it take more" if limit.raised_by else ""
+        for text, found in zip(texts, limit.count(texts), strict=True):
+            if found > limit.tokens:
+                log.warning(
+                    "the prompt '%.40s ...' has %d tokens, and %s reads %d%s",
+                    text, found, limit.encoder, limit.tokens, cure,
+                )  # fmt: skip
 
 
 def _shape(prompt: Prompt, models: Models, sampler: str) -> tuple[object, ...]:

@@ -32,7 +32,7 @@ from sfumato.errors import UserError
 from sfumato.models import loading
 from sfumato.models.base import Models
 from sfumato.sampling.prompts import SAMPLERS, Prompt
-from sfumato.sampling.sample import decode, generate, sample, sample_latents, scheduler_for
+from sfumato.sampling.sample import decode, encode_prompts, generate, sample, sample_latents, scheduler_for
 from sfumato.tensors.guidance import ClassifierFree, GuidanceInfo
 from sfumato.tensors.noise import DDPM
 from sfumato.train.pipeline import main
@@ -289,6 +289,13 @@ def test_what_has_no_effect_is_reported(models: Models, caplog: pytest.LogCaptur
         (image,) = generate(models, [odd], process=EPS)
     assert image.size == (32, 32)
     assert "multiples of 8" in caplog.text and "--g" in caplog.text
+
+
+def test_a_prompt_that_is_cut_is_reported(models: Models, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING):
+        encode_prompts(models, [PROMPT, replace(PROMPT, prompt="cat " * 80)])
+    (said,) = caplog.messages
+    assert re.fullmatch(r"the prompt '(cat ){10} ...' has \d+ tokens, and CLIP reads 75; max_token_length .*", said)
 
 
 def test_an_image_without_a_latent_is_refused(models: Models) -> None:
