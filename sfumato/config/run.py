@@ -265,7 +265,7 @@ class MemoryConfig(Record):
         bool | None, Needs("cache_text_encoder_outputs", "cache_text_encoder_outputs_to_disk")
     ] = None
     """Read text encoders block by block while captions are encoded, so that none is ever in memory whole; the numbers
-    are the same. Default: those of more than 4 GiB."""
+    are the same. Default: those of more than 4 GiB, unless card and host have half as much again free."""
 
 
 @dataclass(frozen=True, kw_only=True)

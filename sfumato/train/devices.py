@@ -81,7 +81,17 @@ def streamed(config: Config, models: Models, method: Method | None) -> dict[str,
     if asked is False or not (method is None or caches_text(config)):
         return {}
     found = sizes(models, _formats(config, models.family, method))
-    return {name: size for name, size in found.items() if asked or size > LARGE}
+    # Beside a denoiser that is in memory already there is no room to count on.
+    large = {name: size for name, size in found.items() if size > LARGE and (method is None or not _has_room(size))}
+    return found if asked else large
+
+
+def _has_room(size: int) -> bool:
+    """Whether a text encoder of this size is faster whole: an accelerator and its host have half as much again free."""
+    import psutil
+
+    free = getattr(getattr(torch, dist.device_of().type, None), "mem_get_info", None)
+    return free is not None and min(free()[0], psutil.virtual_memory().available) > 1.5 * size
 
 
 def streaming_notes(config: Config, models: Models, method: Method | None) -> list[str]:

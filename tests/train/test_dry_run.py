@@ -209,6 +209,9 @@ def test_text_encoders_are_streamed_where_they_are_large_and_their_outputs_cache
     assert len(asked) == 1 and asked[0].startswith("the text encoder clip_l (0.0 GiB) is read")
     monkeypatch.setattr(devices, "LARGE", 1000)
     assert notes(**cached) == asked and not notes() and not notes(**cached, stream_text_encoders=False)
+    for free, streams in ((1 << 40, False), (2000, True)):
+        monkeypatch.setattr(torch.cpu, "mem_get_info", lambda free=free: (free, 1 << 40), raising=False)
+        assert bool(notes(**cached)) == streams
 
 
 def test_results_are_named_with_their_ending(
