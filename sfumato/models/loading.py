@@ -6,6 +6,7 @@ import json
 import math
 import shutil
 from collections.abc import Callable, Collection, Mapping
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -280,10 +281,11 @@ def _put_beside(spec: TokenizerSpec, tokenizer: Any, beside: Path) -> None:
     if not beside.exists():
         with aside_folder(beside) as temp:
             tokenizer.save_pretrained(temp)
-    elif spec.make(beside).get_vocab() != tokenizer.get_vocab():
-        raise UserError(
-            f"{beside}: another model's tokenizer stands where this model's must; choose another output_dir"
-        )
+        return
+    with suppress(UserError):  # of a folder that this model's class does not read
+        if spec.make(beside).get_vocab() == tokenizer.get_vocab():
+            return
+    raise UserError(f"{beside}: another model's tokenizer stands where this model's must; choose another output_dir")
 
 
 def save(

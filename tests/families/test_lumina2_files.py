@@ -12,6 +12,7 @@ import torch
 from sparse import sparse
 from tinies import lumina2
 from tinies.cases import Files
+from tinies.llms import qwen_tokenizer
 from torch import Tensor
 
 from sfumato.config import LossConfig, NoiseConfig, Settings
@@ -103,6 +104,14 @@ def test_a_trained_gemma_is_written_beside_the_file_or_into_its_bundle(
     models.encoders["gemma2"].get_parameter(name).data += 1
     held, out = load(bundle.model), written(models, tmp_path / "whole.safetensors", trained={"gemma2"})
     assert {k for k, t in held.items() if not torch.equal(t, out[k])} == {lumina2.GEMMA + name}
+
+
+def test_a_gemma_is_not_written_beside_the_tokenizer_of_another_model(bundle: Files, tmp_path: Path) -> None:
+    """Which Gemma's class may not even read."""
+    qwen_tokenizer().save_pretrained(tmp_path / "tokenizer")
+    with pytest.raises(UserError, match="tokenizer: another model's tokenizer stands where this model's must"):
+        written(opened(bundle), tmp_path / "out.safetensors")
+    assert not (tmp_path / "out.safetensors").exists()
 
 
 def test_a_gemma_of_its_own_goes_before_that_of_a_bundle(bundle: Files, tmp_path: Path) -> None:
