@@ -207,7 +207,10 @@ class AdapterNetwork(nn.Module):
         missing, unknown = own.keys() - state.keys(), state.keys() - own.keys()
         errors = [f"the file has no adapter for {_names(missing)}"] if missing else []
         if unknown:
-            errors.append(f"the file has adapters for {_names(unknown)}, where this run has none")
+            errors.append(
+                f"the file has adapters for {_names(unknown)}, where this run has none; --dim_from_weights takes the "
+                "file's layers"
+            )
         for path in own.keys() & state.keys():
             try:
                 own[path].load_tensors(state[path])

@@ -52,7 +52,9 @@ def _net(shapes: Shapes, config: Config) -> nn.Module:
     from diffusers import AutoencoderKLHunyuanImage
 
     if (channels := shapes["decoder.conv_in.weight"][1]) != CHANNELS:
-        raise UserError(f"vae: its latents have {channels} channels, those of this model {CHANNELS}")
+        raise UserError(
+            f"vae: its latents have {channels} channels, those of this model {CHANNELS}: it is another model's VAE"
+        )
     levels, blocks = _sizes(shapes)
     firsts = [f"encoder.down_blocks.{level * (blocks + 1)}.conv1.weight" for level in range(levels)]
     with torch.device("meta"):

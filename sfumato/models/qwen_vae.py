@@ -59,7 +59,9 @@ def _net(shapes: Shapes, config: Config) -> nn.Module:
     from diffusers import AutoencoderKLQwenImage
 
     if (channels := shapes["decoder.conv_in.weight"][1]) != CHANNELS:
-        raise UserError(f"vae: its latents have {channels} channels, those of this model {CHANNELS}")
+        raise UserError(
+            f"vae: its latents have {channels} channels, those of this model {CHANNELS}: it is another model's VAE"
+        )
     base, levels, blocks = shapes["encoder.conv_in.weight"][0], *_sizes(shapes)
     firsts = [level * (blocks + 1) for level in range(levels)]
     with torch.device("meta"):

@@ -241,5 +241,7 @@ def test_a_kl_autoencoder_is_none_of_these() -> None:
 
 def test_a_kl_autoencoder_in_the_same_names_is_refused() -> None:
     theirs = encoders.vae16().state_dict()
-    with pytest.raises(UserError, match="its latents have 16 channels, those of this model 64"):
+    with pytest.raises(
+        UserError, match="its latents have 16 channels, those of this model 64: it is another model's VAE"
+    ):
         nets.built(HUNYUAN.part, vae_keys(theirs).to_foreign(theirs))
