@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -186,11 +187,18 @@ class ComponentWeights:
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Shapes by native name. Errors: `UserError` for names that the key format does not know."""
+        with self._named():
+            return self.key_format.shapes(self.tensors.shapes)
+
+    @contextmanager
+    def _named(self) -> Iterator[None]:
+        """Around what reads names, shapes and config: its errors say whose these are."""
+        what = self._what
         try:
-            with locate.understood(self._what):
-                return self.key_format.shapes(self.tensors.shapes)
+            with locate.understood(what):
+                yield
         except UserError as error:
-            raise UserError(*(f"{self._what}: {message}" for message in error.messages)) from None
+            raise UserError(*(m if m.startswith(what) else f"{what}: {m}" for m in error.messages)) from None
 
     @property
     def _what(self) -> str:
@@ -229,7 +237,7 @@ class ComponentWeights:
         """The net without values (on the meta device). Errors: `UserError` for tensors whose names or shapes do not fit
         it."""
         what, found = self._what, self.shapes()
-        with locate.understood(what):
+        with self._named():
             net = self.component.net(found, self.config)
         check(net, found, what)
         self._check_formats(what)

@@ -532,3 +532,14 @@ def test_a_folder_is_written_as_a_folder(tmp_path: Path) -> None:
     assert not list((tmp_path / "out").rglob("*.index*.json"))
     assert_holds(opened(tmp_path / "out"), native())
     assert built(opened(tmp_path / "out"))["vae"].config.scaling_factor == 0.3611
+
+
+def test_what_a_net_says_of_its_tensors_names_their_file(tmp_path: Path) -> None:
+    def odd(shapes: Mapping[str, Any], config: Mapping[str, Any]) -> nn.Module:
+        raise UserError("heads of 7 channels cannot be turned")
+
+    held = opened(file(tmp_path / "model.safetensors", denoiser())).components["denoiser"]
+    with pytest.raises(UserError) as error:
+        replace(held, component=replace(held.component, net=odd)).empty()
+    said = f"{tmp_path / 'model.safetensors'} ({DENOISER.title}): heads of 7 channels cannot be turned"
+    assert error.value.messages == (said,)
