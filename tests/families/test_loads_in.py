@@ -154,6 +154,13 @@ def test_kohyas_names_load_everywhere_but_where_it_is_said(version: str, lacking
     assert {name: each.dialect for name, each in found.items() if each.loaded < each.layers} == lacking
 
 
+@pytest.mark.parametrize("version", TABLES)
+def test_by_the_names_of_a_familys_default_comfyui_loads_every_layer_of_the_denoiser(version: str) -> None:
+    default = families.facts(version.split("-")[0]).defaults.get("dialect", "kohya")
+    found = said(version, str(default), "denoiser")["ComfyUI"]
+    assert found.loaded == found.layers > 0
+
+
 def test_what_is_said_of_stable_diffusion_3() -> None:
     found = said("sd3-3.5_medium", "kohya")
     assert found["diffusers"].text() == (

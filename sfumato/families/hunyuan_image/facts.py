@@ -158,7 +158,8 @@ FACTS = Facts(
     base_model_version=lambda options: "hunyuan-image-2.1",
     pipelines=("HunyuanImagePipeline",),
     scripts={"hunyuan_image_train_network": "network", "hunyuan_image_train": "full"},
-    defaults={"sample_sampler": "euler"},
+    # Of the names that others read, the only ones by which ComfyUI loads all layers.
+    defaults={"sample_sampler": "euler", "dialect": "comfy"},
     prompt={
         "width": 2048,
         "height": 2048,
