@@ -3,11 +3,13 @@ sfumato.cli.reference`."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 from sfumato import families
 from sfumato.cli import flags, kohya_settings, options, values
 from sfumato.config import rules
+from sfumato.models.facts import Facts
 from sfumato.sampling import prompts
 
 HEAD = """# Options
@@ -40,7 +42,8 @@ def page() -> str:
 
 
 def _section(title: str, text: str, found: Iterable[options.Option]) -> str:
-    rows = [f"| `{o.name}` | {_cell(expected_of(o))} | {_shown(o.default)} | {_cell(o.help)} |" for o in found]
+    told = _of_families(lambda facts: facts.defaults)
+    rows = [f"| `{o.name}` | {_cell(expected_of(o))} | {_defaults(o, told)} | {_cell(o.help)} |" for o in found]
     return "\n".join(
         [f"## {title}", "", text, "", "| setting | value | default | meaning |", "|---|---|---|---|", *rows, ""]
     )
@@ -48,13 +51,9 @@ def _section(title: str, text: str, found: Iterable[options.Option]) -> str:
 
 def _prompts() -> str:
     letters = {name: f"`--{letter}`" for letter, name in prompts.OPTIONS.items()}
-    defaults: dict[str, list[str]] = {}
-    for family in families.names():
-        for name, value in families.facts(family).prompt.items():
-            defaults.setdefault(name, []).append(f"{family} `{flags.show(value)}`")
+    told = _of_families(lambda facts: facts.prompt)
     rows = [
-        f"| `{o.name}` | {letters.get(o.name, '')} | "
-        f"{', '.join(filter(None, [_shown(o.default), *defaults.get(o.name, [])]))} | {_cell(o.help)} |"
+        f"| `{o.name}` | {letters.get(o.name, '')} | {_defaults(o, told)} | {_cell(o.help)} |"
         for o in options.of(prompts.Prompt, "prompts").values()
     ]
     return "\n".join(
@@ -67,6 +66,19 @@ def _prompts() -> str:
             *("| key | option | default | meaning |", "|---|---|---|---|", *rows, ""),
         ]
     )
+
+
+def _of_families(values: Callable[[Facts], Mapping[str, Any]]) -> dict[str, list[str]]:
+    """Name -> the defaults that single families have, each after the family."""
+    told: dict[str, list[str]] = {}
+    for family in families.names():
+        for name, value in values(families.facts(family)).items():
+            told.setdefault(name, []).append(f"{family} `{flags.show(value)}`")
+    return told
+
+
+def _defaults(option: options.Option, told: Mapping[str, list[str]]) -> str:
+    return ", ".join(filter(None, [_shown(option.default), *told.get(option.name, [])]))
 
 
 def expected_of(option: options.Option) -> str:
