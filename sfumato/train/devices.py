@@ -90,8 +90,12 @@ def _has_room(size: int) -> bool:
     """Whether a text encoder of this size is faster whole: an accelerator and its host have half as much again free."""
     import psutil
 
-    free = getattr(getattr(torch, dist.device_of().type, None), "mem_get_info", None)
-    return free is not None and min(free()[0], psutil.virtual_memory().available) > 1.5 * size
+    ask = getattr(getattr(torch, dist.device_of().type, None), "mem_get_info", None)
+    try:
+        free = ask()[0] if ask else 0
+    except RuntimeError:  # some of Intel's cards do not tell
+        free = 0
+    return bool(min(free, psutil.virtual_memory().available) > 1.5 * size)
 
 
 def streaming_notes(config: Config, models: Models, method: Method | None) -> list[str]:

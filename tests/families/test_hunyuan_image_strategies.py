@@ -11,6 +11,7 @@ from diffusers import HunyuanImagePipeline
 from diffusers.pipelines.hunyuan_image.pipeline_hunyuanimage import extract_glyph_text
 from tinies import hunyuan_image, llms
 
+from sfumato.families.hunyuan_image import strategies
 from sfumato.families.hunyuan_image.strategies import (
     DROPPED,
     GLYPHS_LENGTH,
@@ -120,3 +121,8 @@ def test_what_is_kept_depends_on_vocabularies_and_states(models: Models) -> None
     assert settings["byt5"] == fingerprint(llms.byt5_tokenizer())
     assert (settings["template"], settings["length"]) == (TEMPLATE, LENGTH)
     assert HunyuanEncode().settings == {"hidden": -3}
+
+
+def test_what_is_visible_is_told_without_reading_from_a_device() -> None:
+    states, mask = torch.empty(2, 3, 4, device="meta"), torch.empty(2, 3, dtype=torch.bool, device="meta")
+    assert strategies._visible("text", states, mask).keys() == {"text", "text_mask"}  # a meta tensor has no truth

@@ -120,8 +120,9 @@ def _on(net: nn.Module, *tensors: Tensor) -> list[Tensor]:
 
 
 def _visible(name: str, states: Tensor, mask: Tensor) -> dict[str, Tensor]:
-    """{name: (b, n, d)}, zero where the mask (b, n), on the CPU, is False, and then the mask as well."""
-    if bool(mask.all()):
+    """{name: (b, n, d)}, zero where the mask (b, n) is False, and then the mask as well; without it where all is used,
+    if that can be told without waiting for a device."""
+    if mask.device.type == "cpu" and bool(mask.all()):
         return {name: states}
     mask = mask.to(states.device)
     return {name: states.masked_fill(~mask[..., None], 0), f"{name}_mask": mask}
