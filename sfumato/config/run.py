@@ -75,6 +75,7 @@ _THRESHOLD = Needs("loss_type", among=_HUBER, why=f"only loss_type {' and '.join
 _SAMPLED = Needs("sample_every_n_steps", "sample_every_n_epochs", "sample_at_first")
 _TENSORBOARD = Needs("log_with", among=("tensorboard", "all"), why="it needs log_with tensorboard")
 _WANDB = Needs("log_with", among=("wandb", "all"), why="it needs log_with wandb")
+_CHECKPOINTED = Needs("gradient_checkpointing")
 
 _RESERVED = re.compile(r"(con|prn|aux|nul|conin\$|conout\$|(com|lpt)[0-9¹²³])\s*(\.|$)", re.IGNORECASE)
 _LONGEST = 180
@@ -250,6 +251,11 @@ class MemoryConfig(Record):
 
     gradient_checkpointing: bool = False
     """Recompute each block in the backward pass instead of keeping its activations."""
+    gradient_checkpointing_every: Annotated[Count, _CHECKPOINTED] = 1
+    """Recompute every n-th block only: faster, with more memory."""
+    gradient_checkpointing_keep: Annotated[Literal["attention", "costly"] | None, _CHECKPOINTED] = None
+    """Keep what costs most to recompute: the results of attention, or (`matmuls`) those of matrix products and
+    convolutions as well, which takes more memory."""
     sdpa: bool = False
     """Use PyTorch's attention (what sfumato does anyway)."""
     xformers: bool = False

@@ -7,14 +7,24 @@ from collections.abc import Sequence
 from torch import nn
 
 from sfumato.config import MemoryConfig
+from sfumato.errors import UserError
 from sfumato.memory.checkpoint import checkpoint_blocks
+
+
+def check_memory_options(blocks: Sequence[nn.Module], config: MemoryConfig) -> None:
+    """What the config asks for against a net's blocks, which need no values. Errors: `UserError`."""
+    if config.gradient_checkpointing_every > len(blocks):
+        raise UserError(
+            f"gradient_checkpointing_every {config.gradient_checkpointing_every}: the model has {len(blocks)} blocks, "
+            "so that none would be recomputed"
+        )
 
 
 def apply_memory_options(blocks: Sequence[nn.Module], config: MemoryConfig) -> None:
     """Apply the config's measures to a net's blocks, once what is trained is attached.
 
-    The order: frozen layers are quantised, the trainable is attached, blocks are compiled and checkpointed,
-    then their weights are swapped. Of these, checkpointing is there so far.
+    The order: frozen layers are quantised (while they are read), the trainable is attached, blocks are compiled and
+    checkpointed, then their weights are streamed.
     """
     if config.gradient_checkpointing:
-        checkpoint_blocks(blocks)
+        checkpoint_blocks(blocks, every=config.gradient_checkpointing_every, keep=config.gradient_checkpointing_keep)

@@ -13,6 +13,7 @@ from sfumato.adapters import AdapterPlan
 from sfumato.config import Config, DatasetConfig, Method, Settings
 from sfumato.errors import Mistakes
 from sfumato.formats.clients import Loaded
+from sfumato.memory.plan import check_memory_options
 from sfumato.models.base import Models
 from sfumato.optim.arguments import literals
 from sfumato.optim.trial import for_length, trial
@@ -137,6 +138,8 @@ def check_model(config: Config, models: Models) -> None:
             strategy(models)
     with wrong:
         check_base_weights(config, models)
+    with wrong:
+        check_memory_options(models.family.blocks(models.denoiser), config.memory)
     wrong.raise_all()
 
 

@@ -7,5 +7,7 @@ from typing import Any
 SETTINGS: dict[str, dict[str, Any]] = {
     "plain": {},
     "checkpointing": {"gradient_checkpointing": True},
+    "every other block": {"gradient_checkpointing": True, "gradient_checkpointing_every": 2},
+    "selective": {"gradient_checkpointing": True, "gradient_checkpointing_keep": "costly"},
 }
 """Name -> the settings of a config."""

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
+from tiny_steps import CASES, TinyStep
 from torch import Tensor, nn
+from watch import Watch
 
 from sfumato.config import MemoryConfig
+from sfumato.errors import UserError
 from sfumato.memory.checkpoint import checkpoint_blocks
-from sfumato.memory.plan import apply_memory_options
+from sfumato.memory.plan import apply_memory_options, check_memory_options
 
 
 class Block(nn.Module):
@@ -79,7 +84,7 @@ def test_names_stay(blocks):
 
 def test_twice_is_refused_and_leaves_no_trace(blocks):
     handle = checkpoint_blocks(blocks[2:])
-    with pytest.raises(RuntimeError, match="wrapped forward"):
+    with pytest.raises(RuntimeError, match="checkpointed already"):
         checkpoint_blocks(blocks)
     assert "forward" not in vars(blocks[0])
     handle.remove()
@@ -90,3 +95,57 @@ def test_twice_is_refused_and_leaves_no_trace(blocks):
 def test_the_plan_does_what_the_config_says(blocks, asked):
     apply_memory_options(blocks, MemoryConfig(gradient_checkpointing=asked))
     assert all(("forward" in vars(b)) is asked for b in blocks)
+
+
+@pytest.fixture(scope="module", params=[pytest.param(case, id=case.family) for case in CASES])
+def step(request: pytest.FixtureRequest) -> TinyStep:
+    return TinyStep.of(request.param, "rank_dropout=0.2")
+
+
+WAYS = {
+    "every block": {},
+    "every other": {"every": 2},
+    "attention kept": {"keep": "attention"},
+    "costly kept": {"keep": "costly"},
+}
+
+
+def test_gradients_of_every_family_are_equal(step: TinyStep) -> None:
+    plain = step.gradients()
+    for name, way in WAYS.items():
+        handle = checkpoint_blocks(step.blocks, **way)
+        again = step.gradients()
+        handle.remove()
+        assert again.keys() == plain.keys()
+        assert all(torch.equal(again[each], plain[each]) for each in plain), name
+
+
+def test_what_is_kept_is_not_computed_again_and_takes_less(step: TinyStep) -> None:
+    """Of attention: nothing again. Of products: those with long sums."""
+    if step.models.family.name not in ("flux", "sd"):
+        return  # a transformer and a convolutional net are enough
+
+    def watched(way: dict[str, Any] | None) -> tuple[int, int, int]:
+        handle = checkpoint_blocks(step.blocks, **way) if way is not None else None
+        with Watch() as watch:
+            loss = step.loss(16, 16)
+            alive = watch.alive
+            loss.backward()
+        if handle:
+            handle.remove()
+        calls = watch.operators
+        attended = sum(n for name, n in calls.items() if "attention" in name and not name.endswith("backward"))
+        products = calls["aten::mm"] + calls["aten::addmm"] + calls["aten::convolution"]
+        return alive, attended, products
+
+    plain = watched(None)
+    whole, other, attention, costly = (watched(way) for way in WAYS.values())
+    assert whole[0] < attention[0] < costly[0] < plain[0] and whole[0] < other[0] < plain[0]
+    assert plain[1] == attention[1] == costly[1] < other[1] < whole[1]
+    assert plain[2] < costly[2] < attention[2] == whole[2]
+
+
+def test_more_than_there_are_blocks_is_refused(blocks: list[Block]) -> None:
+    check_memory_options(blocks, MemoryConfig(gradient_checkpointing_every=3))
+    with pytest.raises(UserError, match="gradient_checkpointing_every 4: the model has 3 blocks"):
+        check_memory_options(blocks, MemoryConfig(gradient_checkpointing_every=4))
