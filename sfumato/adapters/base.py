@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from typing import Any, ClassVar
 
 import torch
@@ -333,5 +334,5 @@ def init_device(base: nn.Module) -> torch.device:
 
 
 def device_of(base: nn.Module) -> torch.device:
-    """Where a layer's weight is."""
-    return next(base.parameters()).device
+    """Where a layer's weight is, also where it is stored as buffers."""
+    return next(chain(base.parameters(), base.buffers())).device

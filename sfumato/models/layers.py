@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sfumato.errors import UserError
+from sfumato.memory.quantise import StoredLinear
 from sfumato.models.detection import Shapes as Shapes
 
 Net = TypeVar("Net", bound="Denoiser")
@@ -58,18 +59,20 @@ class WideLinear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., in) -> (..., out)."""
-        if not in_fp16(self.weight):
+        # A stored weight is made anew each time that it is asked for.
+        stored = self if isinstance(self, StoredLinear) else None
+        if not in_fp16(x.device, self.weight.dtype if stored is None else stored.dtype):
             return super().forward(x)
         with torch.autocast(x.device.type, enabled=False):
+            if stored is not None:
+                return stored.multiply(x.float())
             return F.linear(x.float(), self.weight.float(), None if self.bias is None else self.bias.float())
 
 
-def in_fp16(weight: Tensor) -> bool:
-    """Whether a layer with this weight is computed in fp16: the weight is, or autocast has it so."""
-    device = weight.device.type
-    if torch.is_autocast_enabled(device):
-        return torch.get_autocast_dtype(device) == torch.float16
-    return weight.dtype == torch.float16
+def in_fp16(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether a layer with a weight in `dtype` is computed in fp16 there: the weight is, or autocast has it so."""
+    on = device.type != "meta" and torch.is_autocast_enabled(device.type)  # which knows no meta device
+    return (torch.get_autocast_dtype(device.type) if on else dtype) == torch.float16
 
 
 class MLP(nn.Sequential):

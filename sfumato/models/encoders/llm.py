@@ -121,7 +121,7 @@ class DecoderLM(nn.Module):
         """
         used = range(len(self.layers) + 1)[hidden]
         weight = self.embed_tokens.weight
-        fp16 = in_fp16(weight)
+        fp16 = in_fp16(weight.device, weight.dtype)
         with torch.autocast(ids.device.type, enabled=False) if fp16 else nullcontext():
             states: Tensor = self.embed_tokens(ids)
             if self.recipe.scaled:
