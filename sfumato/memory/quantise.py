@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.grad import conv2d_input
 
-from sfumato.tensors.stored import Format, Parts
+from sfumato.tensors.stored import Format, Parts, Wide
 
 PIECE = 1 << 20
 """Numbers that are quantised at once: what is held meanwhile besides the weight and its codes stays small."""
@@ -25,6 +25,10 @@ class Stored(nn.Module):
     """A layer whose weight is stored in `format`; mixed into its class by `store`."""
 
     format: Format
+    candidates: tuple[Format, ...]
+    """Formats that a weight may be stored in, the smallest first."""
+    budget: float | None
+    """Of the relative error: the first format within it is taken, or none; None: the first of all."""
     shape: torch.Size
     """Of the weight."""
     dtype: torch.dtype
@@ -53,17 +57,16 @@ class Stored(nn.Module):
         return self.format.dequantise(self.parts, self.shape, dtype)
 
     @torch.no_grad()
-    def put(self, weight: Tensor) -> None:
-        """Quantise a weight, some rows at a time, and hold that."""
-        rows = max(1, PIECE // weight[0].numel()) if not weight.is_meta else len(weight)
-        pieces, lost, whole = [], weight.new_zeros((), dtype=torch.float32), weight.new_zeros((), dtype=torch.float32)
-        for part in torch.split(weight, rows):
-            exact = part.float()
-            pieces.append(self.format.quantise(exact))
-            lost += (self.format.dequantise(pieces[-1], part.shape, torch.float32) - exact).square_().sum()
-            whole += exact.square().sum()
-        self.hold(self.format, self.format.join(pieces) if len(pieces) > 1 else pieces[0])
-        self.error = (lost / whole.clamp(min=torch.finfo(torch.float32).tiny)).sqrt()
+    def put(self, weight: Tensor, dtype: torch.dtype | None = None) -> None:
+        """Quantise a weight and hold that. `dtype`: what everything else is to see; None: that of the weight."""
+        self.dtype = dtype or weight.dtype
+        for format in self.candidates if self.budget is None else (*self.candidates, Wide(self.dtype)):
+            parts, error = quantised(format, weight)
+            # Without values nothing is known of the error: the most that is stored for it is taken for the rule.
+            if format is self.candidates[-1] if error.is_meta else self.budget is None or error <= self.budget:
+                break
+        self.hold(format, parts)
+        self.error = error
 
     def hold(self, format: Format, parts: Parts) -> None:
         """Have these as what is stored."""
@@ -85,6 +88,19 @@ class Stored(nn.Module):
         super()._load_from_state_dict({k: t for k, t in state_dict.items() if t is not weight}, prefix, *more)  # type: ignore[no-untyped-call]
         if weight is not None:
             self.put(weight)
+
+
+def quantised(format: Format, weight: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+    """What a weight becomes, and the relative error; some rows at a time, so that little is held meanwhile."""
+    rows = max(1, PIECE // weight[0].numel()) if not weight.is_meta else len(weight)
+    pieces, lost, whole = list[dict[str, Tensor]](), *torch.zeros(2, device=weight.device)
+    for part in torch.split(weight, rows):
+        exact = part.float()
+        pieces.append(format.quantise(exact))
+        lost += (format.dequantise(pieces[-1], part.shape, torch.float32) - exact).square_().sum()
+        whole += exact.square().sum()
+    parts = format.join(pieces) if len(pieces) > 1 else pieces[0]
+    return parts, (lost / whole.clamp(min=torch.finfo(torch.float32).tiny)).sqrt()
 
 
 class StoredLinear(Stored, nn.Linear):
@@ -171,13 +187,15 @@ def _stored(kind: type[nn.Module]) -> type[Stored]:
     return base if own else cast("type[Stored]", type(f"Stored{kind.__name__}", (kind, base), {}))
 
 
-def store(layer: nn.Module, format: Format) -> Stored:
-    """Have a frozen linear layer or convolution, with values or on the meta device, keep its weight in a format."""
+def store(layer: nn.Module, *candidates: Format, budget: float | None = None) -> Stored:
+    """Have a frozen linear layer or convolution, with values or on the meta device, keep its weight in the first of
+    some formats, or in the first whose relative error is within the budget."""
     weight = layer._parameters.pop("weight")
     assert weight is not None and not weight.requires_grad
     layer.__class__ = _stored(type(layer))  # type: ignore[arg-type]
     stored = cast(Stored, layer)
-    stored.shape, stored.dtype, stored.format = weight.shape, weight.dtype, format
+    stored.shape, stored.dtype, stored.format = weight.shape, weight.dtype, candidates[0]
+    stored.candidates, stored.budget = candidates, budget
     stored.put(weight.detach())
     return stored
 

@@ -118,8 +118,8 @@ class Int8(Scaled):
 
     @classmethod
     def of(cls, shape: Sequence[int]) -> Int8:
-        """Turned in the largest groups that go into the inputs of a weight of this shape; kernels are not turned."""
-        return cls(next((n for n in (256, 64, 16) if len(shape) == 2 and shape[1] % n == 0), 0))
+        """Turned in the largest groups that go into the inputs of a weight of this shape."""
+        return cls(next((n for n in (256, 64, 16) if math.prod(shape[1:]) % n == 0), 0))
 
     @property
     def name(self) -> str:
@@ -170,6 +170,24 @@ class NF4(Format):
         codes, scale = parts["codes"], parts["scale"]
         values = parts["levels"].index_select(0, codes.flatten().int())  # int: indices of 8 bits are none
         return scaled(values.view(*scale.shape, BLOCK), scale.float().unsqueeze(-1), dtype).view(tuple(shape))
+
+
+@dataclass(frozen=True, slots=True)
+class Wide(Format):
+    """A number format that is computed in: nothing is lost."""
+
+    names: ClassVar[tuple[str, ...]] = ("codes",)
+    dtype: torch.dtype
+
+    @property
+    def name(self) -> str:
+        return str(self.dtype).removeprefix("torch.")
+
+    def quantise(self, weight: Tensor) -> dict[str, Tensor]:
+        return {"codes": weight.to(self.dtype)}
+
+    def dequantise(self, parts: Parts, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        return parts["codes"].to(dtype)
 
 
 NF4_LEVELS = (
