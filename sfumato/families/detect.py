@@ -9,7 +9,7 @@ from pathlib import Path
 
 from sfumato import families
 from sfumato.errors import UserError
-from sfumato.formats import files, scaled_fp8
+from sfumato.formats import coded, files
 from sfumato.models import locate
 from sfumato.models.detection import ADAPTER_TENSOR, CLAIMS, WHOLE, Detected, Kind, Shapes, has
 
@@ -132,9 +132,8 @@ def _header(paths: Sequence[Path], flag: str) -> tuple[Shapes, Mapping[str, str]
     shapes: dict[str, tuple[int, ...]] = {}
     metadata: dict[str, str] = {}
     for path in paths:
-        locate.refuse_quantised(f"{flag}: {path}")
         header = files.read_header(path)
-        scaling = scaled_fp8.companions(header.tensors)
+        scaling = coded.companions(header.tensors, coded.find(path, header))
         found = {name: info.shape for name, info in header.tensors.items() if name not in scaling}
         locate.refuse_quantised(f"{flag}: {path}", found)
         shapes |= found

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from sfumato.errors import UserError, WriteError
-from sfumato.formats import header, leftovers
+from sfumato.formats import gguf, header, leftovers
 from sfumato.formats.header import DTYPES, LARGEST, Header, TensorInfo
 from sfumato.formats.paths import printable
 
@@ -41,12 +41,14 @@ _SPELLING = {f"torch.{theirs}": name for name, theirs in DTYPES.items()}
 def read_header(path: str | Path) -> Header:
     """Names, dtypes, shapes and metadata, without the values.
 
-    A pickle is mapped, not read, but needs torch. Errors: `UserError` for a file that is missing, empty,
-    truncated, or not a weight file.
+    A pickle is mapped, not read, but needs torch; the metadata of a GGUF file are its facts. Errors: `UserError` for a
+    file that is missing, empty, truncated, or not a weight file.
     """
     path = _existing(path)
     if path.suffix in PICKLES:
         return _pickle_header(path)
+    if gguf.is_gguf(path):
+        return gguf.read(path)
     try:
         size = path.stat().st_size
         with path.open("rb") as file:
@@ -68,6 +70,8 @@ def load(path: str | Path) -> dict[str, Tensor]:
     path = _existing(path)
     if path.suffix in PICKLES:
         return _unpickle(path)
+    if gguf.is_gguf(path):
+        raise UserError(f"{path}: a GGUF file, which is read as a base model or a text encoder alone")
     check_known(path, read_header(path))
     with mapped(path) as file:
         return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
@@ -75,7 +79,12 @@ def load(path: str | Path) -> dict[str, Tensor]:
 
 def check_known(path: Path, found: Header) -> None:
     """Errors: `UserError` for tensors in formats that cannot be read."""
-    if odd := [f"{name!r} ({info.dtype})" for name, info in found.tensors.items() if info.dtype not in DTYPES]:
+    odd = [
+        f"{name!r} ({info.dtype})"
+        for name, info in found.tensors.items()
+        if info.dtype not in DTYPES and not gguf.is_block(info.dtype)
+    ]
+    if odd:
         more = f" and {len(odd) - 3} more" if len(odd) > 3 else ""
         raise UserError(
             f"{path}: holds tensors in formats that cannot be read: {', '.join(odd[:3])}{more}; known are "

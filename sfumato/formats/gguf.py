@@ -1,30 +1,34 @@
-"""The header of a GGUF file: names, shapes and quantisation of its tensors; imports no torch.
+"""GGUF files: names, shapes and types of their tensors without torch, and what the blocks of numbers mean.
 
 Layout: "GGUF", version, number of tensors, number of facts; the facts (key, type, value); for each tensor its name,
-sizes (the innermost first), type and place (https://github.com/ggml-org/ggml/blob/master/docs/gguf.md).
+sizes (the innermost first), type and place; the tensors' bytes, from an aligned place on
+(https://github.com/ggml-org/ggml/blob/master/docs/gguf.md). The types and their sizes are those of the package `gguf`.
 """
 
 from __future__ import annotations
 
 import math
 import struct
+from functools import cache
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from sfumato.errors import UserError
-from sfumato.formats.header import Header, TensorInfo
+from sfumato.formats.header import DTYPES, Header, TensorInfo
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 MAGIC = b"GGUF"
 _SCALARS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<?", 10: "<Q", 11: "<q", 12: "<d"}
 _STRING, _ARRAY = 8, 9
-_TYPES = {
-    0: "F32", 1: "F16", 2: "Q4_0", 3: "Q4_1", 6: "Q5_0", 7: "Q5_1", 8: "Q8_0", 9: "Q8_1", 10: "Q2_K", 11: "Q3_K",
-    12: "Q4_K", 13: "Q5_K", 14: "Q6_K", 15: "Q8_K", 20: "IQ4_NL", 23: "IQ4_XS", 28: "F64", 30: "BF16",
-}  # fmt: skip
-PLAIN = ("F32", "F16", "BF16", "F64")
-"""Types that are not quantised."""
+_ALIGNMENT = "general.alignment"
+_SHAPE = "comfy.gguf.orig_shape."
+"""Before a tensor's name: the fact that gives its shape where it was laid out anew, in rows of 256 numbers (city96's
+converter)."""
 _LONGEST = 1 << 24
 _MOST = 1 << 20
+_DIMENSIONS = 8
 
 
 def is_gguf(path: Path) -> bool:
@@ -37,30 +41,88 @@ def is_gguf(path: Path) -> bool:
 
 
 def read(path: Path) -> Header:
-    """Tensors as a safetensors header has them (outermost size first; places are not given), and the facts that are
-    texts or numbers. Errors: `UserError` for a damaged file."""
+    """Tensors as a safetensors header has them (outermost size first; a type that is not safetensors' under its name
+    in GGUF), and the facts that are texts or numbers. Errors: `UserError` for a damaged file."""
     try:
         with path.open("rb") as file:
             if file.read(len(MAGIC)) != MAGIC:
                 raise UserError(f"{path}: not a GGUF file")
-            version, tensors, facts = _number(file, "<I"), _number(file, "<Q"), _number(file, "<Q")
-            if version < 2 or max(tensors, facts) > _MOST:
+            version, tensors, count = _number(file, "<I"), _number(file, "<Q"), _number(file, "<Q")
+            if version < 2 or max(tensors, count) > _MOST:
                 raise ValueError(f"version {version}, {tensors} tensors")
-            metadata = dict(_fact(file) for _ in range(facts))
-            infos = dict(_tensor(file) for _ in range(tensors))
-    except (ValueError, struct.error, UnicodeDecodeError) as error:
+            facts = dict(_fact(file) for _ in range(count))
+            infos = dict(_tensor(file, facts) for _ in range(tensors))
+            alignment = int(facts.get(_ALIGNMENT, 32))
+            size = file.tell() + -file.tell() % alignment
+            needed, there = size + max((info.end for info in infos.values()), default=0), path.stat().st_size
+            if needed > there:
+                raise ValueError(f"{needed:,} bytes expected, {there:,} found; download or copy it again")
+    except (ValueError, TypeError, ArithmeticError, struct.error, UnicodeDecodeError) as error:
         raise UserError(f"{path}: a damaged or truncated GGUF file ({error})") from None
-    return Header(infos, {key: str(value) for key, value in metadata.items() if value is not None})
+    metadata = {key: str(value) for key, value in facts.items() if not (value is None or isinstance(value, list))}
+    return Header(infos, metadata, size)
 
 
-def _tensor(file: BinaryIO) -> tuple[str, TensorInfo]:
+def is_block(kind: str) -> bool:
+    """Whether numbers of this type stand in blocks, which `dequantised` reads."""
+    return kind not in DTYPES and kind in _sizes() and _can_be_read(kind)
+
+
+def block(kind: str) -> tuple[int, int]:
+    """Numbers and bytes of a block of this type."""
+    return _sizes()[kind]
+
+
+def dequantised(kind: str, blocks: Tensor) -> Tensor:
+    """(n, bytes of a block) uint8 -> (n, numbers of a block) fp32."""
+    import torch
+    from gguf import quants
+    from gguf.constants import GGMLQuantizationType
+
+    # As one row: a row takes a call of numpy of its own.
+    made = quants.dequantize(blocks.reshape(1, -1).numpy(), GGMLQuantizationType[kind])
+    return torch.from_numpy(made).view(len(blocks), -1)
+
+
+@cache
+def _kinds() -> dict[int, str]:
+    from gguf.constants import GGMLQuantizationType
+
+    return {int(kind): kind.name for kind in GGMLQuantizationType}
+
+
+@cache
+def _sizes() -> dict[str, tuple[int, int]]:
+    from gguf.constants import GGML_QUANT_SIZES
+
+    return {kind.name: sizes for kind, sizes in GGML_QUANT_SIZES.items()}
+
+
+@cache
+def _can_be_read(kind: str) -> bool:
+    import numpy
+    from gguf import quants
+    from gguf.constants import GGMLQuantizationType
+
+    try:
+        quants.dequantize(numpy.zeros((1, block(kind)[1]), numpy.uint8), GGMLQuantizationType[kind])
+    except NotImplementedError:
+        return False
+    return True
+
+
+def _tensor(file: BinaryIO, facts: dict[str, Any]) -> tuple[str, TensorInfo]:
     name, count = _text(file), _number(file, "<I")
-    if count > 8:
+    if count > _DIMENSIONS:
         raise ValueError(f"tensor {name!r} has {count} dimensions")
     sizes = [_number(file, "<Q") for _ in range(count)]
-    kind = _number(file, "<I")
-    _number(file, "<Q")
-    return name, TensorInfo(_TYPES.get(kind, f"type {kind}"), tuple(reversed(sizes)), 0, math.prod(sizes))
+    number, start = _number(file, "<I"), _number(file, "<Q")
+    kind = _kinds().get(number, f"type {number}")
+    numbers, size = _sizes().get(kind, (1, 0))
+    shape = tuple(facts.get(_SHAPE + name) or reversed(sizes))
+    if math.prod(shape) != math.prod(sizes) or (sizes and sizes[0] % numbers):
+        raise ValueError(f"tensor {name!r} of {sizes} numbers is said to be {list(shape)} in {kind}")
+    return name, TensorInfo(kind, shape, start, start + math.prod(sizes) // numbers * size)
 
 
 def _fact(file: BinaryIO) -> tuple[str, Any]:
@@ -69,13 +131,15 @@ def _fact(file: BinaryIO) -> tuple[str, Any]:
 
 
 def _value(file: BinaryIO, kind: int) -> Any:
-    """A fact's value; None for lists, which are passed over."""
+    """A fact's value; None for long lists, which are passed over."""
     if kind == _STRING:
         return _text(file)
     if kind == _ARRAY:
         inner, count = _number(file, "<I"), _number(file, "<Q")
         if count > _LONGEST:
             raise ValueError(f"a list of {count} values")
+        if count <= _DIMENSIONS:
+            return [_value(file, inner) for _ in range(count)]
         for _ in range(count):
             _value(file, inner)
         return None

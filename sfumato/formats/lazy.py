@@ -15,12 +15,13 @@ import torch
 from torch import Tensor
 
 from sfumato.errors import UserError
-from sfumato.formats import files, scaled_fp8
+from sfumato.formats import coded, files, gguf
+from sfumato.formats.coded import FP8, Coded
+from sfumato.formats.header import DTYPES
 from sfumato.formats.planned import PlannedTensor
-from sfumato.formats.scaled_fp8 import STORED
 
 _log = logging.getLogger(__name__)
-FLOATS = ("F64", "F32", "F16", "BF16", *STORED)
+FLOATS = ("F64", "F32", "F16", "BF16", *FP8)
 PIECE = 1 << 16
 """Numbers that are read at once where they are cast; buffers of some MB leave holes in the heap, a tenth of a model in
 all."""
@@ -46,7 +47,7 @@ class _File:
         ):
             raise UserError(f"{path}: changed while it was opened; start again when nothing writes it any longer")
         self._pickled = files.load(path) if self._pickle else None
-        self.scales = scaled_fp8.scales(self.header.tensors)
+        self.coded = coded.find(path, self.header)
         self._mapped: Any = None
 
     @property
@@ -98,14 +99,18 @@ class _File:
 
     def weights(self) -> set[str]:
         """The names of all tensors but those that scale others."""
-        return self.header.tensors.keys() - scaled_fp8.companions(self.header.tensors)
+        return self.header.tensors.keys() - coded.companions(self.header.tensors, self.coded)
+
+    def kind(self, name: str) -> str:
+        """The number format that a tensor has when it is read."""
+        return "BF16" if name in self.coded else self.header.tensors[name].dtype
 
     def mapped(self, name: str) -> Tensor:
         """The tensor, backed by the file itself."""
         self.check()
         if self._pickled is not None:
             return self._pickled[name]
-        if self._mapped is None and self.in_place():
+        if self._mapped is None and self.in_place() and not gguf.is_gguf(self.path):
             self._mapped = files.mapped(self.path)
         if self._mapped is None:
             return self.read(name)
@@ -113,12 +118,34 @@ class _File:
         return tensor
 
     def read(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
-        """The tensor in memory of its own, cast to `dtype`; no page of the file stays mapped, and no second copy is
-        ever whole, but of a weight that has a scale (whose format is bf16, if no other is asked for)."""
-        if name in self.scales:
-            scale = self._read(self.scales[name])
-            return scaled_fp8.widened(self._read(name), scale, dtype or torch.bfloat16)
-        return self._read(name, dtype)
+        """The tensor in memory of its own, cast to `dtype` (one in codes is bf16, if no other is asked for); no page of
+        the file stays mapped, and no second copy is ever whole."""
+        if name not in self.coded:
+            return self._read(name, dtype)
+        of, info = self.coded[name], self.header.tensors[name]
+        values = torch.empty(math.prod(info.shape), dtype=dtype or torch.bfloat16).view(-1, of.unit)
+        scale, at = coded.by_rows(self._read(of.scale), len(values)) if of.scale else None, 0
+        for codes in self._codes(name, len(values), max(1, PIECE // of.unit)):
+            rows = slice(at, at := at + len(codes))
+            values[rows] = coded.decoded(codes, of, None if scale is None else scale[rows])
+        self.check()
+        return values.view(info.shape)
+
+    def _codes(self, name: str, units: int, most: int) -> Iterator[Tensor]:
+        """(at most `most`, codes of a unit), one after another; each is overwritten by the next."""
+        info = self.header.tensors[name]
+        kind = files.torch_dtype(info.dtype) if info.dtype in DTYPES else torch.uint8
+        if self._pickled is not None:
+            yield from torch.split(self._pickled[name].reshape(units, -1), most)
+            return
+        width = (info.end - info.start) // kind.itemsize // units
+        buffer = torch.empty(min(most, units), width, dtype=kind)
+        for at in range(0, units, most):
+            piece = buffer[: min(most, units - at)]
+            # The place is found anew: between two pieces others may read of the file.
+            self._raw.seek(self.header.size + info.start + at * width * kind.itemsize)
+            self._fill(piece.view(-1))
+            yield piece
 
     def _read(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
         if self._pickled is not None:
@@ -139,14 +166,19 @@ class _File:
         return values.view(info.shape)
 
     def planned(self, name: str) -> PlannedTensor:
-        """The tensor as it stands in the file (with a scale: in bf16), read each time that it is made."""
+        """The tensor as it stands in the file (in codes: in bf16), read each time that it is made."""
         info = self.header.tensors[name]
-        dtype = torch.bfloat16 if name in self.scales else files.torch_dtype(info.dtype)
-        return PlannedTensor(dtype, info.shape, lambda: self.read(name))
+        return PlannedTensor(files.torch_dtype(self.kind(name)), info.shape, lambda: self.read(name))
+
+    def exact(self, name: str) -> PlannedTensor:
+        """The tensor in fp32."""
+        return PlannedTensor(torch.float32, self.header.tensors[name].shape, lambda: self.read(name, torch.float32))
 
     def raw(self, name: str) -> PlannedTensor:
-        """The tensor byte for byte."""
+        """The tensor byte for byte; one in GGUF's blocks, which stand in no other file, in bf16."""
         info = self.header.tensors[name]
+        if info.dtype not in DTYPES:
+            return self.planned(name)
         return PlannedTensor(files.torch_dtype(info.dtype), info.shape, lambda: self._read(name))
 
     def _fill(self, values: Tensor) -> None:
@@ -167,14 +199,15 @@ class Lazy(Mapping[str, Tensor]):
     places: Mapping[str, tuple[_File, str]]
     """name -> file, and the tensor's name there."""
     dtype: torch.dtype | Callable[[str], torch.dtype | None] | None = None
-    """What floating tensors, or that of this name, are cast to as they are read; None: as in the file, fp8 as bf16."""
+    """What floating tensors, or that of this name, are cast to as they are read; None: as in the file, codes as
+    bf16."""
     map: bool | Callable[[str], bool] = True
     """Whether a tensor, or that of this name, that is wanted as it stands may be backed by the file; False where it is
     copied anyway."""
 
     @classmethod
     def of(cls, paths: Iterable[Path]) -> Lazy:
-        """All tensors of some files: one, or the shards of one; weights in fp8 that have scales are read with them.
+        """All tensors of some files: one, or the shards of one; what scales weights in codes is read with them.
         Errors: `UserError` as `files.read_header`."""
         opened = [_File(path) for path in paths]
         return cls(
@@ -198,9 +231,14 @@ class Lazy(Mapping[str, Tensor]):
         return {name: file.header.tensors[theirs].shape for name, (file, theirs) in self.places.items()}
 
     @property
-    def scaled(self) -> set[str]:
-        """Those that stand in fp8 with a scale."""
-        return {name for name, (file, theirs) in self.places.items() if theirs in file.scales}
+    def kinds(self) -> dict[str, str]:
+        """{name: the number format that it has when it is read as it is}"""
+        return {name: file.kind(theirs) for name, (file, theirs) in self.places.items()}
+
+    @property
+    def coded(self) -> dict[str, Coded]:
+        """Those that stand in codes, and how."""
+        return {n: file.coded[theirs] for n, (file, theirs) in self.places.items() if theirs in file.coded}
 
     def check(self) -> None:
         """Errors: `UserError` if a file was changed since it was opened."""
@@ -238,29 +276,32 @@ class Lazy(Mapping[str, Tensor]):
         return Lazy(self.places, dtype, map)
 
     def as_stored(self) -> dict[str, PlannedTensor]:
-        """The same in the number formats of the files (fp8 stays fp8), to be written elsewhere."""
+        """The same in the number formats of the files (fp8 stays fp8, what stands in codes is bf16), to be written
+        elsewhere."""
         return {name: file.planned(theirs) for name, (file, theirs) in self.places.items()}
 
+    def exact(self) -> dict[str, PlannedTensor]:
+        """Those that stand in codes, in fp32."""
+        return {name: file.exact(theirs) for name, (file, theirs) in self.places.items() if theirs in file.coded}
+
     def raw(self) -> dict[str, PlannedTensor]:
-        """All tensors of the files, byte for byte: those that scale others as well."""
+        """All tensors of the files, byte for byte: those that scale others as well; GGUF's blocks in bf16."""
         return {name: file.raw(name) for file in self._files() for name in file.header.tensors}
 
     def scales(self) -> dict[str, tuple[PlannedTensor, str, PlannedTensor]]:
-        """Those that stand in fp8 with a scale -> the weight as it stands there, the scale's name and the scale."""
+        """Those that stand in codes with a scale -> the codes, the scale's name and the scale."""
         return {
-            name: (file.raw(theirs), name.removesuffix("weight") + scale.rpartition(".")[2], file.raw(scale))
+            name: (file.raw(theirs), name.removesuffix("weight") + of.scale.rpartition(".")[2], file.raw(of.scale))
             for name, (file, theirs) in self.places.items()
-            if (scale := file.scales.get(theirs))
+            if (of := file.coded.get(theirs)) and of.scale
         }
 
     def __getitem__(self, name: str) -> Tensor:
         file, theirs = self.places[name]
-        kind = file.header.tensors[theirs].dtype
+        kind = file.kind(theirs)
         asked = self.dtype if self.dtype is None or isinstance(self.dtype, torch.dtype) else self.dtype(name)
-        wanted = asked or (torch.bfloat16 if kind in STORED else None)
-        if theirs in file.scales:
-            return file.read(theirs, wanted)
-        if wanted is None or kind not in FLOATS or files.torch_dtype(kind) == wanted:
+        wanted = asked or (torch.bfloat16 if kind in FP8 else None)
+        if theirs not in file.coded and (wanted is None or kind not in FLOATS or files.torch_dtype(kind) == wanted):
             mapped = self.map(name) if callable(self.map) else self.map
             return file.mapped(theirs) if mapped else file.read(theirs)
         return file.read(theirs, wanted)

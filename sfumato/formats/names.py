@@ -29,6 +29,8 @@ class Change:
     back: Callable[[Tensor], Tensor]
     moves_rows: bool = False
     """Whether only rows change places; then the `lora_up` of a LoRA changes as the weight does."""
+    computes: bool = False
+    """Whether numbers become others, which are to be rounded once: it is given fp32."""
 
 
 def _swap(t: Tensor) -> Tensor:

@@ -1,8 +1,5 @@
-"""Weights in fp8 with a scale each, as ComfyUI writes them: which tensor scales which weight, reading and writing.
-
-`X.weight` in fp8 goes with `X.scale_weight` (or `X.weight_scale`), by which it is multiplied; `scaled_fp8` marks the
-file, and `X.scale_input` and the like are for kernels that multiply in fp8 (comfy/ops.py and QUANTIZATION.md there).
-"""
+"""Weights in fp8 with a scale each, as ComfyUI writes them, and weights that stand in codes written again in theirs
+(`coded` reads them)."""
 
 from __future__ import annotations
 
@@ -11,7 +8,7 @@ from collections.abc import Collection, Iterable, Mapping
 from functools import partial
 from typing import TYPE_CHECKING
 
-from sfumato.formats.header import TensorInfo
+from sfumato.formats.coded import SCALES, Coded
 
 if TYPE_CHECKING:
     import torch
@@ -19,32 +16,7 @@ if TYPE_CHECKING:
 
     from sfumato.formats.planned import PlannedTensor, Writable
 
-STORED = ("F8_E4M3", "F8_E5M2")
-"""Formats that nothing is computed in; bf16 holds their values exactly."""
-MARK = "scaled_fp8"
-SCALE = "scale_weight"
-_SCALES = (SCALE, "weight_scale")
-_COMPANIONS = (*_SCALES, "scale_input", "input_scale", "comfy_quant")
-
-
-def scales(tensors: Mapping[str, TensorInfo]) -> dict[str, str]:
-    """Weight in fp8 -> its scale: one number for all of it, or one for each row."""
-    found = {}
-    for name, info in tensors.items():
-        if info.dtype in STORED and info.shape and name.endswith(".weight"):
-            path = name.removesuffix("weight")
-            scale = next((path + each for each in _SCALES if path + each in tensors), None)
-            if scale and math.prod(tensors[scale].shape) in (1, info.shape[0]):
-                found[name] = scale
-    return found
-
-
-def companions(tensors: Mapping[str, TensorInfo]) -> set[str]:
-    """Tensors that are no weights, but belong to weights in fp8 that have a scale."""
-    scaled = scales(tensors)
-    each = {name.removesuffix("weight") + each for name in scaled for each in _COMPANIONS}
-    marks = {name for name in tensors if name.split(".")[-1] == MARK} if scaled else set()
-    return {name for name in tensors if name in each} | marks
+SCALE = SCALES[0]
 
 
 def quantised(tensors: Mapping[str, Writable], names: Collection[str], marks: Iterable[str]) -> dict[str, Writable]:
@@ -81,36 +53,35 @@ def _narrowed(weight: Tensor) -> Tensor:
     return (weight.float() / scale_of(weight)).to(torch.float8_e4m3fn)
 
 
-def widened(weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """A weight in fp8 times its scale, or times those of its rows."""
-    return (weight.float() * _by_row(scale, weight)).to(dtype)
-
-
-def exact(stored: PlannedTensor, scale: PlannedTensor) -> PlannedTensor:
-    """A weight in fp8 in fp32."""
-    import torch
-
-    return stored.then(lambda t: widened(t, scale.make(), torch.float32), torch.float32)
-
-
-def rescaled(weight: PlannedTensor, dtype: torch.dtype, scale: PlannedTensor) -> tuple[PlannedTensor, PlannedTensor]:
-    """A weight in fp32 as it stands in fp8, and its scale: `scale`, but where its numbers would not fit."""
+def recoded(
+    weight: PlannedTensor, of: Coded, dtype: torch.dtype, scale: PlannedTensor
+) -> tuple[PlannedTensor, PlannedTensor]:
+    """A weight in fp32 in the codes of `of`, which are `dtype`, and its scale: `scale`, but where its numbers would not
+    fit."""
     import torch
 
     from sfumato.formats.planned import PlannedTensor
+    from sfumato.tensors.hadamard import rotated
 
-    most = torch.finfo(dtype).max
+    scales = math.prod(scale.shape)
+    most = torch.finfo(dtype).max if dtype.is_floating_point else torch.iinfo(dtype).max
 
-    def fitting(w: Tensor) -> Tensor:
-        old = scale.make().float()
-        largest = (w.reshape(len(w), -1) if old.numel() > 1 else w.reshape(1, -1)).abs().amax(1).view(old.shape)
-        return torch.where(largest > most * old, largest / most, old).to(scale.dtype)
+    def plain(w: Tensor) -> Tensor:
+        """(rows, parts of a row, numbers of a part); with one scale for all (1, 1, numbers)."""
+        w = rotated(w, of.group) if of.group else w
+        return w.reshape(1, 1, -1) if scales == 1 else w.reshape(len(w), scales // len(w), -1)
+
+    def fitting(parts: Tensor) -> Tensor:
+        """(rows, parts, 1)"""
+        old = scale.make().float().reshape(*parts.shape[:2], 1)
+        largest = parts.abs().amax(-1, keepdim=True)
+        # Turned and turned back, the largest number is not quite what it was.
+        return torch.where(largest > most * old * (1 + 1e-5), largest / most, old).to(scale.dtype)
 
     def narrowed(w: Tensor) -> Tensor:
-        return (w / _by_row(fitting(w), w)).clamp(-most, most).to(dtype)
+        parts = plain(w)
+        codes = (parts / fitting(parts).float()).clamp(-most, most)
+        return (codes if dtype.is_floating_point else codes.round()).to(dtype).view(w.shape)
 
-    return weight.then(narrowed, dtype), PlannedTensor(scale.dtype, scale.shape, lambda: fitting(weight.make()))
-
-
-def _by_row(scale: Tensor, weight: Tensor) -> Tensor:
-    return scale.float().reshape(-1, *[1] * (weight.ndim - 1))
+    made = PlannedTensor(scale.dtype, scale.shape, lambda: fitting(plain(weight.make())).view(scale.shape))
+    return weight.then(narrowed, dtype), made

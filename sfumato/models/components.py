@@ -14,11 +14,11 @@ from torch import Tensor, nn
 
 from sfumato.adapters.merging import Change
 from sfumato.errors import UserError
-from sfumato.formats import files
+from sfumato.formats import files, gguf
+from sfumato.formats.coded import FP8
 from sfumato.formats.lazy import FLOATS, Lazy
 from sfumato.formats.names import KeyMap
 from sfumato.formats.planned import PlannedTensor, Writable, made, renamed
-from sfumato.formats.scaled_fp8 import STORED
 from sfumato.models import locate
 from sfumato.models.detection import PREFIX, Shapes
 from sfumato.models.meta_init import check, fill
@@ -28,7 +28,7 @@ Config = Mapping[str, Any]
 Scaling = tuple[float | Tensor, float | Tensor]
 """Factor and shift from a VAE's raw latents to the denoiser's, (x - shift) * factor: numbers, or (c, 1, 1) in fp32."""
 SHOWN = 5
-COARSE = [files.torch_dtype(kind) for kind in STORED]
+COARSE = [files.torch_dtype(kind) for kind in FP8]
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +51,11 @@ class KeyFormat:
     def renames(self, name: str) -> bool:
         """Whether a tensor of the file is the net's as it stands, under whatever name."""
         return self.keys is None or self.keys.renames(name, native=self.inverse)
+
+    def computes(self, name: str) -> bool:
+        """Whether numbers of a tensor of the file become others in the net."""
+        change = self.keys and self.keys.match(name, native=self.inverse).rule.change
+        return bool(change and change.computes)
 
     def sources(self, name: str) -> tuple[str, ...]:
         """The file's names of what a tensor of the net is made of."""
@@ -209,6 +214,7 @@ class ComponentWeights:
         """(native name, tensor), one after another, floats cast to `dtype`, what is merged rounded once; `map`: whether
         they may be backed by the file."""
         exact = {source for name in self.changes for source in self.key_format.sources(name)}
+        exact |= {name for name in self.tensors if self.key_format.computes(name)}
         tensors = self.tensors.cast(
             lambda name: torch.float32 if dtype and name in exact else dtype,
             map=lambda name: map and name not in exact and self.key_format.renames(name),
@@ -245,10 +251,9 @@ class ComponentWeights:
 
     def _check_formats(self, what: str) -> None:
         """That every tensor is in a format that a net's weights can be in."""
-        kinds = {name: file.header.tensors[theirs].dtype for name, (file, theirs) in self.tensors.places.items()}
         wrong = [
             f"{what}: tensor {name!r} is in the format {kind}; weights are expected in {', '.join(FLOATS)}"
-            for name, kind in kinds.items()
+            for name, kind in self.tensors.kinds.items()
             if kind not in FLOATS
         ]
         if wrong:
@@ -359,7 +364,7 @@ def open_model(
 
 
 def _single(path: Path, components: Sequence[Component], title: str, passthrough_keys: re.Pattern[str]) -> Checkpoint:
-    tensors = _file(path)
+    tensors = Lazy.of([path])
     locate.refuse_quantised(path, tensors)
     others = {name for name in tensors if passthrough_keys.fullmatch(name)}
     left, found = tensors.only(lambda name: name not in others), {}
@@ -383,7 +388,7 @@ def _single(path: Path, components: Sequence[Component], title: str, passthrough
         path=path,
         components=found,
         passthrough=tensors.only(lambda n: n in others),
-        metadata=files.read_header(path).metadata,
+        metadata={} if gguf.is_gguf(path) else files.read_header(path).metadata,
     )
 
 
@@ -424,15 +429,9 @@ def _opened(component: Component, path: Path) -> ComponentWeights:
     if path.is_dir():
         inner = path / component.folder
         return replace(_component(component, inner if component.folder and inner.is_dir() else path), alone=True)
-    tensors = _file(path, component)
+    tensors = Lazy.of([path])
     prefix = next((p for p in component.prefixes if p and any(n.startswith(p) for n in tensors)), "")
     return replace(_bare(component, tensors.below(prefix), path), alone=True)
-
-
-def _file(path: Path, component: Component | None = None) -> Lazy:
-    """The tensors of a file; `component`: what it is opened for. GGUF is named as such, not as a damaged file."""
-    locate.refuse_quantised(_asked(component, path))
-    return Lazy.of([path])
 
 
 def _asked(component: Component | None, where: Path) -> str:

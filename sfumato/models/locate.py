@@ -84,7 +84,9 @@ QUANTISED = {
     "SVDQuant of Nunchaku": r".*\.(wscales|wcscales|wtscale)",
     "GPTQ or AWQ": r".*\.(qweight|qzeros|scales)",
     "quanto": r".*\.weight\._(data|scale|shift)",
-    "fp8 or fewer bits with scales, as ComfyUI writes them": (
+    "nvfp4 of ComfyUI": r".*\.weight_scale_2",
+    "4 bits with scales of groups, as ComfyUI writes them": r".*\.weight_(s_rel|s_channel|codebook|zeros)",
+    "8 bits or fewer with scales that mean something else (mxfp8, 4 bits), as ComfyUI writes them": (
         r"(.*\.)?scaled_fp8"
         r"|.*\.(scale_weight|scale_input|weight_scale(_\d+)?|input_scale|output_scale|comfy_quant)"
     ),
@@ -95,7 +97,7 @@ _QUANTISED = {form: re.compile(pattern) for form, pattern in QUANTISED.items()}
 
 def quantised(names: Iterable[str]) -> tuple[str, str]:
     """How the weights of a file are quantised and a tensor that shows it, by the first form that has one; ("", "")
-    where they are not. Weights in scaled fp8 that can be read are not looked for: their scales have no name here."""
+    where they are not. Those that can be read are not looked for: their scales have no name here."""
     names = list(names)
     return next(
         ((form, name) for form, pattern in _QUANTISED.items() for name in names if pattern.fullmatch(name)), ("", "")
@@ -103,11 +105,8 @@ def quantised(names: Iterable[str]) -> tuple[str, str]:
 
 
 def refuse_quantised(where: Path | str, names: Iterable[str] = ()) -> None:
-    """Errors: `UserError` if a file is quantised: GGUF, known by its ending, or weights with scales beside
-    them."""
-    again = "take the file in fp16 or bf16 (plain fp8, and ComfyUI's scaled fp8, are read as well)"
-    if str(where).lower().endswith(".gguf"):
-        raise UserError(f"{where}: weights quantised to GGUF cannot be read; {again}")
+    """Errors: `UserError` if a file is quantised in a form that is not read."""
+    again = "take the file in fp16 or bf16 (plain fp8, ComfyUI's scaled fp8 and int8, and GGUF, are read as well)"
     form, found = quantised(names)
     if form:
         raise UserError(

@@ -15,6 +15,7 @@ from sfumato import __version__, families
 from sfumato.errors import UserError
 from sfumato.families import detect
 from sfumato.formats import scaled_fp8
+from sfumato.formats.coded import MARK
 from sfumato.formats.planned import Writable, renamed
 from sfumato.models import loading, saving
 from sfumato.models.base import Family, Models
@@ -123,7 +124,7 @@ def scaled(models: Models, narrow: Collection[str], tensors: dict[str, Writable]
     shapes = {n: (fp8 if n in narrow else other).new_empty(shape) for n, shape in denoiser.shapes().items()}
     written = saving.single_file(replace(models.source, passthrough={}), {"denoiser": shapes})
     names = [n for n, t in written.items() if t.dtype == fp8.dtype]
-    return scaled_fp8.quantised(tensors, names, [f"{denoiser.prefix}{scaled_fp8.MARK}"])
+    return scaled_fp8.quantised(tensors, names, [f"{denoiser.prefix}{MARK}"])
 
 
 def _scaled_again(models: Models, tensors: dict[str, Writable]) -> dict[str, Writable]:
@@ -131,9 +132,10 @@ def _scaled_again(models: Models, tensors: dict[str, Writable]) -> dict[str, Wri
     names: set[str] = set()
     marks = set()
     for weights in models.source.components.values():
-        if mine := {f"{weights.prefix}{name}" for name in weights.tensors.scaled} & tensors.keys():
+        fp8 = [name for name, of in weights.tensors.coded.items() if of.form == "fp8 scaled"]
+        if mine := {f"{weights.prefix}{name}" for name in fp8} & tensors.keys():
             names |= mine
-            marks.add(f"{weights.prefix}{scaled_fp8.MARK}")
+            marks.add(f"{weights.prefix}{MARK}")
     return scaled_fp8.quantised(tensors, names, marks) if names else tensors
 
 

@@ -12,9 +12,9 @@ from typing import Any
 from sfumato import families
 from sfumato.errors import UserError
 from sfumato.families import detect
-from sfumato.formats import adapter_metadata, adapter_summary, files, gguf, scaled_fp8
+from sfumato.formats import adapter_metadata, adapter_summary, coded, files
 from sfumato.formats.clients import loads_in
-from sfumato.formats.header import Header, TensorInfo
+from sfumato.formats.header import Header
 from sfumato.models import locate
 from sfumato.models.detection import ADAPTER_TENSOR, Detected, Shapes, has
 
@@ -34,7 +34,7 @@ def describe(path: str | Path) -> dict[str, Any]:
     headers = _headers(path)
     tensors = {name: info for header in headers.values() for name, info in header.tensors.items()}
     metadata = {key: value for header in headers.values() for key, value in header.metadata.items()}
-    quantised, plain = _quantised(path, tensors)
+    quantised, plain = _quantised(headers)
     shapes = {name: tensors[name].shape for name in plain}
     found, seems = _identify(path, shapes, metadata)
     seems = f"its weights are quantised ({quantised}); {seems}" if quantised else seems
@@ -102,15 +102,16 @@ def _identify(path: Path, shapes: Shapes, metadata: Mapping[str, str]) -> tuple[
     return found, "" if found else detect.unknown(shapes)
 
 
-def _quantised(path: Path, tensors: Mapping[str, TensorInfo]) -> tuple[str, list[str]]:
+def _quantised(headers: Mapping[Path, Header]) -> tuple[str, list[str]]:
     """How weights are quantised ("" if they are not), and the names of the weights alone."""
-    if gguf.is_gguf(path):
-        kinds = Counter(i.dtype for i in tensors.values() if i.dtype not in gguf.PLAIN)
-        return f"GGUF ({', '.join(kind for kind, _ in kinds.most_common(2)) or 'plain'})", list(tensors)
-    scaling = scaled_fp8.companions(tensors)
-    left = [name for name in tensors if name not in scaling]
+    kinds, left = Counter[str](), list[str]()
+    for path, header in headers.items():
+        found = coded.find(path, header)
+        kinds.update(of.form for of in found.values())
+        left += header.tensors.keys() - coded.companions(header.tensors, found)
     form, _ = locate.quantised(left)
-    return form or ("fp8 scaled" if scaling else ""), [n for n in left if not form or not locate.quantised([n])[0]]
+    names = [n for n in left if not form or not locate.quantised([n])[0]]
+    return form or ", ".join(kind for kind, _ in kinds.most_common(3)), names
 
 
 def _adapter(headers: Mapping[Path, Header]) -> dict[str, Any]:
@@ -132,7 +133,7 @@ def _loads_in(found: Detected | None, shapes: Shapes) -> list[dict[str, Any]]:
 def _headers(path: Path) -> dict[Path, Header]:
     """file -> its header, for all weight files of what `path` names."""
     if not path.is_dir():
-        return {path: gguf.read(path) if gguf.is_gguf(path) else files.read_header(path)}
+        return {path: files.read_header(path)}
     if listed := locate.index_of(path):
         index = locate.read_json(listed)
         parts = [path / name for name in index if (path / name).is_dir() and _has_weights(path / name)]

@@ -8,10 +8,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from sfumato.formats.coded import companions, find
 from sfumato.formats.files import load, read_header, save
 from sfumato.formats.lazy import Lazy
 from sfumato.formats.planned import made
-from sfumato.formats.scaled_fp8 import companions, quantised
+from sfumato.formats.scaled_fp8 import quantised
 
 FP8 = torch.float8_e4m3fn
 
@@ -39,7 +40,7 @@ def test_what_is_read_is_weight_times_scale(tmp_path: Path, scale: str, rows: bo
     save(tmp_path / "a.safetensors", stored | {"net.a.scale_input": torch.ones(())})
     lazy = Lazy.of([tmp_path / "a.safetensors"])
     assert set(lazy) == set(wanted)
-    assert lazy.scaled == {"net.a.weight", "net.b.weight"}
+    assert {n: of.form for n, of in lazy.coded.items()} == dict.fromkeys(("net.a.weight", "net.b.weight"), "fp8 scaled")
     for read in (lazy, lazy.cast(None, map=False), {name: made(t) for name, t in lazy.as_stored().items()}):
         assert all(torch.equal(read[name], t) and read[name].dtype == t.dtype for name, t in wanted.items())
     assert torch.equal(lazy.below("net.").cast(torch.float32)["a.weight"].bfloat16(), wanted["net.a.weight"])
@@ -68,4 +69,5 @@ def test_scales_of_other_formats_are_left_to_be_refused(tmp_path: Path) -> None:
     )
     save(tmp_path / "b.safetensors", {"a.weight": torch.zeros(4, 4).to(FP8), "a.weight_scale": torch.ones(4, 2)})
     for name in ("a", "b"):
-        assert not companions(read_header(tmp_path / f"{name}.safetensors").tensors)
+        header = read_header(path := tmp_path / f"{name}.safetensors")
+        assert not find(path, header) and not companions(header.tensors, {})

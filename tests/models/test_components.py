@@ -379,15 +379,6 @@ def test_a_part_is_taken_from_a_file_whose_other_parts_are_quantised(tmp_path: P
     assert_same(open_component(AE, str(path)).build().state_dict(), vae())
 
 
-def test_gguf_is_refused_wherever_it_is_named(tmp_path: Path) -> None:
-    path = tmp_path / "small-Q4_K.gguf"
-    path.write_bytes(b"GGUF" + bytes(100))
-    with pytest.raises(UserError, match=r"small-Q4_K\.gguf: weights quantised to GGUF"):
-        opened(path)
-    with pytest.raises(UserError, match=r"t5xxl: .*small-Q4_K\.gguf: weights quantised to GGUF"):
-        opened(file(tmp_path / "model.safetensors", denoiser()), t5xxl=path)
-
-
 # --- writing ---
 
 

@@ -114,12 +114,6 @@ def test_quantised_weights_are_refused_with_file_and_tensor(name: str) -> None:
     assert "models/small.safetensors" in line and repr(name) in line and "quantised" in line
 
 
-@pytest.mark.parametrize("name", ["t5.gguf", "T5.GGUF"])
-def test_gguf_is_refused_by_its_ending(name: str) -> None:
-    with pytest.raises(UserError, match=rf"{name}: .*GGUF"):
-        locate.refuse_quantised(Path(name))
-
-
 @pytest.mark.parametrize("path", sorted(KEYS.glob("*.json.gz")), ids=lambda path: path.name.removesuffix(".json.gz"))
 def test_no_real_file_passes_for_quantised(path: Path) -> None:
     names = json.loads(gzip.decompress(path.read_bytes()))

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from sfumato.errors import UserError
-from sfumato.formats.names import KeyMap, rule
+from sfumato.formats.names import Change, KeyMap, rule
 from sfumato.models.components import NATIVE, Component, Config, KeyFormat, matching
 from sfumato.models.detection import LANGUAGE_MODELS
 from sfumato.models.layers import Shapes, WideLinear, count_layers, in_fp16
@@ -24,7 +24,7 @@ _PREFIXES = ("", "model.", "model.language_model.", "language_model.", "language
 """What stands before these in files, by the release of transformers and the program that wrote them."""
 _UNUSED = matching(
     r"(language_model\.)?lm_head\..*|(model\.)?visual\..*|(.*\.)?rotary_emb\.inv_freq"
-    r"|logit_scale|spiece_model|tokenizer_json"
+    r"|output\.weight|logit_scale|spiece_model|tokenizer_json"
 )
 _ATTENTION, _MLP = ("*.self_attn.?_proj",), ("*.mlp.*_proj",)
 LLM_TARGETS = {
@@ -210,7 +210,11 @@ def qwen25vl_component(prefixes: tuple[str, ...], folder: str, flag: str = "text
     diffusers folder, in the names of the hub's."""
     return replace(
         _component(QWEN25VL, prefixes, folder, flag),
-        carried_keys={r"(model\.)?(visual\..*)": r"\2", r"(language_model\.)?(lm_head\..*)": r"\2"},
+        carried_keys={
+            r"(model\.)?(visual\..*)": r"\2",
+            r"(language_model\.)?(lm_head\..*)": r"\2",
+            r"output(\.weight)": r"lm_head\1",
+        },
     )
 
 
@@ -232,7 +236,35 @@ def _component(recipe: Recipe, prefixes: tuple[str, ...], folder: str, flag: str
 
 def llm_format(names: Collection[str], recipe: Recipe) -> KeyFormat | None:
     """How a file names this model; None: it holds another, or none."""
+    mark, table = f"layers.0.{LANGUAGE_MODELS[recipe.name]}", llama_cpp(recipe)
+    needed = [table.match(f"{r.native.replace('{i}', '0')}.weight", native=True).foreign()[0] for r in table.rules]
+    if all(name in names for name in (*table.match(mark, native=True).foreign(), *needed)):
+        return KeyFormat("llama.cpp", table)
     return next((_below(p) for p in _PREFIXES if f"{p}layers.0.{LANGUAGE_MODELS[recipe.name]}" in names), None)
+
+
+_PLUS_ONE = Change(lambda t: t - 1, lambda t: t + 1, computes=True)
+"""llama.cpp's files of Gemma have the factor of a norm, of which the net has what it differs from 1 by."""
+
+
+def llama_cpp(recipe: Recipe) -> KeyMap:
+    """native: a `DecoderLM`. foreign: llama.cpp's names, which GGUF files have."""
+    gemma = recipe.module == "gemma2"
+    norms = {"input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm"}
+    if gemma:
+        norms |= {"post_attention_layernorm": "post_attention_norm", "pre_feedforward_layernorm": "ffn_norm"}
+        norms |= {"post_feedforward_layernorm": "post_ffw_norm"}
+    if recipe.module == "qwen3":
+        norms |= {f"self_attn.{n}_norm": f"attn_{n}_norm" for n in "qk"}
+    linears = {f"self_attn.{n}_proj": f"attn_{n}" for n in "qkv"} | {"self_attn.o_proj": "attn_output"}
+    linears |= {f"mlp.{n}_proj": f"ffn_{n}" for n in ("gate", "up", "down")}
+    change = _PLUS_ONE if gemma else None
+    return KeyMap(
+        rule("embed_tokens", "token_embd"),
+        rule("norm", "output_norm", change=change),
+        *(rule(f"layers.{{i}}.{ours}", f"blk.{{i}}.{theirs}", change=change) for ours, theirs in norms.items()),
+        *(rule(f"layers.{{i}}.{ours}", f"blk.{{i}}.{theirs}") for ours, theirs in linears.items()),
+    )
 
 
 def _below(prefix: str) -> KeyFormat:

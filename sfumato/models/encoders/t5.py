@@ -19,7 +19,7 @@ EMBEDDING, TWIN, BARE_TWIN = "shared.weight", "encoder.embed_tokens.weight", "em
 the third is the second where the encoder stands without its prefix."""
 _FIRST = "encoder.block.0.layer."
 _BARE = "block.0.layer.0.SelfAttention.q.weight"
-_UNUSED = matching(r"(decoder|lm_head)\..*|logit_scale|spiece_model")
+_UNUSED = matching(r"(decoder|lm_head|dec)\..*|output\.weight|logit_scale|spiece_model")
 _ATTENTION, _MLP = ("*.SelfAttention.?",), ("*.DenseReluDense.w*",)
 T5_TARGETS = {
     "linear": (*_ATTENTION, *_MLP),
@@ -87,6 +87,22 @@ def t5_net(shapes: Shapes) -> T5Encoder:
 
 # --- files ---
 
+_LAYERS = {
+    "layer.0.layer_norm": "attn_norm",
+    **{f"layer.0.SelfAttention.{n}": f"attn_{n}" for n in "qkvo"},
+    "layer.0.SelfAttention.relative_attention_bias": "attn_rel_b",
+    "layer.1.layer_norm": "ffn_norm",
+    "layer.1.DenseReluDense.wi_0": "ffn_gate",
+    "layer.1.DenseReluDense.wi_1": "ffn_up",
+    "layer.1.DenseReluDense.wo": "ffn_down",
+}
+LLAMA_CPP = KeyMap(
+    rule("shared", "token_embd"),
+    rule("encoder.final_layer_norm", "enc.output_norm"),
+    *(rule(f"encoder.block.{{i}}.{ours}", f"enc.blk.{{i}}.{theirs}") for ours, theirs in _LAYERS.items()),
+)
+"""native: a `T5Encoder`. foreign: llama.cpp's names, which GGUF files have."""
+
 
 def t5_component(prefixes: tuple[str, ...], folder: str) -> Component:
     """T5-XXL's encoder, which comes in a file of its own or in a bundle."""
@@ -106,11 +122,18 @@ def _component(name: str, prefixes: tuple[str, ...], folder: str, flag: str) -> 
         folder=folder,
         flag=flag,
         net=lambda shapes, config: t5_net(shapes),
-        key_format=lambda names: KeyFormat("hf", t5_keys(names)) if _embedding(names) else None,
+        key_format=t5_format,
         bundled=False,
         unused_keys=lambda names: {*t5_idle(names), *_UNUSED(names)},
         tied_keys={TWIN: EMBEDDING, BARE_TWIN: EMBEDDING},
     )
+
+
+def t5_format(names: Collection[str]) -> KeyFormat | None:
+    """How a file names this encoder; None: it holds none."""
+    if "enc.output_norm.weight" in names:
+        return KeyFormat("llama.cpp", LLAMA_CPP)
+    return KeyFormat("hf", t5_keys(names)) if _embedding(names) else None
 
 
 def _embedding(names: Collection[str]) -> str | None:

@@ -1,0 +1,93 @@
+"""GGUF against the package `gguf`, which writes the files and says what their numbers are."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import gguf
+import numpy
+import pytest
+import torch
+from gguf import GGMLQuantizationType
+
+from formats.gguf_files import write
+from sfumato.errors import UserError
+from sfumato.formats.files import load, read_header
+from sfumato.formats.gguf import is_block
+from sfumato.formats.lazy import Lazy
+
+PLAIN = ("F64", "F32", "F16", "BF16", "I8", "I16", "I32", "I64")
+KINDS = [kind for kind in GGMLQuantizationType if is_block(kind.name)]
+
+
+def packed(kind: GGMLQuantizationType, rows: int, blocks: int) -> numpy.ndarray:
+    """Random codes with scales that are numbers: of each two bytes the second has no exponent of infinity."""
+    made = numpy.random.default_rng(int(kind)).integers(0, 256, (rows, blocks * gguf.GGML_QUANT_SIZES[kind][1]))
+    made[:, 1::2] &= 0x3B
+    made[:, 0::2] &= 0x3B
+    return made.astype(numpy.uint8)
+
+
+def test_all_types_that_the_package_reads_are_read(tmp_path: Path) -> None:
+    """Piece by piece, as the package reads them whole."""
+    assert {"Q4_0", "Q8_0", "Q4_K", "Q5_K", "Q6_K", "IQ4_XS", "Q2_K"} <= {kind.name for kind in KINDS}
+    path, wanted = tmp_path / "a.gguf", {}
+    writer = gguf.GGUFWriter(path, "flux")
+    for kind in KINDS:
+        numbers = gguf.GGML_QUANT_SIZES[kind][0]
+        data = packed(kind, 300, 512 // numbers)  # more than a piece
+        writer.add_tensor(kind.name, data, raw_dtype=kind)
+        wanted[kind.name] = torch.from_numpy(gguf.dequantize(data, kind))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    lazy = Lazy.of([path])
+    assert lazy.shapes == dict.fromkeys(wanted, (300, 512))
+    assert {of.form for of in lazy.coded.values()} == {f"GGUF {kind.name}" for kind in KINDS}
+    for name, exact in lazy.cast(torch.float32).items():
+        assert torch.equal(exact, wanted[name]) and exact.isfinite().all()
+    assert all(torch.equal(t, wanted[name].bfloat16()) for name, t in lazy.items())
+
+
+def test_plain_numbers_and_shapes_are_as_they_were(tmp_path: Path) -> None:
+    """bf16 and fp16 as they stand; sizes outermost first; what was laid out anew in rows of 256 as before."""
+    path, g = tmp_path / "a.gguf", numpy.random.default_rng(0)
+    half, conv = g.standard_normal((6, 5), numpy.float32).astype(numpy.float16), g.standard_normal((32, 8, 3, 3))
+    rows = gguf.quantize(conv.astype(numpy.float32).reshape(-1, 256), GGMLQuantizationType.Q8_0)
+    bf16 = gguf.quantize(half.astype(numpy.float32), GGMLQuantizationType.BF16)
+    writer = gguf.GGUFWriter(path, "sdxl")
+    writer.add_array("comfy.gguf.orig_shape.conv", [32, 8, 3, 3])
+    writer.add_array("tokenizer.ggml.tokens", [f"t{i}" for i in range(50)])
+    writer.add_tensor("half", half)
+    writer.add_tensor("bf16", bf16, raw_dtype=GGMLQuantizationType.BF16)
+    writer.add_tensor("conv", rows, raw_dtype=GGMLQuantizationType.Q8_0)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    lazy = Lazy.of([path])
+    assert lazy["half"].dtype == torch.float16 and torch.equal(lazy["half"], torch.from_numpy(half))
+    assert lazy["bf16"].dtype == torch.bfloat16 and torch.equal(lazy["bf16"], torch.from_numpy(half).bfloat16())
+    wanted = torch.from_numpy(gguf.dequantize(rows, GGMLQuantizationType.Q8_0)).view(32, 8, 3, 3)
+    assert torch.equal(lazy.cast(torch.float32)["conv"], wanted)
+    assert read_header(path).metadata == {"general.architecture": "sdxl"}
+
+
+def test_what_cannot_be_read_is_named(tmp_path: Path) -> None:
+    wanted = write(tmp_path / "a.gguf", {"w": torch.randn(4, 64)})
+    assert torch.equal(Lazy.of([tmp_path / "a.gguf"]).cast(torch.float32)["w"], wanted["w"])
+    with pytest.raises(UserError, match="a GGUF file, which is read as a base model"):
+        load(tmp_path / "a.gguf")
+    whole = (tmp_path / "a.gguf").read_bytes()
+    (tmp_path / "a.gguf").write_bytes(whole[:-40])
+    with pytest.raises(UserError, match="truncated"):
+        Lazy.of([tmp_path / "a.gguf"])
+    writer = gguf.GGUFWriter(tmp_path / "b.gguf", "flux")
+    writer.add_tensor("w", numpy.zeros((2, 292), numpy.uint8), raw_dtype=GGMLQuantizationType.Q8_K)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    with pytest.raises(UserError, match=r"'w' \(Q8_K\)"):
+        Lazy.of([tmp_path / "b.gguf"])
