@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from sfumato.tensors.noise import Drawn
+from sfumato.tensors.packed import Layout
 
 Cond = Mapping[str, Tensor]
 """Outputs of the text encoders, by name: {"hidden": (b, n, d), ...}."""
@@ -42,18 +45,49 @@ class Batch:
     tokens: Tokens | None = None
     mask: Tensor | None = None
     """(b, 1, h, w) in [0, 1], at latent size."""
+    drawn: Drawn = field(default_factory=dict)
+    """What chance decides of the samples, but for adapters' dropouts: noise, timesteps and the like."""
+    packed: Tensor | None = None
+    """(n,) uint8: the memory in which all tensors lie, after `pack`."""
+
+    def pack(self, *, pinned: bool) -> Batch:
+        """The same batch with all tensors in one run of bytes, for `to` to copy it at once; `pinned`: in page-locked
+        memory, so that nothing waits for the copy."""
+        tensors = self._tensors()
+        layout = Layout.of(tensors)
+        flat = torch.empty(layout.nbytes, dtype=torch.uint8, pin_memory=pinned)
+        layout.pack(tensors, flat)
+        return self._with(layout.views(flat), flat)
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch with all tensors on `device`."""
+        tensors = self._tensors()
+        if self.packed is None:
+            return self._with({name: t.to(device) for name, t in tensors.items()}, None)
+        flat = self.packed.to(device, non_blocking=True)
+        return self._with(Layout.of(tensors).views(flat), flat)
 
-        def move(value: Any) -> Any:
-            if isinstance(value, Tensor):
-                return value.to(device, non_blocking=True)
-            if isinstance(value, Mapping):
-                return {k: move(v) for k, v in value.items()}
-            return value
+    def _tensors(self) -> dict[str, Tensor]:
+        """All tensors, by field, or field and name: {"latents": ..., "cond.hidden": ...}."""
+        found: dict[str, Tensor] = {}
+        for f in fields(self):
+            value = getattr(self, f.name)
+            if isinstance(value, Tensor) and f.name != "packed":
+                found[f.name] = value
+            elif isinstance(value, Mapping):
+                found |= {f"{f.name}.{name}": t for name, t in value.items()}
+        return found
 
-        return replace(self, **{f.name: move(getattr(self, f.name)) for f in fields(self)})
+    def _with(self, tensors: Mapping[str, Tensor], packed: Tensor | None) -> Batch:
+        """The same batch with these tensors in place of `_tensors`."""
+        values: dict[str, Any] = {}
+        for name, t in tensors.items():
+            whole, _, part = name.partition(".")
+            if part:
+                values.setdefault(whole, {})[part] = t
+            else:
+                values[whole] = t
+        return replace(self, **values, packed=packed)
 
     def __len__(self) -> int:
         return len(self.keys)

@@ -15,11 +15,13 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from sfumato.config import SubsetConfig
 from sfumato.data import augment, captions
+from sfumato.data.ahead import read_ahead
 from sfumato.data.batch import Batch, Tokens
 from sfumato.data.buckets import Crop
 from sfumato.data.cache import CachedLatents, CachedText, latents_shape
 from sfumato.data.plan import Item, Plan, SampleRef
 from sfumato.errors import UserError
+from sfumato.tensors.noise import Drawn
 from sfumato.tensors.random import python_random
 
 
@@ -55,6 +57,8 @@ class _BatchData:
     """Place in the batch -> why there is nothing to train on: zeros stand there."""
 
 
+AHEAD = 2
+"""Batches that are made while one is in use."""
 _GONE = 16
 """So many images that cannot be read, one after another, mean that it is not the images' fault."""
 
@@ -143,8 +147,9 @@ class _Queue(Sampler[_BatchPlan]):
 class Loader:
     """Makes the batches of a plan.
 
-    Every sample follows from (seed, epoch, image, repeat) alone; see `Item.key`. Images are read by `workers` other
-    processes (none when latents are in memory: then there is nothing to read).
+    Every sample follows from (seed, epoch, image, repeat) alone; see `Item.key`. Batches are made ahead of their steps,
+    in a thread; images are read there, or by `workers` other processes (none when latents are in memory: then there is
+    nothing to read).
     """
 
     plan: Plan
@@ -155,6 +160,10 @@ class Loader:
     """None: batches carry pixels."""
     texts: CachedText | None = None
     """None: batches carry tokens."""
+    draw: Callable[[Tensor, Sequence[int]], Drawn] = lambda sizes, keys: {}
+    """(`Batch.sizes`, `Batch.keys`) -> `Batch.drawn`."""
+    pack: Callable[[Batch], Batch] = lambda batch: batch
+    """A last change to batches, made ahead as well: `Batch.pack` where they are copied to a device."""
     prior_loss_weight: float = 1.0
     accumulation: int = 1
     """Batches a process takes for one optimizer step."""
@@ -223,23 +232,25 @@ class Loader:
 
     def _read(self, batches: Sequence[_BatchPlan]) -> Iterator[Batch]:
         self._queue.batches = batches
-        for batch, data in zip(batches, self._reader, strict=True):
-            self._account(batch, data)
-            yield self._batch(batch, data)
+        # Its processes are started here: a process that other threads are at work in is not to be forked.
+        read = zip(batches, iter(self._reader), strict=True)
+        for planned, data, batch in read_ahead(((*pair, self._batch(*pair)) for pair in read), AHEAD):
+            self._account(planned, data.lost)
+            yield batch
 
-    def _account(self, batch: _BatchPlan, data: _BatchData) -> None:
+    def _account(self, batch: _BatchPlan, lost: Mapping[int, str]) -> None:
         """Report what was lost. Raises UserError when nothing can be read any more."""
         for place, ref in enumerate(batch.samples):
-            if place not in data.lost:
+            if place not in lost:
                 self._lost_in_a_row.clear()
                 continue
             if ref.item not in self._lost:
                 self._lost.add(ref.item)
-                self.notice(f"{data.lost[place]}; training goes on without it")
+                self.notice(f"{lost[place]}; training goes on without it")
             self._lost_in_a_row.add(ref.item)
             if len(self._lost_in_a_row) >= min(_GONE, len(self.plan.items)):
                 raise UserError(
-                    f"{data.lost[place]}; nor could the {len(self._lost_in_a_row) - 1} images before it be read: are "
+                    f"{lost[place]}; nor could the {len(self._lost_in_a_row) - 1} images before it be read: are "
                     "their folders still there?"
                 )
 
@@ -249,9 +260,10 @@ class Loader:
         weights = [self.prior_loss_weight if item.image.is_reg else 1.0 for item in items]
         weights = [0.0 if batch.spare or place in data.lost else weight for place, weight in enumerate(weights)]
         stacked = {name: torch.stack(values) for name, values in data.tensors.items()}
-        return Batch(
+        keys = [ref.key for ref in batch.samples]
+        made = Batch(
             captions=texts,
-            keys=[ref.key for ref in batch.samples],
+            keys=keys,
             weight=torch.tensor(weights),
             multiplier=torch.tensor([self.plan.datasets[item.dataset].network_multiplier for item in items]),
             sizes=stacked["sizes"],
@@ -260,7 +272,9 @@ class Loader:
             mask=stacked.get("mask"),
             cond=self.texts.cond(texts) if self.texts else None,
             tokens=self.tokenize(texts) if self.tokenize and not self.texts else None,
+            drawn=self.draw(stacked["sizes"], keys),
         )
+        return self.pack(made)
 
     def _caption(self, item: Item, key: int, batch: _BatchPlan) -> str:
         options = self._subsets[item.dataset][item.image.subset]

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from threading import Lock
 from typing import Any, cast
 
 import torch
@@ -32,12 +33,14 @@ from sfumato.models.locate import INDEX
 from sfumato.models.ondemand import OnDemand
 from sfumato.models.tiles import in_tiles
 from sfumato.tensors.guidance import ClassifierFree, Guidance, GuidanceInfo
-from sfumato.tensors.noise import NoiseProcess
+from sfumato.tensors.noise import Drawn, NoiseProcess
 from sfumato.tensors.random import SampleRandom
 
 T_NEXT = "t_next"
 """In a sampler's cond: (b,) the t of its next step, 0 in the last, fp32, for nets that predict the mean velocity until
 then."""
+_TOKENIZING = Lock()
+"""transformers' tokenizers are set up anew by each call."""
 IN_MEMORY = Checkpoint(path=Path("a model made in memory"), components={})
 
 
@@ -69,10 +72,11 @@ class Models:
     """Side of the tiles, in pixels, in which larger pictures pass through the VAE; None: they pass whole."""
 
     def tokenize(self, captions: Sequence[str], *, negative: bool = False) -> Tokens:
-        """b captions, or `negative` prompts -> named tensors whose first dimension is b, on the CPU."""
-        if negative and self.family.tokenize_negative is not None:
-            return self.family.tokenize_negative(self).tokenize(captions)
-        return self.tokenize_strategy.tokenize(captions)
+        """b captions, or `negative` prompts -> named tensors whose first dimension is b, on the CPU. From any
+        thread."""
+        negated = self.family.tokenize_negative if negative else None
+        with _TOKENIZING:
+            return (negated(self) if negated else self.tokenize_strategy).tokenize(captions)
 
     def encode(self, tokens: Tokens) -> Cond:
         """Tokens -> the outputs of the text encoders, by name, on the encoders' device. Differentiable."""
@@ -177,8 +181,8 @@ class SampleInfo:
     """(b, 6) original height and width, crop top and left, target height and width, in pixels."""
     guidance: Tensor | None = None
     """(b,) guidance, the input of a distilled model; None: the family's own for training."""
-    rng: SampleRandom | None = None
-    """Source of chance for what is dropped in training; None when sampling."""
+    drawn: Drawn = field(default_factory=dict)
+    """What `Family.draw` drew for them in training; nothing when sampling."""
 
 
 def device_and_dtype(net: nn.Module) -> tuple[torch.device, torch.dtype]:
@@ -302,6 +306,9 @@ class Family:
     process: Callable[[Models, NoiseConfig, LossConfig], NoiseProcess]
     """(models, noise config, loss config) -> how latents are noised, the target of the prediction, and the weights of
     the loss."""
+    draw: Callable[[Models, Tensor, SampleRandom], Drawn] = lambda models, sizes, rng: {}
+    """(models, the `SampleInfo.sizes`, source of chance) -> what chance decides of b samples in training besides noise
+    and adapters' dropouts, on the CPU, for `condition`."""
     condition: Callable[[Models, Cond, SampleInfo], Cond] = as_encoded
     """(models, output of the text encoders, sample info) -> all inputs of `predict` besides x and t."""
     predict: Callable[[nn.Module, Tensor, Tensor, Cond], Tensor]

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from sfumato.tensors.noise import NoisySample, perturbed
+from sfumato.tensors.noise import Drawn, NoisySample, perturbation, perturbed
 from sfumato.tensors.random import SampleRandom
 from sfumato.tensors.shapes import per_sample
 
@@ -65,17 +66,26 @@ class Flow:
         low = 0 if self.min_timestep is None else self.min_timestep
         return low, self.steps if self.max_timestep is None else self.max_timestep
 
-    def noise(self, latents: Tensor, rng: SampleRandom) -> NoisySample:
+    def draw(self, shape: Sequence[int], rng: SampleRandom) -> Drawn:
+        """See `NoiseProcess.draw`."""
+        sigma = self.sigmas(rng, *shape[-2:])
+        drawn = {
+            "noise": rng.normal("noise", shape),
+            "sigma": sigma,
+            "t": sigma * self.steps,
+            "noise_to_signal": sigma / (1 - sigma),
+            "timestep_weight": self.weight(sigma),
+        }
+        return drawn | perturbation(shape, rng, self.ip_noise_gamma, self.ip_noise_gamma_random_strength)
+
+    def noise(self, latents: Tensor, drawn: Drawn) -> NoisySample:
         """See `NoiseProcess.noise`."""
-        x0 = latents.float()
-        noise = rng.normal("noise", x0.shape[1:]).to(x0.device)
-        sigma = self.sigmas(rng, *x0.shape[-2:])
-        s = per_sample(sigma, x0)
-        x = (1 - s) * x0 + s * perturbed(noise, rng, self.ip_noise_gamma, self.ip_noise_gamma_random_strength)
+        x0, noise = latents.float(), drawn["noise"]
+        s = per_sample(drawn["sigma"], x0)
+        x = (1 - s) * x0 + s * perturbed(noise, drawn)
         velocity = noise - x0
         target = velocity - x if self.model_prediction_type == "additive" else velocity
-        t, weight, ratio = (n.to(x0.device) for n in (sigma * self.steps, self.weight(sigma), sigma / (1 - sigma)))
-        return NoisySample(x, t, target, weight, ratio)
+        return NoisySample(x, drawn["t"], target, drawn["timestep_weight"], drawn["noise_to_signal"])
 
     def sigmas(self, rng: SampleRandom, height: int, width: int) -> Tensor:
         """(b,) how much of x is noise, in (0, 1), fp32 on the CPU; for latents of `height` x `width`."""

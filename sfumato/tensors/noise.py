@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
 from typing import Any, Literal, Protocol
@@ -16,6 +17,9 @@ from sfumato.tensors.shapes import per_sample
 
 SNR_LIMIT = 1000.0
 """Debiased and v-scaled weights hold the signal-to-noise ratio below this, as sd-scripts does."""
+Drawn = Mapping[str, Tensor]
+"""What chance decides of b samples, and what follows from that alone: named tensors whose first dimension is b, or 1.
+Made on the host, ahead of the step that takes it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,8 +46,12 @@ class NoiseProcess(Protocol):
         """Number of timesteps: t lies in [0, steps)."""
         ...
 
-    def noise(self, latents: Tensor, rng: SampleRandom) -> NoisySample:
-        """Noise latents (b, c, h, w), scaled as the denoiser takes them; sample i depends on `rng.keys[i]` alone."""
+    def draw(self, shape: Sequence[int], rng: SampleRandom) -> Drawn:
+        """What chance decides for latents of `shape` (c, h, w), on the CPU; sample i depends on `rng.keys[i]` alone."""
+        ...
+
+    def noise(self, latents: Tensor, drawn: Drawn) -> NoisySample:
+        """Noise latents (b, c, h, w), scaled as the denoiser takes them, with what was drawn, on their device."""
         ...
 
     def scheduler_config(self) -> dict[str, Any]:
@@ -108,18 +116,34 @@ class DDPM:
         rescaled: Tensor = ((root - root[-1]) * (root[0] / (root[0] - root[-1]))).square()
         return rescaled
 
-    def noise(self, latents: Tensor, rng: SampleRandom) -> NoisySample:
-        """See `NoiseProcess.noise`."""
-        x0 = latents.float()
-        noise = self._texture(x0, rng)
+    def draw(self, shape: Sequence[int], rng: SampleRandom) -> Drawn:
+        """See `NoiseProcess.draw`."""
         low, high = self._range
         t = rng.integers("timestep", low, max(high, low + 1))
         signal = self.alphas_cumprod[t]
-        a, s = (per_sample(n, x0) for n in (signal.sqrt(), (1 - signal).sqrt()))
-        x = a * x0 + s * perturbed(noise, rng, self.ip_noise_gamma, self.ip_noise_gamma_random_strength)
+        drawn = {
+            "noise": rng.normal("noise", shape),
+            "t": t,
+            "amplitude": signal.sqrt(),
+            "noise_amplitude": (1 - signal).sqrt(),
+            "noise_to_signal": ((1 - signal) / signal).sqrt(),
+            "timestep_weight": self.weight(t),
+        }
+        if self.noise_offset:
+            drawn["offset"] = rng.normal("noise offset", (shape[0], 1, 1))
+            drawn["offset_strength"] = self._offset_strength(rng)
+        if self.multires_noise_iterations:
+            drawn |= self._pyramids(shape, rng)
+        return drawn | perturbation(shape, rng, self.ip_noise_gamma, self.ip_noise_gamma_random_strength)
+
+    def noise(self, latents: Tensor, drawn: Drawn) -> NoisySample:
+        """See `NoiseProcess.noise`."""
+        x0 = latents.float()
+        noise = self._texture(x0, drawn)
+        a, s = (per_sample(drawn[name], x0) for name in ("amplitude", "noise_amplitude"))
+        x = a * x0 + s * perturbed(noise, drawn)
         target = noise if self.prediction == "eps" else a * noise - s * x0
-        ratio = ((1 - signal) / signal).sqrt()
-        return NoisySample(x, t.to(x0.device), target, self.weight(t).to(x0.device), ratio.to(x0.device))
+        return NoisySample(x, drawn["t"], target, drawn["timestep_weight"], drawn["noise_to_signal"])
 
     def weight(self, t: Tensor) -> Tensor:
         """(b,) whole numbers t on the CPU -> (b,) loss weights: the product of all that are asked for."""
@@ -159,42 +183,65 @@ class DDPM:
             {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"} if self.zero_terminal_snr else {}
         )
 
-    def _texture(self, x0: Tensor, rng: SampleRandom) -> Tensor:
+    def _texture(self, x0: Tensor, drawn: Drawn) -> Tensor:
         """The noise of the batch (b, c, h, w), with offset and further resolutions where asked for."""
-        noise = rng.normal("noise", x0.shape[1:]).to(x0.device)
+        noise = drawn["noise"]
         if self.noise_offset:
-            noise = noise + self._offset(x0, rng) * rng.normal("noise offset", (x0.shape[1], 1, 1)).to(x0.device)
-        if self.multires_noise_iterations:
-            noise = torch.stack([self._pyramid(one, SampleRandom([k])) for one, k in zip(noise, rng.keys, strict=True)])
-        return noise
+            strength = drawn["offset_strength"]
+            if self.adaptive_noise_scale:
+                strength = (strength + self.adaptive_noise_scale * x0.mean((2, 3), keepdim=True).abs()).clamp(min=0)
+            noise = noise + strength * drawn["offset"]
+        if not self.multires_noise_iterations:
+            return noise
+        for i in range(self.multires_noise_iterations):
+            if f"multires_{i}" in drawn:
+                noise = noise + drawn[f"multires_{i}"]
+        # Back to unit deviation.
+        return torch.stack([one / one.std() for one in noise])
 
-    def _offset(self, x0: Tensor, rng: SampleRandom) -> Tensor:
-        """Strength of the offset: (b or 1, c or 1, 1, 1)."""
-        strength = torch.full((1, 1, 1, 1), self.noise_offset or 0.0, device=x0.device)
+    def _offset_strength(self, rng: SampleRandom) -> Tensor:
+        """(b or 1, 1, 1, 1), but for what depends on the latents."""
+        strength = torch.full((1, 1, 1, 1), self.noise_offset or 0.0)
         if self.noise_offset_random_strength:
-            strength = strength * per_sample(rng.uniform("noise offset strength"), x0)
-        if self.adaptive_noise_scale:
-            strength = (strength + self.adaptive_noise_scale * x0.mean((2, 3), keepdim=True).abs()).clamp(min=0)
+            strength = strength * rng.uniform("noise offset strength").view(-1, 1, 1, 1)
         return strength
 
-    def _pyramid(self, noise: Tensor, rng: SampleRandom) -> Tensor:
-        """Multi-resolution noise of one sample (c, h, w): ever coarser noise on top, then scaled back to unit
-        deviation."""
-        c, h, w = noise.shape
+    def _pyramids(self, shape: Sequence[int], rng: SampleRandom) -> dict[str, Tensor]:
+        """Multi-resolution noise: what is added to each sample's own, by resolution. A sample of which one dimension
+        has shrunk to 1 gets no more."""
+        levels = [self._pyramid(shape, SampleRandom([key])) for key in rng.keys]
+        none = torch.zeros(tuple(shape))
+        return {
+            f"multires_{i}": torch.stack([own[i] if i < len(own) else none for own in levels])
+            for i in range(max(map(len, levels)))
+        }
+
+    def _pyramid(self, shape: Sequence[int], rng: SampleRandom) -> list[Tensor]:
+        """Ever coarser noise (c, h, w) for one sample."""
+        c, h, w = shape
+        levels = []
         for i in range(self.multires_noise_iterations or 0):
             shrink = (2 + 2 * float(rng.uniform(f"multires shrink {i}"))) ** i
             small = (max(1, int(h / shrink)), max(1, int(w / shrink)))
-            coarse = rng.normal(f"multires {i}", (c, *small)).to(noise.device)
-            noise = noise + F.interpolate(coarse, size=(h, w), mode="bilinear")[0] * self.multires_noise_discount**i
+            coarse = rng.normal(f"multires {i}", (c, *small))
+            levels.append(F.interpolate(coarse, size=(h, w), mode="bilinear")[0] * self.multires_noise_discount**i)
             if 1 in small:
                 break
-        return noise / noise.std()
+        return levels
 
 
-def perturbed(noise: Tensor, rng: SampleRandom, gamma: float | None, random_strength: bool) -> Tensor:
+def perturbation(
+    shape: Sequence[int], rng: SampleRandom, gamma: float | None, random_strength: bool
+) -> dict[str, Tensor]:
+    """For `perturbed`: nothing, or the "ip_noise" (b, *shape) that is added."""
+    if not gamma:
+        return {}
+    noise = rng.normal("ip noise", shape)
+    strength = per_sample(rng.uniform("ip noise strength"), noise) if random_strength else 1.0
+    return {"ip_noise": gamma * strength * noise}
+
+
+def perturbed(noise: Tensor, drawn: Drawn) -> Tensor:
     """Noise (b, c, h, w) as the input gets it: a little more than is in the target (input perturbation,
     arXiv:2301.11706)."""
-    if not gamma:
-        return noise
-    strength = per_sample(rng.uniform("ip noise strength"), noise) if random_strength else 1.0
-    return noise + gamma * strength * rng.normal("ip noise", noise.shape[1:]).to(noise.device)
+    return noise + drawn["ip_noise"] if "ip_noise" in drawn else noise

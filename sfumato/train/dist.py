@@ -37,17 +37,34 @@ class World:
         if self.size > 1:
             torch.distributed.barrier()
 
-    def agree(self, flag: bool) -> bool:
-        """Whether any process says yes."""
-        if self.size == 1:
-            return flag
-        value = torch.tensor(int(flag), device=self.device)
-        torch.distributed.all_reduce(value, op=torch.distributed.ReduceOp.MAX)
-        return bool(value.item())
-
     def close(self) -> None:
         if self.size > 1 and torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
+
+
+class Vote:
+    """Whether any process wants something, asked step by step. What was said is known one step later, in all processes
+    alike, so that none waits for another or for its device."""
+
+    def __init__(self, world: World) -> None:
+        self.world = world
+        self.value = torch.zeros(())
+        self.sent: torch.distributed.Work | None = None
+
+    def said_yes(self, flag: bool, *, last: bool) -> bool:
+        """This process's own say; returns whether any process said yes at the step before; alone, whether it does now.
+        `last`: nobody asks again."""
+        if self.world.size == 1:
+            return flag
+        if self.sent is not None:
+            self.sent.wait()
+            self.sent = None
+            if self.value.item():
+                return True
+        if not last:
+            self.value = torch.tensor(float(flag))
+            self.sent = torch.distributed.all_reduce(self.value, op=torch.distributed.ReduceOp.MAX, async_op=True)
+        return False
 
 
 def outside() -> World:
@@ -61,7 +78,8 @@ def world() -> World:
     rank, size = outside().rank, outside().size
     device = device_of(int(os.environ.get("LOCAL_RANK", "0")))
     if size > 1:
-        backend = "nccl" if device.type == "cuda" else "gloo"
+        # What is on the host is exchanged there, so that no device is waited for.
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         torch.distributed.init_process_group(backend, timeout=timedelta(minutes=60))
     return World(rank, size, device)
 

@@ -8,8 +8,8 @@ from __future__ import annotations
 import math
 import signal
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Generator, Iterator, Mapping
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -27,7 +27,7 @@ from sfumato.errors import UserError, WriteError
 from sfumato.optim import build
 from sfumato.optim.ema import EMA
 from sfumato.train import checkpoints, diagnose
-from sfumato.train.dist import World
+from sfumato.train.dist import Vote, World
 from sfumato.train.log import Log
 from sfumato.train.mishaps import Mishaps
 from sfumato.train.progress import Bar, console
@@ -161,7 +161,7 @@ class Interrupt:
 
 def train(run: Run) -> bool:
     """Train from `run.step` to the end; True when the end was reached, False after Ctrl+C."""
-    budget, pending = run.budget, PendingMetrics()
+    budget, pending, stops = run.budget, PendingMetrics(), Vote(run.world)
     bar = Bar("training", budget.steps, run.step, quiet=not run.world.main)
     run.optimizer.zero_grad(set_to_none=True)
     if run.step == 0 and run.config.sample.sample_at_first:
@@ -169,21 +169,22 @@ def train(run: Run) -> bool:
     try:
         with Interrupt() as interrupt:
             for epoch in range(run.step // budget.steps_per_epoch, budget.epochs):
-                for metrics, rates in _epoch(run, epoch):
-                    pending.add(run.step, metrics, rates)
-                    stop = run.world.agree(interrupt.asked)
-                    actions = _due_actions(run, epoch)
-                    if actions or stop or run.step == budget.steps or time.monotonic() - pending.read > 0.5:
-                        pending.flush(run, epoch)
-                        bar.to(run.step, f"loss {pending.average:.4f}  {bar.speed():.2f} steps/s")
-                    if run.first_step_after is None:
-                        run.first_step_after = time.monotonic() - run.began
-                    if actions:
-                        actions()
-                    if stop and run.step < budget.steps:
-                        name = checkpoints.step_name(run.config.output.output_name, run.step)
-                        _save(run, checkpoints.SaveEvent(name, state=True), epoch, last=True)
-                        return False
+                with closing(_epoch(run, epoch)) as steps:
+                    for metrics, rates in steps:
+                        pending.add(run.step, metrics, rates)
+                        stop = stops.said_yes(interrupt.asked, last=run.step == budget.steps)
+                        actions = _due_actions(run, epoch)
+                        if actions or stop or run.step == budget.steps or time.monotonic() - pending.read > 0.5:
+                            pending.flush(run, epoch)
+                            bar.to(run.step, f"loss {pending.average:.4f}  {bar.speed():.2f} steps/s")
+                        if run.first_step_after is None:
+                            run.first_step_after = time.monotonic() - run.began
+                        if actions:
+                            actions()
+                        if stop and run.step < budget.steps:
+                            name = checkpoints.step_name(run.config.output.output_name, run.step)
+                            _save(run, checkpoints.SaveEvent(name, state=True), epoch, last=True)
+                            return False
     except Exception:
         save_what_is_done(run)
         raise
@@ -192,7 +193,7 @@ def train(run: Run) -> bool:
     return True
 
 
-def _epoch(run: Run, epoch: int) -> Iterator[tuple[dict[str, Tensor], list[float]]]:
+def _epoch(run: Run, epoch: int) -> Generator[tuple[dict[str, Tensor], list[float]], None, None]:
     """The optimizer steps of an epoch that are still to do: mean loss, gradient norm and the like, and the rates of
     each, once it is done."""
     budget = run.budget

@@ -5,9 +5,10 @@ from __future__ import annotations
 import shutil
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -15,6 +16,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from sfumato.config import Config, DatasetConfig, Method
+from sfumato.data.batch import Batch
 from sfumato.data.loader import Loader
 from sfumato.errors import UserError, WriteError
 from sfumato.formats import files
@@ -31,7 +33,7 @@ from sfumato.train.check import check, check_length, check_model
 from sfumato.train.devices import load_models, outline_models, peak_memory, place_models
 from sfumato.train.plan import steps_line
 from sfumato.train.progress import console, progress
-from sfumato.train.step import Step, autocast
+from sfumato.train.step import Step, autocast, draw
 from sfumato.train.trainables import Adapters, Full, Trainable, caches_text
 
 
@@ -105,7 +107,8 @@ def prepare(
         optimizer = build.in_low_bits(optimizer, config.train.seed)
     step = _distributed(Step(models, trainable, process, config.loss, precision), trainable, world)
     loader = Loader(
-        plan=data.plan, seed=config.train.seed, tokenize=models.tokenize_strategy.tokenize,
+        plan=data.plan, seed=config.train.seed, tokenize=models.tokenize, draw=partial(draw, models, process),
+        pack=_packing(world.device),
         latents=caches.latents, texts=caches.texts, prior_loss_weight=config.loss.prior_loss_weight,
         accumulation=budget.accumulation, rank=world.rank, world=world.size,
         steps=budget.steps, workers=config.train.max_data_loader_n_workers,
@@ -129,6 +132,12 @@ def prepare(
     if world.main:
         run.log = log.Log(config, run.step, asdict(config))
     return run
+
+
+def _packing(device: torch.device) -> Callable[[Batch], Batch]:
+    """How batches lie in the host's memory: for a device with its own in one run of bytes, which are page-locked but on
+    Apple's, where device and host share memory."""
+    return (lambda batch: batch) if device.type == "cpu" else partial(Batch.pack, pinned=device.type != "mps")
 
 
 def _distributed(step: Step, trainable: Trainable, world: dist.World) -> nn.Module:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -11,7 +12,7 @@ from sfumato.config import LossConfig
 from sfumato.data.batch import Batch, Cond
 from sfumato.models.base import Models, SampleInfo
 from sfumato.tensors import losses
-from sfumato.tensors.noise import NoiseProcess
+from sfumato.tensors.noise import Drawn, NoiseProcess
 from sfumato.tensors.random import SampleRandom
 from sfumato.train.dist import DTYPES, Precision
 from sfumato.train.trainables import Trainable
@@ -22,6 +23,13 @@ def autocast(device: torch.device, precision: Precision) -> AbstractContextManag
     if precision == "no":
         return nullcontext()
     return torch.autocast(device.type, DTYPES[precision])
+
+
+def draw(models: Models, process: NoiseProcess, sizes: Tensor, keys: Sequence[int]) -> Drawn:
+    """`Batch.drawn`, of samples with these `Batch.sizes` and `Batch.keys`: on the CPU, so ahead of the step."""
+    latents, rng = models.family.latents, SampleRandom(keys)
+    shape = latents.channels, *(side // latents.stride for side in sizes[0, 4:].tolist())
+    return {**process.draw(shape, rng), **models.family.draw(models, sizes, rng)}
 
 
 class Step(nn.Module):
@@ -41,16 +49,15 @@ class Step(nn.Module):
 
     def forward(self, batch: Batch) -> Tensor:
         models, trainable = self.unowned
-        rng = SampleRandom(batch.keys)
-        trainable.on_batch(batch.multiplier, rng)
+        trainable.on_batch(batch.multiplier, SampleRandom(batch.keys))
         # A VAE gives latents in whatever order its last layer left them in memory, and nets take over the order. With
         # channels last, torch's GroupNorm crashes the process in the backward pass on the CPU where its input needs no
         # gradient.
         latents = models.scaled(self.latents(batch)).contiguous()
         with autocast(latents.device, self.precision):
-            noised = self.process.noise(latents.float(), rng)
+            noised = self.process.noise(latents.float(), batch.drawn)
             trainable.on_noise(noised.t / self.process.steps)
-            cond = models.condition(self.cond(batch), SampleInfo(sizes=batch.sizes, rng=rng))
+            cond = models.condition(self.cond(batch), SampleInfo(sizes=batch.sizes, drawn=batch.drawn))
             prediction = models.predict(noised.x, noised.t, cond)
         threshold = losses.huber_threshold(
             self.loss.huber_schedule,

@@ -5,8 +5,10 @@ from __future__ import annotations
 import random
 import shutil
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import fields
+from dataclasses import replace as replaced
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -326,6 +328,22 @@ def test_text_outputs_lost_while_training_end_it_plainly(images: Path, tmp_path:
     kept.store.path(kept.keys["thing 3, red, green, blue"]).write_bytes(b"")
     with pytest.raises(UserError, match=r"thing 3.*damaged.*made anew at the next start"):
         read(loader(of, texts=kept))
+
+
+def test_a_packed_batch_is_the_same_and_lies_in_one_run_of_bytes(images: Path) -> None:
+    of = plan(dataset(subset(images)))
+    kept = {"latents": latents(of, TensorStore(), FileIndex()), "texts": texts(of, TensorStore(), FileIndex())}
+
+    def draw(sizes: Tensor, keys: Sequence[int]) -> dict[str, Tensor]:
+        return {"t": sizes[:, 0] + 1, "gone": torch.tensor(keys) % 2 == 0}
+
+    plain = read(loader(of, draw=draw, **kept))
+    packed = read(loader(of, draw=draw, pack=partial(Batch.pack, pinned=False), **kept))
+    for batch in (*packed, *(batch.to("cpu") for batch in packed)):
+        assert batch.packed is not None and batch.cond is not None and batch.latents is not None
+        inside = (batch.latents, batch.sizes, batch.weight, *batch.cond.values(), *batch.drawn.values())
+        assert {t.untyped_storage().data_ptr() for t in inside} == {batch.packed.untyped_storage().data_ptr()}
+    assert same(plain, [replaced(batch, packed=None) for batch in packed])
 
 
 def test_several_datasets_in_one_run(images: Path) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from noising import noised
 from run_fixtures import make_images
 from tinies import hunyuan_image
 from torch import Tensor
@@ -107,11 +108,11 @@ def test_noise_levels_are_neither_cut_nor_rounded() -> None:
     """Shifted by 5 unless asked otherwise; sd-scripts cuts timesteps to whole numbers."""
     process = made().process(NoiseConfig(), LossConfig())
     assert process == Flow(shift=5.0)
-    noised = process.noise(torch.zeros(64, 64, 2, 2), SampleRandom(range(64)))
-    assert noised.t.dtype == torch.float32 and (noised.t % 1 > 0).sum() > 50
-    u = noised.t / 1000 / (5 - 4 * noised.t / 1000)
+    found = noised(process, torch.zeros(64, 64, 2, 2), SampleRandom(range(64)))
+    assert found.t.dtype == torch.float32 and (found.t % 1 > 0).sum() > 50
+    u = found.t / 1000 / (5 - 4 * found.t / 1000)
     assert 0.35 < u.mean() < 0.65
-    torch.testing.assert_close(noised.target, noised.x / (noised.t / 1000).view(-1, 1, 1, 1), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(found.target, found.x / (found.t / 1000).view(-1, 1, 1, 1), atol=1e-4, rtol=1e-4)
     assert made(discrete_flow_shift=3.0).process(NoiseConfig(), LossConfig()).discrete_flow_shift == 3.0  # type: ignore[attr-defined]
 
 

@@ -43,10 +43,9 @@ def told(
 ) -> dict[str, Tensor]:
     """`keys`: of the samples while training; None: images are drawn. `size`: height, width."""
     b = len(cond["clip_l"])
-    setting = SampleInfo(
-        sizes=torch.tensor([[*size, 0, 0, *size]] * b), rng=None if keys is None else SampleRandom(keys)
-    )
-    return dict(models.condition(cond, setting))
+    sizes = torch.tensor([[*size, 0, 0, *size]] * b)
+    drawn = {} if keys is None else models.family.draw(models, sizes, SampleRandom(keys))
+    return dict(models.condition(cond, SampleInfo(sizes=sizes, drawn=drawn)))
 
 
 def assert_close(a: Tensor, b: Tensor) -> None:

@@ -16,6 +16,7 @@ from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 from diffusers.training_utils import compute_density_for_timestep_sampling, compute_loss_weighting_for_sd3
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from noising import noised
 
 from sfumato.cli import options
 from sfumato.config import LossConfig, NoiseConfig
@@ -49,36 +50,36 @@ def of(noise: NoiseConfig | None = None, shift: float = 1.0, **chosen: Any) -> F
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_input_and_timestep_equal_diffusers(kind: Any) -> None:
-    noised = Flow(timestep_sampling=kind).noise(LATENTS, RANDOM)
-    order = noised.t.argsort(descending=True)
+    found = noised(Flow(timestep_sampling=kind), LATENTS, RANDOM)
+    order = found.t.argsort(descending=True)
     scheduler = FlowMatchEulerDiscreteScheduler()
-    scheduler.set_timesteps(sigmas=(noised.t[order] / 1000).tolist())
+    scheduler.set_timesteps(sigmas=(found.t[order] / 1000).tolist())
     theirs = scheduler.scale_noise(
         LATENTS[order], scheduler.timesteps, RANDOM.normal("noise", LATENTS.shape[1:])[order]
     )
-    torch.testing.assert_close(noised.x[order], theirs, **CLOSE)
-    torch.testing.assert_close(noised.t[order], scheduler.timesteps, atol=1e-4, rtol=0)
-    torch.testing.assert_close(noised.noise_to_signal, (noised.t / 1000) / (1 - noised.t / 1000), rtol=1e-3, atol=0)
+    torch.testing.assert_close(found.x[order], theirs, **CLOSE)
+    torch.testing.assert_close(found.t[order], scheduler.timesteps, atol=1e-4, rtol=0)
+    torch.testing.assert_close(found.noise_to_signal, (found.t / 1000) / (1 - found.t / 1000), rtol=1e-3, atol=0)
 
 
 def test_one_step_of_diffusers_sampler_along_the_target_is_the_data() -> None:
-    noised = Flow().noise(LATENTS, RANDOM)
+    found = noised(Flow(), LATENTS, RANDOM)
     for i in range(8):
         scheduler = FlowMatchEulerDiscreteScheduler()
-        scheduler.set_timesteps(sigmas=[noised.t[i].item() / 1000])
-        x0 = scheduler.step(noised.target[i : i + 1], scheduler.timesteps[0], noised.x[i : i + 1]).prev_sample
+        scheduler.set_timesteps(sigmas=[found.t[i].item() / 1000])
+        x0 = scheduler.step(found.target[i : i + 1], scheduler.timesteps[0], found.x[i : i + 1]).prev_sample
         torch.testing.assert_close(x0, LATENTS[i : i + 1], atol=1e-5, rtol=0)
 
 
 def test_everything_is_fp32_whatever_the_latents_and_the_autocast() -> None:
     half = LATENTS.bfloat16()
-    wanted = Flow().noise(half.float(), RANDOM)
+    wanted = noised(Flow(), half.float(), RANDOM)
     with torch.autocast("cpu", torch.bfloat16):
-        noised = Flow().noise(half, RANDOM)
+        found = noised(Flow(), half, RANDOM)
     for field in fields(NoisySample):
-        assert getattr(noised, field.name).dtype == torch.float32, field.name
-        assert torch.equal(getattr(noised, field.name), getattr(wanted, field.name)), field.name
-    assert len(noised.t.bfloat16().unique()) < len(noised.t.unique()) == 64
+        assert getattr(found, field.name).dtype == torch.float32, field.name
+        assert torch.equal(getattr(found, field.name), getattr(wanted, field.name)), field.name
+    assert len(found.t.bfloat16().unique()) < len(found.t.unique()) == 64
 
 
 TOLD = st.fixed_dictionaries(
@@ -100,25 +101,25 @@ TOLD = st.fixed_dictionaries(
 @settings(max_examples=40, deadline=None)
 def test_a_sample_does_not_depend_on_its_batch(chosen: dict[str, Any], order: list[int]) -> None:
     process = Flow(**chosen)
-    whole = process.noise(LATENTS[:5], SampleRandom(range(5)))
-    parts = [process.noise(LATENTS[order[a:b]], SampleRandom(order[a:b])) for a, b in ((0, 2), (2, 5))]
+    whole = noised(process, LATENTS[:5], SampleRandom(range(5)))
+    parts = [noised(process, LATENTS[order[a:b]], SampleRandom(order[a:b])) for a, b in ((0, 2), (2, 5))]
     for field in fields(whole):
         joined = torch.cat([getattr(part, field.name) for part in parts])
         assert torch.equal(joined, getattr(whole, field.name)[list(order)]), field.name
 
 
 def test_latents_of_five_dimensions_are_noised_alike() -> None:
-    flat, deep = (Flow().noise(x, RANDOM) for x in (LATENTS, LATENTS[:, :, None]))
+    flat, deep = (noised(Flow(), x, RANDOM) for x in (LATENTS, LATENTS[:, :, None]))
     assert torch.equal(deep.x[:, :, 0], flat.x) and torch.equal(deep.target[:, :, 0], flat.target)
 
 
 def test_input_perturbation_changes_the_input_alone() -> None:
     zeros = torch.zeros_like(LATENTS)
-    plain, more = (Flow(ip_noise_gamma=g).noise(zeros, RANDOM) for g in (None, 0.5))
+    plain, more = (noised(Flow(ip_noise_gamma=g), zeros, RANDOM) for g in (None, 0.5))
     assert torch.equal(plain.target, more.target) and torch.equal(plain.t, more.t)
     extra = (more.x - plain.x) / (plain.t / 1000).view(-1, 1, 1, 1)
     assert extra.std() == pytest.approx(0.5, rel=0.05)
-    weaker = Flow(ip_noise_gamma=0.5, ip_noise_gamma_random_strength=True).noise(zeros, RANDOM)
+    weaker = noised(Flow(ip_noise_gamma=0.5, ip_noise_gamma_random_strength=True), zeros, RANDOM)
     ratio = ((weaker.x - plain.x) / (more.x - plain.x)).flatten(1).median(1).values
     assert ratio.min() >= 0 and ratio.max() <= 1.001 and ratio.std() > 0.2
 
@@ -230,18 +231,18 @@ def test_all_numbers_are_finite_and_timesteps_are_in_their_range(chosen: dict[st
             return torch.full((2, *shape), n)
 
     process = Flow(**chosen)
-    noised = process.noise(LATENTS[:2], Extreme([0, 1]))
-    assert all(getattr(noised, field.name).isfinite().all() for field in fields(NoisySample))
-    assert (noised.t >= max(chosen.get("min_timestep", 0), 1) - 1e-4).all() and (noised.t < process.steps).all()
-    assert (noised.t <= chosen.get("max_timestep", 1000) + 1e-4).all()
-    assert (noised.weight > 0).all()
+    found = noised(process, LATENTS[:2], Extreme([0, 1]))
+    assert all(getattr(found, field.name).isfinite().all() for field in fields(NoisySample))
+    assert (found.t >= max(chosen.get("min_timestep", 0), 1) - 1e-4).all() and (found.t < process.steps).all()
+    assert (found.t <= chosen.get("max_timestep", 1000) + 1e-4).all()
+    assert (found.weight > 0).all()
     for kind in ("constant", "exponential", "snr"):
-        threshold = losses.huber_threshold(kind, 0.1, 1.0, noised.t, noised.noise_to_signal, process.steps)
+        threshold = losses.huber_threshold(kind, 0.1, 1.0, found.t, found.noise_to_signal, process.steps)
         assert threshold.isfinite().all() and (threshold > 0).all()
 
 
 def test_a_range_of_one_point_is_that_point() -> None:
-    assert Flow(min_timestep=400, max_timestep=400).noise(LATENTS, RANDOM).t.tolist() == pytest.approx([400.0] * 64)
+    assert noised(Flow(min_timestep=400, max_timestep=400), LATENTS, RANDOM).t.tolist() == pytest.approx([400.0] * 64)
 
 
 # --- what an error weighs ---
@@ -262,33 +263,33 @@ def gradient(prediction: torch.Tensor, cost: torch.Tensor) -> torch.Tensor:
     return found
 
 
-def ours(noised: NoisySample, prediction: torch.Tensor) -> torch.Tensor:
-    error = losses.loss("l2", prediction, noised.target)
-    return losses.sample_losses(error, None, noised.weight, torch.ones(len(prediction)))
+def ours(found: NoisySample, prediction: torch.Tensor) -> torch.Tensor:
+    error = losses.loss("l2", prediction, found.target)
+    return losses.sample_losses(error, None, found.weight, torch.ones(len(prediction)))
 
 
 def test_sigma_scaled_has_value_and_gradient_of_a_loss_on_the_data() -> None:
-    noised = Flow(model_prediction_type="sigma_scaled", weighting_scheme="cosmap").noise(LATENTS, RANDOM)
+    found = noised(Flow(model_prediction_type="sigma_scaled", weighting_scheme="cosmap"), LATENTS, RANDOM)
     prediction = torch.randn(LATENTS.shape, generator=torch.Generator().manual_seed(2)).requires_grad_()
-    s = (noised.t / 1000).view(-1, 1, 1, 1)
-    exact = (noised.x - s * prediction - LATENTS).square() * compute_loss_weighting_for_sd3("cosmap", s)
+    s = (found.t / 1000).view(-1, 1, 1, 1)
+    exact = (found.x - s * prediction - LATENTS).square() * compute_loss_weighting_for_sd3("cosmap", s)
     wanted = exact.flatten(1).mean(1)
-    torch.testing.assert_close(ours(noised, prediction), wanted, atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(ours(found, prediction), wanted, atol=1e-6, rtol=1e-5)
     torch.testing.assert_close(
-        gradient(prediction, ours(noised, prediction)), gradient(prediction, wanted), atol=1e-7, rtol=1e-4
+        gradient(prediction, ours(found, prediction)), gradient(prediction, wanted), atol=1e-7, rtol=1e-4
     )
 
 
 def test_sigma_sqrt_on_the_data_is_the_plain_loss_on_the_velocity() -> None:
-    plain = Flow().noise(LATENTS, RANDOM)
-    both = Flow(model_prediction_type="sigma_scaled", weighting_scheme="sigma_sqrt").noise(LATENTS, RANDOM)
+    plain = noised(Flow(), LATENTS, RANDOM)
+    both = noised(Flow(model_prediction_type="sigma_scaled", weighting_scheme="sigma_sqrt"), LATENTS, RANDOM)
     assert torch.equal(plain.target, both.target)
     torch.testing.assert_close(both.weight, plain.weight, **CLOSE)
 
 
 def test_additive_compares_what_is_predicted_and_the_input_with_the_velocity() -> None:
     plain, additive = (
-        Flow(model_prediction_type=k, ip_noise_gamma=0.1).noise(LATENTS, RANDOM) for k in ("raw", "additive")
+        noised(Flow(model_prediction_type=k, ip_noise_gamma=0.1), LATENTS, RANDOM) for k in ("raw", "additive")
     )
     prediction = torch.randn(LATENTS.shape, generator=torch.Generator().manual_seed(2)).requires_grad_()
     wanted = (prediction + additive.x - plain.target).square().flatten(1).mean(1)

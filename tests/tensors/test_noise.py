@@ -11,6 +11,7 @@ from diffusers import DDIMScheduler, DDPMScheduler
 from diffusers.training_utils import compute_snr
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from noising import noised
 
 from sfumato.config import LossConfig, NoiseConfig
 from sfumato.errors import UserError
@@ -40,20 +41,20 @@ def test_input_and_target_equal_diffusers(prediction: Literal["eps", "v"], zero:
     ours = DDPM(prediction=prediction, zero_terminal_snr=zero)
     scheduler = theirs(ours)
     torch.testing.assert_close(ours.alphas_cumprod, scheduler.alphas_cumprod, **CLOSE)
-    noised = ours.noise(LATENTS, RANDOM)
+    found = noised(ours, LATENTS, RANDOM)
     noise = RANDOM.normal("noise", LATENTS.shape[1:])
-    torch.testing.assert_close(noised.x, scheduler.add_noise(LATENTS, noise, noised.t), **CLOSE)
-    target = noise if prediction == "eps" else scheduler.get_velocity(LATENTS, noise, noised.t)
-    torch.testing.assert_close(noised.target, target, **CLOSE)
-    assert noised.weight.tolist() == [1.0] * 64
+    torch.testing.assert_close(found.x, scheduler.add_noise(LATENTS, noise, found.t), **CLOSE)
+    target = noise if prediction == "eps" else scheduler.get_velocity(LATENTS, noise, found.t)
+    torch.testing.assert_close(found.target, target, **CLOSE)
+    assert found.weight.tolist() == [1.0] * 64
 
 
 def test_the_last_step_of_the_rescaled_schedule_is_pure_noise() -> None:
     ours = DDPM(prediction="v", zero_terminal_snr=True, min_timestep=999)
-    noised = ours.noise(LATENTS, RANDOM)
-    assert torch.equal(noised.x, RANDOM.normal("noise", LATENTS.shape[1:]))
-    assert torch.equal(noised.target, -LATENTS)
-    assert noised.noise_to_signal.isinf().all()
+    found = noised(ours, LATENTS, RANDOM)
+    assert torch.equal(found.x, RANDOM.normal("noise", LATENTS.shape[1:]))
+    assert torch.equal(found.target, -LATENTS)
+    assert found.noise_to_signal.isinf().all()
 
 
 @pytest.mark.parametrize(("prediction", "zero"), CASES)
@@ -110,8 +111,8 @@ def test_weights_use_the_rescaled_schedule_and_are_finite(chosen: dict[str, Any]
 @settings(max_examples=25, deadline=None)
 def test_a_sample_does_not_depend_on_its_batch(chosen: dict[str, Any], order: list[int]) -> None:
     process = DDPM(**chosen)
-    whole = process.noise(LATENTS[:5], SampleRandom(range(5)))
-    parts = [process.noise(LATENTS[order[a:b]], SampleRandom(order[a:b])) for a, b in ((0, 2), (2, 5))]
+    whole = noised(process, LATENTS[:5], SampleRandom(range(5)))
+    parts = [noised(process, LATENTS[order[a:b]], SampleRandom(order[a:b])) for a, b in ((0, 2), (2, 5))]
     for field in fields(whole):
         joined = torch.cat([getattr(part, field.name) for part in parts])
         assert torch.equal(joined, getattr(whole, field.name)[list(order)]), field.name
@@ -119,14 +120,14 @@ def test_a_sample_does_not_depend_on_its_batch(chosen: dict[str, Any], order: li
 
 def test_timesteps_fill_their_range() -> None:
     many = SampleRandom(range(4000))
-    t = DDPM(min_timestep=200, max_timestep=210).noise(torch.zeros(4000, 1, 1, 1), many).t
+    t = noised(DDPM(min_timestep=200, max_timestep=210), torch.zeros(4000, 1, 1, 1), many).t
     assert set(t.tolist()) == set(range(200, 210))
     assert torch.bincount(t)[200:].min() > 300
-    assert set(DDPM(min_timestep=7, max_timestep=7).noise(LATENTS, RANDOM).t.tolist()) == {7}
+    assert set(noised(DDPM(min_timestep=7, max_timestep=7), LATENTS, RANDOM).t.tolist()) == {7}
 
 
 def noise_of(process: DDPM, latents: torch.Tensor = LATENTS) -> torch.Tensor:
-    return process.noise(latents, RANDOM).target
+    return noised(process, latents, RANDOM).target
 
 
 def test_noise_offset_moves_whole_channels() -> None:
@@ -162,20 +163,20 @@ def test_multires_noise_is_smoother_and_of_unit_deviation_in_each_sample() -> No
 
 
 def test_input_perturbation_changes_the_input_alone() -> None:
-    plain, more = (DDPM(ip_noise_gamma=g).noise(torch.zeros_like(LATENTS), RANDOM) for g in (None, 0.5))
+    plain, more = (noised(DDPM(ip_noise_gamma=g), torch.zeros_like(LATENTS), RANDOM) for g in (None, 0.5))
     assert torch.equal(plain.target, more.target) and torch.equal(plain.t, more.t)
     extra = (more.x - plain.x) / (1 - DDPM().alphas_cumprod[plain.t]).sqrt().view(-1, 1, 1, 1)
     assert extra.std() == pytest.approx(0.5, rel=0.05)
-    weaker = DDPM(ip_noise_gamma=0.5, ip_noise_gamma_random_strength=True).noise(torch.zeros_like(LATENTS), RANDOM)
+    weaker = noised(DDPM(ip_noise_gamma=0.5, ip_noise_gamma_random_strength=True), torch.zeros_like(LATENTS), RANDOM)
     ratio = ((weaker.x - plain.x) / (more.x - plain.x)).flatten(1).median(1).values
     assert ratio.min() >= 0 and ratio.max() <= 1 and ratio.std() > 0.2
 
 
 def test_16_bit_latents_are_noised_in_fp32() -> None:
     half = LATENTS.half()
-    noised = DDPM(prediction="v").noise(half, RANDOM)
-    assert torch.equal(noised.x, DDPM(prediction="v").noise(half.float(), RANDOM).x)
-    assert {noised.x.dtype, noised.target.dtype, noised.weight.dtype} == {torch.float32}
+    found = noised(DDPM(prediction="v"), half, RANDOM)
+    assert torch.equal(found.x, noised(DDPM(prediction="v"), half.float(), RANDOM).x)
+    assert {found.x.dtype, found.target.dtype, found.weight.dtype} == {torch.float32}
 
 
 def test_fields_are_taken_from_configs_by_name_and_none_is_lost() -> None:

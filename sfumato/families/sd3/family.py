@@ -34,7 +34,7 @@ from sfumato.models.encoders.tokenizers import clip_tokenizer, t5_home, t5_vocab
 from sfumato.models.layers import Shapes
 from sfumato.models.new_folder import flow_folder
 from sfumato.tensors.flow import Flow, schedule
-from sfumato.tensors.noise import NoiseProcess
+from sfumato.tensors.noise import Drawn, NoiseProcess
 from sfumato.tensors.random import SampleRandom
 from sfumato.tensors.shapes import per_sample
 
@@ -206,17 +206,28 @@ def process(models: Models, noise: NoiseConfig, loss: LossConfig) -> NoiseProces
     return Flow.of(models.options, noise, shift=facts.SHIFT)
 
 
+def draw(models: Models, sizes: Tensor, rng: SampleRandom) -> Drawn:
+    """Which encoders' outputs are taken away, {"clip_l_dropped": (b,)}, and where images lie, if that may differ:
+    {"crop": (b, 2)} in the table of positions, or {"scaled": (b, 3)} in one that fits their size."""
+    net, o = cast(MMDiT, models.denoiser), Completed.of(models.options)
+    rates = {"clip_l": o.clip_l_dropout_rate, "clip_g": o.clip_g_dropout_rate, "t5": o.t5_dropout_rate}
+    drawn = {f"{name}_dropped": rng.uniform(f"{name} dropout") < rate for name, rate in rates.items() if rate}
+    patches, rate = sizes[:, 4:] // LATENTS.multiple, o.pos_emb_random_crop_rate  # (b, 2) rows and columns
+    if o.enable_scaled_pos_embed:
+        drawn["scaled"] = scaled(patches, rate, rng)
+    elif rate:
+        drawn["crop"] = places(patches, net.side, rate, rng)
+    return drawn
+
+
 def condition(models: Models, cond: Cond, setting: SampleInfo) -> Cond:
     """{"context": (b, 77 + n, 4096), "y": (b, 2048)}: both CLIPs side by side and T5 below them, as
     StableDiffusion3Pipeline has it.
 
-    While training also what chance takes away, and where images lie, if that may differ: {"crop": (b, 2)} in the table
-    of positions, or {"scaled": (b, 3)} in one that fits their size.
+    While training also what was drawn of where images lie.
     """
     net, o = cast(MMDiT, models.denoiser), Completed.of(models.options)
-    if setting.rng is not None:
-        rates = {"clip_l": o.clip_l_dropout_rate, "clip_g": o.clip_g_dropout_rate, "t5": o.t5_dropout_rate}
-        cond = _dropped(cond, rates, setting.rng)
+    cond = _dropped(cond, setting.drawn)
     width = net.context_embedder.in_features
     clips = torch.cat([cond[name] for name in CLIPS], -1)
     if "t5" not in cond:  # as diffusers' pipeline has it
@@ -226,26 +237,16 @@ def condition(models: Models, cond: Cond, setting: SampleInfo) -> Cond:
     else:
         t5 = cond["t5"]
     context = torch.cat([F.pad(clips, (0, width - clips.shape[-1])), t5], 1)
-    out = {"context": context, "y": torch.cat([cond[f"{name}_pooled"] for name in CLIPS], -1)}
-    if setting.rng is not None and (o.enable_scaled_pos_embed or o.pos_emb_random_crop_rate):
-        patches, rate = setting.sizes[:, 4:] // LATENTS.multiple, o.pos_emb_random_crop_rate  # (b, 2) rows and columns
-        out |= (
-            {"scaled": scaled(patches, rate, setting.rng)}
-            if o.enable_scaled_pos_embed
-            else {"crop": places(patches, net.side, rate, setting.rng)}
-        )
-    return out
+    y = torch.cat([cond[f"{name}_pooled"] for name in CLIPS], -1)
+    return {"context": context, "y": y, **{name: t for name, t in setting.drawn.items() if name in ("crop", "scaled")}}
 
 
-def _dropped(cond: Cond, rates: Mapping[str, float], rng: SampleRandom) -> Cond:
-    """The encoders' outputs, each zero for some samples, by its own chance."""
-    out = dict(cond)
-    for name, rate in rates.items():
-        if rate:
-            gone = rng.uniform(f"{name} dropout") < rate
-            for part in out.keys() & {name, f"{name}_pooled"}:
-                out[part] = out[part].masked_fill(per_sample(gone, out[part]), 0)
-    return out
+def _dropped(cond: Cond, drawn: Drawn) -> Cond:
+    """The encoders' outputs, each zero for the samples that were drawn."""
+    gone = {part: drawn.get(f"{part.removesuffix('_pooled')}_dropped") for part in cond}
+    return {
+        part: t if (each := gone[part]) is None else t.masked_fill(per_sample(each, t), 0) for part, t in cond.items()
+    }
 
 
 def predict(net: nn.Module, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
@@ -311,6 +312,7 @@ FAMILY = Family(
     latents=LATENTS,
     outputs=outputs_strategy,
     process=process,
+    draw=draw,
     condition=condition,
     predict=predict,
     sigmas=sigmas,
