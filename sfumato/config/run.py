@@ -256,6 +256,8 @@ class MemoryConfig(Record):
     gradient_checkpointing_keep: Annotated[Literal["attention", "costly"] | None, _CHECKPOINTED] = None
     """Keep what costs most to recompute: the results of attention, or (`matmuls`) those of matrix products and
     convolutions as well, which takes more memory."""
+    cpu_offload_checkpointing: Annotated[bool, _CHECKPOINTED] = False
+    """Keep what each recomputed block was given in the host's memory until its backward pass."""
     sdpa: bool = False
     """Use PyTorch's attention (what sfumato does anyway)."""
     xformers: bool = False

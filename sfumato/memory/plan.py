@@ -9,6 +9,7 @@ from torch import nn
 from sfumato.config import MemoryConfig
 from sfumato.errors import UserError
 from sfumato.memory.checkpoint import checkpoint_blocks
+from sfumato.memory.offload import Offload
 
 
 def check_memory_options(blocks: Sequence[nn.Module], config: MemoryConfig) -> None:
@@ -27,4 +28,10 @@ def apply_memory_options(blocks: Sequence[nn.Module], config: MemoryConfig) -> N
     checkpointed, then their weights are streamed.
     """
     if config.gradient_checkpointing:
-        checkpoint_blocks(blocks, every=config.gradient_checkpointing_every, keep=config.gradient_checkpointing_keep)
+        device = next(blocks[0].parameters()).device
+        checkpoint_blocks(
+            blocks,
+            every=config.gradient_checkpointing_every,
+            keep=config.gradient_checkpointing_keep,
+            offload=Offload.on(device) if config.cpu_offload_checkpointing else None,
+        )

@@ -9,5 +9,6 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "checkpointing": {"gradient_checkpointing": True},
     "every other block": {"gradient_checkpointing": True, "gradient_checkpointing_every": 2},
     "selective": {"gradient_checkpointing": True, "gradient_checkpointing_keep": "costly"},
+    "offloaded": {"gradient_checkpointing": True, "cpu_offload_checkpointing": True},
 }
 """Name -> the settings of a config."""

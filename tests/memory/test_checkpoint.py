@@ -6,13 +6,16 @@ from typing import Any
 
 import pytest
 import torch
+from delayed import Delayed
 from tiny_steps import CASES, TinyStep
 from torch import Tensor, nn
 from watch import Watch
 
 from sfumato.config import MemoryConfig
 from sfumato.errors import UserError
+from sfumato.memory import offload
 from sfumato.memory.checkpoint import checkpoint_blocks
+from sfumato.memory.offload import Offload
 from sfumato.memory.plan import apply_memory_options, check_memory_options
 
 
@@ -110,20 +113,26 @@ WAYS = {
 }
 
 
-def test_gradients_of_every_family_are_equal(step: TinyStep) -> None:
+def test_gradients_of_every_family_are_equal(step: TinyStep, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(offload, "SMALL", 0)
     plain = step.gradients()
-    for name, way in WAYS.items():
+    backends = [Delayed(0), Delayed(1)]
+    moved = [Offload(backend) for backend in backends]
+    more = {"offloaded": {"offload": moved[0]}, "all together": {"every": 2, "keep": "costly", "offload": moved[1]}}
+    for name, way in {**WAYS, **more}.items():
         handle = checkpoint_blocks(step.blocks, **way)
         again = step.gradients()
         handle.remove()
         assert again.keys() == plain.keys()
         assert all(torch.equal(again[each], plain[each]) for each in plain), name
+    assert backends[0].loads
+    assert not any(each._known for each in moved), "what was moved is forgotten when its step ends"
 
 
 def test_what_is_kept_is_not_computed_again_and_takes_less(step: TinyStep) -> None:
     """Of attention: nothing again. Of products: those with long sums."""
-    if step.models.family.name not in ("flux", "sd"):
-        return  # a transformer and a convolutional net are enough
+    if step.models.family.name != "flux":
+        return  # one is enough
 
     def watched(way: dict[str, Any] | None) -> tuple[int, int, int]:
         handle = checkpoint_blocks(step.blocks, **way) if way is not None else None
@@ -143,6 +152,15 @@ def test_what_is_kept_is_not_computed_again_and_takes_less(step: TinyStep) -> No
     assert whole[0] < attention[0] < costly[0] < plain[0] and whole[0] < other[0] < plain[0]
     assert plain[1] == attention[1] == costly[1] < other[1] < whole[1]
     assert plain[2] < costly[2] < attention[2] == whole[2]
+
+
+def test_convolutions_with_long_sums_are_kept() -> None:
+    """A 3x3 from 8 to 8 channels has sums of 72 terms, a 1x1 of 8."""
+    net = nn.Sequential(nn.Conv2d(8, 8, 3), nn.Tanh(), nn.Conv2d(8, 8, 1), nn.Tanh())
+    checkpoint_blocks([net], keep="costly")
+    with Watch() as watch:
+        net(torch.randn(1, 8, 5, 5)).sum().backward()
+    assert watch.operators["aten::convolution"] == 3
 
 
 def test_more_than_there_are_blocks_is_refused(blocks: list[Block]) -> None:

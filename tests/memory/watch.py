@@ -22,13 +22,16 @@ class Watch(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         self.operators[func.name()] += 1
-        for t in tree_leaves(out):
-            if isinstance(t, Tensor):
-                storage = t.untyped_storage()
-                self._made[StorageWeakRef(storage)] = storage.nbytes()
+        given = _storages((args, kwargs))
+        self._made |= {ref: nbytes for ref, nbytes in _storages(out).items() if ref not in given}
         return out
 
     @property
     def alive(self) -> int:
         """Bytes."""
         return sum(nbytes for storage, nbytes in self._made.items() if not storage.expired())
+
+
+def _storages(values: Any) -> dict[StorageWeakRef, int]:
+    storages = [t.untyped_storage() for t in tree_leaves(values) if isinstance(t, Tensor)]
+    return {StorageWeakRef(storage): storage.nbytes() for storage in storages}
