@@ -223,14 +223,25 @@ class ComponentWeights:
             kept = (dtype or tensor.dtype) if tensor.is_floating_point() else tensor.dtype
             yield name, self.changes[name](tensor, kept) if name in self.changes else tensor.to(kept)
 
-    def planned(self, dtype: torch.dtype | None = None) -> dict[str, Writable]:
-        """The tensors by native name, each read when it is made; in `dtype`, or in the number formats of the files (fp8
-        as bf16)."""
-        found = renamed(self.key_format.read, self.tensors.as_stored())
-        return {
-            name: self.with_change(name, t, dtype or (torch.bfloat16 if t.dtype in COARSE else t.dtype))
-            for name, t in found.items()
-        }
+    def stored(self) -> dict[str, Writable]:
+        """The tensors by native name, each read when it is made: in the number formats of the files, those that stand
+        in codes in fp32."""
+        return renamed(self.key_format.read, {**self.tensors.as_stored(), **self.tensors.exact()})
+
+    def coded(self) -> set[str]:
+        """Native names of those that stand in codes."""
+        codes = self.tensors.coded.keys()
+        return {name for name in self.shapes() if codes & set(self.key_format.sources(name))} if codes else set()
+
+    def planned(self, dtype: torch.dtype | None = None, coded: torch.dtype = torch.bfloat16) -> dict[str, Writable]:
+        """`stored`, with what is merged; in `dtype`, or in the number formats of the files (fp8 as bf16, codes as
+        `coded`)."""
+        found, codes = self.stored(), self.coded()
+
+        def kept(name: str, held: torch.dtype) -> torch.dtype:
+            return dtype or (coded if name in codes else torch.bfloat16 if held in COARSE else held)
+
+        return {name: self.with_change(name, t, kept(name, t.dtype)) for name, t in found.items()}
 
     def with_change(self, name: str, tensor: Writable, dtype: torch.dtype) -> Writable:
         """A native tensor in a number format, with what is merged into it, rounded once."""

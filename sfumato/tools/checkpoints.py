@@ -15,8 +15,8 @@ from sfumato import __version__, families
 from sfumato.errors import UserError
 from sfumato.families import detect
 from sfumato.formats import scaled_fp8
-from sfumato.formats.coded import MARK
-from sfumato.formats.planned import Writable, renamed
+from sfumato.formats.coded import MARK, METADATA
+from sfumato.formats.planned import Writable
 from sfumato.models import loading, saving
 from sfumato.models.base import Family, Models
 from sfumato.models.components import Checkpoint
@@ -68,9 +68,9 @@ def _listed(flags: Collection[str]) -> str:
 
 
 def stored(models: Models) -> State:
-    """All tensors in the number formats of the files, fp8 too, each read when it is made."""
-    parts = models.source.components
-    return {name: renamed(weights.key_format.read, weights.tensors.as_stored()) for name, weights in parts.items()}
+    """All tensors in the number formats of the files, fp8 too, each read when it is made; what stands in codes is
+    fp32."""
+    return {name: weights.stored() for name, weights in models.source.components.items()}
 
 
 def bundled(source: Checkpoint, wanted: Collection[str] | None) -> Checkpoint:
@@ -87,7 +87,8 @@ def bundled(source: Checkpoint, wanted: Collection[str] | None) -> Checkpoint:
 
 def metadata(models: Models, path: Path) -> dict[str, str]:
     """The metadata of a file made of a checkpoint: its own, but for hashes, which are of its bytes."""
-    kept = {key: value for key, value in models.source.metadata.items() if "hash" not in key and key != "format"}
+    left = ("format", METADATA)
+    kept = {key: value for key, value in models.source.metadata.items() if "hash" not in key and key not in left}
     made = {"modelspec.sai_model_spec": "1.0.1", "modelspec.title": path.stem}
     if not loading.missing(models.family, models.source):  # else the version may not be known
         made["modelspec.architecture"] = families.facts(models.family.name).architecture(models.options)
@@ -103,9 +104,14 @@ Finish = Callable[[dict[str, Writable]], dict[str, Writable]]
 
 
 def precision(models: Models, state: State, name: str | None) -> tuple[State, Finish]:
-    """The state in a number format of `PRECISIONS` (None: as it is, with scales where the files have them), and what is
-    left to be done."""
+    """The state in a number format of `PRECISIONS` (None: as it is, what stands in codes as bf16, with scales where the
+    files have them in fp8), and what is left to be done."""
     if name is None:
+        codes = {c: weights.coded() for c, weights in models.source.components.items()}
+        state = {
+            c: {n: t.to(torch.bfloat16) if n in codes.get(c, ()) else t for n, t in tensors.items()}
+            for c, tensors in state.items()
+        }
         return state, partial(_scaled_again, models)
     narrow = block_layers(models) if name.startswith("fp8") else set[str]()
     other = torch.bfloat16 if narrow else PRECISIONS[name]

@@ -133,7 +133,8 @@ def _pairs(base: Models, changed: Models) -> Iterator[tuple[str, str, Writable, 
     for component in base.nets():
         if component not in changed.nets():
             continue
-        one, other = base.source.components[component].planned(), changed.source.components[component].planned()
+        parts = (models.source.components[component] for models in (base, changed))
+        one, other = (weights.planned(coded=torch.float32) for weights in parts)
         odd = [n for n in one.keys() | other.keys() if n not in one or n not in other or one[n].shape != other[n].shape]
         if odd:
             raise UserError(

@@ -21,6 +21,7 @@ from sfumato.errors import UserError
 from sfumato.families.detect import detect_file, identify
 from sfumato.formats import files
 from sfumato.formats.adapter_check import check_adapter
+from sfumato.formats.coded import METADATA
 from sfumato.formats.dialect import AdapterTensors, ModulePath
 from sfumato.formats.folders import aside_folder, irreplaceable
 from sfumato.formats.lazy import Lazy
@@ -275,7 +276,8 @@ def _save(
 def _metadata(what: Merging, models: Models) -> dict[str, str]:
     """That of the model, with what was merged into it; without hashes, which are those of other values."""
     old = models.source.metadata
-    kept = {k: v for k, v in old.items() if not k.startswith("sshs_") and k != "modelspec.hash_sha256"}
+    left = ("modelspec.hash_sha256", *([METADATA] if what.dtype else []))
+    kept = {k: v for k, v in old.items() if not k.startswith("sshs_") and k not in left}
     if not what.metadata:
         return kept
     new = {

@@ -227,7 +227,7 @@ def _checkpoints(one: Path, other: Path, progress: Progress) -> Verified:
         if part not in first.components or part not in second.components:
             found.append(Difference(part, 1.0, float("nan"), f"only in {one if part in first.components else other}"))
             continue
-        a, b = first.components[part].planned(), second.components[part].planned()
+        a, b = (source.components[part].planned(coded=torch.float32) for source in (first, second))
         for name in dict.fromkeys([*a, *b]):
             progress(len(found), total)
             full = f"{part}.{name}"
