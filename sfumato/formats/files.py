@@ -429,12 +429,13 @@ def finite(tensors: Mapping[str, Writable], what: str, cast: torch.dtype | None 
     return {name: made[name] if name in made else t.then(partial(checked, name)) for name, t in tensors.items()}  # type: ignore[union-attr]
 
 
-def fingerprint(tensors: Mapping[str, Tensor]) -> str:
-    """Hash of names, dtypes, shapes and values; the order of the tensors does not matter."""
+def fingerprint(tensors: Mapping[str, Writable]) -> str:
+    """Hash of names, dtypes, shapes and values; the order of the tensors does not matter. Planned ones are made one
+    after another."""
     digest = hashlib.blake2b(digest_size=16)
     for name in sorted(tensors):
         digest.update(f"{name}\0{tensors[name].dtype}\0{tuple(tensors[name].shape)}\0".encode())
-        digest.update(_bytes(tensors[name]))
+        digest.update(_bytes(_made(name, tensors[name])))
     return digest.hexdigest()
 
 

@@ -121,20 +121,36 @@ LANGUAGE_MODELS = {
     "qwen25vl": "self_attn.q_proj.bias",
 }
 """Decoder-only language models -> a tensor of their layers that the others lack."""
+_LLAMA_CPP = {"gemma2": "post_ffw_norm.weight", "qwen3": "attn_q_norm.weight", "qwen25vl": "attn_q.bias"}
+"""The same in llama.cpp's names."""
 
 
-def language_model(name: str, width: int, variant: str = "") -> Single:
-    """One of `LANGUAGE_MODELS`, with states of this width."""
+def language_model(name: str, width: int, variant: str = "") -> tuple[Single, ...]:
+    """One of `LANGUAGE_MODELS`, with states of this width, in transformers' and in llama.cpp's names."""
     layer = r"(?!.*visual)(.*\.)?layers\.0\."
-    tensors = {rf"{layer}self_attn\.q_proj\.weight": (None, width), layer + re.escape(LANGUAGE_MODELS[name]): None}
-    return Single(kind="text_encoder", dialect="hf", tensors=tensors, variant=variant)
+    marks = {
+        "hf": (rf"{layer}self_attn\.q_proj\.weight", layer + re.escape(LANGUAGE_MODELS[name])),
+        "llama.cpp": (r"blk\.0\.attn_q\.weight", r"blk\.0\." + re.escape(_LLAMA_CPP[name])),
+    }
+    return _text_encoder(marks, width, variant)
 
 
-def t5(width: int, variant: str = "") -> Single:
-    """T5's encoder, or a whole T5, with states of this width."""
+def t5(width: int, variant: str = "") -> tuple[Single, ...]:
+    """T5's encoder, or a whole T5, with states of this width, in transformers' and in llama.cpp's names."""
     layer = r"(?!.*decoder)(.*\.)?block\.0\.layer\.0\.SelfAttention\."
-    tensors = {rf"{layer}q\.weight": (None, width), rf"{layer}relative_attention_bias\.weight": None}
-    return Single(kind="text_encoder", dialect="hf", tensors=tensors, variant=variant)
+    marks = {
+        "hf": (rf"{layer}q\.weight", rf"{layer}relative_attention_bias\.weight"),
+        "llama.cpp": (r"enc\.blk\.0\.attn_q\.weight", r"enc\.blk\.0\.attn_rel_b\.weight"),
+    }
+    return _text_encoder(marks, width, variant)
+
+
+def _text_encoder(marks: Mapping[str, tuple[str, str]], width: int, variant: str) -> tuple[Single, ...]:
+    """`marks`: dialect -> patterns of a matrix of this width, and of another tensor."""
+    return tuple(
+        Single(kind="text_encoder", dialect=dialect, tensors={matrix: (None, width), mark: None}, variant=variant)
+        for dialect, (matrix, mark) in marks.items()
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -19,7 +19,7 @@ from sfumato.adapters.merging import Change, Strength, changes, in_order, one_th
 from sfumato.data.store import Progress
 from sfumato.errors import UserError
 from sfumato.families.detect import detect_file, identify
-from sfumato.formats import files
+from sfumato.formats import files, gguf
 from sfumato.formats.adapter_check import check_adapter
 from sfumato.formats.coded import METADATA
 from sfumato.formats.dialect import AdapterTensors, ModulePath
@@ -195,17 +195,13 @@ def _write_parts(what: Merging, models: Models, metadata: Mapping[str, str], pro
         if not weights.changes:
             continue
         paths = weights.tensors.paths
-        prefix = _prefix(weights)
-        changed = add_prefix(merged(weights, what.dtype), prefix)
-        _save(
-            what,
-            _beside(what, name),
-            _file(paths, changed, what.dtype),
-            changed,
-            metadata,
-            weights.tensors.check,
-            progress,
-        )
+        if any(gguf.is_gguf(path) for path in paths):  # whose names of text encoders no other file has
+            changed = weights.component.single(weights.shapes()).write(weights.planned(what.dtype))
+            tensors = {**changed, **weights.carried()}
+        else:
+            changed = add_prefix(merged(weights, what.dtype), _prefix(weights))
+            tensors = _file(paths, changed, what.dtype)
+        _save(what, _beside(what, name), tensors, changed, metadata, weights.tensors.check, progress)
         written.append(_beside(what, name))
     return written
 

@@ -98,7 +98,7 @@ def fingerprint(config: Config, models: Models, component: str) -> str:
     digest = remembered(
         f"{component} of {' '.join(map(str, paths))}",
         paths,
-        lambda: files.fingerprint(dict(weights.natives())),
+        lambda: files.fingerprint(weights.planned()),
     )
     network = config.network
     merged = [file_digest(path) for path in network.base_weights] if component != "vae" else []

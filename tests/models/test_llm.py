@@ -7,6 +7,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
+import gguf
 import nets
 import pytest
 import torch
@@ -332,18 +333,33 @@ def test_each_family_can_know_its_own_encoder(keys: Keys) -> None:
     tables = {
         n: keys(n) for n in ("gemma2_2b.hf", "qwen3_06b.hf", "qwen2_5_vl_7b.hf", "byt5_small_glyph.hf", "t5xxl.hf")
     }
-    singles = [
-        language_model("gemma2", 2304),
-        language_model("qwen3", 1024),
-        language_model("qwen25vl", 3584),
-        t5(1472),
-        t5(4096),
+    known = [
+        (language_model("gemma2", 2304), "GEMMA2"),
+        (language_model("qwen3", 1024), "QWEN3"),
+        (language_model("qwen25vl", 3584), "QWEN2VL"),
+        (t5(1472), "T5ENCODER"),
+        (t5(4096), "T5ENCODER"),
     ]
-    for single, (name, table) in zip(singles, tables.items(), strict=True):
+    llama_cpp = {name: in_llama_cpp(tables[name], arch) for name, (_, arch) in zip(tables, known, strict=True)}
+    for ((single, theirs), _), (name, table) in zip(known, tables.items(), strict=True):
         assert [other for other in tables if single.fits(tables[other])] == [name]
         assert single.fits({f"text_encoders.x.transformer.{k}": shape for k, shape in table.items()})
+        assert [other for other in tables if theirs.fits(llama_cpp[other])] == [name]
     assert FACTS.signature.detect(tables["t5xxl.hf"]) and not FACTS.signature.detect(tables["byt5_small_glyph.hf"])
-    assert singles[3].fits({k.removeprefix("encoder."): s for k, s in tables["byt5_small_glyph.hf"].items()})
+    byt5 = {k.removeprefix("encoder."): s for k, s in tables["byt5_small_glyph.hf"].items()}
+    assert known[3][0][0].fits(byt5)
+
+
+def in_llama_cpp(table: dict[str, tuple[int, ...]], arch: str) -> dict[str, tuple[int, ...]]:
+    """The names that the package `gguf` gives to transformers'."""
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[arch], 64)
+    prefixes = ("", "model.")
+    return {
+        found: shape
+        for key, shape in table.items()
+        for prefix in prefixes
+        if (found := names.get_name(prefix + key, try_suffixes=(".weight", ".bias")))
+    }
 
 
 # --- byT5 ---

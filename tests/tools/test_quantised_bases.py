@@ -5,9 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+import gguf
 import pytest
 import torch
 from adapters_on_tinies import adapter_file
+from formats import gguf_files
 from tinies import flux, quantised
 from torch import Tensor
 
@@ -113,3 +115,30 @@ def test_what_was_trained_on_it_is_extracted(base: Base, tmp_path: Path) -> None
         )
     )
     assert_near(load(tmp_path / "out.safetensors"), base.merged, 1e-3)
+
+
+def test_an_adapter_is_merged_into_a_text_encoder_in_gguf(tmp_path: Path) -> None:
+    """Which becomes a file that other programs read."""
+    plain = flux.parts()
+    table = gguf.get_tensor_name_map(gguf.MODEL_ARCH.T5ENCODER, 8)
+    names = {key: table.get_name(key, try_suffixes=(".weight",)) for key in plain["t5xxl"]}
+    held = {names[key]: t for key, t in plain["t5xxl"].items()}
+    wanted = gguf_files.write(tmp_path / "t5.gguf", held, arch="t5encoder")
+    save(tmp_path / "wide.safetensors", {key: wanted[names[key]] for key in names})
+    save(tmp_path / "base.safetensors", plain["transformer"])
+    models = loading.outline_parts(
+        FAMILY, str(tmp_path / "base.safetensors"), Options(t5xxl=str(tmp_path / "wide.safetensors"))
+    )
+    adapter_file(models, tmp_path / "a.safetensors", "train_t5xxl=True")
+    for file in ("t5.gguf", "wide.safetensors"):
+        merge(
+            Merging(
+                model=tmp_path / "base.safetensors",
+                adapters=[(tmp_path / "a.safetensors", 1.0)],
+                out=tmp_path / "out.safetensors",
+                outs={"t5xxl": tmp_path / f"{file[:2]}.safetensors"},
+                options={"t5xxl": str(tmp_path / file)},
+                dtype=torch.float32,
+            )
+        )
+    assert_near(load(tmp_path / "t5.safetensors"), load(tmp_path / "wi.safetensors"), 1e-6)

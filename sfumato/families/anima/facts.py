@@ -129,7 +129,7 @@ SIGNATURE = Signature(
     },
     fits=lambda shapes: width(shapes, rf".*blocks[._]\d+[._](self_attn[._][qkv]_proj|mlp[._]layer1){DOWN}") != _LARGER,
     own=_own,
-    singles=(*qwen_vae(VAE), language_model("qwen3", _QWEN3_WIDTH)),
+    singles=(*qwen_vae(VAE), *language_model("qwen3", _QWEN3_WIDTH)),
 )
 
 

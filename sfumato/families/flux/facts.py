@@ -141,7 +141,7 @@ SIGNATURE = Signature(
     variant=_guided,
     singles=(
         *vae(16, VAE),
-        t5(4096),
+        *t5(4096),
     ),
 )
 

@@ -147,7 +147,7 @@ SIGNATURE = Signature(
     # FLUX.1's and HunyuanVideo's, which have ComfyUI's and diffusers' names.
     fits=lambda shapes: width(shapes, _INPUTS) != 3072,
     own=_own,
-    singles=(*hunyuan_vae(VAE), language_model("qwen25vl", WIDTH), t5(GLYPHS_WIDTH)),
+    singles=(*hunyuan_vae(VAE), *language_model("qwen25vl", WIDTH), *t5(GLYPHS_WIDTH)),
 )
 
 _FROZEN = "Qwen2.5-VL and byT5 are never trained"

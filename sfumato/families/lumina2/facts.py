@@ -104,7 +104,7 @@ SIGNATURE = Signature(
     # Z-Image's and NewBie's.
     foreign=r".*attention[._]to_[qkv]([._].*)?|.*adaLN_modulation[._]0[._].*|.*(clip_text_pooled_proj|time_text_embed).*",
     own=_own,
-    singles=(language_model("gemma2", WIDTH),),
+    singles=language_model("gemma2", WIDTH),
 )
 
 
