@@ -52,24 +52,20 @@ def kl_net(shapes: Shapes, scale: float, shift: float | None = None) -> Any:
         )
 
 
-def scale(vae: nn.Module, latents: Tensor) -> Tensor:
-    """Raw latents -> those of the denoiser: (x - shift) * factor."""
-    return scaled(latents, _scaling(vae))
-
-
 def unscale(vae: nn.Module, latents: Tensor) -> Tensor:
-    """The inverse of `scale`."""
-    factor, shift = _beside(latents, _scaling(vae))
+    """The inverse of `scaled`."""
+    factor, shift = on(latents.device, scaling_of(vae))
     return latents / factor + shift
 
 
 def scaled(latents: Tensor, scaling: Scaling) -> Tensor:
-    """`scale` by what is known of a VAE."""
-    factor, shift = _beside(latents, scaling)
+    """Raw latents -> those of the denoiser: (x - shift) * factor."""
+    factor, shift = scaling
     return (latents - shift) * factor
 
 
-def _scaling(vae: nn.Module) -> Scaling:
+def scaling_of(vae: nn.Module) -> Scaling:
+    """What a VAE's config says."""
     config = cast(Any, vae).config
     if "scaling_factor" in config:
         return float(config.scaling_factor), float(config.get("shift_factor") or 0.0)
@@ -81,9 +77,9 @@ def per_channel(mean: Sequence[float], std: Sequence[float]) -> Scaling:
     return 1.0 / torch.tensor(std)[:, None, None], torch.tensor(mean)[:, None, None]
 
 
-def _beside(latents: Tensor, scaling: Scaling) -> Scaling:
-    """On the latents' device, without waiting for it."""
-    factor, shift = (x.to(latents.device, non_blocking=True) if isinstance(x, Tensor) else x for x in scaling)
+def on(device: torch.device, scaling: Scaling) -> Scaling:
+    """The same on a device."""
+    factor, shift = (x.to(device) if isinstance(x, Tensor) else x for x in scaling)
     return factor, shift
 
 

@@ -26,8 +26,8 @@ from sfumato.data.strategies import (
 from sfumato.errors import UserError
 from sfumato.formats.dialect import Dialect, ModulePath, with_aliases
 from sfumato.formats.planned import Writable
-from sfumato.models.autoencoders import scale, scaled, unscale
-from sfumato.models.components import Checkpoint, Component
+from sfumato.models.autoencoders import on, scaled, scaling_of, unscale
+from sfumato.models.components import Checkpoint, Component, Scaling
 from sfumato.models.encoders.tokenizers import MERGES
 from sfumato.models.locate import INDEX
 from sfumato.models.ondemand import OnDemand
@@ -68,6 +68,7 @@ class Models:
     noise: NoiseConfig | None = None
     """What the whole model is trained with, as far as its files have to say so."""
     _dialects: Mapping[str, Dialect] | None = field(default=None, init=False, repr=False, compare=False)
+    _scaling: dict[torch.device, Scaling] = field(default_factory=dict, init=False, repr=False, compare=False)
     tile: int | None = None
     """Side of the tiles, in pixels, in which larger pictures pass through the VAE; None: they pass whole."""
 
@@ -151,10 +152,12 @@ class Models:
 
     def scaled(self, latents: Tensor) -> Tensor:
         """Raw latents -> those of the denoiser. If the VAE's config is known, no VAE is made for it."""
-        weights = self.source.components.get("vae")
-        if weights is None or weights.component.scaling is None:
-            return scale(self.vae, latents)
-        return scaled(latents, weights.component.scaling(weights.config))
+        if latents.device not in self._scaling:  # kept, so that no step waits for a copy of it
+            weights = self.source.components.get("vae")
+            known = None if weights is None else weights.component.scaling
+            scaling = known(weights.config) if weights and known else scaling_of(self.vae)
+            self._scaling[latents.device] = on(latents.device, scaling)
+        return scaled(latents, self._scaling[latents.device])
 
     def nets(self) -> Mapping[str, nn.Module]:
         """What can be trained, by component name: the denoiser and the encoders."""

@@ -19,7 +19,7 @@ from torch import Tensor
 from sfumato.errors import UserError
 from sfumato.formats.files import save
 from sfumato.formats.names import add_prefix
-from sfumato.models.autoencoders import kl_net, scale, unscale, vae_component, vae_keys
+from sfumato.models.autoencoders import kl_net, scaled, scaling_of, unscale, vae_component, vae_keys
 from sfumato.models.components import open_component
 from sfumato.models.meta_init import shapes
 
@@ -75,7 +75,7 @@ def test_latents_are_scaled_as_pipelines_do(
         else:
             held = SimpleNamespace(vae=vae, scheduler=SimpleNamespace(scale_noise=lambda latents, *_: latents))
             wanted = pipeline.prepare_latents(held, x, torch.zeros(1), 1, 1, torch.float32, torch.device("cpu"), draw())
-    torch.testing.assert_close(scale(vae, raw), wanted)
+    torch.testing.assert_close(scaled(raw, scaling_of(vae)), wanted)
     torch.testing.assert_close(unscale(vae, wanted), raw)
     assert not torch.allclose(wanted, raw * factors[0], atol=1e-3)
 
@@ -83,7 +83,7 @@ def test_latents_are_scaled_as_pipelines_do(
 def test_a_vae_without_a_shift() -> None:
     vae, x = nets.vae(tiny.parts(v2=False).vae.state_dict()), torch.ones(1, 4, 2, 2)
     assert vae.config.shift_factor is None
-    assert scale(vae, x).unique().item() == pytest.approx(0.18215)
+    assert scaled(x, scaling_of(vae)).unique().item() == pytest.approx(0.18215)
     assert unscale(vae, x).unique().item() == pytest.approx(1 / 0.18215)
 
 

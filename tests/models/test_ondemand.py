@@ -13,7 +13,7 @@ from tinies.cases import Case, Files, cases
 
 from sfumato import families
 from sfumato.formats import lazy
-from sfumato.models.autoencoders import scale
+from sfumato.models.autoencoders import scaled, scaling_of
 from sfumato.models.loading import materialize, materialize_vae, outline, read_values
 from sfumato.models.ondemand import LaterTokenizer, OnDemand
 
@@ -57,7 +57,7 @@ def test_what_is_not_asked_for_is_not_made(
     assert settings(later) == settings(now)
     assert pickle.loads(pickle.dumps(later.tokenizers)).keys() == now.tokenizers.keys()
     latents = torch.randn(1, later.family.latents.channels, 4, 4)
-    assert torch.equal(later.scaled(latents), scale(now.vae, latents))
+    assert torch.equal(later.scaled(latents), scaled(latents, scaling_of(now.vae)))
     assert set(later.nets()) == set(now.nets()) and later.vaes is not None
     assert set(later.made()) == {"denoiser"}
 

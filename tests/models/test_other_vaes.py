@@ -25,7 +25,7 @@ from sfumato.errors import UserError
 from sfumato.formats.files import save
 from sfumato.formats.names import KeyMap, add_prefix
 from sfumato.models import detection
-from sfumato.models.autoencoders import scale, scaled, unscale, vae_keys
+from sfumato.models.autoencoders import scaled, scaling_of, unscale, vae_keys
 from sfumato.models.base import Models
 from sfumato.models.components import Component, open_component
 from sfumato.models.hunyuan_vae import hunyuan_vae_component, hunyuan_vae_keys
@@ -131,7 +131,7 @@ def test_latents_of_videos_are_scaled_by_channel_as_by_the_pipeline() -> None:
     with torch.no_grad():
         wanted = QwenImageImg2ImgPipeline._encode_vae_image(held, x[:, :, None], torch.Generator().manual_seed(1))
         raw = vae.encode(x[:, :, None]).latent_dist.sample(torch.Generator().manual_seed(1))
-    ours = scale(vae, raw[:, :, 0])
+    ours = scaled(raw[:, :, 0], scaling_of(vae))
     torch.testing.assert_close(ours, wanted[:, :, 0], atol=1e-6, rtol=1e-6)
     torch.testing.assert_close(unscale(vae, ours), raw[:, :, 0], atol=1e-5, rtol=1e-5)
 
@@ -177,9 +177,9 @@ def test_what_a_file_lacks_and_a_folder_says_of_scaling(kind: Kind, tmp_path: Pa
     raw = torch.rand(2, kind.latents.channels, 3, 2, generator=torch.Generator().manual_seed(0))
     save(tmp_path / "vae.safetensors", kind.original())
     alone = open_component(kind.part, str(tmp_path / "vae.safetensors"))
-    by_file, by_net = (kind.part.scaling(alone.config), scale(alone.build(), raw))  # type: ignore[misc]
+    by_file, by_net = (kind.part.scaling(alone.config), scaled(raw, scaling_of(alone.build())))  # type: ignore[misc]
     assert torch.equal(scaled(raw, by_file), by_net)
-    assert torch.equal(by_net, scale(kind.tiny(), raw)) and not torch.allclose(by_net, raw, atol=0.1)
+    assert torch.equal(by_net, scaled(raw, scaling_of(kind.tiny()))) and not torch.allclose(by_net, raw, atol=0.1)
     kind.tiny().save_pretrained(tmp_path / "model" / "vae")
     config = (tmp_path / "model" / "vae" / "config.json").read_text()
     (tmp_path / "model" / "vae" / "config.json").write_text(
@@ -189,7 +189,7 @@ def test_what_a_file_lacks_and_a_folder_says_of_scaling(kind: Kind, tmp_path: Pa
     said = scaled(raw, kind.part.scaling(folder.config))  # type: ignore[misc]
     wanted = (raw[:, 0] + 0.25) / 2 if kind is QWEN else raw[:, 0] * 0.5
     torch.testing.assert_close(said[:, 0], wanted)
-    assert torch.equal(scale(folder.build(), raw), said)
+    assert torch.equal(scaled(raw, scaling_of(folder.build())), said)
 
 
 @kinds

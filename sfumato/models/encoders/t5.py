@@ -50,9 +50,18 @@ class T5Encoder(nn.Module):
 
     def forward(self, ids: Tensor, mask: Tensor | None = None) -> Tensor:
         """`mask` (b, n): 0 or False for what no token attends to; None: all attend to all."""
-        attn_mask = None if mask is None else mask.bool()
-        states: Tensor = self.encoder(inputs_embeds=self.shared(ids), attention_mask=attn_mask).last_hidden_state
+        x = self.shared(ids)
+        attn_mask = None if mask is None else self._whole(mask.bool(), x.dtype)
+        states: Tensor = self.encoder(inputs_embeds=x, attention_mask=attn_mask).last_hidden_state
         return states
+
+    def _whole(self, mask: Tensor, dtype: torch.dtype) -> Tensor:
+        """mask (b, n) -> (b, 1, n, n) as transformers' attention takes it: of a smaller one it reads from the device
+        whether it could be left out."""
+        whole = mask[:, None, None].expand(-1, -1, mask.shape[1], -1)
+        if self.config._attn_implementation == "sdpa":
+            return whole
+        return torch.zeros(whole.shape, dtype=dtype, device=mask.device).masked_fill(~whole, torch.finfo(dtype).min)
 
     @property
     def layers(self) -> nn.ModuleList:
