@@ -48,7 +48,7 @@ def load_models(
     file that changes meanwhile would change the training, or end it. `base_weights`, and then `adapters` (files and
     their strengths), are merged while the weights are read, whenever that is. Text encoders that are streamed get no
     values."""
-    family, dtype = models.family, _formats(config, models.family, method)
+    family, dtype = models.family, formats(config, models.family, method)
     strengths = config.network.base_weights_multiplier
     base = [
         ("base_weights", Path(path), strengths[i] if i < len(strengths) else 1.0)
@@ -62,7 +62,7 @@ def load_models(
         read_values(models, dtype=dtype, later=later, map=map, progress=advance)
 
 
-def _formats(config: Config, family: Family, method: Method | None) -> dict[str, torch.dtype]:
+def formats(config: Config, family: Family, method: Method | None) -> dict[str, torch.dtype]:
     """The number format of each component's weights."""
     precision = dist.precision(config.train.mixed_precision)
     names = [component.name for component in family.components]
@@ -80,7 +80,7 @@ def streamed(config: Config, models: Models, method: Method | None) -> dict[str,
     asked = config.memory.stream_text_encoders
     if asked is False or not (method is None or caches_text(config)):
         return {}
-    found = sizes(models, _formats(config, models.family, method))
+    found = sizes(models, formats(config, models.family, method))
     # Beside a denoiser that is in memory already there is no room to count on.
     large = {name: size for name, size in found.items() if size > LARGE and (method is None or not _has_room(size))}
     return found if asked else large

@@ -1,0 +1,216 @@
+"""What a training step will need, from the headers of files alone: one step is traced without values."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, fields, replace
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
+from torch.utils import _pytree as pytree
+
+from sfumato.adapters import AdapterPlan
+from sfumato.config import Config, Method
+from sfumato.data.batch import Batch
+from sfumato.errors import UserError
+from sfumato.memory.as_on_card import AsOnCard
+from sfumato.memory.trace import BlockTracer, Trace, alike, signature
+from sfumato.memory.tracker import Tracker
+from sfumato.models.base import Models
+from sfumato.optim import build
+from sfumato.optim.groups import Group
+from sfumato.optim.trial import stand_in, trial
+from sfumato.train import dist
+from sfumato.train.devices import formats, outline_models
+from sfumato.train.step import Step
+from sfumato.train.trainables import Adapters, Full, Trainable, caches_latents, caches_text
+
+@dataclass(frozen=True, slots=True)
+class Weights:
+    """Bytes of what is on the device for the whole of a training."""
+
+    denoiser: int
+    others: int
+    """Text encoders and VAE, where they are used in the step."""
+    trained: int
+    """Adapters; none for whole models, whose weights are the nets' own."""
+    state: int
+    """The optimizer's, and the moving average."""
+    blocks: tuple[int, ...]
+    """Frozen weights of each of the denoiser's blocks: what may wait on the host."""
+
+    @property
+    def total(self) -> int:
+        return self.denoiser + self.others + self.trained + self.state
+
+
+@dataclass(frozen=True, slots=True)
+class Predicted:
+    """A step as it was traced: in plain form, from which others follow (`Trace.peaks`)."""
+
+    weights: Weights
+    step: Trace
+    encoders: tuple[int, ...]
+    """Calls of blocks that are text encoders'."""
+    gradients: int
+    """Of all that is trained."""
+    update: int
+    """What the optimizer needs for a moment, besides its state."""
+
+
+def predict(
+    config: Config, method: Method, plan: AdapterPlan | None, batch: Callable[[Models], Batch], *, card: bool
+) -> Predicted:
+    """Trace a step on a batch of these shapes (`batch` makes it, without values). `card`: as on an accelerator, not as
+    on a CPU. Errors: as `outline_models`."""
+    models = outline_models(config)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        _without_values(models, formats(config, models.family, method), _used(config, models))
+        trainable: Trainable = Full(models, config) if plan is None else Adapters(models, config, plan)
+        return _traced(config, models, trainable, batch(models), card=card)
+
+
+def _used(config: Config, models: Models) -> list[str]:
+    """Components that are on the device in a step."""
+    encoders = [] if caches_text(config) else list(models.encoders)
+    return ["denoiser", *encoders, *([] if caches_latents(config) or models.vaes is None else ["vae"])]
+
+
+def _without_values(models: Models, formats: dict[str, torch.dtype], used: Sequence[str]) -> None:
+    """Weights of the nets that are used, in the formats that they will be in."""
+    for name in used:
+        net = models.vae if name == "vae" else models.nets()[name]
+        state = net.state_dict()
+        empty = {n: torch.empty(t.shape, dtype=formats[name], device="cpu") for n, t in state.items()}
+        net.load_state_dict(empty, assign=True)
+        net.requires_grad_(False)
+
+
+def _traced(config: Config, models: Models, trainable: Trainable, batch: Batch, *, card: bool) -> Predicted:
+    tracker, used = Tracker(), _used(config, models)
+    nets = {name: models.vae if name == "vae" else models.nets()[name] for name in used}
+    trained = {id(p): p for group in trainable.groups() for p in group.parameters}
+    sizes = {name: tracker.know((*net.parameters(), *net.buffers())) for name, net in nets.items()}
+    adapters = tracker.know(trainable.weights().values())
+    tracker.know(_tensors(batch))
+    blocks = models.family.blocks(models.denoiser)
+    frozen = tuple(
+        sum(p.nbytes for p in (*b.parameters(), *b.buffers()) if id(p) not in trained) for b in blocks
+    )
+    step = Step(
+        models, trainable, models.process(config.noise, config.loss), config.loss,
+        dist.precision(config.train.mixed_precision),
+    )  # fmt: skip
+    trainable.train(True)
+    encoders = [b for n in models.encoders if n in used for b in _encoder_blocks(models, n)]
+    tracer = BlockTracer(tracker, _signatures(trainable, models))
+    inner = [part for net in nets.values() for part in alike(net, tracer.signature)]
+    weights = tracker.live
+    with _freed(trained.values(), tracer), _as_on(card), tracker, tracer.on([*encoders, *blocks], inner) as trace:
+        step(batch).backward()
+    state, update = _optimizer(config, trainable, card=card)
+    if config.optimizer.ema_decay:
+        state += sum(p.nbytes for p in trainable.weights().values())
+    whole = Weights(
+        denoiser=sizes["denoiser"], others=sum(sizes.values()) - sizes["denoiser"], trained=adapters, state=state,
+        blocks=frozen,
+    )  # fmt: skip
+    for i, event in enumerate(trace.events):
+        trace.events[i] = replace(event, level=event.level - weights)
+    return Predicted(whole, trace, tuple(range(len(encoders))), sum(p.nbytes for p in trained.values()), update)
+
+
+def _tensors(batch: Batch) -> Iterator[Tensor]:
+    return (t for t in pytree.tree_leaves([getattr(batch, f.name) for f in fields(batch)]) if isinstance(t, Tensor))
+
+
+def _encoder_blocks(models: Models, name: str) -> Sequence[nn.Module]:
+    return models.family.encoder_blocks(models.encoders[name])
+
+
+def _as_on(card: bool) -> AbstractContextManager[object]:
+    return AsOnCard() if card else nullcontext()
+
+
+@contextmanager
+def _freed(weights: Iterable[nn.Parameter], tracer: BlockTracer) -> Iterator[None]:
+    """Gradients are counted and given up as they come: the tracer holds them."""
+    handles = [p.register_post_accumulate_grad_hook(tracer.on_gradient) for p in weights]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _signatures(trainable: Trainable, models: Models) -> Callable[[nn.Module], Hashable]:
+    """Equal for parts that are alike, adapters included."""
+    hooked: dict[nn.Module, Hashable] = {}
+    if isinstance(trainable, Adapters):
+        for (component, path), adapter in trainable.network.by_path().items():
+            layer = models.nets()[component].get_submodule(path)
+            hooked[layer] = (signature(adapter, {}), repr(getattr(adapter, "options", None)))
+    found: dict[int, Hashable] = {}
+
+    def of(part: nn.Module) -> Hashable:
+        if id(part) not in found:
+            found[id(part)] = signature(part, hooked)
+        return found[id(part)]
+
+    return of
+
+
+def _optimizer(config: Config, trainable: Trainable, *, card: bool) -> tuple[int, int]:
+    """Bytes of the optimizer's state, and of what a step of it needs for a moment: from a step on one weight of each
+    shape."""
+    groups = trainable.groups()
+    weights = [p for group in groups for p in group.parameters]
+    counts = Counter((p.shape, p.dtype) for p in weights)
+    try:
+        held, moment, all_at_once = _tried(config, list(counts), card=card)
+    except (RuntimeError, UserError):  # it reads numbers back, or needs a card
+        with unset_fake_temporarily():
+            a_number = _bytes_a_number(config)
+        return a_number * sum(p.numel() for p in weights), 3 * max(p.nbytes for p in weights)
+    state = sum(held[key] * count for key, count in counts.items())
+    if all_at_once:
+        moment = moment * sum(p.numel() for p in weights) // sum(shape.numel() for shape, _ in counts)
+    return state, moment
+
+
+def _tried(
+    config: Config, kinds: Sequence[tuple[torch.Size, torch.dtype]], *, card: bool
+) -> tuple[dict[tuple[torch.Size, torch.dtype], int], int, bool]:
+    """State of each kind of weight, what a step needs besides, and whether that is for all weights at once."""
+    weights = [nn.Parameter(torch.empty(shape, dtype=dtype)) for shape, dtype in kinds]
+    for p in weights:
+        p.grad = torch.empty_like(p)
+    optimizer = build.optimizer(config.optimizer, [Group(name="", lr=config.optimizer.learning_rate, parameters=weights)])
+    if config.train.full_bf16:
+        optimizer = build.in_low_bits(optimizer, config.train.seed)
+    build.training(optimizer)
+    # torch's own optimizers take all weights at once on a card unless they are told otherwise.
+    at_once = card and all(group.get("foreach", 0) is None for group in optimizer.param_groups)
+    for group in optimizer.param_groups if at_once else ():
+        group["foreach"] = True
+    tracker = Tracker()
+    tracker.know([*weights, *(p.grad for p in weights if p.grad is not None)])
+    with tracker:
+        optimizer.step()
+    held = {
+        kind: sum(t.nbytes for t in optimizer.state[p].values() if isinstance(t, Tensor))
+        for kind, p in zip(kinds, weights, strict=True)
+    }
+    return held, tracker.peak - tracker.live, at_once
+
+
+def _bytes_a_number(config: Config) -> int:
+    """State for each number that is trained, where the optimizer cannot be tried without values."""
+    tried = trial(config.optimizer, [stand_in("", config.optimizer.learning_rate)])
+    if not tried.stepped:  # bitsandbytes': two moments
+        return 2 if "8bit" in type(tried.optimizer).__name__ else 8
+    p, state = next(iter(tried.optimizer.state.items()))
+    return sum(t.element_size() for t in state.values() if isinstance(t, Tensor) and t.numel() == p.numel())
