@@ -12,6 +12,7 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
 from sfumato.errors import UserError
@@ -71,20 +72,27 @@ def parse(text: bytes, file_size: int, where: str) -> Header:
     """The header whose JSON is `text`, of a file of `file_size` bytes. Errors: `UserError` with what is damaged;
     `where`: the file."""
     try:
-        entries = json.loads(text.decode(), object_pairs_hook=_once, parse_constant=_no_constant)
-        if not isinstance(entries, dict) or not text.startswith(b"{"):
-            raise ValueError("it is not a JSON object")
-        metadata = _metadata(entries.pop("__metadata__", {}))
-        tensors = {_name(name): _tensor(name, entry) for name, entry in entries.items()}
+        tensors, metadata = _entries(text)
     except RecursionError:
         raise UserError(f"{where}: not a safetensors file (its header is nested too deeply)") from None
     except ValueError as error:
         raise UserError(
             f"{where}: not a safetensors file, or a damaged one: its header is not a table of tensors ({error})"
         ) from None
-    tensors = dict(sorted(tensors.items(), key=lambda item: (item[1].start, item[0])))
     _check_layout(where, tensors, file_size - 8 - len(text))
-    return Header(tensors, metadata, 8 + len(text))
+    return Header(dict(tensors), dict(metadata), 8 + len(text))
+
+
+@lru_cache(4)
+def _entries(text: bytes) -> tuple[dict[str, TensorInfo], dict[str, str]]:
+    """The tensors of a header, in the order of their bytes, and its metadata; kept, as several parts ask for a file's
+    header before it is open. Errors: `ValueError` with what is wrong."""
+    entries = json.loads(text.decode(), object_pairs_hook=_once, parse_constant=_no_constant)
+    if not isinstance(entries, dict) or not text.startswith(b"{"):
+        raise ValueError("it is not a JSON object")
+    metadata = _metadata(entries.pop("__metadata__", {}))
+    tensors = {_name(name): _tensor(name, entry) for name, entry in entries.items()}
+    return dict(sorted(tensors.items(), key=lambda item: (item[1].start, item[0]))), metadata
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TypeVar
 
 import torch
@@ -78,6 +79,7 @@ class Match:
         return tuple(f.replace("{i}", self.i) + self.rest for f in self.rule.foreign)
 
 
+@lru_cache(1 << 16)
 def _shape(name: str) -> str:
     """The name with every number blanked, by which rules are looked up."""
     return ".".join("#" if part == "{i}" or part.isdigit() else part for part in name.split("."))
@@ -90,6 +92,7 @@ class KeyMap:
         self.rules = rules
         self._native: dict[str, list[tuple[re.Pattern[str], Rule]]] = {}
         self._foreign: dict[str, list[tuple[re.Pattern[str], Rule]]] = {}
+        self._found: dict[tuple[str, bool], Match | None] = {}
         for r in rules:
             for table, names in ((self._native, (r.native,)), (self._foreign, r.foreign)):
                 for name in names:
@@ -145,8 +148,13 @@ class KeyMap:
         raise UserError(f"no rule names the tensor {name!r}{nearest(name, known)}")
 
     def find(self, name: str, *, native: bool) -> Match | None:
-        """`match`, or None where no rule claims the name."""
-        table = self._native if native else self._foreign
+        """`match`, or None where no rule claims the name. Remembered: a name is looked up again for its shape, its
+        format and its values."""
+        if (name, native) not in self._found:
+            self._found[name, native] = self._search(name, self._native if native else self._foreign)
+        return self._found[name, native]
+
+    def _search(self, name: str, table: Mapping[str, list[tuple[re.Pattern[str], Rule]]]) -> Match | None:
         head = name
         while head:
             for pattern, r in table.get(_shape(head), ()):

@@ -12,6 +12,7 @@ from sfumato.errors import UserError
 from sfumato.formats.names import CONV_TO_LINEAR, KeyMap, Rule, rule
 from sfumato.models.components import NATIVE, Component, Config, KeyFormat, Scaling, matching
 from sfumato.models.layers import Shapes, count_layers
+from sfumato.models.meta_init import without_values
 
 FLUX_SCALE, FLUX_SHIFT = 0.3611, 0.1159
 """From raw latents to those of the denoiser, (x - shift) * scale, in FLUX.1 and the models that have its VAE."""
@@ -33,7 +34,7 @@ def kl_net(shapes: Shapes, scale: float, shift: float | None = None) -> Any:
     from diffusers import AutoencoderKL
 
     levels = count_layers(shapes, r"encoder\.down_blocks\.(\d+)\.")
-    with torch.device("meta"):
+    with without_values():
         return AutoencoderKL(
             in_channels=shapes["encoder.conv_in.weight"][1],
             out_channels=shapes["decoder.conv_out.weight"][0],

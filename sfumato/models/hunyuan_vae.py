@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Collection
 from typing import Any
 
-import torch
 from torch import nn
 
 from sfumato.errors import UserError
@@ -17,6 +16,7 @@ from sfumato.formats.names import KeyMap, Rule, rule
 from sfumato.models.autoencoders import UNUSED
 from sfumato.models.components import NATIVE, Component, Config, KeyFormat
 from sfumato.models.layers import Shapes, count_layers
+from sfumato.models.meta_init import without_values
 
 SCALE = 0.75289
 """Factor from raw latents to those of the denoiser; there is no shift."""
@@ -57,7 +57,7 @@ def _net(shapes: Shapes, config: Config) -> nn.Module:
         )
     levels, blocks = _sizes(shapes)
     firsts = [f"encoder.down_blocks.{level * (blocks + 1)}.conv1.weight" for level in range(levels)]
-    with torch.device("meta"):
+    with without_values():
         made: Any = AutoencoderKLHunyuanImage(
             in_channels=shapes["encoder.conv_in.weight"][1],
             out_channels=shapes["decoder.conv_out.weight"][0],

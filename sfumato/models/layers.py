@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from sfumato.errors import UserError
 from sfumato.memory.quantise import StoredLinear
 from sfumato.models.detection import Shapes as Shapes
+from sfumato.models.meta_init import without_values
 
 Net = TypeVar("Net", bound="Denoiser")
 GELU = partial(nn.GELU, approximate="tanh")
@@ -36,7 +37,7 @@ class Denoiser(nn.Module):
         Errors: `UserError` if a tensor that sizes are read from is missing, or blocks are not numbered 0, 1, 2 ...
         """
         try:
-            with torch.device("meta"):
+            with without_values():
                 return cls(shapes)
         except KeyError as missing:
             raise UserError(

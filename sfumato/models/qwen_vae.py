@@ -10,7 +10,6 @@ from collections.abc import Collection
 from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -19,6 +18,7 @@ from sfumato.formats.names import KeyMap, Rule, rule
 from sfumato.models.autoencoders import per_channel
 from sfumato.models.components import NATIVE, Component, Config, KeyFormat, Scaling
 from sfumato.models.layers import Shapes, count_layers
+from sfumato.models.meta_init import without_values
 
 CHANNELS = 16
 MEAN = (
@@ -64,7 +64,7 @@ def _net(shapes: Shapes, config: Config) -> nn.Module:
         )
     base, levels, blocks = shapes["encoder.conv_in.weight"][0], *_sizes(shapes)
     firsts = [level * (blocks + 1) for level in range(levels)]
-    with torch.device("meta"):
+    with without_values():
         made: Any = AutoencoderKLQwenImage(
             base_dim=base,
             z_dim=channels,

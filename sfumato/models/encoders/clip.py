@@ -16,6 +16,7 @@ from sfumato.errors import UserError
 from sfumato.formats.names import TRANSPOSE, KeyMap, rule
 from sfumato.models.components import NATIVE, Component, Config, KeyFormat, matching
 from sfumato.models.layers import Shapes, count_layers
+from sfumato.models.meta_init import without_values
 
 HEAD_WIDTH = 64
 """Channels of an attention head in every published CLIP text model."""
@@ -134,7 +135,7 @@ def clip_net(shapes: Shapes, activation: str) -> ClipText:
         bos_token_id=end - 1,
         eos_token_id=end,
     )
-    with torch.device("meta"):
+    with without_values():
         return ClipText(config, projected=projection is not None)
 
 

@@ -18,6 +18,7 @@ from sfumato.formats.names import Change, KeyMap, rule
 from sfumato.models.components import NATIVE, Component, Config, KeyFormat, matching
 from sfumato.models.detection import LANGUAGE_MODELS
 from sfumato.models.layers import Shapes, WideLinear, count_layers, in_fp16
+from sfumato.models.meta_init import without_values
 
 _PARTS = ("embed_tokens", "layers", "norm")
 _PREFIXES = ("", "model.", "model.language_model.", "language_model.", "language_model.model.")
@@ -177,7 +178,7 @@ def llm_net(shapes: Shapes, recipe: Recipe, config: Config | None = None, folder
     _check_config(config or {}, {**own, "rope_theta": recipe.theta}, folder)
     rope = {"rope_type": "default", "rope_theta": recipe.theta}
     made = recipe.class_named("Config")(**own, rope_parameters=rope, attn_implementation=recipe.attention)
-    with torch.device("meta"):
+    with without_values():
         return DecoderLM(made, recipe)
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Collection
 from typing import Any, cast
 
-import torch
 from torch import Tensor, nn
 
 from sfumato.adapters import AdapterPlan
@@ -13,6 +12,7 @@ from sfumato.config import FamilyOptions
 from sfumato.formats.names import KeyMap, rule
 from sfumato.models.components import Component, KeyFormat, matching
 from sfumato.models.layers import Shapes, WideLinear, count_layers
+from sfumato.models.meta_init import without_values
 
 EMBEDDING, TWIN, BARE_TWIN = "shared.weight", "encoder.embed_tokens.weight", "embed_tokens.weight"
 """One tensor under several names: transformers ties them, and files hold the first, both or, rarely, the second alone;
@@ -90,7 +90,7 @@ def t5_net(shapes: Shapes) -> T5Encoder:
         dropout_rate=0.0,  # it would use the global generator
         tie_word_embeddings=False,
     )
-    with torch.device("meta"):
+    with without_values():
         return T5Encoder(config)
 
 
