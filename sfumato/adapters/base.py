@@ -6,7 +6,7 @@ training; `insert.py` puts it in place, `files.py` names its tensors.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
 from typing import Any, ClassVar
@@ -147,6 +147,10 @@ class Adapter(nn.Module):
     def loraplus_parameters(self) -> list[nn.Parameter]:
         """The parameters that LoRA+ (arXiv:2402.12354) gives a higher rate; none: LoRA+ has no meaning for the kind."""
         return []
+
+    def kept_gradients(self) -> Iterable[nn.Parameter]:
+        """Those of its parameters whose gradients `after_step` reads."""
+        return ()
 
     def after_step(self) -> None:
         """Called after each optimizer step, while the gradients are still there."""

@@ -112,6 +112,9 @@ class LoRA(Additive):
         self.ggpo = Perturbation(base, sigma, beta)
         self.register_forward_hook(_perturbed)
 
+    def kept_gradients(self) -> Iterable[nn.Parameter]:
+        return () if self.ggpo is None else (*self.lora_up.parameters(), *self.lora_down.parameters())
+
     def after_step(self) -> None:
         if self.ggpo is not None:
             self.ggpo.update(self.lora_up.weight, self.lora_down.weight, self.options.scale)

@@ -95,7 +95,6 @@ _MEMORY = f"{_LATER}: gradient_checkpointing, full_bf16 and cached latents spare
 REFUSED: Mapping[str, str] = {
     "async_upload": _HUB,
     "blocks_to_swap": _MEMORY,
-    "blockwise_fused_optimizers": _MEMORY,
     "conditioning_data_dir": "goes into the dataset file, to the subset whose images it masks",
     "dataset_class": _LATER,
     "debug_dataset": "is not supported: `sfumato plan` shows the images, their buckets and the steps",
@@ -105,8 +104,6 @@ REFUSED: Mapping[str, str] = {
     "fp8_base_unet": _MEMORY,
     "fp8_scaled": _MEMORY,
     "full_fp16": "is not supported, as weights and gradients overflow in fp16: use full_bf16, or mixed_precision fp16",
-    "fused_backward_pass": _MEMORY,
-    "fused_optimizer_groups": _MEMORY,
     "huggingface_repo_id": _HUB,
     "huggingface_token": f"{_HUB} after `hf auth login`, which keeps the token out of command lines",
     "in_json": f"{_LATER}: put captions into files beside the images (caption_extension)",

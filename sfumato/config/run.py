@@ -69,6 +69,7 @@ _RATIO = "save_n_epoch_ratio decides when results are saved"
 _ADAPTERS = Only("network", "no adapter is trained with `train full`")
 _ADAPTER_RATES = Only("network", "`train full` reads learning_rate and learning_rate_te")
 _WHOLE = Only("full", "an adapter's text encoder goes by text_encoder_lr and network_train_unet_only")
+_FUSED = Needs("fused_backward_pass", "fused_optimizer_groups", "blockwise_fused_optimizers")
 _DENOISER = Excludes("network_train_text_encoder_only", why="network_train_text_encoder_only leaves the denoiser alone")
 _HUBER = ("huber", "smooth_l1")
 _THRESHOLD = Needs("loss_type", among=_HUBER, why=f"only loss_type {' and '.join(_HUBER)} have a threshold")
@@ -191,6 +192,22 @@ class OptimizerConfig(Record):
     """Learning rate of the text encoder when whole models are trained."""
     max_grad_norm: Amount = 1.0
     """Clip the norm of all gradients together to this; 0: no clipping."""
+    fused_backward_pass: bool = False
+    """Let weights step as soon as their gradients are there, in the backward pass, and free these at once: the numbers
+    are the same, and the gradients of all weights are never on the device together."""
+    fused_optimizer_groups: Annotated[
+        CountOrOff, Excludes("blockwise_fused_optimizers", why="blockwise_fused_optimizers decides what steps together")
+    ] = None
+    """As fused_backward_pass, with the weights in this many groups that each step at once."""
+    blockwise_fused_optimizers: bool = False
+    """As fused_backward_pass, with the weights of a block stepping at once."""
+    fused_clipping: Annotated[Literal["host", "two_passes", "delayed"], _FUSED, Needs("max_grad_norm")] = "host"
+    """How max_grad_norm acts beside fused_backward_pass, as it needs all gradients before the first weight steps: they
+    wait in the CPU's memory (host); or forward and backward are done twice (two_passes); or the norm is that of the
+    step before (delayed), which is not exact, and costs nothing."""
+    optimizer_state_on_cpu: bool = False
+    """Keep what the optimizer remembers of each weight in the CPU's memory; it comes to the device for the weight's
+    step."""
     lr_scheduler: Annotated[Scheduler, Excludes("lr_scheduler_type")] = "constant"
     """How the learning rate moves over the run."""
     lr_scheduler_type: str | None = None
@@ -216,6 +233,11 @@ class OptimizerConfig(Record):
     ema_decay: Share | None = None
     """Keep a moving average of the trained weights with this decay (such as 0.999) and save that."""
 
+    @property
+    def fused(self) -> bool:
+        """Whether weights step in the backward pass."""
+        return bool(self.fused_backward_pass or self.fused_optimizer_groups or self.blockwise_fused_optimizers)
+
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig(Record):
@@ -233,6 +255,9 @@ class TrainConfig(Record):
     """Number format of the computation; default: what `accelerate launch` says, else no."""
     full_bf16: bool = False
     """Hold the trained weights themselves in bf16, updated with stochastic rounding."""
+    kahan_summation: Annotated[bool, Needs("full_bf16")] = False
+    """Keep what full_bf16 rounds away and add it at the next step (Kahan), in place of stochastic rounding; takes as
+    much memory as the weights once more."""
     seed: Natural = 42
     """Number from which all randomness of the run follows."""
     train_text_encoder: Annotated[bool, _WHOLE] = False

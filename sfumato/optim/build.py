@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, cast
 
@@ -10,7 +10,7 @@ import torch
 
 from sfumato.config import OptimizerConfig
 from sfumato.errors import UserError, nearest
-from sfumato.optim import arguments, stochastic_rounding
+from sfumato.optim import arguments, bf16
 from sfumato.optim.groups import Group
 
 _BITS = "bitsandbytes.optim"
@@ -109,14 +109,14 @@ def spelled(args: Mapping[str, Any], kind: type[torch.optim.Optimizer]) -> dict[
     return arguments.renamed(args, _SPELLINGS, kind)
 
 
-def in_low_bits(optimizer: torch.optim.Optimizer, seed: int) -> torch.optim.Optimizer:
+def in_low_bits(optimizer: torch.optim.Optimizer, seed: int, *, kahan: bool = False) -> torch.optim.Optimizer:
     """The same optimizer for weights in bf16: it computes in fp32, and what it computed is rounded
-    stochastically."""
+    stochastically, or (`kahan`) so that what rounding takes away is kept for the next step."""
     if has_modes(optimizer):
         raise UserError(
             f"full_bf16 does not go with {type(optimizer).__name__}: its averaged weights would be lost in rounding"
         )
-    stochastic_rounding.attach(optimizer, seed)
+    bf16.attach(optimizer, seed, kahan=kahan)
     return optimizer
 
 
@@ -125,18 +125,26 @@ def has_modes(optimizer: torch.optim.Optimizer | type[torch.optim.Optimizer]) ->
     return callable(getattr(optimizer, "train", None)) and callable(getattr(optimizer, "eval", None))
 
 
+def at_once(act: Callable[[], None]) -> None:
+    """Call `act` on all weights together."""
+    act()
+
+
 @contextmanager
-def evaluating(optimizer: torch.optim.Optimizer) -> Iterator[None]:
-    """Within, the weights are those to save or to sample with. Most optimizers have one kind of weights alone."""
+def evaluating(
+    optimizer: torch.optim.Optimizer, each: Callable[[Callable[[], None]], None] = at_once
+) -> Iterator[None]:
+    """Within, the weights are those to save or to sample with. Most optimizers have one kind of weights alone. `each`
+    calls a function of the optimizer on its weights."""
     if not has_modes(optimizer):
         yield
         return
     trained = [(p, p.detach().clone()) for group in optimizer.param_groups for p in group["params"]]
-    optimizer.eval()  # type: ignore[attr-defined]
+    each(optimizer.eval)  # type: ignore[attr-defined]
     try:
         yield
     finally:
-        training(optimizer)
+        each(optimizer.train)  # type: ignore[attr-defined]
         # There and back again is exact but for rounding: with this, saving leaves no trace in what is trained.
         with torch.no_grad():
             for p, own in trained:

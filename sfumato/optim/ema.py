@@ -23,16 +23,27 @@ class EMA:
         if not 0 <= decay < 1:
             raise UserError(f"ema_decay {decay}: expected 0 up to but not 1, such as 0.999")
         self.decay, self.updates = decay, 0
+        self._share, self._left = 0.0, set[str]()
         self.average = {name: w.detach().float().clone() for name, w in weights.items()}
 
-    @torch.no_grad()
     def update(self, weights: Mapping[str, Tensor]) -> None:
         """Take in the weights of a step. What is no longer trained keeps its average."""
-        decay = min(self.decay, (self.updates + 1) / (self.updates + 10)) if self.updates else 0.0
+        self.begin()
+        self.take(weights)
+
+    def begin(self) -> None:
+        """A step begins, whose weights come with `take`, in any number of parts."""
+        self._share = 1 - min(self.decay, (self.updates + 1) / (self.updates + 10)) if self.updates else 1.0
         self.updates += 1
-        now = {name: weights[name].detach().float() for name in self.average if name in weights}
+        self._left = set(self.average)
+
+    @torch.no_grad()
+    def take(self, weights: Mapping[str, Tensor]) -> None:
+        """Take in weights of the step, those that have not been yet."""
+        now = {name: w.detach().float() for name, w in weights.items() if name in self._left}
+        self._left -= now.keys()
         if now:
-            torch._foreach_lerp_([self.average[name] for name in now], list(now.values()), 1 - decay)
+            torch._foreach_lerp_([self.average[name] for name in now], list(now.values()), self._share)
 
     @contextmanager
     def applied(self, weights: Mapping[str, Tensor]) -> Iterator[None]:

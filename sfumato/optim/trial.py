@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import cycle
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from sfumato.config import OptimizerConfig
 from sfumato.errors import UserError
 from sfumato.formats import run as runs
 from sfumato.optim import build, schedules
+from sfumato.optim.fused import FusedStep
 from sfumato.optim.groups import Group
 
 _LONG = 10**9
@@ -58,6 +60,43 @@ def for_length(config: OptimizerConfig, steps: int) -> list[str]:
     optimizer = build.optimizer(config, [stand_in("", config.learning_rate)])
     schedules.schedule(config, optimizer, steps)
     return _warmup(schedules.acting(config, optimizer), optimizer, steps)
+
+
+def steps_alone(config: OptimizerConfig, groups: Sequence[Group]) -> bool:
+    """Whether a weight's step depends on its own gradient alone, so that it may come before the others are there: it is
+    tried on stand-ins of these groups' weights."""
+    plain, apart = (build.optimizer(config, [_doubled(group) for group in groups]) for _ in range(2))
+    if type(plain).__module__.startswith("bitsandbytes"):
+        return True
+    if build.takes_one_rate(type(plain)):
+        return False
+    weights = [[p for group in each.param_groups for p in group["params"]] for each in (plain, apart)]
+    step = FusedStep(apart, [[p] for p in weights[1]], device=torch.device("cpu"), in_backward=False)
+    generator = torch.Generator().manual_seed(0)
+
+    def gradients() -> Tensor:
+        # Of any size: what is clipped together shows.
+        for scale, p, q in zip(cycle((1e-3, 1.0, 30.0)), *weights):
+            p.grad = scale * torch.randn(p.shape, generator=generator)
+            q.grad = p.grad.clone()
+        return torch.zeros(())
+
+    build.training(plain)
+    build.training(apart)
+    try:
+        for _ in range(4):
+            step.step(gradients, torch.amp.GradScaler("cpu", enabled=False), lambda: None)
+            plain.step()
+        return all(torch.allclose(p, q, rtol=1e-4, atol=1e-6) for p, q in zip(*weights, strict=True))
+    # What a class does with fewer weights than it was made for is its own.
+    except Exception:
+        return False
+
+
+def _doubled(group: Group) -> Group:
+    """Stand-ins of a group's weights, two of each."""
+    first, second = _copied(group), _copied(group)
+    return replace(first, parameters=[*first.parameters, *second.parameters], plus=[*first.plus, *second.plus])
 
 
 def stand_in(name: str, lr: float) -> Group:

@@ -20,7 +20,7 @@ from sfumato.optim.trial import for_length, trial
 from sfumato.sampling.prompts import Prompt, of_run, sampler
 from sfumato.sampling.sample import check_prompts, check_samplers
 from sfumato.tensors import attention
-from sfumato.train import dist, log, outputs, resume
+from sfumato.train import dist, fusing, log, outputs, resume
 from sfumato.train.devices import check_base_weights, outline_models, streaming_notes
 from sfumato.train.trainables import Adapters, Full, Trainable
 
@@ -99,7 +99,11 @@ def check(config: Config, method: Method, datasets: tuple[DatasetConfig, ...], r
         notes += [*trainable.notices, *streaming_notes(config, models, method)]
         with wrong:
             tried = trial(config.optimizer, trainable.groups(), low_bits=config.train.full_bf16, steps=_steps(config))
-            notes += [*tried.notices, *resume.check(config, plan, models.source, tried)]
+            notes += [
+                *tried.notices,
+                *fusing.check(config, tried, trainable),
+                *resume.check(config, plan, models.source, tried),
+            ]
         wrong.raise_all()
         loads = trainable.loads_in(trainable.tensors()) if isinstance(trainable, Adapters) else []
         trained = tuple(_trained(trainable))

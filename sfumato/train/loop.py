@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import signal
 import time
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
@@ -21,11 +21,13 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from sfumato.config import Config
+from sfumato.data.batch import Batch
 from sfumato.data.loader import Loader, StepBatches
 from sfumato.data.plan import Plan
 from sfumato.errors import UserError, WriteError
 from sfumato.optim import build
 from sfumato.optim.ema import EMA
+from sfumato.optim.fused import FusedStep
 from sfumato.train import checkpoints, diagnose
 from sfumato.train.dist import Vote, World
 from sfumato.train.log import Log
@@ -98,6 +100,8 @@ class Run:
     whole: bool = True
     """Whether the weights are those after `step` steps; not in the midst of a step's update."""
     mishaps: Mishaps = field(default_factory=Mishaps)
+    fused: FusedStep | None = None
+    """Where the optimizer steps in parts: while gradients come, or with its state on the host."""
 
 
 @dataclass(slots=True)
@@ -209,37 +213,58 @@ def _epoch(run: Run, epoch: int) -> Generator[tuple[dict[str, Tensor], list[floa
 
 
 def _optimizer_step(run: Run, batches: StepBatches) -> dict[str, Tensor]:
-    """One step on batches that are shared out over the processes; every sample weighs the same."""
+    """One step on batches that are shared out over the processes; every sample weighs the same. Returns the loss, the
+    gradient norm, and what the trainable has to log."""
+    if run.ema:
+        run.ema.begin()
+    if fused := run.fused:
+        held = list(batches.batches) if fused.twice(scaled=run.scaler.is_enabled()) else batches.batches
+        loss, norm = fused.step(partial(_backward, run, batches, held), run.scaler, partial(_unwhole, run))
+    else:
+        loss = _backward(run, batches, batches.batches)
+        norm = _update(run)
+    if run.world.size > 1:
+        torch.distributed.all_reduce(loss)
+    metrics = {"loss": loss, "grad_norm": norm, **run.trainable.after_step()}
+    run.optimizer.zero_grad(set_to_none=True)
+    if run.ema:
+        run.ema.take(run.trainable.weights())
+    return metrics
+
+
+def _backward(run: Run, step: StepBatches, batches: Iterable[Batch]) -> Tensor:
+    """The gradients of a step; returns this process's share of the loss."""
     world, total = run.world, torch.zeros((), device=run.world.device)
-    for number, batch in enumerate(batches.batches, 1):
-        with _exchange(run.training_step, last=number == batches.count):
+    for number, batch in enumerate(batches, 1):
+        with _exchange(run, last=number == step.count):
             cost = run.training_step(batch.to(world.device))
             # DistributedDataParallel averages over the processes; the sum over all samples is what is wanted.
-            run.scaler.scale(cost * (world.size / batches.samples)).backward()
-        total += cost.detach() / batches.samples
-    if world.size > 1:
-        torch.distributed.all_reduce(total)
-    return {"loss": total, **_update(run)}
+            run.scaler.scale(cost * (world.size / step.samples)).backward()
+        total += cost.detach() / step.samples
+    return total
 
 
-def _exchange(step: nn.Module, *, last: bool) -> AbstractContextManager[Any]:
+def _exchange(run: Run, *, last: bool) -> AbstractContextManager[Any]:
+    if run.fused:
+        run.fused.last = last
+    step = run.training_step
     return nullcontext() if last or not isinstance(step, DistributedDataParallel) else step.no_sync()
 
 
-def _update(run: Run) -> dict[str, Tensor]:
-    """Clip, step, average; returns the gradient norm, and what the trainable has to log."""
-    weights = run.trainable.weights()
+def _update(run: Run) -> Tensor:
+    """Clip and step; returns the gradient norm."""
     run.scaler.unscale_(run.optimizer)
     limit = run.config.optimizer.max_grad_norm
-    norm = torch.nn.utils.clip_grad_norm_(weights.values(), limit if limit > 0 else math.inf)
-    run.whole = False
+    norm = torch.nn.utils.clip_grad_norm_(run.trainable.weights().values(), limit if limit > 0 else math.inf)
+    _unwhole(run)
     run.scaler.step(run.optimizer)
     run.scaler.update()
-    metrics = {"grad_norm": norm, **run.trainable.after_step()}
-    run.optimizer.zero_grad(set_to_none=True)
-    if run.ema:
-        run.ema.update(weights)
-    return metrics
+    return norm
+
+
+def _unwhole(run: Run) -> None:
+    """The weights are about to change."""
+    run.whole = False
 
 
 def _due_actions(run: Run, epoch: int) -> Callable[[], None] | None:
@@ -339,7 +364,8 @@ def _sample(run: Run, epoch: int) -> None:
 @contextmanager
 def evaluation_weights(run: Run) -> Iterator[None]:
     """The weights as they would be saved: the optimizer's evaluation weights, or their average; dropouts off."""
-    with build.evaluating(run.optimizer), run.ema.applied(run.trainable.weights()) if run.ema else nullcontext():
+    each = run.fused.each if run.fused else build.at_once
+    with build.evaluating(run.optimizer, each), run.ema.applied(run.trainable.weights()) if run.ema else nullcontext():
         run.trainable.train(False)
         try:
             yield

@@ -27,7 +27,7 @@ from sfumato.optim.ema import EMA
 from sfumato.sampling.prompts import Prompt
 from sfumato.sampling.sample import EncodedPrompts, encode_prompts, sample
 from sfumato.tensors.noise import NoiseProcess
-from sfumato.train import checkpoints, dist, lock, log, loop, provenance, resume, state
+from sfumato.train import checkpoints, dist, fusing, lock, log, loop, provenance, resume, state
 from sfumato.train.caching import Caches, fill_caches, open_data
 from sfumato.train.check import check, check_length, check_model
 from sfumato.train.devices import load_models, outline_models, peak_memory, place_models
@@ -104,7 +104,8 @@ def prepare(
     place_models(config, models, trainable, world.device)
     optimizer = build.optimizer(config.optimizer, trainable.groups())
     if config.train.full_bf16:
-        optimizer = build.in_low_bits(optimizer, config.train.seed)
+        optimizer = build.in_low_bits(optimizer, config.train.seed, kahan=config.train.kahan_summation)
+    fused = fusing.fused_step(config, models, trainable, optimizer, world.device)
     step = _distributed(Step(models, trainable, process, config.loss, precision), trainable, world)
     loader = Loader(
         plan=data.plan, seed=config.train.seed, tokenize=models.tokenize, draw=partial(draw, models, process),
@@ -118,6 +119,7 @@ def prepare(
     run = loop.Run(
         config=config, world=world, budget=budget, plan=data.plan, loader=loader, trainable=trainable,
         training_step=step, optimizer=optimizer, schedule=schedules.schedule(config.optimizer, optimizer, budget.steps),
+        fused=fused,
         ema=EMA(trainable.weights(), config.optimizer.ema_decay) if config.optimizer.ema_decay else None,
         scaler=torch.amp.GradScaler(world.device.type, enabled=precision == "fp16"),
         log=None, began=began, sample=samples.write,
@@ -125,6 +127,7 @@ def prepare(
         save_state=lambda path: state.save(run, path), identity=resume.identity(config, plan, models.source),
     )  # fmt: skip
     state.resume(run)
+    fusing.average(run)
     if (stop := config.train.stop_text_encoder_training) and run.step >= stop:
         trainable.freeze_encoders()
     build.training(optimizer)

@@ -6,6 +6,7 @@ step are all there is.
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,8 @@ from sfumato.train.progress import console
 
 def save(run: Run, folder: Path) -> None:
     """Write the state into `folder`."""
+    if run.fused:
+        run.fused.settle()
     packed, moments = runs.pack(run.optimizer.state_dict())
     parts: dict[str, dict[str, Tensor]] = {
         "weights": {name: p.detach() for name, p in run.trainable.weights().items()},
@@ -77,7 +80,8 @@ def resume(run: Run) -> None:
 def _load_optimizer(run: Run, facts: dict[str, Any], moments: dict[str, Tensor]) -> None:
     """The state's moments, with the arguments that were changed since: loading puts the old ones back."""
     own = [dict(group) for group in run.optimizer.param_groups]
-    run.optimizer.load_state_dict(runs.unpack(facts["optimizer"], moments))
+    with run.fused.loading() if run.fused else nullcontext():
+        run.optimizer.load_state_dict(runs.unpack(facts["optimizer"], moments))
     then = (facts.get("identity") or {}).get("config")
     changed = resuming.changed_args(then, resuming.as_json(asdict(run.config)), type(run.optimizer))
     for group, current in zip(run.optimizer.param_groups, own, strict=True):

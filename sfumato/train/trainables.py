@@ -69,9 +69,13 @@ class Trainable(Protocol):
         """Called before each forward pass: how much noise (b,) the samples have, 0 to 1."""
         ...
 
+    def kept_gradients(self) -> Iterable[nn.Parameter]:
+        """Weights whose gradients `after_step` reads."""
+        ...
+
     def after_step(self) -> Mapping[str, Tensor]:
-        """Called after each optimizer step, while the gradients are still there. Returns what is to be logged, 0-d
-        tensors by name."""
+        """Called after each optimizer step, while the gradients of `kept_gradients` are still there. Returns what is to
+        be logged, 0-d tensors by name."""
         ...
 
     def freeze_encoders(self) -> None:
@@ -149,6 +153,9 @@ class Full:
 
     def on_noise(self, level: Tensor) -> None:
         pass
+
+    def kept_gradients(self) -> Iterable[nn.Parameter]:
+        return ()
 
     def after_step(self) -> Mapping[str, Tensor]:
         return {}
@@ -306,6 +313,9 @@ class Adapters:
         for each in (self.network, self.frozen):
             if each:
                 each.multiplier = multiplier
+
+    def kept_gradients(self) -> Iterable[nn.Parameter]:
+        return [p for adapter in self.network.by_path().values() for p in adapter.kept_gradients()]
 
     def after_step(self) -> Mapping[str, Tensor]:
         self.network.after_step()

@@ -10,5 +10,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "every other block": {"gradient_checkpointing": True, "gradient_checkpointing_every": 2},
     "selective": {"gradient_checkpointing": True, "gradient_checkpointing_keep": "costly"},
     "offloaded": {"gradient_checkpointing": True, "cpu_offload_checkpointing": True},
+    "fused": {"fused_backward_pass": True, "fused_clipping": "two_passes"},
+    "fused, state on host": {"fused_optimizer_groups": 3, "optimizer_state_on_cpu": True},
 }
 """Name -> the settings of a config."""
