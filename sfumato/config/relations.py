@@ -62,6 +62,11 @@ CLASHES = (
         lambda s: s.method == "network" and s.network_train_unet_only and s.network_train_text_encoder_only,
         "network_train_unet_only and network_train_text_encoder_only exclude each other; leave both out to train both",
     ),
+    Clash(
+        ("fp8_base", "fp8_base_unet", "fp8_scaled"),
+        lambda s: s.quantize not in (None, "fp8") and (s.fp8_base or s.fp8_base_unet or s.fp8_scaled),
+        "quantize names another format; leave one of the two out",
+    ),
     Clash(("xformers", "sdpa"), lambda s: s.xformers and s.sdpa, "xformers and sdpa exclude each other"),
     Clash(
         ("base_weights_multiplier",),

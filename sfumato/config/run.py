@@ -70,6 +70,10 @@ _ADAPTERS = Only("network", "no adapter is trained with `train full`")
 _ADAPTER_RATES = Only("network", "`train full` reads learning_rate and learning_rate_te")
 _WHOLE = Only("full", "an adapter's text encoder goes by text_encoder_lr and network_train_unet_only")
 _FUSED = Needs("fused_backward_pass", "fused_optimizer_groups", "blockwise_fused_optimizers")
+_FROZEN = Only("network", "`train full` trains these weights, and what is trained is not quantised")
+_ENCODERS_FROZEN = Excludes(
+    "train_text_encoder", method="full", why="train_text_encoder trains them, and what is trained is not quantised"
+)
 _DENOISER = Excludes("network_train_text_encoder_only", why="network_train_text_encoder_only leaves the denoiser alone")
 _HUBER = ("huber", "smooth_l1")
 _THRESHOLD = Needs("loss_type", among=_HUBER, why=f"only loss_type {' and '.join(_HUBER)} have a threshold")
@@ -299,6 +303,32 @@ class MemoryConfig(Record):
     ] = None
     """Read text encoders block by block while captions are encoded, so that none is ever in memory whole; the numbers
     are the same. Default: those of more than 4 GiB, unless card and host have half as much again free."""
+    quantize: Annotated[Literal["fp8", "int8", "nf4", "auto"] | None, _FROZEN] = None
+    """Keep the weights of the frozen denoiser's blocks in fewer bits: fp8 with a scale for each 64 inputs (8.5 bits a
+    number), int8 in turned groups of inputs (8, and the most exact), nf4 (4.25), or auto: for each layer the smallest
+    format within quantize_budget."""
+    quantize_text_encoders: Annotated[Literal["fp8", "int8", "nf4", "auto"] | None, _ENCODERS_FROZEN] = None
+    """The same for the text encoders."""
+    quantize_budget: Annotated[Share, Needs("quantize", "quantize_text_encoders", among=("auto",))] = 0.1
+    """What a format may lose of a layer's weight for auto to take it, as a share of the weight's norm; about 0.09 in
+    nf4, 0.02 in fp8, 0.008 in int8. Where none is within it, the layer stays as it is."""
+    fp8_base: Annotated[bool, _FROZEN] = False
+    """quantize fp8, and quantize_text_encoders fp8 unless fp8_base_unet is set: with scales, which sd-scripts' plain
+    cast has not."""
+    fp8_base_unet: Annotated[bool, _FROZEN] = False
+    """quantize fp8: the text encoders stay as they are."""
+    fp8_scaled: Annotated[bool, _FROZEN] = False
+    """quantize fp8."""
+
+    @property
+    def denoiser_format(self) -> str | None:
+        """What the denoiser's weights are kept in: one of `quantize`."""
+        return self.quantize or ("fp8" if self.fp8_base or self.fp8_base_unet or self.fp8_scaled else None)
+
+    @property
+    def encoder_format(self) -> str | None:
+        """The same of the text encoders."""
+        return self.quantize_text_encoders or ("fp8" if self.fp8_base and not self.fp8_base_unet else None)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -216,9 +216,7 @@ class BlockTracer:
         only_casts = tracker.live - start + self.casts
         torch.clear_autocast_cache()  # what is cast without gradients must not be used with them
         self.casts = casts
-        flat_now = [
-            t.detach().requires_grad_(t.requires_grad) if isinstance(t, Tensor) else t for t in flat
-        ]
+        flat_now = [t.detach().requires_grad_(t.requires_grad) if isinstance(t, Tensor) else t for t in flat]
         given = {t.untyped_storage()._cdata for t in flat if isinstance(t, Tensor)}
         with tracker.watch() as watch, torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
             leaves, out_tree = go()
@@ -240,7 +238,16 @@ class BlockTracer:
                 backward = self._backward.peak - self._level
             gradients = self.gradients - before
         return BlockRecord(
-            watch.peak - start, only.peak - start, saved, backward, gradients, only_casts, kept, described, others, out_tree
+            watch.peak - start,
+            only.peak - start,
+            saved,
+            backward,
+            gradients,
+            only_casts,
+            kept,
+            described,
+            others,
+            out_tree,
         )
 
     def on_gradient(self, weight: Tensor) -> None:

@@ -27,12 +27,12 @@ class Watch:
         self.peak = live
 
 
-class Tracker(TorchDispatchMode):
+class Tracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """While it is entered, every tensor that an operation makes is counted until its storage is freed."""
 
     def __init__(self, limit: int | None = None) -> None:
         """`limit`: bytes beyond which an operation raises `torch.OutOfMemoryError`, as a card of that size would."""
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.limit = limit
         self.live = 0
         """Bytes that are alive now."""

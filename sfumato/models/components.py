@@ -19,6 +19,7 @@ from sfumato.formats.coded import FP8
 from sfumato.formats.lazy import FLOATS, Lazy
 from sfumato.formats.names import KeyMap
 from sfumato.formats.planned import PlannedTensor, Writable, made, renamed
+from sfumato.memory.quantise import Stored
 from sfumato.models import locate
 from sfumato.models.detection import PREFIX, Shapes
 from sfumato.models.meta_init import check, fill
@@ -172,6 +173,8 @@ class ComponentWeights:
     """Native name -> what is merged into this tensor whenever it is read."""
     unused: Lazy | None = None
     """What the files hold of it that no net has, prefix off."""
+    quantise: Callable[[nn.Module], Mapping[str, Stored]] = lambda net: {}
+    """Has layers of the net store their weights in fewer bits: their paths, and the layers."""
 
     def carried(self) -> dict[str, Writable]:
         """What a diffusers folder, or another single file, holds of it besides the net, as it is stored."""
@@ -210,17 +213,25 @@ class ComponentWeights:
         """For messages."""
         return f"{self.where} ({self.component.title})"
 
-    def natives(self, dtype: torch.dtype | None = None, *, map: bool = True) -> Iterator[tuple[str, Tensor]]:
+    def natives(
+        self, dtype: torch.dtype | None = None, *, map: bool = True, as_is: Collection[str] = ()
+    ) -> Iterator[tuple[str, Tensor]]:
         """(native name, tensor), one after another, floats cast to `dtype`, what is merged rounded once; `map`: whether
-        they may be backed by the file."""
-        exact = {source for name in self.changes for source in self.key_format.sources(name)}
+        they may be backed by the file. `as_is`: names of those that are not cast, and what is merged into them is not
+        rounded; they are not backed by the file."""
+
+        def stands(names: Collection[str]) -> set[str]:
+            return {source for name in names for source in self.key_format.sources(name)}
+
+        exact, raw = stands(self.changes), stands(as_is)
         exact |= {name for name in self.tensors if self.key_format.computes(name)}
         tensors = self.tensors.cast(
-            lambda name: torch.float32 if dtype and name in exact else dtype,
-            map=lambda name: map and name not in exact and self.key_format.renames(name),
+            lambda name: torch.float32 if name in exact and (dtype or name in raw) else None if name in raw else dtype,
+            map=lambda name: map and name not in exact and name not in raw and self.key_format.renames(name),
         )
         for name, tensor in self.key_format.read(tensors):
-            kept = (dtype or tensor.dtype) if tensor.is_floating_point() else tensor.dtype
+            cast = dtype if tensor.is_floating_point() and name not in as_is else None
+            kept = cast or tensor.dtype
             yield name, self.changes[name](tensor, kept) if name in self.changes else tensor.to(kept)
 
     def stored(self) -> dict[str, Writable]:
@@ -288,10 +299,14 @@ class ComponentWeights:
         read: Callable[[int], None] = lambda numbers: None,
         map: bool = True,
     ) -> nn.Module:
-        """The tensors as those of a net that `empty` made."""
+        """The tensors as those of a net that `empty` made; layers that store theirs in fewer bits do so at once."""
+        layers = {f"{path}.weight": layer for path, layer in self.quantise(net).items()}
         tensors = {}
-        for name, tensor in self.natives(dtype, map=map):
-            tensors[name] = tensor
+        for name, tensor in self.natives(dtype, map=map, as_is=layers):
+            if name in layers:
+                layers[name].put(tensor, dtype)
+            else:
+                tensors[name] = tensor
             read(tensor.numel())
         return fill(net, tensors, self._what)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
@@ -22,6 +22,8 @@ from sfumato.errors import UserError
 from sfumato.formats import files
 from sfumato.formats.folders import aside_folder
 from sfumato.formats.planned import Writable
+from sfumato.memory.formats import quantise
+from sfumato.memory.quantise import Stored
 from sfumato.models import components, locate, saving
 from sfumato.models.base import Family, Models, TokenizerSpec
 from sfumato.models.components import Checkpoint
@@ -205,6 +207,26 @@ def merge_when_read(models: Models, changes: Mapping[str, Mapping[str, Change]])
     """Have changes (component -> native name -> change) made to weights whenever they are read from their files."""
     found = {name: replace(w, changes=changes.get(name, {})) for name, w in models.source.components.items()}
     models.source = replace(models.source, components=found)
+
+
+def quantise_when_read(models: Models, choices: Mapping[str, str | None], budget: float) -> None:
+    """Have frozen nets keep the weights of their blocks in fewer bits, from when they are read. `choices`: component ->
+    format, as of `memory.formats`; None, and those that are not named, stay as they are. `budget`: for "auto"."""
+    family = models.family
+    found = dict(models.source.components)
+    for name, choice in choices.items():
+        if choice and name in found:
+            blocks = family.blocks if name == "denoiser" else family.encoder_blocks
+            found[name] = replace(
+                found[name], quantise=partial(_quantised, blocks=blocks, choice=choice, budget=budget)
+            )
+    models.source = replace(models.source, components=found)
+
+
+def _quantised(
+    net: nn.Module, blocks: Callable[[nn.Module], Iterable[nn.Module]], choice: str, budget: float
+) -> Mapping[str, Stored]:
+    return quantise(net, blocks(net), choice, budget)
 
 
 def materialize(models: Models, device: torch.device | str = "cpu") -> None:

@@ -12,6 +12,7 @@ from torch.overrides import TorchFunctionMode
 
 from sfumato.errors import UserError, nearest
 from sfumato.formats.planned import Writable
+from sfumato.memory.quantise import stored_layers
 
 Net = TypeVar("Net", bound=nn.Module)
 SHOWN = 5
@@ -39,11 +40,13 @@ def shapes(tensors: Mapping[str, Writable]) -> dict[str, tuple[int, ...]]:
 
 
 def fill(net: Net, tensors: Mapping[str, Tensor], what: str) -> Net:
-    """The net with these very tensors as its own, frozen and in eval mode.
+    """The net with these very tensors as its own, frozen and in eval mode. Layers that store their weights in fewer
+    bits have them already.
 
     Errors: as `check`.
     """
-    check(net, shapes(tensors), what)
+    stored = {f"{path}.weight": tuple(layer.shape) for path, layer in stored_layers(net).items()}
+    check(net, {**stored, **shapes(tensors)}, what)
     net.load_state_dict(dict(tensors), strict=True, assign=True)
     return net.eval().requires_grad_(False)
 

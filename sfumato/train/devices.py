@@ -16,7 +16,7 @@ from sfumato.errors import UserError
 from sfumato.families.detect import detect_file
 from sfumato.memory.plan import apply_memory_options
 from sfumato.models.base import Family, Models
-from sfumato.models.loading import merge_when_read, outline, read_values, unload
+from sfumato.models.loading import merge_when_read, outline, quantise_when_read, read_values, unload
 from sfumato.models.streaming import LARGE, sizes
 from sfumato.train import dist
 from sfumato.train.progress import progress
@@ -24,14 +24,18 @@ from sfumato.train.trainables import Trainable, caches_latents, caches_text, rea
 
 
 def outline_models(config: Config) -> Models:
-    """The base model without values, from the headers of its files. Errors: `UserError` for what is missing, or does
-    not fit."""
+    """The base model without values, from the headers of its files; layers that will be kept in fewer bits are so
+    already. Errors: `UserError` for what is missing, or does not fit."""
     model = config.model
     family = families.of(config.family)
-    return outline(
+    models = outline(
         family, model.pretrained_model_name_or_path, config.family, detect=detect_file,
         vae=model.vae, tokenizer=model.tokenizer, later=_later(config, family),
     )  # fmt: skip
+    quantise_when_read(models, kept_in(config, models), config.memory.quantize_budget)
+    for name, net in models.made().items():
+        models.source.components[name].quantise(net)
+    return models
 
 
 def load_models(
@@ -72,6 +76,14 @@ def formats(config: Config, family: Family, method: Method | None) -> dict[str, 
         dtype |= dict.fromkeys(whole_nets(family, config, names), trained_in)
     dtype["vae"] = vae_dtype(config)
     return dtype
+
+
+def kept_in(config: Config, models: Models) -> dict[str, str]:
+    """Component -> what the frozen weights of its blocks are kept in; those that stay as they are are not named."""
+    text = config.memory.encoder_format
+    names = [name for name in models.source.components if name not in ("denoiser", "vae")]
+    asked = {"denoiser": config.memory.denoiser_format, **dict.fromkeys(names, text)}
+    return {name: choice for name, choice in asked.items() if choice}
 
 
 def streamed(config: Config, models: Models, method: Method | None) -> dict[str, int]:

@@ -28,6 +28,7 @@ from sfumato.train.devices import formats, outline_models
 from sfumato.train.step import Step
 from sfumato.train.trainables import Adapters, Full, Trainable, caches_latents, caches_text
 
+
 @dataclass(frozen=True, slots=True)
 class Weights:
     """Bytes of what is on the device for the whole of a training."""
@@ -97,9 +98,7 @@ def _traced(config: Config, models: Models, trainable: Trainable, batch: Batch, 
     adapters = tracker.know(trainable.weights().values())
     tracker.know(_tensors(batch))
     blocks = models.family.blocks(models.denoiser)
-    frozen = tuple(
-        sum(p.nbytes for p in (*b.parameters(), *b.buffers()) if id(p) not in trained) for b in blocks
-    )
+    frozen = tuple(sum(p.nbytes for p in (*b.parameters(), *b.buffers()) if id(p) not in trained) for b in blocks)
     step = Step(
         models, trainable, models.process(config.noise, config.loss), config.loss,
         dist.precision(config.train.mixed_precision),
@@ -138,7 +137,7 @@ def _as_on(card: bool) -> AbstractContextManager[object]:
 @contextmanager
 def _freed(weights: Iterable[nn.Parameter], tracer: BlockTracer) -> Iterator[None]:
     """Gradients are counted and given up as they come: the tracer holds them."""
-    handles = [p.register_post_accumulate_grad_hook(tracer.on_gradient) for p in weights]
+    handles = [p.register_post_accumulate_grad_hook(tracer.on_gradient) for p in weights]  # type: ignore[no-untyped-call]
     try:
         yield
     finally:
@@ -188,7 +187,9 @@ def _tried(
     weights = [nn.Parameter(torch.empty(shape, dtype=dtype)) for shape, dtype in kinds]
     for p in weights:
         p.grad = torch.empty_like(p)
-    optimizer = build.optimizer(config.optimizer, [Group(name="", lr=config.optimizer.learning_rate, parameters=weights)])
+    optimizer = build.optimizer(
+        config.optimizer, [Group(name="", lr=config.optimizer.learning_rate, parameters=weights)]
+    )
     if config.train.full_bf16:
         optimizer = build.in_low_bits(optimizer, config.train.seed)
     build.training(optimizer)

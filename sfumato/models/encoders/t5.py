@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
 
 from sfumato.adapters import AdapterPlan
