@@ -7,12 +7,12 @@ checked when a record is made; keys, types, and settings that would do nothing a
 
 from sfumato.config import relations, rules
 from sfumato.config.data import DataConfig, DatasetConfig, SubsetConfig
+from sfumato.config.memory import MemoryConfig
 from sfumato.config.run import (
     Config,
     FamilyOptions,
     LogConfig,
     LossConfig,
-    MemoryConfig,
     Method,
     ModelConfig,
     NetworkConfig,

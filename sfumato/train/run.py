@@ -90,12 +90,10 @@ def prepare(
     plan, models = checked.plan, checked.models
     data = open_data(config, datasets, world, models)
     budget = loop.StepBudget.of(config, data.plan.batches_per_epoch, world.size)
-    notes = [*checked.notes, *check_length(config, budget.steps)]
     if world.main:
-        for note in notes:
-            console.print(note)
-        console.print(steps_line(data.plan, budget))
-        console.print(f"{budget.steps} steps in {budget.epochs} epochs")
+        notes = [*checked.notes, *check_length(config, budget.steps)]
+        for line in (*notes, steps_line(data.plan, budget), f"{budget.steps} steps in {budget.epochs} epochs"):
+            console.print(line)
     load_models(config, models, method, map=world.device.type != "cpu")
     process = models.process(config.noise, config.loss)
     caches = fill_caches(config, data, models, world)

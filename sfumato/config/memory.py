@@ -1,0 +1,73 @@
+"""The settings of what is spent to fit the card."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+from annotated_types import Ge
+
+from sfumato.config.rules import Count, Excludes, Needs, Only, Record, Share, ZeroIsOff
+
+_FROZEN = Only("network", "`train full` trains these weights, and what is trained is not quantised")
+_ENCODERS_FROZEN = Excludes(
+    "train_text_encoder", method="full", why="train_text_encoder trains them, and what is trained is not quantised"
+)
+_CHECKPOINTED = Needs("gradient_checkpointing")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemoryConfig(Record):
+    """What is spent to fit the card."""
+
+    gradient_checkpointing: bool = False
+    """Recompute each block in the backward pass instead of keeping its activations."""
+    gradient_checkpointing_every: Annotated[Count, _CHECKPOINTED] = 1
+    """Recompute every n-th block only: faster, with more memory."""
+    gradient_checkpointing_keep: Annotated[Literal["attention", "costly"] | None, _CHECKPOINTED] = None
+    """Keep what costs most to recompute: the results of attention, or (`matmuls`) those of matrix products and
+    convolutions as well, which takes more memory."""
+    cpu_offload_checkpointing: Annotated[bool, _CHECKPOINTED] = False
+    """Keep what each recomputed block was given in the host's memory until its backward pass."""
+    sdpa: bool = False
+    """Use PyTorch's attention (what sfumato does anyway)."""
+    xformers: bool = False
+    """Use xformers' attention, if it is installed."""
+    no_half_vae: bool = False
+    """Run the VAE in fp32 even when the computation is in fp16 or bf16."""
+    vae_batch_size: Annotated[Count, Needs("cache_latents", "cache_latents_to_disk")] = 1
+    """Images that the VAE encodes at once."""
+    vae_tile_size: Annotated[Annotated[int, Ge(256)] | None, ZeroIsOff()] = None
+    """Images with a side of more pixels than this pass through the VAE in overlapping tiles of this size (512, say),
+    which needs less memory and changes them a little."""
+    stream_text_encoders: Annotated[
+        bool | None, Needs("cache_text_encoder_outputs", "cache_text_encoder_outputs_to_disk")
+    ] = None
+    """Read text encoders block by block while captions are encoded, so that none is ever in memory whole; the numbers
+    are the same. Default: those of more than 4 GiB, unless card and host have half as much again free."""
+    quantize: Annotated[Literal["fp8", "int8", "nf4", "auto"] | None, _FROZEN] = None
+    """Keep the weights of the frozen denoiser's blocks in fewer bits: fp8 with a scale for each 64 inputs (8.5 bits a
+    number), int8 in turned groups of inputs (8, and the most exact), nf4 (4.25), or auto: for each layer the smallest
+    format within quantize_budget."""
+    quantize_text_encoders: Annotated[Literal["fp8", "int8", "nf4", "auto"] | None, _ENCODERS_FROZEN] = None
+    """The same for the text encoders."""
+    quantize_budget: Annotated[Share, Needs("quantize", "quantize_text_encoders", among=("auto",))] = 0.1
+    """What a format may lose of a layer's weight for auto to take it, as a share of the weight's norm; about 0.09 in
+    nf4, 0.02 in fp8, 0.008 in int8. Where none is within it, the layer stays as it is."""
+    fp8_base: Annotated[bool, _FROZEN] = False
+    """quantize fp8, and quantize_text_encoders fp8 unless fp8_base_unet is set: with scales, which sd-scripts' plain
+    cast has not."""
+    fp8_base_unet: Annotated[bool, _FROZEN] = False
+    """quantize fp8: the text encoders stay as they are."""
+    fp8_scaled: Annotated[bool, _FROZEN] = False
+    """quantize fp8."""
+
+    @property
+    def denoiser_format(self) -> str | None:
+        """What the denoiser's weights are kept in: one of `quantize`."""
+        return self.quantize or ("fp8" if self.fp8_base or self.fp8_base_unet or self.fp8_scaled else None)
+
+    @property
+    def encoder_format(self) -> str | None:
+        """The same of the text encoders."""
+        return self.quantize_text_encoders or ("fp8" if self.fp8_base and not self.fp8_base_unet else None)
