@@ -32,7 +32,7 @@ METADATA = "_quantization_metadata"
 _QUANT = "comfy_quant"
 _COMPANIONS = (*SCALES, "scale_input", "input_scale", _QUANT)
 _GROUPS = (4, 16, 64, 256, 1024)
-"""Sizes of `tensors.hadamard`'s matrices that files have."""
+"""Sizes of the groups that files have."""
 _GGUF = "GGUF "
 _FLOATS = ("F32", "F16", "BF16", "F64")
 
@@ -84,12 +84,12 @@ def companions(tensors: Mapping[str, TensorInfo], coded: Mapping[str, Coded]) ->
 
 def decoded(codes: Tensor, of: Coded, scale: Tensor | None) -> Tensor:
     """(n, codes of a unit) and what scales these n, (n, parts) fp32 -> (n, unit) fp32."""
-    from sfumato.tensors.hadamard import rotated
+    from sfumato.tensors.stored import turned
 
     if scale is None:
         return gguf.dequantised(of.block, codes)
     values = (codes.float().view(len(codes), scale.shape[1], -1) * scale[..., None]).view(len(codes), -1)
-    return rotated(values, of.group) if of.group else values
+    return turned(values, of.group)
 
 
 def by_rows(scale: Tensor, rows: int) -> Tensor:

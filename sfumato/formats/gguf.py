@@ -79,6 +79,10 @@ def dequantised(kind: str, blocks: Tensor) -> Tensor:
     from gguf import quants
     from gguf.constants import GGMLQuantizationType
 
+    from sfumato.tensors.blocks import KINDS
+
+    if kind in KINDS:
+        return KINDS[kind][2](blocks)
     # As one row: a row takes a call of numpy of its own.
     made = quants.dequantize(blocks.reshape(1, -1).numpy(), GGMLQuantizationType[kind])
     return torch.from_numpy(made).view(len(blocks), -1)

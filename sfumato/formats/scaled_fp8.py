@@ -61,14 +61,14 @@ def recoded(
     import torch
 
     from sfumato.formats.planned import PlannedTensor
-    from sfumato.tensors.hadamard import rotated
+    from sfumato.tensors.stored import turned
 
     scales = math.prod(scale.shape)
     most = torch.finfo(dtype).max if dtype.is_floating_point else torch.iinfo(dtype).max
 
     def plain(w: Tensor) -> Tensor:
         """(rows, parts of a row, numbers of a part); with one scale for all (1, 1, numbers)."""
-        w = rotated(w, of.group) if of.group else w
+        w = turned(w, of.group)
         return w.reshape(1, 1, -1) if scales == 1 else w.reshape(len(w), scales // len(w), -1)
 
     def fitting(parts: Tensor) -> Tensor:

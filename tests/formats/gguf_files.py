@@ -30,3 +30,11 @@ def write(path: Path, tensors: Mapping[str, Tensor], kind: str = "Q8_0", arch: s
     writer.write_tensors_to_file()
     writer.close()
     return wanted
+
+
+def packed(kind: GGMLQuantizationType, rows: int, blocks: int) -> numpy.ndarray:
+    """Random codes with scales that are numbers: of each two bytes the second has no exponent of infinity."""
+    made = numpy.random.default_rng(int(kind)).integers(0, 256, (rows, blocks * gguf.GGML_QUANT_SIZES[kind][1]))
+    made[:, 1::2] &= 0x3B
+    made[:, 0::2] &= 0x3B
+    return made.astype(numpy.uint8)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from gguf import GGMLQuantizationType
 
-from formats.gguf_files import write
+from formats.gguf_files import packed, write
 from sfumato.errors import UserError
 from sfumato.formats.files import load, read_header
 from sfumato.formats.gguf import is_block
@@ -18,14 +18,6 @@ from sfumato.formats.lazy import Lazy
 
 PLAIN = ("F64", "F32", "F16", "BF16", "I8", "I16", "I32", "I64")
 KINDS = [kind for kind in GGMLQuantizationType if is_block(kind.name)]
-
-
-def packed(kind: GGMLQuantizationType, rows: int, blocks: int) -> numpy.ndarray:
-    """Random codes with scales that are numbers: of each two bytes the second has no exponent of infinity."""
-    made = numpy.random.default_rng(int(kind)).integers(0, 256, (rows, blocks * gguf.GGML_QUANT_SIZES[kind][1]))
-    made[:, 1::2] &= 0x3B
-    made[:, 0::2] &= 0x3B
-    return made.astype(numpy.uint8)
 
 
 def test_all_types_that_the_package_reads_are_read(tmp_path: Path) -> None:
