@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, cast
@@ -54,6 +55,8 @@ _PRESETS: dict[str, dict[str, Any]] = {
     "DAdaptLion": {"betas": (0.9, 0.99), "weight_decouple": True},
     "DAdaptSGD": {"momentum": 0.0},
 }
+HOW = frozenset({"fused", "foreach", "capturable", "differentiable"})
+"""Arguments of torch's own optimizers that say how they compute, and change nothing else."""
 _HINTS = {
     "bitsandbytes": "pip install 'sfumato[bitsandbytes]', or use AdamW, Lion or AdaFactor",
     _DADAPT: "pip install 'sfumato[dadaptation]', or use DAdaptAdam (the method's later form) or Prodigy",
@@ -63,8 +66,9 @@ _SPELLINGS = {"decouple": "weight_decouple", "use_bias_correction": "bias_correc
 """Arguments of prodigyopt and dadaptation, which kohya's command lines have -> pytorch_optimizer's."""
 
 
-def optimizer(config: OptimizerConfig, groups: Sequence[Group]) -> torch.optim.Optimizer:
-    """The optimizer that `optimizer_type` and `optimizer_args` ask for.
+def optimizer(config: OptimizerConfig, groups: Sequence[Group], *, fused: bool = False) -> torch.optim.Optimizer:
+    """The optimizer that `optimizer_type` and `optimizer_args` ask for. `fused`: one kernel does the step of many
+    weights, where torch has it, unless the arguments say otherwise.
 
     Errors: `UserError` for an unknown name or argument, a value that the class refuses, or a library that is not
     installed.
@@ -78,6 +82,8 @@ def optimizer(config: OptimizerConfig, groups: Sequence[Group]) -> torch.optim.O
             f"{flag}: expected the class of an optimizer, a subclass of torch.optim.Optimizer; {path} is not one"
         )
     args = settings(config, kind)
+    if fused and kind.__module__.startswith("torch.optim") and not HOW & args.keys():
+        args |= {"fused": True} if "fused" in inspect.signature(kind).parameters else {}
     try:
         made: torch.optim.Optimizer = cast(Any, kind)(
             [g for group in groups for g in group.for_torch()],

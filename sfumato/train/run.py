@@ -100,7 +100,8 @@ def prepare(
     trainable: Trainable = Adapters(models, config, plan) if plan else Full(models, config)
     samples = Samples(config, models, process, checked.prompts, world.device)
     place_models(config, models, trainable, world.device)
-    optimizer = build.optimizer(config.optimizer, trainable.groups())
+    # On the CPU it would change the last bits, and win nothing.
+    optimizer = build.optimizer(config.optimizer, trainable.groups(), fused=world.device.type != "cpu")
     if config.train.full_bf16:
         optimizer = build.in_low_bits(optimizer, config.train.seed, kahan=config.train.kahan_summation)
     fused = fusing.fused_step(config, models, trainable, optimizer, world.device)

@@ -17,6 +17,7 @@ from torch import Tensor
 from sfumato.errors import UserError
 from sfumato.formats import run as runs
 from sfumato.formats.files import check_finite
+from sfumato.optim import build
 from sfumato.optim.ema import EMA
 from sfumato.train import resume as resuming
 from sfumato.train.loop import Run
@@ -80,8 +81,12 @@ def resume(run: Run) -> None:
 def _load_optimizer(run: Run, facts: dict[str, Any], moments: dict[str, Tensor]) -> None:
     """The state's moments, with the arguments that were changed since: loading puts the old ones back."""
     own = [dict(group) for group in run.optimizer.param_groups]
+    saved = runs.unpack(facts["optimizer"], moments)
+    for group, current in zip(saved["param_groups"], own, strict=True):
+        # The state may be of a machine with another device.
+        group.update({name: current[name] for name in build.HOW if name in current})
     with run.fused.loading() if run.fused else nullcontext():
-        run.optimizer.load_state_dict(runs.unpack(facts["optimizer"], moments))
+        run.optimizer.load_state_dict(saved)
     then = (facts.get("identity") or {}).get("config")
     changed = resuming.changed_args(then, resuming.as_json(asdict(run.config)), type(run.optimizer))
     for group, current in zip(run.optimizer.param_groups, own, strict=True):

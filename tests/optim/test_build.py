@@ -204,3 +204,17 @@ def test_evaluating_leaves_others_alone():
     before = [p.detach().clone() for p in parameters]
     with build.evaluating(optimizer):
         assert all(torch.equal(a, b) for a, b in zip(before, parameters, strict=True))
+
+
+def test_torchs_optimizers_step_in_one_kernel_unless_told_otherwise():
+    def made(name, *args):
+        config = OptimizerConfig(optimizer_type=name, optimizer_args=args, learning_rate=0.01)
+        return build.optimizer(config, _groups(), fused=True)
+
+    fused = made("AdamW", "weight_decay=0.1")
+    assert fused.defaults["fused"]
+    for a, b in zip(_descend(fused), _descend(_make("AdamW", "weight_decay=0.1")), strict=True):
+        torch.testing.assert_close(a, b)
+    assert not made("AdamW", "foreach=True").defaults["fused"]
+    _descend(made("Lion"))
+    _descend(made("torch.optim.NAdam"))
