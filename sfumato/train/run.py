@@ -100,11 +100,7 @@ def prepare(
     trainable: Trainable = Adapters(models, config, plan) if plan else Full(models, config)
     samples = Samples(config, models, process, checked.prompts, world.device)
     place_models(config, models, trainable, world.device)
-    # On the CPU it would change the last bits, and win nothing.
-    optimizer = build.optimizer(config.optimizer, trainable.groups(), fused=world.device.type != "cpu")
-    if config.train.full_bf16:
-        optimizer = build.in_low_bits(optimizer, config.train.seed, kahan=config.train.kahan_summation)
-    fused = fusing.fused_step(config, models, trainable, optimizer, world.device)
+    optimizer = _optimizer(config, trainable, world.device)
     step = _distributed(Step(models, trainable, process, config.loss, precision), trainable, world)
     loader = Loader(
         plan=data.plan, seed=config.train.seed, tokenize=models.tokenize, draw=partial(draw, models, process),
@@ -118,7 +114,7 @@ def prepare(
     run = loop.Run(
         config=config, world=world, budget=budget, plan=data.plan, loader=loader, trainable=trainable,
         training_step=step, optimizer=optimizer, schedule=schedules.schedule(config.optimizer, optimizer, budget.steps),
-        fused=fused,
+        fused=fusing.fused_step(config, models, trainable, optimizer, world.device),
         ema=EMA(trainable.weights(), config.optimizer.ema_decay) if config.optimizer.ema_decay else None,
         scaler=torch.amp.GradScaler(world.device.type, enabled=precision == "fp16"),
         log=None, began=began, sample=samples.write,
@@ -140,6 +136,13 @@ def _packing(device: torch.device) -> Callable[[Batch], Batch]:
     """How batches lie in the host's memory: for a device with its own in one run of bytes, which are page-locked but on
     Apple's, where device and host share memory."""
     return (lambda batch: batch) if device.type == "cpu" else partial(Batch.pack, pinned=device.type != "mps")
+
+
+def _optimizer(config: Config, trainable: Trainable, device: torch.device) -> torch.optim.Optimizer:
+    # On the CPU one kernel for many weights would change the last bits, and win nothing.
+    made = build.optimizer(config.optimizer, trainable.groups(), fused=device.type != "cpu")
+    t = config.train
+    return build.in_low_bits(made, t.seed, kahan=t.kahan_summation) if t.full_bf16 else made
 
 
 def _distributed(step: Step, trainable: Trainable, world: dist.World) -> nn.Module:
