@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from sfumato.config.rules import Chance
 from sfumato.errors import UserError
 from sfumato.formats.dialect import ALPHA, AdapterTensors
-from sfumato.tensors.random import SampleRandom, key
+from sfumato.tensors.random import SampleRandom, generator
 from sfumato.tensors.shapes import per_sample
 
 
@@ -312,7 +312,7 @@ class Adapter(nn.Module):
         rng = self.context.rng
         if rng is None:
             raise RuntimeError("adapters with randomness in training mode need `AdapterNetwork.rng` for every batch")
-        return [torch.Generator(device).manual_seed(key(k, purpose, self.name)) for k in rng.keys]
+        return [generator(k, purpose, self.name, device=device) for k in rng.keys]
 
 
 def without_bias(y: Tensor, layer: nn.Module) -> Tensor:

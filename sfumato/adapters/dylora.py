@@ -51,7 +51,7 @@ class DyLoRA(LoRA):
             return super().delta(x)
         assert isinstance(self.options, DyLoRAOptions)
         unit, rank = self.options.unit, self.options.rank
-        last = rng.integers(f"dylora {self.name}", 0, rank // unit)  # (b,) the unit that learns
+        last = rng.integers(f"dylora {self.name}", 0, rank // unit, x.device)  # (b,) the unit that learns
         unit_of = torch.arange(rank, device=x.device) // unit
         at = per_sample(last, x).view(-1, 1)
         scale = (rank / (unit * (at + 1))).sqrt()

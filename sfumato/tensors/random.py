@@ -24,9 +24,9 @@ def key(*parts: int | str) -> int:
     return int.from_bytes(digest, "big") >> 1
 
 
-def generator(*parts: int | str) -> torch.Generator:
-    """A CPU generator seeded with `key(*parts)`."""
-    return torch.Generator().manual_seed(key(*parts))
+def generator(*parts: int | str, device: torch.device | str = "cpu") -> torch.Generator:
+    """A generator seeded with `key(*parts)`."""
+    return torch.Generator(device).manual_seed(key(*parts))
 
 
 def python_random(*parts: int | str) -> random.Random:
@@ -48,6 +48,7 @@ class SampleRandom:
         """(b, *shape) numbers in [0, 1), fp32 on the CPU."""
         return torch.stack([torch.rand(tuple(shape), generator=generator(k, purpose)) for k in self.keys])
 
-    def integers(self, purpose: str, low: int, high: int) -> Tensor:
-        """(b,) whole numbers in [low, high), int64 on the CPU."""
-        return torch.stack([torch.randint(low, high, (), generator=generator(k, purpose)) for k in self.keys])
+    def integers(self, purpose: str, low: int, high: int, device: torch.device | str = "cpu") -> Tensor:
+        """(b,) whole numbers in [low, high), int64, drawn on the device."""
+        made = (generator(k, purpose, device=device) for k in self.keys)
+        return torch.stack([torch.randint(low, high, (), generator=each, device=device) for each in made])
