@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 SAMPLE = """
     sample_prompts sample_sampler output_dir output_name network_weights base_weights base_weights_multiplier seed
-    mixed_precision xformers sdpa no_half_vae vae_tile_size stream_text_encoders zero_terminal_snr
+    mixed_precision xformers sdpa no_half_vae vae_tile_size stream_text_encoders blocks_to_swap zero_terminal_snr
 """
 """What `sfumato sample` reads, besides the model and the family's own settings."""
 
@@ -253,7 +253,6 @@ def _parser(prog: str) -> Parser:
     made.add_argument("--attn_mode", choices=("torch", "sdpa", "xformers", "flash", "sageattn"), default="torch")
     for switch in ("fp16", "bf16"):
         made.add_argument(f"--{switch}", action="store_true", help=f"--dtype {switch}")
-    made.add_argument("--blocks_to_swap", type=int, default=0, help=SUPPRESS)
     made.add_argument("--vae_chunk_size", type=int, help=SUPPRESS)
     made.add_argument("--prompt2", help=SUPPRESS)
     for switch in (*REFUSED, *IDLE):
@@ -264,8 +263,6 @@ def _parser(prog: str) -> Parser:
 def _check(script: Script, args: Namespace) -> None:
     """Notes on what has no effect. Errors: one `UserError` for all that cannot be done, or not together."""
     wrong = [f"--{name}: {why}" for name, why in REFUSED.items() if getattr(args, name)]
-    if args.blocks_to_swap:
-        wrong.append("--blocks_to_swap: is not supported yet: use --offload")
     if args.save_merged_model and not (args.lora_weight or args.lora_weights):
         wrong.append("--save_merged_model: name the adapters to merge with --lora_weight")
     if args.from_file and args.interactive:

@@ -48,9 +48,12 @@ OURS = frozenset(
         "class_tokens",
         "dialect",
         "ema_decay",
+        "gradient_checkpointing_every",
+        "gradient_checkpointing_keep",
         "num_repeats",
         "skip_unreadable",
         "stream_text_encoders",
+        "text_encoder_blocks_to_swap",
         "tokenizer",
         "vae_tile_size",
     }

@@ -94,12 +94,10 @@ _MEMORY = f"{_LATER}: gradient_checkpointing, full_bf16 and cached latents spare
 
 REFUSED: Mapping[str, str] = {
     "async_upload": _HUB,
-    "blocks_to_swap": _MEMORY,
     "conditioning_data_dir": "goes into the dataset file, to the subset whose images it masks",
     "dataset_class": _LATER,
     "debug_dataset": "is not supported: `sfumato plan` shows the images, their buckets and the steps",
     "deepspeed": f"{_LATER}: leave it out; several cards work through torchrun or accelerate launch alone",
-    "double_blocks_to_swap": _MEMORY,
     "full_fp16": "is not supported, as weights and gradients overflow in fp16: use full_bf16, or mixed_precision fp16",
     "huggingface_repo_id": _HUB,
     "huggingface_token": f"{_HUB} after `hf auth login`, which keeps the token out of command lines",
@@ -117,7 +115,6 @@ REFUSED: Mapping[str, str] = {
     "output_config": "is not needed: the resolved config is written beside every result, `sfumato plan` checks it",
     "resume_from_huggingface": f"{_LATER}: download the state and name its folder with resume",
     "save_state_to_huggingface": _HUB,
-    "single_blocks_to_swap": _MEMORY,
     "skip_until_initial_step": _INITIAL,
     "torch_compile": _LATER,
     "use_sage_attn": "is not supported, as it rounds what attention sees to 8 bits and has no gradient: sdpa is exact",

@@ -7,13 +7,14 @@ from typing import Annotated, Literal
 
 from annotated_types import Ge
 
-from sfumato.config.rules import Count, Excludes, Needs, Only, Record, Share, ZeroIsOff
+from sfumato.config.rules import Count, CountOrOff, Excludes, Needs, Only, Record, Share, ZeroIsOff
 
 _FROZEN = Only("network", "`train full` trains these weights, and what is trained is not quantised")
 _ENCODERS_FROZEN = Excludes(
     "train_text_encoder", method="full", why="train_text_encoder trains them, and what is trained is not quantised"
 )
 _CHECKPOINTED = Needs("gradient_checkpointing")
+_SWAPPED = Excludes("blocks_to_swap", why="blocks_to_swap counts blocks of all kinds")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,6 +30,15 @@ class MemoryConfig(Record):
     convolutions as well, which takes more memory."""
     cpu_offload_checkpointing: Annotated[bool, _CHECKPOINTED] = False
     """Keep what each recomputed block was given in the host's memory until its backward pass."""
+    blocks_to_swap: CountOrOff = None
+    """Blocks of the denoiser for which the card needs no room: they wait in the CPU's memory and come when they are
+    used, while others compute. 1 to one less than it has, of whatever kind; more take less memory and more time."""
+    double_blocks_to_swap: Annotated[CountOrOff, _SWAPPED] = None
+    """The same of blocks with two streams alone, in models that have such (FLUX)."""
+    single_blocks_to_swap: Annotated[CountOrOff, _SWAPPED] = None
+    """The same of blocks with one stream alone."""
+    text_encoder_blocks_to_swap: CountOrOff = None
+    """The same of the largest text encoder, where captions are encoded in every step."""
     sdpa: bool = False
     """Use PyTorch's attention (what sfumato does anyway)."""
     xformers: bool = False

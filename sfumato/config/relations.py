@@ -14,6 +14,11 @@ def caches_text(s: Settings) -> bool:
     return s.cache_text_encoder_outputs or s.cache_text_encoder_outputs_to_disk
 
 
+def swaps(s: Settings) -> bool:
+    """Whether blocks of a net are streamed."""
+    return any((s.blocks_to_swap, s.double_blocks_to_swap, s.single_blocks_to_swap, s.text_encoder_blocks_to_swap))
+
+
 def _trains_text(s: Settings) -> bool:
     if caches_text(s) or s.stop_text_encoder_training == 0:
         return False
@@ -49,6 +54,11 @@ IDLE = (
         "dim_from_weights takes them from network_weights",
     ),
     Idle(
+        ("text_encoder_blocks_to_swap",),
+        lambda s: s.text_encoder_blocks_to_swap and caches_text(s),
+        "captions are encoded before the training, and no text encoder is in its steps",
+    ),
+    Idle(
         ("xformers",),
         lambda s: not find_spec("xformers"),
         "xformers is not installed; PyTorch's own attention is used, which gives the same result",
@@ -57,6 +67,11 @@ IDLE = (
 """Settings that do nothing beside others."""
 
 CLASHES = (
+    Clash(
+        ("blocks_to_swap", "double_blocks_to_swap", "single_blocks_to_swap", "text_encoder_blocks_to_swap"),
+        lambda s: s.method == "full" and swaps(s),
+        "a whole model's gradients take more memory than its blocks; leave it out, or train an adapter",
+    ),
     Clash(
         ("network_train_text_encoder_only", "network_train_unet_only"),
         lambda s: s.method == "network" and s.network_train_unet_only and s.network_train_text_encoder_only,

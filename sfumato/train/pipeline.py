@@ -20,7 +20,7 @@ from sfumato.sampling import prompts, sample
 from sfumato.tensors import attention
 from sfumato.tensors.noise import NoiseProcess
 from sfumato.train import dist, outputs
-from sfumato.train.devices import load_models, outline_models, vae_dtype
+from sfumato.train.devices import load_models, outline_models, place, swapped, vae_dtype
 from sfumato.train.progress import progress
 from sfumato.train.step import autocast
 from sfumato.train.trainables import read_adapter
@@ -53,8 +53,9 @@ class Pipeline:
         device = dist.device_of() if device is None else device
         held = torch.device("cpu") if offload else device
         models = outline_models(config)
+        choices = swapped(config, models, encoders=False)
         load_models(config, models, adapters=adapters)
-        models.denoiser.to(held)
+        place(models, "denoiser", choices.get("denoiser"), device if choices else held)
         materialize(models, held)
         if models.vaes is not None:
             materialize_vae(models, held)

@@ -84,7 +84,6 @@ def test_flags_are_read(script: str) -> None:
     [
         ("hunyuan_image_minimal_inference", "--prompt a --save_path o --fp8", "--fp8: weights are not quantised yet"),
         ("anima_minimal_inference", "--prompt a --save_path o --text_encoder_cpu", "use --offload"),
-        ("hunyuan_image_minimal_inference", "--prompt a --save_path o --blocks_to_swap 20", "use --offload"),
         ("anima_minimal_inference", "--prompt a", "--save_path is missing"),
         ("anima_minimal_inference", "--save_path o", "say what to sample: --prompt, --from_file or --interactive"),
         ("anima_minimal_inference", "--save_path o --from_file p --interactive", "exclude each other"),

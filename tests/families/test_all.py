@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from streamed import equal_gradients, inputs
 from tinies.cases import Case, Files, cases
 from torch import Tensor
 from training import config
@@ -265,3 +266,15 @@ def test_a_run_is_checked_on_nets_without_values(
     assert checked.trained[0].component == "denoiser" and all(each.numbers and each.layers for each in checked.trained)
     assert checked.suffix == ".safetensors"
     assert all(p.is_meta for net in checked.models.nets().values() for p in net.parameters())
+
+
+FIRST = {case.family: case.name for case in reversed(cases())}
+
+
+def test_gradients_are_those_of_the_whole_net_where_blocks_are_streamed(case: Case, models: Models) -> None:
+    """Some blocks or all but one, with adapters or of the whole net, recomputed or not; one variant of each family."""
+    if FIRST[case.family] != case.name:
+        pytest.skip("another variant of the family is tried")
+    count, given = len(models.family.blocks(models.denoiser)), inputs(models)
+    equal_gradients(models, given, "lora", [count // 2], again=False)
+    equal_gradients(models, given, "", [count - 1], again=True)

@@ -12,5 +12,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "offloaded": {"gradient_checkpointing": True, "cpu_offload_checkpointing": True},
     "fused": {"fused_backward_pass": True, "fused_clipping": "two_passes"},
     "fused, state on host": {"fused_optimizer_groups": 3, "optimizer_state_on_cpu": True},
+    "streaming": {"blocks_to_swap": 1},
+    "all but one block streamed, checkpointing": {"blocks_to_swap": 2, "gradient_checkpointing": True},
 }
 """Name -> the settings of a config."""

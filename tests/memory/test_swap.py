@@ -1,0 +1,270 @@
+"""Block streaming: the numbers are those of a net that is on the device whole; what could go wrong fails at once."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from typing import Any
+
+import pytest
+import torch
+from racing import Racing
+from streamed import same, streamed
+from torch import Tensor, nn
+
+from sfumato.memory import swap_plan
+from sfumato.memory.checkpoint import checkpoint_blocks
+from sfumato.memory.swap import Swap
+from sfumato.memory.swap_plan import Choice, choose
+
+COUNT = 6
+
+
+class Block(nn.Module):
+    """Of two kinds, with a buffer in a format of its own; called with a keyword, it returns a tuple and passes an input through."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(8, width), nn.Linear(width, 8)
+        self.register_buffer("codes", torch.randint(-9, 9, (8,), dtype=torch.int8))
+        self.scale = nn.Parameter(torch.ones(8))
+
+    def forward(self, x: Tensor, *, shift: Tensor) -> tuple[Tensor, Tensor]:
+        inner = nn.functional.layer_norm(x, (8,), self.scale) + 0.1 * self.codes
+        return x + shift * self.down(self.up(inner).relu() ** 2), shift
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.head = nn.Linear(8, 8)
+        self.blocks = nn.ModuleList(Block(8 + 8 * (i % 2)) for i in range(COUNT))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x, shift = self.head(x), x.new_full((8,), 0.5)
+        for block in self.blocks:
+            x, shift = block(x, shift=shift)
+        return x
+
+
+X = torch.linspace(-1, 1, 32).view(4, 8)
+
+
+def grads(net: nn.Module, passes: int = 1) -> list[Tensor]:
+    """Of so many passes, added up."""
+    for p in net.parameters():
+        p.grad = None
+    for i in range(passes):
+        net(X * (1 + i)).square().mean().backward()
+    return [p.grad for p in net.parameters() if p.grad is not None]
+
+
+@pytest.fixture
+def net() -> Net:
+    """Of which the first layer alone is trained."""
+    made = Net().requires_grad_(False)
+    made.head.requires_grad_(True)
+    return made
+
+
+@pytest.mark.parametrize("whole", [False, True])
+@pytest.mark.parametrize("again", [False, True])
+@pytest.mark.parametrize("swapped", range(1, COUNT))
+def test_gradients_are_equal(net: Net, swapped: int, again: bool, whole: bool) -> None:
+    net.requires_grad_(whole)
+    net.head.requires_grad_(True)
+    checkpointing = checkpoint_blocks(net.blocks) if again else None
+    plain, shown = grads(net, 2), net(X).detach()
+    before = {name: t.clone() for name, t in net.state_dict().items()}
+    for seed in range(3):
+        backend = Racing(seed=seed)
+        with streamed(net, net.blocks, choose(COUNT, swapped), backend):
+            for _ in range(2):
+                assert same(plain, grads(net, 2))
+                with torch.no_grad():
+                    assert torch.equal(net(X), shown)
+            assert not backend.stores
+            assert all(torch.equal(t, before[name]) for name, t in net.state_dict().items())
+    if checkpointing:
+        checkpointing.remove()
+    assert same(plain, grads(net, 2))
+
+
+def test_the_device_holds_less_by_what_is_swapped() -> None:
+    blocks = [nn.Linear(64, 64) for _ in range(COUNT)]
+    (size,) = set(swap_plan.bytes_of(blocks))
+    for swapped in range(1, COUNT):
+        choice = choose(COUNT, swapped)
+        assert choice.device([size] * COUNT) == (COUNT - swapped) * size
+        assert choice.host([size] * COUNT) == (swapped + choice.slots) * size
+        backend = Racing(room=choice.slots * size)
+        Swap(nn.ModuleList(blocks), blocks, choice, backend).remove()
+        assert backend.taken == choice.slots * size
+
+
+def test_streamed_blocks_lie_evenly_among_the_others() -> None:
+    assert choose(12, 4) == Choice((1, 3, 5, 7, 9, 11), 2)
+    assert choose(4, 2).places == choose(4, 3).places == (0, 1, 2, 3)
+    assert choose(4, 3).slots == 1
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_frozen_weights_are_copied_one_way_and_twice_a_step_at_most(net: Net, again: bool) -> None:
+    """Those that are there when the pass turns, or when the next step begins, are not copied anew."""
+    if again:
+        checkpoint_blocks(net.blocks)
+    for swapped in range(1, COUNT):
+        backend, choice = Racing(longest=0), choose(COUNT, swapped)
+        with streamed(net, net.blocks, choice, backend):
+            grads(net)
+            backend.loads.clear()
+            grads(net)
+        assert len(backend.loads) == 2 * (len(choice.places) - choice.slots) == 2 * swapped
+        assert not backend.stores
+
+
+def test_trained_weights_that_step_in_the_backward_pass_come_home(net: Net) -> None:
+    """As they do in an unstreamed net; a block that was not changed is not written."""
+    net.requires_grad_(True)
+    net.blocks[0].requires_grad_(False)
+
+    def step(p: nn.Parameter) -> None:
+        assert p.grad is not None
+        with torch.no_grad():
+            p -= 0.1 * p.grad
+        p.grad = None
+
+    for p in net.parameters():
+        if p.requires_grad:
+            p.register_post_accumulate_grad_hook(step)
+    start = {name: t.clone() for name, t in net.state_dict().items()}
+
+    def run() -> dict[str, Tensor]:
+        net.load_state_dict(start)
+        for _ in range(3):
+            net(X).square().mean().backward()
+        return {name: torch.empty(t.shape, dtype=t.dtype).copy_(t) for name, t in net.state_dict().items()}
+
+    plain = run()
+    backend = Racing(seed=1)
+    with streamed(net, net.blocks, choose(COUNT, 4), backend):
+        ours = run()
+    assert all(torch.equal(t, ours[name]) for name, t in plain.items())
+    assert not torch.equal(plain["blocks.5.up.weight"], start["blocks.5.up.weight"])
+    sizes = swap_plan.bytes_of(net.blocks)
+    assert sorted(backend.stores) == sorted(sizes[1:] * 3)
+
+
+def test_values_that_are_written_between_steps_are_those_of_the_next(net: Net) -> None:
+    """As a resumed state, or an average, is."""
+    with streamed(net, net.blocks, choose(COUNT, 4), Racing()):
+        grads(net)
+        with torch.no_grad():
+            net(X)
+    other = Net()
+    with torch.no_grad():
+        for p in other.parameters():
+            p *= 1.1
+    backend = Racing()
+    with streamed(net, net.blocks, choose(COUNT, 4), backend) as swap:
+        grads(net)
+        with torch.no_grad():
+            net(X)  # the last blocks are still there
+        net.load_state_dict(other.state_dict())
+        swap.settle()
+        got = grads(net)
+    other.requires_grad_(False)
+    other.head.requires_grad_(True)
+    assert same(got, grads(other))
+
+
+def test_a_net_that_is_streamed_is_moved_by_nobody_else(net: Net) -> None:
+    with streamed(net, net.blocks, choose(COUNT, 4), Racing()):
+        assert net.to("meta").blocks[0].up.weight.device.type == "cpu"
+        with pytest.raises(RuntimeError, match="number format"):
+            net.to(torch.float16)
+    assert net.half().blocks[0].up.weight.dtype == torch.float16
+
+
+# --- what is wrong fails ---
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_without_the_call_before_the_backward_pass_it_fails(
+    net: Net, again: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Or is right all the same: what autograd kept brings its block back."""
+    if again:
+        checkpoint_blocks(net.blocks)
+    plain = grads(net)
+    monkeypatch.setattr(Swap, "_backward", lambda *_: None)
+    with streamed(net, net.blocks, choose(COUNT, 4), Racing()):
+        if again:
+            with pytest.raises(RuntimeError, match="is on the host"):
+                grads(net)
+        else:
+            assert same(plain, grads(net))
+
+
+def test_without_the_call_before_the_forward_pass_it_fails(net: Net) -> None:
+    with streamed(net, net.blocks, choose(COUNT, 4), Racing()):
+        del net.blocks[1].forward
+        with pytest.raises(RuntimeError, match="is on the host"):
+            grads(net)
+        net.blocks[1].forward = Block.forward.__get__(net.blocks[1])
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_a_copy_that_nobody_waits_for_poisons_the_gradients(
+    net: Net, again: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if again:
+        checkpoint_blocks(net.blocks)
+    monkeypatch.setattr(Racing, "wait", lambda *_: None)
+    with streamed(net, net.blocks, choose(COUNT, 4), Racing(longest=0.02)):
+        assert any(g.isnan().any() for g in grads(net))
+
+
+def test_what_autograd_keeps_of_a_slot_is_not_its_memory(net: Net, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or it would be another block's, where no call comes before the backward pass."""
+    monkeypatch.setattr(Swap, "_pack", lambda self, rank, saved: saved)
+    monkeypatch.setattr(Swap, "_backward", lambda *_: None)
+    with (
+        streamed(net, net.blocks, choose(COUNT, 4), Racing(longest=0)),
+        pytest.raises(RuntimeError, match="is on the host"),
+    ):
+        grads(net)
+
+
+def test_after_an_error_it_goes_on(net: Net, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = grads(net)
+    with streamed(net, net.blocks, choose(COUNT, 4), Racing()):
+        for broken in ("forward", "backward", "copy"):
+            with monkeypatch.context() as patch, pytest.raises(torch.OutOfMemoryError):
+                if broken == "copy":
+                    patch.setattr(Racing, "copy", _fail)
+                if broken == "forward":
+                    patch.setattr(nn.functional, "layer_norm", _Failing(3))
+                handle = net.blocks[3].register_forward_hook(_fails_backward) if broken == "backward" else nullcontext()
+                with handle:
+                    grads(net)
+            assert same(plain, grads(net))
+
+
+def _fail(*_: Any) -> None:
+    raise torch.OutOfMemoryError("CUDA out of memory")
+
+
+class _Failing:
+    """`layer_norm` that fails in a call."""
+
+    def __init__(self, left: int) -> None:
+        self.left, self.function = left, nn.functional.layer_norm
+
+    def __call__(self, *args: Any) -> Tensor:
+        self.left -= 1
+        return _fail() or self.function(*args) if self.left == 0 else self.function(*args)
+
+
+def _fails_backward(_: nn.Module, args: Any, out: tuple[Tensor, Tensor]) -> None:
+    out[0].register_hook(_fail)
