@@ -28,7 +28,7 @@ from sfumato.sampling.prompts import Prompt
 from sfumato.sampling.sample import EncodedPrompts, encode_prompts, sample
 from sfumato.tensors.noise import NoiseProcess
 from sfumato.train import checkpoints, dist, fusing, lock, log, loop, provenance, resume, state
-from sfumato.train.caching import Caches, fill_caches, open_data
+from sfumato.train.caching import Caches, Data, fill_caches, open_data
 from sfumato.train.check import check, check_length, check_model
 from sfumato.train.devices import load_models, outline_models, peak_memory, place_models
 from sfumato.train.plan import steps_line
@@ -102,14 +102,7 @@ def prepare(
     place_models(config, models, trainable, world.device)
     optimizer = _optimizer(config, trainable, world.device)
     step = _distributed(Step(models, trainable, process, config.loss, precision), trainable, world)
-    loader = Loader(
-        plan=data.plan, seed=config.train.seed, tokenize=models.tokenize, draw=partial(draw, models, process),
-        pack=_packing(world.device),
-        latents=caches.latents, texts=caches.texts, prior_loss_weight=config.loss.prior_loss_weight,
-        accumulation=budget.accumulation, rank=world.rank, world=world.size,
-        steps=budget.steps, workers=config.train.max_data_loader_n_workers,
-        persistent=config.train.persistent_data_loader_workers, notice=console.print,
-    )  # fmt: skip
+    loader = _loader(config, data, models, process, caches, budget, world)
     facts = provenance.Facts(config, models, data.plan, budget, plan, type(optimizer))
     run = loop.Run(
         config=config, world=world, budget=budget, plan=data.plan, loader=loader, trainable=trainable,
@@ -130,6 +123,25 @@ def prepare(
     if world.main:
         run.log = log.Log(config, run.step, asdict(config))
     return run
+
+
+def _loader(
+    config: Config,
+    data: Data,
+    models: Models,
+    process: NoiseProcess,
+    caches: Caches,
+    budget: loop.StepBudget,
+    world: dist.World,
+) -> Loader:
+    return Loader(
+        plan=data.plan, seed=config.train.seed, tokenize=models.tokenize, draw=partial(draw, models, process),
+        pack=_packing(world.device),
+        latents=caches.latents, texts=caches.texts, prior_loss_weight=config.loss.prior_loss_weight,
+        accumulation=budget.accumulation, rank=world.rank, world=world.size,
+        steps=budget.steps, workers=config.train.max_data_loader_n_workers,
+        persistent=config.train.persistent_data_loader_workers, notice=console.print,
+    )  # fmt: skip
 
 
 def _packing(device: torch.device) -> Callable[[Batch], Batch]:
