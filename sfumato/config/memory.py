@@ -7,12 +7,8 @@ from typing import Annotated, Literal
 
 from annotated_types import Ge
 
-from sfumato.config.rules import Count, CountOrOff, Excludes, Needs, Only, Record, Share, ZeroIsOff
+from sfumato.config.rules import Count, CountOrOff, Excludes, Needs, Record, Share, ZeroIsOff
 
-_FROZEN = Only("network", "`train full` trains these weights, and what is trained is not quantised")
-_ENCODERS_FROZEN = Excludes(
-    "train_text_encoder", method="full", why="train_text_encoder trains them, and what is trained is not quantised"
-)
 _CHECKPOINTED = Needs("gradient_checkpointing")
 _SWAPPED = Excludes("blocks_to_swap", why="blocks_to_swap counts blocks of all kinds")
 
@@ -55,21 +51,24 @@ class MemoryConfig(Record):
     ] = None
     """Read text encoders block by block while captions are encoded, so that none is ever in memory whole; the numbers
     are the same. Default: those of more than 4 GiB, unless card and host have half as much again free."""
-    quantize: Annotated[Literal["fp8", "int8", "nf4", "auto"] | None, _FROZEN] = None
+    quantize: Literal["fp8", "int8", "nf4", "auto"] | None = None
     """Keep the weights of the frozen denoiser's blocks in fewer bits: fp8 with a scale for each 64 inputs (8.5 bits a
     number), int8 in turned groups of inputs (8, and the most exact), nf4 (4.25), or auto: for each layer the smallest
     format within quantize_budget."""
-    quantize_text_encoders: Annotated[Literal["fp8", "int8", "nf4", "auto"] | None, _ENCODERS_FROZEN] = None
+    quantize_text_encoders: Literal["fp8", "int8", "nf4", "auto"] | None = None
     """The same for the text encoders."""
     quantize_budget: Annotated[Share, Needs("quantize", "quantize_text_encoders", among=("auto",))] = 0.1
     """What a format may lose of a layer's weight for auto to take it, as a share of the weight's norm; about 0.09 in
     nf4, 0.02 in fp8, 0.008 in int8. Where none is within it, the layer stays as it is."""
-    fp8_base: Annotated[bool, _FROZEN] = False
+    int8_matmul: Annotated[bool, Needs("quantize", "quantize_text_encoders", among=("int8", "auto"))] = False
+    """Multiply in int8 where weights are in it, forward and backward: what comes in and gradients are rounded to 8 bits
+    for each token, which is faster on most cards and less exact. Where the device cannot, weights are made wide."""
+    fp8_base: bool = False
     """quantize fp8, and quantize_text_encoders fp8 unless fp8_base_unet is set: with scales, which sd-scripts' plain
     cast has not."""
-    fp8_base_unet: Annotated[bool, _FROZEN] = False
+    fp8_base_unet: bool = False
     """quantize fp8: the text encoders stay as they are."""
-    fp8_scaled: Annotated[bool, _FROZEN] = False
+    fp8_scaled: bool = False
     """quantize fp8."""
 
     @property

@@ -78,6 +78,16 @@ CLASHES = (
         "network_train_unet_only and network_train_text_encoder_only exclude each other; leave both out to train both",
     ),
     Clash(
+        ("quantize", "fp8_base", "fp8_base_unet", "fp8_scaled"),
+        lambda s: s.method == "full" and s.denoiser_format,
+        "`train full` trains the denoiser's weights, and what is trained is not quantised; leave it out",
+    ),
+    Clash(
+        ("quantize_text_encoders",),
+        lambda s: s.method == "full" and s.train_text_encoder and s.encoder_format,
+        "train_text_encoder trains the text encoders' weights, and what is trained is not quantised",
+    ),
+    Clash(
         ("fp8_base", "fp8_base_unet", "fp8_scaled"),
         lambda s: s.quantize not in (None, "fp8") and (s.fp8_base or s.fp8_base_unet or s.fp8_scaled),
         "quantize names another format; leave one of the two out",

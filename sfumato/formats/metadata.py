@@ -38,8 +38,6 @@ NEEDED = (
 _FIXED: Mapping[str, object] = {
     "sd_scripts_commit_hash": "",
     "full_fp16": False,
-    "fp8_base": False,
-    "fp8_base_unet": False,
     "lowram": False,
     "num_validation_images": 0,
     "validation_seed": None,
@@ -188,6 +186,9 @@ def training(config: Config, run: RunFacts, datasets: Sequence[DatasetFacts] = (
         name: getattr(getattr(config, section), name) for section, names in _OPTIONS.items() for name in names.split()
     }
     values["debiased_estimation"] = config.loss.debiased_estimation_loss
+    values["fp8_base"] = config.memory.denoiser_format == "fp8"
+    values["fp8_base_unet"] = values["fp8_base"] and config.memory.encoder_format is None
+    values["quantize"], values["quantize_text_encoders"] = config.memory.denoiser_format, config.memory.encoder_format
     values |= asdict(run)
     del values["family"]
     values |= {**run.family, **_FIXED}

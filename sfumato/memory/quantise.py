@@ -60,10 +60,12 @@ class Stored(nn.Module):
     def put(self, weight: Tensor, dtype: torch.dtype | None = None) -> None:
         """Quantise a weight and hold that. `dtype`: what everything else is to see; None: that of the weight."""
         self.dtype = dtype or weight.dtype
+        if weight.is_meta:  # nothing is known of the error: the most that it may take
+            self.hold(self.candidates[-1], self.candidates[-1].outline(self.shape))
+            return
         for format in self.candidates if self.budget is None else (*self.candidates, Wide(self.dtype)):
             parts, error = quantised(format, weight)
-            # Without values nothing is known of the error: the most that is stored for it is taken for the rule.
-            if format is self.candidates[-1] if error.is_meta else self.budget is None or error <= self.budget:
+            if self.budget is None or error <= self.budget:
                 break
         self.hold(format, parts)
         self.error = error
@@ -92,7 +94,7 @@ class Stored(nn.Module):
 
 def quantised(format: Format, weight: Tensor) -> tuple[dict[str, Tensor], Tensor]:
     """What a weight becomes, and the relative error; some rows at a time, so that little is held meanwhile."""
-    rows = max(1, PIECE // weight[0].numel()) if not weight.is_meta else len(weight)
+    rows = max(1, PIECE // weight[0].numel())
     pieces, lost, whole = list[dict[str, Tensor]](), *torch.zeros(2, device=weight.device)
     for part in torch.split(weight, rows):
         exact = part.float()
@@ -113,6 +115,8 @@ class StoredLinear(Stored, nn.Linear):
     def multiply(self, x: Tensor) -> Tensor:
         """The same, computed in x's number format, whatever autocast says."""
         bias = None if self.bias is None else self.bias.to(x.dtype)
+        if not (x.requires_grad and torch.is_grad_enabled()):
+            return self.format.multiply(x, self.parts, self.shape, bias)
         y: Tensor = _Linear.apply(x, bias, self.format, self.shape, *self.parts.values())  # type: ignore[no-untyped-call]
         return y
 
@@ -125,6 +129,8 @@ class StoredConv2d(Stored, nn.Conv2d):
         x = _as_computed(x)
         bias = None if self.bias is None else self.bias.to(x.dtype)
         how = (self.stride, self.padding, self.dilation, self.groups)
+        if not (x.requires_grad and torch.is_grad_enabled()):
+            return self._conv_forward(x, self.weight_in(x.dtype), bias)  # type: ignore[no-any-return]
         y: Tensor = _Conv2d.apply(x, bias, how, self.format, self.shape, *self.parts.values())  # type: ignore[no-untyped-call]
         return y
 
@@ -136,12 +142,13 @@ class _Linear(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, bias: Tensor | None, format: Format, shape: torch.Size, *parts: Tensor) -> Tensor:
         ctx.save_for_backward(*parts)
         ctx.stored = format, shape
-        return F.linear(x, _weight(format, parts, shape, x.dtype), bias)
+        return format.multiply(x, dict(zip(format.names, parts, strict=True)), shape, bias)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         format, shape = ctx.stored
-        return dy @ _weight(format, ctx.saved_tensors, shape, dy.dtype), None, None, None, *[None] * len(format.names)
+        dx = format.multiply_back(dy, dict(zip(format.names, ctx.saved_tensors, strict=True)), shape)
+        return dx, None, None, None, *[None] * len(format.names)
 
 
 class _Conv2d(torch.autograd.Function):

@@ -209,24 +209,22 @@ def merge_when_read(models: Models, changes: Mapping[str, Mapping[str, Change]])
     models.source = replace(models.source, components=found)
 
 
-def quantise_when_read(models: Models, choices: Mapping[str, str | None], budget: float) -> None:
-    """Have frozen nets keep the weights of their blocks in fewer bits, from when they are read. `choices`: component ->
-    format, as of `memory.formats`; None, and those that are not named, stay as they are. `budget`: for "auto"."""
-    family = models.family
+def quantise_when_read(
+    models: Models, choices: Mapping[str, str], budget: float | None = None, kernel: str = ""
+) -> None:
+    """Have the blocks of frozen nets keep their weights in fewer bits, from when they are read. `choices`: component ->
+    format; `choices`, `budget`, `kernel`: as of `memory.formats.quantise`."""
     found = dict(models.source.components)
     for name, choice in choices.items():
-        if choice and name in found:
-            blocks = family.blocks if name == "denoiser" else family.encoder_blocks
-            found[name] = replace(
-                found[name], quantise=partial(_quantised, blocks=blocks, choice=choice, budget=budget)
-            )
+        blocks = models.family.blocks if name == "denoiser" else models.family.encoder_blocks
+        found[name] = replace(found[name], quantise=partial(_quantised, blocks, choice, budget, kernel))
     models.source = replace(models.source, components=found)
 
 
 def _quantised(
-    net: nn.Module, blocks: Callable[[nn.Module], Iterable[nn.Module]], choice: str, budget: float
+    blocks: Callable[[nn.Module], Iterable[nn.Module]], choice: str, budget: float | None, kernel: str, net: nn.Module
 ) -> Mapping[str, Stored]:
-    return quantise(net, blocks(net), choice, budget)
+    return quantise(net, blocks(net), choice, budget, kernel)
 
 
 def materialize(models: Models, device: torch.device | str = "cpu") -> None:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 Parts = Mapping[str, Tensor]
@@ -42,10 +43,21 @@ class Format:
         """The reverse: a weight of this shape."""
         raise NotImplementedError
 
+    def multiply(self, x: Tensor, parts: Parts, shape: Sequence[int], bias: Tensor | None = None) -> Tensor:
+        """x (..., in) @ weight.T + bias, in x's number format."""
+        return F.linear(x, self.dequantise(parts, shape, x.dtype), bias)
+
+    def multiply_back(self, dy: Tensor, parts: Parts, shape: Sequence[int]) -> Tensor:
+        """dy (..., out) @ weight: the gradient of `multiply` to x."""
+        return dy @ self.dequantise(parts, shape, dy.dtype)
+
+    def outline(self, shape: Sequence[int]) -> dict[str, Tensor]:
+        """What a weight of this shape becomes, without values (on the meta device)."""
+        raise NotImplementedError
+
     def nbytes(self, shape: Sequence[int]) -> int:
         """What a weight of this shape takes."""
-        parts = self.quantise(torch.empty(tuple(shape), device="meta"))
-        return sum(t.nbytes for t in parts.values())
+        return sum(t.nbytes for t in self.outline(shape).values())
 
     def join(self, pieces: Sequence[Parts]) -> dict[str, Tensor]:
         """What consecutive rows of a weight became -> the same of all of them."""
@@ -70,6 +82,13 @@ class Scaled(Format):
     def grouped(self, weight: Tensor) -> Tensor:
         """The weight, fp32, with what shares a scale along the last dimension, (out, in) or (out, blocks, block)."""
         return weight.float().flatten(1)
+
+    def outline(self, shape: Sequence[int]) -> dict[str, Tensor]:
+        scales = [*self.grouped(torch.empty(tuple(shape), device="meta")).shape[:-1], 1]
+        return {
+            "codes": torch.empty(tuple(shape), dtype=self.dtype, device="meta"),
+            "scale": torch.empty(scales, device="meta"),
+        }
 
     def rounded(self, values: Tensor) -> Tensor:
         """Values within ± `most` -> codes."""
@@ -112,14 +131,20 @@ class FP8(Scaled):
 @dataclass(frozen=True, slots=True)
 class Int8(Scaled):
     """int8 with a scale for each row. `turn`: the inputs are turned by a Hadamard matrix in groups of so many (a power
-    of 4), which spreads outliers (ConvRot, as comfy-kitchen lays it out); 0: they are not."""
+    of 4), which spreads outliers (ConvRot, as comfy-kitchen lays it out); 0: they are not.
+
+    `kernel`: what multiplies in int8, forward and backward, with x and dy rounded to 8 bits for each row ("torch", or
+    "comfy" for comfy-kitchen's forward); "": nothing, the weight is made wide, which is exact."""
 
     turn: int = 0
+    kernel: str = ""
 
     @classmethod
-    def of(cls, shape: Sequence[int]) -> Int8:
-        """Turned in the largest groups that go into the inputs of a weight of this shape."""
-        return cls(next((n for n in (256, 64, 16) if math.prod(shape[1:]) % n == 0), 0))
+    def of(cls, shape: Sequence[int], kernel: str = "") -> Int8:
+        """Turned in the largest groups that go into the inputs of a weight of this shape; kernels have it in multiples
+        of 8."""
+        fits = len(shape) == 2 and shape[0] % 8 == 0 and shape[1] % 8 == 0
+        return cls(next((n for n in (256, 64, 16) if math.prod(shape[1:]) % n == 0), 0), kernel if fits else "")
 
     @property
     def name(self) -> str:
@@ -133,7 +158,8 @@ class Int8(Scaled):
         return 127.0
 
     def grouped(self, weight: Tensor) -> Tensor:
-        return turned(weight.float().flatten(1), self.turn)
+        flat = weight.float().flatten(1)
+        return flat if weight.is_meta else turned(flat, self.turn)
 
     def rounded(self, values: Tensor) -> Tensor:
         return values.round_().to(self.dtype)
@@ -142,6 +168,41 @@ class Int8(Scaled):
         codes, scale = parts["codes"], parts["scale"]
         # The codes are turned, not the weight: they and their sums are exact in 16 bits but for one rounding.
         return scaled(turned(codes.flatten(1).to(dtype), self.turn), scale, dtype).view(tuple(shape))
+
+    def multiply(self, x: Tensor, parts: Parts, shape: Sequence[int], bias: Tensor | None = None) -> Tensor:
+        codes, scale, rows = parts["codes"], parts["scale"], x.reshape(-1, x.shape[-1])
+        if not self.kernel or len(rows) <= FEW:
+            return Scaled.multiply(self, x, parts, shape, bias)
+        if self.kernel == "comfy":
+            kind = COMFY_DTYPES.index(x.dtype)
+            turn = self.turn > 0, self.turn or 256
+            y: Tensor = torch.ops.comfy_kitchen.int8_linear(rows, codes, scale, bias, kind, *turn)
+        else:
+            y = _int8_product(turned(rows, self.turn), codes.t(), x.dtype, scale.t())
+            y = y if bias is None else y + bias
+        return y.view(*x.shape[:-1], len(codes))
+
+    def multiply_back(self, dy: Tensor, parts: Parts, shape: Sequence[int]) -> Tensor:
+        codes, scale, rows = parts["codes"], parts["scale"], dy.reshape(-1, dy.shape[-1])
+        if not self.kernel or len(rows) <= FEW:
+            return Scaled.multiply_back(self, dy, parts, shape)
+        # The scales of the weight's rows go to dy, over whose rows the sum is.
+        return turned(_int8_product(rows * scale.t(), codes, dy.dtype), self.turn).view(*dy.shape[:-1], shape[1])
+
+
+FEW = 16
+"""Rows that are not multiplied in int8: torch's kernel takes more, and there is nothing to win."""
+COMFY_DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+"""Number formats in the order in which comfy-kitchen counts them."""
+
+
+def _int8_product(x: Tensor, codes: Tensor, dtype: torch.dtype, scale: Tensor | None = None) -> Tensor:
+    """x (n, k), rounded to int8 for each row, @ codes (k, m), times a scale (1, m) where there is one."""
+    step = (x.abs().amax(-1, keepdim=True).float() / 127.0).clamp_(min=TINY)
+    sums = torch._int_mm((x / step).round_().to(torch.int8), codes)
+    if scale is None:
+        return scaled(sums, step, dtype)
+    return scaled(sums * step, scale, dtype)
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,6 +227,14 @@ class NF4(Format):
         pairs = torch.stack((levels.repeat_interleave(16), levels.repeat(16)), 1)
         return {"codes": (upper << 4) | lower, "scale": scale, "levels": pairs}
 
+    def outline(self, shape: Sequence[int]) -> dict[str, Tensor]:
+        rows, inputs = shape[0], math.prod(shape[1:])
+        return {
+            "codes": torch.empty(rows, inputs // 2, dtype=torch.uint8, device="meta"),
+            "scale": torch.empty(rows, inputs // BLOCK, dtype=torch.bfloat16, device="meta"),
+            "levels": torch.empty(256, 2, device="meta"),
+        }
+
     def dequantise(self, parts: Parts, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         codes, scale = parts["codes"], parts["scale"]
         values = parts["levels"].index_select(0, codes.flatten().int())  # int: indices of 8 bits are none
@@ -185,6 +254,9 @@ class Wide(Format):
 
     def quantise(self, weight: Tensor) -> dict[str, Tensor]:
         return {"codes": weight.to(self.dtype)}
+
+    def outline(self, shape: Sequence[int]) -> dict[str, Tensor]:
+        return {"codes": torch.empty(tuple(shape), dtype=self.dtype, device="meta")}
 
     def dequantise(self, parts: Parts, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         return parts["codes"].to(dtype)
@@ -208,21 +280,22 @@ def turned(x: Tensor, group: int) -> Tensor:
     reverse. 0: x."""
     if not group:
         return x
-    return torch.flatten(torch.unflatten(x, -1, (-1, group)) @ _hadamard(group, x.device).to(x.dtype), -2)
+    return torch.flatten(torch.unflatten(x, -1, (-1, group)) @ _hadamard(group, x.device, x.dtype), -2)
 
 
-_turns: dict[tuple[int, torch.device], Tensor] = {}
+_turns: dict[tuple[int, torch.device, torch.dtype], Tensor] = {}
 
 
-def _hadamard(size: int, device: torch.device) -> Tensor:
+def _hadamard(size: int, device: torch.device, dtype: torch.dtype) -> Tensor:
     """(size, size), the Kronecker powers of a 4 x 4 matrix with -1 across and 1 else, of length 1 each; symmetric."""
-    known = _turns.get((size, device))
-    if known is not None and not torch.compiler.is_compiling() and torch._guards.detect_fake_mode() is None:
-        return known
+    real = not torch.compiler.is_compiling() and torch._guards.detect_fake_mode() is None
+    if real and (size, device, dtype) in _turns:
+        return _turns[size, device, dtype]
     four = 0.5 - torch.eye(4, device=device).flip(0)
     made = four
     for _ in range(round(math.log(size, 4)) - 1):
         made = torch.kron(made, four)
-    if type(made) is Tensor and not torch.compiler.is_compiling():
-        _turns[size, device] = made
+    made = made.to(dtype)  # powers of 2: exact
+    if real:
+        _turns[size, device, dtype] = made
     return made

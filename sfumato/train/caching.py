@@ -23,6 +23,7 @@ from sfumato.models.base import Models, check_sizes
 from sfumato.models.loading import materialize, materialize_vae
 from sfumato.models.streaming import encode_each
 from sfumato.train import dist, lengths
+from sfumato.train.devices import kept_in
 from sfumato.train.diagnose import blaming
 from sfumato.train.progress import console, progress
 from sfumato.train.step import autocast
@@ -104,7 +105,9 @@ def fingerprint(config: Config, models: Models, component: str) -> str:
     merged = [file_digest(path) for path in network.base_weights] if component != "vae" else []
     tiles = [f"tiles {models.tile}"] if models.tile and component == "vae" else []
     strengths = map(str, network.base_weights_multiplier) if merged else ()
-    return " ".join([digest, *merged, *strengths, f"in {dtype}", *tiles])
+    kept = kept_in(config, models).get(component)
+    stored = [f"kept in {kept}", *([str(config.memory.quantize_budget)] if kept == "auto" else [])] if kept else []
+    return " ".join([digest, *merged, *strengths, f"in {dtype}", *stored, *tiles])
 
 
 def fill_caches(config: Config, data: Data, models: Models, world: dist.World) -> Caches:

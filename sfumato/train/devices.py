@@ -17,7 +17,9 @@ from sfumato.errors import Mistakes, UserError
 from sfumato.families.detect import detect_file
 from sfumato.memory import swap_plan
 from sfumato.memory.backends import backend
+from sfumato.memory.formats import Held, held, int8_kernel, told
 from sfumato.memory.plan import apply_memory_options
+from sfumato.memory.quantise import stored_layers
 from sfumato.memory.swap import Swap
 from sfumato.models.base import Family, Models
 from sfumato.models.loading import merge_when_read, outline, quantise_when_read, read_values, unload
@@ -36,7 +38,9 @@ def outline_models(config: Config) -> Models:
         family, model.pretrained_model_name_or_path, config.family, detect=detect_file,
         vae=model.vae, tokenizer=model.tokenizer, later=_later(config, family),
     )  # fmt: skip
-    quantise_when_read(models, kept_in(config, models), config.memory.quantize_budget)
+    memory = config.memory
+    kernel = int8_kernel(dist.device_of())[0] if memory.int8_matmul else ""
+    quantise_when_read(models, kept_in(config, models), memory.quantize_budget, kernel)
     for name, net in models.made().items():
         models.source.components[name].quantise(net)
     return models
@@ -120,6 +124,23 @@ def streaming_notes(config: Config, models: Models, method: Method | None) -> li
         f"{models.source.components[name].component.title} ({size / 2**30:.1f} GiB) is read block by block while "
         "captions are encoded (--stream_text_encoders)"
         for name, size in streamed(config, models, method).items()
+    ]
+
+
+def quantised(config: Config, models: Models, method: Method | None) -> dict[str, list[Held]]:
+    """Component -> its layers that are kept in fewer bits, by format; needs no values."""
+    asked, dtypes = kept_in(config, models), formats(config, models.family, method)
+    return {name: held(models.source.components[name].quantise(models.nets()[name]), dtypes[name]) for name in asked}
+
+
+def quantised_notes(config: Config, models: Models) -> list[str]:
+    """For the user: what became of the weights that are in memory in fewer bits, and what multiplies them."""
+    layers = {name: stored_layers(net) for name, net in models.made().items()}
+    kernel = [f"int8_matmul: {int8_kernel(dist.device_of())[1]}"] if config.memory.int8_matmul else []
+    return kernel + [
+        f"{models.source.components[name].component.title}: {told(found)}"
+        for name, found in layers.items()
+        if found and not any(t.is_meta for layer in found.values() for t in layer.parts.values())
     ]
 
 

@@ -14,6 +14,7 @@ from sfumato.families.detect import detect_file
 from sfumato.train import checkpoints, dist, lock, resume
 from sfumato.train.caching import Data, open_data, warn_of_long_captions
 from sfumato.train.check import Checked, Trained, check, check_length
+from sfumato.train.devices import quantised
 from sfumato.train.loop import StepBudget
 from sfumato.train.progress import answers, print_table
 from sfumato.train.trainables import caches_latents, caches_text
@@ -22,6 +23,7 @@ TRAINED = ("trained", "layers", "numbers", "MiB in fp32", "learning rate")
 ADAPTED = ("trained", "adapters of rank", "layers by named set")
 FOLDERS = ("dataset", "folder", "kind", "images", "repeats", "samples an epoch", "left out")
 BUCKETS = ("dataset", "bucket", "images", "samples", "batches", "last batch", "cut away", "enlarged")
+QUANTISED = ("frozen", "kept in", "layers", "MiB", "MiB else")
 RESULTS = ("after", "files")
 
 
@@ -39,6 +41,8 @@ def show(config: Config, method: Method, datasets: tuple[DatasetConfig, ...], re
     print_table(TRAINED, [_trained_row(each) for each in checked.trained])
     if method == "network":
         print_table(ADAPTED, [(each.component, _counts(each.ranks), _counts(each.sets)) for each in checked.trained])
+    if rows := _quantised(config, method, checked):
+        print_table(QUANTISED, rows)
     print_table(FOLDERS, folder_rows(data.plan))
     print_table(BUCKETS, bucket_rows(data.plan))
     answers.print(steps_line(data.plan, budget))
@@ -65,6 +69,7 @@ def facts(
     return {
         "model": asdict(detect_file(config.model.pretrained_model_name_or_path)),
         "trained": [asdict(each) for each in checked.trained],
+        "quantised": [dict(zip(QUANTISED, row, strict=True)) for row in _quantised(config, method, checked)],
         "folders": [dict(zip(FOLDERS, row, strict=True)) for row in folder_rows(data.plan)],
         "buckets": [dict(zip(BUCKETS, row, strict=True)) for row in bucket_rows(data.plan)],
         "notes": [*notes, *checked.notes, *check_length(config, budget.steps)],
@@ -145,6 +150,16 @@ def _model(config: Config) -> str:
 def _trained_row(each: Trained) -> tuple[str, ...]:
     rates = " to ".join(f"{rate:g}" for rate in sorted({min(each.rates), max(each.rates)})) if each.rates else ""
     return each.component, f"{each.layers:,}", f"{each.numbers:,}", f"{each.numbers * 4 / 2**20:,.1f}", rates
+
+
+def _quantised(config: Config, method: Method, checked: Checked) -> list[tuple[str | int, ...]]:
+    """What is kept in fewer bits; of `auto` without values the most that it may be."""
+    found = quantised(config, checked.models, method)
+    return [
+        (name, row.format, row.layers, f"{row.nbytes / 2**20:,.1f}", f"{row.before / 2**20:,.1f}")
+        for name, rows in found.items()
+        for row in rows
+    ]
 
 
 def _counts(found: Mapping[str, int]) -> str:

@@ -34,6 +34,10 @@ _COMPARED_APART = (
     "network_module", "network_dim", "network_weights", "dim_from_weights",
 )  # fmt: skip
 """Settings that change nothing, or have a message of their own."""
+_QUANTISING = (
+    "quantize", "quantize_text_encoders", "quantize_budget", "int8_matmul", "fp8_base", "fp8_base_unet", "fp8_scaled",
+)  # fmt: skip
+"""What of "memory" changes the numbers that are computed."""
 _AT_START = ("d0",)
 """Arguments that act when a run begins, and never after."""
 
@@ -206,9 +210,10 @@ def changes(saved: Mapping[str, Any], now: Mapping[str, Any], kind: type[torch.o
 
 def _differing(then: Mapping[str, Any], here: Mapping[str, Any]) -> Iterator[tuple[str, Any, Any]]:
     """(setting, old value, new value), of the settings that both have."""
-    for section in sorted(here.keys() - set(_NOT_COMPARED)):
+    for section in sorted(here.keys() - set(_NOT_COMPARED) | {"memory"}):
         a, b = then.get(section) or {}, here[section] or {}
-        for name in sorted(a.keys() & b.keys() - set(_COMPARED_APART)):
+        names = a.keys() & b.keys() - set(_COMPARED_APART)
+        for name in sorted(names & set(_QUANTISING) if section == "memory" else names):
             if a[name] != b[name]:
                 yield name, a[name], b[name]
 

@@ -30,7 +30,7 @@ from sfumato.tensors.noise import NoiseProcess
 from sfumato.train import checkpoints, dist, fusing, lock, log, loop, provenance, resume, state
 from sfumato.train.caching import Caches, Data, fill_caches, open_data
 from sfumato.train.check import check, check_length, check_model
-from sfumato.train.devices import load_models, outline_models, peak_memory, place_models
+from sfumato.train.devices import load_models, outline_models, peak_memory, place_models, quantised_notes
 from sfumato.train.plan import steps_line
 from sfumato.train.progress import console, progress
 from sfumato.train.step import Step, autocast, draw
@@ -97,6 +97,9 @@ def prepare(
     load_models(config, models, method, map=world.device.type != "cpu")
     process = models.process(config.noise, config.loss)
     caches = fill_caches(config, data, models, world)
+    if world.main:
+        for note in quantised_notes(config, models):
+            console.print(note)
     trainable: Trainable = Adapters(models, config, plan) if plan else Full(models, config)
     samples = Samples(config, models, process, checked.prompts, world.device)
     place_models(config, models, trainable, world.device)

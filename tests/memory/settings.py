@@ -14,5 +14,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "fused, state on host": {"fused_optimizer_groups": 3, "optimizer_state_on_cpu": True},
     "streaming": {"blocks_to_swap": 1},
     "all but one block streamed, checkpointing": {"blocks_to_swap": 2, "gradient_checkpointing": True},
+    "int8": {"quantize": "int8", "int8_matmul": True},
+    "nf4": {"quantize": "nf4", "gradient_checkpointing": True},
+    "fp8": {"fp8_base": True},
 }
 """Name -> the settings of a config."""

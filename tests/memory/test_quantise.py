@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 
+import comfy_kitchen  # noqa: F401  its operators
 import pytest
 import torch
 import torch.nn.functional as F
@@ -12,6 +13,7 @@ from torch._subclasses import FakeTensorMode
 
 from sfumato.adapters.base import device_of
 from sfumato.memory.checkpoint import checkpoint_blocks
+from sfumato.memory.formats import int8_kernel
 from sfumato.memory.quantise import Stored, store, stored_layers
 from sfumato.models.layers import WideLinear
 from sfumato.tensors.stored import FP8, NF4, Format, Int8
@@ -108,6 +110,44 @@ def test_others_see_the_layer_that_it_was(format: Format) -> None:
     assert all(b.is_meta for b in net.buffers())
     net.load_state_dict(plain.state_dict(), assign=True)
     assert torch.equal(net(inputs()), before)
+
+
+@pytest.mark.parametrize("kernel", ["torch", "comfy"])
+def test_multiplied_in_int8(kernel: str) -> None:
+    """Forward and backward against the wide weight in fp64: what is lost is what 8 bits of a row lose."""
+    generator = torch.Generator().manual_seed(0)
+    layer = nn.Linear(512, 256).requires_grad_(False)
+    layer.weight.copy_(torch.randn(256, 512, generator=generator))
+    layer.weight[:, ::97] *= 8
+    x, dy = torch.randn(4, 32, 512, generator=generator), torch.randn(4, 32, 256, generator=generator)
+    x[..., ::53] *= 6  # channels that stick out, as activations have them
+    exact = x.double().requires_grad_()
+    y = F.linear(exact, layer.weight.double(), layer.bias.double())
+    y.backward(dy.double())
+    store(layer, Int8.of(layer.weight.shape, kernel))
+    for dtype, most in ((torch.float32, 0.013), (torch.bfloat16, 0.014)):
+        x8 = x.to(dtype, copy=True).requires_grad_()
+        y8 = layer(x8)
+        y8.backward(dy.to(dtype))
+        for found, wanted in ((y8, y), (x8.grad, exact.grad)):
+            assert found.dtype == dtype and 0.005 < (found.double() - wanted).norm() / wanted.norm() < most
+    few = x[0, :8]
+    wide = F.linear(few, layer.weight, layer.bias)  # for few rows the weight is made wide
+    torch.testing.assert_close(layer(few), wide)
+    torch.testing.assert_close(torch.compile(layer, fullgraph=True, backend="aot_eager")(x), layer(x))
+
+
+def test_what_multiplies_in_int8(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert int8_kernel(torch.device("cpu"))[0] == "torch"
+
+    def lacking(*_: object) -> None:
+        raise NotImplementedError("no such kernel\nat all")
+
+    monkeypatch.setattr(torch, "_int_mm", lacking)
+    assert int8_kernel(torch.device("cpu")) == (
+        "",
+        "cpu does not multiply in int8 (no such kernel), so weights in it are made wide, which is exact",
+    )
 
 
 def test_without_values() -> None:

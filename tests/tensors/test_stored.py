@@ -34,7 +34,8 @@ def test_error_and_size(format: Format, bits: float, most: float) -> None:
     assert lost(format, exact, BF16) < most * 1.05
     assert format.nbytes(exact.shape) == pytest.approx(exact.numel() * bits / 8, rel=0.01)
     stored = format.quantise(exact)
-    assert format.nbytes(exact.shape) == sum(t.nbytes for t in stored.values())
+    empty = format.outline(exact.shape)
+    assert {n: (t.shape, t.dtype) for n, t in empty.items()} == {n: (t.shape, t.dtype) for n, t in stored.items()}
     halves = [format.quantise(half) for half in exact.split(256)]
     assert all(torch.equal(t, stored[name]) for name, t in format.join(halves).items())
     assert not format.dequantise(format.quantise(exact * 0), exact.shape, BF16).any()
