@@ -7,8 +7,14 @@ from typing import Annotated, Literal
 
 from annotated_types import Ge
 
-from sfumato.config.rules import Count, CountOrOff, Excludes, Needs, Record, Share, ZeroIsOff
+from sfumato.config.rules import Count, CountOrOff, Excludes, Must, Needs, Only, Record, Share, ZeroIsOff
+from sfumato.config.sizes import size
 
+Memory = Annotated[str, Must(size, "an amount of memory such as 12GB or 8192MB")]
+_FROZEN = Only("network", "`train full` trains these weights, and what is trained is not quantised")
+_ENCODERS_FROZEN = Excludes(
+    "train_text_encoder", method="full", why="train_text_encoder trains them, and what is trained is not quantised"
+)
 _CHECKPOINTED = Needs("gradient_checkpointing")
 _SWAPPED = Excludes("blocks_to_swap", why="blocks_to_swap counts blocks of all kinds")
 
@@ -17,6 +23,15 @@ _SWAPPED = Excludes("blocks_to_swap", why="blocks_to_swap counts blocks of all k
 class MemoryConfig(Record):
     """What is spent to fit the card."""
 
+    vram: Memory | None = None
+    """The memory that the card has, such as 12GB (1 GB is 2^30 bytes): what is not set of gradient_checkpointing,
+    cpu_offload_checkpointing, quantize, blocks_to_swap and micro_batch is chosen so that the training fits and takes
+    the least time. `sfumato plan` shows the choice."""
+    simulate_vram: Memory | None = None
+    """Train as on a card with so little memory, such as 8GB: what needs more fails as it would there."""
+    micro_batch: CountOrOff = None
+    """Images of a batch that pass the model at once, the others after them: less memory and more time for the same
+    step. Default: the whole batch."""
     gradient_checkpointing: bool = False
     """Recompute each block in the backward pass instead of keeping its activations."""
     gradient_checkpointing_every: Annotated[Count, _CHECKPOINTED] = 1

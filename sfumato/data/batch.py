@@ -67,6 +67,18 @@ class Batch:
         flat = self.packed.to(device, non_blocking=True)
         return self._with(Layout.of(tensors).views(flat), flat)
 
+    def split(self, size: int | None) -> list[Batch]:
+        """The same samples in batches of at most `size`, in the same memory; None: in one."""
+        count = len(self)
+        if size is None or size >= count:
+            return [self]
+        return [self._part(slice(i, min(i + size, count))) for i in range(0, count, size)]
+
+    def _part(self, which: slice) -> Batch:
+        # What is drawn for all samples alike has one row.
+        tensors = {name: t[which] if len(t) == len(self) else t for name, t in self._tensors().items()}
+        return replace(self._with(tensors, None), captions=self.captions[which], keys=self.keys[which])
+
     def _tensors(self) -> dict[str, Tensor]:
         """All tensors, by field, or field and name: {"latents": ..., "cond.hidden": ...}."""
         found: dict[str, Tensor] = {}

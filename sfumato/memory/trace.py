@@ -16,8 +16,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from sfumato.memory.quantise import Stored
 from sfumato.memory.tracker import Tracker, Watch
 
 
@@ -35,6 +37,8 @@ class BlockRecord:
     """The most of its backward pass, above what was alive then, `saved` and the gradients of its outputs included."""
     gradients: int
     """Of its weights."""
+    flops: tuple[int, int]
+    """Of its forward and of its backward pass; no bytes."""
     casts: int
     """Of weights in the format of autocast, which keeps them until the end of the forward pass."""
     kept: tuple[bool, ...]
@@ -79,6 +83,7 @@ class Trace:
     events: list[Event] = field(default_factory=list)
     records: list[BlockRecord] = field(default_factory=list)
     """One for each call of a block, in order."""
+    flops: int = 0
     inputs: list[int] = field(default_factory=list)
     """Bytes of the inputs that are this call's alone: what a checkpoint of it keeps."""
 
@@ -139,9 +144,10 @@ class BlockTracer:
         for unit in units:
             unit.forward = self._stand_in(unit, unit.forward, top=id(unit) in listed)
         try:
-            with self.tracker.watch() as self._gap:
+            with self.tracker.watch() as self._gap, _Unsaid():
                 yield self.trace
                 self._end_gap()
+                self.trace.flops = self.tracker.flops
         finally:
             for unit in units:
                 del unit.forward
@@ -187,13 +193,13 @@ class BlockTracer:
         """Run a block by itself."""
         flat, tree = tree_flatten((args, kwargs))
         gap, self._gap = self._gap, None
-        before = self.gradients
+        before, flops = self.gradients, self.tracker.flops
         try:
             with self.tracker.apart():
                 found = self._runs(forward, flat, tree)
                 self.tracker.hold(before - self.gradients)
         finally:
-            self._gap, self.gradients = gap, before
+            self._gap, self.gradients, self.tracker.flops = gap, before, flops
         return found
 
     def _runs(self, forward: Callable[..., Any], flat: list[Any], tree: Any) -> BlockRecord:
@@ -216,10 +222,14 @@ class BlockTracer:
         only_casts = tracker.live - start + self.casts
         torch.clear_autocast_cache()  # what is cast without gradients must not be used with them
         self.casts = casts
-        flat_now = [t.detach().requires_grad_(t.requires_grad) if isinstance(t, Tensor) else t for t in flat]
+        flat_now = [
+            t.detach().requires_grad_(t.requires_grad) if isinstance(t, Tensor) else t for t in flat
+        ]
         given = {t.untyped_storage()._cdata for t in flat if isinstance(t, Tensor)}
+        counted = tracker.flops
         with tracker.watch() as watch, torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
             leaves, out_tree = go()
+        flops = tracker.flops - counted
         torch.clear_autocast_cache()
         outs = [t for t in leaves if isinstance(t, Tensor)]
         new = {k: s.nbytes() for s in (t.untyped_storage() for t in outs) if (k := s._cdata) not in given}
@@ -238,17 +248,10 @@ class BlockTracer:
                 backward = self._backward.peak - self._level
             gradients = self.gradients - before
         return BlockRecord(
-            watch.peak - start,
-            only.peak - start,
-            saved,
-            backward,
-            gradients,
-            only_casts,
-            kept,
-            described,
-            others,
-            out_tree,
-        )
+            forward=watch.peak - start, forward_only=only.peak - start, saved=saved, backward=backward,
+            gradients=gradients, flops=(flops, tracker.flops - counted - flops), casts=only_casts, kept=kept,
+            outputs=described, others=others, tree=out_tree,
+        )  # fmt: skip
 
     def on_gradient(self, weight: Tensor) -> None:
         """To be called when a weight's gradient is there, which is then given up: it is counted as held."""
@@ -277,6 +280,15 @@ class BlockTracer:
         self._level = self._backward.peak = self.tracker.live
 
 
+class _Unsaid(TorchDispatchMode):
+    """A question that only values could answer ("is all of the mask true?") is answered with no."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten._local_scalar_dense.default and args[0].dtype == torch.bool:
+            return False
+        return func(*args, **(kwargs or {}))
+
+
 class _StandIn(torch.autograd.Function):
     """In the place of a block: outputs without values, and what it would do to memory."""
 
@@ -293,6 +305,7 @@ class _StandIn(torch.autograd.Function):
         outs = [torch.empty(shape, dtype=dtype) for shape, dtype, _ in filter(None, record.outputs)]
         tracker.hold(record.saved)
         tracer.casts += record.casts
+        tracker.flops += record.flops[0]
         ctx.mark_non_differentiable(
             *(t for t, (_, _, differs) in zip(outs, filter(None, record.outputs), strict=True) if not differs)
         )
@@ -309,6 +322,7 @@ class _StandIn(torch.autograd.Function):
             for (shape, dtype), needed in zip(ctx.shapes, ctx.needs_input_grad[4:], strict=True)
         ]
         tracker.hold(record.gradients - record.saved)
+        tracker.flops += record.flops[1]
         tracer.gradients += record.gradients
         if ctx.number >= 0:
             tracer._begin_gap()
@@ -359,3 +373,16 @@ def alike(net: nn.Module, signatures: Callable[[nn.Module], Hashable]) -> list[n
     keys = {id(part): hash(signatures(part)) for part in parts}
     counts = Counter(keys.values())
     return [part for part in parts if counts[keys[id(part)]] > 1]
+
+
+def without_values(net: nn.Module, dtype: torch.dtype) -> None:
+    """Give a net on the meta device weights in `dtype` without values, in the FakeTensorMode of the caller; codes of
+    quantised layers stay in their own formats."""
+    for part in net.modules():
+        for name, p in part._parameters.items():
+            if p is not None:
+                part._parameters[name] = nn.Parameter(torch.empty(p.shape, dtype=dtype, device="cpu"), False)
+        for name, b in part._buffers.items():
+            if b is not None and b.is_meta:
+                wide = b.dtype if isinstance(part, Stored) or not b.is_floating_point() else dtype
+                part._buffers[name] = torch.empty(b.shape, dtype=wide, device="cpu")

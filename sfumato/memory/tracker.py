@@ -16,6 +16,18 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
+
+
+_FLOPS: dict[Any, Any] = {
+    **flop_registry,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: flop_registry[
+        torch.ops.aten._scaled_dot_product_flash_attention
+    ],
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: flop_registry[
+        torch.ops.aten._scaled_dot_product_flash_attention_backward
+    ],
+}
 
 
 class Watch:
@@ -34,6 +46,8 @@ class Tracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """`limit`: bytes beyond which an operation raises `torch.OutOfMemoryError`, as a card of that size would."""
         super().__init__()  # type: ignore[no-untyped-call]
         self.limit = limit
+        self.flops = 0
+        """Of matrix products, convolutions and attention, so far."""
         self.live = 0
         """Bytes that are alive now."""
         self._watches = [Watch(0)]
@@ -107,4 +121,6 @@ class Tracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 self._count(each)
         if self.live > before:
             self._seen(0)
+        if count := _FLOPS.get(func._overloadpacket):
+            self.flops += int(count(*args, **(kwargs or {}), out_val=out))
         return out

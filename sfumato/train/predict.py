@@ -17,7 +17,7 @@ from sfumato.config import Config, Method
 from sfumato.data.batch import Batch
 from sfumato.errors import UserError
 from sfumato.memory.as_on_card import AsOnCard
-from sfumato.memory.trace import BlockTracer, Trace, alike, signature
+from sfumato.memory.trace import BlockTracer, Trace, alike, signature, without_values
 from sfumato.memory.tracker import Tracker
 from sfumato.models.base import Models
 from sfumato.optim import build
@@ -65,11 +65,13 @@ class Predicted:
 def predict(
     config: Config, method: Method, plan: AdapterPlan | None, batch: Callable[[Models], Batch], *, card: bool
 ) -> Predicted:
-    """Trace a step on a batch of these shapes (`batch` makes it, without values). `card`: as on an accelerator, not as
-    on a CPU. Errors: as `outline_models`."""
+    """Trace a step on a batch of these shapes (`batch` makes it, without values). `card`: as on an
+    accelerator, not as on a CPU. Errors: as `outline_models`."""
     models = outline_models(config)
     with FakeTensorMode(allow_non_fake_inputs=True):
-        _without_values(models, formats(config, models.family, method), _used(config, models))
+        dtypes = formats(config, models.family, method)
+        for name in _used(config, models):
+            without_values(models.vae if name == "vae" else models.nets()[name], dtypes[name])
         trainable: Trainable = Full(models, config) if plan is None else Adapters(models, config, plan)
         return _traced(config, models, trainable, batch(models), card=card)
 
@@ -78,16 +80,6 @@ def _used(config: Config, models: Models) -> list[str]:
     """Components that are on the device in a step."""
     encoders = [] if caches_text(config) else list(models.encoders)
     return ["denoiser", *encoders, *([] if caches_latents(config) or models.vaes is None else ["vae"])]
-
-
-def _without_values(models: Models, formats: dict[str, torch.dtype], used: Sequence[str]) -> None:
-    """Weights of the nets that are used, in the formats that they will be in."""
-    for name in used:
-        net = models.vae if name == "vae" else models.nets()[name]
-        state = net.state_dict()
-        empty = {n: torch.empty(t.shape, dtype=formats[name], device="cpu") for n, t in state.items()}
-        net.load_state_dict(empty, assign=True)
-        net.requires_grad_(False)
 
 
 def _traced(config: Config, models: Models, trainable: Trainable, batch: Batch, *, card: bool) -> Predicted:
