@@ -318,7 +318,8 @@ class Adapter(nn.Module):
 def without_bias(y: Tensor, layer: nn.Module) -> Tensor:
     """A layer's output less its bias."""
     bias = layer.bias
-    return y - bias.view(-1, *[1] * (layer.weight.ndim - 2)).to(y.dtype) if isinstance(bias, Tensor) else y  # type: ignore[union-attr, operator]
+    ones = (1, 1) if isinstance(layer, nn.Conv2d) else ()  # after the channels of y
+    return y - bias.view(-1, *ones).to(y.dtype) if isinstance(bias, Tensor) else y
 
 
 def as_input(x: Tensor, weight: Tensor) -> Tensor:

@@ -230,7 +230,11 @@ class AdapterNetwork(nn.Module):
             assert isinstance(weight, Tensor)
             bias = layer.bias if isinstance(layer.bias, Tensor) else None
             more = None if bias is None else adapter.delta_bias(bias)
-            weight.copy_(weight.float() + self.multiplier * adapter.delta_weight(weight))
+            changed = weight.float() + self.multiplier * adapter.delta_weight(weight)
+            if isinstance(weight, nn.Parameter):
+                weight.copy_(changed)
+            else:  # made of what is stored, each time that it is asked for
+                layer.weight = changed
             if bias is not None and more is not None:
                 bias.copy_(bias.float() + self.multiplier * more)
 

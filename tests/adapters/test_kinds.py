@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
 from dataclasses import replace
 
 import pytest
@@ -13,7 +14,9 @@ from sfumato.adapters import from_tensors
 from sfumato.adapters.insert import AdapterNetwork, from_state
 from sfumato.errors import UserError
 from sfumato.memory.checkpoint import checkpoint_blocks
+from sfumato.memory.quantise import store
 from sfumato.tensors.random import SampleRandom
+from sfumato.tensors.stored import Int8
 
 close = torch.testing.assert_close
 LIMITED_OTHERWISE = {"OFT", "BOFT"}
@@ -75,6 +78,23 @@ def test_every_leaf_learns(net, plan, x):
         optimizer.step()
     assert all(p.grad.abs().sum() > 0 for p in inserted.parameters() if p.requires_grad)
     assert all(p.grad is None for p in net.parameters())
+
+
+def test_on_weights_in_fewer_bits(net, plan, x):
+    """As on the weights that these stand for."""
+    stored = deepcopy(net)
+    for path, layer in stored.named_modules():
+        if isinstance(layer, nn.Linear | nn.Conv2d):
+            net.get_submodule(path).weight.copy_(store(layer, Int8()).weight)
+    results = []
+    for each in (net, stored):
+        inserted = insert(each, plan)
+        disturb(inserted)
+        y = each(x)
+        y.square().sum().backward()
+        results.append([y, *(p.grad for p in inserted.parameters() if p.requires_grad)])
+    for a, b in zip(*results, strict=True):
+        close(a, b, atol=1e-5, rtol=1e-5)
 
 
 def test_state_round_trip(net, plan, x):
