@@ -7,14 +7,10 @@ from typing import Annotated, Literal
 
 from annotated_types import Ge
 
-from sfumato.config.rules import Count, CountOrOff, Excludes, Must, Needs, Only, Record, Share, ZeroIsOff
+from sfumato.config.rules import Count, CountOrOff, Excludes, Must, Needs, Record, Share, ZeroIsOff
 from sfumato.config.sizes import size
 
 Memory = Annotated[str, Must(size, "an amount of memory such as 12GB or 8192MB")]
-_FROZEN = Only("network", "`train full` trains these weights, and what is trained is not quantised")
-_ENCODERS_FROZEN = Excludes(
-    "train_text_encoder", method="full", why="train_text_encoder trains them, and what is trained is not quantised"
-)
 _CHECKPOINTED = Needs("gradient_checkpointing")
 _SWAPPED = Excludes("blocks_to_swap", why="blocks_to_swap counts blocks of all kinds")
 

@@ -144,7 +144,7 @@ class BlockTracer:
         for unit in units:
             unit.forward = self._stand_in(unit, unit.forward, top=id(unit) in listed)
         try:
-            with self.tracker.watch() as self._gap, _Unsaid():
+            with self.tracker.watch() as self._gap, _Unsaid():  # type: ignore[no-untyped-call]
                 yield self.trace
                 self._end_gap()
                 self.trace.flops = self.tracker.flops
@@ -222,9 +222,7 @@ class BlockTracer:
         only_casts = tracker.live - start + self.casts
         torch.clear_autocast_cache()  # what is cast without gradients must not be used with them
         self.casts = casts
-        flat_now = [
-            t.detach().requires_grad_(t.requires_grad) if isinstance(t, Tensor) else t for t in flat
-        ]
+        flat_now = [t.detach().requires_grad_(t.requires_grad) if isinstance(t, Tensor) else t for t in flat]
         given = {t.untyped_storage()._cdata for t in flat if isinstance(t, Tensor)}
         counted = tracker.flops
         with tracker.watch() as watch, torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
@@ -280,7 +278,7 @@ class BlockTracer:
         self._level = self._backward.peak = self.tracker.live
 
 
-class _Unsaid(TorchDispatchMode):
+class _Unsaid(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """A question that only values could answer ("is all of the mask true?") is answered with no."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
