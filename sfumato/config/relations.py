@@ -14,9 +14,16 @@ def caches_text(s: Settings) -> bool:
     return s.cache_text_encoder_outputs or s.cache_text_encoder_outputs_to_disk
 
 
-def swaps(s: Settings) -> bool:
-    """Whether blocks of a net are streamed."""
-    return any((s.blocks_to_swap, s.double_blocks_to_swap, s.single_blocks_to_swap, s.text_encoder_blocks_to_swap))
+def _swaps_trained(s: Settings) -> bool:
+    """Whether blocks of a net that is trained whole are streamed."""
+    denoiser = s.blocks_to_swap or s.double_blocks_to_swap or s.single_blocks_to_swap
+    return bool(denoiser or (s.text_encoder_blocks_to_swap and s.train_text_encoder))
+
+
+def _steps_there(s: Settings) -> bool:
+    """Whether weights step while their block is on the device, and their state comes there for it."""
+    together = s.fused_optimizer_groups
+    return (s.fused_backward_pass or s.blockwise_fused_optimizers) and s.optimizer_state_on_cpu and not together
 
 
 def _trains_text(s: Settings) -> bool:
@@ -69,8 +76,9 @@ IDLE = (
 CLASHES = (
     Clash(
         ("blocks_to_swap", "double_blocks_to_swap", "single_blocks_to_swap", "text_encoder_blocks_to_swap"),
-        lambda s: s.method == "full" and swaps(s),
-        "a whole model's gradients take more memory than its blocks; leave it out, or train an adapter",
+        lambda s: s.method == "full" and _swaps_trained(s) and not _steps_there(s),
+        "trained blocks leave the card as soon as they were used, so they must step before: set fused_backward_pass or "
+        "blockwise_fused_optimizers, and optimizer_state_on_cpu, too",
     ),
     Clash(
         ("network_train_text_encoder_only", "network_train_unet_only"),

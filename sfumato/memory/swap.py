@@ -8,7 +8,7 @@ format.
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial, wraps
 from typing import Any, NamedTuple
@@ -51,9 +51,11 @@ class Swap:
             for i, (each, layout) in enumerate(zip(tensors, layouts, strict=True))
         ]
         self._rank = {place: i for i, place in enumerate(self._places)}
-        self._there = set[int]()
+        self._there, self._storing = set[int](), False
         """Ranks of the blocks whose tensors point to the device."""
-        self._settles = False
+        self._rank_of = {id(t): rank for rank, each in enumerate(self._streamed) for t in each.tensors}
+        self.leaving: list[Callable[[Sequence[nn.Parameter]], None]] = []
+        """Called with the trained weights of a block that is about to leave the device."""
         net._apply = self._stay  # type: ignore[method-assign, assignment]
         self._plain = [vars(block).get("forward") for block in self._blocks]
         for place, block in enumerate(self._blocks):
@@ -72,11 +74,21 @@ class Swap:
 
     def settle(self) -> None:
         """All tensors are at home with their values. It waits for copies only if something was trained."""
-        changed = [self._park(rank) for rank in sorted(self._there)]
-        if any(changed) or any(each.stored for each in self._streamed):
+        for rank in sorted(self._there):
+            self._park(rank)
+        if self._storing:
             self._backend.finish()
-            for each in self._streamed:
-                each.stored = False
+            self._storing = False
+
+    def bring(self, weights: Iterable[Tensor]) -> None:
+        """Have weights of one block on the device: they are about to step."""
+        for rank in {self._rank_of[id(p)] for p in weights if id(p) in self._rank_of} - self._there:
+            self._enter(self._places[rank], -1)
+
+    def changed(self, weights: Iterable[Tensor]) -> None:
+        """Weights have stepped on the device: they are written home, even if torch has not seen it."""
+        for rank in {self._rank_of[id(p)] for p in weights if id(p) in self._rank_of}:
+            self._streamed[rank].stamp = -1
 
     def _bring_rest(self, shared: frozenset[int]) -> None:
         streamed = {id(t) for place in self._places for t in tensors_of(self._blocks[place], shared).values()}
@@ -149,15 +161,17 @@ class Swap:
             self._streamed[rank].point(device=True)
             self._there.add(rank)
 
-    def _park(self, rank: int) -> bool:
-        """Point home; whether it had to be written back. The slot keeps the values until another block comes."""
+    def _park(self, rank: int) -> None:
+        """Point home. The slot keeps the values until another block comes; what was changed there is written back."""
         each = self._streamed[rank]
+        if each.trained:
+            for tell in self.leaving:
+                tell(each.trained)
         self._there.discard(rank)
-        if changed := each.changed():
-            each.stamp, each.stored = each.version(), True
+        if each.changed():
+            each.stamp, self._storing = each.version(), True
             self._backend.store(each.slot.flat[: each.layout.nbytes], each.own_home())
         each.point(device=False)
-        return changed
 
     # --- around a block ---
 
@@ -166,7 +180,6 @@ class Swap:
 
         @wraps(forward)
         def wrapper(*args: Any, **kwargs: Any) -> Any:
-            self._settles = False  # of a backward pass that an error ended
             self._enter(place, 1, again=not torch.is_grad_enabled())
             if not torch.is_grad_enabled():
                 return forward(*args, **kwargs)
@@ -186,15 +199,7 @@ class Swap:
     def _backward(self, place: int, gradient: Tensor) -> None:
         """The gradient of a block's output is whole. Autograd runs what was recorded last first, so all blocks after
         this one are done."""
-        if not self._settles:
-            self._settles = True
-            torch.autograd.Variable._execution_engine.queue_callback(self._settle_after)  # type: ignore[attr-defined]
         self._enter(place, -1)
-
-    def _settle_after(self) -> None:
-        """At the end of a backward pass."""
-        self._settles = False
-        self.settle()
 
     def _pack(self, rank: int, saved: Tensor) -> Tensor | _Saved:
         """What autograd keeps of a block's forward: of views of the slot only where they lie in it."""
@@ -246,9 +251,11 @@ class _Streamed:
     device: list[Tensor]
     stamp: int = -1
     """Versions of the tensors whose values the slot holds."""
-    stored: bool = False
-    """Whether values are on their way home."""
     flat: Tensor | None = None
+
+    @property
+    def trained(self) -> list[nn.Parameter]:
+        return [t for t in self.tensors if isinstance(t, nn.Parameter) and t.requires_grad]
 
     @classmethod
     def of(cls, tensors: dict[str, Tensor], layout: Layout, slot: _Slot, backend: Backend, packed: bool) -> _Streamed:

@@ -169,9 +169,12 @@ class FusedStep:
         loss = backward()
         with torch.no_grad():
             # Those that only earlier ones of the added batches had a gradient for; all, if none was taken as it came.
+            waiting = set(self._sums.waiting())
             for p in self._place:
                 if p not in self._norms:
-                    self._sums.give(p)
+                    if p in waiting:
+                        self._call(self.before, [p])
+                        self._sums.give(p)
                     if p.grad is not None:
                         self._whole(p)
         return loss
@@ -210,6 +213,7 @@ class FusedStep:
         """The step of weights whose gradients have waited."""
         with torch.no_grad():
             for p in weights:
+                self._call(self.before, [p])
                 self._sums.give(p)
                 if not self.together:
                     self._step_now(p)

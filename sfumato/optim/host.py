@@ -182,7 +182,7 @@ class HostState:
                 state = self.optimizer.state.get(p, {})
                 for name, value in list(state.items()):
                     if isinstance(value, Tensor) and value.numel() <= SMALL and (value.numel() > 1 or counts_there):
-                        state[name] = value.to(p.device)
+                        state[name] = value.to(self.courier.device)
         self._homes.clear()
         self.send(p for group in self.optimizer.param_groups for p in group["params"])
         self.courier.settle()

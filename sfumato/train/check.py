@@ -20,9 +20,9 @@ from sfumato.optim.trial import for_length, trial
 from sfumato.sampling.prompts import Prompt, of_run, sampler
 from sfumato.sampling.sample import check_prompts, check_samplers
 from sfumato.tensors import attention
-from sfumato.train import dist, fusing, log, outputs, resume
-from sfumato.train.devices import check_base_weights, outline_models, streaming_notes, swap_notes, swapped
-from sfumato.train.trainables import Adapters, Full, Trainable, caches_text
+from sfumato.train import dist, fusing, log, outputs, resume, swapping
+from sfumato.train.devices import check_base_weights, outline_models, streaming_notes
+from sfumato.train.trainables import Adapters, Full, Trainable
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +96,7 @@ def check(config: Config, method: Method, datasets: tuple[DatasetConfig, ...], r
     assert models is not None
     with outlined(models, config, plan) as trainable:
         notes = [*plan.notices, *_rates_notes(config, models)] if plan else []
-        notes += [*trainable.notices, *streaming_notes(config, models, method), *swap_notes(config, models)]
+        notes += [*trainable.notices, *streaming_notes(config, models, method), *swapping.notes(config, models)]
         with wrong:
             tried = trial(config.optimizer, trainable.groups(), low_bits=config.train.full_bf16, steps=_steps(config))
             notes += [
@@ -145,7 +145,7 @@ def check_model(config: Config, models: Models) -> None:
     with wrong:
         check_memory_options(models.family.blocks(models.denoiser), config.memory)
     with wrong:
-        swapped(config, models, encoders=not caches_text(config))
+        swapping.chosen(config, models)
     wrong.raise_all()
 
 

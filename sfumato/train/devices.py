@@ -8,15 +8,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from torch import nn
 
 from sfumato import families
 from sfumato.adapters.merging import changes, in_order
 from sfumato.config import Config, Method
-from sfumato.errors import Mistakes, UserError
+from sfumato.errors import UserError
 from sfumato.families.detect import detect_file
-from sfumato.memory import swap_plan
-from sfumato.memory.backends import backend
 from sfumato.memory.formats import Held, held, int8_kernel, told
 from sfumato.memory.plan import apply_memory_options
 from sfumato.memory.quantise import stored_layers
@@ -24,7 +21,7 @@ from sfumato.memory.swap import Swap
 from sfumato.models.base import Family, Models
 from sfumato.models.loading import merge_when_read, outline, quantise_when_read, read_values, unload
 from sfumato.models.streaming import LARGE, sizes
-from sfumato.train import dist
+from sfumato.train import dist, swapping
 from sfumato.train.progress import progress
 from sfumato.train.trainables import Trainable, caches_latents, caches_text, read_adapter, whole_nets
 
@@ -189,52 +186,6 @@ def _merge_at_load(models: Models, adapters: Sequence[tuple[str, Path, float]]) 
     merge_when_read(models, in_order(*merged))
 
 
-def swapped(config: Config, models: Models, *, encoders: bool) -> dict[str, swap_plan.Choice]:
-    """The nets of which blocks are streamed, and which; `encoders`: whether captions are encoded all along. Errors:
-    `UserError` for numbers of blocks that a net has not."""
-    wrong, found = Mistakes(), dict[str, swap_plan.Choice | None]()
-    paths = {module: path for path, module in models.denoiser.named_modules()}
-    with wrong:
-        blocks = models.family.blocks(models.denoiser)
-        found["denoiser"] = swap_plan.asked([paths[block] for block in blocks], config.memory)
-    if encoders and config.memory.text_encoder_blocks_to_swap and models.encoders:
-        numbers = {name: sum(p.numel() for p in net.parameters()) for name, net in models.encoders.items()}
-        largest = max(numbers, key=numbers.__getitem__)
-        with wrong:
-            count = len(models.family.encoder_blocks(models.encoders[largest]))
-            found[largest] = swap_plan.asked_of_encoder(count, config.memory)
-    wrong.raise_all()
-    return {name: choice for name, choice in found.items() if choice}
-
-
-def swap_notes(config: Config, models: Models) -> list[str]:
-    """For the user: what is streamed. Errors: as `swapped`."""
-    return [
-        f"{models.source.components[name].component.title}: {len(choice.places)} of {len(blocks)} blocks wait in the "
-        f"CPU's memory, and share {choice.slots} places on the device"
-        for name, choice in swapped(config, models, encoders=not caches_text(config)).items()
-        for blocks in [_blocks(models, name)]
-    ]
-
-
-def _blocks(models: Models, name: str) -> Sequence[nn.Module]:
-    """Those of a net that are repeated."""
-    family = models.family
-    return family.blocks(models.denoiser) if name == "denoiser" else family.encoder_blocks(models.encoders[name])
-
-
-def place(models: Models, name: str, choice: swap_plan.Choice | None, device: torch.device) -> Swap | None:
-    """A net to the device on which it is used, but for blocks that are streamed there."""
-    net = models.nets()[name]
-    if choice is None:
-        net.to(device)
-        return None
-    blocks = _blocks(models, name)
-    sizes = swap_plan.bytes_of(blocks)
-    copies, packed = backend(device, choice.host(sizes), max(sizes))
-    return Swap(net, blocks, choice, copies, packed=packed)
-
-
 def place_models(config: Config, models: Models, trainable: Trainable, device: torch.device) -> list[Swap]:
     """Nets to the device they are used on, those that leave it first; checkpointing around what gradients pass
     through, and streaming around that. Returns what streams."""
@@ -245,12 +196,12 @@ def place_models(config: Config, models: Models, trainable: Trainable, device: t
         used += models.encoders
     if models.vaes is not None and not caches_latents(config):
         models.vae.to(device)
-    apply_memory_options(_blocks(models, "denoiser"), config.memory)
+    apply_memory_options(models.family.blocks(models.denoiser), config.memory)
     for name in models.encoders:
         if name in trainable.trained:
-            apply_memory_options(_blocks(models, name), config.memory)
-    choices = swapped(config, models, encoders=not caches_text(config))
-    swaps = [place(models, name, choices.get(name), device) for name in used]
+            apply_memory_options(models.family.encoder_blocks(models.encoders[name]), config.memory)
+    choices = swapping.chosen(config, models)
+    swaps = [swapping.place(models, name, choices.get(name), device) for name in used]
     trainable.modules().to(device)
     models.source.check()  # nothing of the model is backed by its files from here on
     return [swap for swap in swaps if swap]

@@ -33,6 +33,15 @@ def fused_step(
     )  # fmt: skip
 
 
+def streamed(run: Run) -> None:
+    """Have trained weights of streamed blocks step while they are on the device."""
+    if run.fused:
+        for swap in run.swaps:
+            run.fused.before.append(swap.bring)
+            run.fused.after.append(swap.changed)
+            swap.leaving.append(run.fused.flush)
+
+
 def average(run: Run) -> None:
     """Have the moving average take in weights as they step, while they are on the device."""
     if run.fused and run.ema:
@@ -41,7 +50,8 @@ def average(run: Run) -> None:
 
 
 def _take(ema: EMA, names: dict[nn.Parameter, str], part: Part) -> None:
-    ema.take({names[p]: p for p in part})
+    # What waits on the host is averaged there, after the step.
+    ema.take({names[p]: p for p in part if p.device == ema.average[names[p]].device})
 
 
 def _blocks(models: Models, trainable: Trainable) -> list[nn.Module]:

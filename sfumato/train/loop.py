@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import signal
 import time
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
@@ -25,6 +25,7 @@ from sfumato.data.batch import Batch
 from sfumato.data.loader import Loader, StepBatches
 from sfumato.data.plan import Plan
 from sfumato.errors import UserError, WriteError
+from sfumato.memory.swap import Swap
 from sfumato.optim import build
 from sfumato.optim.ema import EMA
 from sfumato.optim.fused import FusedStep
@@ -102,6 +103,8 @@ class Run:
     mishaps: Mishaps = field(default_factory=Mishaps)
     fused: FusedStep | None = None
     """Where the optimizer steps in parts: while gradients come, or with its state on the host."""
+    swaps: Sequence[Swap] = ()
+    """What streams blocks."""
 
 
 @dataclass(slots=True)
@@ -223,6 +226,7 @@ def _optimizer_step(run: Run, batches: StepBatches) -> dict[str, Tensor]:
     else:
         loss = _backward(run, batches, batches.batches)
         norm = _update(run)
+    _settle(run)
     if run.world.size > 1:
         torch.distributed.all_reduce(loss)
     metrics = {"loss": loss, "grad_norm": norm, **run.trainable.after_step()}
@@ -260,6 +264,12 @@ def _update(run: Run) -> Tensor:
     run.scaler.step(run.optimizer)
     run.scaler.update()
     return norm
+
+
+def _settle(run: Run) -> None:
+    """Weights of streamed blocks are where they wait, with the values of now."""
+    for swap in run.swaps:
+        swap.settle()
 
 
 def _unwhole(run: Run) -> None:
@@ -367,6 +377,7 @@ def evaluation_weights(run: Run) -> Iterator[None]:
     each = run.fused.each if run.fused else build.at_once
     with build.evaluating(run.optimizer, each), run.ema.applied(run.trainable.weights()) if run.ema else nullcontext():
         run.trainable.train(False)
+        _settle(run)
         try:
             yield
         finally:

@@ -19,8 +19,8 @@ from sfumato.models.loading import materialize, materialize_vae
 from sfumato.sampling import prompts, sample
 from sfumato.tensors import attention
 from sfumato.tensors.noise import NoiseProcess
-from sfumato.train import dist, outputs
-from sfumato.train.devices import load_models, outline_models, place, swapped, vae_dtype
+from sfumato.train import dist, outputs, swapping
+from sfumato.train.devices import load_models, outline_models, vae_dtype
 from sfumato.train.progress import progress
 from sfumato.train.step import autocast
 from sfumato.train.trainables import read_adapter
@@ -53,9 +53,9 @@ class Pipeline:
         device = dist.device_of() if device is None else device
         held = torch.device("cpu") if offload else device
         models = outline_models(config)
-        choices = swapped(config, models, encoders=False)
+        choices = swapping.chosen(config, models)
         load_models(config, models, adapters=adapters)
-        place(models, "denoiser", choices.get("denoiser"), device if choices else held)
+        swapping.place(models, "denoiser", choices.get("denoiser"), device if choices else held)
         materialize(models, held)
         if models.vaes is not None:
             materialize_vae(models, held)

@@ -102,7 +102,7 @@ def prepare(
             console.print(note)
     trainable: Trainable = Adapters(models, config, plan) if plan else Full(models, config)
     samples = Samples(config, models, process, checked.prompts, world.device)
-    place_models(config, models, trainable, world.device)
+    swaps = place_models(config, models, trainable, world.device)
     optimizer = _optimizer(config, trainable, world.device)
     step = _distributed(Step(models, trainable, process, config.loss, precision), trainable, world)
     loader = _loader(config, data, models, process, caches, budget, world)
@@ -110,7 +110,7 @@ def prepare(
     run = loop.Run(
         config=config, world=world, budget=budget, plan=data.plan, loader=loader, trainable=trainable,
         training_step=step, optimizer=optimizer, schedule=schedules.schedule(config.optimizer, optimizer, budget.steps),
-        fused=fusing.fused_step(config, models, trainable, optimizer, world.device),
+        fused=fusing.fused_step(config, models, trainable, optimizer, world.device), swaps=swaps,
         ema=EMA(trainable.weights(), config.optimizer.ema_decay) if config.optimizer.ema_decay else None,
         scaler=torch.amp.GradScaler(world.device.type, enabled=precision == "fp16"),
         log=None, began=began, sample=samples.write,
@@ -118,6 +118,7 @@ def prepare(
         save_state=lambda path: state.save(run, path), identity=resume.identity(config, plan, models.source),
     )  # fmt: skip
     state.resume(run)
+    fusing.streamed(run)
     fusing.average(run)
     if (stop := config.train.stop_text_encoder_training) and run.step >= stop:
         trainable.freeze_encoders()
