@@ -1,9 +1,16 @@
 """Puts this folder on the path, so that every test can `import tiny`; fixtures that tests of several folders use."""
 
+# ruff: noqa: E402
 from __future__ import annotations
 
 import gc
+import os
 from collections.abc import Callable, Iterator
+
+# The collector would walk through all that is imported, again and again while it grows; as in `cli/main.py: train`.
+gc.set_threshold(50_000, 20, 20)
+# transformers reads each tensor of a tiny model in a thread of its own otherwise.
+os.environ.setdefault("HF_DEACTIVATE_ASYNC_LOAD", "1")
 
 import pytest
 import torch

@@ -51,7 +51,7 @@ def train(model: Path, images: Path, tmp_path: Path) -> Train:
             "pretrained_model_name_or_path": str(model),
             "output_dir": str(tmp_path / name),
             "output_name": "out",
-            "max_train_steps": 4,
+            "max_train_steps": 2,
             "learning_rate": 1e-3,
             "network_dim": 2,
             "network_alpha": 2.0,

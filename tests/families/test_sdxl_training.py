@@ -51,7 +51,7 @@ def go(train: Train, single: Path) -> Callable[..., Path]:
 
     def trained(name: str, *args: Any, options: dict[str, Any] | None = None, **more: Any) -> Path:
         family = Options(**(options or {}))
-        told = {"pretrained_model_name_or_path": str(single), "max_train_steps": 2, "family": family, **more}
+        told = {"pretrained_model_name_or_path": str(single), "max_train_steps": 1, "family": family, **more}
         return train(name, *args, **told) / "out.safetensors"
 
     return trained
@@ -338,12 +338,12 @@ def test_a_whole_model_is_saved_as_a_folder(go: Callable[..., Path], single: Pat
 
 # --- adapters in diffusers ---
 
-PROMPT = Prompt(prompt="image 1, red", negative_prompt="blue", width=64, height=64, sample_steps=3, scale=5.0)
+PROMPT = Prompt(prompt="image 1, red", negative_prompt="blue", width=64, height=64, sample_steps=2, scale=5.0)
 
 
 @pytest.mark.parametrize("dialect", ["kohya", "peft"])
 def test_an_adapter_does_the_same_in_diffusers(go: Callable[..., Path], single: Path, dialect: str) -> None:
-    adapter = go("a", dialect=dialect, network_alpha=1.0, learning_rate=2e-2, max_train_steps=4)
+    adapter = go("a", dialect=dialect, network_alpha=1.0, learning_rate=4e-2, max_train_steps=2)
     noise = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
     models = loading.load(FAMILY, str(single), Options())
     process = models.process(config().noise, config().loss)

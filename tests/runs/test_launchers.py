@@ -68,19 +68,23 @@ def test_each_script_runs_the_command_lines_of_its_own_name(script: Path) -> Non
     assert script.read_text(encoding="utf-8") == pattern.replace(first, script.stem)
 
 
-def test_accelerate_launch(lone: tuple[Path, dict[str, torch.Tensor]], model: Path) -> None:
+def test_accelerate_launch(
+    lone: tuple[Path, dict[str, torch.Tensor]], model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In what `accelerate launch` sets for the process that it starts, which is one of this Python and the script."""
+    from accelerate.commands import launch as accelerate
+    from accelerate.utils.launch import prepare_simple_launcher_cmd_env
+
     folder, alone = lone
-    launcher = [
-        sys.executable,
-        "-m",
-        "accelerate.commands.launch",
-        "--cpu",
-        "--mixed_precision",
-        "no",
-        "--num_processes",
-        "1",
-    ]
-    found = launch(launcher, model, folder, folder.parent / "accelerate")
+    words = (
+        "--cpu --mixed_precision no --num_processes 1 --num_machines 1 --dynamo_backend no train_network.py --seed 5"
+    )
+    args, *_ = accelerate._validate_launch_command(accelerate.launch_command_parser().parse_args(words.split()))
+    command, env = prepare_simple_launcher_cmd_env(args)
+    assert command == [sys.executable, "train_network.py", "--seed", "5"] and env["ACCELERATE_USE_CPU"] == "True"
+    for name, value in env.items():
+        monkeypatch.setenv(name, value)
+    found = launch([], model, folder, folder.parent / "accelerate")
     assert found.keys() == alone.keys()
     assert all(torch.equal(found[name], alone[name]) for name in alone)
 

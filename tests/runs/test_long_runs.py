@@ -51,7 +51,7 @@ def test_log_samples_and_curve_that_fail_are_reported_once_and_training_goes_on(
     )
     monkeypatch.setattr(log, "curve", full)
     monkeypatch.setattr(run, "sample", failing(run.sample, lambda call: call > 1, RuntimeError("out of memory")))
-    folder = train("a", **FAST, sample_prompts=str(tmp_path / "prompts.txt"), sample_every_n_steps=1)
+    folder = train("a", **FAST, max_train_steps=4, sample_prompts=str(tmp_path / "prompts.txt"), sample_every_n_steps=1)
     assert load(folder / "out.safetensors")
     output = capsys.readouterr().err
     for text in (
@@ -75,7 +75,7 @@ def test_a_result_that_does_not_fit_on_the_disk_is_reported_and_the_old_ones_sta
         real(self, path, metadata)
 
     monkeypatch.setattr(trainables.Adapters, "save", save)
-    folder = train("a", **FAST, save_every_n_steps=1, save_last_n_steps=1, save_state=True)
+    folder = train("a", **FAST, max_train_steps=4, save_every_n_steps=1, save_last_n_steps=1, save_state=True)
     assert "out-step00000003 not saved whole: " in capsys.readouterr().err
     names = {p.name for p in folder.iterdir()}
     assert {f"out{n}.safetensors" for n in ("", "-step00000001", "-step00000002")} | {
@@ -92,7 +92,7 @@ def test_an_error_after_step_1_saves_a_state_if_states_are_asked_for(
     step = failing(loop._optimizer_step, lambda call: call == 3, RuntimeError("the card fell off"))
     monkeypatch.setattr(loop, "_optimizer_step", step)
     with pytest.raises(RuntimeError, match="the card fell off"):
-        train("a", **FAST, save_state_on_train_end=asked)
+        train("a", **FAST, max_train_steps=4, save_state_on_train_end=asked)
     states = list((tmp_path / "a").glob("*-state"))
     if not asked:
         assert not states

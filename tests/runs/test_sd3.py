@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from run_fixtures import make_images
 from runs.test_families import changed, prepared, states, trained
 from tinies import sd3
 from tinies.cases import Files
@@ -124,8 +125,18 @@ def test_adapters_have_the_rates_of_kohyas_order(prepare: Prepare) -> None:
     assert rates(a_run) == {"denoiser": 1e-3, "clip_l": 1e-5, "clip_g": 2e-5, "t5xxl": 3e-5}
 
 
-def losses(folder: Path) -> list[float]:
-    return [json.loads(line)["loss"] for line in (folder / "out.jsonl").read_text().splitlines()]
+def losses(files: Files, images: Path, out: Path, *, cached: bool, **options: Any) -> list[float]:
+    """Of two steps."""
+    kept = {"cache_text_encoder_outputs": cached, "network_train_unet_only": True}
+    trained(prepared(CASE, files, images, out, "network", max_train_steps=2, options=options, **kept))
+    return [json.loads(line)["loss"] for line in (out / "out.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def plain(files: Files, tmp_path_factory: pytest.TempPathFactory) -> list[float]:
+    """The losses of a live run without options."""
+    where = tmp_path_factory.mktemp("plain")
+    return losses(files, make_images(where), where / "out", cached=False)
 
 
 @pytest.mark.parametrize(
@@ -146,17 +157,13 @@ def losses(folder: Path) -> list[float]:
     ],
     ids=lambda options: next(iter(options)),
 )
-def test_what_a_user_sets_acts(files: Files, images: Path, tmp_path: Path, options: dict[str, Any]) -> None:
+def test_what_a_user_sets_acts(
+    files: Files, images: Path, tmp_path: Path, plain: list[float], options: dict[str, Any]
+) -> None:
     """Live and cached alike: the same loss, up to what 16 bits keep, and another than without the option."""
-    found = {}
-    for name, more in (("plain", {}), ("live", options), ("cached", options)):
-        kept = {"cache_text_encoder_outputs": name == "cached", "network_train_unet_only": True}
-        trained(prepared(CASE, files, images, tmp_path / name, "network", max_train_steps=2, options=more, **kept))
-        found[name] = losses(tmp_path / name)
-    assert found["live"] == pytest.approx(found["cached"], rel=2e-3)
-    assert found["live"] != pytest.approx(found["plain"], rel=1e-5), (
-        "two live runs without it would be equal to the last bit"
-    )
+    live, cached = (losses(files, images, tmp_path / str(kept), cached=kept, **options) for kept in (False, True))
+    assert live == pytest.approx(cached, rel=2e-3)
+    assert live != pytest.approx(plain, rel=1e-5), "two live runs without it would be equal to the last bit"
 
 
 def test_cached_runs_equal_live_ones_in_every_weight_where_nothing_is_rounded(

@@ -163,10 +163,10 @@ def test_shards_stay_shards_and_fused_layers_are_cut(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", adapters.kinds())
-def test_every_kind_merges_as_it_acts(kind: str, sd: Path, tmp_path: Path) -> None:
-    state = adapter_file(outlined(sd), tmp_path / "a.safetensors", kind=kind, rank=4, every=9)
-    merge(Merging(model=sd, adapters=[(tmp_path / "a.safetensors", -0.5)], out=tmp_path / "out.safetensors"))
-    same(nets(tmp_path / "out.safetensors"), acting(sd, (state, -0.5)))
+def test_every_kind_merges_as_it_acts(kind: str, model: Path, tmp_path: Path) -> None:
+    state = adapter_file(outlined(model), tmp_path / "a.safetensors", kind=kind, rank=4, every=9)
+    merge(Merging(model=model, adapters=[(tmp_path / "a.safetensors", -0.5)], out=tmp_path / "out.safetensors"))
+    same(nets(tmp_path / "out.safetensors"), acting(model, (state, -0.5)))
 
 
 def test_linear_in_the_ratio_and_in_order(small: Path, tmp_path: Path) -> None:
