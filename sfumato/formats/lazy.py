@@ -165,6 +165,22 @@ class _File:
         self.check()  # after the reading: what was read until now is sound
         return values.view(info.shape)
 
+    def codes(self, name: str, *, values: bool) -> tuple[Tensor, Tensor | None]:
+        """What stands in the file of a tensor in codes, and its scale; without `values`, on the meta device."""
+        of, info = self.coded[name], self.header.tensors[name]
+        if not of.block:
+            return tuple(self._read(n) if values else self._empty(n) for n in (name, of.scale))  # type: ignore[return-value]
+        codes = torch.empty(info.end - info.start, dtype=torch.uint8, device="cpu" if values else "meta")
+        if values:
+            self._raw.seek(self.header.size + info.start)
+            self._fill(codes)
+            self.check()
+        return codes, None
+
+    def _empty(self, name: str) -> Tensor:
+        info = self.header.tensors[name]
+        return torch.empty(info.shape, dtype=files.torch_dtype(info.dtype), device="meta")
+
     def planned(self, name: str) -> PlannedTensor:
         """The tensor as it stands in the file (in codes: in bf16), read each time that it is made."""
         info = self.header.tensors[name]
@@ -274,6 +290,17 @@ class Lazy(Mapping[str, Tensor]):
     ) -> Lazy:
         """The same tensors, read in another number format."""
         return Lazy(self.places, dtype, map)
+
+    def form(self, name: str) -> tuple[Coded | None, tuple[int, ...]]:
+        """How one stands in codes, if it does, and its shape."""
+        file, theirs = self.places[name]
+        return file.coded.get(theirs), file.header.tensors[theirs].shape
+
+    def codes(self, name: str, *, values: bool = True) -> tuple[Tensor, Tensor | None]:
+        """Of one that stands in codes: these, as in the file, GGUF's blocks as bytes, and their scale; without
+        `values`, on the meta device."""
+        file, theirs = self.places[name]
+        return file.codes(theirs, values=values)
 
     def as_stored(self) -> dict[str, PlannedTensor]:
         """The same in the number formats of the files (fp8 stays fp8, what stands in codes is bf16), to be written

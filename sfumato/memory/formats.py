@@ -41,7 +41,7 @@ def quantise(
     were quantised before. `budget`: the relative error that "auto" allows a layer. `kernel`: as of `Int8`."""
     inside = {id(module) for block in blocks for module in block.modules()}
     for path, layer in net.named_modules():
-        if id(layer) in inside and _storable(layer):
+        if id(layer) in inside and storable(layer):
             weight = layer._parameters["weight"]
             assert weight is not None
             found = formats(choice, path, weight.shape, kernel)
@@ -49,7 +49,8 @@ def quantise(
     return stored_layers(net)
 
 
-def _storable(layer: nn.Module) -> bool:
+def storable(layer: nn.Module) -> bool:
+    """Whether a layer is one that can keep its weight in fewer bits, with some use."""
     if not isinstance(layer, nn.Linear | nn.Conv2d) or isinstance(layer, Stored):
         return False
     weight, plain = layer.weight, not isinstance(layer, nn.Conv2d) or layer.padding_mode == "zeros"

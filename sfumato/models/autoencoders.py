@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from sfumato.errors import UserError
 from sfumato.formats.names import CONV_TO_LINEAR, KeyMap, Rule, rule
-from sfumato.models.components import NATIVE, Component, Config, KeyFormat, Scaling, matching
+from sfumato.models.components import Component, Config, Scaling, matching
+from sfumato.models.key_formats import NATIVE, KeyFormat
 from sfumato.models.layers import Shapes, count_layers
 from sfumato.models.meta_init import without_values
 

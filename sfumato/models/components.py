@@ -20,8 +20,9 @@ from sfumato.formats.lazy import FLOATS, Lazy
 from sfumato.formats.names import KeyMap
 from sfumato.formats.planned import PlannedTensor, Writable, made, renamed
 from sfumato.memory.quantise import Stored
-from sfumato.models import locate
+from sfumato.models import kept, locate
 from sfumato.models.detection import PREFIX, Shapes
+from sfumato.models.key_formats import NATIVE, KeyFormat, native_format
 from sfumato.models.meta_init import check, fill
 
 Config = Mapping[str, Any]
@@ -30,59 +31,6 @@ Scaling = tuple[float | Tensor, float | Tensor]
 """Factor and shift from a VAE's raw latents to the denoiser's, (x - shift) * factor: numbers, or (c, 1, 1) in fp32."""
 SHOWN = 5
 COARSE = [files.torch_dtype(kind) for kind in FP8]
-
-
-@dataclass(frozen=True, slots=True)
-class KeyFormat:
-    """How a file names a net's tensors."""
-
-    name: str
-    """"native", "diffusers", "openclip" ..."""
-    keys: KeyMap | None = None
-    """None: as the net does."""
-    inverse: bool = False
-    """Whether the net's names are the table's foreign side."""
-
-    def read(self, tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-        """The file's tensors under the net's names, one after another."""
-        if self.keys is None:
-            return iter(tensors.items())
-        return self.keys.foreigns(tensors) if self.inverse else self.keys.natives(tensors)
-
-    def renames(self, name: str) -> bool:
-        """Whether a tensor of the file is the net's as it stands, under whatever name."""
-        return self.keys is None or self.keys.renames(name, native=self.inverse)
-
-    def computes(self, name: str) -> bool:
-        """Whether numbers of a tensor of the file become others in the net."""
-        change = self.keys and self.keys.match(name, native=self.inverse).rule.change
-        return bool(change and change.computes)
-
-    def sources(self, name: str) -> tuple[str, ...]:
-        """The file's names of what a tensor of the net is made of."""
-        if self.keys is None:
-            return (name,)
-        match = self.keys.match(name, native=not self.inverse)
-        return (match.native(),) if self.inverse else match.foreign()
-
-    def write(self, tensors: Mapping[str, Writable]) -> dict[str, Writable]:
-        """The net's tensors under the file's names."""
-        if self.keys is None:
-            return dict(tensors)
-        return renamed(self.keys.natives if self.inverse else self.keys.foreigns, tensors)
-
-    def shapes(self, shapes: Shapes) -> dict[str, tuple[int, ...]]:
-        """Shapes by the net's names, from those of the file."""
-        meta = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
-        return {name: tuple(t.shape) for name, t in self.read(meta)}
-
-
-NATIVE = KeyFormat("native")
-
-
-def native_format(shapes: Shapes) -> KeyFormat:
-    """Any names, taken as the net's own."""
-    return NATIVE
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -223,8 +171,9 @@ class ComponentWeights:
         def stands(names: Collection[str]) -> set[str]:
             return {source for name in names for source in self.key_format.sources(name)}
 
-        exact, raw = stands(self.changes), stands(as_is)
-        exact |= {name for name in self.tensors if self.key_format.computes(name)}
+        raw = stands(as_is)
+        exact = stands(self.changes) | {name for name in self.tensors if self.key_format.computes(name)}
+        exact |= raw & self.tensors.coded.keys()
         tensors = self.tensors.cast(
             lambda name: torch.float32 if name in exact and (dtype or name in raw) else None if name in raw else dtype,
             map=lambda name: map and name not in exact and name not in raw and self.key_format.renames(name),
@@ -299,10 +248,13 @@ class ComponentWeights:
         read: Callable[[int], None] = lambda numbers: None,
         map: bool = True,
     ) -> nn.Module:
-        """The tensors as those of a net that `empty` made; layers that store theirs in fewer bits do so at once."""
+        """The tensors as those of a net that `empty` made; layers that store theirs in fewer bits do so at once: as the
+        file has them, if that is their format."""
         layers = {f"{path}.weight": layer for path, layer in self.quantise(net).items()}
-        tensors = {}
-        for name, tensor in self.natives(dtype, map=map, as_is=layers):
+        same = {name: layer for name, layer in layers.items() if name not in self.changes}
+        held = kept.put(self.tensors, self.key_format, same, dtype or torch.bfloat16, read)
+        tensors, rest = {}, self.part(self.shapes().keys() - held) if held else self
+        for name, tensor in rest.natives(dtype, map=map, as_is=layers):
             if name in layers:
                 layers[name].put(tensor, dtype)
             else:

@@ -14,7 +14,8 @@ from torch import nn
 from sfumato.errors import UserError
 from sfumato.formats.names import KeyMap, Rule, rule
 from sfumato.models.autoencoders import UNUSED
-from sfumato.models.components import NATIVE, Component, Config, KeyFormat
+from sfumato.models.components import Component, Config
+from sfumato.models.key_formats import NATIVE, KeyFormat
 from sfumato.models.layers import Shapes, count_layers
 from sfumato.models.meta_init import without_values
 

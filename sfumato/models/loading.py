@@ -28,6 +28,7 @@ from sfumato.models import components, locate, saving
 from sfumato.models.base import Family, Models, TokenizerSpec
 from sfumato.models.components import Checkpoint
 from sfumato.models.encoders.tokenizers import is_stock
+from sfumato.models.kept import keep
 from sfumato.models.meta_init import drop, shapes
 from sfumato.models.ondemand import LaterTokenizer, OnDemand
 
@@ -219,6 +220,13 @@ def quantise_when_read(
         blocks = models.family.blocks if name == "denoiser" else models.family.encoder_blocks
         found[name] = replace(found[name], quantise=partial(_quantised, blocks, choice, budget, kernel))
     models.source = replace(models.source, components=found)
+
+
+def keep_when_read(models: Models, names: Collection[str]) -> None:
+    """Have these frozen nets keep what stands in codes in their files so."""
+    parts = models.source.components
+    found = {n: replace(parts[n], quantise=partial(keep, parts[n].tensors, parts[n].key_format)) for n in names}
+    models.source = replace(models.source, components={**parts, **found})
 
 
 def _quantised(

@@ -16,7 +16,8 @@ from torch.nn import functional
 from sfumato.errors import UserError
 from sfumato.formats.names import KeyMap, Rule, rule
 from sfumato.models.autoencoders import per_channel
-from sfumato.models.components import NATIVE, Component, Config, KeyFormat, Scaling
+from sfumato.models.components import Component, Config, Scaling
+from sfumato.models.key_formats import NATIVE, KeyFormat
 from sfumato.models.layers import Shapes, count_layers
 from sfumato.models.meta_init import without_values
 

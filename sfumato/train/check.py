@@ -21,7 +21,7 @@ from sfumato.sampling.prompts import Prompt, of_run, sampler
 from sfumato.sampling.sample import check_prompts, check_samplers
 from sfumato.tensors import attention
 from sfumato.train import dist, fusing, log, outputs, resume, swapping
-from sfumato.train.devices import check_base_weights, outline_models, streaming_notes
+from sfumato.train.devices import check_base_weights, outline_models, streaming_notes, widening_notes
 from sfumato.train.trainables import Adapters, Full, Trainable
 
 
@@ -85,7 +85,7 @@ def check(config: Config, method: Method, datasets: tuple[DatasetConfig, ...], r
     with wrong:
         plan = adapters.parse(config.network, facts.network_args) if method == "network" else None
     with wrong:
-        models = outline_models(config)
+        models = outline_models(config, method)
         check_model(config, models)
         check_prompts(models, prompts, config.sample.sample_sampler)
         process = models.process(config.noise, config.loss)
@@ -97,6 +97,7 @@ def check(config: Config, method: Method, datasets: tuple[DatasetConfig, ...], r
     with outlined(models, config, plan) as trainable:
         notes = [*plan.notices, *_rates_notes(config, models)] if plan else []
         notes += [*trainable.notices, *streaming_notes(config, models, method), *swapping.notes(config, models)]
+        notes += widening_notes(config, models, method)
         with wrong:
             tried = trial(config.optimizer, trainable.groups(), low_bits=config.train.full_bf16, steps=_steps(config))
             notes += [

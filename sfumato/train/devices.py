@@ -19,16 +19,18 @@ from sfumato.memory.plan import apply_memory_options
 from sfumato.memory.quantise import stored_layers
 from sfumato.memory.swap import Swap
 from sfumato.models.base import Family, Models
-from sfumato.models.loading import merge_when_read, outline, quantise_when_read, read_values, unload
+from sfumato.models.kept import widened
+from sfumato.models.loading import keep_when_read, merge_when_read, outline, quantise_when_read, read_values, unload
 from sfumato.models.streaming import LARGE, sizes
 from sfumato.train import dist, swapping
 from sfumato.train.progress import progress
 from sfumato.train.trainables import Trainable, caches_latents, caches_text, read_adapter, whole_nets
 
 
-def outline_models(config: Config) -> Models:
+def outline_models(config: Config, method: Method | None = None) -> Models:
     """The base model without values, from the headers of its files; layers that will be kept in fewer bits are so
-    already. Errors: `UserError` for what is missing, or does not fit."""
+    already: as is asked for, or frozen ones as their files have them. `method`: None when nothing is trained. Errors:
+    `UserError` for what is missing, or does not fit."""
     model = config.model
     family = families.of(config.family)
     models = outline(
@@ -38,6 +40,7 @@ def outline_models(config: Config) -> Models:
     memory = config.memory
     kernel = int8_kernel(dist.device_of())[0] if memory.int8_matmul else ""
     quantise_when_read(models, kept_in(config, models), memory.quantize_budget, kernel)
+    keep_when_read(models, kept_as_stored(config, models, method))
     for name, net in models.made().items():
         models.source.components[name].quantise(net)
     return models
@@ -91,6 +94,22 @@ def kept_in(config: Config, models: Models) -> dict[str, str]:
     return {name: choice for name, choice in asked.items() if choice}
 
 
+def kept_as_stored(config: Config, models: Models, method: Method | None) -> set[str]:
+    """The components whose frozen weights stand in codes in their files, and stay so."""
+    parts = models.source.components
+    coded = {name for name, weights in parts.items() if weights.tensors.coded} - {"vae", *kept_in(config, models)}
+    trained = whole_nets(models.family, config, parts) if method == "full" else ()
+    return coded - {*trained, *streamed(config, models, method)} if coded else coded
+
+
+def widening_notes(config: Config, models: Models, method: Method | None) -> list[str]:
+    """For the user: which weights stand in fewer bits in their files than in memory."""
+    kept, asked = kept_as_stored(config, models, method), kept_in(config, models)
+    others = {name: w for name, w in models.source.components.items() if name not in asked}
+    wide = {w.component.title: widened(w.tensors, kept=name in kept) for name, w in others.items()}
+    return [f"{title}: {forms} in its file, made wide in memory" for title, forms in wide.items() if forms]
+
+
 def streamed(config: Config, models: Models, method: Method | None) -> dict[str, int]:
     """The text encoders that are read block by block when captions are encoded, with the bytes that they would take
     whole: where that is done once."""
@@ -126,8 +145,9 @@ def streaming_notes(config: Config, models: Models, method: Method | None) -> li
 
 def quantised(config: Config, models: Models, method: Method | None) -> dict[str, list[Held]]:
     """Component -> its layers that are kept in fewer bits, by format; needs no values."""
-    asked, dtypes = kept_in(config, models), formats(config, models.family, method)
-    return {name: held(models.source.components[name].quantise(models.nets()[name]), dtypes[name]) for name in asked}
+    names = [*kept_in(config, models), *sorted(kept_as_stored(config, models, method))]
+    dtypes = formats(config, models.family, method)
+    return {name: held(models.source.components[name].quantise(models.nets()[name]), dtypes[name]) for name in names}
 
 
 def quantised_notes(config: Config, models: Models) -> list[str]:

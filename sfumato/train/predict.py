@@ -65,9 +65,9 @@ class Predicted:
 def predict(
     config: Config, method: Method, plan: AdapterPlan | None, batch: Callable[[Models], Batch], *, card: bool
 ) -> Predicted:
-    """Trace a step on a batch of these shapes (`batch` makes it, without values). `card`: as on an
-    accelerator, not as on a CPU. Errors: as `outline_models`."""
-    models = outline_models(config)
+    """Trace a step on a batch of these shapes (`batch` makes it, without values). `card`: as on an accelerator, not as
+    on a CPU. Errors: as `outline_models`."""
+    models = outline_models(config, method)
     with FakeTensorMode(allow_non_fake_inputs=True):
         dtypes = formats(config, models.family, method)
         for name in _used(config, models):

@@ -24,17 +24,10 @@ from sfumato.formats.planned import Writable, made
 from sfumato.models import loading
 from sfumato.models.autoencoders import vae_component, vae_keys
 from sfumato.models.base import Models
-from sfumato.models.components import (
-    Checkpoint,
-    Component,
-    KeyFormat,
-    lacking,
-    matching,
-    open_component,
-    open_model,
-)
+from sfumato.models.components import Checkpoint, Component, lacking, matching, open_component, open_model
 from sfumato.models.encoders.clip import clip_component
 from sfumato.models.encoders.t5 import EMBEDDING, TWIN
+from sfumato.models.key_formats import KeyFormat
 from sfumato.models.saving import single_file, values
 
 Tensors = dict[str, Tensor]

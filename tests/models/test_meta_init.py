@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from sfumato.formats import files
-from sfumato.models.components import Component, native_format, open_component
+from sfumato.models.components import Component, open_component
+from sfumato.models.key_formats import native_format
 from sfumato.models.meta_init import drop, fill, shapes
 
 TENSORS = {"proj.weight": torch.ones(2, 4), "proj.bias": torch.zeros(2)}

@@ -50,7 +50,7 @@ def _outline(model: ModelConfig, family: Any) -> Models:
 @pytest.fixture
 def refused(model: Path, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Refused:
     """What `plan` says of these options; `train` says the same, and neither reads a weight."""
-    monkeypatch.setattr(check, "outline_models", lambda given: _outline(given.model, given.family))
+    monkeypatch.setattr(check, "outline_models", lambda given, method: _outline(given.model, given.family))
     monkeypatch.setattr(devices, "read_values", lambda *_, **__: pytest.fail("weights were read"))
 
     def ask(method: Method = "network", subset: dict[str, Any] | None = None, **options: Any) -> str:

@@ -23,11 +23,12 @@ from sfumato.families.hunyuan_image.network_args import target_layer
 from sfumato.families.hunyuan_image.strategies import LATENTS, OUTPUTS, HunyuanEncode, HunyuanTokenize
 from sfumato.formats.dialect import Dialect, usual
 from sfumato.models.base import T_NEXT, Family, Models, NewFolder, SampleInfo, TokenizerSpec
-from sfumato.models.components import NATIVE, Checkpoint, Config, KeyFormat, check_config, denoiser
+from sfumato.models.components import Checkpoint, Config, check_config, denoiser
 from sfumato.models.encoders.llm import qwen25vl_component
 from sfumato.models.encoders.t5 import EMBEDDING, byt5_component
 from sfumato.models.encoders.tokenizers import byt5_home, byt5_vocabulary, qwen_home, qwen_vocabulary
 from sfumato.models.hunyuan_vae import hunyuan_vae_component
+from sfumato.models.key_formats import NATIVE, KeyFormat
 from sfumato.models.layers import Shapes, numbered
 from sfumato.models.new_folder import flow_folder
 from sfumato.tensors.flow import Flow, schedule

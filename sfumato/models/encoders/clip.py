@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from sfumato.errors import UserError
 from sfumato.formats.names import TRANSPOSE, KeyMap, rule
-from sfumato.models.components import NATIVE, Component, Config, KeyFormat, matching
+from sfumato.models.components import Component, Config, matching
+from sfumato.models.key_formats import NATIVE, KeyFormat
 from sfumato.models.layers import Shapes, count_layers
 from sfumato.models.meta_init import without_values
 

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 from sfumato.errors import UserError
 from sfumato.formats.names import Change, KeyMap, rule
-from sfumato.models.components import NATIVE, Component, Config, KeyFormat, matching
+from sfumato.models.components import Component, Config, matching
 from sfumato.models.detection import LANGUAGE_MODELS
+from sfumato.models.key_formats import NATIVE, KeyFormat
 from sfumato.models.layers import Shapes, WideLinear, count_layers, in_fp16
 from sfumato.models.meta_init import without_values
 

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from sfumato.adapters import AdapterPlan
 from sfumato.config import FamilyOptions
 from sfumato.formats.names import KeyMap, rule
-from sfumato.models.components import Component, KeyFormat, matching
+from sfumato.models.components import Component, matching
+from sfumato.models.key_formats import KeyFormat
 from sfumato.models.layers import Shapes, WideLinear, count_layers
 from sfumato.models.meta_init import without_values
 
