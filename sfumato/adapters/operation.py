@@ -14,10 +14,9 @@ WRITTEN = 64
 
 
 def without_autocast(t: Tensor) -> AbstractContextManager[Any]:
-    """For a tensor's device, also that of nets without values. Where there is no autocast it costs nothing, which
-    layers of a small net would feel."""
+    """For a tensor's device. Where there is no autocast it costs nothing, which layers of a small net would feel."""
     device = t.device.type
-    on = device != "meta" and torch.is_autocast_enabled(device)
+    on = device != "meta" and torch.is_autocast_enabled(device)  # nets without values have none
     return torch.autocast(device, enabled=False) if on else nullcontext()
 
 
