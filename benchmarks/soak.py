@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from sfumato.config import OptimizerConfig
+from sfumato.memory.backends import Threaded
 from sfumato.optim import build
 from sfumato.optim.fused import FusedStep
 from sfumato.optim.groups import Group
@@ -89,7 +90,7 @@ def soak(name: str, steps: int, bf16: str | None = None, **settings: Any) -> dic
     one, _ = optimizer(name, plain, bf16)
     two, alone = optimizer(name, apart, bf16)
     fused = FusedStep(
-        two, [[p] for p in apart], device=torch.device("cpu"), max_norm=LIMIT,
+        two, [[p] for p in apart], device=torch.device("cpu"), copies=Threaded(), max_norm=LIMIT,
         together=not alone, state_on_host=alone, **settings,
     )  # fmt: skip
     drift, losses, held, began = [], [], [], time.monotonic()

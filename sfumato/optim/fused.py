@@ -14,7 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from sfumato.optim.host import Courier, HostGradients, HostState, nbytes
+from sfumato.optim.host import Copies, HostGradients, HostState, nbytes
 
 Part = Sequence[nn.Parameter]
 Clipping = Literal["host", "two_passes", "delayed"]
@@ -51,6 +51,7 @@ class FusedStep:
         cut: Sequence[Part],
         *,
         device: torch.device,
+        copies: Copies | None = None,
         max_norm: float = 0.0,
         clipping: Clipping = "host",
         in_backward: bool = True,
@@ -58,9 +59,9 @@ class FusedStep:
         state_on_host: bool = False,
         kept: Collection[nn.Parameter] = (),
     ) -> None:
-        """`cut`: all weights in parts. `in_backward`: gradients are taken as they come, else they stay where they are
-        until all are there. `together`: the optimizer needs all gradients at once. `kept`: weights whose gradients
-        stay until they are cleared."""
+        """`cut`: all weights in parts. `copies`: to the host, without which nothing waits there. `in_backward`:
+        gradients are taken as they come, else they stay where they are until all are there. `together`: the optimizer
+        needs all gradients at once. `kept`: weights whose gradients stay until they are cleared."""
         self.optimizer, self.max_norm, self.clipping, self.together = optimizer, max_norm, clipping, together
         self.in_backward, self.kept = in_backward, frozenset(kept)
         self.last = True
@@ -69,10 +70,8 @@ class FusedStep:
         """Called before the step of weights, which must be on the device after it."""
         self.after: list[Callable[[Part], None]] = []
         """Called after it: the weights have changed."""
-        courier = Courier(device)
-        self._sums = HostGradients(courier)
-        self._courier = courier
-        self.state = HostState(optimizer, courier) if state_on_host else None
+        self.device, self._sums = device, HostGradients(copies) if copies else None
+        self.state = HostState(optimizer, copies) if state_on_host and copies else None
         self._parts = [_Part(weights) for weights in cut]
         self._part_of = {p: part for part in self._parts for p in part.weights}
         groups = optimizer.param_groups
@@ -105,7 +104,7 @@ class FusedStep:
             norm = self._norm()
             self._finish()
         else:
-            take = {"again": self._drop, "host": self._sums.add, "device": self._count}[waits]
+            take = {"again": self._drop, "host": self._hold, "device": self._count}[waits]
             loss = self._gradients(backward, take)
             norm = self._gate.measure(self._norm(), scaler)
             self._factor = self._gate.factor(self.max_norm, scaled=scaler.is_enabled())
@@ -116,11 +115,11 @@ class FusedStep:
                     self._gradients(backward, self._step_now)
                     self._finish()
                 else:
-                    self._step_those(self._sums.waiting() if waits == "host" else list(self._norms))
+                    self._step_those(list(self._norms))
 
             self._gate.open(scaler, act)
         scaler.update()
-        self._sums.clear()
+        self._clear()
         if self.clipping == "delayed":
             self.optimizer.param_groups[0][_NORM] = norm
         return loss, norm
@@ -132,7 +131,8 @@ class FusedStep:
 
     def settle(self) -> None:
         """Return when all that is on its way to the host is there, so that the optimizer's state can be read."""
-        self._courier.settle()
+        if self.state:
+            self.state.shelf.settle()
 
     @contextmanager
     def loading(self) -> Iterator[None]:
@@ -169,23 +169,20 @@ class FusedStep:
         loss = backward()
         with torch.no_grad():
             # Those that only earlier ones of the added batches had a gradient for; all, if none was taken as it came.
-            waiting = set(self._sums.waiting())
             for p in self._place:
                 if p not in self._norms:
-                    if p in waiting:
-                        self._call(self.before, [p])
-                        self._sums.give(p)
+                    self._give(p)
                     if p.grad is not None:
                         self._whole(p)
         return loss
 
     @torch.no_grad()
     def _arrived(self, p: nn.Parameter) -> None:
-        if not self.last:
-            self._sums.add(p)
-            return
-        self._sums.give(p)
-        self._whole(p)
+        if self.last:
+            self._give(p)
+            self._whole(p)
+        else:
+            self._hold(p)
 
     def _whole(self, p: nn.Parameter) -> None:
         assert p.grad is not None
@@ -194,6 +191,24 @@ class FusedStep:
 
     def _count(self, p: nn.Parameter) -> None:
         """Nothing: it waits where it is."""
+
+    def _hold(self, p: nn.Parameter) -> None:
+        """It goes to the host."""
+        assert self._sums is not None
+        self._sums.add(p)
+
+    def _give(self, p: nn.Parameter) -> None:
+        """What waits of it on the host comes back."""
+        if self._sums:
+            self._sums.give(p)
+
+    def _clear(self) -> None:
+        """The next step's gradients are other ones, and their order may be."""
+        if self._sums:
+            self._sums.shelf.clear()
+            self._sums.shelf.begin()
+        if self.state:
+            self.state.shelf.begin()
 
     def _drop(self, p: nn.Parameter) -> None:
         p.grad = None
@@ -210,11 +225,12 @@ class FusedStep:
             self._step_part(part)
 
     def _step_those(self, weights: Sequence[nn.Parameter]) -> None:
-        """The step of weights whose gradients have waited."""
+        """The step of weights whose gradients have waited, in the order in which they came."""
+        if self._sums:
+            self._sums.shelf.begin()
         with torch.no_grad():
             for p in weights:
-                self._call(self.before, [p])
-                self._sums.give(p)
+                self._give(p)
                 if not self.together:
                     self._step_now(p)
                 elif self._factor is not None and p.grad is not None:
@@ -233,7 +249,6 @@ class FusedStep:
         with self._alone(ready):
             self.optimizer.step()
         self._done(ready)
-        self._courier.pace(nbytes(ready))
 
     def _done(self, weights: Part) -> None:
         for p in weights:
@@ -293,12 +308,12 @@ class FusedStep:
     def _norm(self) -> Tensor:
         """Of all gradients together, as torch's `clip_grad_norm_` adds them up."""
         norms = [self._norms[p] for p in sorted(self._norms, key=self._place.__getitem__)]
-        return torch.linalg.vector_norm(torch.stack(norms)) if norms else torch.zeros((), device=self._courier.device)
+        return torch.linalg.vector_norm(torch.stack(norms)) if norms else torch.zeros((), device=self.device)
 
     def _delayed(self) -> Tensor | None:
         """The factor by the norm of the last step."""
         norm = self.optimizer.param_groups[0].get(_NORM)
-        return _clip(norm.to(self._courier.device), self.max_norm) if self.max_norm and norm is not None else None
+        return _clip(norm.to(self.device), self.max_norm) if self.max_norm and norm is not None else None
 
 
 class _Part:

@@ -1,164 +1,184 @@
-"""What an optimizer needs once a step waits in the host's memory: its state, and gradients until their time comes."""
+"""What waits in the host's memory for the step of its weight: the optimizer's state, gradients, averages."""
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 SMALL = 256
 """Tensors of at most so many numbers stay where they are: counters, tables that all weights share."""
-_AHEAD = 256 * 2**20
-"""Bytes on their way to and fro before the host waits: it must not run ahead until all of them are on the device."""
+_AHEAD = 64 * 2**20
+"""Bytes that are on their way to the device before they are asked for, or from it after they were given up."""
 
 
-class Courier:
-    """Copies between a device and pinned host memory, on a stream of its own; between tensors of the CPU as they
-    come."""
+class Copies(Protocol):
+    """Host memory, and copies between it and the device in the order in which they were asked for, beside what is
+    computed (`memory/backends.py`)."""
 
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self.stream = None if device.type == "cpu" else torch.Stream(device=device)
-        self._under_way: deque[tuple[Any, int]] = deque()
+    device: torch.device
 
-    def room(self, like: Tensor) -> Tensor:
-        """Host memory for a tensor, its values undefined."""
-        pinned = self.device.type not in ("cpu", "mps")
-        return torch.empty(like.shape, dtype=like.dtype, pin_memory=pinned)
+    def slot(self, nbytes: int) -> Tensor: ...
+    def host(self, nbytes: int) -> Tensor: ...
+    def load(self, source: Tensor, slot: Tensor) -> Any: ...
+    def store(self, slot: Tensor, host: Tensor) -> Any: ...
+    def wait(self, copy: Any) -> None: ...
+    def finish(self) -> None: ...
 
-    def send(self, tensor: Tensor, home: Tensor, *, add: bool = False) -> None:
-        """Copy to `home`, once all that was asked of the device so far is done; `add`: to what is there."""
-        with self._beside():
-            if add:
-                tensor = tensor + home.to(tensor.device, non_blocking=True)
-            home.copy_(tensor, non_blocking=True)
-        self._keep(tensor, self.stream)
 
-    def fetch(self, home: Tensor) -> Tensor:
-        """A copy on the device, which what is asked of it next may use; after all that was sent."""
-        if self.stream is None:
-            return home.clone()
-        with _on(self.stream):
-            tensor = home.to(self.device, non_blocking=True)
-            arrived = self.stream.record_event()
-        current = torch.accelerator.current_stream(self.device)
-        current.wait_event(arrived)
-        self._keep(tensor, current)
-        return tensor
+@dataclass(eq=False, slots=True)
+class _Room:
+    """Host memory of a tensor."""
+
+    raw: Tensor
+    shape: torch.Size
+    dtype: torch.dtype
+
+    @property
+    def tensor(self) -> Tensor:
+        return self.raw.view(self.dtype).view(self.shape)
+
+
+class Shelf:
+    """Tensors of the device that wait on the host, by key. Those that were taken after a key the last time set out when
+    it is taken. The host's memory is taken once, and kept."""
+
+    def __init__(self, copies: Copies) -> None:
+        self.copies = copies
+        self._rooms: dict[Hashable, list[_Room]] = {}
+        self._held: dict[Hashable, None] = {}
+        self._coming: dict[Hashable, list[tuple[Any, Tensor]]] = {}
+        self._leaving: deque[tuple[Any, Tensor]] = deque()
+        self._next: dict[Hashable, Hashable] = {}
+        self._last: Hashable = None
+
+    def __contains__(self, key: Hashable) -> bool:
+        return key in self._held
+
+    def keys(self) -> list[Any]:
+        """What is there, in the order in which it came."""
+        return list(self._held)
+
+    def put(self, key: Hashable, tensors: Sequence[Tensor]) -> None:
+        """Give up tensors, in place of what was there under the key."""
+        rooms = self._rooms.get(key, [])
+        if [room.raw.numel() for room in rooms] != [t.nbytes for t in tensors]:
+            rooms = [_Room(self.copies.host(t.nbytes)[: t.nbytes], t.shape, t.dtype) for t in tensors]
+        self._rooms[key] = [_Room(room.raw, t.shape, t.dtype) for room, t in zip(rooms, tensors, strict=True)]
+        self._drop(key)
+        for room, t in zip(rooms, tensors, strict=True):
+            t = t.detach().contiguous()
+            self._leaving.append((self.copies.store(_bytes(t), room.raw), t))
+        self._held[key] = None
+        # A tensor's memory is used again once what is computed next comes after its copy.
+        while sum(t.nbytes for _, t in self._leaving) > _AHEAD:
+            self.copies.wait(self._leaving.popleft()[0])
+
+    def take(self, key: Hashable) -> list[Tensor]:
+        """The tensors on the device, which what is computed next may use; they are there no more."""
+        self._begin(key)
+        del self._held[key]
+        coming = self._coming.pop(key)
+        for copy, _ in coming:
+            self.copies.wait(copy)
+        if self._last is not None:
+            self._next[self._last] = key
+        self._last = key
+        self._look_ahead(key)
+        return [t for _, t in coming]
+
+    def homes(self, key: Hashable) -> list[Tensor]:
+        """Where the tensors wait; to be read or written after `settle` alone."""
+        return [room.tensor for room in self._rooms[key]]
+
+    def begin(self) -> None:
+        """What is taken next is the first one."""
+        self._last = None
+
+    def clear(self) -> None:
+        """Forget what is there."""
+        for key in list(self._coming):
+            self._drop(key)
+        self._held.clear()
 
     def settle(self) -> None:
-        """Return when what was sent is there."""
-        if self.stream is not None:
-            self.stream.synchronize()
-        self._under_way.clear()
+        """Return when what was given up is on the host."""
+        for key in list(self._coming):
+            self._drop(key)
+        for copy, _ in self._leaving:
+            self.copies.wait(copy)
+        self._leaving.clear()
+        self.copies.finish()
 
-    def pace(self, nbytes: int) -> None:
-        """So many bytes are needed no more once what was asked so far is done; waits while these are too many."""
-        if self.stream is None:
-            return
-        self._under_way.append((torch.accelerator.current_stream(self.device).record_event(), nbytes))
-        while sum(n for _, n in self._under_way) > _AHEAD:
-            self._under_way.popleft()[0].synchronize()
+    def _begin(self, key: Hashable) -> None:
+        if key not in self._coming:
+            rooms = self._rooms[key]
+            slots = [self.copies.slot(room.raw.numel()) for room in rooms]
+            self._coming[key] = [
+                (self.copies.load(room.raw, slot), slot.view(room.dtype).view(room.shape))
+                for room, slot in zip(rooms, slots, strict=True)
+            ]
 
-    @contextmanager
-    def _beside(self) -> Iterator[None]:
-        if self.stream is None:
-            yield
-            return
-        self.stream.wait_stream(torch.accelerator.current_stream(self.device))
-        with _on(self.stream):
-            yield
+    def _look_ahead(self, key: Hashable) -> None:
+        room, following = _AHEAD, self._next.get(key)
+        while following in self._held and following is not key and room > 0:
+            self._begin(following)
+            room -= sum(t.nbytes for _, t in self._coming[following])
+            following = self._next.get(following)
 
-    def _keep(self, tensor: Tensor, stream: Any) -> None:
-        """Its memory is not given to others before `stream` is done with it."""
-        if stream is not None:
-            tensor.record_stream(stream)
-
-
-@contextmanager
-def _on(stream: torch.Stream) -> Iterator[None]:
-    before = torch.accelerator.current_stream(stream.device)
-    torch.accelerator.set_stream(stream)
-    try:
-        yield
-    finally:
-        torch.accelerator.set_stream(before)
+    def _drop(self, key: Hashable) -> None:
+        for copy, _ in self._coming.pop(key, []):
+            self.copies.wait(copy)
 
 
 class HostGradients:
-    """Gradients, or their sums, that wait on the host. The memory is taken once, and kept."""
+    """Gradients, or their sums, that wait on the host."""
 
-    def __init__(self, courier: Courier) -> None:
-        self.courier = courier
-        self._rooms: dict[nn.Parameter, Tensor] = {}
-        self._waiting: dict[nn.Parameter, None] = {}
+    def __init__(self, copies: Copies) -> None:
+        self.shelf = Shelf(copies)
 
     def add(self, p: nn.Parameter) -> None:
         """Take the parameter's gradient; it is added to what waits of it."""
+        self.give(p)
         assert p.grad is not None
-        if p not in self._rooms:
-            self._rooms[p] = self.courier.room(p.grad)
-        self.courier.send(p.grad, self._rooms[p], add=p in self._waiting)
-        self._waiting[p] = None
+        self.shelf.put(p, [p.grad])
         p.grad = None
 
     def give(self, p: nn.Parameter) -> None:
         """Put what waits of it back; it is added to the gradient that there is."""
-        if p in self._waiting:
-            del self._waiting[p]
-            total = self.courier.fetch(self._rooms[p])
+        if p in self.shelf:
+            (total,) = self.shelf.take(p)
             p.grad = total if p.grad is None else p.grad.add_(total)
-
-    def waiting(self) -> list[nn.Parameter]:
-        """What waits, in the order in which it came."""
-        return list(self._waiting)
-
-    def clear(self) -> None:
-        self._waiting.clear()
 
 
 class HostState:
     """An optimizer's state in the host's memory: brought for the step of a weight, and sent back after it."""
 
-    def __init__(self, optimizer: torch.optim.Optimizer, courier: Courier) -> None:
-        self.optimizer, self.courier = optimizer, courier
-        self._homes: dict[nn.Parameter, list[Tensor]] = {}
-        self._away: set[nn.Parameter] = set()
+    def __init__(self, optimizer: torch.optim.Optimizer, copies: Copies) -> None:
+        self.optimizer, self.shelf = optimizer, Shelf(copies)
 
     def bring(self, weights: Iterable[nn.Parameter]) -> None:
         """Have the state of these weights on the device."""
         for p in weights:
-            if p in self._away:
-                self._away.remove(p)
-                self._replace(p, self.courier.fetch)
+            if p in self.shelf:
+                self._replace(p, self.shelf.take(p))
 
     def send(self, weights: Iterable[nn.Parameter]) -> None:
         """Have it on the host."""
         for p in weights:
-            if p not in self.optimizer.state:
-                continue
-            homes = iter(self._homes.get(p, []))
-            mine: list[Tensor] = []
+            if large := _large(self.optimizer.state.get(p, {})):
+                self.shelf.put(p, large)
+                self._replace(p, self.shelf.homes(p))
 
-            def home(t: Tensor, homes: Iterator[Tensor] = homes, mine: list[Tensor] = mine) -> Tensor:
-                room = next(homes, None)
-                if room is None or room.shape != t.shape or room.dtype is not t.dtype:
-                    room = self.courier.room(t)
-                self.courier.send(t, room)
-                mine.append(room)
-                return room
-
-            self._replace(p, home)
-            self._homes[p] = mine
-            self._away.add(p)
-
-    def _replace(self, p: nn.Parameter, how: Callable[[Tensor], Tensor]) -> None:
-        state = self.optimizer.state[p]
-        state.update({name: _mapped(value, how) for name, value in state.items()})
+    def _replace(self, p: nn.Parameter, tensors: Iterable[Tensor]) -> None:
+        """Put tensors in the place of the large ones."""
+        state, new = self.optimizer.state[p], iter(tensors)
+        state.update({name: _mapped(value, lambda _: next(new)) for name, value in state.items()})
 
     @contextmanager
     def loading(self) -> Iterator[None]:
@@ -175,17 +195,18 @@ class HostState:
         self._adopt()
 
     def _adopt(self) -> None:
-        """Pin what was loaded; what is small goes to the device, but for counters that the optimizer reads."""
+        """Have what was loaded where copies are fast; what is small goes to the device, but for counters that the
+        optimizer reads."""
+        self.shelf.clear()
         for group in self.optimizer.param_groups:
             counts_there = group.get("fused") or group.get("capturable")
             for p in group["params"]:
                 state = self.optimizer.state.get(p, {})
                 for name, value in list(state.items()):
                     if isinstance(value, Tensor) and value.numel() <= SMALL and (value.numel() > 1 or counts_there):
-                        state[name] = value.to(self.courier.device)
-        self._homes.clear()
-        self.send(p for group in self.optimizer.param_groups for p in group["params"])
-        self.courier.settle()
+                        state[name] = value.to(self.shelf.copies.device)
+                self.send([p])
+        self.shelf.settle()
 
 
 def _mapped(value: Any, how: Callable[[Tensor], Tensor]) -> Any:
@@ -197,6 +218,23 @@ def _mapped(value: Any, how: Callable[[Tensor], Tensor]) -> Any:
     if type(value) in (list, tuple):
         return type(value)(_mapped(v, how) for v in value)
     return value
+
+
+def _large(value: Any) -> list[Tensor]:
+    """The tensors that `_mapped` changes, in its order."""
+    found: list[Tensor] = []
+
+    def see(t: Tensor) -> Tensor:
+        found.append(t)
+        return t
+
+    _mapped(value, see)
+    return found
+
+
+def _bytes(t: Tensor) -> Tensor:
+    """The memory of a contiguous tensor."""
+    return t.view(-1).view(torch.uint8)
 
 
 def nbytes(tensors: Sequence[Tensor]) -> int:

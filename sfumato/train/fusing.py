@@ -10,6 +10,7 @@ from torch import nn
 
 from sfumato.config import Config, OptimizerConfig
 from sfumato.errors import UserError
+from sfumato.memory.backends import Streams, Threaded
 from sfumato.models.base import Models
 from sfumato.optim.ema import EMA
 from sfumato.optim.fused import FusedStep, Part, parts
@@ -27,7 +28,8 @@ def fused_step(
     if not (o.fused or o.optimizer_state_on_cpu):
         return None
     return FusedStep(
-        optimizer, _cut(o, optimizer, _blocks(models, trainable)), device=device, max_norm=o.max_grad_norm,
+        optimizer, _cut(o, optimizer, _blocks(models, trainable)), device=device,
+        copies=Threaded() if device.type == "cpu" else Streams(device), max_norm=o.max_grad_norm,
         clipping=o.fused_clipping, in_backward=o.fused, together=not steps_alone(o, trainable.groups()),
         state_on_host=o.optimizer_state_on_cpu, kept=list(trainable.kept_gradients()),
     )  # fmt: skip

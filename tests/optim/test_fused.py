@@ -10,10 +10,11 @@ from typing import Any
 
 import pytest
 import torch
+from memory.delayed import Delayed
 from torch import Tensor, nn
 
 from sfumato.config import OptimizerConfig
-from sfumato.optim import build
+from sfumato.optim import build, host
 from sfumato.optim.fused import FusedStep, parts
 from sfumato.optim.groups import Group
 from sfumato.optim.trial import steps_alone
@@ -52,6 +53,7 @@ class Toy:
         self.overflows: tuple[int, ...] = ()
 
     def fused(self, **settings: Any) -> FusedStep:
+        settings = {"copies": Delayed(0), **settings}
         made = FusedStep(self.optimizer, [[p] for p in self.weights], device=CPU, **settings)
         self.step: Callable[[], Tensor] = partial(self._fused, made)
         return made
@@ -169,10 +171,11 @@ def test_resumed_equals_unbroken(name: str) -> None:
     dtype = torch.float32 if name.endswith("Free") else torch.bfloat16
     settings: dict[str, Any] = {"max_norm": 0.5, "clipping": "delayed", "state_on_host": True}
     whole, half = Toy(name, dtype=dtype), Toy(name, dtype=dtype)
-    whole.fused(**settings)
+    first = whole.fused(**settings)
     made = half.fused(**settings)
     for p, value in zip(half.weights, whole.train(3), strict=True):
         p.data.copy_(value)
+    first.settle()
     with made.loading():
         half.optimizer.load_state_dict(copy.deepcopy(whole.optimizer.state_dict()))
     half.done = 3
@@ -184,7 +187,7 @@ def test_no_more_gradients_live_than_those_of_a_part() -> None:
     optimizer = build.optimizer(OptimizerConfig(), [Group(name="a", lr=0.1, parameters=weights)])
     cut = parts(weights, size=2 * weights[0].nbytes)
     assert [len(part) for part in cut] == [2] * 5
-    fused, seen = FusedStep(optimizer, cut, device=CPU), []
+    fused, seen = FusedStep(optimizer, cut, device=CPU, copies=Delayed(0)), []
     fused.before.append(lambda part: seen.append((len(part), sum(p.grad is not None for p in weights))))
 
     def backward() -> Tensor:
@@ -208,7 +211,7 @@ def test_parts_hold_weights_of_one_block_alone() -> None:
 
 def test_what_leaves_the_device_steps_before_it() -> None:
     toy = Toy()
-    fused = FusedStep(toy.optimizer, [toy.weights], device=CPU)
+    fused = FusedStep(toy.optimizer, [toy.weights], device=CPU, copies=Delayed(0))
     toy.step = partial(toy._fused, fused)
     whole = Toy()
     whole.plain()
@@ -230,3 +233,27 @@ def test_an_optimizer_that_looks_at_all_gradients_is_found_out() -> None:
     for name, args, alone in (("Lamb", (), True), ("Lamb", ("pre_norm=True",), False), ("Adai", (), False)):
         toy = Toy(name, *args)
         assert steps_alone(toy.config, toy.groups) is alone
+
+
+def test_a_late_copy_shows(monkeypatch: pytest.MonkeyPatch) -> None:
+    plain, fused, copies = Toy(), Toy(), Delayed(1)
+    plain.plain(0.5)
+    fused.fused(copies=copies, max_norm=0.5, state_on_host=True)
+    assert_close(fused.train(3), plain.train(3))
+    monkeypatch.setattr(copies, "wait", lambda copy: None)
+    assert not all(map(torch.equal, fused.train(3), plain.train(3)))
+
+
+def test_what_waits_on_the_host_sets_out_ahead_of_its_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From the second step on; the memory is the first step's."""
+    monkeypatch.setattr(host, "SMALL", 0)
+    toy, copies = Toy(), Delayed(0)
+    fused, asked = toy.fused(copies=copies, state_on_host=True), []
+    assert fused.state
+    fused.before.append(lambda part: asked.append(len(fused.state.shelf._coming)))
+    toy.train(2)
+    made = copies.hosts
+    asked.clear()
+    toy.train(2)
+    assert asked[1:4] == [3, 2, 1]
+    assert copies.hosts == made
