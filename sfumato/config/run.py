@@ -206,8 +206,8 @@ class OptimizerConfig(Record):
     wait in the CPU's memory (host); or forward and backward are done twice (two_passes); or the norm is that of the
     step before (delayed), which is not exact, and costs nothing."""
     optimizer_state_on_cpu: bool = False
-    """Keep what the optimizer remembers of each weight in the CPU's memory; it comes to the device for the weight's
-    step."""
+    """Keep what the optimizer remembers of each weight, and ema_decay's average, in the CPU's memory; it comes to the
+    device for the weight's step."""
     lr_scheduler: Annotated[Scheduler, Excludes("lr_scheduler_type")] = "constant"
     """How the learning rate moves over the run."""
     lr_scheduler_type: str | None = None

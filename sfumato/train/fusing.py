@@ -14,6 +14,7 @@ from sfumato.memory.backends import Streams, Threaded
 from sfumato.models.base import Models
 from sfumato.optim.ema import EMA
 from sfumato.optim.fused import FusedStep, Part, parts
+from sfumato.optim.host import Copies, Shelf
 from sfumato.optim.trial import Trial, steps_alone
 from sfumato.train import dist
 from sfumato.train.loop import Run
@@ -29,7 +30,7 @@ def fused_step(
         return None
     return FusedStep(
         optimizer, _cut(o, optimizer, _blocks(models, trainable)), device=device,
-        copies=Threaded() if device.type == "cpu" else Streams(device), max_norm=o.max_grad_norm,
+        copies=_copies(device), max_norm=o.max_grad_norm,
         clipping=o.fused_clipping, in_backward=o.fused, together=not steps_alone(o, trainable.groups()),
         state_on_host=o.optimizer_state_on_cpu, kept=list(trainable.kept_gradients()),
     )  # fmt: skip
@@ -44,6 +45,18 @@ def streamed(run: Run) -> None:
             swap.leaving.append(run.fused.flush)
 
 
+def moving_average(config: OptimizerConfig, trainable: Trainable, device: torch.device) -> EMA | None:
+    """The average that `ema_decay` asks for, on the host where the optimizer's state is."""
+    if not config.ema_decay:
+        return None
+    shelf = Shelf(_copies(device)) if config.optimizer_state_on_cpu else None
+    return EMA(trainable.weights(), config.ema_decay, shelf)
+
+
+def _copies(device: torch.device) -> Copies:
+    return Threaded() if device.type == "cpu" else Streams(device)
+
+
 def average(run: Run) -> None:
     """Have the moving average take in weights as they step, while they are on the device."""
     if run.fused and run.ema:
@@ -52,8 +65,7 @@ def average(run: Run) -> None:
 
 
 def _take(ema: EMA, names: dict[nn.Parameter, str], part: Part) -> None:
-    # What waits on the host is averaged there, after the step.
-    ema.take({names[p]: p for p in part if p.device == ema.average[names[p]].device})
+    ema.take({names[p]: p for p in part})
 
 
 def _blocks(models: Models, trainable: Trainable) -> list[nn.Module]:

@@ -23,7 +23,6 @@ from sfumato.formats import files
 from sfumato.models.base import Models
 from sfumato.models.loading import materialize
 from sfumato.optim import build, schedules
-from sfumato.optim.ema import EMA
 from sfumato.sampling.prompts import Prompt
 from sfumato.sampling.sample import EncodedPrompts, encode_prompts, sample
 from sfumato.tensors.noise import NoiseProcess
@@ -111,7 +110,7 @@ def prepare(
         config=config, world=world, budget=budget, plan=data.plan, loader=loader, trainable=trainable,
         training_step=step, optimizer=optimizer, schedule=schedules.schedule(config.optimizer, optimizer, budget.steps),
         fused=fusing.fused_step(config, models, trainable, optimizer, world.device), swaps=swaps,
-        ema=EMA(trainable.weights(), config.optimizer.ema_decay) if config.optimizer.ema_decay else None,
+        ema=fusing.moving_average(config.optimizer, trainable, world.device),
         scaler=torch.amp.GradScaler(world.device.type, enabled=precision == "fp16"),
         log=None, began=began, sample=samples.write,
         save_result=lambda path, step, epoch: trainable.save(path, facts.at(step, epoch)),

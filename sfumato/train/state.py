@@ -18,7 +18,6 @@ from sfumato.errors import UserError
 from sfumato.formats import run as runs
 from sfumato.formats.files import check_finite
 from sfumato.optim import build
-from sfumato.optim.ema import EMA
 from sfumato.train import resume as resuming
 from sfumato.train.loop import Run
 from sfumato.train.progress import console
@@ -98,7 +97,7 @@ def _load_average(run: Run, saved: dict[str, Tensor] | None) -> None:
     if run.ema and saved:
         run.ema.load(saved)
     elif run.ema:
-        run.ema = EMA(run.trainable.weights(), run.ema.decay)
+        run.ema = run.ema.anew(run.trainable.weights())
 
 
 @torch.no_grad()

@@ -5,10 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 from diffusers.training_utils import EMAModel
+from memory.delayed import Delayed
 from torch import nn
 
 from sfumato.errors import UserError
 from sfumato.optim.ema import EMA
+from sfumato.optim.host import Shelf
 
 
 def _weights() -> dict[str, nn.Parameter]:
@@ -80,3 +82,20 @@ def test_refuses_another_state():
         ema.load({"a": torch.zeros(2), "b": torch.zeros(5), "updates": torch.tensor(1)})
     with pytest.raises(UserError, match="ema_decay 1"):
         EMA(_weights(), 1.0)
+
+
+def test_an_average_may_wait_on_the_host():
+    here, there = EMA(_weights(), 0.9), EMA(_weights(), 0.9, Shelf(Delayed(0)))
+    for i in range(1, 4):
+        moved = {name: w + i for name, w in _weights().items()}
+        here.update(moved)
+        there.begin()
+        for name, w in moved.items():  # as they step
+            there.take({name: w})
+        there.take(moved)
+    for name, average in here.state().items():
+        assert torch.equal(there.state()[name], average)
+    again = there.anew(_weights())
+    again.load(here.state())
+    with again.applied(weights := _weights()):
+        assert all(torch.equal(w, here.average[name]) for name, w in weights.items())
