@@ -95,7 +95,9 @@ class FusedStep:
         self, backward: Callable[[], Tensor], scaler: torch.amp.GradScaler, changes: Callable[[], None]
     ) -> tuple[Tensor, Tensor]:
         """Do a step. `backward`: makes the gradients, and returns the loss; called twice if `twice`. `changes`: called
-        before the first weight does. Returns the loss and the norm of the gradients, 0-d, on the device."""
+        before the first weight does. Returns the loss and the norm of the gradients, 0-d, on the device. After an error
+        before `changes` the step may be done again, once the gradients are cleared."""
+        self._begin()
         waits = self._waits(scaler.is_enabled())
         if waits == "no":
             changes()
@@ -119,7 +121,6 @@ class FusedStep:
 
             self._gate.open(scaler, act)
         scaler.update()
-        self._clear()
         if self.clipping == "delayed":
             self.optimizer.param_groups[0][_NORM] = norm
         return loss, norm
@@ -198,12 +199,16 @@ class FusedStep:
         self._sums.add(p)
 
     def _give(self, p: nn.Parameter) -> None:
-        """What waits of it on the host comes back."""
-        if self._sums:
+        """What waits of it on the host comes back, to where the weight must be for it."""
+        if self._sums and p in self._sums.shelf:
+            self._call(self.before, [p])
             self._sums.give(p)
 
-    def _clear(self) -> None:
-        """The next step's gradients are other ones, and their order may be."""
+    def _begin(self) -> None:
+        """Nothing is left of a step before, done or not."""
+        for part in self._parts:
+            part.ready.clear()
+        self._groups.clear()
         if self._sums:
             self._sums.shelf.clear()
             self._sums.shelf.begin()

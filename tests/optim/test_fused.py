@@ -248,12 +248,32 @@ def test_what_waits_on_the_host_sets_out_ahead_of_its_use(monkeypatch: pytest.Mo
     """From the second step on; the memory is the first step's."""
     monkeypatch.setattr(host, "SMALL", 0)
     toy, copies = Toy(), Delayed(0)
-    fused, asked = toy.fused(copies=copies, state_on_host=True), []
+    fused, coming = toy.fused(copies=copies, state_on_host=True), dict[Tensor, int]()
     assert fused.state
-    fused.before.append(lambda part: asked.append(len(fused.state.shelf._coming)))
+    fused.before.append(lambda part: coming.update({part[0]: len(fused.state.shelf._coming)}))
     toy.train(2)
     made = copies.hosts
-    asked.clear()
+    coming.clear()
     toy.train(2)
-    assert asked[1:4] == [3, 2, 1]
+    assert list(coming.values()) == [0, 3, 2, 1]
     assert copies.hosts == made
+
+
+@pytest.mark.parametrize("clipping", ["host", "two_passes"])
+def test_a_step_that_an_error_ended_may_be_done_again(clipping: str) -> None:
+    plain, fused = Toy(), Toy()
+    plain.plain(0.5)
+    made = fused.fused(max_norm=0.5, clipping=clipping)
+    fused.train(1)
+
+    def out_of_memory(last: bool) -> None:
+        made.last = last
+        if last:
+            raise MemoryError
+
+    changed: list[bool] = []
+    with pytest.raises(MemoryError):
+        made.step(partial(fused._backward, out_of_memory), fused.scaler, lambda: changed.append(True))
+    assert not changed
+    fused.optimizer.zero_grad()
+    assert_close(fused.train(2), plain.train(3))
