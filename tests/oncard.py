@@ -22,7 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from sfumato.config import Method
 from sfumato.data.batch import Batch
 from sfumato.data.loader import StepBatches
-from sfumato.train import dist, loop, run
+from sfumato.train import dist, fusing, loop, run
 
 CARD = torch.device("meta")
 READS = {"_local_scalar_dense", "nonzero", "masked_select", "equal", "_unique2", "unique_consecutive", "bincount"}
@@ -124,6 +124,30 @@ def watched() -> Iterator[Seen]:
         yield seen
 
 
+class Elsewhere:
+    """A queue of copies for which nobody waits."""
+
+    device = CARD
+
+    def slot(self, nbytes: int) -> Tensor:
+        return torch.empty(nbytes, dtype=torch.uint8, device=CARD)
+
+    def host(self, nbytes: int) -> Tensor:
+        return torch.empty(nbytes, dtype=torch.uint8)
+
+    def load(self, source: Tensor, slot: Tensor) -> None:
+        pass
+
+    def store(self, slot: Tensor, host: Tensor) -> None:
+        pass
+
+    def wait(self, copy: None) -> None:
+        pass
+
+    def finish(self) -> None:
+        pass
+
+
 def on_card(
     prepare: Any,
     case: Case,
@@ -145,7 +169,7 @@ def on_card(
 
     torch.__future__.set_swap_module_params_on_conversion(True)  # what was made for a weight stays with it
     try:
-        with patch.object(run, "place_models", there):
+        with patch.object(run, "place_models", there), patch.object(fusing, "_copies", lambda device: Elsewhere()):
             a_run: loop.Run = prepare(case, files, images, out, method, **settings)
     finally:
         torch.__future__.set_swap_module_params_on_conversion(swap)

@@ -80,7 +80,6 @@ class FusedStep:
         self._groups: dict[int, dict[str, Any]] = {}
         self._factor: Tensor | None = None
         self._take: Callable[[nn.Parameter], None] = self._count
-        self._gate = _Gate(device)
         if in_backward:
             for p in self._place:
                 if p.requires_grad:
@@ -108,8 +107,8 @@ class FusedStep:
         else:
             take = {"again": self._drop, "host": self._hold, "device": self._count}[waits]
             loss = self._gradients(backward, take)
-            norm = self._gate.measure(self._norm(), scaler)
-            self._factor = self._gate.factor(self.max_norm, scaled=scaler.is_enabled())
+            gate = _Gate(self._norm(), scaler)
+            norm, self._factor = gate.norm, gate.factor(self.max_norm)
 
             def act() -> None:
                 changes()
@@ -119,7 +118,7 @@ class FusedStep:
                 else:
                     self._step_those(list(self._norms))
 
-            self._gate.open(scaler, act)
+            gate.open(act)
         scaler.update()
         if self.clipping == "delayed":
             self.optimizer.param_groups[0][_NORM] = norm
@@ -223,7 +222,7 @@ class FusedStep:
     def _step_now(self, p: nn.Parameter) -> None:
         assert p.grad is not None
         if self._factor is not None:
-            p.grad.mul_(self._factor.to(p.grad.dtype))
+            p.grad.mul_(self._factor)
         part = self._part_of[p]
         part.ready.append(p)
         if len(part.ready) == len(part.weights):
@@ -239,7 +238,7 @@ class FusedStep:
                 if not self.together:
                     self._step_now(p)
                 elif self._factor is not None and p.grad is not None:
-                    p.grad.mul_(self._factor.to(p.grad.dtype))
+                    p.grad.mul_(self._factor)
         if self.together:
             self._call(self.before, weights)
             self.optimizer.step()
@@ -318,7 +317,7 @@ class FusedStep:
     def _delayed(self) -> Tensor | None:
         """The factor by the norm of the last step."""
         norm = self.optimizer.param_groups[0].get(_NORM)
-        return _clip(norm.to(self.device), self.max_norm) if self.max_norm and norm is not None else None
+        return _clip(norm, self.max_norm) if self.max_norm and norm is not None else None
 
 
 class _Part:
@@ -328,34 +327,40 @@ class _Part:
         self.weights, self.ready = list(weights), list[nn.Parameter]()
 
 
-class _Gate(torch.optim.Optimizer):
-    """What a GradScaler takes for the optimizer: the gradients' norm stands for all of them. Not finite, nothing is
-    done."""
+class _Gate:
+    """The step of fp16, which is left out where gradients are not finite: their norm stands for all of them."""
 
-    def __init__(self, device: torch.device) -> None:
-        self.norm, self.one = (nn.Parameter(torch.ones((), device=device)) for _ in range(2))
-        self.act: Callable[[], None] = lambda: None
-        super().__init__([self.norm, self.one], {})
+    def __init__(self, norm: Tensor, scaler: torch.amp.GradScaler) -> None:
+        """`norm`: of the gradients with their scale; `self.norm` is that without it."""
+        self.scaler, self.norm, self.shrink = scaler, norm, None
+        if scaler.is_enabled():
+            # The scaler knows optimizers alone.
+            self.stand_in = _StandIn([nn.Parameter(torch.ones_like(norm)) for _ in range(2)], {})
+            measured, one = self.stand_in.param_groups[0]["params"]
+            measured.grad, one.grad = norm.clone(), torch.ones_like(norm)
+            scaler.unscale_(self.stand_in)
+            self.norm, self.shrink = measured.grad, one.grad
 
-    def measure(self, norm: Tensor, scaler: torch.amp.GradScaler) -> Tensor:
-        """The norm without the scale."""
-        self.norm.grad, self.one.grad = norm.clone(), torch.ones_like(self.one)
-        scaler.unscale_(self)
-        return self.norm.grad
-
-    def factor(self, max_norm: float, *, scaled: bool) -> Tensor | None:
-        """What each gradient is to be multiplied with, scale and clipping."""
-        assert self.norm.grad is not None
-        factor = self.one.grad if scaled else None
+    def factor(self, max_norm: float) -> Tensor | None:
+        """What each gradient is to be multiplied with, for its scale and for clipping."""
         if not max_norm:
-            return factor
-        clip = _clip(self.norm.grad, max_norm)
-        return clip if factor is None else clip * factor
+            return self.shrink
+        clip = _clip(self.norm, max_norm)
+        return clip if self.shrink is None else clip * self.shrink
 
-    def open(self, scaler: torch.amp.GradScaler, act: Callable[[], None]) -> None:
+    def open(self, act: Callable[[], None]) -> None:
         """Do `act`, unless the norm is not finite with a scale."""
-        self.act = act
-        scaler.step(self)
+        if self.scaler.is_enabled():
+            self.stand_in.act = act
+            self.scaler.step(self.stand_in)
+        else:
+            act()
+
+
+class _StandIn(torch.optim.Optimizer):
+    """An optimizer whose step is `act`."""
+
+    act: Callable[[], None]
 
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
         self.act()

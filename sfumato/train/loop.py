@@ -221,7 +221,8 @@ def _optimizer_step(run: Run, batches: StepBatches) -> dict[str, Tensor]:
     if run.ema:
         run.ema.begin()
     if fused := run.fused:
-        held = list(batches.batches) if fused.twice(scaled=run.scaler.is_enabled()) else batches.batches
+        twice, device = fused.twice(scaled=run.scaler.is_enabled()), run.world.device
+        held = [batch.to(device) for batch in batches.batches] if twice else batches.batches
         loss, norm = fused.step(partial(_backward, run, batches, held), run.scaler, partial(_unwhole, run))
     else:
         loss = _backward(run, batches, batches.batches)

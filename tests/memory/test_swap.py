@@ -13,6 +13,7 @@ from streamed import same, streamed
 from torch import Tensor, nn
 
 from sfumato.memory import swap_plan
+from sfumato.memory.backends import Threaded
 from sfumato.memory.checkpoint import checkpoint_blocks
 from sfumato.memory.swap import Swap
 from sfumato.memory.swap_plan import Choice, choose
@@ -171,7 +172,8 @@ def test_blocks_come_for_the_step_of_their_weights(clipping: Any) -> None:
     def run(net: Net, swap: Swap | None) -> dict[str, Tensor]:
         optimizer = torch.optim.AdamW(net.parameters(), 0.1)
         cut = parts(list(net.parameters()), list(net.blocks), size=100)
-        fused = FusedStep(optimizer, cut, device=X.device, max_norm=0.1, clipping=clipping, state_on_host=True)
+        settings = {"copies": Threaded(), "max_norm": 0.1, "clipping": clipping, "state_on_host": True}
+        fused = FusedStep(optimizer, cut, device=X.device, **settings)
         if swap:
             fused.before.append(swap.bring)
             fused.after.append(swap.changed)
