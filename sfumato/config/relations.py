@@ -26,6 +26,10 @@ def _steps_there(s: Settings) -> bool:
     return (s.fused_backward_pass or s.blockwise_fused_optimizers) and s.optimizer_state_on_cpu and not together
 
 
+def _precision(s: Settings) -> str:
+    return s.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+
+
 def _trains_text(s: Settings) -> bool:
     if caches_text(s) or s.stop_text_encoder_training == 0:
         return False
@@ -35,6 +39,11 @@ def _trains_text(s: Settings) -> bool:
 
 
 IDLE = (
+    Idle(
+        ("fused_clipping",),
+        lambda s: s.fused_clipping != "host" and not s.max_grad_norm and _precision(s) != "fp16",
+        "max_grad_norm 0 clips nothing",
+    ),
     Idle(
         ("stop_text_encoder_training",),
         lambda s: s.stop_text_encoder_training and not _trains_text(s),
@@ -120,7 +129,7 @@ CLASHES = (
     ),
     Clash(
         ("full_bf16",),
-        lambda s: s.full_bf16 and (s.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")) != "bf16",
+        lambda s: s.full_bf16 and _precision(s) != "bf16",
         "weights in bf16 are trained with mixed_precision bf16 alone; set it too, or leave full_bf16 out",
     ),
     Clash(

@@ -201,7 +201,7 @@ class OptimizerConfig(Record):
     """As fused_backward_pass, with the weights in this many groups that each step at once."""
     blockwise_fused_optimizers: bool = False
     """As fused_backward_pass, with the weights of a block stepping at once."""
-    fused_clipping: Annotated[Literal["host", "two_passes", "delayed"], _FUSED, Needs("max_grad_norm")] = "host"
+    fused_clipping: Annotated[Literal["host", "two_passes", "delayed"], _FUSED] = "host"
     """How max_grad_norm acts beside fused_backward_pass, as it needs all gradients before the first weight steps: they
     wait in the CPU's memory (host); or forward and backward are done twice (two_passes); or the norm is that of the
     step before (delayed), which is not exact, and costs nothing."""

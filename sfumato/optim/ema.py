@@ -68,7 +68,7 @@ class EMA:
         """Within, the weights hold their average; afterwards their own values, bit for bit."""
         self._settle()
         with torch.no_grad():
-            own = {name: w.detach().clone() for name, w in weights.items()}
+            own = {name: self._copy(w) for name, w in weights.items()}
             for name, w in weights.items():
                 w.copy_(self.average[name])
         try:
@@ -95,6 +95,10 @@ class EMA:
                     f"the average of {name} has shape {tuple(state[name].shape)} there and {tuple(own.shape)} here"
                 )
             own.copy_(state[name])
+
+    def _copy(self, weight: Tensor) -> Tensor:
+        """Where the averages are, as the device may have no room for it."""
+        return weight.detach().to("cpu" if self.shelf else weight.device, copy=True)
 
     def _settle(self) -> None:
         """Averages can be read and written."""

@@ -144,10 +144,12 @@ class FusedStep:
             yield
 
     def each(self, act: Callable[[], None]) -> None:
-        """Call `act` on the optimizer with one part of its weights after another, as they would step."""
+        """Call `act` on the optimizer with one part of its weights after another, as they would step; it may change
+        them."""
         for part in self._parts:
             with self._alone(part.weights):
                 act()
+            self._call(self.after, part.weights)
         self._keep_groups()
 
     # --- what is done with a gradient ---
