@@ -15,6 +15,7 @@ from sfumato.errors import UserError
 from sfumato.formats.files import load, read_header
 from sfumato.formats.gguf import is_block
 from sfumato.formats.lazy import Lazy
+from sfumato.memory.tracker import Tracker
 
 PLAIN = ("F64", "F32", "F16", "BF16", "I8", "I16", "I32", "I64")
 KINDS = [kind for kind in GGMLQuantizationType if is_block(kind.name)]
@@ -83,3 +84,12 @@ def test_what_cannot_be_read_is_named(tmp_path: Path) -> None:
     writer.close()
     with pytest.raises(UserError, match=r"'w' \(Q8_K\)"):
         Lazy.of([tmp_path / "b.gguf"])
+
+
+def test_no_second_copy_is_whole(tmp_path: Path) -> None:
+    write(tmp_path / "a.gguf", {"w": torch.randn(2048, 1024)})
+    lazy = Lazy.of([tmp_path / "a.gguf"])
+    with Tracker() as codes:
+        assert lazy.codes("w")[0].nbytes == 2048 * 1024 // 32 * 34 == codes.peak
+    with Tracker() as wide:
+        assert lazy["w"].nbytes == 2048 * 1024 * 2 >= wide.peak - (1 << 20)
