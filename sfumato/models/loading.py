@@ -254,9 +254,9 @@ def materialize_vae(models: Models, device: torch.device | str = "cpu") -> nn.Mo
 
 
 def unload(models: Models) -> None:
-    """Give up the memory of the text encoders; `materialize` reads them again."""
+    """Give up the memory of text encoders and VAE; `materialize` and `materialize_vae` read them again."""
     for name, net in models.made().items():
-        if name in models.encoders:
+        if name != "denoiser":
             drop(net)
 
 

@@ -20,7 +20,7 @@ from sfumato.formats import files
 from sfumato.formats.files import file_digest
 from sfumato.formats.metadata import remembered
 from sfumato.models.base import Models, check_sizes
-from sfumato.models.loading import materialize, materialize_vae
+from sfumato.models.loading import materialize, materialize_vae, unload
 from sfumato.models.streaming import encode_each
 from sfumato.train import dist, lengths
 from sfumato.train.devices import kept_in
@@ -113,14 +113,13 @@ def fingerprint(config: Config, models: Models, component: str) -> str:
 def fill_caches(config: Config, data: Data, models: Models, world: dist.World) -> Caches:
     """Encode what is asked to be cached and is not there yet; the first process fills a disk, each its own memory.
 
-    The VAE and the text encoders take turns on the device, where the denoiser is not yet.
+    The VAE and the text encoders take turns in memory, where the denoiser is not yet.
     """
     latents = texts = None
     if caches_latents(config):
         with _caching("latents", models, ["vae"], world) as advance:
             latents = _cache_latents(config, data, models, world.device, advance)
-        if (vae := models.made().get("vae")) is not None:
-            vae.to("cpu")
+        unload(models)
     if caches_text(config):
         with _caching("text outputs", models, models.encoders, world) as advance:
             texts = _cache_texts(config, data, models, world.device, advance)

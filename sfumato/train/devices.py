@@ -4,7 +4,7 @@ not."""
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 import torch
@@ -20,7 +20,7 @@ from sfumato.memory.quantise import stored_layers
 from sfumato.memory.swap import Swap
 from sfumato.models.base import Family, Models
 from sfumato.models.kept import widened
-from sfumato.models.loading import keep_when_read, merge_when_read, outline, quantise_when_read, read_values, unload
+from sfumato.models.loading import keep_when_read, merge_when_read, outline, quantise_when_read, read_values
 from sfumato.models.streaming import LARGE, sizes
 from sfumato.train import dist, swapping
 from sfumato.train.progress import progress
@@ -46,32 +46,38 @@ def outline_models(config: Config, method: Method | None = None) -> Models:
     return models
 
 
-def load_models(
-    config: Config,
-    models: Models,
-    method: Method | None = None,
-    *,
-    map: bool = True,
-    adapters: Sequence[tuple[Path, float]] = (),
+def settle(
+    config: Config, models: Models, method: Method | None = None, *, adapters: Sequence[tuple[Path, float]] = ()
 ) -> None:
-    """Give an outline its values, each net read straight into the format that it is used in: frozen ones in that of the
-    computation, trained ones as they are trained, the VAE in fp32 where that is safer. `method`: None when nothing is
-    trained. `map`: whether tensors may stay backed by the files; not where they are used from the CPU's memory, or a
-    file that changes meanwhile would change the training, or end it. `base_weights`, and then `adapters` (files and
-    their strengths), are merged while the weights are read, whenever that is. Text encoders that are streamed get no
-    values."""
-    family, dtype = models.family, formats(config, models.family, method)
+    """Settle how the nets of an outline are read, whenever that is: each straight into the format that it is used in,
+    frozen ones in that of the computation, trained ones as they are trained, the VAE in fp32 where that is safer; with
+    `base_weights`, and then `adapters` (files and their strengths), merged into them. `method`: None when nothing is
+    trained."""
     strengths = config.network.base_weights_multiplier
     base = [
         ("base_weights", Path(path), strengths[i] if i < len(strengths) else 1.0)
         for i, path in enumerate(config.network.base_weights)
     ]
     _merge_at_load(models, [*base, *(("network_weights", path, strength) for path, strength in adapters)])
-    models.tile = config.memory.vae_tile_size
+    models.tile, models.dtypes = config.memory.vae_tile_size, formats(config, models.family, method)
     models.streamed = frozenset(streamed(config, models, method))
-    later = [*_later(config, family), *models.streamed]
+
+
+def load_models(
+    config: Config, models: Models, method: Method | None = None, *, adapters: Sequence[tuple[Path, float]] = ()
+) -> None:
+    """`settle`, and then `read_models`."""
+    settle(config, models, method, adapters=adapters)
+    read_models(config, models)
+
+
+def read_models(config: Config, models: Models, *, map: bool = True, later: Collection[str] = ()) -> None:
+    """Give an outline that is settled its values. `map`: whether tensors may stay backed by the files; not where they
+    are used from the CPU's memory, or a file that changes meanwhile would change the training, or end it. Text encoders
+    that are streamed get no values, nor do those that are named as `later`, or whose outputs are cached."""
+    later = [*_later(config, models.family), *models.streamed, *later]
     with progress("reading weights") as advance:
-        read_values(models, dtype=dtype, later=later, map=map, progress=advance)
+        read_values(models, dtype=models.dtypes, later=later, map=map, progress=advance)
 
 
 def formats(config: Config, family: Family, method: Method | None) -> dict[str, torch.dtype]:
@@ -209,11 +215,7 @@ def _merge_at_load(models: Models, adapters: Sequence[tuple[str, Path, float]]) 
 def place_models(config: Config, models: Models, trainable: Trainable, device: torch.device) -> list[Swap]:
     """Nets to the device they are used on, those that leave it first; checkpointing around what gradients pass
     through, and streaming around that. Returns what streams."""
-    used = ["denoiser"]
-    if caches_text(config):  # they are read again only if something is missing in the cache
-        unload(models)
-    else:
-        used += models.encoders
+    used = ["denoiser", *([] if caches_text(config) else models.encoders)]
     if models.vaes is not None and not caches_latents(config):
         models.vae.to(device)
     apply_memory_options(models.family.blocks(models.denoiser), config.memory)

@@ -21,7 +21,7 @@ from sfumato.data.loader import Loader
 from sfumato.errors import UserError, WriteError
 from sfumato.formats import files
 from sfumato.models.base import Models
-from sfumato.models.loading import materialize
+from sfumato.models.loading import materialize, unload
 from sfumato.optim import build, schedules
 from sfumato.sampling.prompts import Prompt
 from sfumato.sampling.sample import EncodedPrompts, encode_prompts, sample
@@ -29,7 +29,7 @@ from sfumato.tensors.noise import NoiseProcess
 from sfumato.train import checkpoints, dist, fusing, lock, log, loop, provenance, resume, state
 from sfumato.train.caching import Caches, Data, fill_caches, open_data
 from sfumato.train.check import check, check_length, check_model
-from sfumato.train.devices import load_models, outline_models, peak_memory, place_models, quantised_notes
+from sfumato.train.devices import outline_models, peak_memory, place_models, quantised_notes, read_models, settle
 from sfumato.train.plan import steps_line
 from sfumato.train.progress import console, progress
 from sfumato.train.step import Step, autocast, draw
@@ -43,7 +43,7 @@ def cache(config: Config, datasets: tuple[DatasetConfig, ...]) -> Caches:
         models = outline_models(config)
         check_model(config, models)
         data = open_data(config, datasets, world, models)
-        load_models(config, models)
+        settle(config, models)
         return fill_caches(config, data, models, world)
     finally:
         world.close()
@@ -93,14 +93,12 @@ def prepare(
         notes = [*checked.notes, *check_length(config, budget.steps)]
         for line in (*notes, steps_line(data.plan, budget), f"{budget.steps} steps in {budget.epochs} epochs"):
             console.print(line)
-    load_models(config, models, method, map=world.device.type != "cpu")
+    settle(config, models, method)
     process = models.process(config.noise, config.loss)
     caches = fill_caches(config, data, models, world)
-    if world.main:
-        for note in quantised_notes(config, models):
-            console.print(note)
-    trainable: Trainable = Adapters(models, config, plan) if plan else Full(models, config)
     samples = Samples(config, models, process, checked.prompts, world.device)
+    _read(config, models, world)
+    trainable: Trainable = Adapters(models, config, plan) if plan else Full(models, config)
     swaps = place_models(config, models, trainable, world.device)
     optimizer = _optimizer(config, trainable, world.device)
     step = _distributed(Step(models, trainable, process, config.loss, precision), trainable, world)
@@ -126,6 +124,16 @@ def prepare(
     if world.main:
         run.log = log.Log(config, run.step, asdict(config))
     return run
+
+
+def _read(config: Config, models: Models, world: dist.World) -> None:
+    """The nets that a step uses, in place of those that filled the caches; what is in fewer bits is told."""
+    notes = quantised_notes(config, models)
+    unload(models)
+    read_models(config, models, map=world.device.type != "cpu")
+    if world.main:
+        for note in dict.fromkeys([*notes, *quantised_notes(config, models)]):
+            console.print(note)
 
 
 def _loader(

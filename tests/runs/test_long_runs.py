@@ -212,13 +212,13 @@ def test_a_base_model_that_is_replaced_by_another_while_a_whole_model_is_trained
 
 
 def test_a_second_run_of_the_same_name_is_refused(train: Train, monkeypatch: Patch) -> None:
-    def second(*_: Any, real: Any = run.load_models, **__: Any) -> Any:
-        monkeypatch.setattr(run, "load_models", real)
+    def second(*_: Any, real: Any = run.settle, **__: Any) -> Any:
+        monkeypatch.setattr(run, "settle", real)
         with pytest.raises(UserError, match="another run"):
             train("a")
         raise UserError("seen")
 
-    monkeypatch.setattr(run, "load_models", second)
+    monkeypatch.setattr(run, "settle", second)
     with pytest.raises(UserError, match="seen"):
         train("a")
 

@@ -100,7 +100,7 @@ def test_other_settings_are_reported(
 def test_what_cannot_change_is_refused_before_weights_are_read(
     before: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any], says: str
 ) -> None:
-    monkeypatch.setattr(run, "load_models", lambda *_: pytest.fail("weights were read"))
+    monkeypatch.setattr(run, "settle", lambda *_: pytest.fail("weights were read"))
     if "pretrained_model_name_or_path" in options:
         tensors = {
             name: t + 0.01 if name.endswith("to_q.weight") else t
@@ -115,7 +115,7 @@ def test_what_cannot_change_is_refused_before_weights_are_read(
 def test_a_state_that_is_not_whole_is_refused_before_weights_are_read(
     before: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(run, "load_models", lambda *_: pytest.fail("weights were read"))
+    monkeypatch.setattr(run, "settle", lambda *_: pytest.fail("weights were read"))
     state = Path(shutil.copytree(before / "first" / "out-state", tmp_path / "cut-state"))
     os.truncate(state / "weights.safetensors", 20)
     with pytest.raises(UserError, match=r"cut-state: cannot resume from this state: weights\.safetensors has 20 bytes"):
