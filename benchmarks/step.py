@@ -157,7 +157,7 @@ def training_step(
         else Adapters(models, config, adapters.parse(config.network, families.facts(family).network_args))
     )
     trainable.modules().to(device)
-    devices.apply_memory_options(models.family.blocks(models.denoiser), config.memory)
+    devices.apply_memory_options(models.family.blocks(models.denoiser), config.memory, device)
     if "compiled" in variant:
         compile_blocks(models.family.blocks(models.denoiser))
     batch = random_batch(models, FAMILIES[family][1], args.resolution).to(device)

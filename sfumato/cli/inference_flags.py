@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 SAMPLE = """
     sample_prompts sample_sampler output_dir output_name network_weights base_weights base_weights_multiplier seed
     mixed_precision xformers sdpa no_half_vae vae_tile_size stream_text_encoders blocks_to_swap zero_terminal_snr
+    torch_compile dynamo_backend
 """
 """What `sfumato sample` reads, besides the model and the family's own settings."""
 

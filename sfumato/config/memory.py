@@ -33,8 +33,8 @@ class MemoryConfig(Record):
     gradient_checkpointing_every: Annotated[Count, _CHECKPOINTED] = 1
     """Recompute every n-th block only: faster, with more memory."""
     gradient_checkpointing_keep: Annotated[Literal["attention", "costly"] | None, _CHECKPOINTED] = None
-    """Keep what costs most to recompute: the results of attention, or (`matmuls`) those of matrix products and
-    convolutions as well, which takes more memory."""
+    """Keep what costs much to recompute for the memory it takes: the results of attention, or (`costly`) of matrix
+    products and convolutions with long sums as well."""
     cpu_offload_checkpointing: Annotated[bool, _CHECKPOINTED] = False
     """Keep what each recomputed block was given in the host's memory until its backward pass."""
     blocks_to_swap: CountOrOff = None
@@ -46,6 +46,12 @@ class MemoryConfig(Record):
     """The same of blocks with one stream alone."""
     text_encoder_blocks_to_swap: CountOrOff = None
     """The same of the largest text encoder, where captions are encoded in every step."""
+    torch_compile: bool = False
+    """Compile the model's blocks: the first steps take minutes, all others less time. What is compiled is kept between
+    runs (torch's TORCHINDUCTOR_CACHE_DIR)."""
+    dynamo_backend: str = "inductor"
+    """The compiler of torch_compile, of those that torch knows. `accelerate launch --dynamo_backend` asks for one as
+    well."""
     sdpa: bool = False
     """Use PyTorch's attention (what sfumato does anyway)."""
     xformers: bool = False

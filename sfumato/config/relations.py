@@ -45,6 +45,11 @@ IDLE = (
         "max_grad_norm 0 clips nothing",
     ),
     Idle(
+        ("dynamo_backend",),
+        lambda s: not s.torch_compile and s.dynamo_backend.lower() not in ("inductor", "no"),
+        "it needs torch_compile",
+    ),
+    Idle(
         ("stop_text_encoder_training",),
         lambda s: s.stop_text_encoder_training and not _trains_text(s),
         "the text encoder is not trained anyway",
@@ -83,6 +88,11 @@ IDLE = (
 """Settings that do nothing beside others."""
 
 CLASHES = (
+    Clash(
+        ("dynamo_backend", "torch_compile"),
+        lambda s: s.torch_compile and s.dynamo_backend.lower() == "no",
+        "torch_compile needs a compiler; leave dynamo_backend out for inductor",
+    ),
     Clash(
         ("blocks_to_swap", "double_blocks_to_swap", "single_blocks_to_swap", "text_encoder_blocks_to_swap"),
         lambda s: s.method == "full" and _swaps_trained(s) and not _steps_there(s),

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import nn
 
 from sfumato.config import MemoryConfig
 from sfumato.errors import UserError
 from sfumato.memory.checkpoint import checkpoint_blocks
+from sfumato.memory.compile import Tell, backend_of, check_backend, compile_blocks
 from sfumato.memory.offload import Offload
 
 
 def check_memory_options(blocks: Sequence[nn.Module], config: MemoryConfig) -> None:
     """What the config asks for against a net's blocks, which need no values. Errors: `UserError`."""
+    check_backend(config)
     if config.gradient_checkpointing_every > len(blocks):
         raise UserError(
             f"gradient_checkpointing_every {config.gradient_checkpointing_every}: the model has {len(blocks)} blocks, "
@@ -21,14 +24,23 @@ def check_memory_options(blocks: Sequence[nn.Module], config: MemoryConfig) -> N
         )
 
 
-def apply_memory_options(blocks: Sequence[nn.Module], config: MemoryConfig) -> None:
+def apply_memory_options(
+    blocks: Sequence[nn.Module],
+    config: MemoryConfig,
+    device: torch.device,
+    tell: Tell = print,
+    *,
+    training: bool = True,
+) -> None:
     """Apply the config's measures to a net's blocks, once what is trained is attached.
 
     The order: frozen layers are quantised (while they are read), the trainable is attached, blocks are compiled and
-    checkpointed, then their weights are streamed.
+    checkpointed, then their weights are streamed. `device`: where they are used, if not yet there. `tell`: for what the
+    user should know.
     """
-    if config.gradient_checkpointing:
-        device = next(blocks[0].parameters()).device
+    if backend := backend_of(config):
+        compile_blocks(blocks, backend, tell)
+    if training and config.gradient_checkpointing:
         checkpoint_blocks(
             blocks,
             every=config.gradient_checkpointing_every,

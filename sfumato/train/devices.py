@@ -23,7 +23,7 @@ from sfumato.models.kept import widened
 from sfumato.models.loading import keep_when_read, merge_when_read, outline, quantise_when_read, read_values
 from sfumato.models.streaming import LARGE, sizes
 from sfumato.train import dist, swapping
-from sfumato.train.progress import progress
+from sfumato.train.progress import console, progress
 from sfumato.train.trainables import Trainable, caches_latents, caches_text, read_adapter, whole_nets
 
 
@@ -218,10 +218,11 @@ def place_models(config: Config, models: Models, trainable: Trainable, device: t
     used = ["denoiser", *([] if caches_text(config) else models.encoders)]
     if models.vaes is not None and not caches_latents(config):
         models.vae.to(device)
-    apply_memory_options(models.family.blocks(models.denoiser), config.memory)
+    apply_memory_options(models.family.blocks(models.denoiser), config.memory, device, console.print)
     for name in models.encoders:
         if name in trainable.trained:
-            apply_memory_options(models.family.encoder_blocks(models.encoders[name]), config.memory)
+            blocks = models.family.encoder_blocks(models.encoders[name])
+            apply_memory_options(blocks, config.memory, device, console.print)
     choices = swapping.chosen(config, models)
     swaps = [swapping.place(models, name, choices.get(name), device) for name in used]
     trainable.modules().to(device)

@@ -14,6 +14,7 @@ from sfumato.adapters.insert import AdapterNetwork, from_state
 from sfumato.config import Config
 from sfumato.data.store import Progress
 from sfumato.errors import UserError
+from sfumato.memory.plan import apply_memory_options
 from sfumato.models.base import Models
 from sfumato.models.loading import materialize, materialize_vae
 from sfumato.sampling import prompts, sample
@@ -21,7 +22,7 @@ from sfumato.tensors import attention
 from sfumato.tensors.noise import NoiseProcess
 from sfumato.train import dist, outputs, swapping
 from sfumato.train.devices import load_models, outline_models, vae_dtype
-from sfumato.train.progress import progress
+from sfumato.train.progress import console, progress
 from sfumato.train.step import autocast
 from sfumato.train.trainables import read_adapter
 
@@ -55,6 +56,8 @@ class Pipeline:
         models = outline_models(config)
         choices = swapping.chosen(config, models)
         load_models(config, models, adapters=adapters)
+        blocks = models.family.blocks(models.denoiser)
+        apply_memory_options(blocks, config.memory, device, console.print, training=False)
         swapping.place(models, "denoiser", choices.get("denoiser"), device if choices else held)
         materialize(models, held)
         if models.vaes is not None:

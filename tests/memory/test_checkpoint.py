@@ -96,7 +96,7 @@ def test_twice_is_refused_and_leaves_no_trace(blocks):
 
 @pytest.mark.parametrize("asked", [True, False])
 def test_the_plan_does_what_the_config_says(blocks, asked):
-    apply_memory_options(blocks, MemoryConfig(gradient_checkpointing=asked))
+    apply_memory_options(blocks, MemoryConfig(gradient_checkpointing=asked), torch.device("cpu"))
     assert all(("forward" in vars(b)) is asked for b in blocks)
 
 
