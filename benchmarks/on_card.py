@@ -35,8 +35,9 @@ from training import config
 from sfumato import families
 from sfumato.adapters.insert import from_state
 from sfumato.config import DatasetConfig, SubsetConfig
+from sfumato.data.loader import StepBatches
 from sfumato.formats.files import load
-from sfumato.train import dist, run
+from sfumato.train import dist, loop, run
 from sfumato.train.trainables import read_adapter
 
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what deterministic algorithms need of cuBLAS
@@ -67,9 +68,27 @@ RUNS: dict[str, dict[str, Any]] = {
     "uncached": {"mixed_precision": "bf16", "gradient_checkpointing": True},
     "full_bf16": {**WHOLE, "full_bf16": True},
     "full_bf16 resumed": {**WHOLE, "full_bf16": True, "resume": "full_bf16"},
+    "unwaited": {**BF16, "scale_weight_norms": 1.0},
+    "unwaited, uncached": {"mixed_precision": "bf16"},
+    "unwaited, whole": WHOLE,
 }
 """The runs, by what they are set to; resume: from the third step of that run. exact: convolutions not in TF32, torch's
-default. deterministic: with torch's deterministic algorithms alone."""
+default. deterministic: with torch's deterministic algorithms alone. unwaited: a step that waits for the card fails."""
+
+
+STEP = loop._optimizer_step
+
+
+def unwaited(a_run: loop.Run, batches: StepBatches) -> dict[str, torch.Tensor]:
+    """An optimizer step in which torch refuses to wait for a CUDA card, but in the first ones: what is made once in a
+    run is made there."""
+    if a_run.world.device.type != "cuda" or a_run.step < 2:
+        return STEP(a_run, batches)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        return STEP(a_run, batches)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 class Runs:
@@ -92,7 +111,10 @@ class Runs:
                 settings["sample_prompts"] = str(self.folder / "prompts.txt")
             torch.backends.cudnn.allow_tf32 = name != "exact"
             torch.use_deterministic_algorithms(name.startswith("deterministic"), warn_only=True)
-            with patch.dict(os.environ, {"ACCELERATE_USE_CPU": "true"} if name == "cpu" else {}):
+            with (
+                patch.dict(os.environ, {"ACCELERATE_USE_CPU": "true"} if name == "cpu" else {}),
+                patch.object(loop, "_optimizer_step", unwaited if name.startswith("unwaited") else STEP),
+            ):
                 self._train(out, settings.pop("method", "network"), settings)
         return out
 
@@ -180,6 +202,9 @@ CHECKS: dict[str, Callable[[Runs], dict[str, Any]]] = {
     "text encoders train, nothing cached": lambda runs: runs.ends("uncached"),
     "full_bf16 ends": lambda runs: runs.ends("full_bf16"),
     "resumed equals unbroken, full_bf16": same("full_bf16"),
+    "no step waits for the card": lambda runs: runs.ends("unwaited"),
+    "no step waits for the card, nothing cached": lambda runs: runs.ends("unwaited, uncached"),
+    "no step waits for the card, a whole model": lambda runs: runs.ends("unwaited, whole"),
 }
 
 
