@@ -87,9 +87,13 @@ class Threaded:
 class Streams:
     """An accelerator: a stream of its own copies from and to pinned memory; no call waits for the device."""
 
-    def __init__(self, device: torch.device, stream: Any = None, current: Callable[[], Any] | None = None) -> None:
-        """`stream`, `current`: that of the copies, and what gives the one that computes now."""
+    def __init__(
+        self, device: torch.device, waiting: int = 0, stream: Any = None, current: Callable[[], Any] | None = None
+    ) -> None:
+        """`waiting`: bytes that will be asked of the host, if that is known. `stream`, `current`: that of the copies,
+        and what gives the one that computes now."""
         self.device = device
+        self._left, self._run = waiting, torch.empty(0, dtype=torch.uint8)
         self._stream = torch.Stream(device) if stream is None else stream
         self._current = current or (lambda: torch.accelerator.current_stream(device))
 
@@ -97,6 +101,15 @@ class Streams:
         return torch.empty(nbytes, dtype=torch.uint8, device=self.device)
 
     def host(self, nbytes: int) -> Tensor:
+        if nbytes > len(self._run):
+            # torch takes the next power of two of pinned memory; so several share a run that is one.
+            whole = 1 << max(self._left.bit_length() - 1, 0)
+            self._run = self._pinned(max(whole, 1 << (nbytes - 1).bit_length()))
+        flat, self._run = self._run[:nbytes], self._run[nbytes:]
+        self._left -= nbytes
+        return flat
+
+    def _pinned(self, nbytes: int) -> Tensor:
         return torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
 
     def load(self, source: Source, slot: Tensor) -> Any:
@@ -138,9 +151,9 @@ class Staged(Streams):
         self, device: torch.device, largest: int, stream: Any = None, current: Callable[[], Any] | None = None
     ) -> None:
         """`largest`: bytes of the largest block."""
-        super().__init__(device, stream, current)
+        super().__init__(device, 0, stream, current)
         self._pool = ThreadPoolExecutor(1, "streaming")
-        self._stages: list[tuple[Tensor, Any]] = [(super(Staged, self).host(largest), None) for _ in range(2)]
+        self._stages: list[tuple[Tensor, Any]] = [(self._pinned(largest), None) for _ in range(2)]
 
     def host(self, nbytes: int) -> Tensor:
         return torch.empty(nbytes, dtype=torch.uint8)
@@ -188,5 +201,5 @@ def backend(device: torch.device, waiting: int, largest: int) -> tuple[Backend, 
     memory = psutil.virtual_memory()
     # Windows pins half of the memory at most, and elsewhere more is not wise. What files back is not counted as taken.
     if waiting <= memory.total / 2 and waiting * 1.1 <= memory.available:
-        return Streams(device), True
+        return Streams(device, waiting), True
     return Staged(device, largest), False

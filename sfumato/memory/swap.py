@@ -64,6 +64,7 @@ class Swap:
     def remove(self) -> None:
         """The blocks are again as they were, those that were streamed on the host."""
         self.settle()
+        self._backend.finish()  # no copy may come into memory that is given up
         for block, forward in zip(self._blocks, self._plain, strict=True):
             if forward is None:
                 del block.forward

@@ -226,7 +226,7 @@ def place_models(config: Config, models: Models, trainable: Trainable, device: t
     choices = swapping.chosen(config, models)
     swaps = [swapping.place(models, name, choices.get(name), device) for name in used]
     trainable.modules().to(device)
-    models.source.check()  # nothing of the model is backed by its files from here on
+    models.source.check()  # but for frozen blocks that could not be pinned, nothing is backed by files from here on
     return [swap for swap in swaps if swap]
 
 

@@ -8,17 +8,18 @@ import torch
 from torch import nn
 
 from sfumato.config import Config
-from sfumato.errors import Mistakes
+from sfumato.errors import Mistakes, UserError
 from sfumato.memory import swap_plan
 from sfumato.memory.backends import backend
 from sfumato.memory.swap import Swap
 from sfumato.models.base import Models
+from sfumato.train import dist
 from sfumato.train.trainables import caches_text
 
 
 def chosen(config: Config, models: Models) -> dict[str, swap_plan.Choice]:
-    """The nets of which blocks are streamed, and which. Errors: `UserError` for numbers of blocks that a net has
-    not."""
+    """The nets of which blocks are streamed, and which. Errors: `UserError` for numbers of blocks that a net has not,
+    and for a device without memory of its own."""
     wrong, found = Mistakes(), dict[str, swap_plan.Choice | None]()
     paths = {module: path for path, module in models.denoiser.named_modules()}
     with wrong:
@@ -31,14 +32,18 @@ def chosen(config: Config, models: Models) -> dict[str, swap_plan.Choice]:
             count = len(models.family.encoder_blocks(models.encoders[largest]))
             found[largest] = swap_plan.asked_of_encoder(count, config.memory)
     wrong.raise_all()
-    return {name: choice for name, choice in found.items() if choice}
+    choices = {name: choice for name, choice in found.items() if choice}
+    if choices and dist.device_of().type == "mps":
+        raise UserError("blocks_to_swap: this device computes in the CPU's memory, so that none is won; leave it out")
+    return choices
 
 
 def notes(config: Config, models: Models) -> list[str]:
     """For the user: what is streamed. Errors: as `chosen`."""
+    device = "the device" if dist.device_of().type != "cpu" else "the device, which is the CPU: that wins nothing"
     return [
         f"{models.source.components[name].component.title}: {len(choice.places)} of {len(blocks)} blocks wait in the "
-        f"CPU's memory, and share {choice.slots} places on the device"
+        f"CPU's memory, and share {choice.slots} places on {device}"
         for name, choice in chosen(config, models).items()
         for blocks in [_blocks(models, name)]
     ]

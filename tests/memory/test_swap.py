@@ -13,7 +13,7 @@ from streamed import same, streamed
 from torch import Tensor, nn
 
 from sfumato.memory import swap_plan
-from sfumato.memory.backends import Threaded
+from sfumato.memory.backends import Staged, Streams, Threaded
 from sfumato.memory.checkpoint import checkpoint_blocks
 from sfumato.memory.swap import Swap
 from sfumato.memory.swap_plan import Choice, choose
@@ -229,6 +229,138 @@ def test_a_net_that_is_streamed_is_moved_by_nobody_else(net: Net) -> None:
         with pytest.raises(RuntimeError, match="number format"):
             net.to(torch.float16)
     assert net.half().blocks[0].up.weight.dtype == torch.float16
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
+def test_compiled_blocks(net: Net) -> None:
+    net.requires_grad_(True)
+    plain = grads(net)
+    for block in net.blocks:
+        block.forward = torch.compile(block.forward, backend="aot_eager")
+    compiled = grads(net)
+    swap = Swap(net, net.blocks, choose(COUNT, 4), Racing())
+    assert same(compiled, grads(net))
+    swap.remove()
+    assert all(torch.allclose(a, b) for a, b in zip(plain, compiled, strict=True))
+
+
+# --- an accelerator ---
+
+
+class Stream:
+    """Records what an accelerator's stream is asked for, and keeps to the order."""
+
+    def __init__(self, name: str, calls: list[str]) -> None:
+        self.name, self.calls = name, calls
+
+    def record_event(self) -> Event:
+        self.calls.append(f"{self.name} records")
+        return Event(self.calls)
+
+    def wait_event(self, event: Event) -> None:
+        self.calls.append(f"{self.name} waits")
+
+    def synchronize(self) -> None:
+        self.calls.append("the host waits")
+
+
+class Event:
+    def __init__(self, calls: list[str]) -> None:
+        self.calls = calls
+
+    def synchronize(self) -> None:
+        self.calls.append("a thread waits")
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    monkeypatch.setattr(torch.accelerator, "set_stream", lambda stream: None)
+    monkeypatch.setattr(Streams, "_pinned", lambda self, nbytes: torch.empty(nbytes, dtype=torch.uint8))
+    return []
+
+
+def test_an_accelerator_is_waited_for_by_streams_alone(net: Net, calls: list[str]) -> None:
+    """A copy for a block; nothing on the host waits, or asks whether something is done."""
+    plain = grads(net)
+    backend = Streams(X.device, 0, Stream("copies", calls), lambda: Stream("net", calls))
+    swap = Swap(net, net.blocks, choose(COUNT, 4), backend)
+    for _ in range(2):
+        calls.clear()
+        assert same(plain, grads(net))
+        swap.settle()
+    copied = calls.count("copies records")
+    assert copied == 2 * 4
+    assert calls.count("copies waits") == calls.count("net records") == calls.count("net waits") == copied
+    assert len(calls) == 4 * copied
+    # A slot is taken when the net is done with it, and a copy waits for that.
+    assert calls[:3] == ["net records", "copies waits", "copies records"]
+    swap.remove()
+
+
+def test_where_memory_cannot_be_pinned_a_thread_copies_through_two_buffers(net: Net, calls: list[str]) -> None:
+    """From where the tensors are, a file's pages say; the stream's order is kept."""
+    plain, sizes = grads(net), swap_plan.bytes_of(net.blocks)
+    before = {name: t.data_ptr() for name, t in net.blocks.named_parameters()}
+    backend = Staged(X.device, max(sizes), Stream("copies", calls), lambda: Stream("net", calls))
+    swap = Swap(net, net.blocks, choose(COUNT, 4), backend, packed=False)
+    for _ in range(2):
+        calls.clear()
+        assert same(plain, grads(net))
+        swap.settle()
+    assert {name: t.data_ptr() for name, t in net.blocks.named_parameters()} == before
+    assert calls.count("copies records") == calls.count("a thread waits") == 2 * 4
+    assert "the host waits" not in calls
+    swap.remove()
+
+
+def test_pinned_memory_is_taken_in_powers_of_two(calls: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    taken = list[int]()
+    pinned = Streams._pinned
+    monkeypatch.setattr(Streams, "_pinned", lambda self, nbytes: taken.append(nbytes) or pinned(self, nbytes))
+    backend = Streams(X.device, 7 * 768, Stream("copies", calls), lambda: Stream("net", calls))
+    parts = [backend.host(768) for _ in range(7)]
+    assert taken == [4096, 1024, 1024] and sum(taken) < 7 * 1024
+    assert len({p.data_ptr() for p in parts}) == 7
+
+
+class Clock(Threaded):
+    """A device with a clock: copies take their time one after another, beside what is computed."""
+
+    def __init__(self, seconds: float) -> None:
+        super().__init__()
+        self.seconds, self.now, self.free, self.copied, self.waited = seconds, 0.0, 0.0, 0.0, 0.0
+
+    def compute(self, seconds: float, *_: Any) -> None:
+        self.now += seconds
+
+    def load(self, source: Any, slot: Tensor) -> Any:
+        self.copied += self.seconds
+        self.free = max(self.now, self.free) + self.seconds
+        return super().load(source, slot), self.free
+
+    def wait(self, copy: Any) -> None:
+        super().wait(copy[0])
+        self.waited += max(0.0, copy[1] - self.now)
+        self.now = max(self.now, copy[1])
+
+
+@pytest.mark.parametrize(("swapped", "copy"), [(9, 1.0), (9, 2.0), (18, 1.0), (18, 2.0), (18, 6.0)])
+def test_copies_hide_behind_computation(swapped: int, copy: float) -> None:
+    """Of 20 blocks; `copy`: the time of one, in those of its forward pass (a backward pass takes two). A step takes as long as what takes longest."""
+    net = nn.Sequential(*(nn.Linear(4, 4) for _ in range(20))).requires_grad_(True)
+    clock = Clock(copy)
+    for block in net:
+        block.register_forward_hook(partial(clock.compute, 1.0))
+        block.weight.register_post_accumulate_grad_hook(partial(clock.compute, 2.0))
+    swap = Swap(net, list(net), choose(20, swapped), clock)
+    for _ in range(3):
+        clock.copied, clock.waited, begun = 0.0, 0.0, clock.now
+        net(torch.ones(1, 4)).sum().backward()
+        swap.settle()
+    assert clock.copied == 2 * swapped * copy
+    assert clock.now - begun <= 1.1 * max(60, clock.copied)
+    assert clock.waited == 0 or copy > 1
+    swap.remove()
 
 
 # --- what is wrong fails ---
