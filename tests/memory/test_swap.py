@@ -12,11 +12,12 @@ from racing import Racing
 from streamed import same, streamed
 from torch import Tensor, nn
 
+from sfumato.config import MemoryConfig
 from sfumato.memory import swap_plan
 from sfumato.memory.backends import Staged, Streams, Threaded
 from sfumato.memory.checkpoint import checkpoint_blocks
 from sfumato.memory.swap import Swap
-from sfumato.memory.swap_plan import Choice, choose
+from sfumato.memory.swap_plan import Choice, asked, choose
 from sfumato.optim.fused import FusedStep, parts
 
 COUNT = 6
@@ -116,6 +117,14 @@ def test_streamed_blocks_lie_evenly_among_the_others() -> None:
     assert choose(12, 4) == Choice((1, 3, 5, 7, 9, 11), 2)
     assert choose(4, 2).places == choose(4, 3).places == (0, 1, 2, 3)
     assert choose(4, 3).slots == 1
+
+
+def test_lists_of_blocks_may_be_streamed_by_themselves() -> None:
+    paths = [*(f"double_blocks.{i}" for i in range(4)), *(f"single_blocks.{i}" for i in range(6))]
+    assert asked(paths, MemoryConfig(single_blocks_to_swap=2)) == Choice((4, 6, 7, 9), 2)
+    both = asked(paths, MemoryConfig(double_blocks_to_swap=3, single_blocks_to_swap=2))
+    assert both == Choice((0, 1, 2, 3, 4, 6, 7, 9), 2)
+    assert asked(paths, MemoryConfig()) is None
 
 
 @pytest.mark.parametrize("again", [False, True])

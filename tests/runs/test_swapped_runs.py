@@ -6,14 +6,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from racing import Racing
 from runs.test_same import assert_same, stop_after
 from training import Train, config
 
 from sfumato.errors import UserError
 from sfumato.formats.files import load
+from sfumato.sampling.prompts import Prompt
+from sfumato.tools.merge import Merging, merge
 from sfumato.train import swapping
 from sfumato.train.check import check
+from sfumato.train.pipeline import Pipeline
 
 EVERY = {"blocks_to_swap": 11, "text_encoder_blocks_to_swap": 2}
 """All blocks of the tiny model come and go."""
@@ -62,6 +66,32 @@ def test_a_whole_model_is_the_same(train: Train, cards: list[Racing]) -> None:
     parts = train("parts", max_train_steps=2, resume="auto", **settings, **EVERY)
     assert_same(plain / "out.safetensors", parts / "out.safetensors")
     assert all(card.stores for card in cards) and len(cards) == 4
+
+
+def test_a_quantised_streamed_run_that_learns_nothing_leaves_the_model_as_it_was(
+    train: Train, cards: list[Racing], model: Path
+) -> None:
+    """Its rate is too small for any number: merged, the adapter changes no bit."""
+    settings = {"learning_rate": 1e-30, "max_train_steps": 2, "quantize": "int8", "network_train_unet_only": True}
+    result = train("out", **settings, blocks_to_swap=6, gradient_checkpointing=True) / "out.safetensors"
+    assert cards[0].loads and any(t.any() for name, t in load(result).items() if "lora_up" in name)
+    merged = result.with_name("merged.safetensors")
+    merge(Merging(model=model, adapters=[(result, 1.0)], out=merged))
+    assert_same(model, merged)
+
+
+def test_images_are_the_same(model: Path, cards: list[Racing]) -> None:
+    """Nets that leave the device otherwise stay where they are streamed."""
+    prompts = [Prompt(prompt="a cat", width=64, height=64, sample_steps=2, seed=1)]
+    drawn = []
+    for settings in ({}, {"blocks_to_swap": 6}):
+        pipeline = Pipeline.of(
+            config(pretrained_model_name_or_path=str(model), **settings), torch.device("cpu"), offload=True
+        )
+        drawn += pipeline.sample(prompts)
+        pipeline.models.denoiser.to("cpu")
+    assert drawn[0].tobytes() == drawn[1].tobytes()
+    assert len(cards) == 1 and cards[0].loads
 
 
 @pytest.mark.parametrize(
