@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sfumato import families
 from sfumato.cli import flags, options, tools
 from sfumato.cli.flags import Parser
 from sfumato.errors import UserError
@@ -306,7 +307,11 @@ def _config(prog: str, script: Script, args: Namespace, rest: Sequence[str]) -> 
     if (args.interactive or beside(args)) and not any(word.startswith("--stream_text_encoders") for word in rest):
         # What is used again and again, or has adapters beside its weights, stays in memory.
         words += ["--stream_text_encoders", "false"]
-    return sample_config(words, prog, without=script.without)
+    config = sample_config(words, prog, without=script.without)
+    if script is OWN or not config.memory.blocks_to_swap:
+        return config
+    count = families.facts(config.family.family).swapped(config.memory.blocks_to_swap)
+    return replace(config, memory=replace(config.memory, blocks_to_swap=count))
 
 
 def beside(args: Namespace) -> bool:

@@ -124,6 +124,7 @@ def _adapt(script: Script, given: dict[str, Given], report: Report) -> None:
         given["train_text_encoder"] = Given("train_text_encoder", trains, "train_db", False, True)
         if not trains:
             del given["stop_text_encoder_training"]
+    _swapping(script, given, report)
     cached = next((given[name] for name in CACHED if name in given and given[name].value is not False), None)
     if cached and script.method == "network" and "network_train_unet_only" not in given:
         report.note(f"{cached}: no text encoder is trained while what they say is kept")
@@ -150,6 +151,20 @@ def _negative_is_never(given: dict[str, Given]) -> None:
     each = given.get("stop_text_encoder_training")
     if each is not None and (_number(each) or 0) < 0:
         given[each.key] = replace(each, value=0, flag=False, where=each.where or f"--{each.key}")
+
+
+def _swapping(script: Script, given: dict[str, Given], report: Report) -> None:
+    """`blocks_to_swap` as sd-scripts counts for these families (all of a script do alike), with what it needs here."""
+    each = given.get("blocks_to_swap")
+    if not each or not (number := _number(each)):
+        return
+    where, value = each.where or f"--{each.key}", families.facts(script.families[0]).swapped(number)
+    if value != number:
+        given[each.key] = replace(each, value=value, flag=False, where=where)
+        report.note(f"{each} {number}: {value} of all blocks, as many as sd-scripts swaps by it")
+    if script.method == "full" and "optimizer_state_on_cpu" not in given:
+        given["optimizer_state_on_cpu"] = Given("optimizer_state_on_cpu", True, where, False, True)
+        report.note(f"{each}: the optimizer's state waits in the CPU's memory as well (optimizer_state_on_cpu)")
 
 
 def _number(given: Given | None) -> int | None:

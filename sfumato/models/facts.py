@@ -53,12 +53,19 @@ class Facts:
     not set."""
     metadata: tuple[str, ...] = ()
     """Options that are written into results, as `ss_<option>`."""
+    swaps_pairs: bool = False
+    """Whether sd-scripts' `blocks_to_swap` takes half of its number from the blocks of two streams, and twice the other
+    half from those of one."""
     loads_in: tuple[Names, ...] = ()
     """What layers of adapters are called, and which programs load them by those names; the first that fits counts."""
 
     def __post_init__(self) -> None:
         known = {**rules.hints(Settings), **rules.hints(self.options)}
         rules.check_names(self.options, known, (*self.idle, *self.clashes))
+
+    def swapped(self, number: int) -> int:
+        """Of all blocks, those that sd-scripts swaps with this `blocks_to_swap`."""
+        return number // 2 + 2 * (number - number // 2) if self.swaps_pairs else number
 
     def without_effect(self, settings: Settings, *, trains: bool = True) -> dict[str, str]:
         """The settings that do nothing beside the others -> why. `trains`: in a training, not for samples alone."""

@@ -71,6 +71,12 @@ LINES: dict[str, tuple[str, dict[str, str], str]] = {
 """Script -> a command line with its flags, what it says of the prompt, and what remains for `sfumato sample`."""
 
 
+def test_blocks_are_counted_as_the_script_counts_them(dev: Tiny, medium: Tiny) -> None:
+    """Of FLUX, half of the number are of two streams, and twice the other half of one."""
+    assert dev.parse("--blocks_to_swap 3").config.memory.blocks_to_swap == 5
+    assert medium.parse("--blocks_to_swap 3").config.memory.blocks_to_swap == 3
+
+
 @pytest.mark.parametrize("script", list(SCRIPTS))
 def test_flags_are_read(script: str) -> None:
     line, wanted, rest = LINES[script]

@@ -24,8 +24,9 @@ SHARED = """
 NETWORK = """
     --network_module networks.lora_flux --network_dim 2 --network_train_unet_only --learning_rate 1e-3 --guidance_scale 1.0
     --network_args train_double_block_indices=0 single_mod_dim=0 in_dims=[2,0,0,0,2] split_qkv=True --apply_t5_attn_mask --model_type flux
+    --blocks_to_swap 1
 """
-FULL = "--learning_rate 5e-5 --full_bf16 --t5xxl_max_token_length 256"
+FULL = "--learning_rate 5e-5 --full_bf16 --t5xxl_max_token_length 256 --blocks_to_swap 1 --fused_backward_pass"
 
 
 @pytest.mark.parametrize(
@@ -47,7 +48,8 @@ def test_a_usual_command_line(images: Path, tmp_path: Path, script: str, flags: 
     }
     named |= {"ae": files.vae} if files.vae else {}
     words = [word for name, value in named.items() for word in (f"--{name}", str(value))]
-    launch(script, [*words, *(SHARED + flags).replace("PROMPTS", str(prompts)).split()], tmp_path)
+    said = launch(script, [*words, *(SHARED + flags).replace("PROMPTS", str(prompts)).split()], tmp_path)
+    assert "--blocks_to_swap 1: 2 of all blocks" in said and "4 of 5 blocks wait in the CPU's memory" in said
     result = tmp_path / "out" / "out.safetensors"
     header = read_header(result)
     found = SIGNATURE.detect({name: info.shape for name, info in header.tensors.items()})

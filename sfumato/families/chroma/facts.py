@@ -121,6 +121,7 @@ FACTS = Facts(
     signature=SIGNATURE,
     architecture=lambda options: "chroma",
     base_model_version=lambda options: "chroma",
+    swaps_pairs=True,
     pipelines=("ChromaPipeline", "ChromaImg2ImgPipeline", "ChromaInpaintPipeline"),
     scripts={"flux_train_network": "network", "flux_train": "full"},
     defaults={"sample_sampler": "euler"},

@@ -152,6 +152,7 @@ FACTS = Facts(
     architecture=architecture,
     base_model_version=lambda options: "flux1",
     # Forge knows an adapter of schnell by it alone.
+    swaps_pairs=True,
     implementation="https://github.com/black-forest-labs/flux",
     pipelines=("FluxPipeline", "FluxImg2ImgPipeline", "FluxInpaintPipeline"),
     scripts={"flux_train_network": "network", "flux_train": "full"},

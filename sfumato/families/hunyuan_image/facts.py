@@ -156,6 +156,7 @@ FACTS = Facts(
     signature=SIGNATURE,
     architecture=lambda options: "hunyuan-image-2.1",
     base_model_version=lambda options: "hunyuan-image-2.1",
+    swaps_pairs=True,
     pipelines=("HunyuanImagePipeline",),
     scripts={"hunyuan_image_train_network": "network", "hunyuan_image_train": "full"},
     # Of the names that others read, the only ones by which ComfyUI loads all layers.
