@@ -35,10 +35,10 @@ def tiny_sd1(folder: Path, dtype: torch.dtype = torch.float32) -> Path:
     return _single(folder, single_file(v2=False, dtype=dtype), v2=False)
 
 
-def short_sd1(folder: Path) -> Path:
+def short_sd1(folder: Path, dtype: torch.dtype = torch.float32) -> Path:
     """The same with less than half of the blocks, for tests of what is not the net's: three levels of one block each,
     the last without attention."""
-    return _single(folder, single_file(v2=False, short=True), v2=False)
+    return _single(folder, single_file(v2=False, dtype=dtype, short=True), v2=False)
 
 
 def tiny_sd2(folder: Path, dtype: torch.dtype = torch.float32) -> Path:
@@ -136,9 +136,9 @@ def tokenizer(*, v2: bool = False) -> Any:
     )
 
 
-def pipeline(*, v2: bool, prediction: str = "epsilon") -> StableDiffusionPipeline:
+def pipeline(*, v2: bool, prediction: str = "epsilon", short: bool = False) -> StableDiffusionPipeline:
     """diffusers' pipeline of the parts."""
-    p = parts(v2=v2)
+    p = parts(v2=v2, short=short)
     scheduler = DDIMScheduler(
         beta_start=0.00085,
         beta_end=0.012,

@@ -22,6 +22,7 @@ from sfumato.adapters.starts import Start, start_factors
 from sfumato.config.rules import Amount, Must
 from sfumato.errors import UserError
 from sfumato.formats.dialect import ALPHA, DORA, DOWN, MID, UP, AdapterTensors
+from sfumato.tensors.meta import without_values
 
 _INITS = ("pissa", "olora")
 
@@ -305,11 +306,16 @@ _Factors = (
 
 
 def _factors(base: nn.Module, rank: int, tucker: bool) -> _Factors:
-    """The layers down, mid and up on the meta device: making them there leaves the global random state alone. `tucker`:
-    with a mid, where there is a kernel."""
+    """The layers down, mid and up without values: making them so leaves the global random state alone. `tucker`: with a
+    mid, where there is a kernel."""
+    with without_values():
+        return _shaped(base, rank, tucker)
+
+
+def _shaped(base: nn.Module, rank: int, tucker: bool) -> _Factors:
     if isinstance(base, nn.Linear):
-        down = nn.Linear(base.in_features, rank, bias=False, device="meta")
-        return down, None, nn.Linear(rank, base.out_features, bias=False, device="meta")
+        down = nn.Linear(base.in_features, rank, bias=False)
+        return down, None, nn.Linear(rank, base.out_features, bias=False)
     if not isinstance(base, nn.Conv2d) or base.groups != 1 or isinstance(base.padding, str):
         raise TypeError(f"LoRA goes on linear layers and on convolutions without groups, not on {base}")
     tucker = tucker and base.kernel_size != (1, 1)
@@ -322,11 +328,10 @@ def _factors(base: nn.Module, rank: int, tucker: bool) -> _Factors:
         (base.dilation[0], base.dilation[1]),
         bias=False,
         padding_mode=base.padding_mode,
-        device="meta",
     )
-    up = nn.Conv2d(rank, base.out_channels, 1, bias=False, device="meta")
+    up = nn.Conv2d(rank, base.out_channels, 1, bias=False)
     if tucker:
-        return nn.Conv2d(base.in_channels, rank, 1, bias=False, device="meta"), conv, up
+        return nn.Conv2d(base.in_channels, rank, 1, bias=False), conv, up
     return conv, None, up
 
 

@@ -13,7 +13,7 @@ from sfumato.formats.names import CONV_TO_LINEAR, KeyMap, Rule, rule
 from sfumato.models.components import Component, Config, Scaling, matching
 from sfumato.models.key_formats import NATIVE, KeyFormat
 from sfumato.models.layers import Shapes, count_layers
-from sfumato.models.meta_init import without_values
+from sfumato.tensors.meta import without_values
 
 FLUX_SCALE, FLUX_SHIFT = 0.3611, 0.1159
 """From raw latents to those of the denoiser, (x - shift) * scale, in FLUX.1 and the models that have its VAE."""

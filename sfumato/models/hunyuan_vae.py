@@ -17,7 +17,7 @@ from sfumato.models.autoencoders import UNUSED
 from sfumato.models.components import Component, Config
 from sfumato.models.key_formats import NATIVE, KeyFormat
 from sfumato.models.layers import Shapes, count_layers
-from sfumato.models.meta_init import without_values
+from sfumato.tensors.meta import without_values
 
 SCALE = 0.75289
 """Factor from raw latents to those of the denoiser; there is no shift."""

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from sfumato.errors import UserError
 from sfumato.memory.quantise import StoredLinear
 from sfumato.models.detection import Shapes as Shapes
-from sfumato.models.meta_init import without_values
+from sfumato.tensors.meta import without_values
 
 Net = TypeVar("Net", bound="Denoiser")
 GELU = partial(nn.GELU, approximate="tanh")

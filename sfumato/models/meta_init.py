@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from typing import Any, TypeVar
+from collections.abc import Mapping
+from typing import TypeVar
 
-import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from sfumato.errors import UserError, nearest
 from sfumato.formats.planned import Writable
@@ -16,22 +13,6 @@ from sfumato.memory.quantise import stored_layers
 
 Net = TypeVar("Net", bound=nn.Module)
 SHOWN = 5
-STARTS = frozenset(getattr(nn.init, f"{name}_") for name in ("kaiming_uniform", "uniform", "normal", "zeros", "ones"))
-
-
-@contextmanager
-def without_values() -> Iterator[None]:
-    """Nets made within are on the meta device, and the start values that their layers would draw there are left out: a
-    third of the time that it takes to make one."""
-    with torch.device("meta"), _NoStarts():
-        yield
-
-
-class _NoStarts(TorchFunctionMode):  # type: ignore[no-untyped-call]
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in STARTS:
-            return args[0] if args else kwargs["tensor"]
-        return func(*args, **(kwargs or {}))
 
 
 def shapes(tensors: Mapping[str, Writable]) -> dict[str, tuple[int, ...]]:

@@ -19,7 +19,7 @@ from sfumato.models.autoencoders import per_channel
 from sfumato.models.components import Component, Config, Scaling
 from sfumato.models.key_formats import NATIVE, KeyFormat
 from sfumato.models.layers import Shapes, count_layers
-from sfumato.models.meta_init import without_values
+from sfumato.tensors.meta import without_values
 
 CHANNELS = 16
 MEAN = (

@@ -18,7 +18,7 @@ from sfumato.config import LossConfig, Method, NoiseConfig, Settings
 from sfumato.families.detect import detect_file, identify
 from sfumato.formats.files import load
 from sfumato.models import components
-from sfumato.models.autoencoders import scale, unscale
+from sfumato.models.autoencoders import scaled, scaling_of, unscale
 from sfumato.models.base import Models
 from sfumato.models.loading import save
 from sfumato.sampling.prompts import Prompt
@@ -237,9 +237,12 @@ def test_latents_are_scaled_as_by_the_pipeline(case: Case, models: Models) -> No
         else:
             mean, std = torch.tensor(config.get("shift_factor") or 0.0), torch.tensor(1 / config.scaling_factor)
         wanted = ((theirs - mean) / std).reshape(raw.shape)
-        torch.testing.assert_close(scale(models.vae, raw), wanted, atol=1e-5, rtol=1e-5)
-        torch.testing.assert_close(unscale(models.vae, scale(models.vae, raw)), raw, atol=1e-5, rtol=1e-5)
-        decoded, wanted = models.decode(scale(models.vae, raw)), vae.decode(theirs).sample.reshape(pixels.shape)
+        torch.testing.assert_close(scaled(raw, scaling_of(models.vae)), wanted, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(unscale(models.vae, scaled(raw, scaling_of(models.vae))), raw, atol=1e-5, rtol=1e-5)
+        decoded, wanted = (
+            models.decode(scaled(raw, scaling_of(models.vae))),
+            vae.decode(theirs).sample.reshape(pixels.shape),
+        )
     torch.testing.assert_close(decoded, wanted, atol=1e-4, rtol=1e-4)
 
 

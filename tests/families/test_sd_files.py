@@ -24,7 +24,7 @@ from sfumato.formats import files
 from sfumato.formats.files import load, read_header, save
 from sfumato.memory.checkpoint import checkpoint_blocks
 from sfumato.models import loading
-from sfumato.models.autoencoders import scale, unscale
+from sfumato.models.autoencoders import scaled, scaling_of, unscale
 from sfumato.models.base import Models
 
 
@@ -58,7 +58,7 @@ def test_a_single_file_comes_back_bit_for_bit(tmp_path: Path, v2: bool, dtype: t
 
 def test_what_was_only_run_in_another_format_is_written_as_it_was(tmp_path: Path) -> None:
     """A frozen text encoder run in bf16 keeps its fp16 values; the trained U-Net is written in its new format."""
-    path = tiny.tiny_sd1(tmp_path, torch.float16)
+    path = tiny.short_sd1(tmp_path, torch.float16)
     models = loading.load(FAMILY, str(path), Options(), dtype=torch.float32)
     models.encoders["clip_l"].to(torch.bfloat16)
     models.vae.to(torch.float32)
@@ -75,7 +75,7 @@ def test_what_was_only_run_in_another_format_is_written_as_it_was(tmp_path: Path
 
 
 def test_save_in_another_format_and_with_other_values(tmp_path: Path) -> None:
-    path = tiny.tiny_sd1(tmp_path)
+    path = tiny.short_sd1(tmp_path)
     models = opened(path)
     average = {"denoiser": {"out.2.bias": torch.full((4,), 7.0)}}
     out = load(written(models, tmp_path / "out" / "model.ckpt", dtype=torch.float16, state=average))
@@ -86,7 +86,7 @@ def test_save_in_another_format_and_with_other_values(tmp_path: Path) -> None:
 
 
 def test_not_a_number_is_never_written(tmp_path: Path) -> None:
-    models = opened(tiny.tiny_sd1(tmp_path))
+    models = opened(tiny.short_sd1(tmp_path))
     models.denoiser.get_parameter("out.2.bias").data[1] = 1e6
     with pytest.raises(UserError, match=r"out\.2\.bias"):
         written(models, tmp_path / "out" / "model.safetensors", dtype=torch.float16)
@@ -94,7 +94,7 @@ def test_not_a_number_is_never_written(tmp_path: Path) -> None:
 
 
 def test_early_single_files_keep_their_names(tmp_path: Path) -> None:
-    tensors = {name.replace(".text_model.", "."): t for name, t in tiny.single_file(v2=False).items()}
+    tensors = {name.replace(".text_model.", "."): t for name, t in tiny.single_file(v2=False, short=True).items()}
     save(tmp_path / "early.safetensors", tensors, {})
     tiny.tokenizer().save_pretrained(tmp_path / "tokenizer")
     assert_same(tensors, load(written(opened(tmp_path / "early.safetensors"), tmp_path / "out" / "model.safetensors")))
@@ -102,9 +102,9 @@ def test_early_single_files_keep_their_names(tmp_path: Path) -> None:
 
 def test_pickled_checkpoints(tmp_path: Path) -> None:
     tiny.tokenizer().save_pretrained(tmp_path / "tokenizer")
-    torch.save({"state_dict": tiny.single_file(v2=False), "global_step": 3}, tmp_path / "model.ckpt")
+    torch.save({"state_dict": tiny.single_file(v2=False, short=True), "global_step": 3}, tmp_path / "model.ckpt")
     assert_same(
-        tiny.single_file(v2=False),
+        tiny.single_file(v2=False, short=True),
         load(written(opened(tmp_path / "model.ckpt"), tmp_path / "out" / "model.safetensors")),
     )
 
@@ -131,7 +131,7 @@ def load_nets(models: Models) -> dict[str, Tensor]:
 
 
 def test_a_folder_replaces_an_older_one_whole(tmp_path: Path) -> None:
-    models = opened(tiny.tiny_sd1(tmp_path / "source"))
+    models = opened(tiny.short_sd1(tmp_path / "source"))
     written(models, tmp_path / "out", "diffusers")
     (tmp_path / "out" / "stale.json").write_text("")
     written(models, tmp_path / "out", "diffusers")
@@ -140,7 +140,7 @@ def test_a_folder_replaces_an_older_one_whole(tmp_path: Path) -> None:
 
 
 def test_a_folder_of_the_users_is_never_replaced_by_a_result(tmp_path: Path) -> None:
-    models = opened(tiny.tiny_sd1(tmp_path / "source"))
+    models = opened(tiny.short_sd1(tmp_path / "source"))
     mine = {tmp_path / "photos" / "a.jpg", written(models, tmp_path / "model", "diffusers") / "notes.md"}
     for path in mine:
         path.parent.mkdir(exist_ok=True)
@@ -153,7 +153,7 @@ def test_a_folder_of_the_users_is_never_replaced_by_a_result(tmp_path: Path) -> 
 
 @pytest.mark.skipif(os.name == "nt", reason="a file that is mapped cannot be cut there")
 def test_a_base_model_that_changes_gives_no_mixed_result(tmp_path: Path) -> None:
-    path = tiny.tiny_sd1(tmp_path)
+    path = tiny.short_sd1(tmp_path)
     models = opened(path)
     with path.open("r+b") as file:
         file.truncate(path.stat().st_size // 2)
@@ -167,7 +167,7 @@ def test_a_base_model_that_changes_gives_no_mixed_result(tmp_path: Path) -> None
 def test_a_base_model_that_changes_while_a_result_is_written_gives_no_mixed_result(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    path = tiny.tiny_sd1(tmp_path)
+    path = tiny.short_sd1(tmp_path)
     models, real = opened(path), files.serialise
 
     def cut(*args: Any) -> Iterator[Any]:
@@ -181,7 +181,7 @@ def test_a_base_model_that_changes_while_a_result_is_written_gives_no_mixed_resu
 
 
 def test_what_save_precision_cannot_hold_is_told_not_saved(tmp_path: Path) -> None:
-    models = opened(tiny.tiny_sd1(tmp_path))
+    models = opened(tiny.short_sd1(tmp_path))
     with torch.no_grad():
         next(models.denoiser.parameters()).view(-1)[0] = 1e6
     with pytest.raises(UserError, match=r"infinite values .*save_precision float16 may be too small"):
@@ -217,10 +217,10 @@ def test_a_config_that_asks_for_another_net_is_refused(tmp_path: Path) -> None:
 
 def test_another_vae(tmp_path: Path) -> None:
     """A file with prefix, one without, a folder: each takes the place of the checkpoint's own, and is saved."""
-    path = tiny.tiny_sd1(tmp_path / "model")
-    other = tiny.parts(v2=False, seed=9).vae
+    path = tiny.short_sd1(tmp_path / "model")
+    other = tiny.parts(v2=False, seed=9, short=True).vae
     other.save_pretrained(tmp_path / "vae")
-    prefixed = {k: t for k, t in tiny.single_file(v2=False).items() if k.startswith("first_stage_model.")}
+    prefixed = {k: t for k, t in tiny.single_file(v2=False, short=True).items() if k.startswith("first_stage_model.")}
     save(tmp_path / "with.safetensors", prefixed, {})
     save(
         tmp_path / "without.safetensors", {k.removeprefix("first_stage_model."): t + 1 for k, t in prefixed.items()}, {}
@@ -240,24 +240,24 @@ def test_another_vae(tmp_path: Path) -> None:
 
 
 def test_the_tokenizer_goes_with_the_model(tmp_path: Path) -> None:
-    models = opened(tiny.tiny_sd1(tmp_path / "a"))
+    models = opened(tiny.short_sd1(tmp_path / "a"))
     written(models, tmp_path / "b" / "model.safetensors")
     assert opened(tmp_path / "b" / "model.safetensors").tokenizers["clip_l"].get_vocab() == tiny.vocabulary()
 
 
 def test_a_vocabulary_larger_than_the_text_encoder_is_refused(tmp_path: Path) -> None:
-    save(tmp_path / "model.safetensors", tiny.single_file(v2=False), {})
+    save(tmp_path / "model.safetensors", tiny.single_file(v2=False, short=True), {})
     with pytest.raises(UserError, match="49408 tokens"):
         opened(tmp_path / "model.safetensors")
 
 
 def test_options_that_the_model_contradicts(tmp_path: Path) -> None:
-    path = tiny.tiny_sd1(tmp_path)
+    path = tiny.short_sd1(tmp_path)
     with pytest.raises(UserError, match="v2"):
         opened(path, v2=True)
     with pytest.raises(UserError, match="clip_skip"):
         opened(path, clip_skip=4)
-    inpainting = tiny.single_file(v2=False)
+    inpainting = tiny.single_file(v2=False, short=True)
     name = "model.diffusion_model.input_blocks.0.0.weight"
     save(path, {**inpainting, name: inpainting[name].repeat(1, 2, 1, 1)}, {})
     with pytest.raises(UserError, match="8 channels"):
@@ -266,7 +266,7 @@ def test_options_that_the_model_contradicts(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("skip", [1, 2])
 def test_gradients_reach_a_text_encoder_and_are_the_same_with_checkpointing(tmp_path: Path, skip: int) -> None:
-    models = opened(tiny.tiny_sd1(tmp_path), clip_skip=skip)
+    models = opened(tiny.short_sd1(tmp_path), clip_skip=skip)
     weight = models.encoders["clip_l"].get_parameter("text_model.encoder.layers.0.mlp.fc1.weight").requires_grad_()
     x = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
 
@@ -282,8 +282,8 @@ def test_gradients_reach_a_text_encoder_and_are_the_same_with_checkpointing(tmp_
 
 
 def test_scale_and_its_inverse(tmp_path: Path) -> None:
-    models = opened(tiny.tiny_sd1(tmp_path))
+    models = opened(tiny.short_sd1(tmp_path))
     x = torch.ones(1, 4, 2, 2)
-    assert scale(models.vae, x).unique().item() == pytest.approx(0.18215)
-    torch.testing.assert_close(unscale(models.vae, scale(models.vae, x)), x)
+    assert scaled(x, scaling_of(models.vae)).unique().item() == pytest.approx(0.18215)
+    torch.testing.assert_close(unscale(models.vae, scaled(x, scaling_of(models.vae))), x)
     assert replace(models.options, v2=None) == Options()

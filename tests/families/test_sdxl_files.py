@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from sfumato.families.sdxl.family import FAMILY
 from sfumato.families.sdxl.names import CLIP_G, CLIP_L
 from sfumato.formats.files import load, save
 from sfumato.models import loading
-from sfumato.models.autoencoders import scale
+from sfumato.models.autoencoders import scaled, scaling_of
 from sfumato.models.base import Models
 from sfumato.models.detection import PREFIX
 
@@ -73,7 +73,7 @@ def test_a_vae_of_its_own(tmp_path: Path) -> None:
     for name in ("vae", "vae.safetensors"):
         models = opened(path, vae=tmp_path / name)
         assert_same(dict(models.vae.state_dict()), dict(other.state_dict()))
-        assert scale(models.vae, torch.ones(1)).item() == pytest.approx(0.13025)
+        assert scaled(torch.ones(1), scaling_of(models.vae)).item() == pytest.approx(0.13025)
         assert_same(load(path), load(written(models, tmp_path / "out" / "again.safetensors")))
 
 
@@ -180,29 +180,33 @@ def scheduled(folder: Path) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("make", [marked, told, scheduled])
-def test_v_prediction_is_seen_from_the_file(make: Callable[[Path], Path], tmp_path: Path) -> None:
-    models = opened(make(tmp_path / "model"))
+@pytest.fixture(scope="module", params=[marked, told, scheduled])
+def predicting_v(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Models, bool]:
+    """A model, and whether its file says that its last timestep is pure noise."""
+    return opened(request.param(tmp_path_factory.mktemp("model") / "model")), request.param is marked
+
+
+def test_v_prediction_is_seen_from_the_file(predicting_v: tuple[Models, bool], tmp_path: Path) -> None:
+    models, zero = predicting_v
     assert models.options.v_parameterization
     process = models.process(NoiseConfig(zero_terminal_snr=True), LossConfig())
     assert process.scheduler_config()["prediction_type"] == "v_prediction"
     out = written(models, tmp_path / "out", "diffusers")
     schedule = StableDiffusionXLPipeline.from_pretrained(out).scheduler.config
     assert schedule.prediction_type == "v_prediction"
-    assert schedule.rescale_betas_zero_snr == (make is marked)
+    assert schedule.rescale_betas_zero_snr == zero
     assert opened(out).options.v_parameterization
 
 
-@pytest.mark.parametrize("make", [marked, told, scheduled])
-def test_single_files_say_it_as_comfy_reads_it(make: Callable[[Path], Path], tmp_path: Path) -> None:
+def test_single_files_say_it_as_comfy_reads_it(predicting_v: tuple[Models, bool], tmp_path: Path) -> None:
     """By empty tensors: `v_pred`, and `ztsnr` where the last timestep is pure noise, by the file or by the training."""
-    models = opened(make(tmp_path / "model"))
+    models, marked = predicting_v
     zero = models.process(NoiseConfig(), LossConfig()).scheduler_config().get("rescale_betas_zero_snr", False)
-    assert zero == (make is marked)
+    assert zero == marked
     tensors = load(written(models, tmp_path / "a.safetensors"))
     assert tensors["v_pred"].numel() == 0 and ("ztsnr" in tensors) == zero
-    models.noise = NoiseConfig(zero_terminal_snr=True)
-    assert {"v_pred", "ztsnr"} <= load(written(models, tmp_path / "b.safetensors")).keys()
+    trained = replace(models, noise=NoiseConfig(zero_terminal_snr=True))
+    assert {"v_pred", "ztsnr"} <= load(written(trained, tmp_path / "b.safetensors")).keys()
     again = opened(tmp_path / "b.safetensors")
     assert again.options.v_parameterization
     assert again.process(NoiseConfig(), LossConfig()).scheduler_config()["rescale_betas_zero_snr"]

@@ -45,7 +45,7 @@ START = torch.randn(1, 4, 4, 6, generator=torch.Generator().manual_seed(3))
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Models:
-    path = tiny.tiny_sd1(tmp_path_factory.mktemp("sd1"))
+    path = tiny.short_sd1(tmp_path_factory.mktemp("sd1"))
     return loading.load(SD, str(path), families.facts("sd").options())
 
 
@@ -55,7 +55,7 @@ def read(path: Path) -> tuple[np.ndarray[Any, Any], str]:
 
 
 def pipeline(v2: bool, process: Any, sampler: str) -> Any:
-    pipe = tiny.pipeline(v2=v2)
+    pipe = tiny.pipeline(v2=v2, short=not v2)
     pipe.scheduler = scheduler_for(process, sampler)
     pipe.set_progress_bar_config(disable=True)
     return pipe
@@ -126,7 +126,7 @@ def test_v_prediction_from_zero_signal(sampler: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("sampler", ["ddim", "euler_a"])
 def test_a_batch_equals_single_runs(tmp_path: Path, sampler: str) -> None:
     """In fp64: nets this small, with two numbers in a group norm, blow the last digits of fp32 up."""
-    models = loading.load(SD, str(tiny.tiny_sd1(tmp_path)), families.facts("sd").options(), dtype=torch.float64)
+    models = loading.load(SD, str(tiny.short_sd1(tmp_path)), families.facts("sd").options(), dtype=torch.float64)
     prompts = [
         PROMPT,
         replace(PROMPT, prompt="a dog", seed=2, scale=3.0),
@@ -227,7 +227,7 @@ def test_every_part_gets_its_mode_back(models: Models, monkeypatch: pytest.Monke
     ("dtype", "mixed"), [(torch.float32, True), (torch.bfloat16, True), (torch.bfloat16, False), (torch.float16, False)]
 )
 def test_16_bits_sample_nearly_the_same(models: Models, tmp_path: Path, dtype: torch.dtype, mixed: bool) -> None:
-    half = loading.load(SD, str(tiny.tiny_sd1(tmp_path)), families.facts("sd").options(), dtype=dtype)
+    half = loading.load(SD, str(tiny.short_sd1(tmp_path)), families.facts("sd").options(), dtype=dtype)
     half.vae.to(dtype)
     exact = sample_latents(models, [PROMPT], process=EPS, noise=START)[0]
     with torch.autocast("cpu", torch.bfloat16, enabled=mixed):
@@ -331,7 +331,7 @@ def test_a_model_without_a_vae_is_refused(models: Models) -> None:
 def lora(folder: Path) -> Path:
     """An adapter in sd-scripts' names on one layer, strong enough to be seen."""
     draw = torch.Generator().manual_seed(0)
-    layer = "lora_unet_up_blocks_3_attentions_2_proj_out"
+    layer = "lora_unet_up_blocks_2_attentions_1_proj_out"
     tensors = {f"{layer}.alpha": torch.tensor(2.0)}
     for part, shape in (("lora_down", (2, 32, 1, 1)), ("lora_up", (32, 2, 1, 1))):
         tensors[f"{layer}.{part}.weight"] = torch.randn(shape, generator=draw)
@@ -345,7 +345,7 @@ def run(
     """`sfumato sample` with a tiny model and one prompt -> the image."""
     (folder / "prompts.txt").write_text("a cat --w 64 --h 64 --s 2 --d 1\n")
     config = Config(
-        model=ModelConfig(pretrained_model_name_or_path=str(tiny.tiny_sd1(folder))),
+        model=ModelConfig(pretrained_model_name_or_path=str(tiny.short_sd1(folder))),
         output=OutputConfig(output_dir=str(folder / name), output_name=name),
         sample=SampleConfig(sample_prompts=str(folder / "prompts.txt"), sample_sampler="k_euler"),
         train=TrainConfig(mixed_precision=precision),

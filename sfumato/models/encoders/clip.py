@@ -17,7 +17,7 @@ from sfumato.formats.names import TRANSPOSE, KeyMap, rule
 from sfumato.models.components import Component, Config, matching
 from sfumato.models.key_formats import NATIVE, KeyFormat
 from sfumato.models.layers import Shapes, count_layers
-from sfumato.models.meta_init import without_values
+from sfumato.tensors.meta import without_values
 
 HEAD_WIDTH = 64
 """Channels of an attention head in every published CLIP text model."""

@@ -19,7 +19,7 @@ from sfumato.models.components import Component, Config, matching
 from sfumato.models.detection import LANGUAGE_MODELS
 from sfumato.models.key_formats import NATIVE, KeyFormat
 from sfumato.models.layers import Shapes, WideLinear, count_layers, in_fp16
-from sfumato.models.meta_init import without_values
+from sfumato.tensors.meta import without_values
 
 _PARTS = ("embed_tokens", "layers", "norm")
 _PREFIXES = ("", "model.", "model.language_model.", "language_model.", "language_model.model.")

@@ -14,7 +14,7 @@ from sfumato.formats.names import KeyMap, rule
 from sfumato.models.components import Component, matching
 from sfumato.models.key_formats import KeyFormat
 from sfumato.models.layers import Shapes, WideLinear, count_layers
-from sfumato.models.meta_init import without_values
+from sfumato.tensors.meta import without_values
 
 EMBEDDING, TWIN, BARE_TWIN = "shared.weight", "encoder.embed_tokens.weight", "embed_tokens.weight"
 """One tensor under several names: transformers ties them, and files hold the first, both or, rarely, the second alone;
