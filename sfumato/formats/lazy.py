@@ -9,7 +9,7 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -165,6 +165,20 @@ class _File:
         self.check()  # after the reading: what was read until now is sound
         return values.view(info.shape)
 
+    def rows(self, name: str, rows: slice) -> Tensor:
+        """Some rows of a tensor that is in no codes, in memory of their own."""
+        if self._pickled is not None:
+            return self._pickled[name][rows].clone()
+        info = self.header.tensors[name]
+        kind = files.torch_dtype(info.dtype)
+        start, stop, _ = rows.indices(info.shape[0])
+        width = math.prod(info.shape[1:])
+        values = torch.empty((stop - start) * width, dtype=kind)
+        self._raw.seek(self.header.size + info.start + start * width * kind.itemsize)
+        self._fill(values)
+        self.check()
+        return values.view(stop - start, *info.shape[1:])
+
     def codes(self, name: str, *, values: bool) -> tuple[Tensor, Tensor | None]:
         """What stands in the file of a tensor in codes, and its scale; without `values`, on the meta device."""
         of, info = self.coded[name], self.header.tensors[name]
@@ -206,6 +220,28 @@ class _File:
                 self.check()
                 raise UserError(f"{self.path}: ends before its last tensor; download or copy it again")
             at += got
+
+
+@dataclass(frozen=True, slots=True)
+class FileRows:
+    """A tensor of a file, of which rows are read as they are asked for."""
+
+    file: _File
+    name: str
+    device: ClassVar[torch.device] = torch.device("cpu")
+    is_meta: ClassVar[bool] = False
+
+    @property
+    def shape(self) -> torch.Size:
+        return torch.Size(self.file.header.tensors[self.name].shape)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return files.torch_dtype(self.file.header.tensors[self.name].dtype)
+
+    def __getitem__(self, rows: slice) -> Tensor:
+        """Those rows, in memory of their own."""
+        return self.file.rows(self.name, rows)
 
 
 @dataclass(frozen=True, slots=True)
@@ -295,6 +331,13 @@ class Lazy(Mapping[str, Tensor]):
         """How one stands in codes, if it does, and its shape."""
         file, theirs = self.places[name]
         return file.coded.get(theirs), file.header.tensors[theirs].shape
+
+    def by_rows(self, name: str) -> FileRows | None:
+        """One whose rows are read as they are asked for; None: it does not stand as numbers with rows."""
+        file, theirs = self.places[name]
+        info = file.header.tensors[theirs]
+        plain = theirs not in file.coded and info.dtype in FLOATS and len(info.shape) > 1
+        return FileRows(file, theirs) if plain else None
 
     def codes(self, name: str, *, values: bool = True) -> tuple[Tensor, Tensor | None]:
         """Of one that stands in codes: these, as in the file, GGUF's blocks as bytes, and their scale; without

@@ -6,9 +6,10 @@ the weight. `layer.weight` is still there: made of the codes each time that it i
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from functools import cache
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 import torch
 import torch.nn.functional as F
@@ -17,8 +18,26 @@ from torch.nn.grad import conv2d_input
 
 from sfumato.tensors.stored import Format, Parts, Wide
 
-PIECE = 1 << 20
-"""Numbers that are quantised at once: what is held meanwhile besides the weight and its codes stays small."""
+PIECE = 1 << 16
+"""Numbers that are quantised at once, as many as are read at once: buffers of some MB leave holes in the heap."""
+
+
+class Rows(Protocol):
+    """A tensor of which rows are read as they are asked for."""
+
+    @property
+    def shape(self) -> torch.Size: ...
+
+    @property
+    def dtype(self) -> torch.dtype: ...
+
+    @property
+    def device(self) -> torch.device: ...
+
+    @property
+    def is_meta(self) -> bool: ...
+
+    def __getitem__(self, rows: slice, /) -> Tensor: ...
 
 
 class Stored(nn.Module):
@@ -57,7 +76,7 @@ class Stored(nn.Module):
         return self.format.dequantise(self.parts, self.shape, dtype)
 
     @torch.no_grad()
-    def put(self, weight: Tensor, dtype: torch.dtype | None = None) -> None:
+    def put(self, weight: Tensor | Rows, dtype: torch.dtype | None = None) -> None:
         """Quantise a weight and hold that. `dtype`: what everything else is to see; None: that of the weight."""
         self.dtype = dtype or weight.dtype
         if weight.is_meta:  # nothing is known of the error: the most that it may take
@@ -92,16 +111,19 @@ class Stored(nn.Module):
             self.put(weight)
 
 
-def quantised(format: Format, weight: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+def quantised(format: Format, weight: Tensor | Rows) -> tuple[dict[str, Tensor], Tensor]:
     """What a weight becomes, and the relative error; some rows at a time, so that little is held meanwhile."""
-    rows = max(1, PIECE // weight[0].numel())
-    pieces, lost, whole = list[dict[str, Tensor]](), *torch.zeros(2, device=weight.device)
-    for part in torch.split(weight, rows):
-        exact = part.float()
-        pieces.append(format.quantise(exact))
-        lost += (format.dequantise(pieces[-1], part.shape, torch.float32) - exact).square_().sum()
+    rows = max(1, PIECE // math.prod(weight.shape[1:]))
+    # Made first: between buffers of some MB that come and go it would leave holes in the heap.
+    parts = {n: torch.empty_like(t, device=weight.device) for n, t in format.outline(weight.shape).items()}
+    lost, whole = torch.zeros(2, device=weight.device)
+    for start in range(0, weight.shape[0], rows):
+        exact = weight[start : start + rows].float()
+        piece = format.quantise(exact)
+        for name, t in piece.items():
+            (parts[name] if name in format.common else parts[name][start : start + rows]).copy_(t)
+        lost += (format.dequantise(piece, exact.shape, torch.float32) - exact).square_().sum()
         whole += exact.square().sum()
-    parts = format.join(pieces) if len(pieces) > 1 else pieces[0]
     return parts, (lost / whole.clamp(min=torch.finfo(torch.float32).tiny)).sqrt()
 
 

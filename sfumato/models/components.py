@@ -253,6 +253,8 @@ class ComponentWeights:
         layers = {f"{path}.weight": layer for path, layer in self.quantise(net).items()}
         same = {name: layer for name, layer in layers.items() if name not in self.changes}
         held = kept.put(self.tensors, self.key_format, same, dtype or torch.bfloat16, read)
+        left = {name: layer for name, layer in same.items() if name not in held}
+        held |= kept.quantise_rows(self.tensors, self.key_format, left, dtype, read)
         tensors, rest = {}, self.part(self.shapes().keys() - held) if held else self
         for name, tensor in rest.natives(dtype, map=map, as_is=layers):
             if name in layers:

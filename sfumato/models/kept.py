@@ -54,6 +54,22 @@ def put(
     return found
 
 
+def quantise_rows(
+    tensors: Lazy, keys: KeyFormat, layers: Mapping[str, Stored], dtype: torch.dtype | None, read: Callable[[int], None]
+) -> set[str]:
+    """Give layers their weights some rows at a time, so that none is in memory whole, where the file has them row for
+    row: the names of these. Otherwise as `put`; `dtype` None: as in the file."""
+    found = set()
+    for name, layer in layers.items():
+        sources, change = keys.pieces(name) or ((), None)
+        rows = tensors.by_rows(sources[0]) if len(sources) == 1 and change is None else None
+        if rows is not None and rows.shape == layer.shape:
+            layer.put(rows, dtype)
+            read(layer.shape.numel())
+            found.add(name)
+    return found
+
+
 def format_of(tensors: Lazy, keys: KeyFormat, name: str) -> Format | None:
     """The format in which the file has a native weight; None: it is none that a layer can keep."""
     made_of = keys.pieces(name)

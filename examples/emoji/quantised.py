@@ -1,0 +1,90 @@
+"""The quickstart on a model whose weights are kept in fewer bits: trains the same LoRA, in batches of 4, with the model
+in the box in fp32, int8, fp8 and nf4, and draws what each makes of the same prompts and seeds, with the model in fp32.
+
+    python examples/emoji/quantised.py
+
+Writes into runs/quantised: NAME.safetensors for each (one that is there is not trained again), quantised.png (a row for
+each) and quantised.json: the mean difference of a pixel to the LoRA of fp32, as a share of the difference that the LoRA
+makes; also for a LoRA of fp32 with another seed, which is what chance alone makes of it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import numpy as np
+from PIL.Image import Image
+from quickstart import HERE, ROOT, saturation
+
+OUT = ROOT / "runs" / "quantised"
+STEPS = 200
+RUNS = {
+    "fp32": [],
+    **{kind: ["--quantize", kind, "--quantize_text_encoders", kind] for kind in ("int8", "fp8", "nf4")},
+    "fp32, another seed": ["--seed", "2"],
+}
+"""Name -> what its run has besides the quickstart's settings."""
+
+
+def main() -> int:
+    os.chdir(ROOT)
+    from sfumato.cli.main import main as sfumato
+
+    OUT.mkdir(parents=True, exist_ok=True)
+    data = (HERE / "dataset.toml").read_text(encoding="utf-8")
+    data = data.replace('"lineart"', json.dumps(str(HERE / "lineart"))).replace("batch_size = 10", "batch_size = 4")
+    (OUT / "dataset.toml").write_text(data, encoding="utf-8")
+    config = ["train", "network", "--config", str(HERE / "quickstart.toml"), "--max_train_steps", str(STEPS)]
+    config += ["--dataset_config", str(OUT / "dataset.toml"), "--cache_latents_to_disk", "--cache_dir", str(OUT)]
+    for name, more in RUNS.items():
+        own = ["--output_dir", str(OUT), "--output_name", file_of(name).stem]
+        if not file_of(name).exists() and (code := sfumato([*config, *own, *more])):
+            return code
+    show()
+    return 0
+
+
+def file_of(name: str) -> Path:
+    return OUT / f"{name.replace(', ', '_').replace(' ', '_')}.safetensors"
+
+
+def show() -> None:
+    """Sample the held-out prompts without and with each LoRA; write the grid and the measures."""
+    from sfumato import families
+    from sfumato.config import Config, ModelConfig
+    from sfumato.families.detect import detect_file
+    from sfumato.sampling.image_files import grid
+    from sfumato.sampling.prompts import read_prompts
+    from sfumato.train.pipeline import Pipeline
+    from sfumato.train.progress import console
+
+    model = str(HERE / "model.safetensors")
+    options = families.facts(detect_file(model).family).options()
+    pipeline = Pipeline.of(Config(model=ModelConfig(pretrained_model_name_or_path=model), family=options))
+    prompts = read_prompts(HERE / "prompts.txt")
+    rows = {"no LoRA": pipeline.sample(prompts)}
+    for name in RUNS:
+        with pipeline.adapted(file_of(name)):
+            rows[name] = pipeline.sample(prompts)
+    grid(list(rows.values()), list(rows), [p.prompt for p in prompts], enlarge=2).save(OUT / "quantised.png")
+    effect = difference(rows["no LoRA"], rows["fp32"])
+    found = {
+        name: {"difference": difference(rows[name], rows["fp32"]) / effect, "saturation": saturation(rows[name])}
+        for name in rows
+    }
+    (OUT / "quantised.json").write_text(json.dumps({"steps": STEPS, "rows": found}, indent=1) + "\n", encoding="utf-8")
+    for name, each in found.items():
+        console.print(f"{name}: {each['difference']:.3f} of the LoRA's effect, saturation {each['saturation']:.3f}")
+
+
+def difference(some: list[Image], others: list[Image]) -> float:
+    """Mean over all pixels of |a - b|, of 255."""
+    pairs = zip(some, others, strict=True)
+    return float(np.mean([np.abs(np.asarray(a, np.float32) - np.asarray(b, np.float32)).mean() for a, b in pairs]))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
