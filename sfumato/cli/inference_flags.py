@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 SAMPLE = """
     sample_prompts sample_sampler output_dir output_name network_weights base_weights base_weights_multiplier seed
     mixed_precision xformers sdpa no_half_vae vae_tile_size stream_text_encoders blocks_to_swap zero_terminal_snr
-    torch_compile dynamo_backend
+    torch_compile dynamo_backend quantize quantize_text_encoders quantize_budget int8_matmul
 """
 """What `sfumato sample` reads, besides the model and the family's own settings."""
 
@@ -133,10 +133,7 @@ RENAMED = {
     "t5xxl_token_length": "t5xxl_max_token_length",
 }
 """Flag -> the name that it has here."""
-_QUANTISED = "weights are not quantised yet: leave it out; a checkpoint in fp8 is read as it is"
 REFUSED = {
-    "fp8": _QUANTISED,
-    "fp8_scaled": _QUANTISED,
     "text_encoder_cpu": "use --offload, by which text encoders are on the device only while they are used",
     "add_system_prompt_to_negative_prompt": "write it into --negative_prompt, in front",
 }
@@ -151,8 +148,12 @@ IDLE = {
     "vae_disable_cache": _CHUNKS,
 }
 """Switches that have no effect, and why."""
-NETS = ("clip_l", "t5xxl", "gemma2", "flux")
-"""Nets that kohya's scripts take a number format for."""
+FP8 = ("fp8", "fp8_scaled")
+"""Switches by which the denoiser's weights are kept in fp8: here always with scales."""
+NETS = {"clip_l": "quantize_text_encoders", "t5xxl": "quantize_text_encoders", "gemma2": "quantize_text_encoders"} | {
+    "flux": "quantize"
+}
+"""Nets that kohya's scripts take a number format for, and what keeps their weights in fp8."""
 _DTYPES = {"float": "no", "float32": "no", "fp32": "no", "bf16": "bf16", "bfloat16": "bf16"} | dict.fromkeys(
     ("fp16", "float16", "half"), "fp16"
 )
@@ -257,7 +258,7 @@ def _parser(prog: str) -> Parser:
         made.add_argument(f"--{switch}", action="store_true", help=f"--dtype {switch}")
     made.add_argument("--vae_chunk_size", type=int, help=SUPPRESS)
     made.add_argument("--prompt2", help=SUPPRESS)
-    for switch in (*REFUSED, *IDLE):
+    for switch in (*REFUSED, *IDLE, *FP8):
         made.add_argument(f"--{switch}", action="store_true", help=SUPPRESS)
     return made
 
@@ -277,9 +278,9 @@ def _check(script: Script, args: Namespace) -> None:
     if not (sampled or args.latent_path or args.save_merged_model):
         wrong.append("say what to sample: --prompt, --from_file or --interactive")
     for name in ("dtype", *(f"{net}_dtype" for net in NETS), "ae_dtype"):
-        if (value := getattr(args, name)) is not None and value not in _DTYPES:
-            why = _QUANTISED if value.startswith(("fp8", "float8")) else f"expected {', '.join(_DTYPES)}"
-            wrong.append(f"--{name} {value}: {why}")
+        value, fewer = getattr(args, name), name.removesuffix("_dtype") in NETS
+        if value is not None and value not in _DTYPES and not (fewer and _is_fp8(value)):
+            wrong.append(f"--{name} {value}: expected {', '.join(_DTYPES)}")
     if wrong:
         raise UserError(*wrong)
     idle = {name: why for name, why in IDLE.items() if getattr(args, name)}
@@ -290,7 +291,7 @@ def _check(script: Script, args: Namespace) -> None:
     if args.prompt2 is not None:
         idle["prompt2"] = "both text encoders read --prompt, as in sd-scripts"
     for net in NETS:
-        if getattr(args, f"{net}_dtype"):
+        if (value := getattr(args, f"{net}_dtype")) and not _is_fp8(value):
             idle[f"{net}_dtype"] = "nets run in the format of --dtype; what would overflow in it is computed in fp32"
     for name, why in idle.items():
         flags.note(f"--{name}: accepted, no effect: {why}")
@@ -304,6 +305,10 @@ def _config(prog: str, script: Script, args: Namespace, rest: Sequence[str]) -> 
         words.append("--no_half_vae")
     if args.attn_mode == "xformers":
         words.append("--xformers")
+    fp8 = {"quantize"} if args.fp8 or args.fp8_scaled else set[str]()
+    fp8 |= {setting for net, setting in NETS.items() if _is_fp8(getattr(args, f"{net}_dtype"))}
+    for setting in sorted(fp8):
+        words += [f"--{setting}", "fp8"]
     if (args.interactive or beside(args)) and not any(word.startswith("--stream_text_encoders") for word in rest):
         # What is used again and again, or has adapters beside its weights, stays in memory.
         words += ["--stream_text_encoders", "false"]
@@ -312,6 +317,10 @@ def _config(prog: str, script: Script, args: Namespace, rest: Sequence[str]) -> 
         return config
     count = families.facts(config.family.family).swapped(config.memory.blocks_to_swap)
     return replace(config, memory=replace(config.memory, blocks_to_swap=count))
+
+
+def _is_fp8(dtype: str | None) -> bool:
+    return dtype is not None and dtype.startswith(("fp8", "float8"))
 
 
 def beside(args: Namespace) -> bool:

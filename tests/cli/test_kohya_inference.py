@@ -77,6 +77,16 @@ def test_blocks_are_counted_as_the_script_counts_them(dev: Tiny, medium: Tiny) -
     assert medium.parse("--blocks_to_swap 3").config.memory.blocks_to_swap == 3
 
 
+def test_weights_are_kept_in_fp8_where_the_script_does_so(dev: Tiny) -> None:
+    def kept(line: str) -> tuple[str | None, str | None]:
+        memory = dev.parse(line).config.memory
+        return memory.denoiser_format, memory.encoder_format
+
+    assert kept("--flux_dtype fp8_e4m3fn") == kept("--fp8_scaled") == ("fp8", None)
+    assert kept("--fp8 --t5xxl_dtype float8_e4m3fn") == ("fp8", "fp8")
+    assert kept("--clip_l_dtype bf16 --quantize nf4") == ("nf4", None)
+
+
 @pytest.mark.parametrize("script", list(SCRIPTS))
 def test_flags_are_read(script: str) -> None:
     line, wanted, rest = LINES[script]
@@ -88,12 +98,11 @@ def test_flags_are_read(script: str) -> None:
 @pytest.mark.parametrize(
     ("script", "line", "words"),
     [
-        ("hunyuan_image_minimal_inference", "--prompt a --save_path o --fp8", "--fp8: weights are not quantised yet"),
         ("anima_minimal_inference", "--prompt a --save_path o --text_encoder_cpu", "use --offload"),
         ("anima_minimal_inference", "--prompt a", "--save_path is missing"),
         ("anima_minimal_inference", "--save_path o", "say what to sample: --prompt, --from_file or --interactive"),
         ("anima_minimal_inference", "--save_path o --from_file p --interactive", "exclude each other"),
-        ("flux_minimal_inference", "--flux_dtype fp8_e4m3fn", "--flux_dtype fp8_e4m3fn: weights are not quantised"),
+        ("flux_minimal_inference", "--ae_dtype fp8_e4m3fn", "--ae_dtype fp8_e4m3fn: expected float"),
         ("flux_minimal_inference", "--dtype int8", "--dtype int8: expected float"),
         ("flux_minimal_inference", "--attn_mode x", "--attn_mode: invalid choice"),
         ("sd3_minimal_inference", "--merge_lora_weights --exclude_patterns a", "do nothing where adapters are merged"),
