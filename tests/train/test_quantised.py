@@ -11,7 +11,7 @@ import tiny
 import torch
 from adapters_on_tinies import adapter_file
 from torch import Tensor
-from training import Train, config
+from training import config
 
 from sfumato.config import Config, MemoryConfig, Method, Settings
 from sfumato.errors import UserError
@@ -22,7 +22,6 @@ from sfumato.memory.quantise import stored_layers
 from sfumato.models import loading
 from sfumato.models.base import Models
 from sfumato.tensors.stored import NF4, Int8
-from sfumato.tools.merge import Merging, merge
 from sfumato.train import resume
 from sfumato.train.caching import fingerprint
 from sfumato.train.devices import load_models, outline_models, quantised, quantised_notes
@@ -157,12 +156,3 @@ def test_another_format_is_told_to_a_resumed_run() -> None:
 
     told = resume.changes(saved(quantize="nf4"), saved(quantize="int8", gradient_checkpointing=True), torch.optim.AdamW)
     assert told == ["quantize was nf4 and is now int8: it acts from here on"]
-
-
-def test_a_merged_result_is_of_the_source(train: Train, model: Path, tmp_path: Path) -> None:
-    """Nothing of the rounding, or of weights that come and go, gets into what is saved."""
-    fewer = {"quantize": "nf4", "quantize_text_encoders": "int8", "blocks_to_swap": 3, "gradient_checkpointing": True}
-    out = train("a", max_train_steps=2, learning_rate=1e-30, **fewer)
-    merge(Merging(model=model, adapters=((out / "out.safetensors", 1.0),), out=tmp_path / "merged.safetensors"))
-    source, merged = load(model), load(tmp_path / "merged.safetensors")
-    assert source.keys() == merged.keys() and all(torch.equal(t, merged[name]) for name, t in source.items())
