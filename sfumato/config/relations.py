@@ -115,6 +115,11 @@ CLASHES = (
         "train_text_encoder trains the text encoders' weights, and what is trained is not quantised",
     ),
     Clash(
+        ("stream_text_encoders", "quantize_text_encoders", "fp8_base"),
+        lambda s: s.stream_text_encoders and s.encoder_format,
+        "text encoders that are read block by block are never in memory whole, so that fewer bits spare nothing",
+    ),
+    Clash(
         ("fp8_base", "fp8_base_unet", "fp8_scaled"),
         lambda s: s.quantize not in (None, "fp8") and (s.fp8_base or s.fp8_base_unet or s.fp8_scaled),
         "quantize names another format; leave one of the two out",

@@ -122,7 +122,9 @@ def streamed(config: Config, models: Models, method: Method | None) -> dict[str,
     asked = config.memory.stream_text_encoders
     if asked is False or not (method is None or caches_text(config)):
         return {}
-    found = sizes(models, formats(config, models.family, method))
+    quantised = kept_in(config, models)  # they are smaller, and whole
+    sized = sizes(models, formats(config, models.family, method))
+    found = {name: size for name, size in sized.items() if name not in quantised}
     # Beside a denoiser that is in memory already there is no room to count on.
     large = {name: size for name, size in found.items() if size > LARGE and (method is None or not _has_room(size))}
     return found if asked else large

@@ -22,7 +22,7 @@ from sfumato.memory.quantise import stored_layers
 from sfumato.models import loading
 from sfumato.models.base import Models
 from sfumato.tensors.stored import NF4, Int8
-from sfumato.train import resume
+from sfumato.train import devices, resume
 from sfumato.train.caching import fingerprint
 from sfumato.train.devices import load_models, outline_models, quantised, quantised_notes
 
@@ -137,12 +137,20 @@ def test_what_kohyas_switches_mean(memory: dict[str, Any], denoiser: str | None,
         ("full", {"fp8_base": True}),
         ("full", {"quantize_text_encoders": "nf4", "train_text_encoder": True}),
         ("network", {"quantize": "nf4", "fp8_base": True}),
+        ("network", {"quantize_text_encoders": "nf4", "stream_text_encoders": True}),
     ],
     ids=str,
 )
 def test_what_is_refused(method: Method, asked: dict[str, Any]) -> None:
-    with pytest.raises(UserError, match=r"not quantised|another format"):
+    with pytest.raises(UserError, match=r"not quantised|another format|spare nothing"):
         FACTS.check(Settings.of(config(**asked), method))
+
+
+def test_text_encoders_in_fewer_bits_are_read_whole(where: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(devices, "LARGE", 1)
+    for kept, names in ((None, {"clip_l"}), ("int8", set())):
+        asked = settings(where, quantize_text_encoders=kept, cache_text_encoder_outputs=True)
+        assert devices.streamed(asked, outline_models(asked), "network").keys() == names
 
 
 def test_text_that_is_cached_is_that_of_this_format(where: Path) -> None:
