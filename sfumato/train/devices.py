@@ -127,7 +127,8 @@ def streamed(config: Config, models: Models, method: Method | None) -> dict[str,
     found = {name: size for name, size in sized.items() if name not in quantised}
     # Beside a denoiser that is in memory already there is no room to count on.
     large = {name: size for name, size in found.items() if size > LARGE and (method is None or not _has_room(size))}
-    return found if asked else large
+    # Where one is, all are: none is whole beside it.
+    return found if asked or large else {}
 
 
 def _has_room(size: int) -> bool:

@@ -16,12 +16,12 @@ from sfumato.data.store import Progress
 from sfumato.errors import UserError
 from sfumato.memory.plan import apply_memory_options
 from sfumato.models.base import Models
-from sfumato.models.loading import materialize, materialize_vae
+from sfumato.models.loading import materialize, materialize_vae, unload
 from sfumato.sampling import prompts, sample
 from sfumato.tensors import attention
 from sfumato.tensors.noise import NoiseProcess
 from sfumato.train import dist, outputs, swapping
-from sfumato.train.devices import load_models, outline_models, vae_dtype
+from sfumato.train.devices import outline_models, read_models, settle, vae_dtype
 from sfumato.train.progress import console, progress
 from sfumato.train.step import autocast
 from sfumato.train.trainables import read_adapter
@@ -37,6 +37,8 @@ class Pipeline:
     device: torch.device
     offload: bool = False
     """Whether nets are on the device only while they are used."""
+    encoded: sample.EncodedPrompts | None = None
+    """Prompts that were encoded before the denoiser was read; the text encoders have left the memory."""
 
     @classmethod
     def of(
@@ -46,23 +48,28 @@ class Pipeline:
         adapters: Sequence[tuple[Path, float]] = (),
         *,
         offload: bool = False,
+        only: Sequence[prompts.Prompt] = (),
     ) -> Pipeline:
         """The base model of a config with its `base_weights` merged, and then `adapters`, files and their strengths.
-        Errors: `UserError` for whatever the user can fix."""
+        `only`: all prompts that it will sample, for text encoders and denoiser to take turns in memory. Errors:
+        `UserError` for whatever the user can fix."""
         precision = dist.precision(config.train.mixed_precision)
         attention.choose("xformers" if config.memory.xformers else "sdpa")
         device = dist.device_of() if device is None else device
         held = torch.device("cpu") if offload else device
         models = outline_models(config)
         choices = swapping.chosen(config, models)
-        load_models(config, models, adapters=adapters)
+        settle(config, models, adapters=adapters)
+        encoded = _encoded(models, only, precision, device) if only else None
+        read_models(config, models, later=list(models.encoders) if only else ())
         blocks = models.family.blocks(models.denoiser)
         apply_memory_options(blocks, config.memory, device, console.print, training=False)
         swapping.place(models, "denoiser", choices.get("denoiser"), device if choices else held)
-        materialize(models, held)
+        if not only:
+            materialize(models, held)
         if models.vaes is not None:
             materialize_vae(models, held)
-        return cls(models, models.process(config.noise, config.loss), precision, device, offload)
+        return cls(models, models.process(config.noise, config.loss), precision, device, offload, encoded)
 
     @classmethod
     def decoder(cls, config: Config, device: torch.device) -> Pipeline:
@@ -107,6 +114,17 @@ class Pipeline:
             )  # fmt: skip
 
 
+def _encoded(
+    models: Models, wanted: Sequence[prompts.Prompt], precision: dist.Precision, device: torch.device
+) -> sample.EncodedPrompts:
+    """Prompts through the text encoders, which are in memory meanwhile."""
+    materialize(models, device)
+    with autocast(device, precision):
+        encoded = sample.encode_prompts(models, wanted, device)
+    unload(models)
+    return encoded
+
+
 def main(config: Config, adapters: Sequence[tuple[Path, float]] = ()) -> list[Path]:
     """`sfumato sample`: images of `sample_prompts` with the base model, its `base_weights` and `network_weights`, into
     `output_dir/sample`. `adapters`: more files, and their strengths.
@@ -124,7 +142,7 @@ def main(config: Config, adapters: Sequence[tuple[Path, float]] = ()) -> list[Pa
     outputs.check_samples(Path(config.output.output_dir))
     world = dist.world()
     try:
-        pipeline = Pipeline.of(config, world.device, adapters)
+        pipeline = Pipeline.of(config, world.device, adapters, only=wanted[world.rank :: world.size])
         with (
             autocast(world.device, pipeline.precision),
             progress("sampling images") as advance,
@@ -133,6 +151,7 @@ def main(config: Config, adapters: Sequence[tuple[Path, float]] = ()) -> list[Pa
                 pipeline.models, wanted, Path(config.output.output_dir) / "sample", process=pipeline.process,
                 name=config.output.output_name,
                 sampler=sampler, seed=config.train.seed, rank=world.rank, world=world.size, progress=advance,
+                encoded=pipeline.encoded,
             )  # fmt: skip
     finally:
         world.close()
