@@ -57,7 +57,7 @@ def read(path: Path) -> Header:
             needed, there = size + max((info.end for info in infos.values()), default=0), path.stat().st_size
             if needed > there:
                 raise ValueError(f"{needed:,} bytes expected, {there:,} found; download or copy it again")
-    except (ValueError, TypeError, ArithmeticError, struct.error, UnicodeDecodeError) as error:
+    except (ValueError, TypeError, ArithmeticError, struct.error, RecursionError) as error:
         raise UserError(f"{path}: a damaged or truncated GGUF file ({error})") from None
     metadata = {key: str(value) for key, value in facts.items() if not (value is None or isinstance(value, list))}
     return Header(infos, metadata, size)
@@ -75,6 +75,7 @@ def block(kind: str) -> tuple[int, int]:
 
 def dequantised(kind: str, blocks: Tensor) -> Tensor:
     """(n, bytes of a block) uint8 -> (n, numbers of a block) fp32."""
+    import numpy
     import torch
     from gguf import quants
     from gguf.constants import GGMLQuantizationType
@@ -83,8 +84,9 @@ def dequantised(kind: str, blocks: Tensor) -> Tensor:
 
     if kind in KINDS:
         return KINDS[kind][2](blocks)
-    # As one row: a row takes a call of numpy of its own.
-    made = quants.dequantize(blocks.reshape(1, -1).numpy(), GGMLQuantizationType[kind])
+    with numpy.errstate(all="ignore"):  # what is not finite is told where weights are looked at
+        # As one row: a row takes a call of numpy of its own.
+        made = quants.dequantize(blocks.reshape(1, -1).numpy(), GGMLQuantizationType[kind])
     return torch.from_numpy(made).view(len(blocks), -1)
 
 
@@ -124,7 +126,11 @@ def _tensor(file: BinaryIO, facts: dict[str, Any]) -> tuple[str, TensorInfo]:
     kind = _kinds().get(number, f"type {number}")
     numbers, size = _sizes().get(kind, (1, 0))
     shape = tuple(facts.get(_SHAPE + name) or reversed(sizes))
-    if math.prod(shape) != math.prod(sizes) or (sizes and sizes[0] % numbers):
+    if (
+        not all(type(n) is int and n > 0 for n in shape)
+        or math.prod(shape) != math.prod(sizes)
+        or (sizes and sizes[0] % numbers)
+    ):
         raise ValueError(f"tensor {name!r} of {sizes} numbers is said to be {list(shape)} in {kind}")
     return name, TensorInfo(kind, shape, start, start + math.prod(sizes) // numbers * size)
 

@@ -6,6 +6,7 @@ import io
 import json
 import random
 import sqlite3
+import tempfile
 from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from formats import gguf_files
 from hypothesis import strategies as st
 from hypothesis.strategies import SearchStrategy
 from PIL import Image
@@ -32,6 +34,7 @@ from sfumato.errors import UserError
 from sfumato.families import detect
 from sfumato.formats import dialect, files, metadata, run
 from sfumato.formats.files import stamp
+from sfumato.formats.lazy import Lazy
 from sfumato.models.base import Models
 from sfumato.models.loading import outline
 from sfumato.optim import arguments, build
@@ -95,6 +98,20 @@ def _weights(suffix: str, stage: Stage, content: bytes) -> None:
     path = stage.file(f"x{suffix}", content)
     show.text(show.describe(path))
     files.check_finite(files.load(path), "x")
+
+
+@cache
+def _gguf_file() -> bytes:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "a.gguf"
+        gguf_files.write(path, {"a.weight": torch.ones(2, 64), "b": torch.ones(3)})
+        return path.read_bytes()
+
+
+def _gguf(stage: Stage, content: bytes) -> None:
+    path = stage.file("x.gguf", content)
+    show.text(show.describe(path))
+    files.check_finite(Lazy.of([path]), "x")
 
 
 @cache
@@ -537,6 +554,7 @@ READERS: tuple[Reader, ...] = (
         partial(_weights, ".safetensors"),
         300,
     ),
+    Reader("GGUF", lambda stage: turned(_gguf_file()), _gguf, 100),
     Reader("pickle", lambda stage: turned(_pickle(True), _pickle(False)), partial(_weights, ".ckpt"), 250),
     *(Reader(f"detected {kind}", lambda stage, kind=kind: tree(_shapes(kind)), _detected, 24) for kind in _kinds()),  # type: ignore[misc]
     Reader("model", lambda stage: tree(_model_header(stage)), _model, 6),
