@@ -13,8 +13,10 @@ from torch import nn
 from sfumato.adapters import from_tensors
 from sfumato.adapters.insert import AdapterNetwork, from_state
 from sfumato.errors import UserError
+from sfumato.memory.backends import Threaded
 from sfumato.memory.checkpoint import checkpoint_blocks
 from sfumato.memory.quantise import store
+from sfumato.optim.fused import FusedStep
 from sfumato.tensors.random import SampleRandom
 from sfumato.tensors.stored import Int8
 
@@ -60,6 +62,38 @@ def test_merged_weights_do_as_the_adapter_does(net, plan, x, multiplier):
     inserted.merge()
     inserted.remove()
     close(net(x), adapted, atol=1e-5, rtol=1e-5)
+
+
+class Unseen(torch.optim.SGD):
+    """Changes weights behind autograd's back, as the optimizers of many libraries do."""
+
+    def step(self, closure=None):
+        for p in self.param_groups[0]["params"]:
+            if p.grad is not None:
+                p.data.sub_(p.grad, alpha=self.param_groups[0]["lr"])
+
+
+def test_its_weights_may_step_in_the_backward_pass(net, plan, x):
+    """What is left of the pass does not need them."""
+
+    def trained(fused: bool) -> list[torch.Tensor]:
+        own = deepcopy(net)
+        inserted = insert(own, plan)
+        disturb(inserted)
+        weights = [p for p in inserted.parameters() if p.requires_grad]
+        optimizer = Unseen(weights, lr=0.3)
+        step = FusedStep(optimizer, [[p] for p in weights], device=x.device, copies=Threaded(), in_backward=fused)
+
+        def backward() -> torch.Tensor:
+            loss = own(x).square().sum()
+            loss.backward()
+            return loss.detach()
+
+        for _ in range(2):
+            step.step(backward, torch.amp.GradScaler("cpu", enabled=False), lambda: None)
+        return [p.detach() for p in weights]
+
+    close(trained(True), trained(False))
 
 
 def test_change_keeps_the_weights_shape(net, plan):
