@@ -64,12 +64,18 @@ def test_resumed_equals_unbroken(name):
     assert all(torch.equal(p, q) for p, q in zip(_parameters(whole), _parameters(half), strict=True))
 
 
-def test_small_steps_add_up():
+@pytest.mark.parametrize("kahan", [False, True])
+def test_small_steps_add_up(kahan):
     parameter = nn.Parameter(torch.ones(4000, dtype=torch.bfloat16))
-    optimizer = build.in_low_bits(torch.optim.SGD([parameter], lr=1e-4), seed=0)
+    optimizer = build.in_low_bits(torch.optim.SGD([parameter], lr=1e-4), seed=0, kahan=kahan)
     for _ in range(30):
         parameter.grad = torch.ones_like(parameter)
         optimizer.step()
+    if kahan:  # what is not in the weights is in the state
+        lost = optimizer.state[parameter]["rounding_error"]
+        assert lost.dtype is torch.bfloat16
+        torch.testing.assert_close(parameter.float() + lost.float(), torch.full((4000,), 1 - 30e-4), rtol=0, atol=1e-4)
+        return
     assert parameter.float().mean().item() == pytest.approx(1 - 30e-4, abs=5e-4)
     # One step down is 1/256. The same chance at every step would take a few weights down all 30 times.
     assert parameter.float().min().item() >= 1 - 8 / 256
