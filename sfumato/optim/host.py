@@ -11,6 +11,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from sfumato.tensors.packed import ALIGNMENT
+
 SMALL = 256
 """Tensors of at most so many numbers stay where they are: counters, tables that all weights share."""
 _AHEAD = 64 * 2**20
@@ -68,7 +70,11 @@ class Shelf:
         """Give up tensors, in place of what was there under the key."""
         rooms = self._rooms.get(key, [])
         if [room.raw.numel() for room in rooms] != [t.nbytes for t in tensors]:
-            rooms = [_Room(self.copies.host(t.nbytes)[: t.nbytes], t.shape, t.dtype) for t in tensors]
+            # Each where a tensor may begin.
+            rooms = [
+                _Room(self.copies.host(-(-t.nbytes // ALIGNMENT) * ALIGNMENT)[: t.nbytes], t.shape, t.dtype)
+                for t in tensors
+            ]
         self._rooms[key] = [_Room(room.raw, t.shape, t.dtype) for room, t in zip(rooms, tensors, strict=True)]
         self._drop(key)
         for room, t in zip(rooms, tensors, strict=True):

@@ -277,3 +277,16 @@ def test_a_step_that_an_error_ended_may_be_done_again(clipping: str) -> None:
     assert not changed
     fused.optimizer.zero_grad()
     assert_close(fused.train(2), plain.train(3))
+
+
+def test_tensors_of_any_format_share_a_run_of_the_hosts_memory() -> None:
+    class Run(Delayed):
+        left = torch.empty(4096, dtype=torch.uint8)
+
+        def host(self, nbytes: int) -> Tensor:
+            flat, self.left = self.left[:nbytes], self.left[nbytes:]
+            return flat
+
+    shelf, given = host.Shelf(Run(0)), [torch.arange(257, dtype=torch.uint8), torch.ones(3), torch.tensor(2.0)]
+    shelf.put("a", given)
+    assert all(map(torch.equal, shelf.take("a"), given))

@@ -135,8 +135,7 @@ def test_every_setting(name: str, method: Any, images: Path, tmp_path: Path) -> 
     if SETTINGS[name].keys() & MOVING:
         assert len(seen.copies) > 1 and seen.back
     else:
-        # The batch, once for each pass.
-        assert len(seen.copies) == (2 if SETTINGS[name].get("fused_clipping") == "two_passes" else 1)
+        assert len(seen.copies) == 1
 
 
 def test_streaming_reads_no_number(images: Path, tmp_path: Path) -> None:
