@@ -71,6 +71,8 @@ class FusedStep:
         self.after: list[Callable[[Part], None]] = []
         """Called after it: the weights have changed."""
         self.device, self._sums = device, HostGradients(copies) if copies else None
+        if state_on_host and copies is None:
+            raise TypeError("state_on_host needs copies")
         self.state = HostState(optimizer, copies) if state_on_host and copies else None
         self._parts = [_Part(weights) for weights in cut]
         self._part_of = {p: part for part in self._parts for p in part.weights}

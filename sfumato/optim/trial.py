@@ -93,6 +93,20 @@ def steps_alone(config: OptimizerConfig, groups: Sequence[Group]) -> bool:
         return False
 
 
+def state_bytes(config: OptimizerConfig) -> float:
+    """Bytes that the optimizer remembers for each number of a weight; those of AdamW where it cannot be tried."""
+    p = nn.Parameter(torch.ones(64, 128))
+    p.grad = torch.full_like(p, 1e-3)
+    try:
+        optimizer = build.optimizer(config, [Group(name="", lr=config.learning_rate, parameters=[p])])
+        build.training(optimizer)
+        optimizer.step()
+    # Some need an accelerator, or weights of other shapes.
+    except Exception:
+        return 8.0
+    return sum(t.nbytes for t in optimizer.state[p].values() if isinstance(t, Tensor)) / p.numel()
+
+
 def _doubled(group: Group) -> Group:
     """Stand-ins of a group's weights, two of each."""
     first, second = _copied(group), _copied(group)

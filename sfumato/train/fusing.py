@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from functools import partial
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from sfumato.config import Config, OptimizerConfig
 from sfumato.errors import UserError
-from sfumato.memory.backends import Streams, Threaded
+from sfumato.memory.backends import backend
 from sfumato.models.base import Models
 from sfumato.optim.ema import EMA
 from sfumato.optim.fused import FusedStep, Part, parts
 from sfumato.optim.host import Copies, Shelf
-from sfumato.optim.trial import Trial, steps_alone
+from sfumato.optim.trial import Trial, state_bytes, steps_alone
 from sfumato.train import dist
 from sfumato.train.loop import Run
 from sfumato.train.trainables import Trainable
@@ -28,10 +29,13 @@ def fused_step(
     o = config.optimizer
     if not (o.fused or o.optimizer_state_on_cpu):
         return None
+    alone, weights = steps_alone(o, trainable.groups()), [p for group in trainable.groups() for p in group.parameters]
+    gradients = o.fused and (_wait(config, alone) or config.train.gradient_accumulation_steps > 1)
+    each = (state_bytes(o) if o.optimizer_state_on_cpu else 0) + (weights[0].element_size() if gradients else 0)
     return FusedStep(
         optimizer, _cut(o, optimizer, _blocks(models, trainable)), device=device,
-        copies=_copies(device), max_norm=o.max_grad_norm,
-        clipping=o.fused_clipping, in_backward=o.fused, together=not steps_alone(o, trainable.groups()),
+        copies=_copies(device, weights, each), max_norm=o.max_grad_norm,
+        clipping=o.fused_clipping, in_backward=o.fused, together=not alone,
         state_on_host=o.optimizer_state_on_cpu, kept=list(trainable.kept_gradients()),
     )  # fmt: skip
 
@@ -49,12 +53,15 @@ def moving_average(config: OptimizerConfig, trainable: Trainable, device: torch.
     """The average that `ema_decay` asks for, on the host where the optimizer's state is."""
     if not config.ema_decay:
         return None
-    shelf = Shelf(_copies(device)) if config.optimizer_state_on_cpu else None
-    return EMA(trainable.weights(), config.ema_decay, shelf)
+    weights = trainable.weights()
+    shelf = Shelf(_copies(device, list(weights.values()), 4)) if config.optimizer_state_on_cpu else None
+    return EMA(weights, config.ema_decay, shelf)
 
 
-def _copies(device: torch.device) -> Copies:
-    return Threaded() if device.type == "cpu" else Streams(device)
+def _copies(device: torch.device, weights: Sequence[Tensor], each: float) -> Copies:
+    """To the host and back, where `each` bytes wait for each number of the weights."""
+    numbers = [p.numel() for p in weights]
+    return backend(device, round(sum(numbers) * each), max(numbers) * 4)[0]
 
 
 def average(run: Run) -> None:
@@ -111,19 +118,29 @@ def check(config: Config, tried: Trial, trainable: Trainable) -> list[str]:
     return [_gradients(config, alone, size)] if o.fused else []
 
 
-def _gradients(config: Config, alone: bool, nbytes: int) -> str:
-    """Where gradients wait."""
+def _wait(config: Config, alone: bool) -> bool:
+    """Whether gradients wait on the host in a fused step."""
     o, scaled = config.optimizer, dist.precision(config.train.mixed_precision) == "fp16"
-    name, wait = "fused_backward_pass", f"gradients wait in the CPU's memory ({nbytes / 2**30:.1f} GiB)"
+    known_late = scaled or (o.max_grad_norm and o.fused_clipping != "delayed")
+    return not alone or bool(known_late and o.fused_clipping != "two_passes")
+
+
+def _gradients(config: Config, alone: bool, nbytes: int) -> str:
+    """What becomes of gradients."""
+    o, scaled = config.optimizer, dist.precision(config.train.mixed_precision) == "fp16"
+    known = (
+        "it is sure that none overflows in fp16"
+        if scaled
+        else f"their norm is known (max_grad_norm {o.max_grad_norm:g})"
+    )
     if not alone:
-        return f"{name}: {o.optimizer_type} steps all weights at once, so that {wait} until then"
-    if scaled or (o.max_grad_norm and o.fused_clipping != "delayed"):
-        why = "one of them overflows in fp16" if scaled else f"their norm is known (max_grad_norm {o.max_grad_norm:g})"
-        if o.fused_clipping == "two_passes":
-            return (
-                f"{name}: forward and backward are done twice, as no weight may step before it is known whether {why}"
-            )
-        return f"{name}: {wait} until it is known whether {why}" if scaled else f"{name}: {wait} until {why}"
-    if o.max_grad_norm:
-        return f"{name}: max_grad_norm {o.max_grad_norm:g} goes by the norm of the step before"
-    return f"{name}: gradients are freed as they come"
+        known = f"{o.optimizer_type} steps, which needs all of them"
+    if _wait(config, alone):
+        done = f"gradients wait in the CPU's memory ({nbytes / 2**30:.1f} GiB) until {known}"
+    elif scaled or (o.max_grad_norm and o.fused_clipping == "two_passes"):
+        done = f"gradients are made twice, as no weight may step until {known}"
+    elif o.max_grad_norm:
+        done = f"max_grad_norm {o.max_grad_norm:g} goes by the norm of the step before"
+    else:
+        done = "gradients are freed as they come"
+    return f"fused_backward_pass: {done}"

@@ -9,7 +9,7 @@ from torch import nn
 from sfumato.config import OptimizerConfig
 from sfumato.errors import UserError
 from sfumato.optim.groups import Group
-from sfumato.optim.trial import for_length, stand_in, trial
+from sfumato.optim.trial import for_length, stand_in, state_bytes, trial
 
 
 def _tried(steps=100, rates=None, **fields):
@@ -104,3 +104,8 @@ def test_the_weights_of_the_run_are_not_touched():
     tried = trial(OptimizerConfig(), [group])
     assert [g["name"] for g in tried.optimizer.param_groups] == ["denoiser", "denoiser.plus"]
     assert all((p == 1).all() and p.grad is None for p in group.parameters)
+
+
+@pytest.mark.parametrize(("name", "expected"), [("AdamW", 8), ("Lion", 4), ("SGDNesterov", 4), ("AdaFactor", 0.1)])
+def test_bytes_of_the_state(name, expected):
+    assert state_bytes(OptimizerConfig(optimizer_type=name)) == pytest.approx(expected, abs=0.1)

@@ -83,11 +83,14 @@ def test_what_cannot_work_is_refused_before_weights_are_read(
     ("settings", "says"),
     [
         ({}, "gradients wait in the CPU's memory (0.0 GiB) until their norm is known (max_grad_norm 1)"),
-        ({"fused_clipping": "two_passes"}, "forward and backward are done twice"),
+        (
+            {"fused_clipping": "two_passes"},
+            "gradients are made twice, as no weight may step until their norm is known (max_grad_norm 1)",
+        ),
         ({"fused_clipping": "delayed"}, "max_grad_norm 1 goes by the norm of the step before"),
         ({"max_grad_norm": 0.0}, "gradients are freed as they come"),
-        ({"mixed_precision": "fp16", "max_grad_norm": 0.0}, "until it is known whether one of them overflows in fp16"),
-        ({"optimizer_type": "Prodigy", "max_grad_norm": 0.0}, "Prodigy steps all weights at once"),
+        ({"mixed_precision": "fp16", "max_grad_norm": 0.0}, "until it is sure that none overflows in fp16"),
+        ({"optimizer_type": "Prodigy", "max_grad_norm": 0.0}, "until Prodigy steps, which needs all of them"),
     ],
 )
 def test_says_where_gradients_wait(model: Path, tmp_path: Path, settings: dict[str, Any], says: str) -> None:
