@@ -7,12 +7,14 @@ import re
 from argparse import SUPPRESS, Namespace
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sfumato import families
 from sfumato.cli import flags, options, tools
 from sfumato.cli.flags import Parser
+from sfumato.config.memory import ATTENTION
 from sfumato.errors import UserError
 
 if TYPE_CHECKING:
@@ -23,7 +25,7 @@ if TYPE_CHECKING:
 SAMPLE = """
     sample_prompts sample_sampler output_dir output_name network_weights base_weights base_weights_multiplier seed
     mixed_precision xformers sdpa no_half_vae vae_tile_size stream_text_encoders blocks_to_swap zero_terminal_snr
-    torch_compile dynamo_backend quantize quantize_text_encoders quantize_budget int8_matmul
+    torch_compile dynamo_backend quantize quantize_text_encoders quantize_budget int8_matmul attn_mode
 """
 """What `sfumato sample` reads, besides the model and the family's own settings."""
 
@@ -138,12 +140,9 @@ REFUSED = {
     "add_system_prompt_to_negative_prompt": "write it into --negative_prompt, in front",
 }
 """Switches that are refused, and what to do instead."""
-_ATTENTION = "attention is PyTorch's, which takes the fastest exact kernel that the device has"
 _CHUNKS = "it never changes results; --vae_tile_size spares the VAE's memory"
 IDLE = {
     "lycoris": "adapters of all kinds are read",
-    "use_flash_attn": _ATTENTION,
-    "use_sage_attn": _ATTENTION,
     "fp16_safe_patch": "nets run in bf16",
     "vae_disable_cache": _CHUNKS,
 }
@@ -258,7 +257,7 @@ def _parser(prog: str) -> Parser:
         made.add_argument(f"--{switch}", action="store_true", help=f"--dtype {switch}")
     made.add_argument("--vae_chunk_size", type=int, help=SUPPRESS)
     made.add_argument("--prompt2", help=SUPPRESS)
-    for switch in (*REFUSED, *IDLE, *FP8):
+    for switch in (*REFUSED, *IDLE, *FP8, "use_flash_attn", "use_sage_attn"):
         made.add_argument(f"--{switch}", action="store_true", help=SUPPRESS)
     return made
 
@@ -284,8 +283,8 @@ def _check(script: Script, args: Namespace) -> None:
     if wrong:
         raise UserError(*wrong)
     idle = {name: why for name, why in IDLE.items() if getattr(args, name)}
-    if args.attn_mode in ("flash", "sageattn"):
-        idle["attn_mode"] = _ATTENTION
+    if _attention(args) in _missing():
+        idle[f"attn_mode {_attention(args)}"] = "its library is not installed; PyTorch's attention is used"
     if args.vae_chunk_size:
         idle["vae_chunk_size"] = _CHUNKS
     if args.prompt2 is not None:
@@ -303,8 +302,8 @@ def _config(prog: str, script: Script, args: Namespace, rest: Sequence[str]) -> 
     words = [*rest, "--mixed_precision", asked] if asked else [*rest]
     if args.ae_dtype and _DTYPES[args.ae_dtype] == "no":
         words.append("--no_half_vae")
-    if args.attn_mode == "xformers":
-        words.append("--xformers")
+    if _attention(args) not in _missing():
+        words += ["--attn_mode", _attention(args)]
     fp8 = {"quantize"} if args.fp8 or args.fp8_scaled else set[str]()
     fp8 |= {setting for net, setting in NETS.items() if _is_fp8(getattr(args, f"{net}_dtype"))}
     for setting in sorted(fp8):
@@ -321,6 +320,17 @@ def _config(prog: str, script: Script, args: Namespace, rest: Sequence[str]) -> 
 
 def _is_fp8(dtype: str | None) -> bool:
     return dtype is not None and dtype.startswith(("fp8", "float8"))
+
+
+def _attention(args: Namespace) -> str:
+    """What computes attention, by the flags of all scripts."""
+    asked: str = "flash" if args.use_flash_attn else "sageattn" if args.use_sage_attn else args.attn_mode
+    return asked
+
+
+def _missing() -> list[str]:
+    """What is not installed of what may compute attention."""
+    return [kind for kind, library in ATTENTION.items() if not find_spec(library)]
 
 
 def beside(args: Namespace) -> bool:

@@ -15,15 +15,12 @@ RENAMED: Mapping[str, tuple[str, object]] = {
     "mem_eff_attn": ("sdpa", None),
     "unsloth_offload_checkpointing": ("cpu_offload_checkpointing", None),
     "use_8bit_adam": ("optimizer_type", "AdamW8bit"),
+    "use_flash_attn": ("attn_mode", "flash"),
     "use_lion_optimizer": ("optimizer_type", "Lion"),
     "use_safetensors": ("save_model_as", "safetensors"),
+    "use_sage_attn": ("attn_mode", "sageattn"),
 }
 """kohya's name -> our name, and the value that it stands for (None: its own)."""
-SWITCHES: Mapping[str, Mapping[str, str]] = {
-    # PyTorch's attention takes the flash kernel itself, where that can run.
-    "attn_mode": {"torch": "sdpa", "flash": "sdpa", "xformers": "xformers"},
-}
-"""kohya's name -> its value -> the switch of ours that this turns on."""
 
 _KEYED = "what is cached is found by its content, and what does not fit is encoded again"
 _UPLOAD = "only matters with huggingface_repo_id"
@@ -75,7 +72,6 @@ INERT: Mapping[str, str] = {
     "tokenizer_cache_dir": "the CLIP vocabulary comes with sfumato; see tokenizer",
     "vae_chunk_size": _CHUNKS,
     "vae_disable_cache": "a video VAE keeps nothing for frames that do not come",
-    "use_flash_attn": "attention takes the fastest kernel that there is for it, flash attention among them",
     "validate_every_n_epochs": _VALIDATION,
     "validate_every_n_steps": _VALIDATION,
     "validation_seed": _VALIDATION,
@@ -115,7 +111,6 @@ REFUSED: Mapping[str, str] = {
     "resume_from_huggingface": f"{_LATER}: download the state and name its folder with resume",
     "save_state_to_huggingface": _HUB,
     "skip_until_initial_step": _INITIAL,
-    "use_sage_attn": "is not supported, as it rounds what attention sees to 8 bits and has no gradient: sdpa is exact",
     "use_t5xxl_cache_only": f"{_LATER}: cache_text_encoder_outputs keeps the outputs of all text encoders",
     "validation_split": _LATER,
     "wandb_api_key": "does not belong into command lines and files: use `wandb login` or the variable WANDB_API_KEY",
@@ -127,7 +122,7 @@ _OFF: tuple[object, ...] = (False, None, "", "no", "none", 0, "0", "0.0", "false
 
 def names() -> frozenset[str]:
     """All of kohya's settings that are not ours."""
-    return frozenset({*RENAMED, *SWITCHES, *INERT, *REFUSED})
+    return frozenset({*RENAMED, *INERT, *REFUSED})
 
 
 def flags() -> frozenset[str]:
@@ -143,21 +138,10 @@ def translate(given: Given, report: Report) -> Given | None:
         if value is None:
             return ours
         return replace(ours, value=value, flag=False) if not off(given) else None
-    if given.key in SWITCHES:
-        return _switch(given, report)
     if given.key in INERT:
         report.note(f"{given}: accepted, no effect: {INERT[given.key]}")
     elif not off(given):
         report.error(f"{given}: {REFUSED[given.key]}")
-    return None
-
-
-def _switch(given: Given, report: Report) -> Given | None:
-    """The switch of ours that a value of kohya's setting turns on."""
-    known, value = SWITCHES[given.key], str(_alone(given.value))
-    if value in known:
-        return replace(given, key=known[value], value=True, flag=False, where=given.where or f"--{given.key}")
-    report.error(f"{given} {value}: is not supported; expected {' or '.join(known)}")
     return None
 
 

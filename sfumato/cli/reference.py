@@ -96,10 +96,6 @@ def _cell(text: str) -> str:
 
 def _kohya() -> str:
     renamed = {name: f"{new} = {value}" if value else new for name, (new, value) in kohya_settings.RENAMED.items()}
-    renamed |= {
-        name: ", ".join(f"{value}: {new}" for value, new in switches.items())
-        for name, switches in kohya_settings.SWITCHES.items()
-    }
     return "\n".join(
         [
             "## Settings of kohya's scripts that are no settings of sfumato",

@@ -11,6 +11,8 @@ from sfumato.config.rules import Count, CountOrOff, Excludes, Must, Needs, Recor
 from sfumato.config.sizes import size
 
 Memory = Annotated[str, Must(size, "an amount of memory such as 12GB or 8192MB")]
+ATTENTION = {"xformers": "xformers", "flash": "flash_attn", "sageattn": "sageattention"}
+"""attn_mode -> the library that it needs."""
 _CHECKPOINTED = Needs("gradient_checkpointing")
 _SWAPPED = Excludes("blocks_to_swap", why="blocks_to_swap counts blocks of all kinds")
 
@@ -52,6 +54,10 @@ class MemoryConfig(Record):
     dynamo_backend: str = "inductor"
     """The compiler of torch_compile, of those that torch knows. `accelerate launch --dynamo_backend` asks for one as
     well."""
+    attn_mode: Literal["torch", "sdpa", "xformers", "flash", "sageattn"] | None = None
+    """What computes attention: PyTorch (torch or sdpa, the default), xformers, flash-attn (flash: version 3 where
+    installed and the card has it, else 2) or, for samples alone, sageattn. Masked batches go through flash kernels
+    without what is masked."""
     sdpa: bool = False
     """Use PyTorch's attention (what sfumato does anyway)."""
     xformers: bool = False
@@ -87,6 +93,13 @@ class MemoryConfig(Record):
     """quantize fp8: the text encoders stay as they are."""
     fp8_scaled: bool = False
     """quantize fp8."""
+
+    @property
+    def attention(self) -> Literal["sdpa", "xformers", "flash", "sageattn"]:
+        """What computes attention."""
+        if self.attn_mode is None:
+            return "xformers" if self.xformers else "sdpa"
+        return "sdpa" if self.attn_mode == "torch" else self.attn_mode
 
     @property
     def denoiser_format(self) -> str | None:

@@ -38,6 +38,10 @@ def _trains_text(s: Settings) -> bool:
     return not s.network_train_unet_only and (not s.text_encoder_lr or any(s.text_encoder_lr))
 
 
+def _agree(s: Settings) -> bool:
+    return s.attn_mode == "xformers" if s.xformers else s.attn_mode in ("torch", "sdpa")
+
+
 IDLE = (
     Idle(
         ("fused_clipping",),
@@ -125,6 +129,11 @@ CLASHES = (
         "quantize names another format; leave one of the two out",
     ),
     Clash(("xformers", "sdpa"), lambda s: s.xformers and s.sdpa, "xformers and sdpa exclude each other"),
+    Clash(
+        ("attn_mode", "xformers", "sdpa"),
+        lambda s: s.attn_mode and (s.xformers, s.sdpa) != (False, False) and not _agree(s),
+        "attn_mode chooses another attention; leave xformers and sdpa out",
+    ),
     Clash(
         ("base_weights_multiplier",),
         lambda s: s.base_weights and len(s.base_weights_multiplier) > len(s.base_weights),

@@ -72,9 +72,8 @@ def check(config: Config, method: Method, datasets: tuple[DatasetConfig, ...], r
     with wrong:
         facts.check(Settings.of(config, method))
     with wrong:
-        dist.precision(config.train.mixed_precision)
-    with wrong:
-        attention.choose("xformers" if config.memory.xformers else "sdpa")
+        half = dist.precision(config.train.mixed_precision) != "no"
+        attention.choose(config.memory.attention, training=True, half=half)
     with wrong:
         log.check(config.log)
     for name in ("optimizer_args", "lr_scheduler_args"):

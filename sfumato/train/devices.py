@@ -22,6 +22,7 @@ from sfumato.models.base import Family, Models
 from sfumato.models.kept import widened
 from sfumato.models.loading import keep_when_read, merge_when_read, outline, quantise_when_read, read_values
 from sfumato.models.streaming import LARGE, sizes
+from sfumato.tensors import attention
 from sfumato.train import dist, swapping
 from sfumato.train.progress import console, progress
 from sfumato.train.trainables import Trainable, caches_latents, caches_text, read_adapter, whole_nets
@@ -218,6 +219,7 @@ def _merge_at_load(models: Models, adapters: Sequence[tuple[str, Path, float]]) 
 def place_models(config: Config, models: Models, trainable: Trainable, device: torch.device) -> list[Swap]:
     """Nets to the device they are used on, those that leave it first; checkpointing around what gradients pass
     through, and streaming around that. Returns what streams."""
+    attention.choose(config.memory.attention, training=True, card=dist.capability(device))
     used = ["denoiser", *([] if caches_text(config) else models.encoders)]
     if models.vaes is not None and not caches_latents(config):
         models.vae.to(device)

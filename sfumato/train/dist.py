@@ -98,6 +98,12 @@ def device_of(local_rank: int = 0) -> torch.device:
     return torch.device("cpu")
 
 
+def capability(device: torch.device) -> tuple[int, int]:
+    """The compute capability of a card for which torch has flash kernels; (0, 0): it has none."""
+    has = device.type == "cuda" and not torch.version.hip and torch.backends.cuda.is_flash_attention_available()
+    return torch.cuda.get_device_capability(device) if has else (0, 0)
+
+
 def precision(asked: Precision | None) -> Precision:
     """What the config asks for, else what `accelerate launch --mixed_precision` sets, else "no"."""
     name = asked or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")

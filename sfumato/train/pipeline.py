@@ -54,8 +54,8 @@ class Pipeline:
         `only`: all prompts that it will sample, for text encoders and denoiser to take turns in memory. Errors:
         `UserError` for whatever the user can fix."""
         precision = dist.precision(config.train.mixed_precision)
-        attention.choose("xformers" if config.memory.xformers else "sdpa")
         device = dist.device_of() if device is None else device
+        attention.choose(config.memory.attention, half=precision != "no", card=dist.capability(device))
         held = torch.device("cpu") if offload else device
         models = outline_models(config)
         choices = swapping.chosen(config, models)

@@ -18,22 +18,21 @@ BASE = ["--pretrained_model_name_or_path=base.safetensors", "--dataset_config=da
 
 def test_every_flag_of_kohyas_scripts_is_known() -> None:
     k = kohya_settings
-    tables = (options.known(), flags.CONFIGS, k.RENAMED, k.SWITCHES, k.INERT, k.REFUSED)
+    tables = (options.known(), flags.CONFIGS, k.RENAMED, k.INERT, k.REFUSED)
     assert [flag for flag in FLAGS if sum(flag in table for table in tables) != 1] == []
 
 
 def test_new_names_are_settings_of_ours() -> None:
-    switches = {new for values in kohya_settings.SWITCHES.values() for new in values.values()}
-    assert {new for new, _ in kohya_settings.RENAMED.values()} | switches <= set(options.known())
+    assert {new for new, _ in kohya_settings.RENAMED.values()} <= set(options.known())
 
 
 def test_kohyas_way_of_choosing_an_attention(home: Path) -> None:
-    for value in ("torch", "flash"):
-        assert resolved("--attn_mode", value).config.memory.sdpa
-    found = resolved("--attn_mode=xformers")  # which may not be installed
-    assert found.config.memory.xformers or any("xformers is not installed" in n for n in found.notices)
-    with pytest.raises(UserError, match="--attn_mode sageattn: is not supported; expected torch or flash or xformers"):
-        resolved("--attn_mode=sageattn")
+    ways = {"--attn_mode=torch": "sdpa", "--attn_mode=xformers": "xformers", "--attn_mode=flash --split_attn": "flash"}
+    ways |= {"--use_flash_attn": "flash", "--use_sage_attn": "sageattn", "--mem_eff_attn": "sdpa", "": "sdpa"}
+    for words, kind in ways.items():
+        assert resolved(*words.split()).config.memory.attention == kind
+    with pytest.raises(UserError, match="--attn_mode: attn_mode chooses another attention"):
+        resolved("--attn_mode=flash", "--sdpa")
 
 
 def resolved(*argv: str) -> flags.Resolved:
