@@ -94,6 +94,8 @@ class Resolved:
     notices: tuple[str, ...]
     read: tuple[Path, ...] = field(default=(), compare=False)
     """The config files that were read."""
+    given: frozenset[str] = field(default=frozenset(), compare=False)
+    """The settings that the user set."""
 
 
 def note(notice: str) -> None:
@@ -140,7 +142,7 @@ def resolve_all(
     settings = _settings(found | {name: plain[name] for name in report.idle}, facts, method)
     rules.clashes(settings, given, facts, report)
     report.finish()
-    return Resolved(build(settings), datasets, tuple(report.notices), read)
+    return Resolved(build(settings), datasets, tuple(report.notices), read, frozenset(given))
 
 
 def _settings(values: Mapping[str, Any], facts: Facts, method: Method) -> Settings:

@@ -17,7 +17,7 @@ from sfumato.errors import UserError, nearest
 
 if TYPE_CHECKING:
     from sfumato.cli.flags import Resolved
-    from sfumato.config import Method
+    from sfumato.config import Config, Method
 
 METHODS: tuple[Method, ...] = ("network", "full")
 
@@ -111,11 +111,12 @@ def train(method: Method, resolved: Resolved) -> None:
     from sfumato.train import run
 
     comment = "".join(f"# {line}\n" for line in datasets.write(resolved.datasets).splitlines())
-    text = (
-        f"# sfumato {__version__}, train {method}\n{flags.write_toml(resolved.config)}\n# The datasets of this "
-        f"run:\n{comment}"
-    )
-    run.train(resolved.config, method, resolved.datasets, resolved=text, read=resolved.read)
+
+    def text(config: Config) -> str:
+        settings = flags.write_toml(config)
+        return f"# sfumato {__version__}, train {method}\n{settings}\n# The datasets of this run:\n{comment}"
+
+    run.train(resolved.config, method, resolved.datasets, resolved=text, read=resolved.read, given=resolved.given)
 
 
 def _plan(words: list[str]) -> int:
@@ -128,11 +129,13 @@ def _plan(words: list[str]) -> int:
     if as_json:
         print(
             json.dumps(
-                plan.facts(resolved.config, method, resolved.datasets, resolved.read), indent=2, ensure_ascii=False
+                plan.facts(resolved.config, method, resolved.datasets, resolved.read, resolved.given),
+                indent=2,
+                ensure_ascii=False,
             )
         )
     else:
-        plan.show(resolved.config, method, resolved.datasets, resolved.read)
+        plan.show(resolved.config, method, resolved.datasets, resolved.read, resolved.given)
     return 0
 
 

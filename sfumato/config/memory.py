@@ -102,11 +102,11 @@ class MemoryConfig(Record):
         return "sdpa" if self.attn_mode == "torch" else self.attn_mode
 
     @property
-    def denoiser_format(self) -> str | None:
+    def denoiser_format(self) -> Literal["fp8", "int8", "nf4", "auto"] | None:
         """What the denoiser's weights are kept in: one of `quantize`."""
         return self.quantize or ("fp8" if self.fp8_base or self.fp8_base_unet or self.fp8_scaled else None)
 
     @property
-    def encoder_format(self) -> str | None:
+    def encoder_format(self) -> Literal["fp8", "int8", "nf4", "auto"] | None:
         """The same of the text encoders."""
         return self.quantize_text_encoders or ("fp8" if self.fp8_base and not self.fp8_base_unet else None)

@@ -9,7 +9,7 @@ from torch import nn
 
 from sfumato.config import MemoryConfig
 from sfumato.errors import UserError
-from sfumato.memory.checkpoint import checkpoint_blocks
+from sfumato.memory.checkpoint import Handle, checkpoint_blocks
 from sfumato.memory.compile import Tell, backend_of, check_backend, compile_blocks
 from sfumato.memory.offload import Offload
 
@@ -31,19 +31,24 @@ def apply_memory_options(
     tell: Tell = print,
     *,
     training: bool = True,
-) -> None:
-    """Apply the config's measures to a net's blocks, once what is trained is attached.
+) -> list[Handle]:
+    """Apply the config's measures to a net's blocks, once what is trained is attached. Returns what undoes them, the
+    last first.
 
     The order: frozen layers are quantised (while they are read), the trainable is attached, blocks are compiled and
     checkpointed, then their weights are streamed. `device`: where they are used, if not yet there. `tell`: for what the
     user should know.
     """
+    handles: list[Handle] = []
     if backend := backend_of(config):
-        compile_blocks(blocks, backend, tell)
+        handles.append(compile_blocks(blocks, backend, tell))
     if training and config.gradient_checkpointing:
-        checkpoint_blocks(
-            blocks,
-            every=config.gradient_checkpointing_every,
-            keep=config.gradient_checkpointing_keep,
-            offload=Offload.on(device) if config.cpu_offload_checkpointing else None,
+        handles.append(
+            checkpoint_blocks(
+                blocks,
+                every=config.gradient_checkpointing_every,
+                keep=config.gradient_checkpointing_keep,
+                offload=Offload.on(device) if config.cpu_offload_checkpointing else None,
+            )
         )
+    return handles[::-1]

@@ -373,14 +373,16 @@ def alike(net: nn.Module, signatures: Callable[[nn.Module], Hashable]) -> list[n
     return [part for part in parts if counts[keys[id(part)]] > 1]
 
 
-def without_values(net: nn.Module, dtype: torch.dtype) -> None:
-    """Give a net on the meta device weights in `dtype` without values, in the FakeTensorMode of the caller; codes of
-    quantised layers stay in their own formats."""
+def without_values(net: nn.Module, dtype: torch.dtype | None = None) -> None:
+    """Give a net on the meta device weights in `dtype` (None: as they are) without values, in the FakeTensorMode of the
+    caller; codes of quantised layers stay in their own formats."""
     for part in net.modules():
         for name, p in part._parameters.items():
             if p is not None:
-                part._parameters[name] = nn.Parameter(torch.empty(p.shape, dtype=dtype, device="cpu"), False)
+                part._parameters[name] = nn.Parameter(
+                    torch.empty(p.shape, dtype=dtype or p.dtype, device="cpu"), p.requires_grad
+                )
         for name, b in part._buffers.items():
             if b is not None and b.is_meta:
-                wide = b.dtype if isinstance(part, Stored) or not b.is_floating_point() else dtype
-                part._buffers[name] = torch.empty(b.shape, dtype=wide, device="cpu")
+                kept = dtype is None or isinstance(part, Stored) or not b.is_floating_point()
+                part._buffers[name] = torch.empty(b.shape, dtype=b.dtype if kept else dtype, device="cpu")

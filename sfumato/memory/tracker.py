@@ -57,6 +57,10 @@ class Tracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """The most bytes that were alive at once."""
         return self._watches[0].peak
 
+    def reset(self) -> None:
+        """`peak` is of what comes from here on."""
+        self._watches[0].peak = self.live
+
     @contextmanager
     def watch(self) -> Iterator[Watch]:
         """The peak within the context."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Collection, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -14,6 +15,7 @@ from sfumato.adapters.merging import changes, in_order
 from sfumato.config import Config, Method
 from sfumato.errors import UserError
 from sfumato.families.detect import detect_file
+from sfumato.memory.checkpoint import Handle
 from sfumato.memory.formats import Held, held, int8_kernel, told
 from sfumato.memory.plan import apply_memory_options
 from sfumato.memory.quantise import stored_layers
@@ -216,23 +218,45 @@ def _merge_at_load(models: Models, adapters: Sequence[tuple[str, Path, float]]) 
     merge_when_read(models, in_order(*merged))
 
 
-def place_models(config: Config, models: Models, trainable: Trainable, device: torch.device) -> list[Swap]:
-    """Nets to the device they are used on, those that leave it first; checkpointing around what gradients pass
-    through, and streaming around that. Returns what streams."""
+@dataclass(frozen=True, slots=True)
+class Placed:
+    """What was done to blocks so that a training fits."""
+
+    handles: Sequence[Handle]
+    """The last first."""
+    swaps: Sequence[Swap]
+
+    def remove(self) -> None:
+        """The blocks are as they were before, those that were streamed on the host."""
+        for swap in self.swaps:
+            swap.remove()
+        for handle in self.handles:
+            handle.remove()
+
+
+def place_models(config: Config, models: Models, trainable: Trainable, device: torch.device) -> Placed:
+    """Nets to the device they are used on, those that leave it first; what spares memory around their blocks."""
     attention.choose(config.memory.attention, training=True, card=dist.capability(device))
-    used = ["denoiser", *([] if caches_text(config) else models.encoders)]
     if models.vaes is not None and not caches_latents(config):
         models.vae.to(device)
-    apply_memory_options(models.family.blocks(models.denoiser), config.memory, device, console.print)
+    placed = spare(config, models, trainable, device)
+    trainable.modules().to(device)
+    models.source.check()  # but for frozen blocks that could not be pinned, nothing is backed by files from here on
+    return placed
+
+
+def spare(config: Config, models: Models, trainable: Trainable, device: torch.device) -> Placed:
+    """Checkpointing around what gradients pass through, and streaming around that; what is not streamed goes to the
+    device."""
+    used = ["denoiser", *([] if caches_text(config) else models.encoders)]
+    handles = apply_memory_options(models.family.blocks(models.denoiser), config.memory, device, console.print)
     for name in models.encoders:
         if name in trainable.trained:
             blocks = models.family.encoder_blocks(models.encoders[name])
-            apply_memory_options(blocks, config.memory, device, console.print)
+            handles += apply_memory_options(blocks, config.memory, device, console.print)
     choices = swapping.chosen(config, models)
     swaps = [swapping.place(models, name, choices.get(name), device) for name in used]
-    trainable.modules().to(device)
-    models.source.check()  # but for frozen blocks that could not be pinned, nothing is backed by files from here on
-    return [swap for swap in swaps if swap]
+    return Placed(handles, [swap for swap in swaps if swap])
 
 
 def peak_memory(device: torch.device) -> int:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Se
 from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -26,6 +27,7 @@ from sfumato.data.loader import Loader, StepBatches
 from sfumato.data.plan import Plan
 from sfumato.errors import UserError, WriteError
 from sfumato.memory.swap import Swap
+from sfumato.memory.tracker import Tracker
 from sfumato.optim import build
 from sfumato.optim.ema import EMA
 from sfumato.optim.fused import FusedStep
@@ -100,6 +102,13 @@ class Run:
     """Seconds from `began` to the end of the first step."""
     whole: bool = True
     """Whether the weights are those after `step` steps; not in the midst of a step's update."""
+    predicted: int | None = None
+    """Bytes of the device that the run is expected to take; None: nothing was predicted."""
+    tracker: Tracker | None = None
+    """Counts tensors where the device is a CPU of which a limit is asked for."""
+    recover: Callable[[Run, str], None] | None = None
+    """(run, what was said): called when the card's memory did not suffice for a step, before that is tried again.
+    Errors: `UserError` if nothing can be done."""
     mishaps: Mishaps = field(default_factory=Mishaps)
     fused: FusedStep | None = None
     """Where the optimizer steps in parts: while gradients come, or with its state on the host."""
@@ -220,13 +229,7 @@ def _optimizer_step(run: Run, batches: StepBatches) -> dict[str, Tensor]:
     gradient norm, and what the trainable has to log."""
     if run.ema:
         run.ema.begin()
-    if fused := run.fused:
-        twice, device = fused.twice(scaled=run.scaler.is_enabled()), run.world.device
-        held = [batch.to(device) for batch in batches.batches] if twice else batches.batches
-        loss, norm = fused.step(partial(_backward, run, batches, held), run.scaler, partial(_unwhole, run))
-    else:
-        loss = _backward(run, batches, batches.batches)
-        norm = _update(run)
+    loss, norm = _recovering(run, batches)
     _settle(run)
     if run.world.size > 1:
         torch.distributed.all_reduce(loss)
@@ -237,15 +240,53 @@ def _optimizer_step(run: Run, batches: StepBatches) -> dict[str, Tensor]:
     return metrics
 
 
+def _recovering(run: Run, batches: StepBatches) -> tuple[Tensor, Tensor]:
+    """Loss and gradient norm of a step; where the card's memory does not suffice, after what `run.recover` does.
+    Errors: as that; `UserError` where weights have begun to change."""
+    taken: list[Batch] = []
+    while True:
+        try:
+            return _forward_to_update(run, batches, chain(list(taken), _kept(batches.batches, taken)))
+        except torch.OutOfMemoryError as error:
+            why = str(error).partition("\n")[0]
+        # Here, where the failed step's frames are gone with the error, and what they held.
+        if not run.whole:
+            raise UserError(
+                f"out of memory while the weights changed in step {run.step + 1} ({why}): they are partly those of the "
+                "step before, and not saved. Go on from the last state that was saved, with a setting that needs less, "
+                "such as optimizer_state_on_cpu or fused_backward_pass"
+            )
+        if run.recover is None:
+            raise torch.OutOfMemoryError(why)
+        run.recover(run, why)
+
+
+def _kept(batches: Iterable[Batch], taken: list[Batch]) -> Iterator[Batch]:
+    """The batches, which are noted as they are taken."""
+    for batch in batches:
+        taken.append(batch)
+        yield batch
+
+
+def _forward_to_update(run: Run, step: StepBatches, batches: Iterable[Batch]) -> tuple[Tensor, Tensor]:
+    if fused := run.fused:
+        twice, device = fused.twice(scaled=run.scaler.is_enabled()), run.world.device
+        held = [batch.to(device) for batch in batches] if twice else batches
+        return fused.step(partial(_backward, run, step, held), run.scaler, partial(_unwhole, run))
+    return _backward(run, step, batches), _update(run)
+
+
 def _backward(run: Run, step: StepBatches, batches: Iterable[Batch]) -> Tensor:
     """The gradients of a step; returns this process's share of the loss."""
     world, total = run.world, torch.zeros((), device=run.world.device)
     for number, batch in enumerate(batches, 1):
-        with _exchange(run, last=number == step.count):
-            cost = run.training_step(batch.to(world.device))
-            # DistributedDataParallel averages over the processes; the sum over all samples is what is wanted.
-            run.scaler.scale(cost * (world.size / step.samples)).backward()
-        total += cost.detach() / step.samples
+        parts = batch.to(world.device).split(run.config.memory.micro_batch)
+        for part in parts:
+            with _exchange(run, last=number == step.count and part is parts[-1]):
+                cost = run.training_step(part)
+                # DistributedDataParallel averages over the processes; the sum over all samples is what is wanted.
+                run.scaler.scale(cost * (world.size / step.samples)).backward()
+            total += cost.detach() / step.samples
     return total
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ from typing import Any
 from sfumato.config import Config, DatasetConfig, Method
 from sfumato.data.plan import Plan
 from sfumato.families.detect import detect_file
-from sfumato.train import checkpoints, dist, lock, resume
+from sfumato.train import checkpoints, dist, fit, lock, resume
 from sfumato.train.caching import Data, open_data, warn_of_long_captions
 from sfumato.train.check import Checked, Trained, check, check_length
 from sfumato.train.devices import quantised
@@ -27,9 +27,15 @@ QUANTISED = ("frozen", "kept in", "layers", "MiB", "MiB else")
 RESULTS = ("after", "files")
 
 
-def show(config: Config, method: Method, datasets: tuple[DatasetConfig, ...], read: Sequence[Path] = ()) -> None:
-    """`sfumato plan`: print what a training would do. Errors: `UserError`, as the training itself would give before its
-    first step."""
+def show(
+    config: Config,
+    method: Method,
+    datasets: tuple[DatasetConfig, ...],
+    read: Sequence[Path] = (),
+    given: Collection[str] = (),
+) -> None:
+    """`sfumato plan`: print what a training would do. `given`: settings that the user set. Errors: `UserError`, as the
+    training itself would give before its first step."""
     config = resume.resolve_auto(config)
     checked = _checked(config, method, datasets, read)
     data = open_data(config, datasets, dist.outside(), checked.models, answers.print)
@@ -50,6 +56,8 @@ def show(config: Config, method: Method, datasets: tuple[DatasetConfig, ...], re
     answers.print(
         f"cached: {' and '.join(_cached(config)) or 'nothing: images and captions are encoded in every step'}"
     )
+    if found := fit.fitted(config, method, checked.plan, data.plan, given, card=True):
+        fit.show(found)
     print_table(RESULTS, _results(config, budget, checked))
     for each in checked.loads_in:
         answers.print(each.text())
@@ -58,7 +66,11 @@ def show(config: Config, method: Method, datasets: tuple[DatasetConfig, ...], re
 
 
 def facts(
-    config: Config, method: Method, datasets: tuple[DatasetConfig, ...], read: Sequence[Path] = ()
+    config: Config,
+    method: Method,
+    datasets: tuple[DatasetConfig, ...],
+    read: Sequence[Path] = (),
+    given: Collection[str] = (),
 ) -> dict[str, Any]:
     """`sfumato plan --json`: the same, for scripts. Errors: as `show`."""
     config, notes = resume.resolve_auto(config), list[str]()
@@ -66,6 +78,7 @@ def facts(
     data = open_data(config, datasets, dist.outside(), checked.models, notes.append)
     warn_of_long_captions(data, checked.models, notes.append)
     budget = _budget(config, data)
+    found = fit.fitted(config, method, checked.plan, data.plan, given, card=True)
     return {
         "model": asdict(detect_file(config.model.pretrained_model_name_or_path)),
         "trained": [asdict(each) for each in checked.trained],
@@ -81,6 +94,7 @@ def facts(
         "another_run": lock.taken(config),
         "results": [dict(zip(RESULTS, row, strict=True)) for row in _results(config, budget, checked)],
         "loads_in": [asdict(each) for each in checked.loads_in],
+        "memory": fit.facts(found) if found else None,
     }
 
 

@@ -54,8 +54,8 @@ class Predicted:
 
     weights: Weights
     step: Trace
-    encoders: tuple[int, ...]
-    """Calls of blocks that are text encoders'."""
+    encoders: int
+    """How many of its calls are of text encoders' blocks; they come first."""
     gradients: int
     """Of all that is trained."""
     update: int
@@ -63,31 +63,39 @@ class Predicted:
 
 
 def predict(
-    config: Config, method: Method, plan: AdapterPlan | None, batch: Callable[[Models], Batch], *, card: bool
-) -> Predicted:
-    """Trace a step on a batch of these shapes (`batch` makes it, without values). `card`: as on an accelerator, not as
-    on a CPU. Errors: as `outline_models`."""
+    config: Config,
+    method: Method,
+    plan: AdapterPlan | None,
+    batches: Sequence[Callable[[Models], Batch]],
+    *,
+    card: bool,
+) -> list[Predicted]:
+    """Trace a step on each of these batches (made without values). `card`: as on an accelerator, not as on a CPU.
+    Errors: as `outline_models`."""
     models = outline_models(config, method)
+    adapters = None if plan is None else Adapters(models, config, plan)
     with FakeTensorMode(allow_non_fake_inputs=True):
         dtypes = formats(config, models.family, method)
-        for name in _used(config, models):
+        for name in used(config, models):
             without_values(models.vae if name == "vae" else models.nets()[name], dtypes[name])
-        trainable: Trainable = Full(models, config) if plan is None else Adapters(models, config, plan)
-        return _traced(config, models, trainable, batch(models), card=card)
+        if adapters:
+            without_values(adapters.modules())
+        trainable: Trainable = adapters or Full(models, config)
+        return [_traced(config, models, trainable, batch(models), card=card) for batch in batches]
 
 
-def _used(config: Config, models: Models) -> list[str]:
+def used(config: Config, models: Models) -> list[str]:
     """Components that are on the device in a step."""
     encoders = [] if caches_text(config) else list(models.encoders)
     return ["denoiser", *encoders, *([] if caches_latents(config) or models.vaes is None else ["vae"])]
 
 
 def _traced(config: Config, models: Models, trainable: Trainable, batch: Batch, *, card: bool) -> Predicted:
-    tracker, used = Tracker(), _used(config, models)
-    nets = {name: models.vae if name == "vae" else models.nets()[name] for name in used}
+    tracker, names = Tracker(), used(config, models)
+    nets = {name: models.vae if name == "vae" else models.nets()[name] for name in names}
     trained = {id(p): p for group in trainable.groups() for p in group.parameters}
     sizes = {name: tracker.know((*net.parameters(), *net.buffers())) for name, net in nets.items()}
-    adapters = tracker.know(trainable.weights().values())
+    adapters = tracker.know(trainable.modules().parameters())
     tracker.know(_tensors(batch))
     blocks = models.family.blocks(models.denoiser)
     frozen = tuple(sum(p.nbytes for p in (*b.parameters(), *b.buffers()) if id(p) not in trained) for b in blocks)
@@ -96,7 +104,7 @@ def _traced(config: Config, models: Models, trainable: Trainable, batch: Batch, 
         dist.precision(config.train.mixed_precision),
     )  # fmt: skip
     trainable.train(True)
-    encoders = [b for n in models.encoders if n in used for b in _encoder_blocks(models, n)]
+    encoders = [b for n in models.encoders if n in names for b in _encoder_blocks(models, n)]
     tracer = BlockTracer(tracker, _signatures(trainable, models))
     inner = [part for net in nets.values() for part in alike(net, tracer.signature)]
     weights = tracker.live
@@ -111,7 +119,7 @@ def _traced(config: Config, models: Models, trainable: Trainable, batch: Batch, 
     )  # fmt: skip
     for i, event in enumerate(trace.events):
         trace.events[i] = replace(event, level=event.level - weights)
-    return Predicted(whole, trace, tuple(range(len(encoders))), sum(p.nbytes for p in trained.values()), update)
+    return Predicted(whole, trace, len(encoders), sum(p.nbytes for p in trained.values()), update)
 
 
 def _tensors(batch: Batch) -> Iterator[Tensor]:
@@ -161,34 +169,26 @@ def _optimizer(config: Config, trainable: Trainable, *, card: bool) -> tuple[int
     weights = [p for group in groups for p in group.parameters]
     counts = Counter((p.shape, p.dtype) for p in weights)
     try:
-        held, moment, all_at_once = _tried(config, list(counts), card=card)
+        held, moment = _tried(config, list(counts), card=card)
     except (RuntimeError, UserError):  # it reads numbers back, or needs a card
         with unset_fake_temporarily():
             a_number = _bytes_a_number(config)
         return a_number * sum(p.numel() for p in weights), 3 * max(p.nbytes for p in weights)
-    state = sum(held[key] * count for key, count in counts.items())
-    if all_at_once:
-        moment = moment * sum(p.numel() for p in weights) // sum(shape.numel() for shape, _ in counts)
-    return state, moment
+    return sum(held[key] * count for key, count in counts.items()), moment
 
 
 def _tried(
     config: Config, kinds: Sequence[tuple[torch.Size, torch.dtype]], *, card: bool
-) -> tuple[dict[tuple[torch.Size, torch.dtype], int], int, bool]:
-    """State of each kind of weight, what a step needs besides, and whether that is for all weights at once."""
+) -> tuple[dict[tuple[torch.Size, torch.dtype], int], int]:
+    """State of each kind of weight, and what a step needs besides."""
     weights = [nn.Parameter(torch.empty(shape, dtype=dtype)) for shape, dtype in kinds]
     for p in weights:
         p.grad = torch.empty_like(p)
-    optimizer = build.optimizer(
-        config.optimizer, [Group(name="", lr=config.optimizer.learning_rate, parameters=weights)]
-    )
+    group = Group(name="", lr=config.optimizer.learning_rate, parameters=weights)
+    optimizer = build.optimizer(config.optimizer, [group], fused=card)
     if config.train.full_bf16:
-        optimizer = build.in_low_bits(optimizer, config.train.seed)
+        optimizer = build.in_low_bits(optimizer, config.train.seed, kahan=config.train.kahan_summation)
     build.training(optimizer)
-    # torch's own optimizers take all weights at once on a card unless they are told otherwise.
-    at_once = card and all(group.get("foreach", 0) is None for group in optimizer.param_groups)
-    for group in optimizer.param_groups if at_once else ():
-        group["foreach"] = True
     tracker = Tracker()
     tracker.know([*weights, *(p.grad for p in weights if p.grad is not None)])
     with tracker:
@@ -197,7 +197,7 @@ def _tried(
         kind: sum(t.nbytes for t in optimizer.state[p].values() if isinstance(t, Tensor))
         for kind, p in zip(kinds, weights, strict=True)
     }
-    return held, tracker.peak - tracker.live, at_once
+    return held, tracker.peak - tracker.live
 
 
 def _bytes_a_number(config: Config) -> int:

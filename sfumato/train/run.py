@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict
 from functools import partial
@@ -26,12 +26,13 @@ from sfumato.optim import build, schedules
 from sfumato.sampling.prompts import Prompt
 from sfumato.sampling.sample import EncodedPrompts, encode_prompts, sample
 from sfumato.tensors.noise import NoiseProcess
-from sfumato.train import checkpoints, dist, fusing, lock, log, loop, provenance, resume, state
+from sfumato.train import checkpoints, dist, fit, fusing, lock, log, loop, measure, provenance, resume, state
 from sfumato.train.caching import Caches, Data, fill_caches, open_data
 from sfumato.train.check import check, check_length, check_model
-from sfumato.train.devices import outline_models, peak_memory, place_models, quantised_notes, read_models, settle
+from sfumato.train.devices import outline_models, place_models, quantised_notes, read_models, settle
 from sfumato.train.plan import steps_line
 from sfumato.train.progress import console, progress
+from sfumato.train.recover import Recovery
 from sfumato.train.step import Step, autocast, draw
 from sfumato.train.trainables import Adapters, Full, Trainable, caches_text
 
@@ -50,22 +51,35 @@ def cache(config: Config, datasets: tuple[DatasetConfig, ...]) -> Caches:
 
 
 def train(
-    config: Config, method: Method, datasets: tuple[DatasetConfig, ...], resolved: str = "", read: Sequence[Path] = ()
+    config: Config,
+    method: Method,
+    datasets: tuple[DatasetConfig, ...],
+    resolved: Callable[[Config], str] = lambda config: "",
+    read: Sequence[Path] = (),
+    given: Collection[str] = (),
 ) -> None:
-    """Train and save. `resolved` is the whole config as TOML; it is written beside the result before the first step.
+    """Train and save. `resolved`: a whole config as TOML; that of this run, with all that was chosen for it, is written
+    beside the result before the first step.
 
-    `read`: the config files that the settings came from. Errors: `UserError` for whatever the user can fix.
+    `read`: the config files that the settings came from; `given`: those that the user set. Errors: `UserError` for
+    whatever the user can fix.
     """
     began = time.monotonic()
     world = dist.world()
     folder, name = Path(config.output.output_dir), config.output.output_name
     try:
+        measure.cap(config, world.device)
         with lock.alone(folder, name, main=world.main):
-            run = prepare(config, method, datasets, world, began, read)
+            run = prepare(config, method, datasets, world, began, read, given)
             with run.log or nullcontext():
+                begun = run.config
                 if world.main:
-                    files.write_text(folder / f"{name}.toml", resolved)
-                ended = loop.train(run)
+                    files.write_text(folder / f"{name}.toml", resolved(begun))
+                with run.tracker or nullcontext():
+                    ended = loop.train(run)
+                measure.log(run)
+                if world.main and run.config is not begun:  # it had to do with less memory
+                    files.write_text(folder / f"{name}.toml", resolved(run.config))
             if world.main:
                 _finish(run, ended)
             world.wait()
@@ -80,17 +94,21 @@ def prepare(
     world: dist.World,
     began: float,
     read: Sequence[Path] = (),
+    given: Collection[str] = (),
 ) -> loop.Run:
     """Everything up to the first step, in this order: checks, images, model, caches, trainable, memory,
     optimizer, state."""
     precision = dist.precision(config.train.mixed_precision)
     config = resume.resolve_auto(config)
     checked = check(config, method, datasets, read)
+    data = open_data(config, datasets, world, checked.models)
+    found = fit.fitted(config, method, checked.plan, data.plan, given, card=world.device.type != "cpu")
+    if found:
+        config, checked = found.config, check(found.config, method, datasets, read)
     plan, models = checked.plan, checked.models
-    data = open_data(config, datasets, world, models)
     budget = loop.StepBudget.of(config, data.plan.batches_per_epoch, world.size)
     if world.main:
-        notes = [*checked.notes, *check_length(config, budget.steps)]
+        notes = [*checked.notes, *check_length(config, budget.steps), *(found.notes if found else ())]
         for line in (*notes, steps_line(data.plan, budget), f"{budget.steps} steps in {budget.epochs} epochs"):
             console.print(line)
     settle(config, models, method)
@@ -99,7 +117,7 @@ def prepare(
     samples = Samples(config, models, process, checked.prompts, world.device)
     _read(config, models, world)
     trainable: Trainable = Adapters(models, config, plan) if plan else Full(models, config)
-    swaps = place_models(config, models, trainable, world.device)
+    placed = place_models(config, models, trainable, world.device)
     optimizer = _optimizer(config, trainable, world.device)
     step = _distributed(Step(models, trainable, process, config.loss, precision), trainable, world)
     loader = _loader(config, data, models, process, caches, budget, world)
@@ -107,12 +125,15 @@ def prepare(
     run = loop.Run(
         config=config, world=world, budget=budget, plan=data.plan, loader=loader, trainable=trainable,
         training_step=step, optimizer=optimizer, schedule=schedules.schedule(config.optimizer, optimizer, budget.steps),
-        fused=fusing.fused_step(config, models, trainable, optimizer, world.device), swaps=swaps,
+        fused=fusing.fused_step(config, models, trainable, optimizer, world.device), swaps=placed.swaps,
         ema=fusing.moving_average(config.optimizer, trainable, world.device),
         scaler=torch.amp.GradScaler(world.device.type, enabled=precision == "fp16"),
         log=None, began=began, sample=samples.write,
         save_result=lambda path, step, epoch: trainable.save(path, facts.at(step, epoch)),
         save_state=lambda path: state.save(run, path), identity=resume.identity(config, plan, models.source),
+        predicted=found.chosen.device if found else None,
+        tracker=measure.tracker(config, models, trainable, world.device),
+        recover=Recovery(method, plan, data.plan, models, trainable, placed, given) if world.size == 1 else None,
     )  # fmt: skip
     state.resume(run)
     fusing.streamed(run)
@@ -226,8 +247,7 @@ def _finish(run: loop.Run, ended: bool) -> None:
     speed = (step - run.start_step - 1) / max(seconds - first, 1e-9)
     console.print(
         f"{result}: {'done' if ended else f'stopped after step {step}; go on with --resume auto'}. "
-        f"First step after {first:.1f} s, {speed:.2f} steps/s, peak memory {peak_memory(run.world.device) / 2**20:.0f} "
-        "MiB"
+        f"First step after {first:.1f} s, {speed:.2f} steps/s, {measure.told(run)}"
     )
 
 

@@ -170,8 +170,8 @@ def test_a_command_trains_with_the_resolved_config(home: Path, monkeypatch: pyte
     monkeypatch.setattr(
         run,
         "train",
-        lambda config, method, datasets, resolved="", read=(): called.update(
-            method=method, resolved=resolved, datasets=datasets
+        lambda config, method, datasets, resolved, read, given: called.update(
+            method=method, resolved=resolved(config), datasets=datasets
         ),
     )
     assert kohya.run("train_db", [*BASE, "--learning_rate=1e-5"]) == 0

@@ -46,12 +46,12 @@ def test_commands_hand_over_the_config(home: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(
         run,
         "train",
-        lambda config, method, datasets, resolved="", read=(): calls.append(("train", method, len(datasets))),
+        lambda config, method, datasets, resolved, read, given: calls.append(("train", method, len(datasets))),
     )
     monkeypatch.setattr(
         train,
         "plan",
-        SimpleNamespace(show=lambda config, method, datasets, read=(): calls.append(("plan", method, len(datasets)))),
+        SimpleNamespace(show=lambda config, method, datasets, *_: calls.append(("plan", method, len(datasets)))),
         raising=False,
     )
     monkeypatch.setattr(run, "cache", lambda config, datasets: calls.append(("cache", "network", len(datasets))))

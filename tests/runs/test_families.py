@@ -44,6 +44,14 @@ def files(case: Case, tmp_path_factory: pytest.TempPathFactory) -> Files:
 
 def prepared(case: Case, files: Files, images: Path, out: Path, method: Method, **settings: Any) -> loop.Run:
     """A run of two steps, ready to go: in the first one, an adapter whose other half is zero does not learn."""
+    made, data = configured(case, files, images, out, method, **settings)
+    return run.prepare(made, method, data, dist.world(), 0.0)
+
+
+def configured(
+    case: Case, files: Files, images: Path, out: Path, method: Method, **settings: Any
+) -> tuple[Config, tuple[DatasetConfig, ...]]:
+    """Its settings and images."""
     facts = families.facts(case.family)
     options = {**files.options, **case.options, **settings.pop("options", {})}
     flat = {
@@ -63,7 +71,7 @@ def prepared(case: Case, files: Files, images: Path, out: Path, method: Method, 
     made: Config = config(**flat, family=facts.options(**options))
     idle = facts.without_effect(Settings.of(made, method))
     made = replace(made, family=facts.options(**{name: v for name, v in options.items() if name not in idle}))
-    return run.prepare(made, method, (data,), dist.world(), 0.0)
+    return made, (data,)
 
 
 def trained(a_run: loop.Run) -> Models:

@@ -1,0 +1,282 @@
+"""Settings that make a training fit a card: what `vram` chooses, and how it is told."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Iterator
+from dataclasses import asdict, dataclass, fields, replace
+from functools import cached_property, partial
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+from sfumato.adapters import AdapterPlan
+from sfumato.config import Config, MemoryConfig, Method
+from sfumato.config.sizes import size
+from sfumato.data.plan import Plan
+from sfumato.errors import UserError
+from sfumato.memory import swap_plan
+from sfumato.memory.solve import CONTEXT, LOST, Candidate, Format, Levers, choose, halves, seconds, usable
+from sfumato.memory.trace import Peak
+from sfumato.train import resume
+from sfumato.train.predict import Predicted, predict
+from sfumato.train.progress import answers, print_table
+from sfumato.train.stand_in import Largest
+
+GIB = 2**30
+FORMATS: tuple[Format | None, ...] = (None, "int8", "nf4")
+"""What weights may be kept in, the most exact first. int8 is smaller than fp8 and nearer to the weights."""
+EVERY = (None, 3, 2, 1)
+"""Which blocks are recomputed: none, every third ..."""
+CANDIDATES = ("settings", "card, GiB", "host, GiB", "time", "choice")
+SHOWN = 14
+"""Rows of the table."""
+PHASES = ("phase", "weights", "optimizer", "activations", "gradients", "temporary", "card, GiB")
+_FREE = {
+    "quantize": {"quantize", "fp8_base", "fp8_base_unet", "fp8_scaled"},
+    "every": {"gradient_checkpointing", "gradient_checkpointing_every", "gradient_checkpointing_keep"},
+    "offloaded": {"cpu_offload_checkpointing"},
+    "swapped": {"blocks_to_swap", "double_blocks_to_swap", "single_blocks_to_swap"},
+    "micro": {"micro_batch"},
+}
+"""Lever -> the settings that it turns: where one of them was set, it stands."""
+_KNOWN = frozenset(f.name for f in fields(MemoryConfig))
+
+
+@dataclass(frozen=True, slots=True)
+class Fit:
+    """What was chosen, of what."""
+
+    config: Config
+    """With the chosen settings."""
+    chosen: Candidate
+    tried: tuple[Candidate, ...]
+    budget: int
+    """Bytes that tensors may take of the card."""
+    largest: Largest
+    notes: tuple[str, ...] = ()
+
+
+class Forecast:
+    """What a training takes, with each of its levers turned."""
+
+    def __init__(
+        self,
+        config: Config,
+        method: Method,
+        plan: AdapterPlan | None,
+        images: Plan,
+        given: Collection[str],
+        *,
+        card: bool,
+    ) -> None:
+        """`given`: settings that the user set, which stand. `card`: see `predict`."""
+        self.config, self.method, self.plan, self.card = config, method, plan, card
+        self.largest = Largest.of(images)
+        changed = {name for name in _KNOWN if getattr(config.memory, name) != getattr(MemoryConfig(), name)}
+        self.fixed = {lever for lever, names in _FREE.items() if names & (changed | set(given))}
+        self._predicted: dict[tuple[Format | None, int], Predicted] = {}
+
+    def now(self) -> Levers:
+        """As the config has them."""
+        m = self.config.memory
+        return Levers(
+            m.denoiser_format, m.gradient_checkpointing_every if m.gradient_checkpointing else None,
+            m.cpu_offload_checkpointing, m.blocks_to_swap or 0,
+            min(m.micro_batch or self.largest.count, self.largest.count),
+        )  # fmt: skip
+
+    def candidates(self, budget: int) -> Iterator[Candidate]:
+        """One for each setting of the levers that are free; blocks are swapped until it fits. Formats that are less
+        exact come last, and not at all where all fits without them and without swapping."""
+        now, count = self.now(), self.largest.count
+        frozen = self.method == "network"
+        formats = [now.quantize] if "quantize" in self.fixed or not frozen else FORMATS
+        everies = [now.every] if "every" in self.fixed else [e for e in EVERY if e is None or e <= self.blocks]
+        asides = [now.offloaded] if "offloaded" in self.fixed else [False, True]
+        micros = [now.micro] if "micro" in self.fixed else halves(count)
+        for format in formats:
+            easy = False
+            for every, aside, micro in product(everies, asides, micros):
+                if aside and every != 1 and "every" not in self.fixed:
+                    continue
+                levers = Levers(format, every, aside and every is not None, now.swapped, micro)
+                found = self._swapped(levers, budget) if frozen and "swapped" not in self.fixed else self.of(levers)
+                easy = easy or (found.device <= budget and not found.levers.swapped)
+                yield found
+            if easy:
+                return
+
+    def _swapped(self, levers: Levers, budget: int) -> Candidate:
+        """With as few blocks swapped as make it fit, or as many as can be."""
+        found = self.of(levers)
+        for count in range(1, self.blocks):
+            if found.device <= budget:
+                break
+            found = self.of(replace(levers, swapped=count))
+        return found
+
+    def of(self, levers: Levers) -> Candidate:
+        """What a training takes with these levers."""
+        count = self.largest.count
+        whole, one = self.predicted(levers.quantize, count), None
+        found = self._phases(whole, levers)
+        if levers.micro < count:
+            one = self._phases(self.predicted(levers.quantize, 1), levers)
+            share = (levers.micro - 1) / (count - 1)
+            found = {name: _between(one[name], found[name], share) for name in found}
+        resident, host = self._weights(whole, levers)
+        fixed = {
+            "weights": resident,
+            "optimizer": 0 if self.config.optimizer.optimizer_state_on_cpu else whole.weights.state,
+        }
+        phases = {name: {**fixed, **asdict(peak)} for name, peak in found.items()}
+        kept = whole.step.kept_inputs(self._again(whole, levers)) if levers.offloaded else 0
+        host += kept * levers.micro // count + whole.weights.state - fixed["optimizer"]
+        again = sum(whole.step.records[i].flops[0] for i in self._again(whole, levers))
+        copied = 2 * self._weights(whole, levers)[1] + 2 * kept * levers.micro // count
+        time = seconds(levers, flops=whole.step.flops, again=again, copied=copied, batch=count)
+        return Candidate(levers, max(sum(p.values()) for p in phases.values()), host, time, phases)
+
+    def predicted(self, quantize: Format | None, count: int) -> Predicted:
+        """A step on `count` images, 1 or all of the batch, traced."""
+        if (quantize, count) not in self._predicted:
+            memory = replace(self.config.memory, quantize=quantize) if quantize else self.config.memory
+            config, counts = replace(self.config, memory=memory), sorted({1, self.largest.count})
+            batches = [partial(self.largest.batch, config, count=n) for n in counts]
+            found = predict(config, self.method, self.plan, batches, card=self.card)
+            self._predicted |= {(quantize, n): each for n, each in zip(counts, found, strict=True)}
+        return self._predicted[quantize, count]
+
+    @cached_property
+    def blocks(self) -> int:
+        """The denoiser's."""
+        return len(self.predicted(self.now().quantize, self.largest.count).weights.blocks)
+
+    def _phases(self, traced: Predicted, levers: Levers) -> dict[str, Peak]:
+        fused = self.config.optimizer.fused
+        found = traced.step.peaks(self._again(traced, levers), offloaded=levers.offloaded, fused=fused)
+        return {**found, "update": Peak(gradients=0 if fused else traced.gradients, temporary=traced.update)}
+
+    def _again(self, traced: Predicted, levers: Levers) -> list[int]:
+        """Calls of blocks that are recomputed."""
+        if levers.every is None:
+            return []
+        own = range(traced.encoders, len(traced.step.records))
+        return [*range(traced.encoders), *own[levers.every - 1 :: levers.every]]
+
+    def _weights(self, traced: Predicted, levers: Levers) -> tuple[int, int]:
+        """Bytes on the card and on the host."""
+        w = traced.weights
+        whole = w.denoiser + w.others + w.trained
+        if not levers.swapped:
+            return whole, 0
+        choice = swap_plan.choose(len(w.blocks), levers.swapped)
+        return whole - sum(w.blocks) + choice.device(w.blocks), choice.host(w.blocks)
+
+
+def _between(one: Peak, whole: Peak, share: float) -> Peak:
+    """What grows with the images of a batch, for a part of them."""
+    return Peak(
+        *(round(a + (b - a) * share) for a, b in zip(asdict(one).values(), asdict(whole).values(), strict=True))
+    )
+
+
+def fitted(
+    config: Config, method: Method, plan: AdapterPlan | None, images: Plan, given: Collection[str] = (), *, card: bool
+) -> Fit | None:
+    """Choose what `vram` leaves open; None: it is not set. Errors: `UserError` when nothing fits, naming what would."""
+    vram = size(config.memory.vram or "")
+    if vram is None:
+        return None
+    budget = usable(vram) if card else vram
+    before = _as_before(config, given)
+    notes = () if before is None else (f"vram {config.memory.vram}: the settings are those that the run began with",)
+    config, given = (config, given) if before is None else (before, _KNOWN)
+    forecast = Forecast(config, method, plan, images, given, card=card)
+    tried = list(forecast.candidates(budget))
+    chosen = choose(tried, budget)
+    if chosen is None:
+        least = min(tried, key=lambda c: c.device)
+        raise UserError(
+            f"vram {config.memory.vram}: nothing fits. The least that would do is "
+            f"{_gib(_card(least.device, card=card))} GB, with {least.levers}; smaller images (resolution), a smaller "
+            "network_dim, cached latents and cached text outputs need less"
+        )
+    config = with_levers(config, forecast, chosen.levers)
+    found = Fit(config, chosen, tuple(tried), budget, forecast.largest, notes)
+    return replace(found, notes=(*notes, line(found)))
+
+
+def with_levers(config: Config, forecast: Forecast, levers: Levers) -> Config:
+    """The config with these settings, where the user left them open."""
+    settings = levers.settings(forecast.largest.count)
+    free = {name for lever, names in _FREE.items() if lever not in forecast.fixed for name in names}
+    return replace(config, memory=replace(config.memory, **{n: v for n, v in settings.items() if n in free & _KNOWN}))
+
+
+def _as_before(config: Config, given: Collection[str]) -> Config | None:
+    """A run that is resumed keeps what was chosen for it; None: nothing was."""
+    if config.output.resume is None:
+        return None
+    identity = resume.read_facts(Path(config.output.resume)).get("identity")
+    saved = identity["config"]["memory"] if isinstance(identity, dict) else {}
+    if saved.get("vram") != config.memory.vram:
+        return None
+    free = {name for names in _FREE.values() if not names & set(given) for name in names}
+    kept = {name: saved[name] for name in free & _KNOWN if name in saved}
+    return replace(config, memory=replace(config.memory, **kept))
+
+
+def facts(found: Fit) -> dict[str, Any]:
+    """What was chosen, of what, for scripts; in bytes and seconds."""
+    return {
+        "usable": found.budget,
+        "batch": {"width": found.largest.size[0], "height": found.largest.size[1], "images": found.largest.count},
+        "chosen": asdict(found.chosen),
+        "tried": [asdict(each) for each in found.tried],
+    }
+
+
+def show(found: Fit) -> None:
+    """Print what was tried and what was chosen."""
+    fastest = min(c.seconds for c in found.tried)
+    kept = sorted(found.tried, key=lambda c: (c.device > found.budget, c.seconds, c.device))[:SHOWN]
+    rows = [
+        (str(c.levers), _gib(c.device), _gib(c.host), f"{c.seconds / fastest:.2f}", _verdict(found, c)) for c in kept
+    ]
+    print_table(CANDIDATES, rows)
+    print_table(PHASES, phase_rows(found.chosen))
+    answers.print(line(found))
+
+
+def phase_rows(chosen: Candidate) -> list[tuple[str, ...]]:
+    """One row per phase, in the columns of `PHASES`."""
+    return [
+        (name, *(_gib(part.get(what, 0)) for what in PHASES[1:-1]), _gib(sum(part.values())))
+        for name, part in chosen.phases.items()
+    ]
+
+
+def line(found: Fit) -> str:
+    """The choice in words."""
+    return (
+        f"vram {found.config.memory.vram}: {found.chosen.levers}; {_gib(found.chosen.device)} of {_gib(found.budget)} "
+        f"GiB that tensors may take, predicted for {found.largest.count} images of {found.largest.size[0]}x"
+        f"{found.largest.size[1]}"
+    )
+
+
+def _verdict(found: Fit, candidate: Candidate) -> str:
+    if candidate is found.chosen:
+        return "chosen"
+    return "" if candidate.device <= found.budget else "does not fit"
+
+
+def _card(device: int, *, card: bool) -> int:
+    """The memory of a card that has so much for tensors."""
+    return math.ceil(device / (1 - LOST)) + CONTEXT if card else device
+
+
+def _gib(nbytes: int) -> str:
+    return f"{nbytes / GIB:.2f}"

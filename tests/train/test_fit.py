@@ -1,0 +1,151 @@
+"""A training fits its card: settings are chosen, a step that runs out of memory is done again with stronger ones, and
+what was predicted is told beside what was taken."""
+
+from __future__ import annotations
+
+import json
+from contextlib import nullcontext
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from run_fixtures import make_images
+from runs.test_families import configured, prepared
+from tinies.cases import Case, Files, cases
+from torch import nn
+
+from sfumato.errors import UserError
+from sfumato.train import loop, plan, run
+
+SETTINGS: dict[str, Any] = {
+    "cache_latents": True,
+    "cache_text_encoder_outputs": True,
+    # Its first step does not make a difference in the last bits of a gradient that is almost 0 as large as any.
+    "optimizer_type": "SGDNesterov",
+    "learning_rate": 0.1,
+    "max_train_steps": 2,
+}
+Where = tuple[Case, Files, Path]
+
+
+@pytest.fixture(scope="module")
+def where(tmp_path_factory: pytest.TempPathFactory) -> Where:
+    case = next(case for case in cases() if case.name == "flux-dev")
+    folder = tmp_path_factory.mktemp("fit")
+    return case, case.write(folder / "model"), make_images(folder)
+
+
+def ready(where: Where, out: Path, **settings: Any) -> loop.Run:
+    return prepared(*where, out, "network", **{**SETTINGS, **settings})
+
+
+def trained(a_run: loop.Run) -> dict[str, torch.Tensor]:
+    with a_run.log or nullcontext():
+        assert loop.train(a_run)
+    return {n: w.detach().clone() for n, w in a_run.trainable.weights().items()}
+
+
+def equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.allclose(a[n], b[n], rtol=1e-3, atol=1e-6) for n in a)
+
+
+@pytest.fixture(scope="module")
+def whole(where: Where, tmp_path_factory: pytest.TempPathFactory) -> dict[str, torch.Tensor]:
+    return trained(ready(where, tmp_path_factory.mktemp("whole")))
+
+
+def test_a_batch_in_parts_is_the_same_step(where: Where, whole: dict[str, torch.Tensor], tmp_path: Path) -> None:
+    assert equal(whole, trained(ready(where, tmp_path, micro_batch=1)))
+
+
+def fail(a_run: loop.Run, times: int, backward: bool) -> None:
+    """Have a block in the midst run out of memory so often, in the second step."""
+    calls = iter(range(100))
+
+    def full(*_: Any) -> None:
+        if a_run.step == 1 and next(calls) < times:
+            raise torch.OutOfMemoryError("no room")
+
+    models = a_run.trainable.models  # type: ignore[attr-defined]
+    block: nn.Module = models.family.blocks(models.denoiser)[2]
+    if backward:
+        block.register_full_backward_pre_hook(full)
+    else:
+        block.register_forward_pre_hook(full)
+
+
+@pytest.mark.parametrize(
+    ("times", "backward", "settings"),
+    [(1, True, {"micro_batch": 1}), (2, False, {"fused_backward_pass": True, "gradient_accumulation_steps": 2})],
+    ids=["backward", "twice-forward-fused"],
+)
+def test_a_step_that_runs_out_of_memory_is_done_again(
+    where: Where,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    times: int,
+    backward: bool,
+    settings: dict[str, Any],
+) -> None:
+    """The result is that of a run which had the settings that were taken from the start."""
+    a_run = ready(where, tmp_path / "full", **settings)
+    before = a_run.config.memory
+    fail(a_run, times, backward)
+    found, after = trained(a_run), a_run.config.memory
+    assert capsys.readouterr().err.count("out of memory in step 2: the step is done again with") == times
+    assert a_run.identity["config"]["memory"] == json.loads(json.dumps(asdict(after)))
+    spared = {n: v for n, v in asdict(after).items() if asdict(before)[n] != v}
+    assert spared.get("gradient_checkpointing") and equal(found, trained(ready(where, tmp_path, **settings, **spared)))
+
+
+def test_weights_that_are_half_changed_end_the_run(
+    where: Where, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    a_run = ready(where, tmp_path, save_state=True)
+
+    def step() -> None:
+        raise torch.OutOfMemoryError("no room")
+
+    monkeypatch.setattr(a_run.optimizer, "step", step)
+    with a_run.log or nullcontext(), pytest.raises(UserError, match="while the weights changed in step 1"):
+        loop.train(a_run)
+    assert not list(tmp_path.glob("*state"))
+
+
+def test_a_run_within_a_simulated_card(where: Where, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Tensors are counted on a CPU; a step that would take more is done with less, which the result's config says."""
+    written: list[Any] = []
+
+    def train(name: str, **settings: Any) -> dict[str, float]:
+        made, data = configured(*where, tmp_path / name, "network", **{**SETTINGS, "micro_batch": 1, **settings})
+        run.train(made, "network", data, resolved=lambda config: str(written.append(config.memory)))
+        last: dict[str, float] = json.loads((tmp_path / name / "out.jsonl").read_text().splitlines()[-1])
+        return last
+
+    told = train("room", vram="500MB", simulate_vram="500MB")
+    assert not written[0].gradient_checkpointing
+    assert told["memory/predicted_mib"] == pytest.approx(told["memory/peak_mib"], rel=0.05)
+    assert f"peak memory {told['memory/peak_mib']:.0f} MiB, {told['memory/predicted_mib']:.0f} MiB predicted" in (
+        capsys.readouterr().err
+    )
+    tight = f"{told['memory/peak_mib'] * 0.9:.3f}MB"
+    train("tight", simulate_vram=tight)
+    assert "out of memory in step 1: the step is done again with gradient_checkpointing" in capsys.readouterr().err
+    assert [m.gradient_checkpointing for m in written[1:]] == [False, True]
+    told = train("chosen", vram=tight, simulate_vram=tight)
+    assert "out of memory" not in capsys.readouterr().err and written[-1].gradient_checkpointing
+    assert told["memory/predicted_mib"] == pytest.approx(told["memory/peak_mib"], rel=0.05)
+
+
+def test_what_was_set_stands_and_what_cannot_fit_is_refused(
+    where: Where, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = {**SETTINGS, "gradient_checkpointing": True, "quantize": "int8"}
+    made, data = configured(*where, tmp_path, "network", **given, vram="600MB")
+    found = plan.facts(made, "network", data)["memory"]
+    assert found["chosen"]["levers"]["every"] == 1 and {t["levers"]["every"] for t in found["tried"]} == {1}
+    made, data = configured(*where, tmp_path, "network", **given, vram="513MB")
+    with pytest.raises(UserError, match=r"vram 513MB: nothing fits. The least that would do is 0\.\d+ GB, with "):
+        plan.show(made, "network", data)
