@@ -9,15 +9,20 @@ Each model is one task; what fails is recorded, and the next check goes on.
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import multiprocessing
 import os
 import re
+import shlex
+import signal
+import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -25,20 +30,22 @@ from unittest.mock import patch
 import numpy as np
 import torch
 from PIL import Image
-from step import isolated, record  # puts tests/ on the path
 
-# isort: split
-from run_fixtures import make_images
-from tinies.cases import Case, Files, cases
-from training import config
+ROOT = Path(__file__).parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-from sfumato import families
-from sfumato.adapters.insert import from_state
-from sfumato.config import DatasetConfig, SubsetConfig
-from sfumato.data.loader import StepBatches
-from sfumato.formats.files import load
-from sfumato.train import dist, loop, run
-from sfumato.train.trainables import read_adapter
+from run_fixtures import make_images  # noqa: E402
+from tinies.cases import Case, Files, cases  # noqa: E402
+from training import config  # noqa: E402
+
+from sfumato import families  # noqa: E402
+from sfumato.adapters.insert import from_state  # noqa: E402
+from sfumato.config import DatasetConfig, SubsetConfig  # noqa: E402
+from sfumato.data.loader import StepBatches  # noqa: E402
+from sfumato.formats.files import load  # noqa: E402
+from sfumato.tools.bench import machine  # noqa: E402
+from sfumato.train import loop, run  # noqa: E402
+from sfumato.train.trainables import read_adapter  # noqa: E402
 
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what deterministic algorithms need of cuBLAS
 STEPS, BOUND = 6, 1e-3
@@ -208,13 +215,50 @@ CHECKS: dict[str, Callable[[Runs], dict[str, Any]]] = {
 }
 
 
+def isolated(limit: float, figures: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """What `figures` finds, or its error: a check that fails leaves the next ones alone. `limit`: in seconds."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    try:
+        with at_most(limit):
+            return figures()
+    except Exception as error:
+        lines = str(error).strip().splitlines() or [""]
+        return {"error": f"{type(error).__name__}: {lines[0][:300]}"}
+
+
+@contextmanager
+def at_most(seconds: float) -> Iterator[None]:
+    """Errors: `TimeoutError` in what takes longer."""
+
+    def late(*_: object) -> None:
+        raise TimeoutError(f"took more than {seconds:.0f} s")
+
+    old = signal.signal(signal.SIGALRM, late)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, old)
+
+
+def record(out: Path | None, section: str, content: Mapping[str, Any]) -> None:
+    """Write one section of a file of results; the others stay."""
+    if out is not None:
+        sections = json.loads(out.read_text(encoding="utf-8")) if out.exists() else {}
+        sections |= {section: {"machine": machine(), "command": shlex.join(sys.argv), **content}}
+        out.write_text(json.dumps(sections, indent=1) + "\n", encoding="utf-8")
+
+
 def report(name: str, limit: float) -> dict[str, Any]:
     """Every check of the tiny model of this name, in a process of its own; an error is a check that fails."""
     warnings.simplefilter("ignore")
-    began, device = time.monotonic(), dist.device_of()
+    began = time.monotonic()
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         runs = Runs(next(case for case in cases() if case.name == name), Path(folder))
-        checks = {n: {"pass": False, **isolated(limit, device, lambda c=c: c(runs))} for n, c in CHECKS.items()}  # type: ignore[misc]
+        checks = {n: {"pass": False, **isolated(limit, lambda c=c: c(runs))} for n, c in CHECKS.items()}  # type: ignore[misc]
     return {"seconds": round(time.monotonic() - began, 1), "checks": checks}
 
 
@@ -226,7 +270,7 @@ def main() -> None:
     parser.add_argument("--limit", type=float, default=60, help="seconds that one check may take")
     parser.add_argument("--out", type=Path, help="the JSON file that gets the section `truth`")
     args = parser.parse_args()
-    device, found = dist.device_of(), dict[str, dict[str, Any]]()
+    found = dict[str, dict[str, Any]]()
     with ProcessPoolExecutor(args.jobs, multiprocessing.get_context("spawn")) as pool:
         reports = {pool.submit(report, name, args.limit): name for name in args.cases}
         for future in as_completed(reports):
@@ -237,7 +281,7 @@ def main() -> None:
             else:
                 found[name] = future.result()
                 show(name, found[name])
-            record(args.out, "truth", device, {"steps": STEPS, "bound": BOUND, "models": found})
+            record(args.out, "truth", {"steps": STEPS, "bound": BOUND, "models": found})
 
 
 def show(name: str, found: Mapping[str, Any]) -> None:

@@ -109,6 +109,7 @@ def resolve_all(
     method: Method,
     *,
     data: bool = True,
+    family: str | None = None,
     only: Iterable[str] | None = None,
     prog: str = "sfumato",
     kohya: bool = False,
@@ -120,9 +121,9 @@ def resolve_all(
 
     Errors: one `UserError` with all mistakes, each with its file, line and key.
 
-    `data`: whether images are needed. `only`: the flags there are; files may say more, for other commands.
-    `kohya`: state what has no effect instead of refusing it. `short`: flags that may be shortened. `defaults`: other
-    defaults than ours.
+    `data`: whether images are needed. `family`: where no base model tells it. `only`: the flags there are; files may
+    say more, for other commands. `kohya`: state what has no effect instead of refusing it. `short`: flags that may be
+    shortened. `defaults`: other defaults than ours.
     `adapt`: changes what was given before it is checked.
     """
     report = Report()
@@ -131,7 +132,7 @@ def resolve_all(
     if adapt:
         adapt(given, report)
     given = {key: paths.settle(each, report) for key, each in given.items()}
-    family = find_family(given, report)
+    family = family or find_family(given, report)
     facts = families.facts(family)
     known = {**options.common(), **options.of_family(family)}
     plain = {name: o.default for name, o in known.items()} | dict(facts.defaults) | dict(defaults or {})

@@ -196,6 +196,13 @@ def _resolved(words: list[str], method: Method, prog: str) -> Resolved:
     return resolved
 
 
+def _bench(words: list[str]) -> int:
+    from sfumato.cli import bench
+
+    method = _method(words, "bench", "network")
+    return bench.main(words, method, f"sfumato bench {method}")
+
+
 def _convert(words: list[str]) -> int:
     from sfumato.cli import checkpoint_tools
 
@@ -267,6 +274,7 @@ COMMANDS: Mapping[str, Command] = {
     "resize": Command(_resize, "a LoRA file with smaller ranks"),
     "verify": Command(_verify, "whether two adapters, or two checkpoints, have the same effect"),
     "show": Command(_show, "say what a weight file is"),
+    "bench": Command(_bench, "measure what a training step takes on this machine"),
     "doctor": Command(_doctor, "say what this machine has and whether it can train"),
 }
 

@@ -28,6 +28,7 @@ from sfumato.formats.dialect import Dialect, ModulePath, with_aliases
 from sfumato.formats.planned import Writable
 from sfumato.models.autoencoders import on, scaled, scaling_of, unscale
 from sfumato.models.components import Checkpoint, Component, Scaling
+from sfumato.models.detection import Shapes
 from sfumato.models.encoders.tokenizers import MERGES
 from sfumato.models.locate import INDEX
 from sfumato.models.ondemand import OnDemand
@@ -312,6 +313,9 @@ class Family:
     draw: Callable[[Models, Tensor, SampleRandom], Drawn] = lambda models, sizes, rng: {}
     """(models, the `SampleInfo.sizes`, source of chance) -> what chance decides of b samples in training besides noise
     and adapters' dropouts, on the CPU, for `condition`."""
+    caption: Callable[[Shapes], Mapping[str, tuple[int, ...]]]
+    """The denoiser's tensors -> the outputs of the text encoders for a caption of usual length, without the batch:
+    names that end in `_ids` are whole numbers. For what is measured without text encoders."""
     condition: Callable[[Models, Cond, SampleInfo], Cond] = as_encoded
     """(models, output of the text encoders, sample info) -> all inputs of `predict` besides x and t."""
     predict: Callable[[nn.Module, Tensor, Tensor, Cond], Tensor]

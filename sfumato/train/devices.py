@@ -40,13 +40,18 @@ def outline_models(config: Config, method: Method | None = None) -> Models:
         family, model.pretrained_model_name_or_path, config.family, detect=detect_file,
         vae=model.vae, tokenizer=model.tokenizer, later=_later(config, family),
     )  # fmt: skip
+    choose_formats(config, models, method)
+    return models
+
+
+def choose_formats(config: Config, models: Models, method: Method | None) -> None:
+    """Have layers of an outline that will be kept in fewer bits be so, and be read so: see `outline_models`."""
     memory = config.memory
     kernel = int8_kernel(dist.device_of())[0] if memory.int8_matmul else ""
     quantise_when_read(models, kept_in(config, models), memory.quantize_budget, kernel)
     keep_when_read(models, kept_as_stored(config, models, method))
     for name, net in models.made().items():
         models.source.components[name].quantise(net)
-    return models
 
 
 def settle(

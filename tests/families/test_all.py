@@ -21,6 +21,7 @@ from sfumato.models import components
 from sfumato.models.autoencoders import scaled, scaling_of, unscale
 from sfumato.models.base import Models
 from sfumato.models.loading import save
+from sfumato.models.meta_init import shapes
 from sfumato.sampling.prompts import Prompt
 from sfumato.sampling.sample import sample_latents
 from sfumato.train.check import check
@@ -165,6 +166,18 @@ def test_text_is_encoded_as_by_the_pipeline(case: Case, models: Models) -> None:
                 torch.testing.assert_close(mine[:n], theirs[:n], atol=1e-5, rtol=1e-5)
         else:
             torch.testing.assert_close(found[name], value, atol=1e-5, rtol=1e-5)
+
+
+def test_a_caption_is_what_the_text_encoders_give(case: Case, models: Models) -> None:
+    """`sfumato bench` makes one up."""
+    given, told = cond_of(models, ["a cat"]), models.family.caption(shapes(models.denoiser.state_dict()))
+    assert all(name.endswith("_mask") for name in given.keys() - told.keys())
+    assert not told.keys() - given.keys() - ({"t5"} & {n[:2] for n in models.family.optional})
+    for name, shape in ((name, shape) for name, shape in told.items() if name in given):
+        assert len(shape) + 1 == given[name].ndim
+        # Of what is pooled of both CLIPs each has the share that it has in the real model.
+        if not name.endswith("_ids") and case.family != "sd3":
+            assert shape[-1] == given[name].shape[-1]
 
 
 def test_a_batch_of_prompts_is_as_one_by_one(case: Case, models: Models) -> None:

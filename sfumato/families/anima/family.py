@@ -151,6 +151,10 @@ FAMILY = Family(
     latents=LATENTS,
     outputs=lambda models: OUTPUTS,
     process=process,
+    caption=lambda shapes: {
+        "qwen3": (128, shapes["llm_adapter.blocks.0.cross_attn.k_proj.weight"][1]),
+        "t5_ids": (128,),
+    },
     predict=predict,
     sigmas=sigmas,
     blocks=blocks,

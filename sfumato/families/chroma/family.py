@@ -142,6 +142,7 @@ FAMILY = Family(
     latents=LATENTS,
     outputs=lambda models: OUTPUTS,
     process=process,
+    caption=lambda shapes: {"t5": (128, shapes["txt_in.weight"][1])},
     predict=predict,
     sigmas=sigmas,
     blocks=blocks,

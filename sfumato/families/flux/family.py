@@ -242,6 +242,10 @@ FAMILY = Family(
     outputs=outputs_strategy,
     process=process,
     condition=condition,
+    caption=lambda shapes: {
+        "pooled": (shapes["vector_in.in_layer.weight"][1],),
+        "t5": (512, shapes["txt_in.weight"][1]),
+    },
     predict=predict,
     sigmas=sigmas,
     blocks=blocks,

@@ -250,6 +250,10 @@ FAMILY = Family(
     outputs=lambda models: OUTPUTS,
     process=process,
     condition=condition,
+    caption=lambda shapes: {
+        "text": (128, shapes["txt_in.input_embedder.weight"][1]),
+        "glyphs": (32, shapes["byt5_in.fc1.weight"][1]),
+    },
     predict=predict,
     sigmas=sigmas,
     guidance=guidance,

@@ -183,6 +183,7 @@ FAMILY = Family(
     latents=LATENTS,
     outputs=lambda models: OUTPUTS,
     process=process,
+    caption=lambda shapes: {"gemma2": (128, shapes["cap_embedder.1.weight"][1])},
     predict=predict,
     sigmas=sigmas,
     guidance=guidance,

@@ -168,6 +168,11 @@ def dialects(models: Models) -> Mapping[str, Dialect]:
     return usual(kohya, comfy, peft, keys) | {"kohya": Dialect(name="kohya", prefix=kohya, keys=keys, separator="_")}
 
 
+def text_width(shapes: Shapes) -> int:
+    """Channels of the text states that a U-Net with tensors of these shapes attends to."""
+    return next(shape[1] for name, shape in shapes.items() if name.endswith("attn2.to_k.weight"))
+
+
 FAMILY = Family(
     name="sd",
     title="Stable Diffusion 1.x or 2.x",
@@ -187,6 +192,7 @@ FAMILY = Family(
     latents=LATENTS,
     outputs=lambda models: OUTPUTS,
     process=process,
+    caption=lambda shapes: {"hidden": (77, text_width(shapes))},
     predict=predict,
     blocks=blocks,
     dialects=dialects,

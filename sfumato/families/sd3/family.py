@@ -292,6 +292,15 @@ def rate(options: FamilyOptions, component: str, path: str) -> float | None:
     return encoder_rate(options, component, path)
 
 
+def caption(shapes: Shapes) -> dict[str, tuple[int, ...]]:
+    """For `Family.caption`; the pooled states of both CLIPs stand side by side, bigG's are the wider ones."""
+    both = shapes["y_embedder.mlp.0.weight"][1]
+    widths = {"clip_l": both * 3 // 8, "clip_g": both - both * 3 // 8}
+    states = {name: (77, width) for name, width in widths.items()}
+    pooled = {f"{name}_pooled": (width,) for name, width in widths.items()}
+    return {**states, **pooled, "t5": (256, shapes["context_embedder.weight"][1])}
+
+
 FAMILY = Family(
     name="sd3",
     title="Stable Diffusion 3 or 3.5",
@@ -314,6 +323,7 @@ FAMILY = Family(
     process=process,
     draw=draw,
     condition=condition,
+    caption=caption,
     predict=predict,
     sigmas=sigmas,
     largest=largest,

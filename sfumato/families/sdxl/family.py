@@ -16,7 +16,7 @@ from sfumato.data.batch import Cond
 from sfumato.errors import UserError
 from sfumato.families.sd import family as sd
 from sfumato.families.sd.block_weights import SDXL
-from sfumato.families.sd.family import check_channels, prediction, without_old_average
+from sfumato.families.sd.family import check_channels, prediction, text_width, without_old_average
 from sfumato.families.sd.network_args import block_number, target_layer
 from sfumato.families.sd.strategies import SdTokenize
 from sfumato.families.sdxl.facts import SIZE_WIDTH, SIZES, Options
@@ -182,6 +182,10 @@ FAMILY = Family(
     outputs=lambda models: OUTPUTS,
     process=process,
     condition=condition,
+    caption=lambda shapes: {
+        "hidden": (77, text_width(shapes)),
+        "pooled": (shapes["label_emb.0.0.weight"][1] - SIZES * SIZE_WIDTH,),
+    },
     predict=predict,
     blocks=blocks,
     dialects=dialects,
