@@ -63,7 +63,7 @@ class Swap:
 
     def remove(self) -> None:
         """The blocks are again as they were, those that were streamed on the host."""
-        self.settle()
+        self._park_all()
         self._backend.finish()  # no copy may come into memory that is given up
         for block, forward in zip(self._blocks, self._plain, strict=True):
             if forward is None:
@@ -74,7 +74,13 @@ class Swap:
         self._blocks, self._streamed, self._slots = [], [], []
 
     def settle(self) -> None:
-        """All tensors are at home with their values. It waits for copies only if something was trained."""
+        """All tensors are at home with their values, and the first blocks on their way for the next step. It waits for
+        copies only if something was trained."""
+        self._park_all()
+        for rank in range(len(self._slots)):
+            self._load(rank)
+
+    def _park_all(self) -> None:
         for rank in sorted(self._there):
             self._park(rank)
         if self._storing:

@@ -417,10 +417,14 @@ def _sample(run: Run, epoch: int) -> None:
 def evaluation_weights(run: Run) -> Iterator[None]:
     """The weights as they would be saved: the optimizer's evaluation weights, or their average; dropouts off."""
     each = run.fused.each if run.fused else build.at_once
-    with build.evaluating(run.optimizer, each), run.ema.applied(run.trainable.weights()) if run.ema else nullcontext():
-        run.trainable.train(False)
+    try:
+        with build.evaluating(run.optimizer, each):
+            _settle(run)
+            with run.ema.applied(run.trainable.weights()) if run.ema else nullcontext():
+                run.trainable.train(False)
+                try:
+                    yield
+                finally:
+                    run.trainable.train(True)
+    finally:
         _settle(run)
-        try:
-            yield
-        finally:
-            run.trainable.train(True)

@@ -13,7 +13,7 @@ from streamed import same, streamed
 from torch import Tensor, nn
 
 from sfumato.config import MemoryConfig
-from sfumato.memory import swap_plan
+from sfumato.memory import offload, swap_plan
 from sfumato.memory.backends import Staged, Streams, Threaded
 from sfumato.memory.checkpoint import checkpoint_blocks
 from sfumato.memory.swap import Swap
@@ -253,6 +253,17 @@ def test_compiled_blocks(net: Net) -> None:
     assert all(torch.allclose(a, b) for a, b in zip(plain, compiled, strict=True))
 
 
+@pytest.mark.parametrize("how", [{"every": 2}, {"keep": "costly"}, {"offload": True}], ids=str)
+def test_blocks_that_are_recomputed_in_any_way(net: Net, how: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(offload, "SMALL", 0)
+    net.requires_grad_(True)
+    plain = grads(net)
+    checkpoint_blocks(net.blocks, **({"offload": offload.Offload(Threaded())} if "offload" in how else how))
+    with streamed(net, net.blocks, choose(COUNT, 4), Racing()):
+        assert same(plain, grads(net))
+        assert same(plain, grads(net))
+
+
 # --- an accelerator ---
 
 
@@ -369,6 +380,23 @@ def test_copies_hide_behind_computation(swapped: int, copy: float) -> None:
     assert clock.copied == 2 * swapped * copy
     assert clock.now - begun <= 1.1 * max(60, clock.copied)
     assert clock.waited == 0 or copy > 1
+    swap.remove()
+
+
+def test_a_step_begins_with_blocks_that_are_there_wherever_the_pass_before_ended() -> None:
+    """Where the last block alone is trained, no backward pass comes to the first ones."""
+    net = nn.Sequential(*(nn.Linear(4, 4) for _ in range(10))).requires_grad_(False)
+    net[-1].requires_grad_(True)
+    clock = Clock(1.0)
+    for block in net:
+        block.register_forward_hook(partial(clock.compute, 1.0))
+    swap = Swap(net, list(net), choose(10, 4), clock)
+    for _ in range(2):
+        clock.waited = 0.0
+        net(torch.ones(1, 4)).sum().backward()
+        swap.settle()
+        clock.compute(2.0)
+    assert clock.waited == 0
     swap.remove()
 
 

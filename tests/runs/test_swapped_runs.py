@@ -58,6 +58,7 @@ def test_an_adapter_is_the_same(train: Train, cards: list[Racing], tmp_path: Pat
 def test_a_whole_model_is_the_same(train: Train, cards: list[Racing]) -> None:
     settings: dict[str, Any] = {
         "method": "full", "train_text_encoder": True, "ema_decay": 0.5, "max_grad_norm": 0.1,
+        "optimizer_type": "AdamWScheduleFree",
         "gradient_accumulation_steps": 2, "cache_latents": True,
         "blockwise_fused_optimizers": True, "optimizer_state_on_cpu": True,
     }  # fmt: skip
