@@ -18,6 +18,7 @@ from sfumato.memory.backends import Staged, Streams, Threaded
 from sfumato.memory.checkpoint import checkpoint_blocks
 from sfumato.memory.swap import Swap
 from sfumato.memory.swap_plan import Choice, asked, choose
+from sfumato.optim.build import in_low_bits
 from sfumato.optim.fused import FusedStep, parts
 
 COUNT = 6
@@ -33,7 +34,7 @@ class Block(nn.Module):
         self.scale = nn.Parameter(torch.ones(8))
 
     def forward(self, x: Tensor, *, shift: Tensor) -> tuple[Tensor, Tensor]:
-        inner = nn.functional.layer_norm(x, (8,), self.scale) + 0.1 * self.codes
+        inner = nn.functional.layer_norm(x, (8,), self.scale) + 0.1 * self.codes.to(x.dtype)
         return x + shift * self.down(self.up(inner).relu() ** 2), shift
 
 
@@ -142,16 +143,21 @@ def test_frozen_weights_are_copied_one_way_and_twice_a_step_at_most(net: Net, ag
         assert not backend.stores
 
 
-def test_trained_weights_that_step_in_the_backward_pass_come_home(net: Net) -> None:
-    """As they do in an unstreamed net; a block that was not changed is not written."""
+@pytest.mark.parametrize("unseen", [False, True])
+def test_trained_weights_that_step_in_the_backward_pass_come_home(net: Net, unseen: bool) -> None:
+    """As they do in an unstreamed net; a block that was not changed is not written. `unseen`: by torch, as by kernels of
+    other libraries."""
+    changed = list[Any]()
     net.requires_grad_(True)
     net.blocks[0].requires_grad_(False)
 
     def step(p: nn.Parameter) -> None:
         assert p.grad is not None
         with torch.no_grad():
-            p -= 0.1 * p.grad
+            (p.data if unseen else p).sub_(0.1 * p.grad)
         p.grad = None
+        for tell in changed if unseen else ():
+            tell([p])
 
     for p in net.parameters():
         if p.requires_grad:
@@ -166,7 +172,8 @@ def test_trained_weights_that_step_in_the_backward_pass_come_home(net: Net) -> N
 
     plain = run()
     backend = Racing(seed=1)
-    with streamed(net, net.blocks, choose(COUNT, 4), backend):
+    with streamed(net, net.blocks, choose(COUNT, 4), backend) as swap:
+        changed.append(swap.changed)
         ours = run()
     assert all(torch.equal(t, ours[name]) for name, t in plain.items())
     assert not torch.equal(plain["blocks.5.up.weight"], start["blocks.5.up.weight"])
@@ -179,7 +186,7 @@ def test_blocks_come_for_the_step_of_their_weights(clipping: Any) -> None:
     """Whenever that is: in the backward pass, or after it, for gradients that have waited; with state on the host."""
 
     def run(net: Net, swap: Swap | None) -> dict[str, Tensor]:
-        optimizer = torch.optim.AdamW(net.parameters(), 0.1)
+        optimizer = in_low_bits(torch.optim.AdamW(net.parameters(), 0.1), 1)
         cut = parts(list(net.parameters()), list(net.blocks), size=100)
         settings = {"copies": Threaded(), "max_norm": 0.1, "clipping": clipping, "state_on_host": True}
         fused = FusedStep(optimizer, cut, device=X.device, **settings)
@@ -193,7 +200,7 @@ def test_blocks_come_for_the_step_of_their_weights(clipping: Any) -> None:
                 swap.settle()
         return {name: torch.empty(t.shape, dtype=t.dtype).copy_(t) for name, t in net.state_dict().items()}
 
-    plain, net = run(Net(), None), Net()
+    plain, net = run(Net().bfloat16(), None), Net().bfloat16()
     with streamed(net, net.blocks, choose(COUNT, 4), Racing(seed=1)) as swap:
         ours = run(net, swap)
     assert all(torch.equal(t, ours[name]) for name, t in plain.items())
@@ -203,7 +210,8 @@ def _loss(net: Net, fused: FusedStep, i: int) -> Tensor:
     """Of two batches; the first block has a gradient from the first alone."""
     for last in (False, True):
         fused.last = last
-        x = net(X * (i + 1)) if not last else net.late(X)
+        x = X.to(net.head.weight.dtype) * (i + 1)
+        x = net.late(x) if last else net(x)
         loss = x.square().mean()
         loss.backward()
     return loss.detach()
