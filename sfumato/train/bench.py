@@ -192,7 +192,7 @@ def _loaded(case: Case, folder: Path, device: torch.device) -> tuple[Config, Mod
 def _assembled(config: Config, models: Models, trainable: Trainable, device: torch.device) -> loop.Run:
     """A run as `run.prepare` puts it together, without images and results."""
     world, precision = dist.World(0, 1, device), dist.precision(config.train.mixed_precision)
-    swaps = place_models(config, models, trainable, device)
+    placed = place_models(config, models, trainable, device)
     optimizer = run._optimizer(config, trainable, device)
     nothing: Any = None
     made = loop.Run(
@@ -203,7 +203,7 @@ def _assembled(config: Config, models: Models, trainable: Trainable, device: tor
         optimizer=optimizer, schedule=nothing, ema=None,
         scaler=torch.amp.GradScaler(device.type, enabled=precision == "fp16"), log=None, sample=nothing,
         save_result=nothing, save_state=nothing,
-        fused=fusing.fused_step(config, models, trainable, optimizer, device), swaps=swaps,
+        fused=fusing.fused_step(config, models, trainable, optimizer, device), swaps=placed.swaps,
     )  # fmt: skip
     fusing.streamed(made)
     build.training(optimizer)
