@@ -1,5 +1,5 @@
-"""What weights lose in each format: relative error of the weight and of a layer's output, bits a number, and time, on
-layers of full size.
+"""What weights lose in each format: relative error of the weight and of a layer's output, bits a number, and the
+processor's time, on layers of full size.
 
 Weights are normal numbers, in which one column in a hundred is eight times larger, as columns of trained transformers
 are; inputs are normal, one channel in fifty six times larger. Beside our formats: a plain cast to fp8 (what sd-scripts'
@@ -112,11 +112,11 @@ def measured(shape: tuple[int, ...], made: Made, generator: torch.Generator) -> 
     weight[:, ::100] *= 8
     x = torch.randn(ROWS, shape[1], generator=generator)
     x[:, ::50] *= 6
-    start = time.perf_counter()
+    start = time.process_time()
     parts = quantise(weight)
-    between = time.perf_counter()
+    between = time.process_time()
     back = dequantise(parts, weight.shape)
-    end = time.perf_counter()
+    end = time.process_time()
     flat, other = (w.flatten(2).sum(-1) if w.ndim == 4 else w for w in (weight, back))
     return {
         "weight_error": error(back, weight),

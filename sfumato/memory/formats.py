@@ -102,7 +102,7 @@ def held(layers: Mapping[str, Stored], dtype: torch.dtype | None = None) -> list
 def told(layers: Mapping[str, Stored]) -> str:
     """For the user, of layers with values: the formats, what they spare, and what was lost."""
     rows = held(layers)
-    sizes = f"{sum(r.before for r in rows) / 2**30:.2f} -> {sum(r.nbytes for r in rows) / 2**30:.2f} GiB"
+    sizes = f"{sum(r.before for r in rows) / 2**20:,.0f} -> {sum(r.nbytes for r in rows) / 2**20:,.0f} MiB"
     line = f"{', '.join(f'{row.layers} layers in {row.format}' for row in rows)} ({sizes})"
     errors = {path: float(layer.error) for path, layer in layers.items() if layer.error is not None}
     if not errors:
