@@ -5,7 +5,7 @@ in the box in fp32, int8, fp8 and nf4, and draws what each makes of the same pro
 
 Writes into runs/quantised: NAME.safetensors for each (one that is there is not trained again), quantised.png (a row for
 each) and quantised.json: the mean difference of a pixel to the LoRA of fp32, as a share of the difference that the LoRA
-makes; also for a LoRA of fp32 with another seed, which is what chance alone makes of it.
+makes, and the mean colour saturation.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -21,10 +22,9 @@ from quickstart import HERE, ROOT, saturation
 
 OUT = ROOT / "runs" / "quantised"
 STEPS = 200
-RUNS = {
-    "fp32": [],
-    **{kind: ["--quantize", kind, "--quantize_text_encoders", kind] for kind in ("int8", "fp8", "nf4")},
-    "fp32, another seed": ["--seed", "2"],
+RUNS: Mapping[str, Sequence[str]] = {
+    "fp32": (),
+    **{kind: ("--quantize", kind, "--quantize_text_encoders", kind) for kind in ("int8", "fp8", "nf4")},
 }
 """Name -> what its run has besides the quickstart's settings."""
 
@@ -40,7 +40,7 @@ def main() -> int:
     config = ["train", "network", "--config", str(HERE / "quickstart.toml"), "--max_train_steps", str(STEPS)]
     config += ["--dataset_config", str(OUT / "dataset.toml"), "--cache_latents_to_disk", "--cache_dir", str(OUT)]
     for name, more in RUNS.items():
-        own = ["--output_dir", str(OUT), "--output_name", file_of(name).stem]
+        own = ["--output_dir", str(OUT), "--output_name", name]
         if not file_of(name).exists() and (code := sfumato([*config, *own, *more])):
             return code
     show()
@@ -48,7 +48,7 @@ def main() -> int:
 
 
 def file_of(name: str) -> Path:
-    return OUT / f"{name.replace(', ', '_').replace(' ', '_')}.safetensors"
+    return OUT / f"{name}.safetensors"
 
 
 def show() -> None:
