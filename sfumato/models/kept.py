@@ -82,7 +82,8 @@ def stored(tensors: Lazy, keys: KeyFormat, name: str, *, values: bool = True) ->
     made_of, format = keys.pieces(name), format_of(tensors, keys, name)
     assert made_of is not None and format is not None
     sources, change = made_of
-    joined = format.join([_parts(tensors, source, values=values) for source in sources])
+    pieces = [_parts(tensors, source, values=values) for source in sources]
+    joined = format.join(pieces) if len(pieces) > 1 else pieces[0]  # joining copies
     return format, {part: change(t) if change else t for part, t in joined.items()}
 
 
