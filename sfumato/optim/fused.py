@@ -210,7 +210,7 @@ class FusedStep:
     def _begin(self) -> None:
         """Nothing is left of a step before, done or not."""
         for part in self._parts:
-            part.ready.clear()
+            part.begin()
         self._groups.clear()
         if self._sums:
             self._sums.shelf.clear()
@@ -229,7 +229,8 @@ class FusedStep:
             p.grad.mul_(self._factor)
         part = self._part_of[p]
         part.ready.append(p)
-        if len(part.ready) == len(part.weights):
+        part.come += 1
+        if part.come >= part.expected:
             self._step_part(part)
 
     def _step_those(self, weights: Sequence[nn.Parameter]) -> None:
@@ -329,6 +330,14 @@ class _Part:
 
     def __init__(self, weights: Part) -> None:
         self.weights, self.ready = list(weights), list[nn.Parameter]()
+        self.come, self.expected = 0, len(self.weights)
+        """Gradients of this step, and how many there were in the one before: frozen weights get none."""
+
+    def begin(self) -> None:
+        """The next step begins."""
+        self.expected = self.come or self.expected
+        self.come = 0
+        self.ready.clear()
 
 
 class _Gate:

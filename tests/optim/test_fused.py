@@ -51,6 +51,8 @@ class Toy:
         self.done = 0
         self.scaler = torch.amp.GradScaler("cpu", enabled=False)
         self.overflows: tuple[int, ...] = ()
+        self.ended: Callable[[], None] = lambda: None
+        """Called at the end of the passes."""
 
     def fused(self, **settings: Any) -> FusedStep:
         settings = {"copies": Delayed(0), **settings}
@@ -76,6 +78,7 @@ class Toy:
             error = (torch.tanh(x @ w1 + b1) @ w2 + b2 - x.flip(1)).float()
             factor = torch.inf if self.done in self.overflows and number == 0 else 1.0
             self.scaler.scale(error.square().sum() * factor).backward()
+        self.ended()
         return error.detach().sum()
 
     def _fused(self, fused: FusedStep) -> Tensor:
@@ -220,6 +223,22 @@ def test_what_leaves_the_device_steps_before_it() -> None:
     toy.weights[3].register_post_accumulate_grad_hook(lambda p: fused.flush([p]))
     assert_close(toy.train(3), whole.train(3))
     assert stepped == [1, 3] * 3
+
+
+def test_a_part_waits_for_no_weight_that_got_no_gradient_before() -> None:
+    """And such a weight steps when it gets one again."""
+    toy, whole, events = Toy(), Toy(), list[object]()
+    whole.plain()
+    fused = FusedStep(toy.optimizer, [toy.weights], device=CPU, copies=Delayed(0))
+    fused.after.append(lambda part: events.append(len(part)))
+    toy.step = partial(toy._fused, fused)
+    toy.ended = lambda: events.append("end")
+    for frozen in ((), (), (3,), (3,), ()):
+        for each in (toy, whole):
+            for i, p in enumerate(each.weights):
+                p.requires_grad_(i not in frozen)
+        assert_close(toy.train(1), whole.train(1))
+    assert events == ["end", 4, 4, "end", "end", 3, 3, "end", 3, 1, "end"]
 
 
 def test_gradients_that_are_kept_stay_until_they_are_cleared() -> None:
