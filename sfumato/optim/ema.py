@@ -41,12 +41,11 @@ class EMA:
     def update(self, weights: Mapping[str, Tensor]) -> None:
         """Take in the weights of a step. What is no longer trained keeps its average."""
         self.begin()
-        self.take(weights)
+        self.finish(weights)
 
     def begin(self) -> None:
-        """A step begins, whose weights come with `take`, in any number of parts."""
+        """A step begins, anew if it was not finished. Its weights come with `take`, in any number of parts."""
         self._share = 1 - min(self.decay, (self.updates + 1) / (self.updates + 10)) if self.updates else 1.0
-        self.updates += 1
         self._left = set(self.average)
         if self.shelf:
             self.shelf.begin()
@@ -62,6 +61,11 @@ class EMA:
                 self.shelf.put(name, [average.lerp_(w.to(average.device), self._share)])
         elif now:
             torch._foreach_lerp_([self.average[name] for name in now], list(now.values()), self._share)
+
+    def finish(self, weights: Mapping[str, Tensor]) -> None:
+        """The step is done; `weights`: all, of which those are taken in that have not been."""
+        self.take(weights)
+        self.updates += 1
 
     @contextmanager
     def applied(self, weights: Mapping[str, Tensor]) -> Iterator[None]:

@@ -236,7 +236,7 @@ def _optimizer_step(run: Run, batches: StepBatches) -> dict[str, Tensor]:
     metrics = {"loss": loss, "grad_norm": norm, **run.trainable.after_step()}
     run.optimizer.zero_grad(set_to_none=True)
     if run.ema:
-        run.ema.take(run.trainable.weights())
+        run.ema.finish(run.trainable.weights())
     return metrics
 
 

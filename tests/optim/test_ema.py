@@ -89,10 +89,11 @@ def test_an_average_may_wait_on_the_host():
     for i in range(1, 4):
         moved = {name: w + i for name, w in _weights().items()}
         here.update(moved)
+        there.begin()  # out of memory, say: the step is done again
         there.begin()
         for name, w in moved.items():  # as they step
             there.take({name: w})
-        there.take(moved)
+        there.finish(moved)
     for name, average in here.state().items():
         assert torch.equal(there.state()[name], average)
     again = there.anew(_weights())
