@@ -6,7 +6,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import islice
+from itertools import chain, count, islice
 from typing import Any
 
 import torch
@@ -182,6 +182,8 @@ class Loader:
     _lost_in_a_row: set[int] = field(init=False, default_factory=set)
     """Images that could not be read, since one could."""
     _queue: _Queue = field(init=False, default_factory=_Queue)
+    _coming: tuple[int, Iterator[Batch]] | None = field(init=False, default=None)
+    """The next epoch, and the batches from there on."""
     _reader: DataLoader[_BatchData] = field(init=False)
     _subsets: list[list[SubsetConfig]] = field(init=False)
 
@@ -209,11 +211,20 @@ class Loader:
         return replace(subset, token_warmup_step=captions.with_whole_warmup(subset, self.steps))
 
     def epoch(self, epoch: int, start_step: int = 0) -> Iterator[StepBatches]:
-        """The optimizer steps of an epoch (counted from 0), from its `start_step`-th on."""
-        steps = self._steps(epoch)[start_step:]
-        batches = self._read([batch for mine, _ in steps for batch in mine])
-        for mine, samples in steps:
+        """The optimizer steps of an epoch (counted from 0), from its `start_step`-th on. The next one is read ahead at
+        its end, until that is asked for or `close` is called."""
+        following, batches = self._coming or (-1, iter(()))
+        self._coming = None
+        if (following, 0) != (epoch, start_step):
+            batches = self._read(epoch, start_step)
+        for mine, samples in self._steps(epoch)[start_step:]:
             yield StepBatches(islice(batches, len(mine)), len(mine), samples)
+        if self._reader.num_workers == 0:
+            self._coming = epoch + 1, batches
+
+    def close(self) -> None:
+        """Read nothing more ahead."""
+        self._coming = None
 
     def _steps(self, epoch: int) -> list[tuple[list[_BatchPlan], int]]:
         """The batches of this process in each step of an epoch, and the number of samples in those of all."""
@@ -230,13 +241,21 @@ class Loader:
             steps.append((mine, sum(map(len, whole))))
         return steps
 
-    def _read(self, batches: Sequence[_BatchPlan]) -> Iterator[Batch]:
-        self._queue.batches = batches
-        # Its processes are started here: a process that other threads are at work in is not to be forked.
-        read = zip(batches, iter(self._reader), strict=True)
-        for planned, data, batch in read_ahead(((*pair, self._batch(*pair)) for pair in read), AHEAD):
+    def _read(self, epoch: int, start_step: int) -> Iterator[Batch]:
+        """The batches from there on, epoch after epoch; of one epoch where other processes read images: they are
+        started here, for a process that other threads are at work in is not to be forked."""
+        first = self._planned(epoch, start_step)
+        later = (pair for n in count(epoch + 1) for pair in self._planned(n))
+        read = first if self._reader.num_workers else chain(first, later)
+        made = ((*pair, self._batch(*pair)) for pair in read)
+        for planned, data, batch in read_ahead(made, AHEAD):
             self._account(planned, data.lost)
             yield batch
+
+    def _planned(self, epoch: int, start_step: int = 0) -> Iterator[tuple[_BatchPlan, _BatchData]]:
+        """Begin to read an epoch."""
+        self._queue.batches = [batch for mine, _ in self._steps(epoch)[start_step:] for batch in mine]
+        return zip(self._queue.batches, iter(self._reader), strict=True)
 
     def _account(self, batch: _BatchPlan, lost: Mapping[int, str]) -> None:
         """Report what was lost. Raises UserError when nothing can be read any more."""

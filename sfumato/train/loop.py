@@ -205,6 +205,7 @@ def train(run: Run) -> bool:
         save_what_is_done(run)
         raise
     finally:
+        run.loader.close()
         bar.close()
     return True
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import random
 import shutil
+import threading
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import fields
 from dataclasses import replace as replaced
 from functools import partial
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import numpy as np
@@ -328,6 +330,20 @@ def test_text_outputs_lost_while_training_end_it_plainly(images: Path, tmp_path:
     kept.store.path(kept.keys["thing 3, red, green, blue"]).write_bytes(b"")
     with pytest.raises(UserError, match=r"thing 3.*damaged.*made anew at the next start"):
         read(loader(of, texts=kept))
+
+
+def test_the_next_epoch_is_read_ahead_as_well(images: Path) -> None:
+    drawn: list[list[int]] = []
+    of = loader(moving(images), draw=lambda sizes, keys: drawn.append(list(keys)) or {})
+    planned = [[ref.key for ref in refs] for epoch in range(2) for refs in of.plan.batches(epoch, 7)]
+    first, before = read(of), threading.active_count()
+    wait = Event()
+    while len(drawn) < len(first) + 2:
+        assert before > 1 and not wait.wait(0.01)
+    assert drawn == planned[: len(first) + 2]
+    assert [batch.keys for batch in read(of, 1)] == planned[len(first) :]
+    of.close()
+    assert threading.active_count() < before
 
 
 def test_a_packed_batch_is_the_same_and_lies_in_one_run_of_bytes(images: Path) -> None:
