@@ -50,7 +50,8 @@ class MemoryConfig(Record):
     """The same of the largest text encoder, where captions are encoded in every step."""
     torch_compile: bool = False
     """Compile the model's blocks: the first steps take minutes, all others less time. What is compiled is kept between
-    runs (torch's TORCHINDUCTOR_CACHE_DIR)."""
+    runs (torch's TORCHINDUCTOR_CACHE_DIR). Dropouts of adapters are drawn between what is compiled and cut blocks into
+    many pieces, often too many: those blocks run as they are, which is told."""
     dynamo_backend: str = "inductor"
     """The compiler of torch_compile, of those that torch knows. `accelerate launch --dynamo_backend` asks for one as
     well."""

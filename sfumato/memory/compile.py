@@ -18,6 +18,15 @@ from sfumato.config import MemoryConfig
 from sfumato.errors import UserError
 from sfumato.memory.checkpoint import Handle
 
+_TORCHS = {
+    # Too many variants of a block are a failure that is told, where torch would go on without compiling it.
+    ("torch._dynamo.config", "fail_on_recompile_limit_hit"): True,
+    # A backward pass that cannot be compiled shows while the forward pass may still be taken back.
+    ("torch._functorch.config", "force_non_lazy_backward_lowering"): True,
+    # Height and width that happen to be equal, of a square picture, are not taken for one number.
+    ("torch.fx.experimental._config", "use_duck_shape"): False,
+}
+"""Settings of torch; older versions lack some."""
 Tell = Callable[[str], None]
 
 
@@ -113,14 +122,9 @@ def compile_blocks(blocks: Sequence[nn.Module], backend: Any, tell: Tell) -> Han
 
     `backend`: a name that torch knows, or a function as `torch.compile` takes it.
     """
-    # Too many variants of one block are a failure that is told, where torch would go on without compiling it; and a
-    # backward pass that cannot be compiled shows while the forward pass may still be taken back.
-    for config, name in (
-        ("torch._dynamo.config", "fail_on_recompile_limit_hit"),
-        ("torch._functorch.config", "force_non_lazy_backward_lowering"),  # not before torch 2.8
-    ):
+    for (config, name), value in _TORCHS.items():
         if hasattr(module := import_module(config), name):
-            setattr(module, name, True)
+            setattr(module, name, value)
     # Of what torch itself looks at while it compiles.
     warnings.filterwarnings("ignore", "The .grad attribute of a Tensor that is not a leaf Tensor is being accessed")
     handle, made = Handle(), Blocks(backend, tell)

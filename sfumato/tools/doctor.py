@@ -29,7 +29,9 @@ NEEDED = (
 )
 OPTIONAL = {
     "bitsandbytes": "AdamW8bit and the other 8-bit optimizers",
-    "xformers": "xformers' attention; PyTorch's own is as good",
+    "xformers": "attn_mode xformers; PyTorch's own attention is as good",
+    "flash_attn": "attn_mode flash; PyTorch's own attention uses such a kernel as well",
+    "sageattention": "attn_mode sageattn, for samples",
     "tensorboard": "log_with tensorboard",
     "wandb": "log_with wandb",
     "accelerate": "`accelerate launch`; torchrun does the same",
