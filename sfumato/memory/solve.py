@@ -18,8 +18,8 @@ PART = 1.03
 """The same for each halving of a batch. Assumed."""
 BESIDE = 1.02
 """The same where copies go on beside the computation. Assumed."""
-CONTEXT = 2**29
-"""Bytes that a card's driver and libraries take."""
+CONTEXT = 2**30
+"""Bytes that a card's driver and libraries take, and what kernels need while they run."""
 LOST = 0.04
 """Share of the rest that lies idle between tensors."""
 

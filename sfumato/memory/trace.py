@@ -97,7 +97,7 @@ class Trace:
 
         def seen(level: int, gradients: int, more: int) -> None:
             kept = 0 if fused else gradients
-            peak = Peak(level - gradients - less - aside + casts, kept, more)
+            peak = Peak(max(level - gradients - less - aside + casts, 0), kept, more)
             found[phase] = max(found[phase], peak, key=lambda p: p.total)
 
         for event in self.events:

@@ -142,11 +142,16 @@ class Forecast:
         """A step on `count` images, 1 or all of the batch, traced."""
         if (quantize, count) not in self._predicted:
             memory = replace(self.config.memory, quantize=quantize) if quantize else self.config.memory
-            config, counts = replace(self.config, memory=memory), sorted({1, self.largest.count})
+            config, counts = replace(self.config, memory=memory), self._counts()
             batches = [partial(self.largest.batch, config, count=n) for n in counts]
             found = predict(config, self.method, self.plan, batches, card=self.card)
             self._predicted |= {(quantize, n): each for n, each in zip(counts, found, strict=True)}
         return self._predicted[quantize, count]
+
+    def _counts(self) -> list[int]:
+        """Images that steps are traced on: what lies between follows from these."""
+        parts = "micro" not in self.fixed or self.now().micro < self.largest.count
+        return sorted({self.largest.count, *([1] if parts else [])})
 
     @cached_property
     def blocks(self) -> int:

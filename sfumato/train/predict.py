@@ -174,6 +174,9 @@ def _optimizer(config: Config, trainable: Trainable, *, card: bool) -> tuple[int
         with unset_fake_temporarily():
             a_number = _bytes_a_number(config)
         return a_number * sum(p.numel() for p in weights), 3 * max(p.nbytes for p in weights)
+    if config.train.full_bf16 and not (config.optimizer.fused or config.optimizer.optimizer_state_on_cpu):
+        # All weights are made wide at once.
+        moment = moment * sum(p.numel() for p in weights) // sum(shape.numel() for shape, _ in counts)
     return sum(held[key] * count for key, count in counts.items()), moment
 
 

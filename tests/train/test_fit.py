@@ -143,9 +143,9 @@ def test_what_was_set_stands_and_what_cannot_fit_is_refused(
     where: Where, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     given = {**SETTINGS, "gradient_checkpointing": True, "quantize": "int8"}
-    made, data = configured(*where, tmp_path, "network", **given, vram="600MB")
+    made, data = configured(*where, tmp_path, "network", **given, vram="1100MB")
     found = plan.facts(made, "network", data)["memory"]
     assert found["chosen"]["levers"]["every"] == 1 and {t["levers"]["every"] for t in found["tried"]} == {1}
-    made, data = configured(*where, tmp_path, "network", **given, vram="513MB")
-    with pytest.raises(UserError, match=r"vram 513MB: nothing fits. The least that would do is 0\.\d+ GB, with "):
+    made, data = configured(*where, tmp_path, "network", **given, vram="1025MB")
+    with pytest.raises(UserError, match=r"vram 1025MB: nothing fits. The least that would do is 1\.\d+ GB, with "):
         plan.show(made, "network", data)
