@@ -174,6 +174,7 @@ class Swap:
         if each.trained:
             for tell in self.leaving:
                 tell(each.trained)
+            torch.clear_autocast_cache()  # it would keep what they were cast to until the pass ends
         self._there.discard(rank)
         if each.changed():
             each.stamp, self._storing = each.version(), True

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from contextlib import nullcontext
 from functools import partial
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 from racing import Racing
 from streamed import same, streamed
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from sfumato.config import MemoryConfig
 from sfumato.memory import offload, swap_plan
@@ -246,6 +248,38 @@ def test_a_net_that_is_streamed_is_moved_by_nobody_else(net: Net) -> None:
         with pytest.raises(RuntimeError, match="number format"):
             net.to(torch.float16)
     assert net.half().blocks[0].up.weight.dtype == torch.float16
+
+
+def test_what_trained_weights_were_cast_to_leaves_with_them(net: Net) -> None:
+    """Autocast keeps it for the whole pass otherwise."""
+    net.requires_grad_(True)
+    checkpoint_blocks(net.blocks)
+    sizes = {p.shape for block in net.blocks for p in (block.up.weight, block.down.weight)}
+
+    def kept() -> int:
+        with Casts() as casts, torch.autocast("cpu", torch.bfloat16):
+            out = net(X)
+            alive = sum(cast is not None and cast.shape in sizes for cast in (each() for each in casts.made))
+        out.sum().backward()
+        return alive
+
+    assert kept() == 2 * COUNT + 1  # the first layer has one such, too
+    with streamed(net, net.blocks, choose(COUNT, 4), Racing()):
+        assert kept() <= 3
+
+
+class Casts(TorchDispatchMode):
+    """Notes what is cast."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.made = list[weakref.ref[Tensor]]()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if func is torch.ops.aten._to_copy.default:
+            self.made.append(weakref.ref(out))
+        return out
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")

@@ -42,7 +42,6 @@ def test_an_adapter_is_the_same(train: Train, cards: list[Racing], tmp_path: Pat
     settings: dict[str, Any] = {
         "sample_prompts": str(tmp_path / "prompts.txt"),
         "sample_every_n_steps": 1,
-        "gradient_accumulation_steps": 2,
         "network_args": ("rank_dropout=0.2",),
     }
     plain = train("plain", max_train_steps=2, **settings)
