@@ -51,8 +51,10 @@ class Swap:
             for i, (each, layout) in enumerate(zip(tensors, layouts, strict=True))
         ]
         self._rank = {place: i for i, place in enumerate(self._places)}
-        self._there, self._storing = set[int](), False
+        self._there = set[int]()
         """Ranks of the blocks whose tensors point to the device."""
+        self._storing = False
+        """Whether values are on their way home."""
         self._rank_of = {id(t): rank for rank, each in enumerate(self._streamed) for t in each.tensors}
         self.leaving: list[Callable[[Sequence[nn.Parameter]], None]] = []
         """Called with the trained weights of a block that is about to leave the device."""
