@@ -149,7 +149,7 @@ def test_frozen_weights_are_copied_one_way_and_twice_a_step_at_most(net: Net, ag
 def test_trained_weights_that_step_in_the_backward_pass_come_home(net: Net, unseen: bool) -> None:
     """As they do in an unstreamed net; a block that was not changed is not written. `unseen`: by torch, as by kernels of
     other libraries."""
-    changed = list[Any]()
+    swaps = list[Swap]()
     net.requires_grad_(True)
     net.blocks[0].requires_grad_(False)
 
@@ -158,8 +158,8 @@ def test_trained_weights_that_step_in_the_backward_pass_come_home(net: Net, unse
         with torch.no_grad():
             (p.data if unseen else p).sub_(0.1 * p.grad)
         p.grad = None
-        for tell in changed if unseen else ():
-            tell([p])
+        for swap in swaps if unseen else ():
+            swap.changed([p])
 
     for p in net.parameters():
         if p.requires_grad:
@@ -170,12 +170,14 @@ def test_trained_weights_that_step_in_the_backward_pass_come_home(net: Net, unse
         net.load_state_dict(start)
         for _ in range(3):
             net(X).square().mean().backward()
+        for swap in swaps:
+            swap.settle()
         return {name: torch.empty(t.shape, dtype=t.dtype).copy_(t) for name, t in net.state_dict().items()}
 
     plain = run()
     backend = Racing(seed=1)
     with streamed(net, net.blocks, choose(COUNT, 4), backend) as swap:
-        changed.append(swap.changed)
+        swaps.append(swap)
         ours = run()
     assert all(torch.equal(t, ours[name]) for name, t in plain.items())
     assert not torch.equal(plain["blocks.5.up.weight"], start["blocks.5.up.weight"])
