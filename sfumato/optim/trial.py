@@ -94,7 +94,7 @@ def steps_alone(config: OptimizerConfig, groups: Sequence[Group]) -> bool:
 
 
 def state_bytes(config: OptimizerConfig) -> float:
-    """Bytes that the optimizer remembers for each number of a weight; those of AdamW in 8 bits where it cannot be tried."""
+    """Bytes that the optimizer remembers for each number of a weight; as of AdamW8bit where it cannot be tried."""
     p = nn.Parameter(torch.ones(64, 128))
     p.grad = torch.full_like(p, 1e-3)
     try:
