@@ -18,6 +18,9 @@ SMALL = 256
 _AHEAD = 64 * 2**20
 """Bytes that are on their way to the device before they are asked for, or from it after they were given up."""
 
+_COPIES = 64
+"""So many of them at most."""
+
 
 class Copies(Protocol):
     """Host memory, and copies between it and the device in the order in which they were asked for, beside what is
@@ -56,6 +59,8 @@ class Shelf:
         self._held: dict[Hashable, None] = {}
         self._coming: dict[Hashable, list[tuple[Any, Tensor]]] = {}
         self._leaving: deque[tuple[Any, Tensor]] = deque()
+        self._given_up = 0
+        """Bytes of what leaves."""
         self._next: dict[Hashable, Hashable] = {}
         self._last: Hashable = None
 
@@ -80,10 +85,11 @@ class Shelf:
         for room, t in zip(rooms, tensors, strict=True):
             t = t.detach().contiguous()
             self._leaving.append((self.copies.store(_bytes(t), room.raw), t))
+            self._given_up += t.nbytes
         self._held[key] = None
         # A tensor's memory is used again once what is computed next comes after its copy.
-        while sum(t.nbytes for _, t in self._leaving) > _AHEAD:
-            self.copies.wait(self._leaving.popleft()[0])
+        while self._given_up > _AHEAD or len(self._leaving) > _COPIES:
+            self._let_go()
 
     def take(self, key: Hashable) -> list[Tensor]:
         """The tensors on the device, which what is computed next may use; they are there no more."""
@@ -116,10 +122,14 @@ class Shelf:
         """Return when what was given up is on the host."""
         for key in list(self._coming):
             self._drop(key)
-        for copy, _ in self._leaving:
-            self.copies.wait(copy)
-        self._leaving.clear()
+        while self._leaving:
+            self._let_go()
         self.copies.finish()
+
+    def _let_go(self) -> None:
+        copy, t = self._leaving.popleft()
+        self.copies.wait(copy)
+        self._given_up -= t.nbytes
 
     def _begin(self, key: Hashable) -> None:
         if key not in self._coming:

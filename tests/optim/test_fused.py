@@ -298,6 +298,16 @@ def test_a_step_that_an_error_ended_may_be_done_again(clipping: str) -> None:
     assert_close(fused.train(2), plain.train(3))
 
 
+def test_what_was_given_up_is_let_go() -> None:
+    shelf = host.Shelf(Delayed(0))
+    for i in range(200):
+        shelf.put(i, [torch.ones(3)])
+    assert len(shelf._leaving) <= 64
+    shelf.settle()
+    assert not shelf._leaving
+    assert not shelf._given_up
+
+
 def test_tensors_of_any_format_share_a_run_of_the_hosts_memory() -> None:
     class Run(Delayed):
         left = torch.empty(4096, dtype=torch.uint8)
