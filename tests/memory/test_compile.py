@@ -20,8 +20,10 @@ from sfumato.memory.checkpoint import checkpoint_blocks
 from sfumato.memory.compile import backend_of, check_backend, compile_blocks
 from sfumato.memory.offload import Offload
 from sfumato.memory.plan import apply_memory_options
+from sfumato.memory.quantise import store
 from sfumato.memory.swap import Swap
 from sfumato.memory.swap_plan import choose
+from sfumato.tensors.stored import Int8
 
 SIZES = [(8, 8), (16, 16), (8, 12), (12, 8), (4, 16), (16, 4), (10, 8), (8, 10), (6, 12), (12, 6)]
 """Ten buckets."""
@@ -66,6 +68,14 @@ class Tokens(nn.Module):
     def forward(self, x: Tensor, *, shared: Tensor) -> Tensor:
         y: Tensor = x + torch.tanh(self.a(x)) * shared
         return y
+
+
+class Codes(Tokens):
+    """Whose frozen weights are kept in fewer bits."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        store(self.a, Int8())
 
 
 class Pixels(nn.Module):
@@ -123,9 +133,9 @@ def test_aot_autograd_and_the_handle(blocks: list[Any]) -> None:
     assert "forward" not in vars(blocks[0])
 
 
-@pytest.mark.parametrize("blocks", [Tokens], indirect=True)
+@pytest.mark.parametrize("blocks", [Codes], indirect=True)
 def test_together_with_all_that_comes_and_goes(blocks: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Compiled, recomputed but for what costs much, their inputs on the host, and they themselves."""
+    """In fewer bits, compiled, recomputed but for what costs much, their inputs on the host, and they themselves."""
     monkeypatch.setattr(offload, "SMALL", 0)
     sizes = [*SIZES[:3], SIZES[0]]
     plain = [gradients(blocks, *size) for size in sizes]
