@@ -161,7 +161,10 @@ class Forecast:
     def _phases(self, traced: Predicted, levers: Levers) -> dict[str, Peak]:
         fused = self.config.optimizer.fused
         found = traced.step.peaks(self._again(traced, levers), offloaded=levers.offloaded, fused=fused)
-        return {**found, "update": Peak(gradients=0 if fused else traced.gradients, temporary=traced.update)}
+        if fused:  # weights step while the backward pass goes on
+            backward = found["backward"]
+            return {**found, "backward": replace(backward, temporary=backward.temporary + traced.update)}
+        return {**found, "update": Peak(gradients=traced.gradients, temporary=traced.update)}
 
     def _again(self, traced: Predicted, levers: Levers) -> list[int]:
         """Calls of blocks that are recomputed."""

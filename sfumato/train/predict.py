@@ -72,7 +72,19 @@ def predict(
 ) -> list[Predicted]:
     """Trace a step on each of these batches (made without values). `card`: as on an accelerator, not as on a CPU.
     Errors: as `outline_models`."""
-    models = outline_models(config, method)
+    return predict_of(outline_models(config, method), config, method, plan, batches, card=card)
+
+
+def predict_of(
+    models: Models,
+    config: Config,
+    method: Method,
+    plan: AdapterPlan | None,
+    batches: Sequence[Callable[[Models], Batch]],
+    *,
+    card: bool,
+) -> list[Predicted]:
+    """The same for an outline, which is used up."""
     adapters = None if plan is None else Adapters(models, config, plan)
     with FakeTensorMode(allow_non_fake_inputs=True):
         dtypes = formats(config, models.family, method)

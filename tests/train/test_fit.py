@@ -78,7 +78,10 @@ def fail(a_run: loop.Run, times: int, backward: bool) -> None:
 
 @pytest.mark.parametrize(
     ("times", "backward", "settings"),
-    [(1, True, {"micro_batch": 1}), (2, False, {"fused_backward_pass": True, "gradient_accumulation_steps": 2})],
+    [
+        (1, True, {"micro_batch": 1, "vram": "1GB"}),
+        (2, False, {"fused_backward_pass": True, "gradient_accumulation_steps": 2}),
+    ],
     ids=["backward", "twice-forward-fused"],
 )
 def test_a_step_that_runs_out_of_memory_is_done_again(
@@ -89,7 +92,7 @@ def test_a_step_that_runs_out_of_memory_is_done_again(
     backward: bool,
     settings: dict[str, Any],
 ) -> None:
-    """The result is that of a run which had the settings that were taken from the start."""
+    """The result is that of a run which had the settings that were taken from the start; what is resumed keeps them."""
     a_run = ready(where, tmp_path / "full", **settings)
     before = a_run.config.memory
     fail(a_run, times, backward)
@@ -97,6 +100,11 @@ def test_a_step_that_runs_out_of_memory_is_done_again(
     assert capsys.readouterr().err.count("out of memory in step 2: the step is done again with") == times
     assert a_run.identity["config"]["memory"] == json.loads(json.dumps(asdict(after)))
     spared = {n: v for n, v in asdict(after).items() if asdict(before)[n] != v}
+    if after.vram:
+        a_run.save_state(state := tmp_path / "out-state")
+        resumed = ready(where, tmp_path / "on", **{**settings, "resume": str(state), "max_train_steps": 3})
+        assert resumed.config.memory == after
+        trained(resumed)
     assert spared.get("gradient_checkpointing") and equal(found, trained(ready(where, tmp_path, **settings, **spared)))
 
 
