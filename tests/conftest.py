@@ -17,7 +17,7 @@ import torch
 from run_fixtures import images, model, train
 from tinies.headers import table
 
-from sfumato.formats import metadata
+from sfumato.formats import files, metadata
 
 __all__ = ["images", "keys", "model", "train"]
 
@@ -32,10 +32,12 @@ def pytest_collection_finish() -> None:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def memo(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """What is remembered of files is not the user's, whose memory would fill with files that are gone."""
+def on_disk(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """What is remembered of files is not the user's, whose memory would fill with files that are gone; and no test cuts
+    the power, so gigabytes of files that live for a second need not reach the disk."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(metadata, "MEMO", tmp_path_factory.mktemp("memo") / "hashes.json")
+        patch.setattr(files, "_sync", lambda path: None)
         yield
 
 
