@@ -188,18 +188,18 @@ class Staged(Streams):
         return used
 
 
-def backend(device: torch.device, waiting: int, largest: int) -> tuple[Backend, bool]:
+def backend(device: torch.device, waiting: int, largest: int, processes: int = 1) -> tuple[Backend, bool]:
     """What streams to a device, and whether frozen blocks are packed into memory of its own: where they cannot all be
     pinned, they stay where they are.
 
-    `waiting`: bytes of all blocks that are streamed; `largest`: of one.
+    `waiting`: bytes of all blocks that are streamed; `largest`: of one; `processes`: that each hold as many.
     """
     if device.type == "cpu":
         return Threaded(), True
     import psutil
 
-    memory = psutil.virtual_memory()
+    memory, pinned = psutil.virtual_memory(), waiting * processes
     # Windows pins half of the memory at most, and elsewhere more is not wise. What files back is not counted as taken.
-    if waiting <= memory.total / 2 and waiting * 1.1 <= memory.available:
+    if pinned <= memory.total / 2 and pinned * 1.1 <= memory.available:
         return Streams(device, waiting), True
     return Staged(device, largest), False

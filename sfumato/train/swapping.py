@@ -63,5 +63,5 @@ def place(models: Models, name: str, choice: swap_plan.Choice | None, device: to
         return None
     blocks = _blocks(models, name)
     sizes = swap_plan.bytes_of(blocks)
-    copies, packed = backend(device, choice.host(sizes), max(sizes))
+    copies, packed = backend(device, choice.host(sizes), max(sizes), dist.outside().size)
     return Swap(net, blocks, choice, copies, packed=packed)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import weakref
 from contextlib import nullcontext
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from sfumato.config import MemoryConfig
 from sfumato.memory import offload, swap_plan
-from sfumato.memory.backends import Staged, Streams, Threaded
+from sfumato.memory.backends import Staged, Streams, Threaded, backend
 from sfumato.memory.checkpoint import checkpoint_blocks
 from sfumato.memory.swap import Swap
 from sfumato.memory.swap_plan import Choice, asked, choose
@@ -375,6 +376,20 @@ def test_where_memory_cannot_be_pinned_a_thread_copies_through_two_buffers(net: 
     assert calls.count("copies records") == calls.count("a thread waits") == 2 * 4
     assert "the host waits" not in calls
     swap.remove()
+
+
+@pytest.mark.parametrize(
+    ("waiting", "available", "processes", "kind"),
+    [(30, 40, 1, Streams), (33, 40, 1, Staged), (30, 31, 1, Staged), (10, 40, 3, Streams), (11, 40, 3, Staged)],
+)
+def test_what_cannot_be_pinned_is_staged(
+    calls: list[str], monkeypatch: pytest.MonkeyPatch, waiting: int, available: int, processes: int, kind: type
+) -> None:
+    """At most half of the memory, as far as it is free, of all processes together."""
+    monkeypatch.setattr(torch, "Stream", lambda device: Stream("copies", calls))
+    monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(total=64, available=available))
+    made, packed = backend(torch.device("cuda"), waiting, 4, processes)
+    assert type(made) is kind and packed is (kind is Streams)
 
 
 def test_pinned_memory_is_taken_in_powers_of_two(calls: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
