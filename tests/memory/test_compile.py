@@ -233,7 +233,7 @@ def test_few_graphs_of_every_family(case: Any) -> None:
 @pytest.mark.slow
 def test_inductor() -> None:
     """What people use, with g++ here."""
-    step = TinyStep.of(next(case for case in CASES if case.family == "flux"), "target=attention")
+    step = TinyStep.of(next(case for case in CASES if case.family == "anima"), "target=attention")
     plain = [step.gradients(*size) for size in SIZES[:3]]
     compile_blocks(step.blocks, "inductor", pytest.fail)
     checkpoint_blocks(step.blocks)
