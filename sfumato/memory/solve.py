@@ -86,9 +86,10 @@ def seconds(levers: Levers, *, flops: int, again: int, copied: int, batch: int) 
     return float(max(compute * (BESIDE if copied else 1.0), parts * copied / COPY))
 
 
-def choose(candidates: Iterable[Candidate], budget: int) -> Candidate | None:
-    """The fastest of those that fit; of equals the one that needs least. None: none fits."""
-    return min((c for c in candidates if c.device <= budget), key=lambda c: (c.seconds, c.device), default=None)
+def choose(candidates: Iterable[Candidate], budget: int, host: int) -> Candidate | None:
+    """The fastest of those that fit card and host; of equals the one that needs least. None: none fits."""
+    fit = (c for c in candidates if c.device <= budget and c.host <= host)
+    return min(fit, key=lambda c: (c.seconds, c.device), default=None)
 
 
 def halves(batch: int) -> Sequence[int]:

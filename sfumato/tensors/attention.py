@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from importlib import import_module
 from typing import Any, Literal
 
@@ -34,6 +35,17 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Te
     (True: attended to) or added to the scores. Returns (b, heads, n, d).
     """
     return _chosen(q, k, v, mask)
+
+
+@contextmanager
+def plain() -> Iterator[None]:
+    """Within, PyTorch's own attention is used, whatever was chosen."""
+    global _chosen
+    before, _chosen = _chosen, _plain
+    try:
+        yield
+    finally:
+        _chosen = before
 
 
 def choose(kind: Kind, *, training: bool = False, half: bool = True, card: Capability = (0, 0)) -> None:

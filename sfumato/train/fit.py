@@ -203,13 +203,14 @@ def fitted(
     config, given = (config, given) if before is None else (before, _KNOWN)
     forecast = Forecast(config, method, plan, images, given, card=card)
     tried = list(forecast.candidates(budget))
-    chosen = choose(tried, budget)
+    chosen = choose(tried, budget, host_room())
     if chosen is None:
         least = min(tried, key=lambda c: c.device)
         raise UserError(
             f"vram {config.memory.vram}: nothing fits. The least that would do is "
-            f"{_gib(_card(least.device, card=card))} GB, with {least.levers}; smaller images (resolution), a smaller "
-            "network_dim, cached latents and cached text outputs need less"
+            f"{_gib(_card(least.device, card=card))} GB, with {least.levers} and {_gib(least.host)} GB of the "
+            "computer's memory; smaller images (resolution), a smaller network_dim, cached latents and cached text "
+            "outputs need less"
         )
     config = with_levers(config, forecast, chosen.levers)
     found = Fit(config, chosen, tuple(tried), budget, forecast.largest, notes)
@@ -249,9 +250,10 @@ def facts(found: Fit) -> dict[str, Any]:
 def show(found: Fit) -> None:
     """Print what was tried and what was chosen."""
     fastest = min(c.seconds for c in found.tried)
-    kept = sorted(found.tried, key=lambda c: (c.device > found.budget, c.seconds, c.device))[:SHOWN]
+    order = sorted(found.tried, key=lambda c: (c is not found.chosen, c.device > found.budget, c.seconds, c.device))
     rows = [
-        (str(c.levers), _gib(c.device), _gib(c.host), f"{c.seconds / fastest:.2f}", _verdict(found, c)) for c in kept
+        (str(c.levers), _gib(c.device), _gib(c.host), f"{c.seconds / fastest:.2f}", _verdict(found, c))
+        for c in order[:SHOWN]
     ]
     print_table(CANDIDATES, rows)
     print_table(PHASES, phase_rows(found.chosen))
@@ -270,7 +272,7 @@ def line(found: Fit) -> str:
     """The choice in words."""
     return (
         f"vram {found.config.memory.vram}: {found.chosen.levers}; {_gib(found.chosen.device)} of {_gib(found.budget)} "
-        f"GiB that tensors may take, predicted for {found.largest.count} images of {found.largest.size[0]}x"
+        f"GiB that tensors may take, predicted for batches of {found.largest.count} at {found.largest.size[0]}x"
         f"{found.largest.size[1]}"
     )
 
@@ -278,7 +280,16 @@ def line(found: Fit) -> str:
 def _verdict(found: Fit, candidate: Candidate) -> str:
     if candidate is found.chosen:
         return "chosen"
-    return "" if candidate.device <= found.budget else "does not fit"
+    if candidate.device > found.budget:
+        return "does not fit"
+    return "" if candidate.host <= host_room() else "too much for this computer"
+
+
+def host_room() -> int:
+    """Bytes of this computer's memory that may wait for the card: the rest is for reading files, and for others."""
+    import psutil
+
+    return int(psutil.virtual_memory().total * 0.8)
 
 
 def _card(device: int, *, card: bool) -> int:

@@ -23,6 +23,7 @@ from sfumato.models.base import Models
 from sfumato.optim import build
 from sfumato.optim.groups import Group
 from sfumato.optim.trial import stand_in, trial
+from sfumato.tensors import attention
 from sfumato.train import dist
 from sfumato.train.devices import formats, outline_models
 from sfumato.train.step import Step
@@ -120,7 +121,13 @@ def _traced(config: Config, models: Models, trainable: Trainable, batch: Batch, 
     tracer = BlockTracer(tracker, _signatures(trainable, models))
     inner = [part for net in nets.values() for part in alike(net, tracer.signature)]
     weights = tracker.live
-    with _freed(trained.values(), tracer), _as_on(card), tracker, tracer.on([*encoders, *blocks], inner) as trace:
+    with (
+        attention.plain(),
+        _freed(trained.values(), tracer),
+        _as_on(card),
+        tracker,
+        tracer.on([*encoders, *blocks], inner) as trace,
+    ):
         step(batch).backward()
     state, update = _optimizer(config, trainable, card=card)
     if config.optimizer.ema_decay:
