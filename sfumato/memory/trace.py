@@ -92,7 +92,7 @@ class Trace:
     ) -> dict[str, Peak]:
         """{"forward", "backward"} -> the peak. `checkpointed`: calls of blocks that remember their inputs alone;
         `offloaded`: and those on the host; `fused`: gradients are used up as they come."""
-        found = {"forward": Peak(), "backward": Peak()}
+        found, checkpointed = {"forward": Peak(), "backward": Peak()}, frozenset(checkpointed)
         phase, less, aside, casts = "forward", 0, 0, 0
 
         def seen(level: int, gradients: int, more: int) -> None:

@@ -76,6 +76,7 @@ class Forecast:
         changed = {name for name in _KNOWN if getattr(config.memory, name) != getattr(MemoryConfig(), name)}
         self.fixed = {lever for lever, names in _FREE.items() if names & (changed | set(given))}
         self._predicted: dict[tuple[Format | None, int], Predicted] = {}
+        self._peaks: dict[Levers, dict[str, Peak]] = {}
 
     def now(self) -> Levers:
         """As the config has them."""
@@ -118,13 +119,11 @@ class Forecast:
 
     def of(self, levers: Levers) -> Candidate:
         """What a training takes with these levers."""
-        count = self.largest.count
-        whole, one = self.predicted(levers.quantize, count), None
-        found = self._phases(whole, levers)
-        if levers.micro < count:
-            one = self._phases(self.predicted(levers.quantize, 1), levers)
-            share = (levers.micro - 1) / (count - 1)
-            found = {name: _between(one[name], found[name], share) for name in found}
+        count, same = self.largest.count, replace(levers, swapped=0)
+        whole = self.predicted(levers.quantize, count)
+        if same not in self._peaks:
+            self._peaks[same] = self._at_once(same)
+        found = self._peaks[same]
         resident, host = self._weights(whole, levers)
         fixed = {
             "weights": resident,
@@ -157,6 +156,16 @@ class Forecast:
     def blocks(self) -> int:
         """The denoiser's."""
         return len(self.predicted(self.now().quantize, self.largest.count).weights.blocks)
+
+    def _at_once(self, levers: Levers) -> dict[str, Peak]:
+        """The peaks of phases, for as many images as pass at once."""
+        count = self.largest.count
+        whole = self._phases(self.predicted(levers.quantize, count), levers)
+        if levers.micro == count:
+            return whole
+        one = self._phases(self.predicted(levers.quantize, 1), levers)
+        share = (levers.micro - 1) / (count - 1)
+        return {name: _between(one[name], whole[name], share) for name in whole}
 
     def _phases(self, traced: Predicted, levers: Levers) -> dict[str, Peak]:
         fused = self.config.optimizer.fused
