@@ -25,7 +25,7 @@ ROUNDS, STEPS, WARM = 3, 4, 2
 def main(words: Sequence[str], method: Method, command: str) -> int:
     """Measure, print the table, write the figures."""
     parser = _parser(command)
-    args, rest = parser.parse_known_args(list(words))
+    args, rest = parser.parse_known_args(_joined(words))
     from sfumato.tools import bench
 
     before = bench.read(args.compare)["rows"] if args.compare else []
@@ -42,6 +42,12 @@ def main(words: Sequence[str], method: Method, command: str) -> int:
         raise UserError(f"{command}: say what is measured: --families NAME ..., or --model FILE")
     print(bench.table(rows, before))
     return 1 if any("error" in row for row in rows) else 0
+
+
+def _joined(words: Sequence[str]) -> list[str]:
+    """What follows `--setting` may begin with dashes itself."""
+    given = iter(words)
+    return [f"--setting={next(given, '')}" if word == "--setting" else word for word in given]
 
 
 def _parser(command: str) -> flags.Parser:

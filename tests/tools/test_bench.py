@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from multiprocessing import Pipe
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -12,6 +13,7 @@ from tinies.cases import cases
 
 from sfumato import families
 from sfumato.cli.main import main
+from sfumato.errors import UserError
 from sfumato.models.meta_init import shapes
 from sfumato.tools import bench
 from sfumato.train import bench as steps
@@ -56,9 +58,10 @@ def test_steps_are_measured_as_the_settings_ask(
     assert {"torch", "cpu", "memory", "platform"} <= found["machine"].keys()
     capsys.readouterr()
     with HERE:
-        assert main([*words, "--compare", str(out)]) == 0
+        assert main([*words, "--setting", "--fused_backward_pass", "--compare", str(out)]) == 0
     shown = capsys.readouterr().out.splitlines()
     assert "s/step" in shown[0] and shown[1].startswith("model network") and "x " in shown[2]
+    assert "--fused_backward_pass" in shown[3] and len(shown) == 4, "it was not measured before"
 
 
 def test_a_case_that_failed_is_a_line_and_the_others_have_ratios() -> None:
@@ -84,3 +87,16 @@ def test_a_case_that_failed_is_a_line_and_the_others_have_ratios() -> None:
 def test_mistakes(words: list[str], said: str, capsys: Any) -> None:
     assert main(["bench", "network", *words]) == 2
     assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("raised", "told"), [(UserError("a", "b"), "a; b"), (RuntimeError("no room\nmore"), "RuntimeError: no room")]
+)
+def test_what_ends_a_case_is_its_row(raised: Exception, told: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(case: object) -> None:
+        raise raised
+
+    monkeypatch.setattr(steps, "measure", fails)
+    ours, theirs = Pipe()
+    bench._measured(None, theirs)  # type: ignore[arg-type]
+    assert ours.recv() == {"error": told}
