@@ -2,7 +2,7 @@
 
 By storage, as an allocator would: views cost nothing, and a storage that several tensors share costs once. What kernels
 take within a call is not seen. torch's own `torch.distributed._tools.mem_tracker` counts in the same way and sorts by
-module; it was tried first, and left, because it takes hold of every module's hooks, which checkpointing from outside
+module; it is not used, because it takes hold of every module's hooks, which checkpointing from outside
 calls in another order, and because it cannot be told of bytes that no tensor holds (`hold`).
 """
 
