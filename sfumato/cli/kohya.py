@@ -59,11 +59,13 @@ OURS = frozenset(
         "quantize",
         "quantize_budget",
         "quantize_text_encoders",
+        "simulate_vram",
         "skip_unreadable",
         "stream_text_encoders",
         "text_encoder_blocks_to_swap",
         "tokenizer",
         "vae_tile_size",
+        "vram",
     }
 )
 """Settings of all families that kohya's command lines do not have."""
