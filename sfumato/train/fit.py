@@ -22,6 +22,7 @@ from sfumato.train import resume
 from sfumato.train.predict import Predicted, predict
 from sfumato.train.progress import answers, print_table
 from sfumato.train.stand_in import Largest
+from sfumato.train.trainables import caches_latents, caches_text
 
 GIB = 2**30
 FORMATS: tuple[Format | None, ...] = (None, "int8", "nf4")
@@ -214,16 +215,42 @@ def fitted(
     tried = list(forecast.candidates(budget))
     chosen = choose(tried, budget, host_room())
     if chosen is None:
-        least = min(tried, key=lambda c: c.device)
-        raise UserError(
-            f"vram {config.memory.vram}: nothing fits. The least that would do is "
-            f"{_gib(_card(least.device, card=card))} GB, with {least.levers} and {_gib(least.host)} GB of the "
-            "computer's memory; smaller images (resolution), a smaller network_dim, cached latents and cached text "
-            "outputs need less"
-        )
+        raise UserError(_refusal(config, method, tried, budget, card=card))
     config = with_levers(config, forecast, chosen.levers)
     found = Fit(config, chosen, tuple(tried), budget, forecast.largest, notes)
     return replace(found, notes=(*notes, line(found)))
+
+
+def _refusal(config: Config, method: Method, tried: list[Candidate], budget: int, *, card: bool) -> str:
+    """Why nothing fits, and what would."""
+    begin = f"vram {config.memory.vram}: nothing fits"
+    if on_card := [c for c in tried if c.device <= budget]:
+        least = min(on_card, key=lambda c: c.host)
+        return (
+            f"{begin} this computer, of whose memory {_gib(host_room())} GB may be used: the least that would do for "
+            f"the card is {_gib(least.host)} GB, with {least.levers}"
+        )
+    least = min(tried, key=lambda c: c.device)
+    return (
+        f"{begin}. The least that would do is {_gib(_card(least.device, card=card))} GB, with {least.levers}"
+        + (f" and {_gib(least.host)} GB of the computer's memory" if least.host else "")
+        + f"; less is needed with {', '.join(_spared(config, method))}"
+    )
+
+
+def _spared(config: Config, method: Method) -> Iterator[str]:
+    """What else would need less memory: not chosen, as it changes what is trained, or how."""
+    if method == "full":
+        o = config.optimizer
+        named = {"full_bf16": config.train.full_bf16, "fused_backward_pass": o.fused}
+        named |= {"optimizer_state_on_cpu": o.optimizer_state_on_cpu}
+        named |= {"blocks_to_swap (beside the last two)": config.memory.blocks_to_swap}
+        yield from (name for name, there in named.items() if not there)
+    else:
+        yield "a smaller network_dim"
+    yield from () if caches_latents(config) else ("cache_latents",)
+    yield from () if caches_text(config) else ("cache_text_encoder_outputs",)
+    yield "smaller images (resolution)"
 
 
 def with_levers(config: Config, forecast: Forecast, levers: Levers) -> Config:
@@ -259,7 +286,7 @@ def facts(found: Fit) -> dict[str, Any]:
 def show(found: Fit) -> None:
     """Print what was tried and what was chosen."""
     fastest = min(c.seconds for c in found.tried)
-    order = sorted(found.tried, key=lambda c: (c is not found.chosen, c.device > found.budget, c.seconds, c.device))
+    order = sorted(_unbeaten(found), key=lambda c: (c is not found.chosen, c.device > found.budget, c.seconds))
     rows = [
         (str(c.levers), _gib(c.device), _gib(c.host), f"{c.seconds / fastest:.2f}", _verdict(found, c))
         for c in order[:SHOWN]
@@ -286,12 +313,22 @@ def line(found: Fit) -> str:
     )
 
 
+def _unbeaten(found: Fit) -> list[Candidate]:
+    """Without what takes longer than something else that needs no more of card and host, nor fewer bits."""
+
+    def beats(one: Candidate, other: Candidate) -> bool:
+        a, b = ((c.seconds, c.device, c.host, FORMATS.index(c.levers.quantize)) for c in (one, other))
+        return a != b and all(x <= y for x, y in zip(a, b, strict=True))
+
+    return [c for c in found.tried if c is found.chosen or not any(beats(other, c) for other in found.tried)]
+
+
 def _verdict(found: Fit, candidate: Candidate) -> str:
     if candidate is found.chosen:
         return "chosen"
     if candidate.device > found.budget:
         return "does not fit"
-    return "" if candidate.host <= host_room() else "too much for this computer"
+    return "" if candidate.host <= host_room() else "host too small"
 
 
 def host_room() -> int:

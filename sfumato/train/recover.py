@@ -74,7 +74,7 @@ class Recovery:
         if run.world.main:
             console.print(
                 f"out of memory in step {run.step + 1}: the step is done again with {found.levers}, which needs about "
-                f"{found.device / spent - 1:+.0%} of the card's memory and gives the same numbers"
+                f"{1 - found.device / spent:.0%} less of the card's memory and gives the same numbers"
             )
 
 

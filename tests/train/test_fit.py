@@ -4,6 +4,7 @@ what was predicted is told beside what was taken."""
 from __future__ import annotations
 
 import json
+import re
 from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
@@ -17,7 +18,7 @@ from tinies.cases import Case, Files, cases
 from torch import nn
 
 from sfumato.errors import UserError
-from sfumato.train import loop, plan, run
+from sfumato.train import fit, loop, plan, run
 
 SETTINGS: dict[str, Any] = {
     "cache_latents": True,
@@ -97,7 +98,9 @@ def test_a_step_that_runs_out_of_memory_is_done_again(
     before = a_run.config.memory
     fail(a_run, times, backward)
     found, after = trained(a_run), a_run.config.memory
-    assert capsys.readouterr().err.count("out of memory in step 2: the step is done again with") == times
+    said = " ".join(capsys.readouterr().err.split())
+    assert said.count("out of memory in step 2: the step is done again with") == times
+    assert len(re.findall(r"needs about \d+% less of the card's memory", said)) == times
     assert a_run.identity["config"]["memory"] == json.loads(json.dumps(asdict(after)))
     spared = {n: v for n, v in asdict(after).items() if asdict(before)[n] != v}
     if after.vram:
@@ -148,12 +151,17 @@ def test_a_run_within_a_simulated_card(where: Where, tmp_path: Path, capsys: pyt
 
 
 def test_what_was_set_stands_and_what_cannot_fit_is_refused(
-    where: Where, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    where: Where, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     given = {**SETTINGS, "gradient_checkpointing": True, "quantize": "int8"}
     made, data = configured(*where, tmp_path, "network", **given, vram="1100MB")
     found = plan.facts(made, "network", data)["memory"]
     assert found["chosen"]["levers"]["every"] == 1 and {t["levers"]["every"] for t in found["tried"]} == {1}
     made, data = configured(*where, tmp_path, "network", **given, vram="1025MB")
-    with pytest.raises(UserError, match=r"vram 1025MB: nothing fits. The least that would do is 1\.\d+ GB, with "):
+    with pytest.raises(UserError, match=r"vram 1025MB: nothing fits. The least that would do is 1\.\d+ GB, with ") as e:
+        plan.show(made, "network", data)
+    assert str(e.value).endswith("less is needed with a smaller network_dim, smaller images (resolution)")
+    made, data = configured(*where, tmp_path, "network", **given, blocks_to_swap=1, vram="1100MB")
+    monkeypatch.setattr(fit, "host_room", lambda: 0)
+    with pytest.raises(UserError, match=r"nothing fits this computer, of whose memory 0\.00 GB may be used: the least"):
         plan.show(made, "network", data)
