@@ -207,8 +207,18 @@ def every_name() -> list[str]:
 
 
 def _own_words(settings: Iterable[Given], report: Report) -> list[Given]:
-    found = [kohya_settings.translate(g, report) if g.key in kohya_settings.names() else g for g in settings]
-    return [g for g in found if g is not None]
+    """In our own words. One of two names of a setting that is switched off says nothing; two that are on must agree."""
+    found: dict[str, Given] = {}
+    written: dict[str, Given] = {}
+    for each in settings:
+        ours = kohya_settings.translate(each, report) if each.key in kohya_settings.names() else each
+        if ours is None or (ours.key in found and kohya_settings.off(ours)):
+            continue
+        other = found.get(ours.key)
+        if other and not kohya_settings.off(other) and kohya_settings.alone(other) != kohya_settings.alone(ours):
+            report.error(f"{each}: {written[ours.key]} sets {ours.key} to something else; leave one of the two out")
+        found[ours.key], written[ours.key] = ours, each
+    return list(found.values())
 
 
 def from_file(name: str, report: Report, *, key: str, lenient: bool) -> dict[str, Given]:

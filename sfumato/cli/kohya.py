@@ -38,6 +38,7 @@ def scripts() -> Mapping[str, Script]:
     return found
 
 
+SWAPS = ("blocks_to_swap", "double_blocks_to_swap", "single_blocks_to_swap")
 CACHED = ("cache_text_encoder_outputs", "cache_text_encoder_outputs_to_disk")
 DEFAULTS: Mapping[str, object] = {"learning_rate": 2e-6, "caption_extension": ".caption"}
 """Where kohya's defaults differ from ours and change the result."""
@@ -157,16 +158,18 @@ def _negative_is_never(given: dict[str, Given]) -> None:
 
 def _swapping(script: Script, given: dict[str, Given], report: Report) -> None:
     """`blocks_to_swap` as sd-scripts counts for these families (all of a script do alike), with what it needs here."""
-    each = given.get("blocks_to_swap")
-    if not each or not (number := _number(each)):
-        return
-    where, value = each.where or f"--{each.key}", families.facts(script.families[0]).swapped(number)
-    if value != number:
-        given[each.key] = replace(each, value=value, flag=False, where=where)
-        report.note(f"{each} {number}: {value} of all blocks, as many as sd-scripts swaps by it")
-    if script.method == "full" and "optimizer_state_on_cpu" not in given:
-        given["optimizer_state_on_cpu"] = Given("optimizer_state_on_cpu", True, where, False, True)
-        report.note(f"{each}: the optimizer's state waits in the CPU's memory as well (optimizer_state_on_cpu)")
+    for name in SWAPS:
+        each = given.get(name)
+        if not each or not (number := _number(each)):
+            continue
+        where = each.where or f"--{each.key}"
+        value = families.facts(script.families[0]).swapped(number) if name == "blocks_to_swap" else number
+        if value != number:
+            given[each.key] = replace(each, value=value, flag=False, where=where)
+            report.note(f"{each} {number}: {value} of all blocks, as many as sd-scripts swaps by it")
+        if script.method == "full" and "optimizer_state_on_cpu" not in given:
+            given["optimizer_state_on_cpu"] = Given("optimizer_state_on_cpu", True, where, False, True)
+            report.note(f"{each}: the optimizer's state waits in the CPU's memory as well (optimizer_state_on_cpu)")
 
 
 def _number(given: Given | None) -> int | None:

@@ -22,6 +22,12 @@ RENAMED: Mapping[str, tuple[str, object]] = {
 }
 """kohya's name -> our name, and the value that it stands for (None: its own)."""
 
+_LIKE: Mapping[str, str] = {
+    "mem_eff_attn": "PyTorch's own attention, which needs as little memory and gives the same result",
+    "unsloth_offload_checkpointing": "which keeps in the host's memory what that does",
+}
+"""Names of `RENAMED` by which a user may expect something else, and why ours does for it."""
+
 _KEYED = "what is cached is found by its content, and what does not fit is encoded again"
 _UPLOAD = "only matters with huggingface_repo_id"
 _VALIDATION = "only matters with validation_split"
@@ -134,7 +140,9 @@ def translate(given: Given, report: Report) -> Given | None:
     """The setting in our own words; None when it was answered here: stated, or refused unless it is switched off."""
     if given.key in RENAMED:
         key, value = RENAMED[given.key]
-        ours = replace(given, key=key, value=_alone(given.value), where=given.where or f"--{given.key}")
+        ours = replace(given, key=key, value=alone(given), where=given.where or f"--{given.key}")
+        if given.key in _LIKE and not off(given):
+            report.note(f"{given}: read as {key}, {_LIKE[given.key]}")
         if value is None:
             return ours
         return replace(ours, value=value, flag=False) if not off(given) else None
@@ -145,12 +153,13 @@ def translate(given: Given, report: Report) -> Given | None:
     return None
 
 
-def _alone(value: object) -> object:
-    """Kohya's flags are read as lists, as nothing is known of them."""
+def alone(given: Given) -> object:
+    """Its value; kohya's flags are read as lists, as nothing is known of them."""
+    value = given.value
     return value[0] if isinstance(value, list) and len(value) == 1 else value
 
 
 def off(given: Given) -> bool:
     """Whether a switch or amount that we do not have is at its "off" value."""
-    value = _alone(given.value)
+    value = alone(given)
     return value in _OFF and value is not True

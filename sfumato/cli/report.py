@@ -24,7 +24,8 @@ class Given:
     """The file that it stands in."""
 
     def __str__(self) -> str:
-        return f"{self.where}: {self.key}" if self.where else f"--{self.key}"
+        flag = f"--{self.key}"
+        return flag if self.where in ("", flag) else f"{self.where}: {self.key}"
 
 
 @dataclass(slots=True)

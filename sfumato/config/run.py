@@ -192,7 +192,10 @@ class OptimizerConfig(Record):
     """Learning rate of the text encoder when whole models are trained."""
     max_grad_norm: Amount = 1.0
     """Clip the norm of all gradients together to this; 0: no clipping."""
-    fused_backward_pass: bool = False
+    fused_backward_pass: Annotated[
+        bool,
+        Excludes("fused_optimizer_groups", "blockwise_fused_optimizers", why="what steps together is named beside it"),
+    ] = False
     """Let weights step as soon as their gradients are there, in the backward pass, and free these at once: the numbers
     are the same, and the gradients of all weights are never on the device together."""
     fused_optimizer_groups: Annotated[

@@ -43,9 +43,9 @@ def check_backend(config: MemoryConfig) -> None:
     backend = backend_of(config)
     if backend is None:
         return
-    known = torch.compiler.list_backends(exclude_tags=())
-    if backend not in known:
-        raise UserError(f"dynamo_backend {backend}: torch knows {', '.join(sorted(known))}")
+    if backend not in torch.compiler.list_backends(exclude_tags=()):
+        usual = torch.compiler.list_backends()  # not those that only help to find mistakes
+        raise UserError(f"dynamo_backend {backend}: torch knows {', '.join(sorted(usual))}")
 
 
 @dataclass

@@ -86,8 +86,10 @@ def asked_of_encoder(count: int, config: MemoryConfig) -> Choice | None:
 
 
 def _room(count: int, called: str) -> str:
+    if not count:
+        return f"this model has no {called}; leave it out"
     if count < 2:
-        return f"this model has {count or 'no'} {called}, of which none can wait on the host; leave it out"
+        return f"this model has one of {called}, which cannot wait on the host; leave it out"
     return f"this model has {count} {called}, and one must be on the device; choose 1 to {count - 1}"
 
 

@@ -33,6 +33,21 @@ def test_kohyas_way_of_choosing_an_attention(home: Path) -> None:
         assert resolved(*words.split()).config.memory.attention == kind
     with pytest.raises(UserError, match="--attn_mode: attn_mode chooses another attention"):
         resolved("--attn_mode=flash", "--sdpa")
+    with pytest.raises(UserError, match="--use_sage_attn: --use_flash_attn sets attn_mode to something else; leave"):
+        resolved("--use_flash_attn", "--use_sage_attn")
+    for words in ("--mem_eff_attn=false --sdpa", "--sdpa --mem_eff_attn=false"):  # as front ends write them
+        assert resolved(*words.split()).config.memory.sdpa
+    assert any(n.startswith("--mem_eff_attn: read as sdpa, PyTorch's own") for n in resolved("--mem_eff_attn").notices)
+
+
+def test_swapped_blocks_of_whole_models_bring_what_they_need(home: Path) -> None:
+    for flag in ("--blocks_to_swap=2", "--single_blocks_to_swap=2"):
+        found = kohya.resolve("fine_tune", [*BASE, flag, "--fused_backward_pass", "--blockwise_fused_optimizers"])
+        optimizer = found.config.optimizer
+        assert optimizer.optimizer_state_on_cpu and optimizer.blockwise_fused_optimizers
+        assert not optimizer.fused_backward_pass
+        said = {n.split(": ")[0] for n in found.notices}
+        assert {flag.split("=")[0], "--fused_backward_pass"} <= said
 
 
 def resolved(*argv: str) -> flags.Resolved:
@@ -78,7 +93,12 @@ def test_a_typical_command_is_read_whole(home: Path) -> None:
     assert (config.network.network_dim, config.network.network_args) == (8, ("conv_dim=4", "conv_alpha=1"))
     assert (config.optimizer.text_encoder_lr, config.optimizer.lr_warmup_steps) == ((5e-5,), "10%")
     assert found.datasets[0].subsets[0].num_repeats == 10 and found.datasets[0].batch_size == 2 and config.memory.sdpa
-    assert found.notices == ()
+    assert [n.split(": ")[:2] for n in found.notices] == [
+        [
+            "--mem_eff_attn",
+            "read as sdpa, PyTorch's own attention, which needs as little memory and gives the same result",
+        ]
+    ]
 
 
 def test_kohyas_defaults_are_used_and_said(home: Path) -> None:
