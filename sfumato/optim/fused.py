@@ -81,6 +81,7 @@ class FusedStep:
         self._norms: dict[nn.Parameter, Tensor] = {}
         self._groups: dict[int, dict[str, Any]] = {}
         self._factor: Tensor | None = None
+        self._changes: Callable[[], None] = lambda: None
         self._take: Callable[[nn.Parameter], None] = self._count
         if in_backward:
             for p in self._place:
@@ -100,8 +101,8 @@ class FusedStep:
         before `changes` the step may be done again, once the gradients are cleared."""
         self._begin()
         waits = self._waits(scaler.is_enabled())
+        self._changes = changes
         if waits == "no":
-            changes()
             self._factor = self._delayed()
             loss = self._gradients(backward, self._step_now)
             norm = self._norm()
@@ -113,7 +114,6 @@ class FusedStep:
             norm, self._factor = gate.norm, gate.factor(self.max_norm)
 
             def act() -> None:
-                changes()
                 if waits == "again":
                     self._gradients(backward, self._step_now)
                     self._finish()
@@ -246,6 +246,7 @@ class FusedStep:
                     p.grad.mul_(self._factor)
         if self.together:
             self._call(self.before, weights)
+            self._changes()
             self.optimizer.step()
             self._done(weights)
         else:
@@ -255,6 +256,7 @@ class FusedStep:
         if not (ready := list(part.ready)):
             return
         part.ready.clear()
+        self._changes()
         with self._alone(ready):
             self.optimizer.step()
         self._done(ready)
@@ -298,6 +300,7 @@ class FusedStep:
         whole = self.optimizer.param_groups
         left = {g: {**group, "params": group["params"][:1]} for g, group in enumerate(whole) if g not in self._groups}
         if left:
+            self._changes()
             self.optimizer.param_groups = list(left.values())
             try:
                 self.optimizer.step()

@@ -101,6 +101,8 @@ def free(run: Run) -> None:
     run.optimizer.zero_grad(set_to_none=True)
     for weight in run.trainable.weights().values():
         weight.grad = None
+    if run.scaler.is_enabled():
+        run.scaler._per_optimizer_states.clear()  # the step may have got as far as its gradients' scale
     gc.collect()
     if run.tracker:
         run.tracker.reset()

@@ -8,6 +8,7 @@ import re
 from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,7 +19,8 @@ from tinies.cases import Case, Files, cases
 from torch import nn
 
 from sfumato.errors import UserError
-from sfumato.train import fit, loop, plan, run
+from sfumato.train import fit, loop, plan, recover, run
+from sfumato.train.dist import World
 
 SETTINGS: dict[str, Any] = {
     "cache_latents": True,
@@ -109,6 +111,20 @@ def test_a_step_that_runs_out_of_memory_is_done_again(
         assert resumed.config.memory == after
         trained(resumed)
     assert spared.get("gradient_checkpointing") and equal(found, trained(ready(where, tmp_path, **settings, **spared)))
+
+
+def test_a_step_that_failed_where_gradients_were_unscaled_is_done_again() -> None:
+    weight = nn.Parameter(torch.ones(2))
+    optimizer, scaler = torch.optim.SGD([weight]), torch.amp.GradScaler("cpu")
+    a_run: Any = SimpleNamespace(
+        optimizer=optimizer, scaler=scaler, tracker=None, world=World(0, 1, torch.device("cpu")),
+        trainable=SimpleNamespace(weights=lambda: {"weight": weight}),
+    )  # fmt: skip
+    for _ in range(2):
+        recover.free(a_run)
+        scaler.scale(weight.sum()).backward()
+        scaler.unscale_(optimizer)
+    assert weight.grad is not None and weight.grad.tolist() == [1, 1]
 
 
 def test_weights_that_are_half_changed_end_the_run(
