@@ -163,13 +163,19 @@ class Staged(Streams):
 
     def store(self, slot: Tensor, host: Tensor) -> Any:
         after = self._current().record_event()
-        return self._pool.submit(self._copy, slot, host, after)
+        return self._pool.submit(self._stored, slot, host, after)
 
     def wait(self, copy: Future[Any]) -> None:
         super().wait(copy.result())
 
     def finish(self) -> None:
         self._pool.submit(super().finish).result()
+
+    def _stored(self, slot: Tensor, host: Tensor, after: Any) -> Any:
+        """In the thread, which reads that memory next: not every accelerator waits where it is not pinned."""
+        copy = self._copy(slot, host, after)
+        copy.synchronize()
+        return copy
 
     def _staged(self, source: Source, slot: Tensor, after: Any) -> Any:
         """In the thread. Errors: those of reading the file."""

@@ -148,8 +148,9 @@ class Swap:
         if slot.holds != rank or (rank not in self._there and each.changed()):
             if slot.holds in self._there:
                 self._park(slot.holds)
-            slot.holds, each.stamp = rank, each.version()
+            slot.holds = -1  # until the copy has begun
             slot.copy = self._backend.load(each.source, slot.flat[: each.layout.nbytes])
+            slot.holds, each.stamp = rank, each.version()
         return slot
 
     def _arrived(self, rank: int) -> _Slot:
@@ -159,7 +160,9 @@ class Swap:
             try:
                 self._backend.wait(slot.copy)
             except BaseException:
-                slot.holds = -1
+                for each in self._slots:
+                    if each.copy is not None:  # may have failed as well
+                        each.holds, each.copy = -1, None
                 raise
             slot.copy = None
         return slot

@@ -512,10 +512,11 @@ def test_what_autograd_keeps_of_a_slot_is_not_its_memory(net: Net, monkeypatch: 
 def test_after_an_error_it_goes_on(net: Net, monkeypatch: pytest.MonkeyPatch) -> None:
     plain = grads(net)
     with streamed(net, net.blocks, choose(COUNT, 4), Racing()):
-        for broken in ("forward", "backward", "copy"):
+        for broken in ("forward", "backward", "copy", "_queue"):
+            net.late(X)  # the first blocks are not there
             with monkeypatch.context() as patch, pytest.raises(torch.OutOfMemoryError):
-                if broken == "copy":
-                    patch.setattr(Racing, "copy", _fail)
+                if broken in ("copy", "_queue"):
+                    patch.setattr(Racing, broken, _fail)
                 if broken == "forward":
                     patch.setattr(nn.functional, "layer_norm", _Failing(3))
                 handle = net.blocks[3].register_forward_hook(_fails_backward) if broken == "backward" else nullcontext()
