@@ -64,7 +64,8 @@ class Batch:
         tensors = self._tensors()
         if self.packed is None:
             return self._with({name: t.to(device) for name, t in tensors.items()}, None)
-        flat = self.packed.to(device, non_blocking=True)
+        # Of a copy to Apple's from memory that is given up meanwhile other values arrive (pytorch issue 189690).
+        flat = self.packed.to(device, non_blocking=torch.device(device).type != "mps")
         return self._with(Layout.of(tensors).views(flat), flat)
 
     def split(self, size: int | None) -> list[Batch]:
