@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal
+from weakref import WeakMethod
 
 import torch
 from torch import Tensor, nn
@@ -86,7 +87,7 @@ class FusedStep:
         if in_backward:
             for p in self._place:
                 if p.requires_grad:
-                    p.register_post_accumulate_grad_hook(self._arrived)
+                    p.register_post_accumulate_grad_hook(_weakly(self._arrived))
 
     def twice(self, *, scaled: bool) -> bool:
         """Whether the next step needs its gradients twice. `scaled`: they may overflow (fp16), and the step is left
@@ -326,6 +327,18 @@ class FusedStep:
         """The factor by the norm of the last step."""
         norm = self.optimizer.param_groups[0].get(_NORM)
         return _clip(norm, self.max_norm) if self.max_norm and norm is not None else None
+
+
+def _weakly(method: Callable[[nn.Parameter], None]) -> Callable[[nn.Parameter], None]:
+    """The same as long as its object lives: Python's collector does not see what torch's hooks hold, and would keep a
+    whole training in memory."""
+    held = WeakMethod(method)
+
+    def hook(p: nn.Parameter) -> None:
+        if alive := held():
+            alive(p)
+
+    return hook
 
 
 class _Part:

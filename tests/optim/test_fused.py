@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import gc
+import weakref
 from collections.abc import Callable, Sequence
 from functools import partial
 from importlib.util import find_spec
@@ -276,6 +278,16 @@ def test_what_waits_on_the_host_sets_out_ahead_of_its_use(monkeypatch: pytest.Mo
     toy.train(2)
     assert list(coming.values()) == [0, 3, 2, 1]
     assert copies.hosts == made
+
+
+def test_weights_go_with_the_step_that_they_had() -> None:
+    toy = Toy()
+    toy.fused()
+    toy.train(1)
+    weight = weakref.ref(toy.weights[0])
+    del toy
+    gc.collect()
+    assert weight() is None
 
 
 @pytest.mark.parametrize("clipping", ["host", "two_passes", "none"])
