@@ -26,6 +26,7 @@ _ALIGNMENT = "general.alignment"
 _SHAPE = "comfy.gguf.orig_shape."
 """Before a tensor's name: the fact that gives its shape where it was laid out anew, in rows of 256 numbers (city96's
 converter)."""
+_VERSIONS = (2, 3)
 _LONGEST = 1 << 24
 _MOST = 1 << 20
 _DIMENSIONS = 8
@@ -42,17 +43,24 @@ def is_gguf(path: Path) -> bool:
 
 def read(path: Path) -> Header:
     """Tensors as a safetensors header has them (outermost size first; a type that is not safetensors' under its name
-    in GGUF), and the facts that are texts or numbers. Errors: `UserError` for a damaged file."""
+    in GGUF), and the facts that are texts or numbers. Errors: `UserError` for a file that is damaged, or of another
+    version."""
     try:
         with path.open("rb") as file:
             if file.read(len(MAGIC)) != MAGIC:
                 raise UserError(f"{path}: not a GGUF file")
-            version, tensors, count = _number(file, "<I"), _number(file, "<Q"), _number(file, "<Q")
-            if version < 2 or max(tensors, count) > _MOST:
-                raise ValueError(f"version {version}, {tensors} tensors")
+            version = _number(file, "<I")
+            if version not in _VERSIONS:
+                kind = "for big-endian machines" if version >> 24 in _VERSIONS else f"of version {version}"
+                raise UserError(f"{path}: a GGUF file {kind}; versions 2 and 3 for little-endian machines are read")
+            tensors, count = _number(file, "<Q"), _number(file, "<Q")
+            if max(tensors, count) > _MOST:
+                raise ValueError(f"{tensors} tensors, {count} facts")
             facts = dict(_fact(file) for _ in range(count))
             infos = dict(_tensor(file, facts) for _ in range(tensors))
-            alignment = int(facts.get(_ALIGNMENT, 32))
+            alignment = facts.get(_ALIGNMENT, 32)
+            if type(alignment) is not int or alignment < 1 or alignment & (alignment - 1):
+                raise ValueError(f"{_ALIGNMENT} is {alignment}, not a power of 2")
             size = file.tell() + -file.tell() % alignment
             needed, there = size + max((info.end for info in infos.values()), default=0), path.stat().st_size
             if needed > there:

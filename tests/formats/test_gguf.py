@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import gguf
 import numpy
@@ -84,6 +85,27 @@ def test_what_cannot_be_read_is_named(tmp_path: Path) -> None:
     writer.close()
     with pytest.raises(UserError, match=r"'w' \(Q8_K\)"):
         Lazy.of([tmp_path / "b.gguf"])
+
+
+@pytest.mark.parametrize(
+    ("facts", "wrong"),
+    [
+        (lambda writer: writer.add_uint32("general.alignment", 7), "general.alignment is 7, not a power of 2"),
+        (lambda writer: writer.add_float32("general.alignment", 32.5), "general.alignment is 32.5, not"),
+        (lambda writer: writer.add_string("general.alignment", "x"), "general.alignment is x, not"),
+        (lambda writer: setattr(writer, "endianess", gguf.GGUFEndian.BIG), "a GGUF file for big-endian machines"),
+    ],
+)
+def test_files_whose_numbers_would_be_read_from_elsewhere(tmp_path: Path, facts: Any, wrong: str) -> None:
+    writer = gguf.GGUFWriter(tmp_path / "a.gguf", "flux")
+    facts(writer)
+    writer.add_tensor("w", numpy.zeros((2, 64), numpy.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    with pytest.raises(UserError, match=wrong):
+        Lazy.of([tmp_path / "a.gguf"])
 
 
 def test_no_second_copy_is_whole(tmp_path: Path) -> None:
