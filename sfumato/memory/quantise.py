@@ -55,6 +55,9 @@ class Stored(nn.Module):
     error: Tensor | None
     """() fp32: norm of what was lost / norm of the weight, of the last weight that was put in; None: not known, as in
     files that are quantised already."""
+    norms: tuple[Tensor, Tensor] | None
+    """(out,) and (in,) fp32: those of the rows and of the columns of that weight before, for DoRA, whose magnitudes are
+    those of the weight that the adapter will stand on; None: that of the codes is the weight."""
 
     @property
     def weight(self) -> Tensor:
@@ -83,17 +86,17 @@ class Stored(nn.Module):
             self.hold(self.candidates[-1], self.candidates[-1].outline(self.shape))
             return
         for format in self.candidates if self.budget is None else (*self.candidates, Wide(self.dtype)):
-            parts, error = quantised(format, weight)
+            parts, error, norms = quantised(format, weight)
             if self.budget is None or error <= self.budget:
                 break
         self.hold(format, parts)
-        self.error = error
+        self.error, self.norms = error, norms
 
     def hold(self, format: Format, parts: Parts) -> None:
         """Have these as what is stored."""
         for name in self.format.names:
             self._buffers.pop(f"weight_{name}", None)
-        self.format, self.error = format, None
+        self.format, self.error, self.norms = format, None, None
         for name in format.names:
             self.register_buffer(f"weight_{name}", parts[name], persistent=False)
 
@@ -111,20 +114,26 @@ class Stored(nn.Module):
             self.put(weight)
 
 
-def quantised(format: Format, weight: Tensor | Rows) -> tuple[dict[str, Tensor], Tensor]:
-    """What a weight becomes, and the relative error; some rows at a time, so that little is held meanwhile."""
+def quantised(format: Format, weight: Tensor | Rows) -> tuple[dict[str, Tensor], Tensor, tuple[Tensor, Tensor]]:
+    """What a weight becomes, the relative error, and `Stored.norms`; some rows at a time, so that little is held
+    meanwhile."""
     rows = max(1, PIECE // math.prod(weight.shape[1:]))
     # Made first: between buffers of some MB that come and go it would leave holes in the heap.
     parts = {n: torch.empty_like(t, device=weight.device) for n, t in format.outline(weight.shape).items()}
     lost, whole = torch.zeros(2, device=weight.device)
+    by_row, by_column = (torch.zeros(n, device=weight.device) for n in weight.shape[:2])
     for start in range(0, weight.shape[0], rows):
         exact = weight[start : start + rows].float()
         piece = format.quantise(exact)
         for name, t in piece.items():
             (parts[name] if name in format.common else parts[name][start : start + rows]).copy_(t)
         lost += (format.dequantise(piece, exact.shape, torch.float32) - exact).square_().sum()
-        whole += exact.square().sum()
-    return parts, (lost / whole.clamp(min=torch.finfo(torch.float32).tiny)).sqrt()
+        squares = exact.square()
+        whole += squares.sum()
+        by_row[start : start + rows] = torch.linalg.vector_norm(exact.flatten(1), dim=1)
+        by_column += squares.sum([d for d in range(exact.ndim) if d != 1])
+    error = (lost / whole.clamp(min=torch.finfo(torch.float32).tiny)).sqrt()
+    return parts, error, (by_row, by_column.sqrt_())
 
 
 class StoredLinear(Stored, nn.Linear):

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 
 from sfumato.adapters.base import device_of
+from sfumato.adapters.dora import DoRA, DoRAOptions
 from sfumato.memory.checkpoint import checkpoint_blocks
 from sfumato.memory.formats import int8_kernel
 from sfumato.memory.quantise import Stored, store, stored_layers
@@ -158,6 +159,18 @@ def test_without_values() -> None:
     for layer in (net.up, net.down, net.conv):
         store(layer, Int8())
     assert net(torch.empty(5, SIZE, device="meta")).shape == block()(inputs()).shape
+
+
+@pytest.mark.parametrize("on_out", [True, False])
+def test_magnitudes_of_dora_are_those_of_the_weight_before(on_out: bool) -> None:
+    """Or the adapter would shrink the weight that it is merged into by what was lost."""
+    options = DoRAOptions(rank=2, alpha=2.0, wd_on_out=on_out)
+    for path, layer in stored_layers(block(NF4())).items():
+        found, wanted = (
+            DoRA(each, options, torch.Generator().manual_seed(0)).dora_scale
+            for each in (layer, block().get_submodule(path))
+        )
+        torch.testing.assert_close(found, wanted, rtol=1e-6, atol=0)
 
 
 def test_rows_are_quantised_some_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
