@@ -84,11 +84,15 @@ def companions(tensors: Mapping[str, TensorInfo], coded: Mapping[str, Coded]) ->
 
 def decoded(codes: Tensor, of: Coded, scale: Tensor | None) -> Tensor:
     """(n, codes of a unit) and what scales these n, (n, parts) fp32 -> (n, unit) fp32."""
-    from sfumato.tensors.stored import turned
+    import torch
+
+    from sfumato.tensors.stored import turned, widened
 
     if scale is None:
         return gguf.dequantised(of.block, codes)
-    values = (codes.float().view(len(codes), scale.shape[1], -1) * scale[..., None]).view(len(codes), -1)
+    values = (widened(codes, torch.float32).view(len(codes), scale.shape[1], -1) * scale[..., None]).view(
+        len(codes), -1
+    )
     return turned(values, of.group)
 
 

@@ -17,7 +17,7 @@ from sfumato.memory.checkpoint import checkpoint_blocks
 from sfumato.memory.formats import int8_kernel
 from sfumato.memory.quantise import Stored, store, stored_layers
 from sfumato.models.layers import WideLinear
-from sfumato.tensors.stored import FP8, NF4, Format, Int8
+from sfumato.tensors.stored import FP8, NF4, Format, Int8, widened
 
 FORMATS = [FP8(), Int8(64), NF4()]
 SIZE = 128
@@ -159,6 +159,17 @@ def test_without_values() -> None:
     for layer in (net.up, net.down, net.conv):
         store(layer, Int8())
     assert net(torch.empty(5, SIZE, device="meta")).shape == block()(inputs()).shape
+
+
+@pytest.mark.parametrize("kind", [torch.float8_e4m3fn, torch.float8_e5m2])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_fp8_is_looked_up(kind: torch.dtype, dtype: torch.dtype) -> None:
+    """Every code, those that are no numbers as well; torch's own conversion is slow on the CPU, and not asked."""
+    codes = torch.arange(256, dtype=torch.uint8).view(kind).view(16, 16)
+    torch.testing.assert_close(widened(codes, dtype), codes.to(dtype), rtol=0, atol=0, equal_nan=True)
+    with torch.profiler.profile() as profile:
+        widened(codes, dtype)
+    assert "aten::index_select" in {event.name for event in profile.events()}
 
 
 @pytest.mark.parametrize("on_out", [True, False])
