@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from importlib.util import find_spec
 
+from sfumato.config.memory import ATTENTION
 from sfumato.config.rules import Clash, Idle
 from sfumato.config.run import Settings
 
@@ -40,6 +41,10 @@ def _trains_text(s: Settings) -> bool:
 
 def _agree(s: Settings) -> bool:
     return s.attn_mode == "xformers" if s.xformers else s.attn_mode in ("torch", "sdpa")
+
+
+def _is_installed(s: Settings) -> bool:
+    return s.attn_mode not in ATTENTION or find_spec(ATTENTION[s.attn_mode]) is not None
 
 
 IDLE = (
@@ -88,6 +93,17 @@ IDLE = (
         lambda s: not find_spec("xformers"),
         "xformers is not installed; PyTorch's own attention is used, which gives the same result",
     ),
+    Idle(
+        ("attn_mode",),
+        lambda s: s.attn_mode in ("xformers", "flash") and not _is_installed(s),
+        "its library is not installed (`pip install xformers` or `flash-attn`); PyTorch's own attention is used, which "
+        "gives the same result",
+    ),
+    Idle(
+        ("xformers", "sdpa"),
+        lambda s: s.attn_mode and not _agree(s) and _is_installed(s),
+        "attn_mode chooses another attention",
+    ),
 )
 """Settings that do nothing beside others."""
 
@@ -129,11 +145,6 @@ CLASHES = (
         "quantize names another format; leave one of the two out",
     ),
     Clash(("xformers", "sdpa"), lambda s: s.xformers and s.sdpa, "xformers and sdpa exclude each other"),
-    Clash(
-        ("attn_mode", "xformers", "sdpa"),
-        lambda s: s.attn_mode and (s.xformers, s.sdpa) != (False, False) and not _agree(s),
-        "attn_mode chooses another attention; leave xformers and sdpa out",
-    ),
     Clash(
         ("base_weights_multiplier",),
         lambda s: s.base_weights and len(s.base_weights_multiplier) > len(s.base_weights),

@@ -242,7 +242,7 @@ def _spared(config: Config, method: Method) -> Iterator[str]:
     """What else would need less memory: not chosen, as it changes what is trained, or how."""
     if method == "full":
         o = config.optimizer
-        named = {"full_bf16": config.train.full_bf16, "fused_backward_pass": o.fused}
+        named: dict[str, object] = {"full_bf16": config.train.full_bf16, "fused_backward_pass": o.fused}
         named |= {"optimizer_state_on_cpu": o.optimizer_state_on_cpu}
         named |= {"blocks_to_swap (beside the last two)": config.memory.blocks_to_swap}
         yield from (name for name, there in named.items() if not there)

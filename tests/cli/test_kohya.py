@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from sfumato.cli import flags, kohya, kohya_settings, options
+from sfumato.config import relations
 from sfumato.errors import UserError
 from sfumato.train import run
 
@@ -26,13 +27,19 @@ def test_new_names_are_settings_of_ours() -> None:
     assert {new for new, _ in kohya_settings.RENAMED.values()} <= set(options.known())
 
 
-def test_kohyas_way_of_choosing_an_attention(home: Path) -> None:
+def test_kohyas_way_of_choosing_an_attention(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for words in ("--use_flash_attn --sdpa", "--attn_mode=xformers"):
+        found = resolved(*words.split())
+        assert found.config.memory.attention == "sdpa"
+        assert any("no effect: its library is not installed" in notice for notice in found.notices)
+    monkeypatch.setattr(relations, "find_spec", lambda library: library)
     ways = {"--attn_mode=torch": "sdpa", "--attn_mode=xformers": "xformers", "--attn_mode=flash --split_attn": "flash"}
     ways |= {"--use_flash_attn": "flash", "--use_sage_attn": "sageattn", "--mem_eff_attn": "sdpa", "": "sdpa"}
     for words, kind in ways.items():
         assert resolved(*words.split()).config.memory.attention == kind
-    with pytest.raises(UserError, match="--attn_mode: attn_mode chooses another attention"):
-        resolved("--attn_mode=flash", "--sdpa")
+    both = resolved("--attn_mode=flash", "--sdpa")
+    assert both.config.memory.attention == "flash"
+    assert "--sdpa: accepted, no effect: attn_mode chooses another attention" in both.notices
     with pytest.raises(UserError, match="--use_sage_attn: --use_flash_attn sets attn_mode to something else; leave"):
         resolved("--use_flash_attn", "--use_sage_attn")
     for words in ("--mem_eff_attn=false --sdpa", "--sdpa --mem_eff_attn=false"):  # as front ends write them

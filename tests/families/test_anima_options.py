@@ -78,7 +78,7 @@ def test_a_usual_command_line_of_kohya(base: list[str], files: Files) -> None:
         ("--qwen3_max_token_length 0", "qwen3_max_token_length.*expected between 1 and 4096, found 0"),
         ("--t5_max_token_length 5000", "t5_max_token_length.*expected between 1 and 4096, found 5000"),
         ("--llm_adapter_path a.safetensors", "llm_adapter_path: .*read from the base model's file"),
-        ("--unsloth_offload_checkpointing", "unsloth_offload_checkpointing: .*not supported yet"),
+        ("--attn_mode bogus", "attn_mode: expected one of"),
         ("--noise_offset 0.05", "noise_offset: .*plain noise"),
         ("--min_snr_gamma 5", "min_snr_gamma.*weighting_scheme"),
         ("--qwen3 nowhere.safetensors", r"qwen3: .*nowhere\.safetensors does not exist"),

@@ -57,9 +57,10 @@ def test_a_usual_command_line_of_kohya(base: list[str]) -> None:
     found = resolved(base, *line.split())
     options: Any = found.config.family
     assert (options.discrete_flow_shift, options.timestep_sampling, options.guidance_scale) == (5.0, "sigma", None)
-    assert found.config.memory.sdpa
+    assert found.config.memory.attention == "sdpa"
+    assert found.config.memory.encoder_format == "fp8"
     stated = {n.split(":")[0] for n in found.notices if "accepted, no effect" in n}
-    assert stated == {"--split_attn", "--vae_chunk_size", "--text_encoder_cpu", "--fp8_vl"}
+    assert stated == {"--split_attn", "--vae_chunk_size", "--text_encoder_cpu"}
 
 
 @pytest.mark.parametrize(
@@ -67,9 +68,7 @@ def test_a_usual_command_line_of_kohya(base: list[str]) -> None:
     [
         ("hunyuan_image_train", "--train_text_encoder", "train_text_encoder: Qwen2.5-VL and byT5 are never trained"),
         ("hunyuan_image_train_network", "--network_train_text_encoder_only", "Qwen2.5-VL and byT5 are never trained"),
-        ("hunyuan_image_train_network", "--fp8_scaled", "fp8_scaled: is not supported yet"),
         ("hunyuan_image_train_network", "--noise_offset 0.05", "noise_offset: .*plain noise"),
-        ("hunyuan_image_train_network", "--attn_mode sageattn", "attn_mode sageattn: is not supported"),
     ],
 )
 def test_what_cannot_be_is_refused(base: list[str], script: str, flags: str, said: str) -> None:

@@ -114,7 +114,6 @@ def test_the_defaults_are_the_published_recipe() -> None:
         (["--noise_offset", "0.1"], "--noise_offset: a flow is sampled from plain noise"),
         (["--clip_skip", "2"], "--clip_skip: is a setting of"),
         (["--t5xxl", "gemma.safetensors"], "--t5xxl: is a setting of"),
-        (["--use_sage_attn"], "--use_sage_attn: is not supported"),
     ],
     ids=lambda value: value[0].removeprefix("--") if isinstance(value, list) else "",
 )
