@@ -244,7 +244,7 @@ def _spared(config: Config, method: Method) -> Iterator[str]:
         o = config.optimizer
         named: dict[str, object] = {"full_bf16": config.train.full_bf16, "fused_backward_pass": o.fused}
         named |= {"optimizer_state_on_cpu": o.optimizer_state_on_cpu}
-        named |= {"blocks_to_swap (beside the last two)": config.memory.blocks_to_swap}
+        named |= {"blocks_to_swap (beside the last two)": bool(config.memory.blocks_to_swap)}
         yield from (name for name, there in named.items() if not there)
     else:
         yield "a smaller network_dim"
