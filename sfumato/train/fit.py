@@ -82,9 +82,10 @@ class Forecast:
     def now(self) -> Levers:
         """As the config has them."""
         m = self.config.memory
+        by_list = (m.double_blocks_to_swap or 0) + (m.single_blocks_to_swap or 0)
         return Levers(
             m.denoiser_format, m.gradient_checkpointing_every if m.gradient_checkpointing else None,
-            m.cpu_offload_checkpointing, m.blocks_to_swap or 0,
+            m.cpu_offload_checkpointing, m.blocks_to_swap or by_list,
             min(m.micro_batch or self.largest.count, self.largest.count),
         )  # fmt: skip
 

@@ -15,6 +15,7 @@ from sfumato.adapters import AdapterPlan
 from sfumato.config import Method
 from sfumato.data.plan import Plan
 from sfumato.errors import UserError
+from sfumato.memory import swap_plan
 from sfumato.memory.solve import Candidate, Levers, halves
 from sfumato.models.base import Models
 from sfumato.train import fusing, resume
@@ -56,6 +57,10 @@ class Recovery:
             )
         settings = found.levers.settings(forecast.largest.count)
         del settings["quantize"]
+        if now.swapped == found.levers.swapped:
+            del settings["blocks_to_swap"]
+        else:
+            settings |= dict.fromkeys(swap_plan.LISTS)
         if now.micro == found.levers.micro:
             settings["micro_batch"] = run.config.memory.micro_batch
         config = replace(run.config, memory=replace(run.config.memory, **settings))

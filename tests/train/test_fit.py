@@ -113,6 +113,16 @@ def test_a_step_that_runs_out_of_memory_is_done_again(
     assert spared.get("gradient_checkpointing") and equal(found, trained(ready(where, tmp_path, **settings, **spared)))
 
 
+def test_blocks_that_are_swapped_by_list_are_counted_and_then_swapped_of_all(where: Where, tmp_path: Path) -> None:
+    all_else = {"gradient_checkpointing": True, "cpu_offload_checkpointing": True, "micro_batch": 1}
+    a_run = ready(where, tmp_path, **all_else, double_blocks_to_swap=1)
+    fail(a_run, 1, backward=False)
+    trained(a_run)
+    after = a_run.config.memory
+    assert after.blocks_to_swap and after.blocks_to_swap > 1 and after.double_blocks_to_swap is None
+    assert len(a_run.swaps[0]._places) > after.blocks_to_swap
+
+
 def test_a_step_that_failed_where_gradients_were_unscaled_is_done_again() -> None:
     weight = nn.Parameter(torch.ones(2))
     optimizer, scaler = torch.optim.SGD([weight]), torch.amp.GradScaler("cpu")
