@@ -29,17 +29,21 @@ def main(words: Sequence[str], method: Method, command: str) -> int:
     from sfumato.tools import bench
 
     before = bench.read(args.compare)["rows"] if args.compare else []
-    rows = []
-    for model, parts, family in _models(args):
-        for setting in args.setting or [""]:
-            told = [*rest, *shlex.split(setting)]
-            case = _case(args, family, parts, _config(told, method, family, command), method)
-            found = bench.apart(case, args.limit)
-            rows.append({"model": model, "method": method, "setting": shlex.join(told), **_sizes(args), **found})
-            if args.json:
-                bench.write(args.json, bench.facts(rows))
-    if not rows:
+    settings = [[*rest, *shlex.split(setting)] for setting in args.setting or [""]]
+    cases = [  # all of them, before the first is measured: a mistake in the last one is told at once
+        (model, shlex.join(told), _case(args, family, parts, _config(told, method, family, command), method))
+        for model, parts, family in _models(args)
+        for told in settings
+    ]
+    if not cases:
         raise UserError(f"{command}: say what is measured: --families NAME ..., or --model FILE")
+    rows = []
+    for model, told, case in cases:
+        flags.note(f"{len(rows) + 1} of {len(cases)}: {model} {told}".rstrip())
+        found = bench.apart(case, args.limit)
+        rows.append({"model": model, "method": method, "setting": told, **_sizes(args), **found})
+        if args.json:
+            bench.write(args.json, bench.facts(rows))
     print(bench.table(rows, before))
     return 1 if any("error" in row for row in rows) else 0
 
