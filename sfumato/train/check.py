@@ -96,7 +96,7 @@ def check(config: Config, method: Method, datasets: tuple[DatasetConfig, ...], r
     with outlined(models, config, plan) as trainable:
         notes = [*plan.notices, *_rates_notes(config, models)] if plan else []
         notes += [*trainable.notices, *streaming_notes(config, models, method), *swapping.notes(config, models)]
-        notes += widening_notes(config, models, method)
+        notes += [*widening_notes(config, models, method), *_parts_notes(config, datasets)]
         with wrong:
             tried = trial(config.optimizer, trainable.groups(), low_bits=config.train.full_bf16, steps=_steps(config))
             notes += [
@@ -108,6 +108,14 @@ def check(config: Config, method: Method, datasets: tuple[DatasetConfig, ...], r
         loads = trainable.loads_in(trainable.tensors()) if isinstance(trainable, Adapters) else []
         trained = tuple(_trained(trainable))
         return Checked(prompts, plan, models, trained, trainable.suffix(), tuple(notes), tuple(loads))
+
+
+def _parts_notes(config: Config, datasets: tuple[DatasetConfig, ...]) -> list[str]:
+    """What is said of a micro_batch that cuts no batch."""
+    most, asked = max((d.batch_size for d in datasets), default=0), config.memory.micro_batch
+    if asked is None or asked < most:
+        return []
+    return [f"micro_batch {asked}: no effect, as batches have {most} image{'s' if most > 1 else ''} at most"]
 
 
 def check_length(config: Config, steps: int) -> list[str]:

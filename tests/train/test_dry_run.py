@@ -196,6 +196,11 @@ def test_what_is_trained_is_counted_without_values(model: Path, images: Path, tm
     assert not any(m._forward_hooks for net in models.nets().values() for m in net.modules())
 
 
+def test_a_micro_batch_that_cuts_no_batch_is_told(model: Path, images: Path, tmp_path: Path) -> None:
+    found = check.check(settings(model, tmp_path, micro_batch=99), "network", data(images)).notes
+    assert any(note.startswith("micro_batch 99: no effect, as batches have ") for note in found)
+
+
 def test_text_encoders_are_streamed_where_they_are_large_and_their_outputs_cached(
     model: Path, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
