@@ -34,7 +34,7 @@ class Racing(Threaded):
         self.room, self.random, self.longest, self.seconds = room, random.Random(seed), longest, seconds
         self.taken, self.homes = 0, set[int]()
         self.loads, self.stores = list[int](), list[int]()
-        self.waited = 0.0
+        self.waited, self.finished = 0.0, 0
 
     def slot(self, nbytes: int) -> Tensor:
         self.taken += nbytes
@@ -59,6 +59,10 @@ class Racing(Threaded):
         begun = time.perf_counter()
         super().wait(copy)
         self.waited += time.perf_counter() - begun
+
+    def finish(self) -> None:
+        super().finish()
+        self.finished += 1
 
     def copy(self, source: Any, into: Tensor) -> None:
         if self.seconds:

@@ -82,6 +82,8 @@ def train(
                     files.write_text(folder / f"{name}.toml", resolved(run.config))
             if world.main:
                 _finish(run, ended)
+            for swap in run.swaps:
+                swap.remove()  # no copy is on its way into memory that the next training in this process takes
             world.wait()
     finally:
         world.close()
