@@ -20,7 +20,7 @@ from sfumato.memory.solve import Candidate, Levers, halves
 from sfumato.models.base import Models
 from sfumato.train import fusing, resume
 from sfumato.train.devices import Placed, spare
-from sfumato.train.fit import Forecast
+from sfumato.train.fit import Forecast, host_room
 from sfumato.train.loop import Run
 from sfumato.train.progress import console
 from sfumato.train.trainables import Trainable
@@ -84,9 +84,12 @@ class Recovery:
 
 
 def stronger(forecast: Forecast, now: Levers) -> Candidate | None:
-    """The fastest of the settings that need clearly less than those of now; None: there are none."""
-    most = LESS * forecast.of(now).device
-    found = [c for levers in _further(forecast, now) if (c := forecast.of(levers)).device <= most]
+    """The fastest settings that need clearly less than those of now, and for which the host has room; None: there
+    are none."""
+    before = forecast.of(now)
+    most, room = LESS * before.device, max(host_room(), before.host)
+    tried = map(forecast.of, _further(forecast, now))
+    found = [c for c in tried if c.device <= most and c.host <= room]
     return min(found, key=lambda c: (c.seconds, c.device), default=None)
 
 

@@ -123,6 +123,16 @@ def test_blocks_that_are_swapped_by_list_are_counted_and_then_swapped_of_all(whe
     assert len(a_run.swaps[0]._places) > after.blocks_to_swap
 
 
+def test_nothing_goes_to_the_host_that_has_no_room_there(
+    where: Where, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(recover, "host_room", lambda: 0)
+    a_run = ready(where, tmp_path, gradient_checkpointing=True, micro_batch=1)
+    fail(a_run, 1, backward=False)
+    with pytest.raises(UserError, match="nothing is left"):
+        trained(a_run)
+
+
 def test_a_step_that_failed_where_gradients_were_unscaled_is_done_again() -> None:
     weight = nn.Parameter(torch.ones(2))
     optimizer, scaler = torch.optim.SGD([weight]), torch.amp.GradScaler("cpu")
