@@ -134,15 +134,16 @@ def scaled(models: Models, narrow: Collection[str], tensors: dict[str, Writable]
 
 
 def _scaled_again(models: Models, tensors: dict[str, Writable]) -> dict[str, Writable]:
-    """A file's weights in scaled fp8, which were read as bf16, as they were, where they stand under the same names."""
-    names: set[str] = set()
-    marks = set()
+    """A file's weights in scaled fp8, which were read as bf16, byte for byte with their scales, where they stand under
+    the same names."""
+    out = {**tensors}
     for weights in models.source.components.values():
-        fp8 = [name for name, of in weights.tensors.coded.items() if of.form == "fp8 scaled"]
-        if mine := {f"{weights.prefix}{name}" for name in fp8} & tensors.keys():
-            names |= mine
-            marks.add(f"{weights.prefix}{MARK}")
-    return scaled_fp8.quantised(tensors, names, marks) if names else tensors
+        for name, (codes, _, scale) in weights.tensors.scales().items():
+            own = f"{weights.prefix}{name}"
+            if own in tensors and weights.tensors.coded[name].form == "fp8 scaled":
+                out[own], out[own.removesuffix("weight") + scaled_fp8.SCALE] = codes, scale
+                out[f"{weights.prefix}{MARK}"] = torch.zeros(2, dtype=codes.dtype)
+    return out
 
 
 def as_float(tensor: Writable, dtype: torch.dtype) -> Writable:

@@ -97,7 +97,10 @@ def test_it_is_converted_to_what_other_programs_read(base: Base, tmp_path: Path)
     convert(base.path, tmp_path / "out.safetensors", dtype="bf16")
     assert_near(load(tmp_path / "out.safetensors"), load(base.wide), 2**-8)
     convert(base.path, tmp_path / "own.safetensors")
-    assert_near(dict(Lazy.of([tmp_path / "own.safetensors"]).cast(torch.float32)), load(base.wide), STEP[base.form])
+    exact = base.form == "fp8 scaled"  # which single files keep
+    assert_near(
+        dict(Lazy.of([tmp_path / "own.safetensors"]).cast(torch.float32)), load(base.wide), 0 if exact else 2**-8
+    )
     assert not [key for key in read_header(tmp_path / "own.safetensors").metadata if "quant" in key]
 
 
