@@ -106,7 +106,9 @@ def fingerprint(config: Config, models: Models, component: str) -> str:
     tiles = [f"tiles {models.tile}"] if models.tile and component == "vae" else []
     strengths = map(str, network.base_weights_multiplier) if merged else ()
     kept = kept_in(config, models).get(component)
-    stored = [f"kept in {kept}", *([str(config.memory.quantize_budget)] if kept == "auto" else [])] if kept else []
+    stored = [f"kept in {kept}"] if kept else []
+    stored += [str(config.memory.quantize_budget)] if kept == "auto" else []
+    stored += ["int8_matmul"] if kept and config.memory.int8_matmul else []
     return " ".join([digest, *merged, *strengths, f"in {dtype}", *stored, *tiles])
 
 
