@@ -37,7 +37,7 @@ def main(words: Sequence[str], method: Method, command: str) -> int:
     ]
     if not cases:
         raise UserError(f"{command}: say what is measured: --families NAME ..., or --model FILE")
-    rows = []
+    rows: list[dict[str, Any]] = []
     for model, told, case in cases:
         flags.note(f"{len(rows) + 1} of {len(cases)}: {model} {told}".rstrip())
         found = bench.apart(case, args.limit)
