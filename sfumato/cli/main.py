@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import logging
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -43,6 +44,8 @@ def guarded(job: Callable[[], int]) -> int:
             stream.reconfigure(
                 errors="backslashreplace"
             )  # a file's name may have no letter in the terminal's alphabet, or be no text
+    # diffusers imports bitsandbytes wherever it is installed, which then tells of kernels that nobody asked for.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     try:
         return job()
     except UserError as e:

@@ -10,6 +10,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from sfumato.errors import UserError
+
 Source = Tensor | Callable[[Tensor], None]
 """What is copied to the device: a run of bytes, or a function that writes it into one on the host."""
 
@@ -110,7 +112,13 @@ class Streams:
         return flat
 
     def _pinned(self, nbytes: int) -> Tensor:
-        return torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
+        try:
+            return torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
+        except RuntimeError as error:
+            raise UserError(
+                f"{nbytes / 2**30:.1f} GB of the computer's memory cannot be pinned for what waits there ({error}); "
+                "free some of it, or swap fewer blocks"
+            ) from None
 
     def load(self, source: Source, slot: Tensor) -> Any:
         if not isinstance(source, Tensor):
