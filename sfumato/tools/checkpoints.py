@@ -103,16 +103,16 @@ Finish = Callable[[dict[str, Writable]], dict[str, Writable]]
 """What is left to be done to the tensors of a single file, by its names."""
 
 
-def precision(models: Models, state: State, name: str | None) -> tuple[State, Finish]:
+def precision(models: Models, state: State, name: str | None, *, changed: bool = False) -> tuple[State, Finish]:
     """The state in a number format of `PRECISIONS` (None: as it is, what stands in codes as bf16, with scales where the
-    files have them in fp8), and what is left to be done."""
+    files have them in fp8), and what is left to be done. `changed`: whether it has other values than the files."""
     if name is None:
         codes = {c: weights.coded() for c, weights in models.source.components.items()}
         state = {
             c: {n: t.to(torch.bfloat16) if n in codes.get(c, ()) else t for n, t in tensors.items()}
             for c, tensors in state.items()
         }
-        return state, partial(_scaled_again, models)
+        return state, partial(_scaled_anew if changed else _scaled_again, models)
     narrow = block_layers(models) if name.startswith("fp8") else set[str]()
     other = torch.bfloat16 if narrow else PRECISIONS[name]
 
@@ -144,6 +144,18 @@ def _scaled_again(models: Models, tensors: dict[str, Writable]) -> dict[str, Wri
                 out[own], out[own.removesuffix("weight") + scaled_fp8.SCALE] = codes, scale
                 out[f"{weights.prefix}{MARK}"] = torch.zeros(2, dtype=codes.dtype)
     return out
+
+
+def _scaled_anew(models: Models, tensors: dict[str, Writable]) -> dict[str, Writable]:
+    """The same for weights that have changed: with one scale for each."""
+    names: set[str] = set()
+    marks = set()
+    for weights in models.source.components.values():
+        fp8 = [name for name, of in weights.tensors.coded.items() if of.form == "fp8 scaled"]
+        if mine := {f"{weights.prefix}{name}" for name in fp8} & tensors.keys():
+            names |= mine
+            marks.add(f"{weights.prefix}{MARK}")
+    return scaled_fp8.quantised(tensors, names, marks) if names else tensors
 
 
 def as_float(tensor: Writable, dtype: torch.dtype) -> Writable:

@@ -84,13 +84,15 @@ def write(
     layout: str,
     *,
     dtype: str | None,
+    changed: bool = False,
     metadata: Mapping[str, str] | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """Write an opened model with these tensors; what was done. `metadata`: more of it. Errors: `UserError`."""
+    """Write an opened model with these tensors; what was done. `changed`: whether their values are others than its
+    files'; `metadata`: more of it. Errors: `UserError`."""
     if layout == "diffusers" and dtype == "fp8_scaled":
         raise UserError("fp8_scaled: ComfyUI's form is one of single files; choose bf16 or fp8 for a folder")
-    state, finish = checkpoints.precision(models, state, dtype)
+    state, finish = checkpoints.precision(models, state, dtype, changed=changed)
     told = {**checkpoints.metadata(models, out), **(metadata or {})}
     loading.save(models, out, layout=layout, dtype=None, metadata=told, state=state, progress=progress, finish=finish)
     return {

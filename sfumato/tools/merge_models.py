@@ -72,6 +72,7 @@ def merge_checkpoints(
         out,
         layout,
         dtype=save_precision,
+        changed=True,
         metadata={"modelspec.merged_from": merged},
         progress=progress,
     )

@@ -310,7 +310,7 @@ def test_the_table_of_headers_is_long_enough() -> None:
 
 def test_gguf_is_told_by_its_names_and_a_damaged_one_as_such(tmp_path: Path) -> None:
     path = tmp_path / "flux1-dev-Q8_0.gguf"
-    path.write_bytes(b"GGUF" + bytes(60))
+    path.write_bytes(b"GGUF\x03\0\0\0" + b"\xff" * 60)
     with pytest.raises(UserError, match=r"flux1-dev-Q8_0\.gguf: a damaged or truncated GGUF file"):
         detect_file(path)
 
