@@ -110,7 +110,8 @@ def test_a_step_that_runs_out_of_memory_is_done_again(
         resumed = ready(where, tmp_path / "on", **{**settings, "resume": str(state), "max_train_steps": 3})
         assert resumed.config.memory == after
         trained(resumed)
-    assert spared.get("gradient_checkpointing") and equal(found, trained(ready(where, tmp_path, **settings, **spared)))
+    chosen = {**settings, **spared, "vram": None}
+    assert spared.get("gradient_checkpointing") and equal(found, trained(ready(where, tmp_path, **chosen)))
 
 
 def test_blocks_that_are_swapped_by_list_are_counted_and_then_swapped_of_all(where: Where, tmp_path: Path) -> None:
@@ -181,9 +182,6 @@ def test_a_run_within_a_simulated_card(where: Where, tmp_path: Path, capsys: pyt
     train("tight", simulate_vram=tight)
     assert "out of memory in step 1: the step is done again with gradient_checkpointing" in capsys.readouterr().err
     assert [m.gradient_checkpointing for m in written[1:]] == [False, True]
-    told = train("chosen", vram=tight, simulate_vram=tight)
-    assert "out of memory" not in capsys.readouterr().err and written[-1].gradient_checkpointing
-    assert told["memory/predicted_mib"] == pytest.approx(told["memory/peak_mib"], rel=0.05)
 
 
 def test_what_was_set_stands_and_what_cannot_fit_is_refused(
