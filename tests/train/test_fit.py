@@ -82,10 +82,15 @@ def fail(a_run: loop.Run, times: int, backward: bool) -> None:
 @pytest.mark.parametrize(
     ("times", "backward", "settings"),
     [
-        (1, True, {"micro_batch": 1, "vram": "1GB"}),
-        (2, False, {"fused_backward_pass": True, "gradient_accumulation_steps": 2}),
+        pytest.param(1, True, {"micro_batch": 1, "vram": "1GB"}, id="backward"),
+        pytest.param(
+            2,
+            False,
+            {"fused_backward_pass": True, "gradient_accumulation_steps": 2},
+            id="twice-forward-fused",
+            marks=pytest.mark.slow,
+        ),
     ],
-    ids=["backward", "twice-forward-fused"],
 )
 def test_a_step_that_runs_out_of_memory_is_done_again(
     where: Where,
