@@ -164,6 +164,8 @@ class Loader:
     """(`Batch.sizes`, `Batch.keys`) -> `Batch.drawn`."""
     pack: Callable[[Batch], Batch] = lambda batch: batch
     """A last change to batches, made ahead as well: `Batch.pack` where they are copied to a device."""
+    ahead: int = AHEAD
+    """Batches that are made while one is in use; 0: each when it is asked for, in this thread."""
     prior_loss_weight: float = 1.0
     accumulation: int = 1
     """Batches a process takes for one optimizer step."""
@@ -248,7 +250,7 @@ class Loader:
         later = (pair for n in count(epoch + 1) for pair in self._planned(n))
         read = first if self._reader.num_workers else chain(first, later)
         made = ((*pair, self._batch(*pair)) for pair in read)
-        for planned, data, batch in read_ahead(made, AHEAD):
+        for planned, data, batch in read_ahead(made, self.ahead) if self.ahead else made:
             self._account(planned, data.lost)
             yield batch
 

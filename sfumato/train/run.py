@@ -17,7 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from sfumato.config import Config, DatasetConfig, Method
 from sfumato.data.batch import Batch
-from sfumato.data.loader import Loader
+from sfumato.data.loader import AHEAD, Loader
 from sfumato.errors import UserError, WriteError
 from sfumato.formats import files
 from sfumato.models.base import Models
@@ -175,6 +175,8 @@ def _loader(
         accumulation=budget.accumulation, rank=world.rank, world=world.size,
         steps=budget.steps, workers=config.train.max_data_loader_n_workers,
         persistent=config.train.persistent_data_loader_workers, notice=console.print,
+        # A CPU that computes the steps has no time to spare, and threads of two teams are in each other's way.
+        ahead=0 if world.device.type == "cpu" else AHEAD,
     )  # fmt: skip
 
 
