@@ -268,8 +268,8 @@ class TrainConfig(Record):
     stop_text_encoder_training: Natural | None = None
     """Freeze the text encoder after this many optimizer steps (0: do not train it)."""
     max_data_loader_n_workers: Natural = 0
-    """Worker processes that read images; 0: a thread reads them ahead where an accelerator trains. Results do not depend
-    on it."""
+    """Worker processes that read images; 0: a thread reads them ahead where an accelerator trains. Results do not
+    depend on it."""
     persistent_data_loader_workers: Annotated[bool, Needs("max_data_loader_n_workers")] = False
     """Keep the worker processes between epochs."""
 
