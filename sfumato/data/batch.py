@@ -45,6 +45,8 @@ class Batch:
     tokens: Tokens | None = None
     mask: Tensor | None = None
     """(b, 1, h, w) in [0, 1], at latent size."""
+    control: Tensor | None = None
+    """(b, 3, H, W) in [0, 1]: the images that the samples are to follow, cropped and mirrored as they are."""
     drawn: Drawn = field(default_factory=dict)
     """What chance decides of the samples, but for adapters' dropouts: noise, timesteps and the like."""
     packed: Tensor | None = None

@@ -30,10 +30,10 @@ from sfumato.models.loading import read_values
 from sfumato.models.meta_init import shapes
 from sfumato.optim import build
 from sfumato.tensors.random import generator
-from sfumato.train import dist, fusing, loop, outlines, run, swapping
+from sfumato.train import dist, fusing, loop, outlines, run, swapping, trainables
 from sfumato.train.devices import choose_formats, formats, peak_memory, place_models
 from sfumato.train.step import Step, draw
-from sfumato.train.trainables import Adapters, Full, Trainable
+from sfumato.train.trainables import Trainable
 
 MATMUL = {"cpu": 1024}
 """Rows and columns of the products by which a device's speed is found; others 4096."""
@@ -180,13 +180,10 @@ def _loaded(case: Case, folder: Path, device: torch.device) -> tuple[Config, Mod
     later = [name for name in models.source.components if name != "denoiser"]
     dtype = formats(config, models.family, case.method)
     read_values(models, dtype=dtype, later=later, map=device.type != "cpu")
-    if case.method == "full":
-        return config, models, Full(models, config)
-    return (
-        config,
-        models,
-        Adapters(models, config, adapters.parse(config.network, families.facts(case.family).network_args)),
-    )
+    plan = None
+    if case.method == "network":
+        plan = adapters.parse(config.network, families.facts(case.family).network_args)
+    return config, models, trainables.make(case.method, models, config, plan)
 
 
 def _assembled(config: Config, models: Models, trainable: Trainable, device: torch.device) -> loop.Run:

@@ -20,9 +20,9 @@ from sfumato.optim.trial import for_length, trial
 from sfumato.sampling.prompts import Prompt, of_run, sampler
 from sfumato.sampling.sample import check_prompts, check_samplers
 from sfumato.tensors import attention
-from sfumato.train import dist, fusing, log, outputs, resume, swapping
+from sfumato.train import dist, fusing, log, outputs, resume, swapping, trainables
 from sfumato.train.devices import check_base_weights, outline_models, streaming_notes, widening_notes
-from sfumato.train.trainables import Adapters, Full, Trainable
+from sfumato.train.trainables import Adapters, Trainable
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +93,7 @@ def check(config: Config, method: Method, datasets: tuple[DatasetConfig, ...], r
         outputs.check(config, method, datasets, models.source if models else None, read)
     wrong.raise_all()
     assert models is not None
-    with outlined(models, config, plan) as trainable:
+    with outlined(models, config, method, plan) as trainable:
         notes = [*plan.notices, *_rates_notes(config, models)] if plan else []
         notes += [*trainable.notices, *streaming_notes(config, models, method), *swapping.notes(config, models)]
         notes += [*widening_notes(config, models, method), *_parts_notes(config, datasets)]
@@ -158,17 +158,14 @@ def check_model(config: Config, models: Models) -> None:
 
 
 @contextmanager
-def outlined(models: Models, config: Config, plan: AdapterPlan | None) -> Iterator[Trainable]:
+def outlined(models: Models, config: Config, method: Method, plan: AdapterPlan | None) -> Iterator[Trainable]:
     """What will be trained, without values; the nets are as before when the context ends. Errors: as the trainable
     itself."""
-    if plan is None:
-        yield Full(models, config)
-        return
-    adapted = Adapters(models, config, plan)
+    trainable = trainables.make(method, models, config, plan)
     try:
-        yield adapted
+        yield trainable
     finally:
-        adapted.remove()
+        trainable.remove()
 
 
 def _prompts(config: Config, datasets: tuple[DatasetConfig, ...]) -> list[Prompt]:

@@ -24,10 +24,10 @@ from sfumato.optim import build
 from sfumato.optim.groups import Group
 from sfumato.optim.trial import stand_in, trial
 from sfumato.tensors import attention
-from sfumato.train import dist
+from sfumato.train import dist, trainables
 from sfumato.train.devices import formats, outline_models
 from sfumato.train.step import Step
-from sfumato.train.trainables import Adapters, Full, Trainable, caches_latents, caches_text
+from sfumato.train.trainables import Adapters, Trainable, caches_latents, caches_text
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,14 +86,15 @@ def predict_of(
     card: bool,
 ) -> list[Predicted]:
     """The same for an outline, which is used up."""
-    adapters = None if plan is None else Adapters(models, config, plan)
+    # Parameters are replaced here: a whole model's are listed afterwards, any other trainable has its own.
+    own = None if method == "full" else trainables.make(method, models, config, plan)
     with FakeTensorMode(allow_non_fake_inputs=True):
         dtypes = formats(config, models.family, method)
         for name in used(config, models):
             without_values(models.vae if name == "vae" else models.nets()[name], dtypes[name])
-        if adapters:
-            without_values(adapters.modules())
-        trainable: Trainable = adapters or Full(models, config)
+        if own:
+            without_values(own.modules())
+        trainable = own or trainables.make(method, models, config, plan)
         return [_traced(config, models, trainable, batch(models), card=card) for batch in batches]
 
 

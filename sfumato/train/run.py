@@ -26,7 +26,20 @@ from sfumato.optim import build, schedules
 from sfumato.sampling.prompts import Prompt
 from sfumato.sampling.sample import EncodedPrompts, encode_prompts, sample
 from sfumato.tensors.noise import NoiseProcess
-from sfumato.train import checkpoints, dist, fit, fusing, lock, log, loop, measure, provenance, resume, state
+from sfumato.train import (
+    checkpoints,
+    dist,
+    fit,
+    fusing,
+    lock,
+    log,
+    loop,
+    measure,
+    provenance,
+    resume,
+    state,
+    trainables,
+)
 from sfumato.train.caching import Caches, Data, fill_caches, open_data
 from sfumato.train.check import check, check_length, check_model
 from sfumato.train.devices import outline_models, place_models, quantised_notes, read_models, settle
@@ -34,7 +47,7 @@ from sfumato.train.plan import steps_line
 from sfumato.train.progress import console, progress
 from sfumato.train.recover import Recovery
 from sfumato.train.step import Step, autocast, draw
-from sfumato.train.trainables import Adapters, Full, Trainable, caches_text
+from sfumato.train.trainables import Trainable, caches_text
 
 
 def cache(config: Config, datasets: tuple[DatasetConfig, ...]) -> Caches:
@@ -118,7 +131,7 @@ def prepare(
     caches = fill_caches(config, data, models, world)
     samples = Samples(config, models, process, checked.prompts, world.device)
     _read(config, models, world)
-    trainable: Trainable = Adapters(models, config, plan) if plan else Full(models, config)
+    trainable = trainables.make(method, models, config, plan)
     placed = place_models(config, models, trainable, world.device)
     optimizer = _optimizer(config, trainable, world.device)
     step = _distributed(Step(models, trainable, process, config.loss, precision), trainable, world)

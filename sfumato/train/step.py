@@ -48,8 +48,12 @@ class Step(nn.Module):
         self.process, self.loss, self.precision = process, loss, precision
 
     def forward(self, batch: Batch) -> Tensor:
+        return self.losses(batch).sum()
+
+    def losses(self, batch: Batch) -> Tensor:
+        """The weighted error (b,) of each sample, fp32."""
         models, trainable = self.unowned
-        trainable.on_batch(batch.multiplier, SampleRandom(batch.keys))
+        trainable.on_batch(batch)
         # A VAE gives latents in whatever order its last layer left them in memory, and nets take over the order. With
         # channels last, torch's GroupNorm crashes the process in the backward pass on the CPU where its input needs no
         # gradient.
@@ -68,7 +72,7 @@ class Step(nn.Module):
             self.process.steps,
         )
         error = losses.loss(self.loss.loss_type, prediction.float(), noised.target.float(), c=threshold)
-        return losses.sample_losses(error, batch.mask, noised.weight, batch.weight).sum()
+        return losses.sample_losses(error, batch.mask, noised.weight, batch.weight)
 
     def cond(self, batch: Batch) -> Cond:
         """The batch's cond, as cached or encoded now."""

@@ -33,6 +33,11 @@ FAMILIES = {case.family: case for case in cases()}
 FAMILIES["sd"] = replace(BY_NAME["sd-1"], write=lambda folder: Files(model=tiny.short_sd1(folder)))
 
 
+def two_samples() -> Batch:
+    ones = torch.ones(2, device=CARD)
+    return Batch(captions=("", ""), keys=(1, 2), weight=ones, multiplier=ones, sizes=ones)
+
+
 @pytest.fixture(scope="module")
 def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_images(tmp_path_factory.mktemp("images"))
@@ -193,7 +198,7 @@ def test_a_unet_computes_no_more_than_diffusers_with_peft(images: Path, tmp_path
         tiny.parts(v2=False, short=True).unet,
         lambda name, layer: "attentions" in name and isinstance(layer, nn.Linear | nn.Conv2d),
     )
-    a_run.trainable.on_batch(torch.ones(2, device=CARD), SampleRandom([1, 2]))
+    a_run.trainable.on_batch(two_samples())
     ours = computed(lambda: models.predict(x, t, {"hidden": hidden}))
     assert ours <= computed(lambda: theirs(x, t, hidden).sample)
 
@@ -208,7 +213,7 @@ def test_a_transformer_computes_no_more_than_diffusers_with_peft(images: Path, t
         for shape in ((16, net.config.joint_attention_dim), (net.config.pooled_projection_dim,))
     )
     x, t = torch.ones(2, 16, 8, 8, device=CARD), torch.ones(2, device=CARD)
-    a_run.trainable.on_batch(torch.ones(2, device=CARD), SampleRandom([1, 2]))
+    a_run.trainable.on_batch(two_samples())
     ours = computed(lambda: models.predict(x, t, {"t5": t5, "pooled": pooled, "guidance": t}))
     ids = torch.zeros(16, 3, device=CARD)
     assert ours <= computed(

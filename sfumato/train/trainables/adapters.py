@@ -1,13 +1,12 @@
-"""What is trained: whole nets or adapters on them. The loop sees no difference."""
+"""Adapters on chosen layers of frozen nets."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -18,163 +17,18 @@ from sfumato.adapters import files as adapter_files
 from sfumato.adapters.base import Adapter
 from sfumato.adapters.insert import AdapterNetwork, check_kinds, choose, from_state
 from sfumato.config import Config, FamilyOptions
+from sfumato.data.batch import Batch
 from sfumato.errors import UserError
-from sfumato.families.detect import CALLED, identify
-from sfumato.formats import adapter_metadata, dialect, files
-from sfumato.formats.adapter_check import check_adapter
+from sfumato.formats import dialect, files
 from sfumato.formats.clients import Loaded, loads_in
 from sfumato.formats.metadata import hashes
 from sfumato.models.base import Family, Models
-from sfumato.models.loading import check_folder, save
 from sfumato.optim.groups import Group
 from sfumato.tensors.random import SampleRandom
 from sfumato.train import checkpoints, targets
 from sfumato.train.progress import console
-
-SAVE_DTYPES = {"float": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-
-
-class Trainable(Protocol):
-    """Something with weights to train, that can list them in groups and write them to a file."""
-
-    kind: str
-    """Ending of the modelspec architecture: "" for a whole model, "lora" for an adapter."""
-    trained: tuple[str, ...]
-    """Components that change."""
-    notices: tuple[str, ...]
-    """Notes for the user on how it was put together."""
-
-    def weights(self) -> dict[str, nn.Parameter]:
-        """Everything that is trained, or was before it was frozen, and what adapters keep of their start, by a name
-        that stays the same from run to run."""
-        ...
-
-    def groups(self) -> list[Group]:
-        """The weights in groups with their learning rates."""
-        ...
-
-    def modules(self) -> nn.Module:
-        """A module that holds the weights, for gradient exchange."""
-        ...
-
-    def train(self, mode: bool) -> None:
-        """Dropouts on or off."""
-        ...
-
-    def on_batch(self, multiplier: Tensor, rng: SampleRandom) -> None:
-        """Called before each batch: the strength (b,) of its samples and where their dropouts come from."""
-        ...
-
-    def on_noise(self, level: Tensor) -> None:
-        """Called before each forward pass: how much noise (b,) the samples have, 0 to 1."""
-        ...
-
-    def kept_gradients(self) -> Iterable[nn.Parameter]:
-        """Weights whose gradients `after_step` reads."""
-        ...
-
-    def after_step(self) -> Mapping[str, Tensor]:
-        """Called after each optimizer step, while the gradients of `kept_gradients` are still there. Returns what is to
-        be logged, 0-d tensors by name."""
-        ...
-
-    def freeze_encoders(self) -> None:
-        """Stop training the text encoders."""
-        ...
-
-    def frozen_digest(self) -> str:
-        """A fingerprint of what the result holds besides what is trained and the base model; empty for nothing."""
-        ...
-
-    def suffix(self) -> str:
-        """Ending of the result's file name; empty for a folder."""
-        ...
-
-    def save(self, path: Path, metadata: Mapping[str, str]) -> None:
-        """Write the result."""
-        ...
-
-
-def whole_nets(family: Family, config: Config, encoders: Iterable[str]) -> tuple[str, ...]:
-    """The components that change when a whole model is trained; `encoders`: those that there are."""
-    may = family.trainable(config.family, None)
-    text = (
-        [n for n in encoders if n not in ("denoiser", "vae") and (may is None or n in may)]
-        if config.train.train_text_encoder
-        else []
-    )
-    return ("denoiser", *text)
-
-
-class Full:
-    """The denoiser's own weights, and the text encoders' if asked for."""
-
-    kind = ""
-    notices: tuple[str, ...] = ()
-
-    def __init__(self, models: Models, config: Config) -> None:
-        self.models, self.config = models, config
-        models.noise = config.noise
-        self.trained: tuple[str, ...] = whole_nets(models.family, config, models.encoders)
-        self._weights: dict[str, nn.Parameter] = {}
-        self._rates: dict[str, dict[float, list[nn.Parameter]]] = {name: {} for name in self.trained}
-        common = net_rates(models.family, models.encoders, config)
-        for name in self.trained:
-            for path, p in models.nets()[name].named_parameters():
-                own = models.family.rate(models.options, name, path)
-                if rate := common[name] if own is None else own:
-                    p.requires_grad_(True)
-                    self._weights[f"{name}.{path}"] = p
-                    self._rates[name].setdefault(rate, []).append(p)
-        if not self._weights:
-            raise UserError("nothing is left to train: every learning rate of a part or block is 0")
-        if not self.suffix():
-            check_folder(models)
-
-    def weights(self) -> dict[str, nn.Parameter]:
-        return self._weights
-
-    def groups(self) -> list[Group]:
-        return [
-            Group(name=component if len(rates) == 1 else f"{component} {i}", lr=rate, parameters=parameters)
-            for component, rates in self._rates.items()
-            for i, (rate, parameters) in enumerate(rates.items())
-        ]
-
-    def modules(self) -> nn.Module:
-        return nn.ModuleDict({name: self.models.nets()[name] for name in self.trained})
-
-    def train(self, mode: bool) -> None:
-        for name in self.trained:
-            self.models.nets()[name].train(mode)
-
-    def on_batch(self, multiplier: Tensor, rng: SampleRandom) -> None:
-        pass
-
-    def on_noise(self, level: Tensor) -> None:
-        pass
-
-    def kept_gradients(self) -> Iterable[nn.Parameter]:
-        return ()
-
-    def after_step(self) -> Mapping[str, Tensor]:
-        return {}
-
-    def freeze_encoders(self) -> None:
-        for name in self.trained[1:]:
-            self.models.nets()[name].requires_grad_(False)
-
-    def frozen_digest(self) -> str:
-        return ""
-
-    def suffix(self) -> str:
-        return checkpoints.ending(self.config.output, "full", self.models.source.layout)
-
-    def save(self, path: Path, metadata: Mapping[str, str]) -> None:
-        precision = self.config.output.save_precision
-        dtype = SAVE_DTYPES[precision] if precision else None
-        layout = "single_file" if self.suffix() else "diffusers"
-        save(self.models, path, layout=layout, dtype=dtype, metadata=metadata, trained=self.trained)
+from sfumato.train.trainables.adapter_files import read_adapter
+from sfumato.train.trainables.base import SAVE_DTYPES, caches_text
 
 
 class Adapters:
@@ -289,7 +143,6 @@ class Adapters:
         return loads_in(shapes, families.facts_of(self.models.options).loads_in)
 
     def remove(self) -> None:
-        """The nets are again as they were."""
         for each in (self.network, self.frozen):
             if each:
                 each.remove()
@@ -302,9 +155,9 @@ class Adapters:
         self.network.noise_level = None
         self._strength(1.0)
 
-    def on_batch(self, multiplier: Tensor, rng: SampleRandom) -> None:
-        self.network.rng = rng
-        self._strength(multiplier)
+    def on_batch(self, batch: Batch) -> None:
+        self.network.rng = SampleRandom(batch.keys)
+        self._strength(batch.multiplier)
 
     def on_noise(self, level: Tensor) -> None:
         self.network.noise_level = level
@@ -354,39 +207,6 @@ class Adapters:
         files.save(path, tensors, {**metadata, **hashes(tensors, metadata)})
         for each in self.loads_in(tensors):
             console.print(f"{path.name} in {each.text()}")
-
-
-def read_adapter(
-    models: Models, path: Path, flag: str = "adapter", *, skip: Callable[[str], bool] = lambda key: False
-) -> dict[dialect.ModulePath, dialect.AdapterTensors]:
-    """An adapter file in any dialect of the family -> {path: tensors}. `flag`: what named it, for messages; `skip`:
-    whether a key is not asked for.
-
-    Errors: `UserError` for keys that name no layer, and for tensors that no adapter can have.
-    """
-    tensors, _ = adapter_metadata.load(path)
-    by_path = [
-        (name, p)
-        for name, net in models.nets().items()
-        for p, layer in net.named_modules()
-        if isinstance(layer, nn.Linear | nn.Conv2d)
-    ]
-    try:
-        check_adapter(tensors, f"{flag} {path}")
-        wanted = {key: t for key, t in tensors.items() if not skip(key)}
-        return adapter_files.read(models.dialects.values(), wanted, by_path)
-    except UserError as error:
-        if kind := _other_kind(tensors):
-            raise UserError(f"{flag} {path} is {kind}, not an adapter (such as a LoRA)") from error
-        raise
-
-
-def _other_kind(tensors: Mapping[str, Tensor]) -> str:
-    """What a file is that is not an adapter, where that is known."""
-    found = identify({name: tuple(t.shape) for name, t in tensors.items()})
-    if found is None or found.kind == "adapter":
-        return ""
-    return CALLED.get(found.kind, "a base model").partition(",")[0]
 
 
 def _frozen_adapters(
@@ -471,23 +291,6 @@ def adapter_rates(
             "and the rates exclude everything"
         )
     return {name: rate for name, rate in rates.items() if rate}
-
-
-def net_rates(family: Family, encoders: Collection[str], config: Config) -> dict[str, float]:
-    """Component -> learning rate, when whole nets are trained: of weights that the family gives none of their own."""
-    o = config.optimizer
-    te = o.learning_rate if o.learning_rate_te is None else o.learning_rate_te
-    return {name: o.learning_rate if name == "denoiser" else te for name in whole_nets(family, config, encoders)}
-
-
-def caches_text(config: Config) -> bool:
-    """Whether text outputs are cached, so that no text encoder is trained."""
-    return config.data.cache_text_encoder_outputs or config.data.cache_text_encoder_outputs_to_disk
-
-
-def caches_latents(config: Config) -> bool:
-    """Whether latents are cached."""
-    return config.data.cache_latents or config.data.cache_latents_to_disk
 
 
 def _adapter_lr(name: str, order: Sequence[str], config: Config) -> float:
