@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from sfumato.cli.flags import Resolved
     from sfumato.config import Config, Method
 
-METHODS: tuple[Method, ...] = ("network", "full")
+METHODS: tuple[Method, ...] = ("network", "full", "embedding", "controlnet", "lllite")
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,11 +181,13 @@ def _method(words: list[str], command: str, default: Method | None) -> Method:
         del words[0]
         return found
     if words and not words[0].startswith("-"):
-        raise UserError(f"sfumato {command} {words[0]}: expected {' or '.join(METHODS)}{nearest(words[0], METHODS)}")
+        raise UserError(
+            f"sfumato {command} {words[0]}: expected one of {', '.join(METHODS)}{nearest(words[0], METHODS)}"
+        )
     if default is None and not {"-h", "--help"} & set(words):
         raise UserError(
-            f"sfumato {command}: say what to train: `sfumato {command} network` (an adapter) or `sfumato {command} "
-            "full` (the whole model)"
+            f"sfumato {command}: say what to train: `sfumato {command} network` (an adapter), full (the whole model), "
+            "embedding (a new word), controlnet or lllite (what makes images follow others)"
         )
     return default or "network"
 

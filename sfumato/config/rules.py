@@ -74,14 +74,15 @@ class Excludes(Needs):
 
 
 class Only(Needs):
-    """The setting acts with one method of training alone, or (None) never."""
+    """The setting acts with some methods of training alone; with none: never."""
 
-    def __init__(self, method: Method | None, why: str) -> None:
-        super().__init__(method=method, why=why)
+    def __init__(self, *methods: Method, why: str) -> None:
+        super().__init__(why=why)
+        self.methods = methods
 
     def idle(self, settings: Settings) -> bool:
         """See `Needs.idle`."""
-        return settings.method != self.method
+        return settings.method not in self.methods
 
 
 @dataclass(frozen=True, slots=True)

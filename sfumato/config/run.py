@@ -35,8 +35,9 @@ from sfumato.config.rules import (
     ZeroIsOff,
 )
 
-Method = Literal["network", "full"]
-"""What is trained: an adapter, or the whole model."""
+Method = Literal["network", "full", "embedding", "controlnet", "lllite"]
+"""What is trained: an adapter, the whole model, words of a text encoder (textual inversion), a net that makes images
+follow others (ControlNet), or small ones on its layers that do (ControlNet-LLLite)."""
 Scheduler = Literal[
     "constant",
     "constant_with_warmup",
@@ -67,9 +68,9 @@ _WARMED_UP = Excludes(
 )
 _EVERY_EPOCHS = Needs("save_every_n_epochs", "save_n_epoch_ratio")
 _RATIO = "save_n_epoch_ratio decides when results are saved"
-_ADAPTERS = Only("network", "no adapter is trained with `train full`")
-_ADAPTER_RATES = Only("network", "`train full` reads learning_rate and learning_rate_te")
-_WHOLE = Only("full", "an adapter's text encoder goes by text_encoder_lr and network_train_unet_only")
+_ADAPTERS = Only("network", why="only `train network` trains an adapter")
+_ADAPTER_RATES = Only("network", why="only `train network` has it; all else goes by learning_rate")
+_WHOLE = Only("full", why="an adapter's text encoder goes by text_encoder_lr and network_train_unet_only")
 _FUSED = Needs("fused_backward_pass", "fused_optimizer_groups", "blockwise_fused_optimizers")
 _DENOISER = Excludes("network_train_text_encoder_only", why="network_train_text_encoder_only leaves the denoiser alone")
 _HUBER = ("huber", "smooth_l1")

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
-from sfumato.config import FamilyOptions, LossConfig, NoiseConfig, Settings, relations, rules
+from sfumato.config import FamilyOptions, LossConfig, Method, NoiseConfig, Settings, relations, rules
 from sfumato.config.rules import Clash, Idle
 from sfumato.errors import UserError
 from sfumato.formats.clients import Names
@@ -34,7 +34,7 @@ class Facts:
     """See `Component.beside`."""
     needed: tuple[str, ...] = ("denoiser",)
     """What of `WHOLE` a base model's file must hold; the rest may come from files of its own."""
-    scripts: Mapping[str, Literal["network", "full"]] = field(default_factory=dict)
+    scripts: Mapping[str, Method] = field(default_factory=dict)
     """kohya's scripts -> what they train."""
     trains_text: tuple[str, ...] = ()
     """Those of `scripts` that train the text encoder unless asked otherwise."""

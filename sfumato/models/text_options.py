@@ -8,7 +8,7 @@ from sfumato.config.rules import Amount, Excludes, Needs, Only
 
 TextEncoderRate = Annotated[
     Amount | None,
-    Only("full", "an adapter's text encoders go by text_encoder_lr and network_train_unet_only"),
+    Only("full", why="an adapter's text encoders go by text_encoder_lr and network_train_unet_only"),
     Needs("train_text_encoder"),
 ]
 """Learning rate of one text encoder when whole models are trained."""

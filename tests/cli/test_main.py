@@ -28,7 +28,7 @@ def test_help_and_version(capsys: pytest.CaptureFixture[str]) -> None:
     [
         (["trian"], "did you mean 'train'?"),
         (["train"], "say what to train"),
-        (["train", "netwrk"], "expected network or full; did you mean 'network'?"),
+        (["train", "netwrk"], "expected one of network, full, embedding, controlnet, lllite; did you mean 'network'?"),
         (["show"], "required: FILE"),
         (["show", "nothing.safetensors"], "nothing.safetensors"),
         (["sample", "--learning_rate", "1"], "--learning_rate: is not a flag of `sfumato sample`"),

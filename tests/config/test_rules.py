@@ -136,9 +136,9 @@ def test_each_kind_of_rule() -> None:
         Excludes("noise_offset"): True,
         Excludes("ip_noise_gamma"): False,
         Excludes("noise_offset", method="full"): False,
-        Only("full", "-"): True,
-        Only("network", "-"): False,
-        Only(None, "-"): True,
+        Only("full", why="-"): True,
+        Only("network", why="-"): False,
+        Only(why="-"): True,
     }
     assert [rule.idle(settings) for rule in idle] == list(idle.values())
     assert Needs("a", "b", "c").why == "it needs a, b or c" and Excludes("a").why == "a takes its place"

@@ -33,7 +33,7 @@ SHIFT = 3.0
 LONGEST = 4096
 """Tokens that diffusers' pipeline lets a caption have at most."""
 _Tokens = Annotated[int, Interval(ge=1, le=LONGEST)]
-_ComponentRate = Annotated[Rate | None, Only("full", "an adapter has unet_lr and, in network_args, network_reg_lrs")]
+_ComponentRate = Annotated[Rate | None, Only("full", why="adapters have unet_lr and, in network_args, network_reg_lrs")]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

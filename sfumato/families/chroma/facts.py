@@ -17,7 +17,7 @@ from sfumato.models.flow_options import FlowOptions, Sampling, Shift
 
 FAMILY = "chroma"
 
-_NO_CLIP = Only(None, "Chroma has no CLIP; T5 alone reads its captions")
+_NO_CLIP = Only(why="Chroma has no CLIP; T5 alone reads its captions")
 _NO_GUIDANCE = Must(
     lambda guidance: guidance == 0,
     "0, as Chroma takes no guidance (images are guided by the scale of their prompts, --l)",

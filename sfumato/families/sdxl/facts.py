@@ -26,9 +26,9 @@ SIZES = 6
 SIZES_REFINER = 5
 """Sizes that the refiner takes: an aesthetic score stands for the target's two."""
 
-_NO_CLIP_SKIP = Only(None, "this model always takes the layer before the last of its text encoders")
+_NO_CLIP_SKIP = Only(why="this model always takes the layer before the last of its text encoders")
 _BLOCK_LR = Must(lambda rates: len(rates) in (0, BLOCKS), f"{BLOCKS} numbers with commas between them")
-_FULL = Only("full", "it is for `train full`; an adapter's rate on the U-Net is unet_lr")
+_FULL = Only("full", why="it is for `train full`; an adapter's rate on the U-Net is unet_lr")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+
 from sfumato.adapters import AdapterPlan
 from sfumato.config import Config, Method
 from sfumato.models.base import Models
@@ -11,6 +13,7 @@ from sfumato.train.trainables.base import SAVE_DTYPES, Trainable, caches_latents
 from sfumato.train.trainables.full import Full, net_rates, whole_nets
 
 __all__ = [
+    "MAKERS",
     "SAVE_DTYPES",
     "Adapters",
     "Full",
@@ -25,11 +28,13 @@ __all__ = [
 ]
 
 
+MAKERS: Mapping[Method, Callable[[Models, Config], Trainable]] = {"full": Full}
+"""What is trained -> the class; adapters take a plan besides."""
+
+
 def make(method: Method, models: Models, config: Config, plan: AdapterPlan | None) -> Trainable:
     """What `method` trains of a model, whose nets may be without values. `plan`: of adapters, where they are trained.
 
     Errors: `UserError` for settings that do not go with the model.
     """
-    if plan is not None:
-        return Adapters(models, config, plan)
-    return Full(models, config)
+    return MAKERS[method](models, config) if plan is None else Adapters(models, config, plan)
