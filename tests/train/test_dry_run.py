@@ -186,7 +186,7 @@ def test_what_is_trained_is_counted_without_values(model: Path, images: Path, tm
     assert all(p.is_meta for net in checked.models.nets().values() for p in net.parameters())
     models = load(checked.models.family, str(model), given.family)
     assert checked.plan is not None
-    with check.outlined(models, given, checked.plan) as real:
+    with check.outlined(models, given, "network", checked.plan) as real:
         groups = {g.name: sum(p.numel() for p in g.parameters) for g in real.groups()}
     assert groups == {"denoiser": denoiser.numbers, "clip_l": text.numbers}
     assert (text.layers, text.rates) == (18, (1e-5,))
