@@ -58,6 +58,7 @@ CACHED = {"network_train_unet_only": True, "cache_latents": True, "cache_text_en
 BF16 = {**CACHED, "mixed_precision": "bf16"}
 AGAIN = {**BF16, "gradient_checkpointing": True}
 WHOLE = {"method": "full", "cache_latents": True, "cache_text_encoder_outputs": True, "mixed_precision": "bf16"}
+ON_HOST = {"fused_backward_pass": True, "optimizer_state_on_cpu": True}
 RUNS: dict[str, dict[str, Any]] = {
     "cpu": CACHED,
     "exact": CACHED,
@@ -75,7 +76,18 @@ RUNS: dict[str, dict[str, Any]] = {
     "uncached": {"mixed_precision": "bf16", "gradient_checkpointing": True},
     "full_bf16": {**WHOLE, "full_bf16": True},
     "full_bf16 resumed": {**WHOLE, "full_bf16": True, "resume": "full_bf16"},
+    "swapped": {**AGAIN, "blocks_to_swap": 1},
+    "swapped, plain": {**BF16, "blocks_to_swap": 1},
+    "offloaded": {**AGAIN, "cpu_offload_checkpointing": True},
+    "int8": {**BF16, "quantize": "int8", "int8_matmul": True},
+    "nf4": {**BF16, "quantize": "nf4"},
+    "fp8": {**BF16, "quantize": "fp8"},
+    "fused": {**BF16, "fused_backward_pass": True, "fused_clipping": "two_passes"},
+    "whole": WHOLE,
+    "whole, on the host": {**WHOLE, **ON_HOST},
+    "whole, swapped": {**WHOLE, **ON_HOST, "blocks_to_swap": 1},
     "unwaited": {**BF16, "scale_weight_norms": 1.0},
+    "unwaited, swapped": {**AGAIN, "blocks_to_swap": 1},
     "unwaited, uncached": {"mixed_precision": "bf16"},
     "unwaited, whole": WHOLE,
 }
@@ -209,6 +221,16 @@ CHECKS: dict[str, Callable[[Runs], dict[str, Any]]] = {
     "text encoders train, nothing cached": lambda runs: runs.ends("uncached"),
     "full_bf16 ends": lambda runs: runs.ends("full_bf16"),
     "resumed equals unbroken, full_bf16": same("full_bf16"),
+    "streamed blocks change no loss": close("swapped", "checkpointing"),
+    "streamed blocks change no loss, without checkpointing": close("swapped, plain", "bf16"),
+    "kept activations change no loss": close("offloaded", "checkpointing"),
+    "a fused step changes no loss": close("fused", "bf16"),
+    "a fused step with its state on the host changes no loss": close("whole, on the host", "whole"),
+    "streamed weights that train change no loss": close("whole, swapped", "whole"),
+    "losses on int8 are near": close("int8", "bf16", 0.1),
+    "losses on nf4 are near": close("nf4", "bf16", 0.3),
+    "losses on fp8 are near": close("fp8", "bf16", 0.1),
+    "no step waits for the card, streamed": lambda runs: runs.ends("unwaited, swapped"),
     "no step waits for the card": lambda runs: runs.ends("unwaited"),
     "no step waits for the card, nothing cached": lambda runs: runs.ends("unwaited, uncached"),
     "no step waits for the card, a whole model": lambda runs: runs.ends("unwaited, whole"),
