@@ -37,7 +37,6 @@ INERT = {
 }
 REFUSED = {
     "metadata_file": "is not supported yet: put captions into files beside the images (caption_extension)",
-    "custom_attributes": "is not supported yet",
     "validation_split": "is not supported yet",
 }
 
@@ -53,7 +52,7 @@ def read(settings: Settings, given: Mapping[str, Given], report: Report) -> tupl
         tables = from_file(paths.expanded(settings.dataset_config), report, lenient=lenient)
     else:
         tables = from_folders(settings, given, report)
-    used: dict[str, set[Any]] = {}
+    used: dict[str, list[Any]] = {}
     found = [_dataset(table, subsets, settings, used, report) for table, subsets in tables]
     left_out: list[str] = []
     made = tuple(d for d in (replace(d, subsets=_acting(d.subsets, lenient, left_out)) for d in found) if d.subsets)
@@ -274,7 +273,7 @@ def _passed_over(subset: SubsetConfig) -> str:
 
 
 def _dataset(
-    table: Found, subsets: list[Found], settings: Settings, used: dict[str, set[Any]], report: Report
+    table: Found, subsets: list[Found], settings: Settings, used: dict[str, list[Any]], report: Report
 ) -> DatasetConfig:
     def value(name: str, *levels: Found) -> Any:
         for level in levels:
@@ -286,7 +285,7 @@ def _dataset(
         return getattr(settings, flag, _known()[name].default)
 
     def note(name: str, found: Any) -> Any:
-        used.setdefault(name, set()).add(found)
+        used.setdefault(name, []).append(found)
         return found
 
     made = []
@@ -302,7 +301,9 @@ def _dataset(
     return DatasetConfig(**own, subsets=tuple(made))
 
 
-def _unused_flags(settings: Settings, given: Mapping[str, Given], used: Mapping[str, set[Any]], report: Report) -> None:
+def _unused_flags(
+    settings: Settings, given: Mapping[str, Given], used: Mapping[str, list[Any]], report: Report
+) -> None:
     """Flags that every dataset overrules."""
     for name, found in used.items():
         flag = _FLAGS.get(name, name)

@@ -123,6 +123,8 @@ def _literal(value: object) -> str:
         return str(value).lower()
     if isinstance(value, (list, tuple)):
         return f"[{', '.join(_literal(v) for v in value)}]"
+    if isinstance(value, Mapping):
+        return f"{{{', '.join(f'{_literal(str(name))} = {_literal(v)}' for name, v in value.items())}}}"
     if isinstance(value, str):
         return json.dumps(printable(value), ensure_ascii=False).replace(
             "\x7f", "\\u007f"

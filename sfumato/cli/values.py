@@ -4,6 +4,7 @@ place."""
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from functools import cache
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin
@@ -100,6 +101,8 @@ def _word(kind: Any) -> str:
         return "one of " + ", ".join(str(c) for c in get_args(kind))
     if get_origin(kind) is tuple:
         return f"a list, each {_word(get_args(kind)[0])}"
+    if get_origin(kind) is Mapping:
+        return "a table"
     return {bool: "true or false", int: "a whole number", float: "a number", str: "text"}.get(kind, str(kind))
 
 

@@ -6,8 +6,9 @@ The options of a subset and of a dataset fall back: subset -> dataset -> [genera
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
-from typing import Annotated, Literal
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Annotated, Any, Literal
 
 from annotated_types import Interval
 
@@ -33,6 +34,12 @@ ONLY_REGULARISATION = (
     "put them into the [[datasets]] of the folder that they go with, or leave is_reg out"
 )
 _SPAN = Must(re.compile(r"[\d.]+,[\d.]+").fullmatch, '"min,max" such as "2.0,4.0"')
+
+
+def _all_plain(attributes: Mapping[str, Any]) -> bool:
+    return all(isinstance(value, (bool, int, float, str)) for value in attributes.values())
+
+
 _DATASET_FILE = Excludes("dataset_config", why="dataset_config names the folders")
 Interpolation = Literal["lanczos", "nearest", "bilinear", "linear", "bicubic", "cubic", "area", "box"]
 
@@ -108,6 +115,10 @@ class SubsetConfig(CaptionOptions, ImageOptions):
     """Folder of mask images with the same names."""
     recursive: bool = False
     """Look into sub-folders as well."""
+    custom_attributes: Annotated[
+        Mapping[str, Any], Must(_all_plain, "values that are true, false, numbers or texts")
+    ] = field(default_factory=dict, hash=False)
+    """What else is to be known of these images, by name: a table of true, false, numbers and texts."""
 
 
 @dataclass(frozen=True, kw_only=True)  # no slots: two slotted bases cannot be joined

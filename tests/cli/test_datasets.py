@@ -82,6 +82,15 @@ def test_what_is_written_reads_back_to_the_same(home: Path) -> None:
     assert read(datasets.write(first)) == first
 
 
+def test_attributes_of_ones_own_are_read_and_written(home: Path) -> None:
+    text = '[[datasets]]\n[[datasets.subsets]]\nimage_dir = "images"\n[datasets.subsets.custom_attributes]\n'
+    found = read(f'{text}diff_output_preservation = true\n"a b" = 1\n')
+    assert found[0].subsets[0].custom_attributes == {"diff_output_preservation": True, "a b": 1}
+    assert read(datasets.write(found)) == found and hash(found)
+    with pytest.raises(UserError, match="data.toml:4: custom_attributes: expected values that are true"):
+        read(f"{text}x = [1]\n")
+
+
 def test_every_mistake_is_told_with_its_line(home: Path) -> None:
     text = FULL.replace('image_dir = "more"\n  is_reg', 'image_dir = "image"\n  is_reg').replace(
         "batch_size = 3", 'batch_size = "3"'
