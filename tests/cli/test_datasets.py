@@ -87,7 +87,7 @@ def test_attributes_of_ones_own_are_read_and_written(home: Path) -> None:
     found = read(f'{text}diff_output_preservation = true\n"a b" = 1\n')
     assert found[0].subsets[0].custom_attributes == {"diff_output_preservation": True, "a b": 1}
     assert read(datasets.write(found)) == found and hash(found)
-    with pytest.raises(UserError, match="data.toml:4: custom_attributes: expected values that are true"):
+    with pytest.raises(UserError, match=r"data\.toml:4: custom_attributes: expected values that are true"):
         read(f"{text}x = [1]\n")
 
 
