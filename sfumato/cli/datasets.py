@@ -36,7 +36,6 @@ INERT = {
     "validation_seed": "only matters with validation_split",
 }
 REFUSED = {
-    "metadata_file": "is not supported yet: put captions into files beside the images (caption_extension)",
     "validation_split": "is not supported yet",
 }
 
@@ -46,7 +45,7 @@ def read(settings: Settings, given: Mapping[str, Given], report: Report) -> tupl
 
     `settings`: what the files fall back to; `given`: what a user set.
     """
-    source = given.get("dataset_config") or given.get("train_data_dir")
+    source = given.get("dataset_config") or given.get("in_json") or given.get("train_data_dir")
     lenient = source is not None and source.lenient
     if settings.dataset_config:
         tables = from_file(paths.expanded(settings.dataset_config), report, lenient=lenient)
@@ -193,7 +192,11 @@ def _known() -> dict[str, options.Option]:
 
 
 def from_folders(settings: Settings, given: Mapping[str, Given], report: Report) -> Tables:
-    """One dataset of the folders `<repeats>_<class tokens>` in train_data_dir and reg_data_dir."""
+    """One dataset of what in_json names, or of the folders `<repeats>_<class tokens>` in train_data_dir and
+    reg_data_dir."""
+    if settings.in_json:
+        own = {"metadata_file": settings.in_json, "image_dir": settings.train_data_dir}
+        return [({}, [{name: Given(name, value, "--in_json", False) for name, value in own.items() if value}])]
     subsets = [
         s
         for key, folder in (("train_data_dir", settings.train_data_dir), ("reg_data_dir", settings.reg_data_dir))
@@ -241,20 +244,20 @@ def _folders(key: str, root: Path, given: Mapping[str, Given], report: Report) -
 
 
 def _acting(subsets: Iterable[SubsetConfig], lenient: bool, left_out: list[str]) -> tuple[SubsetConfig, ...]:
-    """Each folder once; without those that kohya's scripts pass over where its file or command is read (`lenient`).
+    """Each folder or metadata file once; without those that kohya's scripts pass over where its file or command is read
+    (`lenient`).
 
     What is left out is added to `left_out`, with the reason.
     """
     kept: dict[str, SubsetConfig] = {}
     for subset in subsets:
-        place = subset.image_dir if trouble(subset.image_dir, "folder") else os.path.realpath(subset.image_dir)
+        place = subset.source if trouble(subset.source, "file or folder") else os.path.realpath(subset.source)
         if place in kept:
             left_out.append(
-                f"{subset.image_dir}: stands twice in one dataset, and is taken once, with the settings that stand "
-                "first"
+                f"{subset.source}: stands twice in one dataset, and is taken once, with the settings that stand first"
             )
         elif lenient and (why := _passed_over(subset)):
-            left_out.append(f"{subset.image_dir}: left out, as in kohya's scripts: {why}")
+            left_out.append(f"{subset.source}: left out, as in kohya's scripts: {why}")
         else:
             kept[place] = subset
     return tuple(kept.values())
@@ -263,6 +266,8 @@ def _acting(subsets: Iterable[SubsetConfig], lenient: bool, left_out: list[str])
 def _passed_over(subset: SubsetConfig) -> str:
     if subset.num_repeats < 1:
         return f"num_repeats is {subset.num_repeats}"
+    if subset.metadata_file:
+        return ""
     if problem := trouble(subset.image_dir, "folder"):
         return problem
     found = folders.listing(Path(subset.image_dir), recursive=subset.recursive)
@@ -290,11 +295,11 @@ def _dataset(
 
     made = []
     for subset in subsets:
-        if "image_dir" not in subset:
+        if not subset.keys() & {"image_dir", "metadata_file"}:
             first = next(iter(subset.values()), None)
             report.error(
                 f"{first.where if first else 'a [[datasets.subsets]]'}: image_dir is missing in this "
-                "[[datasets.subsets]]"
+                "[[datasets.subsets]] (or a metadata_file that names its images)"
             )
         made.append(SubsetConfig(**{f.name: note(f.name, value(f.name, subset, table)) for f in fields(SubsetConfig)}))
     own = {f.name: note(f.name, value(f.name, table)) for f in fields(DatasetConfig) if f.name != "subsets"}
@@ -312,7 +317,7 @@ def _unused_flags(
         if each is None or settings.value(flag) in found:
             continue
         if each.flag or settings.value(flag) != options.common()[flag].default:
-            source = settings.dataset_config or settings.train_data_dir
+            source = settings.dataset_config or settings.in_json or settings.train_data_dir
             report.without_effect(
                 each, f"{source} says {name} itself, for every {'dataset' if name in _DATASET - _SHARED else 'folder'}"
             )
@@ -374,19 +379,19 @@ def _check_subset(subset: SubsetConfig, settings: Settings, report: Report) -> N
 
     if (settings.cache_latents or settings.cache_latents_to_disk) and (found := on(_NOT_CACHED)):
         report.error(
-            f"{subset.image_dir}: {', '.join(found)} cannot be used with cache_latents: images are encoded only once "
+            f"{subset.source}: {', '.join(found)} cannot be used with cache_latents: images are encoded only once "
             "(flip_aug can)"
         )
     if caches_text(settings) and (found := on(_NOT_FINITE)):
         report.error(
-            f"{subset.image_dir}: {', '.join(found)} cannot be used with cache_text_encoder_outputs: captions are "
+            f"{subset.source}: {', '.join(found)} cannot be used with cache_text_encoder_outputs: captions are "
             "encoded only once"
         )
     if not on(_CUTS) and subset.keep_tokens:
-        report.note(f"{subset.image_dir}: keep_tokens: no effect without {', '.join(_CUTS[:2])} or {_CUTS[2]}")
+        report.note(f"{subset.source}: keep_tokens: no effect without {', '.join(_CUTS[:2])} or {_CUTS[2]}")
     if subset.conditioning_data_dir and not settings.masked_loss:
         report.error(
-            f"{subset.image_dir}: conditioning_data_dir needs masked_loss: set it, or leave conditioning_data_dir out"
+            f"{subset.source}: conditioning_data_dir needs masked_loss: set it, or leave conditioning_data_dir out"
         )
 
 

@@ -102,7 +102,6 @@ REFUSED: Mapping[str, str] = {
     "full_fp16": "is not supported, as weights and gradients overflow in fp16: use full_bf16, or mixed_precision fp16",
     "huggingface_repo_id": _HUB,
     "huggingface_token": f"{_HUB} after `hf auth login`, which keeps the token out of command lines",
-    "in_json": f"{_LATER}: put captions into files beside the images (caption_extension)",
     "initial_epoch": _INITIAL,
     "initial_step": _INITIAL,
     "llm_adapter_path": "is not supported: the text adapter is read from the base model's file, as by sd-scripts",

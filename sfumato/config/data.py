@@ -115,10 +115,18 @@ class SubsetConfig(CaptionOptions, ImageOptions):
     """Folder of mask images with the same names."""
     recursive: bool = False
     """Look into sub-folders as well."""
+    metadata_file: File = None
+    """JSON or JSONL file with the captions and tags of the images, which it names; image_dir is what its relative names
+    start at."""
     custom_attributes: Annotated[
         Mapping[str, Any], Must(_all_plain, "values that are true, false, numbers or texts")
     ] = field(default_factory=dict, hash=False)
     """What else is to be known of these images, by name: a table of true, false, numbers and texts."""
+
+    @property
+    def source(self) -> str:
+        """What names the images: a metadata file or a folder."""
+        return self.metadata_file or self.image_dir
 
 
 @dataclass(frozen=True, kw_only=True)  # no slots: two slotted bases cannot be joined
@@ -166,7 +174,10 @@ class DataConfig(Record, CaptionOptions, ImageOptions, BucketOptions):
     """Dataset file (TOML or JSON) with [general], [[datasets]] and [[datasets.subsets]]."""
     train_data_dir: Annotated[Folder, _DATASET_FILE] = None
     """Folder of folders `<repeats>_<class tokens>` in place of dataset_config."""
-    reg_data_dir: Annotated[Folder, _DATASET_FILE, Needs("train_data_dir")] = None
+    in_json: Annotated[File, _DATASET_FILE] = None
+    """Metadata file (JSON or JSONL) with captions and tags; train_data_dir is then the folder of the images that it
+    names."""
+    reg_data_dir: Annotated[Folder, _DATASET_FILE, Needs("train_data_dir"), Excludes("in_json")] = None
     """Folder of folders `<repeats>_<class tokens>` with regularisation images."""
     train_batch_size: Count = 1
     """Images a batch, where the dataset file says nothing."""

@@ -189,13 +189,12 @@ def check_fixed(datasets: Iterable[DatasetConfig], *, latents: bool = False, tex
     for subset in (subset for dataset in datasets for subset in dataset.subsets):
         moving = [name for name in ("random_crop", "color_aug") if latents and getattr(subset, name)]
         wrong += [
-            f"{subset.image_dir}: {name} changes the image each time, so its latents cannot be cached: turn one off"
+            f"{subset.source}: {name} changes the image each time, so its latents cannot be cached: turn one off"
             for name in moving
         ]
         if texts and (names := captions.endless(subset)):
             wrong.append(
-                f"{subset.image_dir}: {', '.join(names)} changes the caption each time, so text outputs cannot be "
-                "cached"
+                f"{subset.source}: {', '.join(names)} changes the caption each time, so text outputs cannot be cached"
             )
     if wrong:
         raise UserError(*wrong)

@@ -207,7 +207,7 @@ class Loader:
     def _whole_warmup(self, subset: SubsetConfig) -> SubsetConfig:
         if 0 < subset.token_warmup_step < 1 and not self.steps:
             raise UserError(
-                f"{subset.image_dir}: token_warmup_step {subset.token_warmup_step} is a share of the run: its steps "
+                f"{subset.source}: token_warmup_step {subset.token_warmup_step} is a share of the run: its steps "
                 "must be known"
             )
         return replace(subset, token_warmup_step=captions.with_whole_warmup(subset, self.steps))

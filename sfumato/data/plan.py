@@ -194,7 +194,7 @@ def _check_options(datasets: Sequence[DatasetConfig], multiple: int) -> None:
         wrong += [f"{where}: {name}: {message}" for name, message in rules.mistakes(dataset)]
         wrong += [f"{where}: {message}" for message in check(dataset, multiple)]
         for subset in dataset.subsets:
-            wrong += [f"{where}, {subset.image_dir}: {message}" for message in _check_subset(subset)]
+            wrong += [f"{where}, {subset.source}: {message}" for message in _check_subset(subset)]
     if wrong:
         raise UserError(*wrong)
 

@@ -14,8 +14,10 @@ from pathlib import Path
 from PIL import Image
 
 from sfumato.config import DatasetConfig, SubsetConfig
+from sfumato.data import metadata
 from sfumato.data.folders import SUFFIXES, Listing, listing
 from sfumato.data.images import Unreadable, read
+from sfumato.data.metadata import Described
 from sfumato.data.store import FileIndex, Progress
 from sfumato.errors import UserError
 from sfumato.formats.files import stamp
@@ -83,10 +85,11 @@ def scan(dataset: DatasetConfig, index: FileIndex, progress: Progress | None = N
     changed is taken from `index`, without opening it.
     Raises UserError for folders that are missing or empty, all at once.
     """
-    found = [_listing(subset) for subset in dataset.subsets]
+    described, found = _described(dataset.subsets), [_listing(s) for s in dataset.subsets if not s.metadata_file]
     if wrong := [f for f in found if isinstance(f, str)]:
         raise UserError(*wrong)
-    listings = [f for f in found if not isinstance(f, str)]
+    plain = iter([f for f in found if not isinstance(f, str)])
+    listings = [described[i].listing if i in described else next(plain) for i in range(len(dataset.subsets))]
     masks = [_masks(subset, found.images) for subset, found in zip(dataset.subsets, listings, strict=True)]
     wanted = [p for found in listings for p in found.images] + [m for of in masks for m in of.values()]
     facts = examine(wanted, index, progress)
@@ -94,7 +97,7 @@ def scan(dataset: DatasetConfig, index: FileIndex, progress: Progress | None = N
     for i, subset in enumerate(dataset.subsets):
         result.notes += _left_alone(subset, listings[i])
         result.skipped += [SkippedFile(path, reason, subset=i) for path, reason in listings[i].troubles]
-        _add_subset(result, i, subset, listings[i].images, masks[i], facts)
+        _add_subset(result, i, subset, listings[i].images, masks[i], facts, described.get(i))
     return result
 
 
@@ -169,6 +172,21 @@ def _listing(subset: SubsetConfig) -> Listing | str:
     return f"image_dir {subset.image_dir}: no images in this folder ({', '.join(SUFFIXES)}){only}{hint}"
 
 
+def _described(subsets: Sequence[SubsetConfig]) -> dict[int, Described]:
+    """What the metadata files name, by the number of their subset. Errors: `UserError`, for all of them at once."""
+    found: dict[int, Described] = {}
+    wrong: list[str] = []
+    for i, subset in enumerate(subsets):
+        if subset.metadata_file:
+            try:
+                found[i] = metadata.describe(subset.metadata_file, subset.image_dir, recursive=subset.recursive)
+            except UserError as error:
+                wrong += error.messages
+    if wrong:
+        raise UserError(*wrong)
+    return found
+
+
 def _left_alone(subset: SubsetConfig, found: Listing) -> list[str]:
     unknown = [
         f"{n} {suffix}" for suffix, n in found.others.most_common() if suffix not in (*_EXPECTED, _suffix(subset))
@@ -203,12 +221,13 @@ def _add_subset(
     paths: Sequence[Path],
     masks: dict[Path, Path],
     facts: dict[Path, Facts],
+    described: Described | None = None,
 ) -> None:
     bare, blank, long = [], [], []
     inside = Path(subset.image_dir).as_posix().rstrip("/") + "/"  # `relative_to` takes long for many images
     for path in paths:
         mask = masks.get(path)
-        captions = _captions(path, subset)
+        captions = described.records[path].lines(subset) if described else _captions(path, subset)
         if reason := _problem(subset, facts[path], mask, facts, captions):
             result.skipped.append(SkippedFile(path, reason, subset=number))
             continue
@@ -233,6 +252,11 @@ def _add_subset(
             )
         )
     result.notes += _caption_notes(subset, bare, blank, long)
+    if described and subset.metadata_file:
+        why = f"not named in {subset.metadata_file}"
+        result.skipped += [SkippedFile(path, why, unreadable=False, subset=number) for path in described.others]
+        sizes = ((path, (facts[path].width, facts[path].height)) for path in paths if not facts[path].problem)
+        result.notes += metadata.notes(described, subset.metadata_file, sizes)
 
 
 def _problem(
@@ -314,16 +338,16 @@ def _caption_notes(
             (s for s in (".txt", ".caption") if s != _suffix(subset) and os.path.exists(bare[0].with_suffix(s))), None
         )
         hint = f"; there are {other} files: set caption_extension" if other else ""
+        what = "caption and tags in it" if subset.metadata_file else f"a {_suffix(subset)} caption"
         notes.append(
-            f"{subset.image_dir}: {len(bare)} images have neither a {_suffix(subset)} caption nor class_tokens and "
-            "train with an empty "
+            f"{subset.source}: {len(bare)} images have neither {what} nor class_tokens and train with an empty "
             f"caption ({_some(bare)}){hint}"
         )
     if blank:
-        empty = f"{subset.image_dir}: {len(blank)} caption files have no text"
+        empty = f"{subset.source}: {len(blank)} caption{'s' if subset.metadata_file else ' files'} have no text"
         notes.append(f"{empty}, and their images train with an empty caption ({_some(blank)})")
     if long:
-        many = f"{subset.image_dir}: {len(long)} captions have several lines"
+        many = f"{subset.source}: {len(long)} captions have several lines"
         notes.append(f"{many} and only the first is used ({_some(long)}); enable_wildcard chooses one each time")
     return notes
 

@@ -232,7 +232,7 @@ def _dataset_fields(datasets: Sequence[DatasetFacts]) -> dict[str, object]:
     tags: dict[str, Counter[str]] = {}
     for d in datasets:
         for subset, count in zip(d.config.subsets, d.images, strict=True):
-            folders[subset.is_reg][_folder(subset.image_dir)] = {"n_repeats": subset.num_repeats, "img_count": count}
+            folders[subset.is_reg][_folder(subset.source)] = {"n_repeats": subset.num_repeats, "img_count": count}
         for folder, counted in _tags(d).items():
             tags.setdefault(folder, Counter()).update(counted)
     width, height = datasets[0].config.resolution
@@ -267,11 +267,12 @@ def _dataset(facts: DatasetFacts) -> dict[str, object]:
     subsets = plain.pop("subsets")
     for subset, count in zip(subsets, facts.images, strict=True):
         subset["img_count"] = count
-        for name in ("image_dir", "conditioning_data_dir"):  # where it lay on somebody's disk is nobody's business
+        # Where it lay on somebody's disk is nobody's business.
+        for name in ("image_dir", "conditioning_data_dir", "metadata_file"):
             subset[name] = _folder(subset[name]) if subset[name] else subset[name]
     repeated = [(s.is_reg, n * s.num_repeats) for s, n in zip(facts.config.subsets, facts.images, strict=True)]
     return {
-        "is_dreambooth": True,
+        "is_dreambooth": not any(s.metadata_file for s in facts.config.subsets),
         "batch_size_per_device": plain.pop("batch_size"),
         "num_train_images": sum(n for reg, n in repeated if not reg),
         "num_reg_images": sum(n for reg, n in repeated if reg),
@@ -297,7 +298,7 @@ def _tags(facts: DatasetFacts) -> dict[str, Counter[str]]:
     """folder -> how often each tag stands in its captions."""
     out: dict[str, Counter[str]] = {}
     for subset, counted in zip(facts.config.subsets, facts.tags, strict=False):
-        out.setdefault(_folder(subset.image_dir), Counter()).update(counted)
+        out.setdefault(_folder(subset.source), Counter()).update(counted)
     return out
 
 

@@ -100,6 +100,7 @@ def _inputs(
         ("sample_prompts", config.sample.sample_prompts),
         *(("base_weights", path) for path in network.base_weights),
         *(("--config", path) for path in read),
+        *(("metadata_file", subset.metadata_file) for dataset in datasets for subset in dataset.subsets),
     ]
     found = Inputs()
     for weights in source.components.values() if source else ():

@@ -109,7 +109,7 @@ def folder_rows(plan: Plan) -> list[tuple[str | int, ...]]:
             counts = sorted({item.repeats for item in items}) or [subset.num_repeats]
             repeats = " or ".join(str(n) for n in counts)
             kind = "regularisation" if subset.is_reg else "training"
-            rows.append((d + 1, subset.image_dir, kind, len(items), repeats, samples, left[d, s]))
+            rows.append((d + 1, subset.source, kind, len(items), repeats, samples, left[d, s]))
     return rows
 
 

@@ -243,7 +243,7 @@ def dataset_changes(saved: Sequence[Any], datasets: Sequence[DatasetConfig]) -> 
         return []
     pairs = [(a, b) for a, b in zip(saved, here, strict=True)]
     pairs += [pair for a, b in pairs for pair in zip(a["subsets"], b["subsets"], strict=True)]
-    skipped = ("subsets", "image_dir", "conditioning_data_dir")
+    skipped = ("subsets", "image_dir", "conditioning_data_dir", "metadata_file")
     found = [
         f"{name} was {_shown(a[name])} and is now {_shown(b[name])}: it acts from here on"
         for a, b in pairs

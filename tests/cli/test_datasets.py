@@ -125,7 +125,7 @@ def test_every_mistake_is_told_with_its_line(home: Path) -> None:
         ("[[datasets]]\n[[datasets.subsets]]\nnum_repeats = 1\n", "data.toml:3: image_dir is missing"),
         (
             '[[datasets]]\n[[datasets.subsets]]\nmetadata_file = "x.json"\nimage_dir = "images"\n',
-            "data.toml:3: metadata_file: is not supported yet",
+            "data.toml:3: metadata_file: file x.json does not exist",
         ),
         (
             '[[datasets]]\n[[datasets.subsets]]\nimage_dir = "images"\nis_reg = true\n',

@@ -1,0 +1,200 @@
+"""Images and captions that a metadata file names (JSON or JSONL, as sd-scripts' tools write them)."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from sfumato.config.data import CaptionOptions
+from sfumato.data.batch import Size
+from sfumato.data.folders import Listing, listing
+from sfumato.errors import UserError
+from sfumato.formats.text import parse_json, read_text
+
+MOST = 5
+"""Mistakes of one kind that are listed."""
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """What a metadata file says of an image."""
+
+    caption: str | None = None
+    tags: str | None = None
+    size: Size | None = None
+
+    def lines(self, options: CaptionOptions) -> tuple[str, ...] | None:
+        """The image's captions: each line of the caption with the tags behind it, joined by caption_separator as
+        sd-scripts joins them; None where there are neither.
+
+        Where it has no caption line, the tags are the caption: sd-scripts loses them with enable_wildcard. Without
+        enable_wildcard the first line is used, with the tags, which sd-scripts joins to the last.
+        """
+        if self.caption is None and self.tags is None:
+            return None
+        tags = options.caption_separator.join(_lines(self.tags))
+        lines = _lines(self.caption)
+        return tuple(f"{line}{options.caption_separator}{tags}" if tags else line for line in lines) or (tags,)
+
+
+def _lines(text: str | None) -> list[str]:
+    return [line.strip() for line in (text or "").splitlines() if line.strip()]
+
+
+@dataclass(slots=True)
+class Described:
+    """The images that a metadata file names, as they are found on the disk."""
+
+    listing: Listing = field(default_factory=Listing)
+    records: dict[Path, Record] = field(default_factory=dict)
+    others: list[Path] = field(default_factory=list)
+    """Images of the folder that the file does not name."""
+
+
+def describe(metadata_file: str, image_dir: str, *, recursive: bool = False) -> Described:
+    """Find the images of a metadata file: its keys are absolute, or relative to `image_dir`, with or without an
+    image's ending.
+
+    What is not there, or stands there twice, is among the troubles of `listing`. `recursive`: images of sub-folders
+    that the file does not name are told too. Errors: `UserError` for a file that cannot be read as metadata.
+    """
+    records = read(metadata_file)
+    folders = _Folders()
+    found = Described()
+    for key, record in records.items():
+        path, problem = _find(key, image_dir, folders)
+        if not problem and path in found.records:
+            problem = f"{metadata_file} names it twice"
+        if problem:
+            found.listing.troubles.append((path, problem.replace("{file}", metadata_file)))
+        else:
+            found.records[path] = record
+    found.listing.images = sorted(found.records, key=Path.as_posix)
+    if image_dir:
+        inside = listing(Path(image_dir), recursive=recursive)
+        found.listing.others = inside.others
+        found.others = [path for path in inside.images if path not in found.records]
+    return found
+
+
+class _Folders:
+    """Folders of images, each listed once."""
+
+    def __init__(self) -> None:
+        self._known: dict[Path, tuple[dict[str, Path], dict[str, list[Path]]]] = {}
+
+    def look(self, path: Path) -> list[Path]:
+        """The images of exactly this name, or else of this name with any image's ending."""
+        if path.parent not in self._known:
+            images = listing(path.parent).images
+            stems: dict[str, list[Path]] = {}
+            for image in images:
+                stems.setdefault(image.stem, []).append(image)
+            self._known[path.parent] = {image.name: image for image in images}, stems
+        names, stems = self._known[path.parent]
+        return [names[path.name]] if path.name in names else stems.get(path.name, [])
+
+
+def _find(key: str, image_dir: str, folders: _Folders) -> tuple[Path, str]:
+    """The image that a key names, or why there is none."""
+    name = key if os.path.isabs(key) else key.replace("\\", "/")  # written under Windows
+    if not os.path.isabs(name) and not image_dir:
+        return Path(key), "{file} names it relative to a folder: set image_dir"
+    path = Path(os.path.normpath(os.path.join(image_dir, name)) if image_dir else os.path.normpath(name))
+    found = folders.look(path)
+    if len(found) > 1:
+        return path, f"{{file}} means several images by this: {', '.join(p.name for p in found)}; write the ending"
+    return (found[0], "") if found else (path, "is named in {file}, and there is no such image")
+
+
+def read(path: str) -> dict[str, Record]:
+    """What a metadata file says, by key: an object of objects, or with the ending `.jsonl` one object in each line,
+    with its key as `image_path`. Errors: `UserError`, with every mistake."""
+    text = read_text(path)
+    pairs = _of_lines(path, text) if path.lower().endswith(".jsonl") else _of_object(path, text)
+    records: dict[str, Record] = {}
+    wrong: list[str] = []
+    for where, key, content in pairs:
+        try:
+            if key in records:
+                raise ValueError(f"{key!r} stands there twice")
+            records[key] = _record(content)
+        except ValueError as error:
+            wrong.append(f"{where}: {error}")
+    if wrong:
+        raise UserError(*wrong[:MOST], *([f"{path}: and {len(wrong) - MOST} more"] if len(wrong) > MOST else []))
+    if not records:
+        raise UserError(f"{path}: names no image")
+    return records
+
+
+def _of_object(path: str, text: str) -> Iterator[tuple[str, str, Any]]:
+    content = parse_json(path, text)
+    if not isinstance(content, dict):
+        raise UserError(
+            f'{path}: expected an object {{"image": {{"caption": ..., "tags": ...}}}}, found a '
+            f"{type(content).__name__}; a file of one object in each line has the ending .jsonl"
+        )
+    for key, record in content.items():
+        yield f"{path}: {key!r}", key, record
+
+
+def _of_lines(path: str, text: str) -> Iterator[tuple[str, str, Any]]:
+    for number, line in enumerate(text.split("\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            content = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"{path}:{number}: is not JSON: {error}") from None
+        key = content.get("image_path") if isinstance(content, dict) else None
+        if not isinstance(key, str) or not key:
+            raise UserError(f'{path}:{number}: expected an object with "image_path"')
+        yield f"{path}:{number}", key, content
+
+
+def _record(content: Any) -> Record:
+    """Errors: `ValueError`."""
+    if not isinstance(content, Mapping):
+        raise ValueError(f"expected an object, found {content!r:.80}")
+    texts = {}
+    for name in ("caption", "tags"):
+        texts[name] = content.get(name)
+        if texts[name] is not None and not isinstance(texts[name], str):
+            raise ValueError(f"{name}: expected text, found {texts[name]!r:.80}")
+    size = content.get("image_size")
+    if size is None and {"width", "height"} <= content.keys():
+        size = [content["width"], content["height"]]
+    if size is not None and not _is_size(size):
+        raise ValueError(f"image_size: expected [width, height], found {size!r:.80}")
+    return Record(texts["caption"], texts["tags"], (size[0], size[1]) if size else None)
+
+
+def _is_size(value: object) -> bool:
+    return isinstance(value, list) and len(value) == 2 and all(type(side) is int and side > 0 for side in value)
+
+
+def notes(found: Described, metadata_file: str, sizes: Iterable[tuple[Path, Size]]) -> list[str]:
+    """What the user should know: images that the file does not name, and those of another size than it says.
+
+    `sizes`: of the images, which count.
+    """
+    said = []
+    if found.others:
+        said.append(
+            f"{metadata_file}: {len(found.others)} images of the folder are not named in it and are left out "
+            f"({_some(found.others)})"
+        )
+    other = [path for path, size in sizes if (told := found.records[path].size) and set(told) != set(size)]
+    if other:
+        what = f"{len(other)} images are not of the size that it says ({_some(other)})"
+        said.append(f"{metadata_file}: {what}: the files' own sizes count")
+    return said
+
+
+def _some(paths: Sequence[Path]) -> str:
+    return ", ".join(p.name for p in paths[:MOST]) + (" ..." if len(paths) > MOST else "")
