@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from sfumato.config import DatasetConfig
-from sfumato.data import augment, captions
+from sfumato.data import augment, captions, imported
 from sfumato.data.batch import Cond
 from sfumato.data.entries import Damaged
 from sfumato.data.plan import Item, Plan
@@ -37,6 +37,10 @@ class CachedEntries:
     """Entries that were made now."""
     changed: Sequence[tuple[str, str]] = field(default_factory=tuple)
     """(image or caption, why it was encoded), for each entry made."""
+    imported: int = 0
+    """Entries that were taken from files of sd-scripts."""
+    refused: str = ""
+    """Why none was, where there are such files."""
 
     @property
     def reasons(self) -> dict[str, int]:
@@ -45,7 +49,9 @@ class CachedEntries:
 
     def __str__(self) -> str:
         reasons = ", ".join(f"{n} {reason}" for reason, n in self.reasons.items())
-        return f"{self.found} found, {self.encoded} encoded" + (f" ({reasons})" if reasons else "")
+        imported = f"{self.imported} imported from sd-scripts' files, " if self.imported else ""
+        made = f"{self.encoded} encoded" + (f" ({reasons})" if reasons else "")
+        return f"{self.found} found, {imported}{made}" + (f"; {self.refused}" if self.refused else "")
 
     def read(self, name: Hashable, what: str) -> dict[str, Tensor]:
         """The entry of an image or caption. Errors: `UserError` when it is not there any more, or is damaged; `what`
@@ -92,6 +98,20 @@ class CachedText(CachedEntries):
 _Cached = TypeVar("_Cached", CachedLatents, CachedText)
 
 
+@dataclass(slots=True)
+class _Counted:
+    """Work that is done in several parts."""
+
+    progress: Progress | None
+    total: int
+    done: int = 0
+
+    def add(self, n: int) -> None:
+        self.done += n
+        if self.progress:
+            self.progress(self.done, self.total)
+
+
 @dataclass(frozen=True, slots=True)
 class _Job:
     """An entry to be made."""
@@ -130,13 +150,15 @@ def cache_latents(
     vae_fingerprint: str,
     strategy: LatentsCachingStrategy,
     *,
+    unscale: Callable[[Tensor], Tensor] = lambda latents: latents,
     batch_size: int = 1,
     progress: Progress | None = None,
 ) -> CachedLatents:
     """See that the store holds the latents of every image of the plan; encode those that it lacks.
 
     `encode`: (b, 3, H, W) in [-1, 1], fp32 on the CPU -> (b, c, h, w) raw latents on any device. `vae_fingerprint`: of
-    its weights. Raises UserError for options that cached latents cannot follow, for an image that cannot be read any
+    its weights; `unscale`: latents of the denoiser -> raw ones. Latents that sd-scripts has cached are imported where
+    they fit. Raises UserError for options that cached latents cannot follow, for an image that cannot be read any
     more, and for latents that are not finite.
     """
     check_fixed(plan.datasets, latents=True)
@@ -150,18 +172,21 @@ def cache_latents(
 
     wanted = [_Job(keys[i], owners[i], parts[i], "", i) for i in range(len(keys))]
     jobs = _missing(store, index, "latents", wanted, mismatch, progress)
-    done = 0
-    with writing(store) as put:
-        for portion, tensors in _read_ahead(plan, _portions(plan, jobs, batch_size)):
-            for job, entry in zip(portion, _entries(plan, portion, tensors, encode, strategy), strict=True):
-                put(job.key, entry)
-            done += len(portion)
-            if progress:
-                progress(done, len(jobs))
+    counted = _Counted(progress, len(jobs))
+
+    def make(jobs: Sequence[_Job]) -> None:
+        with writing(store) as put:
+            for portion, tensors in _read_ahead(plan, _portions(plan, jobs, batch_size)):
+                for job, entry in zip(portion, _entries(plan, portion, tensors, encode, strategy), strict=True):
+                    put(job.key, entry)
+                counted.add(len(portion))
+
+    shapes = {job.key: (plan.items[job.item], latents_shape(plan, plan.items[job.item], strategy)) for job in jobs}
+    read = imported.latent_readers(plan, shapes, strategy, unscale)
+    adopted = _adopt(store, jobs, read, make, imported.FARTHEST_LATENTS, counted)
     owned = dict(zip(owners, parts, strict=True))
-    return _finish(
-        CachedLatents(store=store, keys=dict(enumerate(keys)), strategy=strategy), index, "latents", owned, jobs
-    )
+    cached = CachedLatents(store=store, keys=dict(enumerate(keys)), strategy=strategy)
+    return _finish(cached, index, "latents", owned, jobs, adopted)
 
 
 def latents_shape(plan: Plan, item: Item, strategy: LatentsCachingStrategy) -> tuple[int, int, int]:
@@ -213,6 +238,28 @@ def _missing(
     lacking = list({job.key: job for job in reversed(jobs) if job.key in wrong}.values())[::-1]
     last = index.read(kind, [job.owner for job in lacking])
     return [replace(job, reason=wrong[job.key] or why(last.get(job.owner), job.parts)) for job in lacking]
+
+
+def _adopt(
+    store: TensorStore,
+    jobs: Sequence[_Job],
+    read: imported.Readers,
+    make: Callable[[Sequence[_Job]], None],
+    farthest: float,
+    counted: _Counted,
+) -> imported.Adopted:
+    """Do all jobs: those that have a file of sd-scripts by that if it fits, the others by encoding."""
+
+    by_key = {job.key: job for job in jobs}
+
+    def put(key: str, entry: imported.Entry) -> None:
+        store.put(key, entry)
+        counted.add(1)
+
+    adopted = imported.adopt(read, lambda keys: make([by_key[k] for k in keys]), store.get, put, farthest)
+    done = {*adopted.taken, *adopted.encoded}
+    make([job for job in jobs if job.key not in done])
+    return adopted
 
 
 def _portions(plan: Plan, jobs: Sequence[_Job], batch_size: int) -> Iterator[list[_Job]]:
@@ -317,19 +364,20 @@ def cache_texts(
 
     wanted = [_Job(keys[caption], owner, parts[owner], "") for owner, caption in owners.items()]
     jobs = _missing(store, index, "texts", wanted, mismatch, progress)
-    portions = [jobs[start : start + batch_size] for start in range(0, len(jobs), batch_size)]
-    conds = encode([[owners[job.owner] for job in portion] for portion in portions])
-    with writing(store) as put:
-        for portion, cond in zip(portions, conds, strict=True):
-            for i, job in enumerate(portion):
-                put(
-                    job.key,
-                    {
-                        name: _stored(t, strategy.dtype, owners[job.owner])
-                        for name, t in strategy.entry(cond, i).items()
-                    },
-                )
-    return _finish(CachedText(store=store, keys=keys, strategy=strategy), index, "texts", parts, jobs)
+
+    def make(jobs: Sequence[_Job]) -> None:
+        portions = [jobs[start : start + batch_size] for start in range(0, len(jobs), batch_size)]
+        conds = encode([[owners[job.owner] for job in portion] for portion in portions])
+        with writing(store) as put:
+            for portion, cond in zip(portions, conds, strict=True):
+                for i, job in enumerate(portion):
+                    entry = strategy.entry(cond, i)
+                    put(job.key, {name: _stored(t, strategy.dtype, owners[job.owner]) for name, t in entry.items()})
+
+    read = imported.text_readers(plan, {owners[job.owner]: job.key for job in jobs}, strategy)
+    adopted = _adopt(store, jobs, read, make, imported.FARTHEST_TEXTS, _Counted(progress, len(jobs)))
+    cached = CachedText(store=store, keys=keys, strategy=strategy)
+    return _finish(cached, index, "texts", parts, jobs, adopted)
 
 
 def every_caption(plan: Plan) -> dict[str, str]:
@@ -362,13 +410,26 @@ def _owner(item: Item) -> str:
 
 
 def _finish(
-    cached: _Cached, index: FileIndex, kind: str, parts: Mapping[str, KeyParts], jobs: Sequence[_Job]
+    cached: _Cached,
+    index: FileIndex,
+    kind: str,
+    parts: Mapping[str, KeyParts],
+    jobs: Sequence[_Job],
+    adopted: imported.Adopted,
 ) -> _Cached:
     """The cache with its counts, once `jobs` are made. Remembers what every owner now depends on, those found by
     another's entry too."""
     trust(cached.store, index, [job.key for job in jobs])
     last = index.read(kind, parts)
     index.write(kind, {owner: p for owner, p in parts.items() if last.get(owner) != p})
-    changed = tuple((job.owner.partition(":")[2], job.reason) for job in jobs)
+    taken = set(adopted.taken)
+    changed = tuple((job.owner.partition(":")[2], job.reason) for job in jobs if job.key not in taken)
     found = len(set(cached.keys.values())) - len(jobs)
-    return replace(cached, found=found, encoded=len(jobs), changed=changed)
+    return replace(
+        cached,
+        found=found,
+        encoded=len(changed),
+        changed=changed,
+        imported=len(taken),
+        refused=adopted.refused,
+    )

@@ -290,7 +290,7 @@ def _problem(
 
 def _captions(path: Path, subset: SubsetConfig) -> tuple[str, ...] | str | None:
     """The lines of an image's caption file, None when there is no file, or a string: what is wrong with it."""
-    for file in _caption_files(path, subset):
+    for file in caption_files(path, subset):
         try:
             status = file.stat()
         except OSError as error:
@@ -301,7 +301,7 @@ def _captions(path: Path, subset: SubsetConfig) -> tuple[str, ...] | str | None:
     return None
 
 
-def _caption_files(path: Path, subset: SubsetConfig) -> list[Path]:
+def caption_files(path: Path, subset: SubsetConfig) -> list[Path]:
     """Where an image's caption may stand: `name.txt` serves `name_a_b_c_d.png` too, whose numbers say where a face
     is."""
     names = path.stem.split("_")

@@ -57,6 +57,29 @@ class TextEncodingStrategy(Protocol):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class KohyaLatents:
+    """How sd-scripts keeps a family's latents beside the images, in fp32."""
+
+    suffixes: tuple[str, ...]
+    """Endings of its files, behind the image's size: "_sdxl.npz"."""
+    plain: bool = False
+    """Whether old files have no size in their name, and no ending but ".npz"."""
+    scaled: bool = False
+    """Whether they are the denoiser's latents, and not raw."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KohyaOutputs:
+    """How sd-scripts keeps a family's text outputs beside the images, in fp32."""
+
+    suffix: str
+    """Ending of its files: "_flux_te.npz"."""
+    read: Callable[[Mapping[str, Tensor], Mapping[str, Tensor]], Mapping[str, Tensor] | None]
+    """(arrays of a file, an entry of ours for some caption) -> its entry, in any number format; None for files that
+    were made with other settings. Errors: `KeyError`, `IndexError` and `RuntimeError` for arrays that do not fit."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class LatentsCachingStrategy:
     """A family's latents; caching them is the same for all."""
 
@@ -69,6 +92,7 @@ class LatentsCachingStrategy:
     """Latent pixels a side that the denoiser takes together: sides of images are multiples of stride x patch."""
     frames: bool = False
     """Whether the VAE is one of videos (b, c, frames, h, w); a picture passes through it as a video of one frame."""
+    kohya: KohyaLatents | None = None
 
     @property
     def multiple(self) -> int:
@@ -101,6 +125,7 @@ class TextEncoderOutputsCachingStrategy:
     without are padded to the longest of a batch."""
     dtype: torch.dtype = torch.float16
     settings: Mapping[str, object] = field(default_factory=dict)
+    kohya: KohyaOutputs | None = None
 
     def entry(self, cond: Cond, i: int) -> dict[str, Tensor]:
         """What is cached of the i-th caption of a cond."""

@@ -19,6 +19,7 @@ from sfumato.data.store import FileIndex, Progress, TensorStore, default_root
 from sfumato.formats import files
 from sfumato.formats.files import file_digest
 from sfumato.formats.metadata import remembered
+from sfumato.models.autoencoders import unscale
 from sfumato.models.base import Models, check_sizes
 from sfumato.models.loading import materialize, materialize_vae, unload
 from sfumato.models.streaming import encode_each
@@ -162,7 +163,7 @@ def _cache_latents(
 
     return cache_latents(
         data.plan, data.latents, data.index, encode, fingerprint(config, models, "vae"), models.family.latents,
-        batch_size=config.memory.vae_batch_size, progress=advance,
+        unscale=lambda x: unscale(models.vae, x), batch_size=config.memory.vae_batch_size, progress=advance,
     )  # fmt: skip
 
 

@@ -14,16 +14,32 @@ import torch
 from torch import Tensor, nn
 
 from sfumato.data.batch import Cond, Tokens
-from sfumato.data.strategies import LatentsCachingStrategy, Limit, TextEncoderOutputsCachingStrategy
+from sfumato.data.strategies import (
+    KohyaLatents,
+    KohyaOutputs,
+    LatentsCachingStrategy,
+    Limit,
+    TextEncoderOutputsCachingStrategy,
+)
 from sfumato.families.anima.net import PATCH
 from sfumato.models.encoders.tokenizers import fingerprint, limit
 
-LATENTS = LatentsCachingStrategy(channels=16, patch=PATCH, frames=True)
+LATENTS = LatentsCachingStrategy(
+    channels=16, patch=PATCH, frames=True, kohya=KohyaLatents(suffixes=("_anima.npz",), scaled=True)
+)
+
+
+def _kohyas(arrays: Mapping[str, Tensor], _: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    parts = {"qwen3": ("prompt_embeds", "attn_mask"), "t5_ids": ("t5_input_ids", "t5_attn_mask")}
+    return {name: arrays[states][arrays[mask] > 0] for name, (states, mask) in parts.items()}
+
+
 OUTPUTS = TextEncoderOutputsCachingStrategy(
     fields=("qwen3", "qwen3_mask", "t5_ids", "t5_mask"),
     ragged={"qwen3": "qwen3_mask", "t5_ids": "t5_mask"},
     lengths={"qwen3": 1},  # an empty caption has no token for Qwen3, and a row of zeros for the adapter
     dtype=torch.bfloat16,
+    kohya=KohyaOutputs(suffix="_anima_te.npz", read=_kohyas),
 )
 """In bf16, which Qwen3 is published in; T5's tokens as whole numbers."""
 

@@ -13,9 +13,9 @@ from sfumato.data.strategies import Limit
 from sfumato.families.flux.strategies import outputs, t5_settings, t5_states, t5_tokens
 from sfumato.models.encoders.tokenizers import limit
 
-OUTPUTS = outputs(masked=True, fields=("t5",))
 PADDING_SEEN = 1
 """So Chroma was trained: https://huggingface.co/lodestones/Chroma, "masking T5 padding tokens"."""
+OUTPUTS = outputs(masked=True, fields=("t5",), padding=PADDING_SEEN)
 
 
 @dataclass(frozen=True)

@@ -10,26 +10,43 @@ import torch
 from torch import Tensor, nn
 
 from sfumato.data.batch import Cond, Tokens
-from sfumato.data.strategies import LatentsCachingStrategy, Limit, TextEncoderOutputsCachingStrategy
+from sfumato.data.strategies import (
+    KohyaLatents,
+    KohyaOutputs,
+    LatentsCachingStrategy,
+    Limit,
+    TextEncoderOutputsCachingStrategy,
+)
 from sfumato.families.flux.net import PATCH
 from sfumato.models.encoders.tokenizers import fingerprint, limit, padded
 
 CLIP_LENGTH = 77
 """Tokens of a caption for CLIP, marks included."""
 
-LATENTS = LatentsCachingStrategy(channels=16, patch=PATCH)
+LATENTS = LatentsCachingStrategy(channels=16, patch=PATCH, kohya=KohyaLatents(suffixes=("_flux.npz",), scaled=True))
 
 
-def outputs(*, masked: bool, fields: Sequence[str] = ("pooled", "t5")) -> TextEncoderOutputsCachingStrategy:
-    """What is cached of captions. `masked`: no token attends to T5's padding, which is not cached; else it is part of
-    the net's input.
+def outputs(
+    *, masked: bool, fields: Sequence[str] = ("pooled", "t5"), padding: int = 0
+) -> TextEncoderOutputsCachingStrategy:
+    """What is cached of captions. `masked`: no token attends to T5's padding, which is not cached, but for so many
+    tokens as `padding`; else it is part of the net's input.
 
     In bf16, which T5 itself is published in: its states pass fp16's range.
     """
+
+    def kohyas(arrays: Mapping[str, Tensor], _: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
+        if bool(arrays["apply_t5_attn_mask"]) != masked:
+            return None
+        used = int(arrays["t5_attn_mask"].sum()) + padding if masked else None
+        found = {"pooled": arrays["l_pooled"], "t5": arrays["t5_out"][:used]}
+        return {name: found[name] for name in fields}
+
     return TextEncoderOutputsCachingStrategy(
         fields=(*fields, "t5_mask") if masked else tuple(fields),
         ragged={"t5": "t5_mask"} if masked else {},
         dtype=torch.bfloat16,
+        kohya=KohyaOutputs(suffix="_flux_te.npz", read=kohyas),
     )
 
 

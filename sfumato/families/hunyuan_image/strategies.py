@@ -11,7 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from sfumato.data.batch import Cond, Tokens
-from sfumato.data.strategies import LatentsCachingStrategy, Limit, TextEncoderOutputsCachingStrategy
+from sfumato.data.strategies import (
+    KohyaLatents,
+    KohyaOutputs,
+    LatentsCachingStrategy,
+    Limit,
+    TextEncoderOutputsCachingStrategy,
+)
 from sfumato.models.encoders.tokenizers import fingerprint, limit, padded
 
 TEMPLATE = (
@@ -30,12 +36,20 @@ HIDDEN = -3
 QUOTES = (r"'(.*?)'", r'"(.*?)"', "‘(.*?)’", "“(.*?)”")
 """What is to be written in the image, in the order in which byT5 reads it."""
 
-LATENTS = LatentsCachingStrategy(channels=64, stride=32)
+LATENTS = LatentsCachingStrategy(channels=64, stride=32, kohya=KohyaLatents(suffixes=("_hi.npz",)))
+
+
+def _kohyas(arrays: Mapping[str, Tensor], _: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    parts = {"text": ("vlm_embed", "vlm_mask"), "glyphs": ("byt5_embed", "byt5_mask")}
+    return {name: arrays[states][arrays[mask] > 0] for name, (states, mask) in parts.items()}
+
+
 # Qwen2.5-VL's states pass fp16's range.
 OUTPUTS = TextEncoderOutputsCachingStrategy(
     fields=("text", "text_mask", "glyphs", "glyphs_mask"),
     ragged={"text": "text_mask", "glyphs": "glyphs_mask"},
     dtype=torch.bfloat16,
+    kohya=KohyaOutputs(suffix="_hi_te.npz", read=_kohyas),
 )
 
 

@@ -10,7 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from sfumato.data.batch import Cond, Tokens
-from sfumato.data.strategies import LatentsCachingStrategy, Limit, TextEncoderOutputsCachingStrategy
+from sfumato.data.strategies import (
+    KohyaLatents,
+    KohyaOutputs,
+    LatentsCachingStrategy,
+    Limit,
+    TextEncoderOutputsCachingStrategy,
+)
 from sfumato.families.lumina2.net import PATCH
 from sfumato.models.encoders.tokenizers import fingerprint, limit, padded
 
@@ -19,10 +25,19 @@ START = " <Prompt Start> "
 PENULTIMATE = -2
 """Which of Gemma's states are used."""
 
-LATENTS = LatentsCachingStrategy(channels=16, patch=PATCH)
+LATENTS = LatentsCachingStrategy(channels=16, patch=PATCH, kohya=KohyaLatents(suffixes=("_lumina.npz",), scaled=True))
+
+
+def _kohyas(arrays: Mapping[str, Tensor], _: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {"gemma2": arrays["hidden_state"][arrays["attention_mask"] > 0]}
+
+
 # Gemma's states pass fp16's range.
 OUTPUTS = TextEncoderOutputsCachingStrategy(
-    fields=("gemma2", "gemma2_mask"), ragged={"gemma2": "gemma2_mask"}, dtype=torch.bfloat16
+    fields=("gemma2", "gemma2_mask"),
+    ragged={"gemma2": "gemma2_mask"},
+    dtype=torch.bfloat16,
+    kohya=KohyaOutputs(suffix="_lumina_te.npz", read=_kohyas),
 )
 
 

@@ -11,7 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from sfumato.data.batch import Cond, Tokens
-from sfumato.data.strategies import LatentsCachingStrategy, Limit, TextEncoderOutputsCachingStrategy
+from sfumato.data.strategies import (
+    KohyaLatents,
+    LatentsCachingStrategy,
+    Limit,
+    TextEncoderOutputsCachingStrategy,
+)
 from sfumato.models.encoders.tokenizers import fingerprint, limit
 
 CHUNK = 75
@@ -20,7 +25,8 @@ CHUNK = 75
 LONGEST = 3 * CHUNK
 """The most that `max_token_length` can be."""
 
-LATENTS = LatentsCachingStrategy()
+LATENTS = LatentsCachingStrategy(kohya=KohyaLatents(suffixes=("_sd.npz", "_sdxl.npz"), plain=True))
+"""Some of sd-scripts' trainers write SDXL's ending."""
 OUTPUTS = TextEncoderOutputsCachingStrategy(fields=("hidden",))
 
 

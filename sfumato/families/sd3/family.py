@@ -198,7 +198,9 @@ def tokenize(models: Models) -> Sd3Tokenize:
 def outputs_strategy(models: Models) -> TextEncoderOutputsCachingStrategy:
     """What is cached of captions."""
     o = Completed.of(models.options)
-    return outputs(t5=o.has_t5, length=o.t5xxl_max_token_length, masked=o.apply_t5_attn_mask)
+    return outputs(
+        t5=o.has_t5, length=o.t5xxl_max_token_length, masked=o.apply_t5_attn_mask, masked_clips=o.apply_lg_attn_mask
+    )
 
 
 def process(models: Models, noise: NoiseConfig, loss: LossConfig) -> NoiseProcess:

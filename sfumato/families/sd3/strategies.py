@@ -10,7 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from sfumato.data.batch import Cond, Tokens
-from sfumato.data.strategies import LatentsCachingStrategy, Limit, TextEncoderOutputsCachingStrategy
+from sfumato.data.strategies import (
+    KohyaLatents,
+    KohyaOutputs,
+    LatentsCachingStrategy,
+    Limit,
+    TextEncoderOutputsCachingStrategy,
+)
 from sfumato.models.encoders.tokenizers import fingerprint, limit, padded
 
 CLIPS = ("clip_l", "clip_g")
@@ -19,21 +25,36 @@ CLIP_LENGTH = 77
 PENULTIMATE = 2
 """The layer from the end whose states are used."""
 
-LATENTS = LatentsCachingStrategy(channels=16, patch=2)
+LATENTS = LatentsCachingStrategy(channels=16, patch=2, kohya=KohyaLatents(suffixes=("_sd3.npz",)))
 
 
-def outputs(*, t5: bool, length: int, masked: bool) -> TextEncoderOutputsCachingStrategy:
+def outputs(*, t5: bool, length: int, masked: bool, masked_clips: bool) -> TextEncoderOutputsCachingStrategy:
     """What is cached of captions. `t5`: whether there is one; `masked`: its padding is not cached, and comes back as
-    zeros up to `length`.
+    zeros up to `length`; `masked_clips`: that of both CLIPs is zero.
 
     In bf16, which has the range of what T5 was published in.
     """
+
+    def kohyas(arrays: Mapping[str, Tensor], like: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
+        if (bool(arrays["apply_lg_attn_mask"]), bool(arrays["apply_t5_attn_mask"])) != (masked_clips, masked):
+            return None
+        found: dict[str, Tensor] = {}
+        n, m = like["clip_l"].shape[-1], like["clip_l_pooled"].shape[-1]  # CLIP-L's numbers stand before CLIP-G's
+        for name, part, pooled in (("clip_l", slice(n), slice(m)), ("clip_g", slice(n, None), slice(m, None))):
+            states = arrays["lg_out"][:, part]
+            found[name] = states * (arrays[f"{name}_attn_mask"][:, None] > 0) if masked_clips else states
+            found[f"{name}_pooled"] = arrays["lg_pooled"][pooled]
+        if t5:
+            found["t5"] = arrays["t5_out"][: int(arrays["t5_attn_mask"].sum()) if masked else None]
+        return found
+
     clips = tuple(name for clip in CLIPS for name in (clip, f"{clip}_pooled"))
     return TextEncoderOutputsCachingStrategy(
         fields=(*clips, *(("t5",) if t5 else ()), *(("t5_mask",) if t5 and masked else ())),
         ragged={"t5": "t5_mask"} if t5 and masked else {},
         lengths={"t5": length} if t5 and masked else {},
         dtype=torch.bfloat16,
+        kohya=KohyaOutputs(suffix="_sd3_te.npz", read=kohyas),
     )
 
 

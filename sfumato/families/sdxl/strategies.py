@@ -11,14 +11,28 @@ import torch
 from torch import Tensor, nn
 
 from sfumato.data.batch import Cond, Tokens
-from sfumato.data.strategies import LatentsCachingStrategy, Limit, TextEncoderOutputsCachingStrategy
+from sfumato.data.strategies import (
+    KohyaLatents,
+    KohyaOutputs,
+    LatentsCachingStrategy,
+    Limit,
+    TextEncoderOutputsCachingStrategy,
+)
 from sfumato.families.sd.strategies import SdTokenize, join
 from sfumato.models.encoders.clip import ClipOutput
 
 LAYER = 2
 """The layer whose states are used, from the end; no norm follows."""
-LATENTS = LatentsCachingStrategy()
-OUTPUTS = TextEncoderOutputsCachingStrategy(fields=("hidden", "pooled"))
+LATENTS = LatentsCachingStrategy(kohya=KohyaLatents(suffixes=("_sdxl.npz",), plain=True))
+
+
+def _kohyas(arrays: Mapping[str, Tensor], _: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {"hidden": torch.cat([arrays["hidden_state1"], arrays["hidden_state2"]], -1), "pooled": arrays["pool2"]}
+
+
+OUTPUTS = TextEncoderOutputsCachingStrategy(
+    fields=("hidden", "pooled"), kohya=KohyaOutputs(suffix="_te_outputs.npz", read=_kohyas)
+)
 
 
 @dataclass(frozen=True)
