@@ -31,6 +31,8 @@ _DATASET = ({f.name for f in fields(DatasetConfig)} - {"subsets"}) | _SHARED
 _FLAGS = {"batch_size": "train_batch_size", "num_repeats": "dataset_repeats"}
 """Setting of a dataset file -> the flag that it falls back to, where the names differ."""
 
+SOURCES = ("dataset_config", "in_json", "dataset_class", "train_data_dir")
+"""The settings that say which images there are; the first that is set counts."""
 INERT = {
     "cache_info": "sizes and captions are read from the files' headers, quickly, and remembered",
     "validation_seed": "only matters with validation_split",
@@ -45,7 +47,7 @@ def read(settings: Settings, given: Mapping[str, Given], report: Report) -> tupl
 
     `settings`: what the files fall back to; `given`: what a user set.
     """
-    source = given.get("dataset_config") or given.get("in_json") or given.get("train_data_dir")
+    source = next((given[name] for name in SOURCES if name in given), None)
     lenient = source is not None and source.lenient
     if settings.dataset_config:
         tables = from_file(paths.expanded(settings.dataset_config), report, lenient=lenient)
@@ -192,11 +194,12 @@ def _known() -> dict[str, options.Option]:
 
 
 def from_folders(settings: Settings, given: Mapping[str, Given], report: Report) -> Tables:
-    """One dataset of what in_json names, or of the folders `<repeats>_<class tokens>` in train_data_dir and
-    reg_data_dir."""
-    if settings.in_json:
-        own = {"metadata_file": settings.in_json, "image_dir": settings.train_data_dir}
-        return [({}, [{name: Given(name, value, "--in_json", False) for name, value in own.items() if value}])]
+    """One dataset of what in_json names or dataset_class gives, or of the folders `<repeats>_<class tokens>` in
+    train_data_dir and reg_data_dir."""
+    for flag, name in (("in_json", "metadata_file"), ("dataset_class", "dataset_class")):
+        if value := getattr(settings, flag):
+            own = {name: value, "image_dir": settings.train_data_dir}
+            return [({}, [{key: Given(key, each, f"--{flag}", False) for key, each in own.items() if each}])]
     subsets = [
         s
         for key, folder in (("train_data_dir", settings.train_data_dir), ("reg_data_dir", settings.reg_data_dir))
@@ -244,14 +247,14 @@ def _folders(key: str, root: Path, given: Mapping[str, Given], report: Report) -
 
 
 def _acting(subsets: Iterable[SubsetConfig], lenient: bool, left_out: list[str]) -> tuple[SubsetConfig, ...]:
-    """Each folder or metadata file once; without those that kohya's scripts pass over where its file or command is read
-    (`lenient`).
+    """Each folder, metadata file or class once; without those that kohya's scripts pass over where its file or command
+    is read (`lenient`).
 
     What is left out is added to `left_out`, with the reason.
     """
-    kept: dict[str, SubsetConfig] = {}
+    kept: dict[tuple[str, ...], SubsetConfig] = {}
     for subset in subsets:
-        place = subset.source if trouble(subset.source, "file or folder") else os.path.realpath(subset.source)
+        place = (*map(_real, (subset.image_dir, subset.metadata_file)), subset.dataset_class or "")
         if place in kept:
             left_out.append(
                 f"{subset.source}: stands twice in one dataset, and is taken once, with the settings that stand first"
@@ -263,10 +266,14 @@ def _acting(subsets: Iterable[SubsetConfig], lenient: bool, left_out: list[str])
     return tuple(kept.values())
 
 
+def _real(path: str | None) -> str:
+    return os.path.realpath(path) if path and not trouble(path, "file or folder") else path or ""
+
+
 def _passed_over(subset: SubsetConfig) -> str:
     if subset.num_repeats < 1:
         return f"num_repeats is {subset.num_repeats}"
-    if subset.metadata_file:
+    if subset.metadata_file or subset.dataset_class:
         return ""
     if problem := trouble(subset.image_dir, "folder"):
         return problem
@@ -295,7 +302,7 @@ def _dataset(
 
     made = []
     for subset in subsets:
-        if not subset.keys() & {"image_dir", "metadata_file"}:
+        if not subset.keys() & {"image_dir", "metadata_file", "dataset_class"}:
             first = next(iter(subset.values()), None)
             report.error(
                 f"{first.where if first else 'a [[datasets.subsets]]'}: image_dir is missing in this "
@@ -317,7 +324,7 @@ def _unused_flags(
         if each is None or settings.value(flag) in found:
             continue
         if each.flag or settings.value(flag) != options.common()[flag].default:
-            source = settings.dataset_config or settings.in_json or settings.train_data_dir
+            source = next(filter(None, (getattr(settings, name) for name in SOURCES)))
             report.without_effect(
                 each, f"{source} says {name} itself, for every {'dataset' if name in _DATASET - _SHARED else 'folder'}"
             )

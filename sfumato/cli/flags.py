@@ -154,7 +154,7 @@ def _settings(values: Mapping[str, Any], facts: Facts, method: Method) -> Settin
 def _datasets(settings: Settings, given: Mapping[str, Given], report: Report) -> tuple[DatasetConfig, ...]:
     from sfumato.cli import datasets
 
-    if not (settings.dataset_config or settings.in_json or settings.train_data_dir):
+    if not any(getattr(settings, name) for name in datasets.SOURCES):
         report.error(
             "no images: set dataset_config (a dataset file) or train_data_dir (a folder of folders `<repeats>_<class "
             "tokens>`)"

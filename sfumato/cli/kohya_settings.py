@@ -96,7 +96,6 @@ _MEMORY = f"{_LATER}: gradient_checkpointing, full_bf16 and cached latents spare
 REFUSED: Mapping[str, str] = {
     "async_upload": _HUB,
     "conditioning_data_dir": "goes into the dataset file, to the subset whose images it masks",
-    "dataset_class": _LATER,
     "debug_dataset": "is not supported: `sfumato plan` shows the images, their buckets and the steps",
     "deepspeed": f"{_LATER}: leave it out; several cards work through torchrun or accelerate launch alone",
     "full_fp16": "is not supported, as weights and gradients overflow in fp16: use full_bf16, or mixed_precision fp16",

@@ -40,6 +40,7 @@ def _all_plain(attributes: Mapping[str, Any]) -> bool:
     return all(isinstance(value, (bool, int, float, str)) for value in attributes.values())
 
 
+_CLASS = Must(re.compile(r"\w+(\.\w+)+").fullmatch, "module.Class")
 _DATASET_FILE = Excludes("dataset_config", why="dataset_config names the folders")
 Interpolation = Literal["lanczos", "nearest", "bilinear", "linear", "bicubic", "cubic", "area", "box"]
 
@@ -118,6 +119,9 @@ class SubsetConfig(CaptionOptions, ImageOptions):
     metadata_file: File = None
     """JSON or JSONL file with the captions and tags of the images, which it names; image_dir is what its relative names
     start at."""
+    dataset_class: Annotated[str | None, _CLASS] = None
+    """Class of yours that gives images and captions, as `module.Class`; it is made with image_dir (see
+    docs/datasets.md)."""
     custom_attributes: Annotated[
         Mapping[str, Any], Must(_all_plain, "values that are true, false, numbers or texts")
     ] = field(default_factory=dict, hash=False)
@@ -125,8 +129,8 @@ class SubsetConfig(CaptionOptions, ImageOptions):
 
     @property
     def source(self) -> str:
-        """What names the images: a metadata file or a folder."""
-        return self.metadata_file or self.image_dir
+        """What names the images: a class, a metadata file or a folder."""
+        return self.dataset_class or self.metadata_file or self.image_dir
 
 
 @dataclass(frozen=True, kw_only=True)  # no slots: two slotted bases cannot be joined
@@ -177,7 +181,10 @@ class DataConfig(Record, CaptionOptions, ImageOptions, BucketOptions):
     in_json: Annotated[File, _DATASET_FILE] = None
     """Metadata file (JSON or JSONL) with captions and tags; train_data_dir is then the folder of the images that it
     names."""
-    reg_data_dir: Annotated[Folder, _DATASET_FILE, Needs("train_data_dir"), Excludes("in_json")] = None
+    dataset_class: Annotated[str | None, _CLASS, _DATASET_FILE, Excludes("in_json")] = None
+    """Class of yours that gives images and captions, as `module.Class`; it is made with train_data_dir (see
+    docs/datasets.md)."""
+    reg_data_dir: Annotated[Folder, _DATASET_FILE, Needs("train_data_dir"), Excludes("in_json", "dataset_class")] = None
     """Folder of folders `<repeats>_<class tokens>` with regularisation images."""
     train_batch_size: Count = 1
     """Images a batch, where the dataset file says nothing."""

@@ -109,7 +109,7 @@ def load(
 
     `colours`: vary them by these random numbers. Raises UserError naming the file.
     """
-    image = open_image(file.path, file.digest)
+    image = file.open()
     covering = None
     if options.alpha_mask:
         # Alpha is a weight here, not transparency: what lies under it is the image.

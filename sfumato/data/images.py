@@ -43,21 +43,26 @@ def read(source: Path | IO[bytes], suffix: str) -> Image.Image:
     `suffix`: of the file's name, for the message. Raises Unreadable, OSError.
     """
     with _open(source, suffix) as image:
-        try:
-            image.load()
-            plain = _eight_bits(image)
-        except (
-            OSError,
-            ValueError,
-            SyntaxError,
-            EOFError,
-            IndexError,
-            struct.error,
-            Image.DecompressionBombError,
-        ) as error:
-            # Pillow's decoders raise all of these on damaged data.
-            raise Unreadable(f"damaged: {error}") from error
-        turn = _UPRIGHT.get(_orientation(image))
+        return upright(image)
+
+
+def upright(image: Image.Image) -> Image.Image:
+    """An image that Pillow has opened, whole, as `read` gives it. Raises Unreadable."""
+    try:
+        image.load()
+        plain = _eight_bits(image)
+    except (
+        OSError,
+        ValueError,
+        SyntaxError,
+        EOFError,
+        IndexError,
+        struct.error,
+        Image.DecompressionBombError,
+    ) as error:
+        # Pillow's decoders raise all of these on damaged data.
+        raise Unreadable(f"damaged: {error}") from error
+    turn = _UPRIGHT.get(_orientation(image))
     return plain.transpose(turn) if turn is not None else plain
 
 

@@ -14,10 +14,10 @@ from pathlib import Path
 from PIL import Image
 
 from sfumato.config import DatasetConfig, SubsetConfig
-from sfumato.data import metadata
-from sfumato.data.folders import SUFFIXES, Listing, listing
+from sfumato.data import classes, metadata
+from sfumato.data.folders import Listing, listing
 from sfumato.data.images import Unreadable, read
-from sfumato.data.metadata import Described
+from sfumato.data.sources import Source, sources
 from sfumato.data.store import FileIndex, Progress
 from sfumato.errors import UserError
 from sfumato.formats.files import stamp
@@ -43,6 +43,20 @@ class ImageFile:
     digest: str = ""
     """Hash of the file's bytes."""
     mask_digest: str = ""
+    source: classes.ImageSource | None = field(default=None, compare=False, repr=False)
+    """What gives the image in place of its file."""
+
+    def open(self) -> Image.Image:
+        """In RGB, or RGBA where it has transparency, upright. Raises UserError naming the file."""
+        if self.source is None:
+            return open_image(self.path, self.digest)
+        try:
+            image = classes.image(self.source, self.name)
+        except Unreadable as error:
+            raise UserError(f"{self.path}: {error}") from error
+        if image.size != (self.width, self.height):
+            raise UserError(f"{self.path}: is {image.width}x{image.height}, and was {self.width}x{self.height}")
+        return image
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,19 +99,18 @@ def scan(dataset: DatasetConfig, index: FileIndex, progress: Progress | None = N
     changed is taken from `index`, without opening it.
     Raises UserError for folders that are missing or empty, all at once.
     """
-    described, found = _described(dataset.subsets), [_listing(s) for s in dataset.subsets if not s.metadata_file]
-    if wrong := [f for f in found if isinstance(f, str)]:
-        raise UserError(*wrong)
-    plain = iter([f for f in found if not isinstance(f, str)])
-    listings = [described[i].listing if i in described else next(plain) for i in range(len(dataset.subsets))]
+    given = sources(dataset.subsets)
+    listings = [each.listing for each in given]
     masks = [_masks(subset, found.images) for subset, found in zip(dataset.subsets, listings, strict=True)]
-    wanted = [p for found in listings for p in found.images] + [m for of in masks for m in of.values()]
+    wanted = [p for each in given if not each.images for p in each.listing.images]
+    wanted += [m for of in masks for m in of.values()]
     facts = examine(wanted, index, progress)
     result = Scan()
     for i, subset in enumerate(dataset.subsets):
         result.notes += _left_alone(subset, listings[i])
         result.skipped += [SkippedFile(path, reason, subset=i) for path, reason in listings[i].troubles]
-        _add_subset(result, i, subset, listings[i].images, masks[i], facts, described.get(i))
+        made = _of_class(given[i], progress)
+        _add_subset(result, i, subset, given[i], masks[i], facts | made if made else facts)
     return result
 
 
@@ -127,6 +140,21 @@ def examine(paths: Sequence[Path], index: FileIndex, progress: Progress | None =
     return facts
 
 
+def _of_class(given: Source, progress: Progress | None = None) -> dict[Path, Facts]:
+    """What each image of a user's class is; nothing is remembered, for it may give another each time."""
+    source, found = given.images, {}
+    for path in given.listing.images if source else ():
+        try:
+            assert source is not None
+            image = classes.image(source, path.as_posix())
+            found[path] = Facts(image.width, image.height, classes.digest(image))
+        except Unreadable as error:
+            found[path] = Facts(problem=str(error))
+        if progress:
+            progress(len(found), len(given.listing.images))
+    return found
+
+
 def _remembered(row: Mapping[str, object], now: list[int]) -> Facts | None:
     """What the index knows of a file that has not changed; None when it has, or when the row is damaged."""
     width, height, digest = row.get("width"), row.get("height"), row.get("digest")
@@ -154,37 +182,6 @@ def _examine(path: Path) -> Facts:
 
 def _digest(data: bytes) -> str:
     return blake2b(data, digest_size=20).hexdigest()
-
-
-def _listing(subset: SubsetConfig) -> Listing | str:
-    """What lies in a subset's folder, or what is wrong with it."""
-    if wrong := trouble(subset.image_dir, "folder"):
-        return f"image_dir {subset.image_dir!r}: {wrong}"
-    folder = Path(subset.image_dir)
-    found = listing(folder, recursive=subset.recursive)
-    if found.images or any(path != folder for path, _ in found.troubles):
-        return found
-    if found.troubles:
-        return f"image_dir {subset.image_dir}: {found.troubles[0][1]}"
-    others = ", ".join(f"{n} {suffix}" for suffix, n in found.others.most_common())
-    only = f"; only {others}" if others else ""
-    hint = "" if subset.recursive else "; `recursive = true` looks into sub-folders"
-    return f"image_dir {subset.image_dir}: no images in this folder ({', '.join(SUFFIXES)}){only}{hint}"
-
-
-def _described(subsets: Sequence[SubsetConfig]) -> dict[int, Described]:
-    """What the metadata files name, by the number of their subset. Errors: `UserError`, for all of them at once."""
-    found: dict[int, Described] = {}
-    wrong: list[str] = []
-    for i, subset in enumerate(subsets):
-        if subset.metadata_file:
-            try:
-                found[i] = metadata.describe(subset.metadata_file, subset.image_dir, recursive=subset.recursive)
-            except UserError as error:
-                wrong += error.messages
-    if wrong:
-        raise UserError(*wrong)
-    return found
 
 
 def _left_alone(subset: SubsetConfig, found: Listing) -> list[str]:
@@ -218,16 +215,16 @@ def _add_subset(
     result: Scan,
     number: int,
     subset: SubsetConfig,
-    paths: Sequence[Path],
+    given: Source,
     masks: dict[Path, Path],
     facts: dict[Path, Facts],
-    described: Described | None = None,
 ) -> None:
     bare, blank, long = [], [], []
-    inside = Path(subset.image_dir).as_posix().rstrip("/") + "/"  # `relative_to` takes long for many images
-    for path in paths:
+    # `relative_to` takes long for many images. A class gives names that stand in no folder.
+    inside = "" if given.images else Path(subset.image_dir).as_posix().rstrip("/") + "/"
+    for path in given.listing.images:
         mask = masks.get(path)
-        captions = described.records[path].lines(subset) if described else _captions(path, subset)
+        captions = given.lines(path) if given.lines else _captions(path, subset)
         if reason := _problem(subset, facts[path], mask, facts, captions):
             result.skipped.append(SkippedFile(path, reason, subset=number))
             continue
@@ -249,14 +246,16 @@ def _add_subset(
                 mask_path=mask,
                 digest=facts[path].digest,
                 mask_digest=facts[mask].digest if mask else "",
+                source=given.images,
             )
         )
     result.notes += _caption_notes(subset, bare, blank, long)
-    if described and subset.metadata_file:
+    if given.described and subset.metadata_file:
         why = f"not named in {subset.metadata_file}"
-        result.skipped += [SkippedFile(path, why, unreadable=False, subset=number) for path in described.others]
-        sizes = ((path, (facts[path].width, facts[path].height)) for path in paths if not facts[path].problem)
-        result.notes += metadata.notes(described, subset.metadata_file, sizes)
+        result.skipped += [SkippedFile(path, why, unreadable=False, subset=number) for path in given.described.others]
+        known = [(path, facts[path]) for path in given.listing.images if not facts[path].problem]
+        sizes = ((path, (each.width, each.height)) for path, each in known)
+        result.notes += metadata.notes(given.described, subset.metadata_file, sizes)
 
 
 def _problem(
@@ -332,19 +331,19 @@ LONGEST_CAPTION = 2**20
 def _caption_notes(
     subset: SubsetConfig, bare: Sequence[Path], blank: Sequence[Path], long: Sequence[Path]
 ) -> list[str]:
-    notes = []
+    notes, files = [], not (subset.metadata_file or subset.dataset_class)
     if bare:
         other = next(
             (s for s in (".txt", ".caption") if s != _suffix(subset) and os.path.exists(bare[0].with_suffix(s))), None
         )
         hint = f"; there are {other} files: set caption_extension" if other else ""
-        what = "caption and tags in it" if subset.metadata_file else f"a {_suffix(subset)} caption"
+        what = f"a {_suffix(subset)} caption" if files else "a caption from it"
         notes.append(
             f"{subset.source}: {len(bare)} images have neither {what} nor class_tokens and train with an empty "
             f"caption ({_some(bare)}){hint}"
         )
     if blank:
-        empty = f"{subset.source}: {len(blank)} caption{'s' if subset.metadata_file else ' files'} have no text"
+        empty = f"{subset.source}: {len(blank)} caption{' files' if files else 's'} have no text"
         notes.append(f"{empty}, and their images train with an empty caption ({_some(blank)})")
     if long:
         many = f"{subset.source}: {len(long)} captions have several lines"

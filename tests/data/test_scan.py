@@ -14,6 +14,7 @@ from folders import dataset, folder, latents, noise, plan, subset
 from PIL import Image
 
 from sfumato.data import scan as module
+from sfumato.data import sources
 from sfumato.data.scan import Scan, scan
 from sfumato.data.store import FileIndex, TensorStore
 from sfumato.errors import UserError
@@ -217,7 +218,7 @@ def test_an_image_that_goes_away_is_reported(tmp_path: Path, monkeypatch: pytest
     folder(tmp_path)
     gone = tmp_path / "2.png"
     real = module.listing
-    monkeypatch.setattr(module, "listing", lambda *args, **options: (real(*args, **options), gone.unlink())[0])
+    monkeypatch.setattr(sources, "listing", lambda *args, **options: (real(*args, **options), gone.unlink())[0])
     assert [s.path for s in look(tmp_path).skipped] == [gone]
 
 
