@@ -1,8 +1,8 @@
-# The only three commands one needs: `make quickstart`, `make test`, `make check`.
+# The only three commands one needs: `make quickstart`, `make test`, `make check`. `make examples` shows what else there is.
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: quickstart test check docs clean
+.PHONY: quickstart examples test check docs clean
 
 .venv/run: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
@@ -15,6 +15,12 @@ BIN := .venv/bin
 
 quickstart: .venv/run
 	$(BIN)/python examples/emoji/quickstart.py
+
+# Each draws one picture into runs/, beside the numbers that it stands for; minutes in all on two cores.
+EXAMPLES := $(wildcard $(addprefix examples/emoji/,validation.py embedding.py controlnet.py slider.py prior.py))
+
+examples: .venv/run
+	set -e; for example in $(EXAMPLES); do $(BIN)/python $$example; done
 
 test: .venv/dev
 	$(BIN)/python -m pytest -n 2
