@@ -131,7 +131,7 @@ def resolve_all(
     read = tuple(dict.fromkeys(g.source for g in given.values() if g.source))
     if adapt:
         adapt(given, report)
-    given = {key: paths.settle(each, report) for key, each in given.items()}
+    given = paths.settled(given, report)
     family = family or find_family(given, report)
     facts = families.facts(family)
     known = {**options.common(), **options.of_family(family)}

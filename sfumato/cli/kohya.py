@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from importlib.util import find_spec
+from pathlib import Path
 
 from sfumato import families
 from sfumato.cli import flags, kohya_settings, main, options
@@ -42,6 +43,9 @@ SWAPS = ("blocks_to_swap", "double_blocks_to_swap", "single_blocks_to_swap")
 CACHED = ("cache_text_encoder_outputs", "cache_text_encoder_outputs_to_disk")
 DEFAULTS: Mapping[str, object] = {"learning_rate": 2e-6, "caption_extension": ".caption"}
 """Where kohya's defaults differ from ours and change the result."""
+
+TAKEN = ("--output_config", "--debug_dataset")
+"""Flags that do something in place of the training: write the settings to a file, show the plan."""
 
 OURS = frozenset(
     {
@@ -79,11 +83,41 @@ def run(script: str, argv: Sequence[str]) -> int:
 
 def _run(script: str, argv: list[str]) -> int:
     what = scripts()[script]
-    resolved = resolve(script, argv)
+    taken, rest = {word for word in argv if word in TAKEN}, [word for word in argv if word not in TAKEN]
+    where, rest = _config_file(rest) if "--output_config" in taken else (None, rest)
+    resolved = resolve(script, rest)
     for notice in resolved.notices:
         flags.note(notice)
-    main.train(what.method, resolved)
+    if where is not None:
+        _write_config(where, resolved)
+    elif "--debug_dataset" in taken:
+        from sfumato.train import plan
+
+        plan.show(resolved.config, what.method, resolved.datasets, resolved.read, resolved.given)
+    else:
+        main.train(what.method, resolved)
     return 0
+
+
+def _config_file(argv: list[str]) -> tuple[Path, list[str]]:
+    """Where `--output_config` writes: the value of `--config_file`, and the words without it. Errors: `UserError`."""
+    parser = flags.Parser(prog="--output_config", add_help=False, allow_abbrev=False)
+    parser.add_argument("--config_file")
+    found, rest = parser.parse_known_args(argv)
+    if not found.config_file:
+        raise UserError("--output_config: say with --config_file which file to write the settings to")
+    path = Path(found.config_file).expanduser()
+    path = path if path.suffix == ".toml" else Path(f"{path}.toml")
+    if path.exists():
+        raise UserError(f"--output_config: {path} is there already; name another file with --config_file")
+    return path, rest
+
+
+def _write_config(path: Path, resolved: flags.Resolved) -> None:
+    from sfumato.formats.files import write_text
+
+    write_text(path, flags.write_toml(resolved.config))
+    print(f"{path}: all settings; train with them by --config_file {path}")
 
 
 def resolve(script: str, argv: Sequence[str]) -> flags.Resolved:

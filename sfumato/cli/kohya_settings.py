@@ -29,7 +29,6 @@ _LIKE: Mapping[str, str] = {
 """Names of `RENAMED` by which a user may expect something else, and why ours does for it."""
 
 _KEYED = "what is cached is found by its content, and what does not fit is encoded again"
-_UPLOAD = "only matters with huggingface_repo_id"
 _VALIDATION = "only matters with validation_split"
 _DEEPSPEED = "only matters with deepspeed"
 _CONSOLE = "everything is written to LOG.jsonl beside the result, and the console says what matters"
@@ -40,6 +39,7 @@ _CHUNKS = "it never changes results; vae_tile_size spares the VAE's memory"
 _PRINTS = "it only changes what is printed"
 
 INERT: Mapping[str, str] = {
+    "async_upload": "uploads go on beside the training anyway, and only its end waits for them",
     "cache_info": "sizes and captions are read from the files' headers, quickly, and remembered",
     "console_log_file": _CONSOLE,
     "console_log_level": _CONSOLE,
@@ -51,10 +51,7 @@ INERT: Mapping[str, str] = {
     "epoch": _GUI,
     "fp16_master_weights_and_gradients": _DEEPSPEED,
     "highvram": "no memory is given back between steps anyway",
-    "huggingface_path_in_repo": _UPLOAD,
-    "huggingface_repo_type": _UPLOAD,
-    "huggingface_repo_visibility": _UPLOAD,
-    "log_config": "the resolved config is always written beside the result",
+    "log_config": "the resolved config is always written beside the result, and given to wandb",
     "lowvram": _GUI,
     "lowram": "weights are mapped from the file and read once",
     "max_validation_steps": _VALIDATION,
@@ -88,36 +85,28 @@ INERT: Mapping[str, str] = {
 }
 """Accepted without effect, and why."""
 
+_SECRET = "does not belong into command lines and files, which others read"
 _LATER = "is not supported yet"
 _INITIAL = f"{_LATER}: save_state and resume continue a run exactly"
-_HUB = f"{_LATER}: upload the result with `hf upload`"
 _MEMORY = f"{_LATER}: gradient_checkpointing, full_bf16 and cached latents spare memory"
 
 REFUSED: Mapping[str, str] = {
-    "async_upload": _HUB,
     "conditioning_data_dir": "goes into the dataset file, to the subset whose images it masks",
-    "debug_dataset": "is not supported: `sfumato plan` shows the images, their buckets and the steps",
+    "debug_dataset": "is a flag of kohya's command lines alone: `sfumato plan` shows images, buckets and steps",
     "deepspeed": f"{_LATER}: leave it out; several cards work through torchrun or accelerate launch alone",
     "full_fp16": "is not supported, as weights and gradients overflow in fp16: use full_bf16, or mixed_precision fp16",
-    "huggingface_repo_id": _HUB,
-    "huggingface_token": f"{_HUB} after `hf auth login`, which keeps the token out of command lines",
+    "huggingface_token": f"{_SECRET}: use `hf auth login` or the variable HF_TOKEN",
     "initial_epoch": _INITIAL,
     "initial_step": _INITIAL,
     "llm_adapter_path": "is not supported: the text adapter is read from the base model's file, as by sd-scripts",
     "log_tracker_config": _LATER,
-    "metadata_is_negative_embedding": _LATER,
-    "metadata_merged_from": _LATER,
-    "metadata_preprocessor": _LATER,
-    "metadata_thumbnail": _LATER,
     "no_token_padding": f"{_LATER}: captions are padded to the encoder's length, as inference does",
     "num_last_block_to_freeze": f"{_LATER}: network_args train_block_indices chooses blocks for an adapter",
-    "output_config": "is not needed: the resolved config is written beside every result, `sfumato plan` checks it",
-    "resume_from_huggingface": f"{_LATER}: download the state and name its folder with resume",
-    "save_state_to_huggingface": _HUB,
+    "output_config": "is a flag of kohya's command lines alone: every training writes its settings beside its result",
     "skip_until_initial_step": _INITIAL,
     "use_t5xxl_cache_only": f"{_LATER}: cache_text_encoder_outputs keeps the outputs of all text encoders",
     "validation_split": _LATER,
-    "wandb_api_key": "does not belong into command lines and files: use `wandb login` or the variable WANDB_API_KEY",
+    "wandb_api_key": f"{_SECRET}: use `wandb login` or the variable WANDB_API_KEY",
 }
 """Known and refused, and why or what to do instead."""
 

@@ -59,6 +59,7 @@ def owners() -> dict[str, tuple[str, ...]]:
     return found
 
 
+@cache
 def known() -> Mapping[str, Option]:
     """All settings, those of all families included."""
     return {**common(), **{name: _shared(name, having) for name, having in owners().items() if name not in common()}}

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
-from sfumato.cli import options
+from sfumato.cli import kohya_settings, options
 from sfumato.cli.report import Given, Report
 from sfumato.config import SubsetConfig, rules
 from sfumato.errors import nearest
@@ -36,6 +37,13 @@ def is_hub_id(name: str) -> bool:
 def expanded(name: str) -> Path:
     """A path with the user's home for `~`; the home of nobody stays as it is written."""
     return Path(os.path.expanduser(name))
+
+
+def settled(given: Mapping[str, Given], report: Report) -> dict[str, Given]:
+    """All settings, with their paths checked; a state on the hub has none."""
+    hub = given.get("resume_from_huggingface")
+    there = {"resume"} if hub and not kohya_settings.off(hub) else set()
+    return {key: each if key in there else settle(each, report) for key, each in given.items()}
 
 
 def settle(given: Given, report: Report) -> Given:

@@ -7,7 +7,9 @@ checked when a record is made; keys, types, and settings that would do nothing a
 
 from sfumato.config import relations, rules
 from sfumato.config.data import DataConfig, DatasetConfig, SubsetConfig
+from sfumato.config.hub import HubConfig
 from sfumato.config.memory import MemoryConfig
+from sfumato.config.metadata import MetadataConfig
 from sfumato.config.run import (
     Config,
     FamilyOptions,
@@ -31,9 +33,11 @@ __all__ = [
     "DataConfig",
     "DatasetConfig",
     "FamilyOptions",
+    "HubConfig",
     "LogConfig",
     "LossConfig",
     "MemoryConfig",
+    "MetadataConfig",
     "Method",
     "ModelConfig",
     "NetworkConfig",

@@ -9,7 +9,9 @@ from typing import Annotated, Any, ClassVar, Literal, TypeVar
 from annotated_types import Interval
 
 from sfumato.config.data import DataConfig
+from sfumato.config.hub import HubConfig
 from sfumato.config.memory import MemoryConfig
+from sfumato.config.metadata import MetadataConfig
 from sfumato.config.rules import (
     Amount,
     Chance,
@@ -118,7 +120,7 @@ class ModelConfig(Record):
 
 @dataclass(frozen=True, kw_only=True)
 class OutputConfig(Record):
-    """Where results go, when they are saved and what is written into them."""
+    """Where results go and when they are saved."""
 
     output_dir: Annotated[str, PathTo("new folder")] = "output"
     """Folder for the results."""
@@ -155,24 +157,6 @@ class OutputConfig(Record):
     dialect: Annotated[Literal["kohya", "comfy", "peft", "diffusers", "lycoris"], _ADAPTERS] = "kohya"
     """Key names of a saved adapter; `kohya`, which LyCORIS' files have too, loads in ComfyUI, Forge and diffusers;
     `diffusers` and `peft` are one."""
-    no_metadata: bool = False
-    """Write only the metadata that loaders need."""
-    training_comment: str | None = None
-    """Free text kept in the metadata."""
-    metadata_title: str | None = None
-    """modelspec: title; default: output_name."""
-    metadata_author: str | None = None
-    """modelspec: author."""
-    metadata_description: str | None = None
-    """modelspec: description."""
-    metadata_license: str | None = None
-    """modelspec: licence."""
-    metadata_tags: str | None = None
-    """modelspec: tags, separated by commas."""
-    metadata_usage_hint: str | None = None
-    """modelspec: how to use the file."""
-    metadata_trigger_phrase: str | None = None
-    """modelspec: the phrase that calls the trained thing."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -420,6 +404,8 @@ class Config:
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     output: OutputConfig = field(default_factory=OutputConfig)
+    metadata: MetadataConfig = field(default_factory=MetadataConfig)
+    hub: HubConfig = field(default_factory=HubConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     memory: MemoryConfig = field(default_factory=MemoryConfig)
@@ -436,6 +422,8 @@ class Settings(
     ModelConfig,
     DataConfig,
     OutputConfig,
+    MetadataConfig,
+    HubConfig,
     OptimizerConfig,
     TrainConfig,
     MemoryConfig,

@@ -3,8 +3,10 @@ them."""
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
+import mimetypes
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -13,7 +15,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sfumato.config import Config, DatasetConfig, OutputConfig
+from sfumato.config import Config, DatasetConfig, MetadataConfig
 from sfumato.errors import UserError
 from sfumato.formats.files import file_digest, serialise, stamp, write_text
 from sfumato.formats.paths import printable
@@ -23,6 +25,8 @@ if TYPE_CHECKING:
 
 MEMO, REMEMBERED = Path("~/.cache/sfumato/hashes.json"), 1000
 """What `remembered` remembers in, and of how many files: it is read and written whole each time."""
+THUMBNAIL = 512 * 1024
+"""The most bytes of a picture in the metadata."""
 LEGACY_START, LEGACY_LENGTH = 0x100000, 0x10000
 """The bytes that the old, short hash looks at."""
 NEEDED = (
@@ -81,7 +85,8 @@ _OPTIONS = {  # section of the config -> its fields that are written, as ss_<fie
         "scale_v_pred_loss_like_noise_pred v_pred_like_loss"
     ),
     "network": "network_dropout scale_weight_norms",
-    "output": "output_name training_comment",
+    "output": "output_name",
+    "metadata": "training_comment",
 }
 
 
@@ -90,8 +95,9 @@ _OPTIONS = {  # section of the config -> its fields that are written, as ss_<fie
 
 def modelspec(
     architecture: str,
-    output: OutputConfig,
+    given: MetadataConfig,
     *,
+    title: str,
     implementation: str,
     resolution: tuple[int, int],
     prediction: str,
@@ -104,26 +110,49 @@ def modelspec(
 
     `architecture`: "stable-diffusion-v1"; `adapter`: "lora", "textual-inversion" ...; `resolution`: (width, height);
     `prediction`: "epsilon" or "v"; `encoder_layer`: clip_skip; `timestep_range`: first and last step.
-    Source: Stability AI's ModelSpec.
+    Source: Stability AI's ModelSpec. Errors: as `thumbnail`.
     """
     values: dict[str, object] = {
         "sai_model_spec": "1.0.1",
         "architecture": f"{architecture}/{adapter}" if adapter else architecture,
         "implementation": implementation,
-        "title": output.metadata_title or output.output_name,
+        "title": given.metadata_title or title,
         "resolution": f"{resolution[0]}x{resolution[1]}",
         "date": date.replace(microsecond=0).isoformat(),
-        "author": output.metadata_author,
-        "description": output.metadata_description,
-        "license": output.metadata_license,
-        "tags": output.metadata_tags,
-        "usage_hint": output.metadata_usage_hint,
-        "trigger_phrase": output.metadata_trigger_phrase,
+        "author": given.metadata_author,
+        "description": given.metadata_description,
+        "license": given.metadata_license,
+        "tags": given.metadata_tags,
+        "usage_hint": given.metadata_usage_hint,
+        "thumbnail": thumbnail(given.metadata_thumbnail),
+        "merged_from": given.metadata_merged_from,
+        "trigger_phrase": given.metadata_trigger_phrase,
+        "preprocessor": given.metadata_preprocessor,
+        "is_negative_embedding": "true" if given.metadata_is_negative_embedding else None,
         "prediction_type": prediction,
         "encoder_layer": encoder_layer,
         "timestep_range": f"{timestep_range[0]},{timestep_range[1]}" if timestep_range else None,
     }
     return {f"modelspec.{name}": str(value) for name, value in values.items() if value is not None}
+
+
+def thumbnail(given: str | None) -> str | None:
+    """A picture as a data URL, from a file or as it is. Errors: `UserError` if it is none, or too large for a header
+    that every program reads."""
+    if given is None or given.startswith("data:image/"):
+        return given
+    path = Path(given).expanduser()
+    kind = mimetypes.guess_type(path.name)[0] or ""
+    try:
+        size = path.stat().st_size
+        if not kind.startswith("image/") or size > THUMBNAIL:
+            raise UserError(
+                f"metadata_thumbnail {printable(path)}: expected an image of at most {THUMBNAIL >> 10} KiB (it has "
+                f"{size / 1024:.0f}), as every program reads it with the file: 256 x 256 in JPEG is usual"
+            )
+        return f"data:{kind};base64,{base64.b64encode(path.read_bytes()).decode()}"
+    except OSError as error:
+        raise UserError(f"metadata_thumbnail {printable(path)}: {error.strerror}") from error
 
 
 # --- ss_* ---
@@ -200,7 +229,7 @@ def training(config: Config, run: RunFacts, datasets: Sequence[DatasetFacts] = (
     values = {name: value for name, value in values.items() if name not in others}
     for name in ("text_encoder_lr", "lr_scheduler_args"):
         values[name] = list(values[name]) or None  # type: ignore[call-overload]
-    if config.output.no_metadata:
+    if config.metadata.no_metadata:
         return {name: text for name, text in _texts(values).items() if name in NEEDED}
     return _texts(values | _dataset_fields(datasets))
 

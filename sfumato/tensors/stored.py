@@ -195,27 +195,6 @@ FEW = 16
 ROWS = 32
 """Rows are filled up to multiples of this for torch's kernel: cuBLAS refuses other numbers of them beside codes that
 are not transposed (seen on an H100)."""
-COMFY_DTYPES.index(x.dtype)
-            turn = self.turn > 0, self.turn or 256
-            y: Tensor = torch.ops.comfy_kitchen.int8_linear(rows, codes, scale, bias, kind, *turn)
-        else:
-            y = _int8_product(turned(rows, self.turn), codes.t(), x.dtype, scale.t())
-            y = y if bias is None else y + bias
-        return y.view(*x.shape[:-1], len(codes))
-
-    def multiply_back(self, dy: Tensor, parts: Parts, shape: Sequence[int]) -> Tensor:
-        codes, scale, rows = parts["codes"], parts["scale"], dy.reshape(-1, dy.shape[-1])
-        if not self.kernel or len(rows) <= FEW:
-            return Scaled.multiply_back(self, dy, parts, shape)
-        # The scales of the weight's rows go to dy, over whose rows the sum is.
-        return turned(_int8_product(rows * scale.t(), codes, dy.dtype), self.turn).view(*dy.shape[:-1], shape[1])
-
-
-FEW = 16
-"""Rows that are not multiplied in int8: torch's kernel takes more, and there is nothing to win."""
-ROWS = 32
-"""To multiples of this, rows are filled up for torch's kernel: cuBLAS refuses other numbers of them beside codes that are not
-transposed (seen on an H100)."""
 COMFY_DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 """Number formats in the order in which comfy-kitchen counts them."""
 

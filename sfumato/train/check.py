@@ -13,6 +13,7 @@ from sfumato.adapters import AdapterPlan
 from sfumato.config import Config, DatasetConfig, Method, Settings
 from sfumato.errors import Mistakes
 from sfumato.formats.clients import Loaded
+from sfumato.formats.metadata import thumbnail
 from sfumato.memory.plan import check_memory_options
 from sfumato.models.base import Models
 from sfumato.optim.arguments import literals
@@ -20,7 +21,7 @@ from sfumato.optim.trial import for_length, trial
 from sfumato.sampling.prompts import Prompt, of_run, sampler
 from sfumato.sampling.sample import check_prompts, check_samplers
 from sfumato.tensors import attention
-from sfumato.train import dist, fusing, log, outputs, resume, swapping, trainables
+from sfumato.train import dist, fusing, hub, log, outputs, resume, swapping, trainables
 from sfumato.train.devices import check_base_weights, outline_models, streaming_notes, widening_notes
 from sfumato.train.trainables import Adapters, Trainable
 
@@ -76,6 +77,10 @@ def check(config: Config, method: Method, datasets: tuple[DatasetConfig, ...], r
         attention.choose(config.memory.attention, training=True, half=half)
     with wrong:
         log.check(config.log)
+    with wrong:
+        hub.check(config.hub)
+    with wrong:
+        thumbnail(config.metadata.metadata_thumbnail)
     for name in ("optimizer_args", "lr_scheduler_args"):
         with wrong:
             literals(name, getattr(config.optimizer, name))

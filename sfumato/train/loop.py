@@ -33,6 +33,7 @@ from sfumato.optim.ema import EMA
 from sfumato.optim.fused import FusedStep
 from sfumato.train import checkpoints, diagnose
 from sfumato.train.dist import Vote, World
+from sfumato.train.hub import Uploads
 from sfumato.train.log import Log
 from sfumato.train.mishaps import Mishaps
 from sfumato.train.progress import Bar, console
@@ -91,6 +92,8 @@ class Run:
     save_result: Callable[[Path, int, int], None]
     """(path, step, epoch)."""
     save_state: Callable[[Path], None]
+    uploads: Uploads | None = None
+    """What is saved goes there as well."""
     identity: Mapping[str, Any] = field(default_factory=dict)
     """What the run is, for its states: `resume.identity`."""
     began: float = field(default_factory=time.monotonic)

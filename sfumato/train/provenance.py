@@ -49,7 +49,7 @@ class Facts:
         spec = self._modelspec()
         self._datasets = self._datasets or datasets(self.plan)  # counting all tags takes a while for many images
         training = metadata.training(self.config, self._run(step, epoch + 1), self._datasets)
-        if self.config.output.no_metadata:
+        if self.config.metadata.no_metadata:
             return spec | training
         # Hashing the base model reads all of it, once; later runs remember.
         self._base = self._base or self._base_model()
@@ -62,7 +62,8 @@ class Facts:
         noise, options = self.config.noise, self.models.options
         return metadata.modelspec(
             self._family().architecture(options),
-            self.config.output,
+            self.config.metadata,
+            title=self.config.output.output_name,
             implementation=(self._family().implementation if self.adapter else "") or f"sfumato {__version__}",
             resolution=self.plan.datasets[0].resolution,
             prediction=self._prediction(),

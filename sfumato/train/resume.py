@@ -23,10 +23,10 @@ from sfumato.formats.lazy import Lazy
 from sfumato.models.components import Checkpoint, ComponentWeights
 from sfumato.optim import arguments, build, schedules
 from sfumato.optim.trial import Trial
-from sfumato.train import checkpoints, dist
+from sfumato.train import checkpoints, dist, hub
 from sfumato.train.progress import console
 
-_NOT_COMPARED = ("model", "data", "output", "memory", "sample", "log")
+_NOT_COMPARED = ("model", "data", "output", "metadata", "hub", "memory", "sample", "log")
 """Sections that do not change what is trained, or are compared by what they name: the base model, the datasets."""
 _COMPARED_APART = (
     "max_train_steps", "max_train_epochs", "max_data_loader_n_workers", "persistent_data_loader_workers",
@@ -44,7 +44,8 @@ _AT_START = ("d0",)
 
 def resolve_auto(config: Config) -> Config:
     """The config with the newest state's folder in place of `auto`, or with None where there is no state yet, which is
-    printed."""
+    printed; or with the state on the hub that is named, downloaded."""
+    config = hub.with_state(config)
     output = config.output
     if output.resume != "auto":
         return config

@@ -31,6 +31,7 @@ from sfumato.train import (
     dist,
     fit,
     fusing,
+    hub,
     lock,
     log,
     loop,
@@ -84,17 +85,18 @@ def train(
         measure.cap(config, world.device)
         with lock.alone(folder, name, main=world.main):
             run = prepare(config, method, datasets, world, began, read, given)
-            with run.log or nullcontext():
-                begun = run.config
+            with run.uploads or nullcontext():
+                with run.log or nullcontext():
+                    begun = run.config
+                    if world.main:
+                        files.write_text(folder / f"{name}.toml", resolved(begun))
+                    with run.tracker or nullcontext():
+                        ended = loop.train(run)
+                    measure.log(run)
+                    if world.main and run.config is not begun:  # it had to do with less memory
+                        files.write_text(folder / f"{name}.toml", resolved(run.config))
                 if world.main:
-                    files.write_text(folder / f"{name}.toml", resolved(begun))
-                with run.tracker or nullcontext():
-                    ended = loop.train(run)
-                measure.log(run)
-                if world.main and run.config is not begun:  # it had to do with less memory
-                    files.write_text(folder / f"{name}.toml", resolved(run.config))
-            if world.main:
-                _finish(run, ended)
+                    _finish(run, ended)
             for swap in run.swaps:
                 swap.remove()  # no copy is on its way into memory that the next training in this process takes
             world.wait()
@@ -137,6 +139,7 @@ def prepare(
     step = _distributed(Step(models, trainable, process, config.loss, precision), trainable, world)
     loader = _loader(config, data, models, process, caches, budget, world)
     facts = provenance.Facts(config, models, data.plan, budget, plan, type(optimizer))
+    uploads = hub.uploads(config.hub, main=world.main)
     run = loop.Run(
         config=config, world=world, budget=budget, plan=data.plan, loader=loader, trainable=trainable,
         training_step=step, optimizer=optimizer, schedule=schedules.schedule(config.optimizer, optimizer, budget.steps),
@@ -144,9 +147,9 @@ def prepare(
         ema=fusing.moving_average(config.optimizer, trainable, world.device),
         scaler=torch.amp.GradScaler(world.device.type, enabled=precision == "fp16"),
         log=None, began=began, sample=samples.write,
-        save_result=lambda path, step, epoch: trainable.save(path, facts.at(step, epoch)),
-        save_state=lambda path: state.save(run, path), identity=resume.identity(config, plan, models.source),
-        predicted=found.chosen.device if found else None,
+        save_result=hub.uploading(uploads, lambda path, step, epoch: trainable.save(path, facts.at(step, epoch))),
+        save_state=hub.uploading(uploads, lambda path: state.save(run, path), state=True), uploads=uploads,
+        identity=resume.identity(config, plan, models.source), predicted=found.chosen.device if found else None,
         tracker=measure.tracker(config, models, trainable, world.device),
         recover=Recovery(method, plan, data.plan, models, trainable, placed, given) if world.size == 1 else None,
     )  # fmt: skip

@@ -1,10 +1,13 @@
-"""Weight files that are a header and zeros, made without torch."""
+"""Weight files that are a header and zeros, made without torch; the flags of kohya's scripts."""
 
 from __future__ import annotations
 
 import json
 import struct
+from functools import cache
 from pathlib import Path
+
+from sfumato.cli import toml
 
 SHAPES = {
     "model.diffusion_model.input_blocks.0.0.weight": (8, 4, 3, 3),
@@ -27,3 +30,17 @@ def safetensors(path: Path, shapes: dict[str, tuple[int, ...]]) -> Path:
     text = json.dumps(header).encode()
     path.write_bytes(struct.pack("<Q", len(text)) + text + bytes(at))
     return path
+
+
+COMMON = "logging models optimizer training dataset losses deepspeed"
+
+
+@cache
+def pairs() -> dict[str, list[str]]:
+    """Script -> its flags."""
+    table = toml.read(Path(__file__).with_name("kohya_flags.toml"))[0]
+    found = {}
+    for script, (groups, own) in table["scripts"].items():
+        names = [name for group in f"{COMMON} {groups}".split() for name in table["groups"][group].split()]
+        found[script] = list(dict.fromkeys([*names, *own.split()]))
+    return found

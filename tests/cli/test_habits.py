@@ -5,13 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from cli_files import pairs
 
 from sfumato.adapters import parse
 from sfumato.cli import flags, habits, kohya, kohya_settings, options
 from sfumato.cli.report import Report
 from sfumato.errors import UserError
 
-FLAGS = Path(__file__).with_name("kohya_flags.txt").read_text().split()
+FLAGS = {flag for theirs in pairs().values() for flag in theirs} & {*flags.every_name()}
 BASE = [
     "--pretrained_model_name_or_path=base.safetensors",
     "--dataset_config=data.toml",
@@ -175,8 +176,8 @@ def test_a_flag_whose_name_begins_anothers_is_itself(home: Path) -> None:
 def test_flags_are_shortened_over_kohyas_own_list() -> None:
     for script in kohya.scripts().values():
         theirs = {name for family in script.families for name in options.of_family(family)}
-        assert kohya.flags_of(script) - theirs <= set(FLAGS)
-        assert kohya.flags_of(script) | set(options.owners()) >= set(FLAGS)
+        assert kohya.flags_of(script) - theirs <= FLAGS
+        assert kohya.flags_of(script) | set(options.owners()) >= FLAGS
 
 
 def test_our_own_commands_take_no_shortened_flags(home: Path) -> None:

@@ -11,16 +11,9 @@ import pytest
 from sfumato.cli import flags, kohya, kohya_settings, options
 from sfumato.config import relations
 from sfumato.errors import UserError
-from sfumato.train import run
+from sfumato.train import plan, run
 
-FLAGS = Path(__file__).with_name("kohya_flags.txt").read_text().split()
 BASE = ["--pretrained_model_name_or_path=base.safetensors", "--dataset_config=data.toml"]
-
-
-def test_every_flag_of_kohyas_scripts_is_known() -> None:
-    k = kohya_settings
-    tables = (options.known(), flags.CONFIGS, k.RENAMED, k.INERT, k.REFUSED)
-    assert [flag for flag in FLAGS if sum(flag in table for table in tables) != 1] == []
 
 
 def test_new_names_are_settings_of_ours() -> None:
@@ -71,6 +64,41 @@ def test_each_unsupported_flag_is_refused_by_name(home: Path) -> None:
     with pytest.raises(UserError) as e:
         kohya.resolve("train_network", [*BASE, *(f"--{flag}=3" for flag in kohya_settings.REFUSED)])
     assert sorted(m.split(":")[0] for m in e.value.messages) == sorted(f"--{flag}" for flag in kohya_settings.REFUSED)
+
+
+def test_a_secret_stands_in_no_message_and_no_file(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("run.toml").write_text('huggingface_token = "hf_secret"\nwandb_api_key = "key_secret"\n')
+    for words in (["--huggingface_token=hf_secret", "--wandb_api_key", "key_secret"], ["--config_file=run.toml"]):
+        assert kohya.run("train_network", [*BASE, *words]) == 2
+        said = capsys.readouterr().err
+        assert "secret" not in said and "`hf auth login` or the variable HF_TOKEN" in said and "`wandb login`" in said
+    assert {p.name for p in home.iterdir()} == {"base.safetensors", "data.toml", "images", "more", "run.toml"}
+
+
+def test_settings_are_written_to_a_file_and_read_from_it(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = [*BASE, "--learning_rate=1e-5", "--caption_extension=.txt", "--network_args", "conv_dim=4"]
+    assert kohya.run("train_network", [*words, "--output_config", "--config_file", "run"]) == 0
+    assert kohya.resolve("train_network", ["--config_file", "run"]).config == resolved(*words[2:]).config
+    assert kohya.run("train_network", [*words, "--output_config", "--config_file=run.toml"]) == 2
+    assert kohya.run("train_network", [*words, "--output_config"]) == 2
+    said = capsys.readouterr().err
+    assert "run.toml is there already" in said and "say with --config_file which file" in said
+
+
+def test_a_state_on_the_hub_is_no_folder_here(home: Path) -> None:
+    found = resolved("--resume=me/thing/last-state", "--resume_from_huggingface", "--huggingface_repo_id=me/thing")
+    assert found.config.output.resume == "me/thing/last-state" and found.config.hub.huggingface_repo_id == "me/thing"
+    with pytest.raises(UserError, match="--resume: folder me/thing/last-state does not exist"):
+        resolved("--resume=me/thing/last-state", "--resume_from_huggingface=false")
+    with pytest.raises(UserError, match="--huggingface_repo_id: expected a repository of the hub, owner/name"):
+        resolved("--huggingface_repo_id=thing")
+
+
+def test_a_dataset_is_shown_in_place_of_a_training(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shown: list[Any] = []
+    monkeypatch.setattr(plan, "show", lambda *args: shown.append(args))
+    assert kohya.run("train_network", [*BASE, "--debug_dataset", "--seed=3"]) == 0
+    assert shown[0][0].train.seed == 3 and shown[0][1] == "network"
 
 
 def test_an_unsupported_setting_passes_when_it_is_off(home: Path) -> None:

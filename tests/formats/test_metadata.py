@@ -15,7 +15,8 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from sfumato.config import Config, DatasetConfig, OutputConfig, SubsetConfig
+from sfumato.config import Config, DatasetConfig, MetadataConfig, OutputConfig, SubsetConfig
+from sfumato.errors import UserError
 from sfumato.formats import files, metadata
 
 RUN = metadata.RunFacts(
@@ -104,9 +105,12 @@ def test_the_newest_files_are_remembered(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 def test_modelspec() -> None:
-    output = OutputConfig(output_name="lineart", metadata_author="A. Nonym", metadata_tags="line art, ink")
+    given = MetadataConfig(
+        metadata_author="A. Nonym", metadata_tags="line art, ink", metadata_merged_from="a, b", metadata_preprocessor="canny",
+        metadata_thumbnail="data:image/jpeg;base64,AAAA", metadata_is_negative_embedding=True,
+    )  # fmt: skip
     spec = metadata.modelspec(
-        "stable-diffusion-v1", output, adapter="lora", implementation="diffusers", resolution=(512, 768), prediction="epsilon",
+        "stable-diffusion-v1", given, title="lineart", adapter="lora", implementation="diffusers", resolution=(512, 768), prediction="epsilon",
         date=datetime(2026, 1, 2, 3, 4, 5, 678), encoder_layer=2, timestep_range=(0, 1000),
     )  # fmt: skip
     assert spec == {
@@ -118,14 +122,31 @@ def test_modelspec() -> None:
         "modelspec.date": "2026-01-02T03:04:05",
         "modelspec.author": "A. Nonym",
         "modelspec.tags": "line art, ink",
+        "modelspec.thumbnail": "data:image/jpeg;base64,AAAA",
+        "modelspec.merged_from": "a, b",
+        "modelspec.preprocessor": "canny",
+        "modelspec.is_negative_embedding": "true",
         "modelspec.prediction_type": "epsilon",
         "modelspec.encoder_layer": "2",
         "modelspec.timestep_range": "0,1000",
     }
 
 
+def test_a_thumbnail_is_a_file_or_a_data_url(tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(b"picture")
+    assert metadata.thumbnail(str(tmp_path / "a.png")) == "data:image/png;base64,cGljdHVyZQ=="
+    assert metadata.thumbnail("data:image/png;base64,AA==") == "data:image/png;base64,AA=="
+    (tmp_path / "a.txt").write_bytes(b"text")
+    (tmp_path / "large.png").write_bytes(bytes(metadata.THUMBNAIL + 1))
+    for name in ("a.txt", "large.png", "none.png"):
+        with pytest.raises(
+            UserError, match=f"metadata_thumbnail .*{name}: (expected an image of at most|No such file)"
+        ):
+            metadata.thumbnail(str(tmp_path / name))
+
+
 def test_training_fields() -> None:
-    config = Config(output=OutputConfig(output_name="lineart", training_comment="note"))
+    config = Config(output=OutputConfig(output_name="lineart"), metadata=MetadataConfig(training_comment="note"))
     fields = metadata.training(config, RUN)
     assert all(key.startswith("ss_") and isinstance(value, str) for key, value in fields.items())
     wanted = {
@@ -151,10 +172,10 @@ def test_training_fields() -> None:
 
 
 def test_no_metadata_leaves_what_loaders_need() -> None:
-    fields = metadata.training(Config(output=OutputConfig(no_metadata=True)), RUN, [facts()])
+    fields = metadata.training(Config(metadata=MetadataConfig(no_metadata=True)), RUN, [facts()])
     assert set(fields) == set(metadata.NEEDED)
     assert set(
-        metadata.training(Config(output=OutputConfig(no_metadata=True)), replace(RUN, network_args=None))
+        metadata.training(Config(metadata=MetadataConfig(no_metadata=True)), replace(RUN, network_args=None))
     ) == set(metadata.NEEDED) - {"ss_network_args"}
 
 
@@ -174,7 +195,7 @@ def test_a_whole_model_has_no_fields_of_adapters() -> None:
         not [name for name in fields if "network" in name and name != "ss_datasets"]
         and "ss_scale_weight_norms" not in fields
     )
-    assert set(metadata.training(Config(output=OutputConfig(no_metadata=True)), run)) == {
+    assert set(metadata.training(Config(metadata=MetadataConfig(no_metadata=True)), run)) == {
         "ss_v2",
         "ss_base_model_version",
     }
