@@ -28,6 +28,7 @@ from sfumato.formats.dialect import Dialect, ModulePath, with_aliases
 from sfumato.formats.planned import Writable
 from sfumato.models.autoencoders import on, scaled, scaling_of, unscale
 from sfumato.models.components import Checkpoint, Component, Scaling
+from sfumato.models.control import ControlSpec, Follower
 from sfumato.models.detection import Shapes
 from sfumato.models.encoders.tokenizers import MERGES
 from sfumato.models.locate import INDEX
@@ -70,6 +71,8 @@ class Models:
     """What the whole model is trained with, as far as its files have to say so."""
     _dialects: Mapping[str, Dialect] | None = field(default=None, init=False, repr=False, compare=False)
     _scaling: dict[torch.device, Scaling] = field(default_factory=dict, init=False, repr=False, compare=False)
+    followers: list[Follower] = field(default_factory=list)
+    """What makes the denoiser follow images when it samples."""
     tile: int | None = None
     """Side of the tiles, in pixels, in which larger pictures pass through the VAE; None: they pass whole."""
 
@@ -352,3 +355,5 @@ class Family:
     """Encoders in the order of kohya's text_encoder_lr values."""
     block_weights: BlockWeights | None = None
     """What layer-wise weights of an adapter are for; None: there are none for this family."""
+    control: ControlSpec | None = None
+    """How control nets are put onto the denoiser; None: there are none for this family."""

@@ -227,7 +227,7 @@ def test_a_config_that_asks_for_another_net(folder: Path) -> None:
     with pytest.raises(UserError) as error:
         opened(folder)
     assert len(error.value.messages) == 3
-    assert all("unet/config.json" in message for message in error.value.messages)
+    assert all("config.json" in message for message in error.value.messages)
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from sfumato.config import FamilyOptions, LossConfig, NoiseConfig
 from sfumato.data.batch import Cond
 from sfumato.errors import UserError
 from sfumato.families.sd.block_weights import SD
+from sfumato.families.sd.control import CONTROL
 from sfumato.families.sd.facts import Options, UnetOptions
 from sfumato.families.sd.folder import check_unet, new_folder
 from sfumato.families.sd.names import CLIP_H, CLIP_L, PASSTHROUGH, TARGETS, VAE, unet_keys
@@ -204,4 +205,5 @@ FAMILY = Family(
     target_layer=target_layer,
     block_weights=SD,
     encoder_lr_order=("clip_l", "clip_h"),
+    control=CONTROL,
 )

@@ -44,9 +44,7 @@ def check_unet(config: Config, shapes: Shapes, facts: Mapping[str, Any] = UNET_F
     if not config:
         return
     wrong = [
-        f"unet/config.json: {k} is {config[k]!r}; only {v!r} is supported"
-        for k, v in facts.items()
-        if config.get(k, v) != v
+        f"config.json: {k} is {config[k]!r}; only {v!r} is supported" for k, v in facts.items() if config.get(k, v) != v
     ]
     foreign = _foreign(shapes)
     widths = _widths(foreign)
@@ -55,31 +53,37 @@ def check_unet(config: Config, shapes: Shapes, facts: Mapping[str, Any] = UNET_F
     heads = list(heads) if isinstance(heads, list | tuple) else [heads] * len(widths)
     expected = _heads(foreign, widths)
     if heads != expected:
-        wrong.append(f"unet/config.json: attention heads {heads}; for these widths only {expected} is supported")
+        wrong.append(f"config.json: attention heads {heads}; for these widths only {expected} is supported")
     if wrong:
         raise UserError(*wrong)
 
 
 def unet_config(shapes: Shapes, sample_size: int, facts: Mapping[str, Any] = UNET_FACTS) -> dict[str, Any]:
     """The config of diffusers' UNet2DConditionModel for a net with these native tensors."""
+    up = ["CrossAttnUpBlock2D" if attends else "UpBlock2D" for attends in reversed(Layout.of(shapes).attention)]
+    return {
+        **half_config(shapes, facts),
+        "_class_name": "UNet2DConditionModel",
+        "out_channels": shapes["out.2.weight"][0],
+        "up_block_types": up,
+        "sample_size": sample_size,
+    }
+
+
+def half_config(shapes: Shapes, facts: Mapping[str, Any] = UNET_FACTS) -> dict[str, Any]:
+    """What diffusers' configs of a U-Net and of a ControlNet have in common."""
     unet = _foreign(shapes)
     widths, layout = _widths(unet), Layout.of(unet)
     linear = unet[_MIDDLE].ndim == 2
-    down = ["CrossAttnDownBlock2D" if attends else "DownBlock2D" for attends in layout.attention]
-    up = ["CrossAttnUpBlock2D" if attends else "UpBlock2D" for attends in reversed(layout.attention)]
     return {
-        "_class_name": "UNet2DConditionModel",
         "in_channels": unet["conv_in.weight"].shape[1],
-        "out_channels": unet["conv_out.weight"].shape[0],
         "block_out_channels": widths,
         "layers_per_block": layout.layers,
-        "down_block_types": down,
+        "down_block_types": ["CrossAttnDownBlock2D" if attends else "DownBlock2D" for attends in layout.attention],
         "mid_block_type": "UNetMidBlock2DCrossAttn",
-        "up_block_types": up,
         "cross_attention_dim": unet["mid_block.attentions.0.transformer_blocks.0.attn2.to_k.weight"].shape[1],
         "attention_head_dim": _heads(unet, widths) if linear else CONV_HEADS,
         "use_linear_projection": linear,
-        "sample_size": sample_size,
         **facts,
     }
 

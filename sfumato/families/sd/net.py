@@ -23,8 +23,8 @@ LINEAR_HEAD_WIDTH = 64
 """Channels of a head where `proj_in` is a linear layer (2.x and XL)."""
 
 
-class UNetBase(Denoiser):
-    """The way down and up again; a family's U-Net makes the embedding that every block takes."""
+class WayDown(Denoiser):
+    """The first half of a U-Net, which ControlNets have as well."""
 
     def __init__(self, shapes: Shapes) -> None:
         super().__init__(shapes)
@@ -32,13 +32,20 @@ class UNetBase(Denoiser):
         self.time_embed = MLP(shapes, "time_embed")
         self.input_blocks = nn.ModuleList(Block(shapes, name) for name in numbered(shapes, "input_blocks"))
         self.middle_block = Block(shapes, "middle_block")
-        self.output_blocks = nn.ModuleList(Block(shapes, name) for name in numbered(shapes, "output_blocks"))
-        self.out = nn.Sequential(_norm(shapes, "out.0"), nn.SiLU(), _conv(shapes, "out.2"))
 
     def time(self, t: Tensor, dtype: torch.dtype) -> Tensor:
         """t (b,) -> (b, e)"""
         emb: Tensor = self.time_embed(timestep_embedding(t, self.channels).to(dtype))
         return emb
+
+
+class UNetBase(WayDown):
+    """The way down and up again; a family's U-Net makes the embedding that every block takes."""
+
+    def __init__(self, shapes: Shapes) -> None:
+        super().__init__(shapes)
+        self.output_blocks = nn.ModuleList(Block(shapes, name) for name in numbered(shapes, "output_blocks"))
+        self.out = nn.Sequential(_norm(shapes, "out.0"), nn.SiLU(), conv(shapes, "out.2"))
 
     def forward_blocks(self, x: Tensor, emb: Tensor, context: Tensor) -> Tensor:
         """x (b, 4, h, w), emb (b, e), context (b, n, d) -> (b, 4, h, w)"""
@@ -97,15 +104,15 @@ class ResBlock(nn.Module):
     def __init__(self, shapes: Shapes, name: str) -> None:
         super().__init__()
         self.in_layers = nn.Sequential(
-            _norm(shapes, f"{name}.in_layers.0"), nn.SiLU(), _conv(shapes, f"{name}.in_layers.2")
+            _norm(shapes, f"{name}.in_layers.0"), nn.SiLU(), conv(shapes, f"{name}.in_layers.2")
         )
         self.emb_layers = nn.Sequential(nn.SiLU(), linear(shapes, f"{name}.emb_layers.1"))
         # The third place was a dropout of 0.
         self.out_layers = nn.Sequential(
-            _norm(shapes, f"{name}.out_layers.0"), nn.SiLU(), nn.Identity(), _conv(shapes, f"{name}.out_layers.3")
+            _norm(shapes, f"{name}.out_layers.0"), nn.SiLU(), nn.Identity(), conv(shapes, f"{name}.out_layers.3")
         )
         skip = f"{name}.skip_connection"
-        self.skip_connection = _conv(shapes, skip) if f"{skip}.weight" in shapes else nn.Identity()
+        self.skip_connection = conv(shapes, skip) if f"{skip}.weight" in shapes else nn.Identity()
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
         """x (b, c, h, w), emb (b, e) -> (b, c', h, w)"""
@@ -121,7 +128,7 @@ class Transformer(nn.Module):
         super().__init__()
         self.norm = _norm(shapes, f"{name}.norm", eps=1e-6)
         self.linear = len(shapes[f"{name}.proj_in.weight"]) == 2
-        project = linear if self.linear else _conv
+        project = linear if self.linear else conv
         self.proj_in, self.proj_out = (project(shapes, f"{name}.{side}") for side in ("proj_in", "proj_out"))
         width = shapes[f"{name}.proj_in.weight"][0]
         heads = width // LINEAR_HEAD_WIDTH if self.linear else CONV_HEADS
@@ -213,7 +220,7 @@ class Downsample(nn.Module):
 
     def __init__(self, shapes: Shapes, name: str) -> None:
         super().__init__()
-        self.op = _conv(shapes, f"{name}.op", stride=2)
+        self.op = conv(shapes, f"{name}.op", stride=2)
 
     def forward(self, x: Tensor) -> Tensor:
         """(b, c, h, w) -> (b, c, h / 2, w / 2)"""
@@ -226,7 +233,7 @@ class Upsample(nn.Module):
 
     def __init__(self, shapes: Shapes, name: str) -> None:
         super().__init__()
-        self.conv = _conv(shapes, f"{name}.conv")
+        self.conv = conv(shapes, f"{name}.conv")
 
     def forward(self, x: Tensor, size: tuple[int, int] | None) -> Tensor:
         """(b, c, h, w) -> (b, c, *size)"""
@@ -245,7 +252,7 @@ PARTS: Mapping[str, Callable[[Shapes, str], nn.Module]] = {
 
 def _part(shapes: Shapes, name: str) -> nn.Module:
     """The part that has tensors of these names; a convolution if there is nothing below its name."""
-    return next((part for layer, part in PARTS.items() if f"{name}.{layer}.weight" in shapes), _conv)(shapes, name)
+    return next((part for layer, part in PARTS.items() if f"{name}.{layer}.weight" in shapes), conv)(shapes, name)
 
 
 def _pixels(x: Tensor) -> Tensor:
@@ -258,7 +265,8 @@ def _image(x: Tensor, like: Tensor) -> Tensor:
     return x.transpose(1, 2).reshape(*x.shape[:1], -1, *like.shape[-2:])
 
 
-def _conv(shapes: Shapes, name: str, stride: int = 1) -> nn.Conv2d:
+def conv(shapes: Shapes, name: str, stride: int = 1) -> nn.Conv2d:
+    """The convolution of this name, which keeps the size, or divides it by `stride`."""
     out, into, kernel, _ = shapes[f"{name}.weight"]
     return nn.Conv2d(into, out, kernel, stride=stride, padding=kernel // 2)
 

@@ -19,6 +19,7 @@ from sfumato.families.sd.block_weights import SDXL
 from sfumato.families.sd.family import check_channels, prediction, text_width, without_old_average
 from sfumato.families.sd.network_args import block_number, target_layer
 from sfumato.families.sd.strategies import SdTokenize
+from sfumato.families.sdxl.control import CONTROL
 from sfumato.families.sdxl.facts import SIZE_WIDTH, SIZES, Options
 from sfumato.families.sdxl.folder import check_unet, new_folder, scheduler, zero_snr
 from sfumato.families.sdxl.names import CLIP_G, CLIP_L, PASSTHROUGH, UNET_TARGETS, VAE, unet_keys
@@ -199,4 +200,5 @@ FAMILY = Family(
     rate=rate,
     block_weights=SDXL,
     encoder_lr_order=("clip_l", "clip_g"),
+    control=CONTROL,
 )

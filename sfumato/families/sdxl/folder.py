@@ -36,8 +36,16 @@ def check_unet(config: Config, shapes: Shapes) -> None:
 
 def unet_config(shapes: Shapes) -> dict[str, Any]:
     """The config of diffusers' UNet2DConditionModel for a net with these native tensors."""
+    return {**sd.unet_config(_plain(shapes), SAMPLE_SIZE, UNET_FACTS), **_own_config(shapes)}
+
+
+def half_config(shapes: Shapes) -> dict[str, Any]:
+    """What diffusers' configs of a U-Net and of a ControlNet have in common."""
+    return {**sd.half_config(_plain(shapes), UNET_FACTS), **_own_config(shapes)}
+
+
+def _own_config(shapes: Shapes) -> dict[str, Any]:
     return {
-        **sd.unet_config(_plain(shapes), SAMPLE_SIZE, UNET_FACTS),
         "transformer_layers_per_block": transformer_layers(shapes),
         "projection_class_embeddings_input_dim": shapes["label_emb.0.0.weight"][1],
     }

@@ -1,0 +1,139 @@
+"""Control nets at work: made anew, read, written, and put onto a denoiser from outside."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Collection, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sfumato.errors import UserError
+from sfumato.formats import files
+from sfumato.formats.folders import aside_folder
+from sfumato.formats.names import add_prefix
+from sfumato.models.base import Models
+from sfumato.models.components import open_component
+from sfumato.models.control import ControlSpec, Door, Residuals
+from sfumato.models.meta_init import fill, shapes
+
+
+class Controlled:
+    """A control net at work on a denoiser: a `Follower`. The denoiser's code knows nothing of it."""
+
+    def __init__(self, models: Models, net: nn.Module, strength: float = 1.0) -> None:
+        """Errors: `UserError` if the net is not for this denoiser."""
+        spec = spec_of(models)
+        self.models, self.net, self.strength, self._spec = models, net, strength, spec
+        self._hint: Tensor | None = None
+        self._residuals: Residuals = ()
+        doors = spec.doors(models.denoiser, net)
+        self._handles = [
+            models.denoiser.register_forward_pre_hook(self._run, with_kwargs=True),
+            models.denoiser.register_forward_hook(self._forget, always_call=True),
+            *(self._open(door) for door in doors),
+        ]
+
+    def follow(self, images: Tensor | None) -> None:
+        if images is not None and self.strength and self._spec.takes_latents(self.net):
+            images = self.models.scaled(self.models.encode_images(2 * images - 1))
+        self._hint = images
+
+    def remove(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+
+    def _run(self, denoiser: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        if self._hint is None or not self.strength:
+            return
+        x = args[0]
+        # A sampler asks for all predictions with negative prompts and all with prompts at once.
+        hint = self._hint.to(x.device, x.dtype).repeat(len(x) // len(self._hint), 1, *[1] * (self._hint.ndim - 2))
+        self._residuals = self.net(*args, hint=hint, **kwargs)
+
+    def _forget(self, *_: object) -> None:
+        self._residuals = ()
+
+    def _open(self, door: Door) -> torch.utils.hooks.RemovableHandle:
+        def add(value: Any) -> Any:
+            if not self._residuals:
+                return value
+            return door.add(value, self._residuals[door.residual] * self.strength)
+
+        if door.before:
+            return door.module.register_forward_pre_hook(lambda module, args: add(args))
+        return door.module.register_forward_hook(lambda module, args, output: add(output))
+
+
+def spec_of(models: Models) -> ControlSpec:
+    """Of the model's family. Errors: `UserError` if it has no control nets."""
+    if models.family.control is None:
+        raise UserError(f"{models.family.title}: ControlNets are not supported for this model")
+    return models.family.control
+
+
+def new_net(models: Models, generator: torch.Generator) -> nn.Module:
+    """A control net that changes nothing yet, in fp32; on the meta device if the denoiser is."""
+    spec, denoiser = spec_of(models), models.denoiser
+    net = spec.component.net(spec.shapes(shapes(denoiser.state_dict())), {})
+    if next(denoiser.parameters()).is_meta:
+        return net
+    known = dict(_denoiser_values(models, net.state_dict().keys()))
+    return fill(net, dict(_first_values(net, spec.zero, known, generator)), spec.component.title)
+
+
+def _denoiser_values(models: Models, names: Collection[str]) -> Iterator[tuple[str, Tensor]]:
+    """Those of the denoiser's tensors that have these names, in fp32: as its file has them, which may be more exactly
+    than it is run."""
+    weights = models.source.components.get("denoiser")
+    own = models.denoiser.state_dict()
+    if weights is None:
+        yield from ((name, own[name].float().clone()) for name in names if name in own)
+        return
+    wanted = [name for name in names if name in own]
+    yield from ((n, t) for n, t in weights.part(wanted).natives(torch.float32, map=False) if n in wanted)
+
+
+def _first_values(
+    net: nn.Module, zero: str, known: Mapping[str, Tensor], generator: torch.Generator
+) -> Iterator[tuple[str, Tensor]]:
+    """A new net's tensors; those that are neither zeros nor `known` are drawn as torch's own layers do."""
+    wanted = net.state_dict()
+    for name, t in wanted.items():
+        if re.fullmatch(zero, name):
+            yield name, torch.zeros(t.shape)
+        elif name in known:
+            yield name, known[name]
+        else:
+            weight = wanted[f"{name.rpartition('.')[0]}.weight"]
+            bound = 1 / math.sqrt(weight[0].numel())
+            yield name, torch.empty(t.shape).uniform_(-bound, bound, generator=generator)
+
+
+def read_net(models: Models, name: str, dtype: torch.dtype | None = None) -> nn.Module:
+    """The control net of a file, a folder or the hub, frozen. Errors: `UserError` for one of another kind, or that does
+    not fit its net."""
+    return open_component(spec_of(models).component, name).build(dtype)
+
+
+def save_net(
+    models: Models, net: nn.Module, path: Path, *, metadata: Mapping[str, str], dtype: torch.dtype | None = None
+) -> None:
+    """Write a control net: as a single file where `path` ends in .safetensors, else as diffusers' folder."""
+    spec, tensors = spec_of(models), net.state_dict()
+    if dtype:
+        tensors = {n: t.to(dtype) for n, t in tensors.items()}
+    found = shapes(tensors)
+    if path.suffix:
+        written = spec.component.single(found).write(tensors)
+        files.save(path, add_prefix(written, spec.component.prefixes[0]), metadata)
+        return
+    with aside_folder(path, sum(t.nbytes for t in tensors.values())) as folder:
+        files.write_text(folder / "config.json", json.dumps(spec.config(found), indent=2, sort_keys=True) + "\n")
+        file = folder / "diffusion_pytorch_model.safetensors"
+        files.save(file, spec.component.diffusers(found).write(tensors), {**metadata, "format": "pt"})

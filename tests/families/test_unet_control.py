@@ -1,0 +1,122 @@
+"""ControlNets of U-Nets against diffusers' ControlNetModel, and against the names of real files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import ControlNetModel
+from tinies import headers
+from tinies.cases import Case, cases
+from torch import Tensor
+
+from sfumato import families
+from sfumato.models.base import Models, SampleInfo
+from sfumato.models.controlled import Controlled, new_net, read_net, save_net
+
+SIZES = torch.tensor([[80, 56, 0, 0, 80, 56]] * 2)
+CASES = {case.name: case for case in cases() if case.family in ("sd", "sdxl")}
+
+
+@pytest.fixture(scope="module", params=CASES.values(), ids=CASES.keys())
+def case(request: pytest.FixtureRequest) -> Case:
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def models(case: Case, tmp_path_factory: pytest.TempPathFactory) -> Models:
+    return case.models(case.write(tmp_path_factory.mktemp("model")))
+
+
+@pytest.fixture(scope="module")
+def theirs(case: Case) -> Any:
+    """diffusers' net, with doors that are open."""
+    net = ControlNetModel.from_unet(case.pipeline().unet)
+    generator = torch.Generator().manual_seed(3)
+    for p in net.parameters():
+        p.data += 0.02 * torch.randn(p.shape, generator=generator)
+    return net.eval().requires_grad_(False)
+
+
+def inputs(models: Models) -> tuple[Tensor, Tensor, dict[str, Tensor], Tensor]:
+    """x, t, cond, and images to follow."""
+    g = torch.Generator().manual_seed(1)
+    x, images = torch.randn(2, 4, 10, 7, generator=g), torch.rand(2, 3, 80, 56, generator=g)
+    with torch.no_grad():
+        cond = models.condition(models.encode(models.tokenize(["a cat", "b"])), SampleInfo(sizes=SIZES))
+    return x, torch.tensor([3.0, 977.0]), dict(cond), images
+
+
+def said(models: Models, x: Tensor, t: Tensor, cond: dict[str, Tensor]) -> Tensor:
+    with torch.no_grad():
+        return models.predict(x, t, cond)
+
+
+def they_say(unet: Any, control: Any, x: Tensor, t: Tensor, cond: dict[str, Tensor], images: Tensor) -> Tensor:
+    more = {}
+    if "y" in cond:  # the pooled text, and the sizes, which they embed themselves
+        more = {"added_cond_kwargs": {"text_embeds": cond["y"][:, : -6 * 256], "time_ids": SIZES}}
+    with torch.no_grad():
+        down, middle = control(x, t, cond["hidden"], images, 0.7, return_dict=False, **more)
+        residuals = {"down_block_additional_residuals": down, "mid_block_additional_residual": middle}
+        prediction: Tensor = unet(x, t, cond["hidden"], **residuals, **more).sample
+    return prediction
+
+
+def test_theirs_and_ours_say_the_same(case: Case, models: Models, theirs: Any, tmp_path: Path) -> None:
+    """Their folder in ours, ours in theirs."""
+    theirs.save_pretrained(tmp_path / "theirs")
+    net = read_net(models, str(tmp_path / "theirs"))
+    x, t, cond, images = inputs(models)
+    follower = Controlled(models, net, 0.7)
+    follower.follow(images)
+    ours = said(models, x, t, cond)
+    follower.remove()
+    assert (ours - said(models, x, t, cond)).abs().max() > 1e-2
+    save_net(models, net, tmp_path / "ours", metadata={})
+    again = ControlNetModel.from_pretrained(tmp_path / "ours")
+    same(again.state_dict(), theirs.state_dict())
+    for control in (theirs, again):
+        wanted = they_say(case.pipeline().unet, control, x, t, cond, images)
+        torch.testing.assert_close(ours, wanted, atol=1e-5, rtol=1e-5)
+
+
+def test_a_file_comes_back(models: Models, theirs: Any, tmp_path: Path) -> None:
+    theirs.save_pretrained(tmp_path / "theirs")
+    net = read_net(models, str(tmp_path / "theirs"))
+    save_net(models, net, tmp_path / "ours.safetensors", metadata={})
+    same(read_net(models, str(tmp_path / "ours.safetensors")).state_dict(), net.state_dict())
+
+
+def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
+    assert a.keys() == b.keys()
+    assert not [name for name, value in a.items() if not torch.equal(value, b[name])]
+
+
+def test_a_new_net_changes_nothing(models: Models) -> None:
+    x, t, cond, images = inputs(models)
+    alone = said(models, x, t, cond)
+    net = new_net(models, torch.Generator().manual_seed(1))
+    control = Controlled(models, net)
+    control.follow(images)
+    assert torch.equal(said(models, x, t, cond), alone)
+    for p in net.parameters():
+        p.data += 0.01
+    assert not torch.equal(said(models, x, t, cond), alone)
+    control.strength = 0.0
+    assert torch.equal(said(models, x, t, cond), alone)
+    control.remove()
+    assert torch.equal(said(models, x, t, cond), alone)
+    assert not models.denoiser._forward_hooks
+
+
+@pytest.mark.parametrize(("family", "unet", "wanted"), [("sdxl", "sdxl.unet", "sdxl.controlnet")])
+def test_names_and_shapes_of_real_files(family: str, unet: str, wanted: str) -> None:
+    spec = families.family(family).control
+    assert spec is not None
+    shapes = spec.shapes(headers.table(unet))
+    net = spec.component.net(shapes, {})
+    made = spec.component.single(shapes).write(net.state_dict())
+    assert {name: tuple(t.shape) for name, t in made.items()} == headers.table(wanted)
