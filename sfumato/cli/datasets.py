@@ -14,7 +14,7 @@ from typing import Any
 
 from sfumato.cli import options, paths, rules, toml, values
 from sfumato.cli.report import Given, Report
-from sfumato.config import DatasetConfig, Settings, SubsetConfig
+from sfumato.config import FOLLOWING, DatasetConfig, Settings, SubsetConfig
 from sfumato.config.data import ONLY_REGULARISATION, CaptionOptions, ImageOptions
 from sfumato.config.relations import caches_text
 from sfumato.data import folders
@@ -348,10 +348,10 @@ def check(datasets: Iterable[DatasetConfig], settings: Settings, given: Mapping[
         for subset in dataset.subsets:
             _check_subset(subset, settings, report)
     subsets = [s for d in datasets for s in d.subsets]
-    if settings.masked_loss and not any(s.alpha_mask or s.conditioning_data_dir for s in subsets):
-        report.error(
-            f"{given.get('masked_loss', 'masked_loss')}: no folder has masks: set alpha_mask or conditioning_data_dir"
-        )
+    follows = settings.method in FOLLOWING
+    if settings.masked_loss and not any(s.alpha_mask or (s.conditioning_data_dir and not follows) for s in subsets):
+        set_them = "alpha_mask" if follows else "alpha_mask or conditioning_data_dir"
+        report.error(f"{given.get('masked_loss', 'masked_loss')}: no folder has masks: set {set_them}")
     if "prior_loss_weight" in given and settings.prior_loss_weight != 1.0 and not any(s.is_reg for s in subsets):
         report.without_effect(
             given["prior_loss_weight"], "no folder holds regularisation images (is_reg, reg_data_dir)"
@@ -396,7 +396,13 @@ def _check_subset(subset: SubsetConfig, settings: Settings, report: Report) -> N
         )
     if not on(_CUTS) and subset.keep_tokens:
         report.note(f"{subset.source}: keep_tokens: no effect without {', '.join(_CUTS[:2])} or {_CUTS[2]}")
-    if subset.conditioning_data_dir and not settings.masked_loss:
+    if settings.method in FOLLOWING:
+        if not subset.conditioning_data_dir:
+            report.error(
+                f"{subset.source}: conditioning_data_dir is missing: the folder of the images that these are to "
+                "follow, by the same names"
+            )
+    elif subset.conditioning_data_dir and not settings.masked_loss:
         report.error(
             f"{subset.source}: conditioning_data_dir needs masked_loss: set it, or leave conditioning_data_dir out"
         )

@@ -152,7 +152,7 @@ def _cache(words: list[str]) -> int:
         )
     from sfumato.train import run
 
-    run.cache(resolved.config, resolved.datasets)
+    run.cache(resolved.config, resolved.datasets, method)
     return 0
 
 

@@ -11,6 +11,7 @@ from sfumato.config.hub import HubConfig
 from sfumato.config.memory import MemoryConfig
 from sfumato.config.metadata import MetadataConfig
 from sfumato.config.run import (
+    FOLLOWING,
     Config,
     FamilyOptions,
     LogConfig,
@@ -29,6 +30,7 @@ from sfumato.config.run import (
 rules.check_names(Settings, rules.hints(Settings), (*relations.IDLE, *relations.CLASHES))
 
 __all__ = [
+    "FOLLOWING",
     "Config",
     "DataConfig",
     "DatasetConfig",

@@ -113,7 +113,7 @@ class SubsetConfig(CaptionOptions, ImageOptions):
     is_reg: bool = False
     """These are regularisation images."""
     conditioning_data_dir: Folder = None
-    """Folder of mask images with the same names."""
+    """Folder of images with the same names: masks for masked_loss, or for a ControlNet the images to follow."""
     recursive: bool = False
     """Look into sub-folders as well."""
     metadata_file: File = None

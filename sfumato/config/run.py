@@ -40,6 +40,8 @@ from sfumato.config.rules import (
 Method = Literal["network", "full", "embedding", "controlnet", "lllite"]
 """What is trained: an adapter, the whole model, words of a text encoder (textual inversion), a net that makes images
 follow others (ControlNet), or small ones on its layers that do (ControlNet-LLLite)."""
+FOLLOWING: frozenset[Method] = frozenset({"controlnet", "lllite"})
+"""Those whose images follow others: what `conditioning_data_dir` holds is no mask there."""
 Scheduler = Literal[
     "constant",
     "constant_with_warmup",

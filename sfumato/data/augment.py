@@ -94,6 +94,16 @@ def vary_colours(image: Image.Image, rng: random.Random) -> Image.Image:
     return image.point([round(255 * (v / 255) ** gamma) for v in range(256)] * 3)
 
 
+def control(file: ImageFile, options: ImageOptions, placement: Placement, crop: Crop, *, flip: bool) -> Tensor:
+    """The image that another is to follow, cut and mirrored as that is: (3, H, W) in [0, 1], fp32; black where it is
+    transparent. Raises UserError naming the file."""
+    assert file.control_path is not None
+    image = flat(open_image(file.control_path, file.control_digest), "black")
+    part = cut(image, placement, crop, flip=flip, interpolation=options.resize_interpolation)
+    values = torch.from_numpy(np.array(part, dtype=np.float32))  # (H, W, 3)
+    return (values / 255).permute(2, 0, 1).contiguous()
+
+
 def load(
     file: ImageFile,
     options: ImageOptions,

@@ -90,6 +90,8 @@ class _ImageReader(Dataset[_BatchData]):
         options = self.plan.subset(item)
         crop, flip = _crop_and_flip(item, options, ref.key)
         sizes = {"sizes": torch.tensor(_sizes(item, crop, flip))}
+        if item.image.control_path:
+            sizes["control"] = augment.control(item.image, options, item.placement, crop, flip=flip)
         if self.latents is not None:
             return sizes | self.latents.latents(self.plan, ref.item, flip=flip)
         colours = python_random(ref.key, "colours") if options.color_aug else None
@@ -101,9 +103,11 @@ class _ImageReader(Dataset[_BatchData]):
         """In place of a sample that cannot be read, so that its batch keeps its shape."""
         item = self.plan.items[ref.item]
         sizes = {"sizes": torch.tensor(_sizes(item, item.placement.centre, False))}
+        width, height = item.placement.bucket
+        if item.image.control_path:
+            sizes["control"] = torch.zeros(3, height, width)
         if self.latents is not None:
             return sizes | {"latents": torch.zeros(latents_shape(self.plan, item, self.latents.strategy))}
-        width, height = item.placement.bucket
         return sizes | {"pixels": torch.zeros(3, height, width)}
 
     def _or_ones(self, sample: Mapping[str, Tensor], name: str) -> Tensor:
@@ -148,8 +152,8 @@ class Loader:
     """Makes the batches of a plan.
 
     Every sample follows from (seed, epoch, image, repeat) alone; see `Item.key`. Batches are made ahead of their steps,
-    in a thread; images are read there, or by `workers` other processes (none when latents are in memory: then there is
-    nothing to read).
+    in a thread; images are read there, or by `workers` other processes (none when latents are in memory and no images
+    are followed: then there is nothing to read).
     """
 
     plan: Plan
@@ -191,7 +195,8 @@ class Loader:
 
     def __post_init__(self) -> None:
         in_memory = self.latents is not None and self.latents.store.root is None
-        workers = 0 if in_memory else self.workers
+        idle = in_memory and not any(item.image.control_path for item in self.plan.items)
+        workers = 0 if idle else self.workers
         self._reader = DataLoader(
             _ImageReader(self.plan, self.latents),
             batch_size=None,
@@ -291,6 +296,7 @@ class Loader:
             latents=stacked.get("latents"),
             pixels=stacked.get("pixels"),
             mask=stacked.get("mask"),
+            control=stacked.get("control"),
             cond=self.texts.cond(texts) if self.texts else None,
             tokens=self.tokenize(texts) if self.tokenize and not self.texts else None,
             drawn=self.draw(stacked["sizes"], keys),

@@ -130,22 +130,24 @@ def make_plan(
     skip_unreadable: bool = False,
     stride: int = 8,
     multiple: int | None = None,
+    control: bool = False,
     progress: Progress | None = None,
 ) -> Plan:
     """Find all images and their buckets.
 
     Each image that `index` does not know is decoded once, so that damaged ones show now. `stride`: image pixels per
-    latent pixel; `multiple`: what sides are multiples of, if more than that. Raises UserError that lists every option
+    latent pixel; `multiple`: what sides are multiples of, if more than that; `control`: images are to follow those in
+    `conditioning_data_dir`, which are masks else. Raises UserError that lists every option
     that cannot act, or every file that cannot be used, with its reason (those are left out and listed in `skipped`
     instead if `skip_unreadable`).
     """
-    _check_options(datasets, multiple or stride)
+    _check_options(datasets, multiple or stride, control)
     items: list[Item] = []
     skipped: list[SkippedFile] = []
     notes: list[str] = []
     wrong: list[str] = []
     for d, dataset in enumerate(datasets):
-        found = scan(dataset, index, progress)
+        found = scan(dataset, index, progress, control=control)
         placed, left = _placed(found, dataset, d)
         if placed and all(item.image.is_reg for item in placed):
             wrong.append(f"dataset {d + 1}: {ONLY_REGULARISATION}")
@@ -183,7 +185,7 @@ def _listed(bad: Sequence[SkippedFile]) -> str:
     return "\n".join([f"{len(lines)} images cannot be used; {advice}:", *lines])
 
 
-def _check_options(datasets: Sequence[DatasetConfig], multiple: int) -> None:
+def _check_options(datasets: Sequence[DatasetConfig], multiple: int, control: bool) -> None:
     wrong = []
     if not any(dataset.subsets for dataset in datasets):
         wrong.append(
@@ -194,16 +196,18 @@ def _check_options(datasets: Sequence[DatasetConfig], multiple: int) -> None:
         wrong += [f"{where}: {name}: {message}" for name, message in rules.mistakes(dataset)]
         wrong += [f"{where}: {message}" for message in check(dataset, multiple)]
         for subset in dataset.subsets:
-            wrong += [f"{where}, {subset.source}: {message}" for message in _check_subset(subset)]
+            wrong += [f"{where}, {subset.source}: {message}" for message in _check_subset(subset, control)]
     if wrong:
         raise UserError(*wrong)
 
 
-def _check_subset(subset: SubsetConfig) -> list[str]:
+def _check_subset(subset: SubsetConfig, control: bool) -> list[str]:
     wrong = [f"{name}: {message}" for name, message in rules.mistakes(subset)]
     if subset.face_crop_aug_range is not None:
         wrong.append("face_crop_aug_range is not supported yet: leave it out")
-    if subset.alpha_mask and subset.conditioning_data_dir:
+    if control and not subset.conditioning_data_dir:
+        wrong.append("conditioning_data_dir is missing: the folder of the images that these are to follow")
+    if subset.alpha_mask and subset.conditioning_data_dir and not control:
         wrong.append("alpha_mask and conditioning_data_dir both give a mask: choose one")
     return wrong
 

@@ -40,9 +40,12 @@ class ImageFile:
     is_reg: bool
     repeats: int
     mask_path: Path | None = None
+    control_path: Path | None = None
+    """The image that this one is to follow."""
     digest: str = ""
     """Hash of the file's bytes."""
     mask_digest: str = ""
+    control_digest: str = ""
     source: classes.ImageSource | None = field(default=None, compare=False, repr=False)
     """What gives the image in place of its file."""
 
@@ -92,25 +95,26 @@ class Facts:
     problem: str = ""
 
 
-def scan(dataset: DatasetConfig, index: FileIndex, progress: Progress | None = None) -> Scan:
+def scan(dataset: DatasetConfig, index: FileIndex, progress: Progress | None = None, *, control: bool = False) -> Scan:
     """Look through the folders of a dataset.
 
     Every image is decoded once, so that damaged ones are known now, and hashed; what is known of a file that has not
-    changed is taken from `index`, without opening it.
+    changed is taken from `index`, without opening it. `control`: what `conditioning_data_dir` holds is to be followed,
+    and is no mask.
     Raises UserError for folders that are missing or empty, all at once.
     """
     given = sources(dataset.subsets)
     listings = [each.listing for each in given]
-    masks = [_masks(subset, found.images) for subset, found in zip(dataset.subsets, listings, strict=True)]
+    pairs = [_pairs(subset, found.images) for subset, found in zip(dataset.subsets, listings, strict=True)]
     wanted = [p for each in given if not each.images for p in each.listing.images]
-    wanted += [m for of in masks for m in of.values()]
+    wanted += [m for of in pairs for m in of.values()]
     facts = examine(wanted, index, progress)
     result = Scan()
     for i, subset in enumerate(dataset.subsets):
         result.notes += _left_alone(subset, listings[i])
         result.skipped += [SkippedFile(path, reason, subset=i) for path, reason in listings[i].troubles]
         made = _of_class(given[i], progress)
-        _add_subset(result, i, subset, given[i], masks[i], facts | made if made else facts)
+        _add_subset(result, i, subset, given[i], pairs[i], facts | made if made else facts, control)
     return result
 
 
@@ -199,8 +203,8 @@ def _suffix(subset: SubsetConfig) -> str:
     return ending if ending.startswith(".") else f".{ending}"
 
 
-def _masks(subset: SubsetConfig, paths: Sequence[Path]) -> dict[Path, Path]:
-    """Mask image of each image that has one: the same relative name, with any image ending."""
+def _pairs(subset: SubsetConfig, paths: Sequence[Path]) -> dict[Path, Path]:
+    """The image in `conditioning_data_dir` that belongs to each: the same relative name, with any image ending."""
     if not subset.conditioning_data_dir:
         return {}
     folder, root = Path(subset.conditioning_data_dir), Path(subset.image_dir)
@@ -216,16 +220,19 @@ def _add_subset(
     number: int,
     subset: SubsetConfig,
     given: Source,
-    masks: dict[Path, Path],
+    pairs: dict[Path, Path],
     facts: dict[Path, Facts],
+    control: bool,
 ) -> None:
     bare, blank, long = [], [], []
     # `relative_to` takes long for many images. A class gives names that stand in no folder.
     inside = "" if given.images else Path(subset.image_dir).as_posix().rstrip("/") + "/"
     for path in given.listing.images:
-        mask = masks.get(path)
+        pair = pairs.get(path)
         captions = given.lines(path) if given.lines else _captions(path, subset)
-        if reason := _problem(subset, facts[path], mask, facts, captions):
+        if reason := _problem(
+            subset, facts[path], pair, facts, captions, "image to follow" if control else "mask image"
+        ):
             result.skipped.append(SkippedFile(path, reason, subset=number))
             continue
         assert not isinstance(captions, str)
@@ -243,9 +250,11 @@ def _add_subset(
                 subset=number,
                 is_reg=subset.is_reg,
                 repeats=subset.num_repeats,
-                mask_path=mask,
+                mask_path=None if control else pair,
+                control_path=pair if control else None,
                 digest=facts[path].digest,
-                mask_digest=facts[mask].digest if mask else "",
+                mask_digest=facts[pair].digest if pair and not control else "",
+                control_digest=facts[pair].digest if pair and control else "",
                 source=given.images,
             )
         )
@@ -261,27 +270,28 @@ def _add_subset(
 def _problem(
     subset: SubsetConfig,
     image: Facts,
-    mask: Path | None,
+    pair: Path | None,
     facts: dict[Path, Facts],
     captions: tuple[str, ...] | str | None,
+    kind: str,
 ) -> str:
-    """Why an image cannot be used, or nothing."""
+    """Why an image cannot be used, or nothing. `kind`: what its pair is."""
     if image.problem:
         return image.problem
     if isinstance(captions, str):
         return captions
     if subset.conditioning_data_dir:
-        if mask is None:
-            return f"no mask image of this name in conditioning_data_dir {subset.conditioning_data_dir}"
-        of_mask = facts[mask]
-        if of_mask.problem:
-            return f"its mask {mask}: {of_mask.problem}"
-        # Masks may be smaller or larger than their images, to a pixel's rounding, but not of another shape.
-        if abs(of_mask.width * image.height - of_mask.height * image.width) > max(
-            image.width, image.height, of_mask.width, of_mask.height
+        if pair is None:
+            return f"no {kind} of this name in conditioning_data_dir {subset.conditioning_data_dir}"
+        of_pair = facts[pair]
+        if of_pair.problem:
+            return f"its {kind} {pair}: {of_pair.problem}"
+        # They may be smaller or larger than their images, to a pixel's rounding, but not of another shape.
+        if abs(of_pair.width * image.height - of_pair.height * image.width) > max(
+            image.width, image.height, of_pair.width, of_pair.height
         ):
             return (
-                f"its mask {mask} is {of_mask.width}x{of_mask.height}: not the shape of the image, "
+                f"its {kind} {pair} is {of_pair.width}x{of_pair.height}: not the shape of the image, "
                 f"{image.width}x{image.height}"
             )
     return ""

@@ -47,10 +47,13 @@ def open_data(
     world: dist.World,
     models: Models,
     notify: Callable[[str], None] = console.print,
+    *,
+    control: bool = False,
 ) -> Data:
     """Scan the datasets; memory alone is used unless a cache on disk is asked for.
 
-    `models`: what the images must fit; needs no values. `notify`: for what the user should know. Errors: `UserError`
+    `models`: what the images must fit; needs no values. `notify`: for what the user should know. `control`: images are
+    to follow others (`make_plan`). Errors: `UserError`
     for images that cannot be used, and for options that cannot act with this model or with the caches.
     """
     d = config.data
@@ -65,6 +68,7 @@ def open_data(
             skip_unreadable=d.skip_unreadable,
             stride=latents.stride,
             multiple=latents.multiple,
+            control=control,
             progress=advance,
         )
     if world.main:

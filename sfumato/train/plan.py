@@ -8,7 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from sfumato.config import Config, DatasetConfig, Method
+from sfumato.config import FOLLOWING, Config, DatasetConfig, Method
 from sfumato.data.plan import Plan
 from sfumato.families.detect import detect_file
 from sfumato.train import checkpoints, dist, fit, lock, resume
@@ -38,7 +38,7 @@ def show(
     training itself would give before its first step."""
     config = resume.resolve_auto(config)
     checked = _checked(config, method, datasets, read)
-    data = open_data(config, datasets, dist.outside(), checked.models, answers.print)
+    data = open_data(config, datasets, dist.outside(), checked.models, answers.print, control=method in FOLLOWING)
     warn_of_long_captions(data, checked.models, answers.print)
     budget = _budget(config, data)
     for note in (*checked.notes, *check_length(config, budget.steps)):
@@ -75,7 +75,7 @@ def facts(
     """`sfumato plan --json`: the same, for scripts. Errors: as `show`."""
     config, notes = resume.resolve_auto(config), list[str]()
     checked = _checked(config, method, datasets, read)
-    data = open_data(config, datasets, dist.outside(), checked.models, notes.append)
+    data = open_data(config, datasets, dist.outside(), checked.models, notes.append, control=method in FOLLOWING)
     warn_of_long_captions(data, checked.models, notes.append)
     budget = _budget(config, data)
     found = fit.fitted(config, method, checked.plan, data.plan, given, card=True)

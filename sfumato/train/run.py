@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from sfumato.config import Config, DatasetConfig, Method
+from sfumato.config import FOLLOWING, Config, DatasetConfig, Method
 from sfumato.data.batch import Batch
 from sfumato.data.loader import AHEAD, Loader
 from sfumato.errors import UserError, WriteError
@@ -51,13 +51,13 @@ from sfumato.train.step import Step, autocast, draw
 from sfumato.train.trainables import Trainable, caches_text
 
 
-def cache(config: Config, datasets: tuple[DatasetConfig, ...]) -> Caches:
+def cache(config: Config, datasets: tuple[DatasetConfig, ...], method: Method = "network") -> Caches:
     """`sfumato cache`: fill the caches on disk and stop."""
     world = dist.world()
     try:
         models = outline_models(config)
         check_model(config, models)
-        data = open_data(config, datasets, world, models)
+        data = open_data(config, datasets, world, models, control=method in FOLLOWING)
         settle(config, models)
         return fill_caches(config, data, models, world)
     finally:
@@ -118,7 +118,7 @@ def prepare(
     precision = dist.precision(config.train.mixed_precision)
     config = resume.resolve_auto(config)
     checked = check(config, method, datasets, read)
-    data = open_data(config, datasets, world, checked.models)
+    data = open_data(config, datasets, world, checked.models, control=method in FOLLOWING)
     found = fit.fitted(config, method, checked.plan, data.plan, given, card=world.device.type != "cpu")
     if found:
         config, checked = found.config, check(found.config, method, datasets, read)

@@ -31,6 +31,8 @@ class Largest:
     """The longest ones of its bucket."""
     masked: bool
     """Whether there are masks."""
+    control: bool
+    """Whether there are images to follow."""
 
     @classmethod
     def of(cls, plan: Plan) -> Largest:
@@ -43,7 +45,8 @@ class Largest:
         count = min(plan.datasets[bucket[0]].batch_size, sum(item.repeats for item in items))
         texts = sorted((text for item in items for text in item.image.captions), key=len)
         masked = any(_masked(plan, item) for item in items)
-        return cls(bucket[1], count, ([""] * count + texts)[-count:], masked)
+        control = any(item.image.control_path for item in items)
+        return cls(bucket[1], count, ([""] * count + texts)[-count:], masked, control)
 
     @property
     def pixels(self) -> int:
@@ -65,7 +68,8 @@ class Largest:
             pixels=None if cached else torch.empty(count, 3, height, width),
             cond=_cached(models, tokens) if caches_text(config) else None,
             tokens=None if caches_text(config) else tokens,
-            mask=torch.empty(count, 1, *side) if self.masked else None, drawn=drawn,
+            mask=torch.empty(count, 1, *side) if self.masked else None,
+            control=torch.empty(count, 3, height, width) if self.control else None, drawn=drawn,
         )  # fmt: skip
 
 

@@ -20,6 +20,7 @@ import torch
 from folders import LATENTS, dataset, encode, folder, latents, noise, plan, subset, texts, tokenize
 from PIL import Image
 from torch import Tensor
+from torch.nn import functional
 
 from sfumato.data.batch import Batch
 from sfumato.data.loader import Loader
@@ -172,6 +173,7 @@ def test_a_batch_of_pixels_says_what_it_is(images: Path) -> None:
 
 def gradient(tmp_path: Path) -> Path:
     """An image of 96x64 whose red is the column and whose alpha is the column too."""
+    tmp_path.mkdir(exist_ok=True)
     columns = np.tile(np.arange(96, dtype=np.uint8), (64, 1))
     Image.fromarray(np.dstack([columns] * 4)).save(tmp_path / "a.png")
     return tmp_path
@@ -201,6 +203,45 @@ def test_flip_and_crop_take_image_mask_and_sizes_along(tmp_path: Path, cached: b
         assert batch.sizes[i].tolist() == [64, 96, 0, left, 64, 64]
     assert 4 < turned < 20
     assert cached or len({int(s) for s in batch.sizes[:, 3]}) > 5
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_images_to_follow_are_cut_as_their_images_are_also_beside_cached_latents(tmp_path: Path, cached: bool) -> None:
+    root = gradient(tmp_path / "images")
+    shutil.copytree(root, tmp_path / "follow")
+    options = {"flip_aug": True, "random_crop": not cached, "num_repeats": 8, "alpha_mask": True}
+    folders = subset(root, conditioning_data_dir=str(tmp_path / "follow"), **options)
+    of = plan(dataset(folders, enable_bucket=False, batch_size=8), control=True)
+    kept = latents(of, TensorStore(), FileIndex()) if cached else None
+    [batch] = read(loader(of, latents=kept))
+    assert batch.mask is not None and batch.control is not None
+    assert batch.control.shape == (8, 3, 64, 64) and batch.control.min() >= 0
+    read_images = batch.latents if cached else encode(batch.pixels) if batch.pixels is not None else None
+    assert read_images is not None
+    # Their green is as the image's, but on black, where the alpha (the column) hides the image.
+    columns = (read_images[:, 1] + 1) / 2
+    assert torch.allclose(functional.avg_pool2d(batch.control, 8)[:, 1], columns**2, atol=0.02)
+    assert len({float(c[0, 0]) for c in columns}) > 1
+
+
+def test_images_that_have_none_to_follow_are_all_named_at_once(tmp_path: Path) -> None:
+    folder(tmp_path / "p")
+    pair = folder(tmp_path / "c", [(64, 64), (90, 64)])
+    with pytest.raises(UserError, match=r"4 images cannot be used") as caught:
+        plan(dataset(subset(tmp_path / "p", conditioning_data_dir=str(pair))), control=True)
+    assert str(caught.value).count("no image to follow of this name") == 3
+    assert "its image to follow" in str(caught.value) and "not the shape" in str(caught.value)
+    with pytest.raises(UserError, match="conditioning_data_dir is missing"):
+        plan(dataset(subset(tmp_path / "p")), control=True)
+
+
+def test_an_image_that_is_gone_leaves_zeros_to_follow(tmp_path: Path) -> None:
+    root, pair = folder(tmp_path / "p", [(64, 64)] * 3), folder(tmp_path / "c", [(64, 64)] * 3)
+    of = plan(dataset(subset(root, conditioning_data_dir=str(pair)), batch_size=3), control=True)
+    truncate(pair / "1.png")
+    [batch] = read(loader(of, notice=lambda line: None))
+    assert batch.control is not None and sorted(batch.weight.tolist()) == [0, 1, 1]
+    assert not batch.control[batch.weight == 0].any()
 
 
 def test_images_without_a_mask_count_everywhere(tmp_path: Path) -> None:

@@ -69,7 +69,7 @@ def test_a_model_without_its_parts_is_reported_before_images_are_read(
     files.save(
         tmp_path / "part.safetensors", {n: t for n, t in tensors.items() if not n.startswith("cond_stage_model.")}, {}
     )
-    monkeypatch.setattr(run, "open_data", lambda *_: pytest.fail("images were read"))
+    monkeypatch.setattr(run, "open_data", lambda *_, **__: pytest.fail("images were read"))
     with pytest.raises(UserError, match="no text_encoder"):
         train("a", pretrained_model_name_or_path=str(tmp_path / "part.safetensors"))
     with pytest.raises(UserError, match="no text_encoder"):
