@@ -36,7 +36,7 @@ def _trains_text(s: Settings) -> bool:
         return False
     if s.method == "full":
         return s.train_text_encoder
-    return not s.network_train_unet_only and (not s.text_encoder_lr or any(s.text_encoder_lr))
+    return s.method == "network" and not s.network_train_unet_only and (not s.text_encoder_lr or any(s.text_encoder_lr))
 
 
 def _agree(s: Settings) -> bool:

@@ -8,6 +8,7 @@ from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 from annotated_types import Interval
 
+from sfumato.config.control import ControlConfig
 from sfumato.config.data import DataConfig
 from sfumato.config.hub import HubConfig
 from sfumato.config.memory import MemoryConfig
@@ -414,6 +415,7 @@ class Config:
     noise: NoiseConfig = field(default_factory=NoiseConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     network: NetworkConfig = field(default_factory=NetworkConfig)
+    control: ControlConfig = field(default_factory=ControlConfig)
     sample: SampleConfig = field(default_factory=SampleConfig)
     log: LogConfig = field(default_factory=LogConfig)
     family: FamilyOptions = field(default_factory=FamilyOptions)
@@ -432,6 +434,7 @@ class Settings(
     NoiseConfig,
     LossConfig,
     NetworkConfig,
+    ControlConfig,
     SampleConfig,
     LogConfig,
 ):

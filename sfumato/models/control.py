@@ -27,6 +27,10 @@ class Follower(Protocol):
 
     strength: float
     """0: the denoiser is bit for bit what it is alone."""
+    net: nn.Module
+    """What it consists of, besides the denoiser."""
+    blocks: Sequence[nn.Module]
+    """Its repeated blocks, which run before the denoiser's: what checkpointing and compiling act on."""
 
     def follow(self, images: Tensor | None) -> None:
         """The images (b, 3, H, W) in [0, 1] of the samples to come, or of every b-th of them; None: it does nothing."""

@@ -19,6 +19,7 @@ from sfumato.formats.names import add_prefix
 from sfumato.models.base import Models
 from sfumato.models.components import open_component
 from sfumato.models.control import ControlSpec, Door, Residuals
+from sfumato.models.detection import Shapes
 from sfumato.models.meta_init import fill, shapes
 
 
@@ -29,6 +30,7 @@ class Controlled:
         """Errors: `UserError` if the net is not for this denoiser."""
         spec = spec_of(models)
         self.models, self.net, self.strength, self._spec = models, net, strength, spec
+        self.blocks = spec.blocks(net)
         self._hint: Tensor | None = None
         self._residuals: Residuals = ()
         doors = spec.doors(models.denoiser, net)
@@ -78,24 +80,35 @@ def spec_of(models: Models) -> ControlSpec:
 
 
 def new_net(models: Models, generator: torch.Generator) -> nn.Module:
-    """A control net that changes nothing yet, in fp32; on the meta device if the denoiser is."""
-    spec, denoiser = spec_of(models), models.denoiser
-    net = spec.component.net(spec.shapes(shapes(denoiser.state_dict())), {})
-    if next(denoiser.parameters()).is_meta:
+    """A control net that changes nothing yet, in fp32; without values (on the meta device) if the denoiser is."""
+    spec = spec_of(models)
+    net = spec.component.net(spec.shapes(_denoiser_shapes(models)), {})
+    if is_outline(models):
         return net
     known = dict(_denoiser_values(models, net.state_dict().keys()))
     return fill(net, dict(_first_values(net, spec.zero, known, generator)), spec.component.title)
+
+
+def is_outline(models: Models) -> bool:
+    """Whether the denoiser has no values."""
+    return next(models.denoiser.parameters()).is_meta
+
+
+def _denoiser_shapes(models: Models) -> Shapes:
+    """Of the denoiser's weights, in however few bits they are kept."""
+    weights = models.source.components.get("denoiser")
+    return weights.shapes() if weights else shapes(models.denoiser.state_dict())
 
 
 def _denoiser_values(models: Models, names: Collection[str]) -> Iterator[tuple[str, Tensor]]:
     """Those of the denoiser's tensors that have these names, in fp32: as its file has them, which may be more exactly
     than it is run."""
     weights = models.source.components.get("denoiser")
-    own = models.denoiser.state_dict()
-    if weights is None:
+    if weights is None:  # a model made in memory
+        own = models.denoiser.state_dict()
         yield from ((name, own[name].float().clone()) for name in names if name in own)
         return
-    wanted = [name for name in names if name in own]
+    wanted = weights.shapes().keys() & set(names)
     yield from ((n, t) for n, t in weights.part(wanted).natives(torch.float32, map=False) if n in wanted)
 
 
@@ -116,19 +129,15 @@ def _first_values(
 
 
 def read_net(models: Models, name: str, dtype: torch.dtype | None = None) -> nn.Module:
-    """The control net of a file, a folder or the hub, frozen. Errors: `UserError` for one of another kind, or that does
-    not fit its net."""
-    return open_component(spec_of(models).component, name).build(dtype)
+    """The control net of a file, a folder or the hub, frozen; without values (on the meta device) if the denoiser is.
+    Errors: `UserError` for one of another kind, or that does not fit its net."""
+    weights = open_component(spec_of(models).component, name)
+    return weights.empty() if is_outline(models) else weights.build(dtype, map=False)
 
 
-def save_net(
-    models: Models, net: nn.Module, path: Path, *, metadata: Mapping[str, str], dtype: torch.dtype | None = None
-) -> None:
-    """Write a control net: as a single file where `path` ends in .safetensors, else as diffusers' folder."""
-    spec, tensors = spec_of(models), net.state_dict()
-    if dtype:
-        tensors = {n: t.to(dtype) for n, t in tensors.items()}
-    found = shapes(tensors)
+def save_net(models: Models, tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str]) -> None:
+    """Write a control net's native tensors: as diffusers' folder where `path` has no ending, else as a single file."""
+    spec, found = spec_of(models), shapes(tensors)
     if path.suffix:
         written = spec.component.single(found).write(tensors)
         files.save(path, add_prefix(written, spec.component.prefixes[0]), metadata)

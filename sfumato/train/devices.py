@@ -255,6 +255,8 @@ def spare(config: Config, models: Models, trainable: Trainable, device: torch.de
     device."""
     used = ["denoiser", *([] if caches_text(config) else models.encoders)]
     handles = apply_memory_options(models.family.blocks(models.denoiser), config.memory, device, console.print)
+    for follower in models.followers:
+        handles += apply_memory_options(follower.blocks, config.memory, device, console.print)
     for name in models.encoders:
         if name in trainable.trained:
             blocks = models.family.encoder_blocks(models.encoders[name])

@@ -93,7 +93,7 @@ class Forecast:
         """One for each setting of the levers that are free; blocks are swapped until it fits. Formats that are less
         exact come last, and not at all where all fits without them and without swapping."""
         now, count = self.now(), self.largest.count
-        frozen = self.method == "network"
+        frozen = self.method != "full"
         formats = [now.quantize] if "quantize" in self.fixed or not frozen else FORMATS
         everies = [now.every] if "every" in self.fixed else [e for e in EVERY if e is None or e <= self.blocks]
         asides = [now.offloaded] if "offloaded" in self.fixed else [False, True]
@@ -181,8 +181,8 @@ class Forecast:
         """Calls of blocks that are recomputed."""
         if levers.every is None:
             return []
-        own = range(traced.encoders, len(traced.step.records))
-        return [*range(traced.encoders), *own[levers.every - 1 :: levers.every]]
+        own = range(traced.before, len(traced.step.records))
+        return [*range(traced.before), *own[levers.every - 1 :: levers.every]]
 
     def _weights(self, traced: Predicted, levers: Levers) -> tuple[int, int]:
         """Bytes on the card and on the host."""
@@ -247,7 +247,7 @@ def _spared(config: Config, method: Method) -> Iterator[str]:
         named |= {"optimizer_state_on_cpu": o.optimizer_state_on_cpu}
         named |= {"blocks_to_swap (beside the last two)": bool(config.memory.blocks_to_swap)}
         yield from (name for name, there in named.items() if not there)
-    else:
+    elif method == "network":
         yield "a smaller network_dim"
     yield from () if caches_latents(config) else ("cache_latents",)
     yield from () if caches_text(config) else ("cache_text_encoder_outputs",)

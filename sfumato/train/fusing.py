@@ -77,11 +77,13 @@ def _take(ema: EMA, names: dict[nn.Parameter, str], part: Part) -> None:
 
 def _blocks(models: Models, trainable: Trainable) -> list[nn.Module]:
     family, nets = models.family, models.nets()
-    return [
+    own = [
         block
         for name in trainable.trained
+        if name in nets
         for block in (family.blocks if name == "denoiser" else family.encoder_blocks)(nets[name])
     ]
+    return [*own, *(block for follower in models.followers for block in follower.blocks)]
 
 
 def _cut(config: OptimizerConfig, optimizer: torch.optim.Optimizer, blocks: list[nn.Module]) -> list[Part]:

@@ -96,6 +96,7 @@ def _inputs(
         ("vae", model.vae),
         ("tokenizer", model.tokenizer),
         ("network_weights", network.network_weights),
+        ("controlnet_model_name_or_path", config.control.controlnet_model_name_or_path),
         ("dataset_config", config.data.dataset_config),
         ("sample_prompts", config.sample.sample_prompts),
         *(("base_weights", path) for path in network.base_weights),

@@ -55,8 +55,8 @@ class Predicted:
 
     weights: Weights
     step: Trace
-    encoders: int
-    """How many of its calls are of text encoders' blocks; they come first."""
+    before: int
+    """How many of its calls are of blocks of text encoders and control nets; they come first."""
     gradients: int
     """Of all that is trained."""
     update: int
@@ -113,21 +113,23 @@ def _traced(config: Config, models: Models, trainable: Trainable, batch: Batch, 
     tracker.know(_tensors(batch))
     blocks = models.family.blocks(models.denoiser)
     frozen = tuple(sum(p.nbytes for p in (*b.parameters(), *b.buffers()) if id(p) not in trained) for b in blocks)
+    own = [follower.net for follower in models.followers]
     step = Step(
         models, trainable, models.process(config.noise, config.loss), config.loss,
         dist.precision(config.train.mixed_precision),
     )  # fmt: skip
     trainable.train(True)
-    encoders = [b for n in models.encoders if n in names for b in _encoder_blocks(models, n)]
+    before = [b for n in models.encoders if n in names for b in _encoder_blocks(models, n)]
+    before += [block for follower in models.followers for block in follower.blocks]
     tracer = BlockTracer(tracker, _signatures(trainable, models))
-    inner = [part for net in nets.values() for part in alike(net, tracer.signature)]
+    inner = [part for net in (*nets.values(), *own) for part in alike(net, tracer.signature)]
     weights = tracker.live
     with (
         attention.plain(),
         _freed(trained.values(), tracer),
         _as_on(card),
         tracker,
-        tracer.on([*encoders, *blocks], inner) as trace,
+        tracer.on([*before, *blocks], inner) as trace,
     ):
         step(batch).backward()
     state, update = _optimizer(config, trainable, card=card)
@@ -139,7 +141,7 @@ def _traced(config: Config, models: Models, trainable: Trainable, batch: Batch, 
     )  # fmt: skip
     for i, event in enumerate(trace.events):
         trace.events[i] = replace(event, level=event.level - weights)
-    return Predicted(whole, trace, len(encoders), sum(p.nbytes for p in trained.values()), update)
+    return Predicted(whole, trace, len(before), sum(p.nbytes for p in trained.values()), update)
 
 
 def _tensors(batch: Batch) -> Iterator[Tensor]:

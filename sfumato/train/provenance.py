@@ -37,9 +37,11 @@ class Facts:
     plan: Plan
     budget: StepBudget
     adapter: AdapterPlan | None
-    """None when a whole model is trained."""
+    """None when something else is trained."""
     optimizer: type
     """The class of the optimizer."""
+    kind: str
+    """`Trainable.kind`."""
     started: float = field(default_factory=now)
     _base: dict[str, str] = field(default_factory=dict)
     _datasets: list[metadata.DatasetFacts] = field(default_factory=list)
@@ -68,7 +70,7 @@ class Facts:
             resolution=self.plan.datasets[0].resolution,
             prediction=self._prediction(),
             date=datetime.fromtimestamp(self.started),
-            adapter=self.adapter.kind.file_kind() if self.adapter else "",
+            adapter=self.kind,
             encoder_layer=getattr(options, "clip_skip", None),
             timestep_range=(noise.min_timestep or 0, noise.max_timestep or 1000)
             if noise.min_timestep or noise.max_timestep

@@ -98,7 +98,7 @@ def _further(forecast: Forecast, now: Levers) -> Iterator[Levers]:
     everies = {now.every, 1} if now.every is None or now.every > 1 else {1}
     asides = {now.offloaded, True}
     micros = [n for n in halves(forecast.largest.count) if n <= now.micro]
-    swaps = range(now.swapped, forecast.blocks) if forecast.method == "network" else [now.swapped]
+    swaps = range(now.swapped, forecast.blocks) if forecast.method != "full" else [now.swapped]
     for every, aside, micro, swapped in product(everies, asides, micros, swaps):
         if not aside or every is not None:
             yield replace(now, every=every, offloaded=aside, micro=micro, swapped=swapped)

@@ -138,8 +138,8 @@ def prepare(
     optimizer = _optimizer(config, trainable, world.device)
     step = _distributed(Step(models, trainable, process, config.loss, precision), trainable, world)
     loader = _loader(config, data, models, process, caches, budget, world)
-    facts = provenance.Facts(config, models, data.plan, budget, plan, type(optimizer))
     uploads = hub.uploads(config.hub, main=world.main)
+    facts = provenance.Facts(config, models, data.plan, budget, plan, type(optimizer), trainable.kind)
     run = loop.Run(
         config=config, world=world, budget=budget, plan=data.plan, loader=loader, trainable=trainable,
         training_step=step, optimizer=optimizer, schedule=schedules.schedule(config.optimizer, optimizer, budget.steps),

@@ -75,7 +75,7 @@ def test_theirs_and_ours_say_the_same(case: Case, models: Models, theirs: Any, t
     ours = said(models, x, t, cond)
     follower.remove()
     assert (ours - said(models, x, t, cond)).abs().max() > 1e-2
-    save_net(models, net, tmp_path / "ours", metadata={})
+    save_net(models, net.state_dict(), tmp_path / "ours", {})
     again = ControlNetModel.from_pretrained(tmp_path / "ours")
     same(again.state_dict(), theirs.state_dict())
     for control in (theirs, again):
@@ -86,7 +86,7 @@ def test_theirs_and_ours_say_the_same(case: Case, models: Models, theirs: Any, t
 def test_a_file_comes_back(models: Models, theirs: Any, tmp_path: Path) -> None:
     theirs.save_pretrained(tmp_path / "theirs")
     net = read_net(models, str(tmp_path / "theirs"))
-    save_net(models, net, tmp_path / "ours.safetensors", metadata={})
+    save_net(models, net.state_dict(), tmp_path / "ours.safetensors", {})
     same(read_net(models, str(tmp_path / "ours.safetensors")).state_dict(), net.state_dict())
 
 

@@ -10,12 +10,14 @@ from sfumato.models.base import Models
 from sfumato.train.trainables.adapter_files import read_adapter
 from sfumato.train.trainables.adapters import Adapters, adapter_rates
 from sfumato.train.trainables.base import SAVE_DTYPES, Trainable, caches_latents, caches_text
+from sfumato.train.trainables.controlnet import ControlNet
 from sfumato.train.trainables.full import Full, net_rates, whole_nets
 
 __all__ = [
     "MAKERS",
     "SAVE_DTYPES",
     "Adapters",
+    "ControlNet",
     "Full",
     "Trainable",
     "adapter_rates",
@@ -28,7 +30,7 @@ __all__ = [
 ]
 
 
-MAKERS: Mapping[Method, Callable[[Models, Config], Trainable]] = {"full": Full}
+MAKERS: Mapping[Method, Callable[[Models, Config], Trainable]] = {"full": Full, "controlnet": ControlNet}
 """What is trained -> the class; adapters take a plan besides."""
 
 

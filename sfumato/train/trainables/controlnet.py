@@ -1,0 +1,96 @@
+"""A ControlNet, grown from the model's own denoiser or from a file; the model stays as it is."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from sfumato.config import Config
+from sfumato.data.batch import Batch
+from sfumato.formats import files
+from sfumato.models.base import Models
+from sfumato.models.controlled import Controlled, new_net, read_net, save_net
+from sfumato.optim.groups import Group
+from sfumato.tensors.random import generator
+from sfumato.train import checkpoints
+from sfumato.train.trainables.base import SAVE_DTYPES
+
+NAME = "controlnet"
+
+
+class ControlNet:
+    """A control net at work on the denoiser, which samples follow as well."""
+
+    kind = NAME
+    notices: tuple[str, ...] = ()
+    trained: tuple[str, ...] = (NAME,)
+
+    def __init__(self, models: Models, config: Config) -> None:
+        self.models, self.config = models, config
+        dtype = torch.bfloat16 if config.train.full_bf16 else torch.float32
+        if name := config.control.controlnet_model_name_or_path:
+            net = read_net(models, name, dtype)
+        else:
+            net = new_net(models, generator(NAME, config.train.seed))
+        self.net = net.to(dtype).requires_grad_(True)
+        self.control = Controlled(models, self.net)
+        models.followers.append(self.control)
+        self._copied = models.denoiser.state_dict().keys()
+
+    def weights(self) -> dict[str, nn.Parameter]:
+        return {f"{NAME}.{name}": p for name, p in self.net.named_parameters()}
+
+    def groups(self) -> list[Group]:
+        common, own = self.config.optimizer.learning_rate, self.config.control.control_net_lr
+        rates: dict[float, list[nn.Parameter]] = {}
+        for name, p in self.net.named_parameters():
+            rate = common if own is None or name in self._copied else own
+            rates.setdefault(rate, []).append(p)
+        return [
+            Group(name=NAME if len(rates) == 1 else f"{NAME} {i}", lr=rate, parameters=parameters)
+            for i, (rate, parameters) in enumerate(rates.items())
+        ]
+
+    def modules(self) -> nn.Module:
+        return self.net
+
+    def train(self, mode: bool) -> None:
+        self.net.train(mode)
+
+    def on_batch(self, batch: Batch) -> None:
+        if batch.control is None:
+            raise RuntimeError("a batch without images to follow")
+        self.control.follow(batch.control)
+
+    def on_noise(self, level: Tensor) -> None:
+        pass
+
+    def kept_gradients(self) -> Iterable[nn.Parameter]:
+        return ()
+
+    def after_step(self) -> Mapping[str, Tensor]:
+        return {}
+
+    def freeze_encoders(self) -> None:
+        pass
+
+    def frozen_digest(self) -> str:
+        return ""
+
+    def suffix(self) -> str:
+        return checkpoints.ending(self.config.output, "controlnet", "single_file")
+
+    def save(self, path: Path, metadata: Mapping[str, str]) -> None:
+        precision = self.config.output.save_precision
+        dtype, tensors = SAVE_DTYPES[precision] if precision else None, self.net.state_dict()
+        if dtype:
+            tensors = {name: t.to(dtype) for name, t in tensors.items()}
+        files.check_finite(tensors, f"the ControlNet {path.name}", dtype)
+        save_net(self.models, tensors, path, metadata)
+
+    def remove(self) -> None:
+        self.control.remove()
+        self.models.followers.remove(self.control)
