@@ -75,7 +75,7 @@ def _sample(command: Command) -> Iterator[Path]:
 
     args, output = command.args, _output(command)
     merged = [] if beside(args) else command.adapters
-    pipeline = Pipeline.of(command.config, _device(args), merged, offload=args.offload)
+    pipeline = Pipeline.of(command.config, _device(args), merged, offload=args.offload, controls=command.controls)
     with ExitStack() as stack:
         networks = [
             stack.enter_context(pipeline.adapted(path, strength=strength, skip=skip))[0]

@@ -87,6 +87,7 @@ OWN = Script(
     without=frozenset({"sample_prompts", "output_dir", "output_name", "seed"}),
 )
 """`sfumato sample` where it is given a prompt, and not a file of prompts alone."""
+CONTROLNET = "controlnet_model_name_or_path"
 BY_PROMPT = ("prompt", "from_file", "interactive", "latent_path", "save_merged_model")
 """Flags by which `sfumato sample` has all the others of these scripts."""
 
@@ -122,6 +123,7 @@ LETTERS = {
     "ctr": "cfg_trunc_ratio",
     "rcfg": "renorm_cfg",
     "fs": "flow_shift",
+    "cn": "controlnet_image",
 }
 """Option of a line of prompts -> field; `g` is the script's `guidance`."""
 RENAMED = {
@@ -172,6 +174,8 @@ class Command:
     base: Prompt
     """What a prompt leaves out."""
     adapters: Sequence[tuple[Path, float]]
+    controls: Sequence[tuple[Path, float]]
+    """Control nets, and their strengths."""
     skips: Sequence[Callable[[str], bool]]
     """For each adapter, whether a key of its file is left out."""
     sampler: str
@@ -182,7 +186,9 @@ def parse(prog: str, script: Script, argv: Sequence[str]) -> Command:
     from sfumato.families.detect import detect_file
     from sfumato.sampling import prompts
 
-    args, rest = read(prog, script, argv)
+    words = list(argv)
+    controls, image = take_controls(words) if script is OWN else ([], None)
+    args, rest = read(prog, script, words)
     adapters = [*_adapters(args), *tools.take_adapters(rest, "network_weights")]
     config = _config(prog, script, args, rest)
     if config.network.network_weights:
@@ -198,10 +204,11 @@ def parse(prog: str, script: Script, argv: Sequence[str]) -> Command:
         # A script may be for several families, and not all have each of its options.
         if name not in (*prompts.OWN, "guidance_scale") or getattr(plain, name) is not None
     }
-    base = prompts.checked(given(script, args), prog, replace(plain, **ours))
+    base = prompts.checked(given(script, args), prog, replace(plain, **ours, controlnet_image=image))
     own_sampler = "sample_sampler" not in script.without
     return Command(
         script=script, args=args, config=config, prompts=_prompts(script, args, base), base=base, adapters=adapters,
+        controls=controls,
         skips=[_skip(args, i, path) for i, (path, _) in enumerate(adapters)],
         sampler=prompts.sampler(config.sample.sample_sampler) if own_sampler else SAMPLER,
     )  # fmt: skip
@@ -245,6 +252,8 @@ def _parser(prog: str) -> Parser:
     made.add_argument("--merge_lora_weights", action="store_true", help="merge adapters, which takes less time")
     made.add_argument("--include_patterns", nargs="*", default=[], metavar="REGEX", help="keys of each adapter")
     made.add_argument("--exclude_patterns", nargs="*", default=[], metavar="REGEX")
+    made.add_argument(f"--{CONTROLNET}", nargs="*", metavar="FILE [STRENGTH]", help="ControlNets to follow images by")
+    made.add_argument("--control_image", nargs="*", metavar="IMAGE", help="what each of them follows")
     made.add_argument("--save_merged_model", type=Path, metavar="FILE", help="merge adapters, sample nothing")
     made.add_argument("--offload", action="store_true", help="nets are on the device only while they are used")
     made.add_argument("--device", metavar="X")
@@ -350,6 +359,16 @@ def sample_config(words: Sequence[str], prog: str, without: Collection[str] = ()
     for notice in resolved.notices:
         flags.note(notice)
     return resolved.config
+
+
+def take_controls(words: list[str]) -> tuple[list[tuple[Path, float]], str | None]:
+    """Take control nets off a command line, with their strengths, and the images that they follow
+    (`Prompt.controlnet_image`). Errors: `UserError`."""
+    nets = tools.with_strengths(tools.take_values(words, CONTROLNET), CONTROLNET, files=False)
+    images = tools.take_values(words, "control_image")
+    if images and not nets:
+        raise UserError(f"--control_image: it needs --{CONTROLNET}, the ControlNet that follows it")
+    return nets, ";".join(images) or None
 
 
 def given(script: Script, args: Namespace) -> dict[str, Any]:

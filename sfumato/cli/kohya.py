@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -25,6 +25,8 @@ class Script:
     families: tuple[str, ...]
     trains_text: bool = False
     """It trains the text encoder unless asked otherwise."""
+    defaults: Mapping[str, object] = field(default_factory=dict)
+    """Where kohya's defaults differ from ours and change the result."""
 
 
 @cache
@@ -35,14 +37,15 @@ def scripts() -> Mapping[str, Script]:
         facts = families.facts(family)
         for name, method in facts.scripts.items():
             others = found[name].families if name in found else ()
-            found[name] = Script(method, (*others, family), trains_text=name in facts.trains_text)
+            defaults = {**DEFAULTS, **facts.script_defaults.get(name, {})}
+            found[name] = Script(method, (*others, family), name in facts.trains_text, defaults)
     return found
 
 
 SWAPS = ("blocks_to_swap", "double_blocks_to_swap", "single_blocks_to_swap")
 CACHED = ("cache_text_encoder_outputs", "cache_text_encoder_outputs_to_disk")
 DEFAULTS: Mapping[str, object] = {"learning_rate": 2e-6, "caption_extension": ".caption"}
-"""Where kohya's defaults differ from ours and change the result."""
+"""`Script.defaults` of all."""
 
 TAKEN = ("--output_config", "--debug_dataset")
 """Flags that do something in place of the training: write the settings to a file, show the plan."""
@@ -128,7 +131,7 @@ def resolve(script: str, argv: Sequence[str]) -> flags.Resolved:
         _adapt(what, given, report)
 
     found = flags.resolve_all(
-        argv, what.method, prog=f"{script}.py", kohya=True, short=flags_of(what), defaults=DEFAULTS, adapt=adapt
+        argv, what.method, prog=f"{script}.py", kohya=True, short=flags_of(what), defaults=what.defaults, adapt=adapt
     )
     found = _without_idle_defaults(found)
     family = found.config.family.family
@@ -167,19 +170,23 @@ def _adapt(script: Script, given: dict[str, Given], report: Report) -> None:
         report.note(f"{cached}: no text encoder is trained while what they say is kept")
     if "logging_dir" in given and "log_with" not in given:
         _log_folder(given, report)
-    for name in DEFAULTS:
+    for name, value in script.defaults.items():
         if name not in given:
-            report.note(_default_used(name))
+            report.note(_default_used(name, value))
 
 
-def _default_used(name: str) -> str:
-    return f"--{name}: not given; kohya's default {DEFAULTS[name]} is used"
+def _default_used(name: str, value: object) -> str:
+    return f"--{name}: not given; kohya's default {value} is used"
 
 
 def _without_idle_defaults(found: flags.Resolved) -> flags.Resolved:
     """Without the notice of a default where every folder of the dataset file says something else."""
     endings = {s.caption_extension for d in found.datasets for s in d.subsets}
-    idle = () if DEFAULTS["caption_extension"] in endings else (_default_used("caption_extension"),)
+    idle = (
+        ()
+        if DEFAULTS["caption_extension"] in endings
+        else (_default_used("caption_extension", DEFAULTS["caption_extension"]),)
+    )
     return replace(found, notices=tuple(n for n in found.notices if n not in idle))
 
 

@@ -164,12 +164,13 @@ def _sample(words: list[str]) -> int:
     if {word.partition("=")[0].removeprefix("--") for word in words} & {*inference_flags.BY_PROMPT}:
         return inference.run_command(inference_flags.parse("sfumato sample", inference_flags.OWN, words))
     adapters = tools.take_adapters(words, "network_weights")
+    controls, image = inference_flags.take_controls(words)
     config = inference_flags.sample_config(words, "sfumato sample")
     if not config.sample.sample_prompts:
         raise UserError("sfumato sample: say what to sample: --prompt, or --sample_prompts, a file of prompts")
     from sfumato.train import pipeline
 
-    for path in pipeline.main(config, adapters):
+    for path in pipeline.main(config, adapters, controls, image):
         print(path)
     return 0
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -151,26 +152,37 @@ def block_weights(text: str) -> list[float]:
 def take_adapters(words: list[str], flag: str) -> list[tuple[Path, float]]:
     """Take a flag of several files off a command line, `--flag A 0.8 B 0.5`, each followed by its strength or by none;
     one file alone stays there. Errors: `UserError` for files that are not there."""
-    if f"--{flag}" not in words:
-        return []
-    at = words.index(f"--{flag}")
-    end = next((i for i in range(at + 1, len(words)) if words[i].startswith("--")), len(words))
-    values = words[at + 1 : end]
+    values = _values(words, flag)
     if len(values) < 2:
         return []
-    del words[at:end]
+    take_values(words, flag)
     return with_strengths(values, flag)
 
 
-def with_strengths(values: Sequence[str], flag: str) -> list[tuple[Path, float]]:
-    """ "A 0.8 B" -> [(A, 0.8), (B, 1.0)]. Errors: `UserError`."""
+def take_values(words: list[str], flag: str) -> list[str]:
+    """Take a flag of several values off a command line; none if it is not there."""
+    values = _values(words, flag)
+    if f"--{flag}" in words:
+        at = words.index(f"--{flag}")
+        del words[at : at + 1 + len(values)]
+    return values
+
+
+def _values(words: Sequence[str], flag: str) -> list[str]:
+    rest = words[words.index(f"--{flag}") + 1 :] if f"--{flag}" in words else []
+    return list(takewhile(lambda word: not word.startswith("--"), rest))
+
+
+def with_strengths(values: Sequence[str], flag: str, *, files: bool = True) -> list[tuple[Path, float]]:
+    """ "A 0.8 B" -> [(A, 0.8), (B, 1.0)]. `files`: whether these must be files, and no folders or hub ids. Errors:
+    `UserError`."""
     found: list[tuple[Path, float]] = []
     wrong, strong = [], True
     for value in values:
         path = Path(value).expanduser()
         number = None if path.exists() else _number(value)
         if number is None:
-            if not path.is_file():
+            if files and not path.is_file():
                 wrong.append(f"--{flag}: no such file: {value}")
             found.append((path, 1.0))
         elif strong:

@@ -168,6 +168,10 @@ class Models:
         encoders = {name: partial(self.encoders.__getitem__, name) for name in self.encoders}
         return OnDemand({"denoiser": lambda: self.denoiser, **encoders})
 
+    def denoising(self) -> list[nn.Module]:
+        """The denoiser, and what makes it follow images."""
+        return [self.denoiser, *(follower.net for follower in self.followers)]
+
     def make(self, names: Iterable[str]) -> None:
         """Have these nets made, of those that are made when they are asked for."""
         for name in names:

@@ -18,7 +18,7 @@ from sfumato.formats.folders import aside_folder
 from sfumato.formats.names import add_prefix
 from sfumato.models.base import Models
 from sfumato.models.components import open_component
-from sfumato.models.control import ControlSpec, Door, Residuals
+from sfumato.models.control import ControlSpec, Door, Follower, Residuals
 from sfumato.models.detection import Shapes
 from sfumato.models.meta_init import fill, shapes
 
@@ -70,6 +70,14 @@ class Controlled:
         if door.before:
             return door.module.register_forward_pre_hook(lambda module, args: add(args))
         return door.module.register_forward_hook(lambda module, args, output: add(output))
+
+
+def follow_by(models: Models, name: str, strength: float = 1.0, dtype: torch.dtype | None = None) -> Follower:
+    """Have a model follow images by what a file, a folder or the hub holds. Errors: `UserError` if it is for another
+    model."""
+    follower = Controlled(models, read_net(models, name, dtype), strength)
+    models.followers.append(follower)
+    return follower
 
 
 def spec_of(models: Models) -> ControlSpec:

@@ -38,6 +38,8 @@ class Facts:
     """kohya's scripts -> what they train."""
     trains_text: tuple[str, ...] = ()
     """Those of `scripts` that train the text encoder unless asked otherwise."""
+    script_defaults: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    """Those of `scripts` that have defaults of their own which differ from ours, and these."""
     defaults: Mapping[str, Any] = field(default_factory=dict)
     """Settings of all families that have another default here."""
     prompt: Mapping[str, Any] = field(default_factory=dict)

@@ -74,6 +74,8 @@ class Prompt:
     """How far a guided prediction is moved to the deviation of that with the prompt alone, from 0 to 1."""
     guidance_rescale_apg: float | None = None
     """The same in the steps of adaptive projected guidance."""
+    controlnet_image: str | None = None
+    """File of the image to follow; for several control nets one for each, with ; between them."""
 
 
 OPTIONS = {
@@ -88,6 +90,7 @@ OPTIONS = {
     "ctr": "cfg_trunc_ratio",
     "rcfg": "renorm_cfg",
     "fs": "flow_shift",
+    "cn": "controlnet_image",
 }
 """Option of a prompt line -> field."""
 OWN = (
@@ -95,8 +98,6 @@ OWN = (
     "guidance_rescale_apg",
 )  # fmt: skip
 """Fields that only families have whose `FACTS.prompt` gives them a default."""
-LATER = {"cn": "controlnet_image"}
-"""Options and keys of sd-scripts that no family here takes yet."""
 _LONG_DASH = re.compile(r"(?:^|\s)(-*[\u2010-\u2015\u2212\ufe58\uff0d]+-*)([A-Za-z]+)(?=\s)")
 """What word processors and web pages make of two hyphens."""
 KINDS: Mapping[str, type] = {
@@ -109,6 +110,7 @@ KINDS: Mapping[str, type] = {
     "seed": int,
     "scale": float,
     "guidance_scale": float,
+    "controlnet_image": str,
     **{name: int if name.startswith("apg_start_step") else float for name in OWN},
 }
 LIMITS: Mapping[str, tuple[float, float]] = {
@@ -212,7 +214,7 @@ def parse_line(
     """
     text, *parts = re.split(r"(?:^|\s+)--(?=[A-Za-z])", line.strip())
     for dash, name in _LONG_DASH.findall(line):
-        if name.lower() in options or name.lower() in LATER:
+        if name.lower() in options:
             log.warning("%s: %s%s is read as text: an option begins with two hyphens, --%s", place, dash, name, name)
     given: dict[str, str] = {"prompt": text.strip()}
     mistakes = []
@@ -220,7 +222,7 @@ def parse_line(
         name, _, value = part.strip().partition(" ")
         field = options.get(name.lower())
         if field is None:
-            mistakes.append(_unknown(place, f"option --{name}", name.lower(), LATER, options, "--"))
+            mistakes.append(_unknown(place, f"option --{name}", name.lower(), options, "--"))
         elif field in given:
             mistakes.append(f"{place}: --{name} is given twice; give it once")
         elif not value.strip():
@@ -264,9 +266,7 @@ def checked(given: Mapping[str, Any], place: str, default: Prompt) -> Prompt:
     """Fields with their right types and within their limits, put over `default`. Errors: one `UserError` with all
     mistakes, which `place` begins."""
     known = {f.name for f in fields(Prompt)}
-    mistakes = [
-        _unknown(place, f"key {key!r}", key, {v: v for v in LATER.values()}, known) for key in given if key not in known
-    ]
+    mistakes = [_unknown(place, f"key {key!r}", key, known) for key in given if key not in known]
     mistakes += [f"{place}: {message}" for message in of_no_use(given, default)]
     if "prompt" not in given:
         mistakes.append(f'{place}: `prompt` is missing; "" samples without one')
@@ -316,7 +316,5 @@ def sampler(name: str) -> str:
     return name
 
 
-def _unknown(place: str, what: str, name: str, later: Mapping[str, str], known: Iterable[str], prefix: str = "") -> str:
-    if name in later:
-        return f"{place}: {what} ({later[name]}) is not supported yet; leave it out"
+def _unknown(place: str, what: str, name: str, known: Iterable[str], prefix: str = "") -> str:
     return f"{place}: unknown {what}{nearest(name, known)}; known are {', '.join(prefix + k for k in sorted(known))}"

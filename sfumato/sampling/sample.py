@@ -22,6 +22,7 @@ from sfumato.errors import UserError
 from sfumato.models.base import T_NEXT, Models, SampleInfo, check_sizes, device_and_dtype
 from sfumato.models.streaming import encode_each
 from sfumato.sampling import image_files
+from sfumato.sampling.following import following
 from sfumato.sampling.prompts import OWN, SAMPLERS, Prompt, default, of_no_use, own
 from sfumato.sampling.prompts import sampler as own_name
 from sfumato.tensors.guidance import Guidance, GuidanceInfo
@@ -91,7 +92,7 @@ def generate(
     are used, the text encoders, the denoiser and the VAE in turn; None: they are used where they are.
     """
     encoded = encoded or encode_prompts(models, prompts, device)
-    with on_device([models.denoiser], device):
+    with on_device(models.denoising(), device):
         latents = sample_latents(
             models, prompts, process=process, sampler=sampler, batch_size=batch_size, progress=progress, encoded=encoded
         )
@@ -147,10 +148,12 @@ def sample_latents(
 
     encoded = encoded or encode_prompts(models, prompts)
     latents: list[Tensor] = []
-    with torch.no_grad(), _evaluating([models.denoiser]):
+    with torch.no_grad(), _evaluating(models.denoising()):
         for group, scheduler in zip(groups, schedulers, strict=True):
-            start = None if noise is None else noise[group]
-            latents += _denoise(models, [prompts[i] for i in group], scheduler, start, encoded, advance)
+            start, alike = None if noise is None else noise[group], [prompts[i] for i in group]
+            _, height, width = (side * models.family.latents.stride for side in _latent_shape(models, alike[0]))
+            with following(models, alike, width, height):
+                latents += _denoise(models, alike, scheduler, start, encoded, advance)
     return latents
 
 
@@ -359,7 +362,7 @@ def _shape(prompt: Prompt, models: Models, sampler: str) -> tuple[object, ...]:
     values = own(prompt, default(models.options))
     return (
         *_latent_shape(models, prompt), prompt.sample_steps, prompt.sample_sampler or sampler, prompt.scale > 1,
-        *values.items(),
+        prompt.controlnet_image is None, *values.items(),
     )  # fmt: skip
 
 

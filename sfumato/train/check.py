@@ -10,7 +10,7 @@ from pathlib import Path
 
 from sfumato import adapters, families
 from sfumato.adapters import AdapterPlan
-from sfumato.config import Config, DatasetConfig, Method, Settings
+from sfumato.config import FOLLOWING, Config, DatasetConfig, Method, Settings
 from sfumato.errors import Mistakes
 from sfumato.formats.clients import Loaded
 from sfumato.formats.metadata import thumbnail
@@ -18,6 +18,7 @@ from sfumato.memory.plan import check_memory_options
 from sfumato.models.base import Models
 from sfumato.optim.arguments import literals
 from sfumato.optim.trial import for_length, trial
+from sfumato.sampling.following import check_images
 from sfumato.sampling.prompts import Prompt, of_run, sampler
 from sfumato.sampling.sample import check_prompts, check_samplers
 from sfumato.tensors import attention
@@ -86,6 +87,7 @@ def check(config: Config, method: Method, datasets: tuple[DatasetConfig, ...], r
             literals(name, getattr(config.optimizer, name))
     with wrong:
         prompts = _prompts(config, datasets)
+        check_images(prompts, int(method in FOLLOWING), needed=False)
     with wrong:
         plan = adapters.parse(config.network, facts.network_args) if method == "network" else None
     with wrong:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from sfumato.errors import UserError
 from sfumato.sampling import image_files, sample
+from sfumato.sampling.following import check_images
 from sfumato.sampling.prompts import Prompt
 from sfumato.train import outputs
 from sfumato.train.pipeline import Pipeline
@@ -38,9 +39,10 @@ def write(pipeline: Pipeline, prompts: Sequence[Prompt], output: Output, sampler
     paths = []
     with autocast(pipeline.device, pipeline.precision), progress("sampling images") as advance:
         sample.check_prompts(models, prompts, sampler)
+        check_images(prompts, len(models.followers))
         encoded = sample.encode_prompts(models, prompts, device)
         for place, prompt in enumerate(prompts, first):
-            with sample.on_device([models.denoiser], device):
+            with sample.on_device(models.denoising(), device):
                 (latents,) = sample.sample_latents(
                     models, [prompt], process=pipeline.process, sampler=sampler, encoded=encoded, progress=advance
                 )

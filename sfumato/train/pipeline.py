@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -16,8 +16,10 @@ from sfumato.data.store import Progress
 from sfumato.errors import UserError
 from sfumato.memory.plan import apply_memory_options
 from sfumato.models.base import Models
+from sfumato.models.controlled import follow_by
 from sfumato.models.loading import materialize, materialize_vae, unload
 from sfumato.sampling import prompts, sample
+from sfumato.sampling.following import check_images
 from sfumato.tensors import attention
 from sfumato.tensors.noise import NoiseProcess
 from sfumato.train import dist, outputs, swapping
@@ -49,20 +51,26 @@ class Pipeline:
         *,
         offload: bool = False,
         only: Sequence[prompts.Prompt] = (),
+        controls: Sequence[tuple[Path, float]] = (),
     ) -> Pipeline:
         """The base model of a config with its `base_weights` merged, and then `adapters`, files and their strengths.
-        `only`: all prompts that it will sample, for text encoders and denoiser to take turns in memory. Errors:
-        `UserError` for whatever the user can fix."""
+        `controls`: the same for control nets, by which it follows images. `only`: all prompts that it will sample, for
+        text encoders and denoiser to take turns in memory. Errors: `UserError` for whatever the user can fix."""
         precision = dist.precision(config.train.mixed_precision)
         device = dist.device_of() if device is None else device
         attention.choose(config.memory.attention, half=precision != "no", card=dist.capability(device))
         held = torch.device("cpu") if offload else device
         models = outline_models(config)
+        _check_controls(models, controls)
         choices = swapping.chosen(config, models)
         settle(config, models, adapters=adapters)
         encoded = _encoded(models, only, precision, device) if only else None
         read_models(config, models, later=list(models.encoders) if only else ())
         blocks = models.family.blocks(models.denoiser)
+        for path, strength in controls:
+            follower = follow_by(models, str(path), strength, dist.DTYPES[precision])
+            follower.net.to(held)
+            blocks = [*blocks, *follower.blocks]
         apply_memory_options(blocks, config.memory, device, console.print, training=False)
         swapping.place(models, "denoiser", choices.get("denoiser"), device if choices else held)
         if not only:
@@ -114,6 +122,13 @@ class Pipeline:
             )  # fmt: skip
 
 
+def _check_controls(models: Models, controls: Sequence[tuple[Path, float]]) -> None:
+    """That control nets fit an outline. Errors: `UserError`."""
+    for path, strength in controls:
+        follow_by(models, str(path), strength).remove()
+    models.followers.clear()
+
+
 def _encoded(
     models: Models, wanted: Sequence[prompts.Prompt], precision: dist.Precision, device: torch.device
 ) -> sample.EncodedPrompts:
@@ -125,9 +140,15 @@ def _encoded(
     return encoded
 
 
-def main(config: Config, adapters: Sequence[tuple[Path, float]] = ()) -> list[Path]:
+def main(
+    config: Config,
+    adapters: Sequence[tuple[Path, float]] = (),
+    controls: Sequence[tuple[Path, float]] = (),
+    image: str | None = None,
+) -> list[Path]:
     """`sfumato sample`: images of `sample_prompts` with the base model, its `base_weights` and `network_weights`, into
-    `output_dir/sample`. `adapters`: more files, and their strengths.
+    `output_dir/sample`. `adapters`: more files, and their strengths; `controls`: control nets and theirs; `image`: the
+    `controlnet_image` of prompts that have none.
 
     Errors: `UserError` for whatever the user can fix.
     """
@@ -137,12 +158,13 @@ def main(config: Config, adapters: Sequence[tuple[Path, float]] = ()) -> list[Pa
         adapters = [(Path(config.network.network_weights), 1.0), *adapters]
     files = [path for path, _ in adapters]
     plain = prompts.sized(prompts.default(config.family), *files, config.model.pretrained_model_name_or_path)
-    wanted = prompts.read_prompts(config.sample.sample_prompts, plain)
+    wanted = prompts.read_prompts(config.sample.sample_prompts, replace(plain, controlnet_image=image))
+    check_images(wanted, len(controls))
     sampler = prompts.sampler(config.sample.sample_sampler)
     outputs.check_samples(Path(config.output.output_dir))
     world = dist.world()
     try:
-        pipeline = Pipeline.of(config, world.device, adapters, only=wanted[world.rank :: world.size])
+        pipeline = Pipeline.of(config, world.device, adapters, only=wanted[world.rank :: world.size], controls=controls)
         with (
             autocast(world.device, pipeline.precision),
             progress("sampling images") as advance,

@@ -243,3 +243,13 @@ def test_another_familys_settings_are_stated_not_refused(home: Path) -> None:
     assert "accepted, no effect: it is a setting of chroma, flux, sd3" in said
     with pytest.raises(UserError, match="--t5xxl_max_token_length: is a setting of"):
         flags.resolve_all([*BASE, "--t5xxl_max_token_length", "256"], "network")
+
+
+def test_a_control_net_starts_from_a_file_and_has_a_rate_of_its_own(home: Path) -> None:
+    Path("follow").mkdir()
+    Path("data.toml").write_text(Path("data.toml").read_text() + "\nconditioning_data_dir = 'follow'")
+    words = [*BASE, "--controlnet_model_name_or_path=base.safetensors", "--learning_rate=1e-5", "--save_model_as=ckpt"]
+    found = kohya.resolve("train_control_net", words).config
+    assert found.control.controlnet_model_name_or_path == "base.safetensors" and found.control.control_net_lr is None
+    assert kohya.resolve("train_controlnet", [*words, "--control_net_lr=2e-5"]).config.control.control_net_lr == 2e-5
+    assert kohya.scripts()["sdxl_train_control_net"].defaults["control_net_lr"] == 1e-4

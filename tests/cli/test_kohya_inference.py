@@ -284,7 +284,7 @@ def test_prompts_are_asked_for_and_the_model_is_read_once(
     said = medium.launch(tmp_path, [*SMALL, "--interactive", "--lora_weights", lora(tmp_path)])
     assert len(read_models) == 1
     assert [line for line in said.splitlines() if "error" in line] == [
-        "error: prompt: unknown option --zz; known are --c, --ctr, --d, --fs, --g, --h, --l, --n, --rcfg, --s, --w",
+        "error: prompt: unknown option --zz; known are --c, --cn, --ctr, --d, --fs, --g, --h, --l, --n, --rcfg, --s, --w",
         "error: --m 1,2: 2 strengths for 1 adapters that are not merged",
     ]
     first, kept, strong = (pixels(tmp_path / path) for path in capsys.readouterr().out.splitlines())

@@ -55,7 +55,7 @@ def test_commands_hand_over_the_config(home: Path, monkeypatch: pytest.MonkeyPat
         raising=False,
     )
     monkeypatch.setattr(run, "cache", lambda config, datasets: calls.append(("cache", "network", len(datasets))))
-    monkeypatch.setattr(pipeline, "main", lambda config, adapters: [Path(config.sample.sample_prompts)])
+    monkeypatch.setattr(pipeline, "main", lambda config, *_: [Path(config.sample.sample_prompts)])
     Path("prompts.txt").write_text("a cat\n")
     for argv in (
         ["train", "full", *BASE],
