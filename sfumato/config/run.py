@@ -74,6 +74,8 @@ _WARMED_UP = Excludes(
 _EVERY_EPOCHS = Needs("save_every_n_epochs", "save_n_epoch_ratio")
 _RATIO = "save_n_epoch_ratio decides when results are saved"
 _ADAPTERS = Only("network", why="only `train network` trains an adapter")
+_SMALL_NETS = Only("network", "lllite", why="only `train network` and `train lllite` train small nets on its layers")
+_LITE = Only("lllite", why="only `train lllite` trains a ControlNet-LLLite")
 _ADAPTER_RATES = Only("network", why="only `train network` has it; all else goes by learning_rate")
 _WHOLE = Only("full", why="an adapter's text encoder goes by text_encoder_lr and network_train_unet_only")
 _FUSED = Needs("fused_backward_pass", "fused_optimizer_groups", "blockwise_fused_optimizers")
@@ -87,6 +89,7 @@ _WANDB = Needs("log_with", among=("wandb", "all"), why="it needs log_with wandb"
 _RESERVED = re.compile(r"(con|prn|aux|nul|conin\$|conout\$|(com|lpt)[0-9¹²³])\s*(\.|$)", re.IGNORECASE)
 _LONGEST = 180
 """Bytes of a name: 255 less what step, component, process and ending add while a file is written."""
+Channels = Annotated[int, Interval(ge=2, le=4096)]
 FileName = Annotated[
     str,
     Must(re.compile(r"[^/\\]+", re.DOTALL).fullmatch, "a file name without folders; the folder is output_dir"),
@@ -316,31 +319,33 @@ class LossConfig(Record):
 
 @dataclass(frozen=True, kw_only=True)
 class NetworkConfig(Record):
-    """The adapter, when one is trained."""
+    """The adapter, or the ControlNet-LLLite, when one is trained."""
 
-    RULES = (_ADAPTERS,)
+    RULES = (_SMALL_NETS,)
 
-    network_module: str | None = None
+    network_module: Annotated[str | None, _ADAPTERS] = None
     """Kind of adapter: {kinds}. kohya's names (`networks.lora`, `networks.lora_flux`) mean the same, and so does
     `lycoris.kohya` with `algo=KIND` in network_args. Default: as network_weights says, else lora."""
     network_dim: Count | None = None
-    """Rank of the adapter; default 4."""
-    network_alpha: Amount | None = None
+    """Rank of the adapter; default 4. Width of the nets of a ControlNet-LLLite; default 64."""
+    network_alpha: Annotated[Amount | None, _ADAPTERS] = None
     """The change is scaled by alpha / rank; 0 means the rank; default 1."""
     network_dropout: Annotated[Chance | None, ZeroIsOff()] = None
     """Chance that a neuron of the adapter is dropped in a step."""
-    network_args: tuple[str, ...] = ()
+    network_args: Annotated[tuple[str, ...], _ADAPTERS] = ()
     """Further arguments of the adapter, as `key=value`: what gets adapters (`target=attention,mlp`), ranks and rates by
     layer, and the kind's and the family's own, all in docs/adapters.md: {arguments}."""
     network_weights: File = None
-    """Start from this adapter file."""
-    dim_from_weights: Annotated[bool, Needs("network_weights")] = False
+    """Start from this file of an adapter, or of a ControlNet-LLLite, whose sizes are then the file's."""
+    dim_from_weights: Annotated[bool, _ADAPTERS, Needs("network_weights")] = False
     """Take ranks and alphas from network_weights."""
-    network_train_unet_only: bool = False
+    network_train_unet_only: Annotated[bool, _ADAPTERS] = False
     """Put adapters on the denoiser only."""
-    network_train_text_encoder_only: bool = False
+    network_train_text_encoder_only: Annotated[bool, _ADAPTERS] = False
     """Put adapters on the text encoder only."""
-    scale_weight_norms: Annotated[Amount | None, ZeroIsOff()] = None
+    cond_emb_dim: Annotated[Channels, _LITE] = 32
+    """Channels that the image to be followed becomes for each layer of a ControlNet-LLLite."""
+    scale_weight_norms: Annotated[Amount | None, ZeroIsOff(), _ADAPTERS] = None
     """Keep the norm of each layer's change below this (max-norm regularisation)."""
     base_weights: Annotated[tuple[str, ...], PathTo("file")] = ()
     """Adapter files merged into the base model before training."""

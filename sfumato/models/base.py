@@ -31,6 +31,7 @@ from sfumato.models.components import Checkpoint, Component, Scaling
 from sfumato.models.control import ControlSpec, Follower
 from sfumato.models.detection import Shapes
 from sfumato.models.encoders.tokenizers import MERGES
+from sfumato.models.lllite import LiteSpec
 from sfumato.models.locate import INDEX
 from sfumato.models.ondemand import OnDemand
 from sfumato.models.tiles import in_tiles
@@ -361,3 +362,5 @@ class Family:
     """What layer-wise weights of an adapter are for; None: there are none for this family."""
     control: ControlSpec | None = None
     """How control nets are put onto the denoiser; None: there are none for this family."""
+    lllite: LiteSpec | None = None
+    """How ControlNet-LLLites are put onto the denoiser; None: there are none for this family."""

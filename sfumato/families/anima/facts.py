@@ -7,7 +7,7 @@ from typing import Annotated
 
 from annotated_types import Interval
 
-from sfumato.config.rules import Folder, Only, Rate, Weights
+from sfumato.config.rules import Folder, Must, Only, Rate, Weights
 from sfumato.families.anima.clients import LOADS_IN
 from sfumato.families.anima.network_args import NetworkArgs
 from sfumato.models import flow_options
@@ -32,7 +32,35 @@ SHIFT = 3.0
 """Towards noise, of samplers."""
 LONGEST = 4096
 """Tokens that diffusers' pipeline lets a caption have at most."""
+Even = Annotated[int, Interval(ge=2, le=4096), Must(lambda n: n % 2 == 0, "an even number")]
 _Tokens = Annotated[int, Interval(ge=1, le=LONGEST)]
+LITE_LAYERS = {
+    "self_attn_q_pre": r"self_attn\.q_proj",
+    "self_attn_kv_pre": r"self_attn\.[kv]_proj",
+    "cross_attn_q_pre": r"cross_attn\.q_proj",
+    "mlp_fc1_pre": r"mlp\.layer1",
+}
+"""sd-scripts' names of layers that a ControlNet-LLLite may stand at -> pattern of their paths in a block."""
+LITE_SETS = {
+    "self_attn_q": ("self_attn_q_pre",),
+    "self_attn_qkv": ("self_attn_q_pre", "self_attn_kv_pre"),
+    "self_attn_qkv_cross_q": ("self_attn_q_pre", "self_attn_kv_pre", "cross_attn_q_pre"),
+}
+"""Names for several of them."""
+
+
+def lite_layers(text: str) -> tuple[str, ...]:
+    """`lllite_target_layers` as keys of `LITE_LAYERS`, in their order; none for what is not known."""
+    asked = LITE_SETS.get(text.strip()) or [name.strip() for name in text.split(",")]
+    return tuple(name for name in LITE_LAYERS if name in asked) if set(asked) <= LITE_LAYERS.keys() else ()
+
+
+_LITE = Only("lllite", why="only `train lllite` trains a ControlNet-LLLite")
+_LiteLayers = Annotated[
+    str,
+    Must(lite_layers, f"one of {', '.join(LITE_SETS)}, or some of {', '.join(LITE_LAYERS)} with commas between"),
+    _LITE,
+]
 _ComponentRate = Annotated[Rate | None, Only("full", why="adapters have unet_lr and, in network_args, network_reg_lrs")]
 
 
@@ -65,6 +93,15 @@ class Options(FlowOptions):
     """The same of the modulations."""
     llm_adapter_lr: _ComponentRate = None
     """The same of the text adapter, which holds much of what the model knows of names and is easily spoiled."""
+    lllite_target_layers: _LiteLayers = "self_attn_q"
+    """Layers of each block that a ControlNet-LLLite stands at: self_attn_q, self_attn_qkv, self_attn_qkv_cross_q, or
+    some of self_attn_q_pre, self_attn_kv_pre, cross_attn_q_pre, mlp_fc1_pre with commas between."""
+    lllite_cond_dim: Annotated[Even, _LITE] = 64
+    """Channels of the net by which a ControlNet-LLLite looks at the image: an even number."""
+    lllite_cond_resblocks: Annotated[int, Interval(ge=0, le=64), _LITE] = 1
+    """Residual blocks of that net: more see farther."""
+    lllite_use_aspp: Annotated[bool, _LITE] = False
+    """Let that net look at the image near, far and as a whole (ASPP): for depth or regions more than for lines."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -94,6 +131,8 @@ _VIDEO = "a Cosmos-Predict2 model that takes {} channels a patch, not {} (one of
 
 
 def _denoiser(shapes: Shapes) -> Detected | None:
+    if has(shapes, r"lllite_dit_blocks_\d+_\w+\.down\.weight"):
+        return Detected(family=FAMILY, kind="controlnet", dialect="lllite")
     if (found := marked(shapes, _COSMOS, (NET, PREFIX, ""))) is None:
         return None
     dialect, prefix = found

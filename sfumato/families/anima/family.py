@@ -15,6 +15,7 @@ from sfumato.data.batch import Cond
 from sfumato.errors import UserError
 from sfumato.families.anima.facts import BESIDE, NET, PATCH_CHANNELS, QWEN3, SHIFT, VAE, Completed, Options
 from sfumato.families.anima.folder import new_folder
+from sfumato.families.anima.lllite import LLLITE
 from sfumato.families.anima.names import TARGETS, anima_keys, dialects
 from sfumato.families.anima.net import PATCH, STRETCH, Anima, blocks
 from sfumato.families.anima.strategies import LATENTS, OUTPUTS, AnimaEncode, AnimaTokenize
@@ -161,5 +162,6 @@ FAMILY = Family(
     dialects=lambda models: dialects(),
     targets={"denoiser": TARGETS, "qwen3": LLM_TARGETS},
     rate=rate,
+    lllite=LLLITE,
     encoder_lr_order=("qwen3",),
 )

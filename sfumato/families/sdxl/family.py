@@ -22,6 +22,7 @@ from sfumato.families.sd.strategies import SdTokenize
 from sfumato.families.sdxl.control import CONTROL
 from sfumato.families.sdxl.facts import SIZE_WIDTH, SIZES, Options
 from sfumato.families.sdxl.folder import check_unet, new_folder, scheduler, zero_snr
+from sfumato.families.sdxl.lllite import LLLITE
 from sfumato.families.sdxl.names import CLIP_G, CLIP_L, PASSTHROUGH, UNET_TARGETS, VAE, unet_keys
 from sfumato.families.sdxl.net import UNet, blocks
 from sfumato.families.sdxl.network_args import UNET_BLOCKS
@@ -199,6 +200,7 @@ FAMILY = Family(
     trainable=trainable,
     rate=rate,
     block_weights=SDXL,
+    lllite=LLLITE,
     encoder_lr_order=("clip_l", "clip_g"),
     control=CONTROL,
 )

@@ -12,6 +12,7 @@ from sfumato.train.trainables.adapters import Adapters, adapter_rates
 from sfumato.train.trainables.base import SAVE_DTYPES, Trainable, caches_latents, caches_text
 from sfumato.train.trainables.controlnet import ControlNet
 from sfumato.train.trainables.full import Full, net_rates, whole_nets
+from sfumato.train.trainables.lllite import LLLite
 
 __all__ = [
     "MAKERS",
@@ -19,6 +20,7 @@ __all__ = [
     "Adapters",
     "ControlNet",
     "Full",
+    "LLLite",
     "Trainable",
     "adapter_rates",
     "caches_latents",
@@ -30,7 +32,11 @@ __all__ = [
 ]
 
 
-MAKERS: Mapping[Method, Callable[[Models, Config], Trainable]] = {"full": Full, "controlnet": ControlNet}
+MAKERS: Mapping[Method, Callable[[Models, Config], Trainable]] = {
+    "full": Full,
+    "controlnet": ControlNet,
+    "lllite": LLLite,
+}
 """What is trained -> the class; adapters take a plan besides."""
 
 
