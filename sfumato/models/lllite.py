@@ -87,7 +87,8 @@ class Lite:
 
     def __init__(self, models: Models, net: LiteNet, strength: float = 1.0) -> None:
         """Errors: `UserError` if the net is not for this denoiser."""
-        self.net, self.strength = net, strength
+        self.net: nn.Module = net
+        self.strength, self._hint_of = strength, net.hint
         self.multiplier: Tensor | None = None
         """(b,) strength on each of the samples, times `strength`."""
         self.drop: Callable[[str, Tensor], Tensor] | None = None
@@ -114,7 +115,7 @@ class Lite:
     def _look(self, *_: object) -> None:
         # Before the blocks: what is recomputed in the backward pass finds the same hint.
         if self._images is not None and self.strength != 0:
-            self._hint = self.net.hint(self._images)
+            self._hint = self._hint_of(self._images)
 
     def _at(self, path: str, part: nn.Module) -> Callable[[nn.Module, tuple[Any, ...]], tuple[Any, ...] | None]:
         def hook(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:

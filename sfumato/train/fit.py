@@ -247,7 +247,7 @@ def _spared(config: Config, method: Method) -> Iterator[str]:
         named |= {"optimizer_state_on_cpu": o.optimizer_state_on_cpu}
         named |= {"blocks_to_swap (beside the last two)": bool(config.memory.blocks_to_swap)}
         yield from (name for name, there in named.items() if not there)
-    elif method == "network":
+    elif method in ("network", "lllite"):
         yield "a smaller network_dim"
     yield from () if caches_latents(config) else ("cache_latents",)
     yield from () if caches_text(config) else ("cache_text_encoder_outputs",)

@@ -27,7 +27,7 @@ from sfumato.tensors import attention
 from sfumato.train import dist, trainables
 from sfumato.train.devices import formats, outline_models
 from sfumato.train.step import Step
-from sfumato.train.trainables import Adapters, Trainable, caches_latents, caches_text
+from sfumato.train.trainables import Adapters, LLLite, Trainable, caches_latents, caches_text
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,6 +174,9 @@ def _signatures(trainable: Trainable, models: Models) -> Callable[[nn.Module], H
         for (component, path), adapter in trainable.network.by_path().items():
             layer = models.nets()[component].get_submodule(path)
             hooked[layer] = (signature(adapter, {}), repr(getattr(adapter, "options", None)))
+    if isinstance(trainable, LLLite):
+        for path, part in trainable.lite.parts.items():
+            hooked[models.denoiser.get_submodule(path)] = signature(part, {})
     found: dict[int, Hashable] = {}
 
     def of(part: nn.Module) -> Hashable:
