@@ -16,7 +16,7 @@ from sfumato.cli import options, paths, rules, toml, values
 from sfumato.cli.report import Given, Report
 from sfumato.config import FOLLOWING, DatasetConfig, Settings, SubsetConfig
 from sfumato.config.data import ONLY_REGULARISATION, CaptionOptions, ImageOptions
-from sfumato.config.relations import caches_text
+from sfumato.config.relations import caches_text, follows_or_masks
 from sfumato.data import folders
 from sfumato.errors import UserError, nearest
 from sfumato.formats.paths import trouble
@@ -47,6 +47,8 @@ def read(settings: Settings, given: Mapping[str, Given], report: Report) -> tupl
 
     `settings`: what the files fall back to; `given`: what a user set.
     """
+    if not follows_or_masks(settings):  # which is reported with the other settings that do nothing
+        settings = replace(settings, conditioning_data_dir=None)
     source = next((given[name] for name in SOURCES if name in given), None)
     lenient = source is not None and source.lenient
     if settings.dataset_config:
@@ -195,11 +197,13 @@ def _known() -> dict[str, options.Option]:
 
 def from_folders(settings: Settings, given: Mapping[str, Given], report: Report) -> Tables:
     """One dataset of what in_json names or dataset_class gives, or of the folders `<repeats>_<class tokens>` in
-    train_data_dir and reg_data_dir."""
+    train_data_dir and reg_data_dir; of train_data_dir itself where images follow others, as in kohya's scripts."""
     for flag, name in (("in_json", "metadata_file"), ("dataset_class", "dataset_class")):
         if value := getattr(settings, flag):
             own = {name: value, "image_dir": settings.train_data_dir}
             return [({}, [{key: Given(key, each, f"--{flag}", False) for key, each in own.items() if each}])]
+    if settings.method in FOLLOWING and settings.train_data_dir:
+        return [({}, [{"image_dir": Given("image_dir", settings.train_data_dir, "train_data_dir", False)}])]
     subsets = [
         s
         for key, folder in (("train_data_dir", settings.train_data_dir), ("reg_data_dir", settings.reg_data_dir))

@@ -12,6 +12,8 @@ RENAMED: Mapping[str, tuple[str, object]] = {
     "caption_extention": ("caption_extension", None),
     "diffusers_xformers": ("xformers", None),
     "fp8_vl": ("quantize_text_encoders", "fp8"),
+    "lllite_dropout": ("network_dropout", None),
+    "lllite_mlp_dim": ("network_dim", None),
     "mem_eff_attn": ("sdpa", None),
     "unsloth_offload_checkpointing": ("cpu_offload_checkpointing", None),
     "use_8bit_adam": ("optimizer_type", "AdamW8bit"),
@@ -91,13 +93,15 @@ _INITIAL = f"{_LATER}: save_state and resume continue a run exactly"
 _MEMORY = f"{_LATER}: gradient_checkpointing, full_bf16 and cached latents spare memory"
 
 REFUSED: Mapping[str, str] = {
-    "conditioning_data_dir": "goes into the dataset file, to the subset whose images it masks",
     "debug_dataset": "is a flag of kohya's command lines alone: `sfumato plan` shows images, buckets and steps",
     "deepspeed": f"{_LATER}: leave it out; several cards work through torchrun or accelerate launch alone",
     "full_fp16": "is not supported, as weights and gradients overflow in fp16: use full_bf16, or mixed_precision fp16",
     "huggingface_token": f"{_SECRET}: use `hf auth login` or the variable HF_TOKEN",
     "initial_epoch": _INITIAL,
     "initial_step": _INITIAL,
+    "lllite_cond_in_channels": "is not supported: the images to follow are RGB, 3 channels; leave it out",
+    "lllite_inpaint_masked_input": "is not supported: a ControlNet-LLLite follows RGB images, without a mask",
+    "lllite_multiplier": "is network_multiplier of a dataset, in the dataset file; leave it out for 1",
     "llm_adapter_path": "is not supported: the text adapter is read from the base model's file, as by sd-scripts",
     "log_tracker_config": _LATER,
     "no_token_padding": f"{_LATER}: captions are padded to the encoder's length, as inference does",

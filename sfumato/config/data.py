@@ -177,7 +177,8 @@ class DataConfig(Record, CaptionOptions, ImageOptions, BucketOptions):
     dataset_config: File = None
     """Dataset file (TOML or JSON) with [general], [[datasets]] and [[datasets.subsets]]."""
     train_data_dir: Annotated[Folder, _DATASET_FILE] = None
-    """Folder of folders `<repeats>_<class tokens>` in place of dataset_config."""
+    """Folder of folders `<repeats>_<class tokens>` in place of dataset_config; where a ControlNet is trained, the
+    folder of the images itself."""
     in_json: Annotated[File, _DATASET_FILE] = None
     """Metadata file (JSON or JSONL) with captions and tags; train_data_dir is then the folder of the images that it
     names."""
@@ -192,6 +193,9 @@ class DataConfig(Record, CaptionOptions, ImageOptions, BucketOptions):
     """Times each image is used in an epoch, where the dataset file says nothing."""
     class_tokens: str | None = None
     """Caption of images that have no caption file, where the dataset file says nothing."""
+    conditioning_data_dir: Folder = None
+    """Folder of images with the same names, where the dataset file says nothing: masks for masked_loss, or for a
+    ControlNet the images to follow."""
     cache_latents: bool = False
     """Encode each image once and keep the latents."""
     cache_latents_to_disk: bool = False

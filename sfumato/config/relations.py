@@ -7,12 +7,17 @@ from importlib.util import find_spec
 
 from sfumato.config.memory import ATTENTION
 from sfumato.config.rules import Clash, Idle
-from sfumato.config.run import Settings
+from sfumato.config.run import FOLLOWING, Settings
 
 
 def caches_text(s: Settings) -> bool:
     """Whether the outputs of the text encoders are kept."""
     return s.cache_text_encoder_outputs or s.cache_text_encoder_outputs_to_disk
+
+
+def follows_or_masks(s: Settings) -> bool:
+    """Whether images have others of the same names beside them."""
+    return s.masked_loss or s.method in FOLLOWING
 
 
 def _swaps_trained(s: Settings) -> bool:
@@ -48,6 +53,11 @@ def _is_installed(s: Settings) -> bool:
 
 
 IDLE = (
+    Idle(
+        ("conditioning_data_dir",),
+        lambda s: not follows_or_masks(s),
+        "it holds masks for masked_loss, or the images that a ControlNet follows",
+    ),
     Idle(
         ("fused_clipping",),
         lambda s: s.fused_clipping != "host" and not s.max_grad_norm and _precision(s) != "fp16",
@@ -169,7 +179,7 @@ CLASHES = (
     ),
     Clash(
         ("save_model_as",),
-        lambda s: s.method == "network" and s.save_model_as in ("diffusers", "diffusers_safetensors"),
+        lambda s: s.method in ("network", "lllite") and s.save_model_as in ("diffusers", "diffusers_safetensors"),
         "an adapter is saved as safetensors, ckpt or pt; for diffusers' key names set dialect peft",
     ),
 )

@@ -179,7 +179,11 @@ FACTS = Facts(
     base_model_version=lambda options: "anima",
     pipelines=("AnimaModularPipeline",),
     denoiser_beside=BESIDE,
-    scripts={"anima_train_network": "network", "anima_train": "full"},
+    scripts={
+        "anima_train_network": "network",
+        "anima_train": "full",
+        "anima_train_control_net_lllite": "lllite",
+    },
     defaults={"sample_sampler": "euler"},
     prompt={"width": 1024, "height": 1024, "sample_steps": 50, "scale": 3.5, "flow_shift": SHIFT},
     refused=flow_options.REFUSED,
