@@ -112,10 +112,10 @@ class Lite:
             handle.remove()
         self._handles = []
 
-    def _look(self, *_: object) -> None:
+    def _look(self, _: nn.Module, args: tuple[Any, ...]) -> None:
         # Before the blocks: what is recomputed in the backward pass finds the same hint.
         if self._images is not None and self.strength != 0:
-            self._hint = self._hint_of(self._images)
+            self._hint = self._hint_of(_as(self._images.to(args[0].device), self.net))
 
     def _at(self, path: str, part: nn.Module) -> Callable[[nn.Module, tuple[Any, ...]], tuple[Any, ...] | None]:
         def hook(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
@@ -132,9 +132,7 @@ class Lite:
         hint, times = self._hint, len(x) // len(self._hint)
         if times > 1:
             hint = hint.repeat(times, *[1] * (hint.ndim - 1))
-        change = cast(Part, part)(
-            _as(x, part), _as(hint, part), lambda m: m if self.drop is None else self.drop(path, m)
-        )
+        change = cast(Part, part)(_as(x, part), hint, lambda m: m if self.drop is None else self.drop(path, m))
         if self.multiplier is not None:
             change = change * per_sample(self.multiplier, change).to(change.dtype)
         return torch.add(x, change.to(x.dtype), alpha=self.strength)
@@ -190,6 +188,12 @@ def _start(spec: LiteSpec, wanted: Shapes, name: str, seed: int) -> Tensor:
         return torch.ones(wanted[name])
     bound = 1 / math.sqrt(math.prod(wanted[f"{name.rpartition('.')[0]}.weight"][1:]))
     return torch.empty(wanted[name]).uniform_(-bound, bound, generator=generator(seed, "lllite", name))
+
+
+def is_lite(name: str) -> bool:
+    """Whether a file holds such a net, of whichever family."""
+    path = Path(name).expanduser()
+    return path.is_file() and any(key.startswith("lllite_") for key in files.read_header(path).tensors)
 
 
 def read_net(models: Models, path: Path, *, outline: bool = False) -> LiteNet:

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from runs.test_families import says
 from tinies.cases import Case, cases
 from torch import Tensor, nn
 
 from sfumato import families
+from sfumato.config import LossConfig, NoiseConfig
 from sfumato.errors import UserError
 from sfumato.families.anima import lllite as anima
 from sfumato.families.anima.facts import Options
@@ -21,8 +25,10 @@ from sfumato.families.detect import identify
 from sfumato.families.sdxl import lllite as sdxl
 from sfumato.formats.files import load, read_header, save
 from sfumato.models.base import Models
+from sfumato.models.controlled import follow_by
 from sfumato.models.lllite import Lite, LiteNet, new_net, read_net, save_net
 from sfumato.models.meta_init import shapes
+from sfumato.sampling.sample import sample_latents
 
 CASES = {case.name: case for case in cases() if families.family(case.family).lllite}
 Keys = Callable[[str], dict[str, tuple[int, ...]]]
@@ -194,3 +200,28 @@ def test_files_of_other_kinds_are_refused(case: Case, models: Models, tmp_path: 
         save(path, good, {"lllite.version": "3"})
         with pytest.raises(UserError, match="version 3"):
             read_net(models, path)
+
+
+def test_samples_follow_it(case: Case, models: Models, tmp_path: Path) -> None:
+    """Of a size that the U-Net rounds up on its way down, too; strength 0 changes no bit."""
+    save_net(models, filled(models), tmp_path / "net.safetensors", metadata={})
+    Image.fromarray(np.random.default_rng(1).integers(0, 256, (8, 8, 3), dtype=np.uint8)).save(tmp_path / "a.png")
+    prompt = replace(case.prompt, width=48, height=32, sample_steps=1)
+    followed = replace(prompt, controlnet_image=str(tmp_path / "a.png"))
+
+    def sampled(strength: float | None, *prompts: Any) -> list[Tensor]:
+        if strength is not None:
+            follow_by(models, str(tmp_path / "net.safetensors"), strength)
+        process = models.process(NoiseConfig(), LossConfig())
+        found = sample_latents(models, prompts, process=process, sampler="euler", batch_size=2)
+        for follower in models.followers:
+            follower.remove()
+        models.followers.clear()
+        return found
+
+    (alone,) = sampled(None, prompt)
+    (without,) = sampled(0.0, followed)
+    assert torch.equal(without, alone)
+    one, other = sampled(0.7, followed, prompt)
+    assert torch.equal(other, alone)
+    assert (one - alone).abs().max() > 1e-3
