@@ -7,6 +7,7 @@ checked when a record is made; keys, types, and settings that would do nothing a
 
 from sfumato.config import relations, rules
 from sfumato.config.data import DataConfig, DatasetConfig, SubsetConfig
+from sfumato.config.embedding import EmbeddingConfig
 from sfumato.config.hub import HubConfig
 from sfumato.config.memory import MemoryConfig
 from sfumato.config.metadata import MetadataConfig
@@ -34,6 +35,7 @@ __all__ = [
     "Config",
     "DataConfig",
     "DatasetConfig",
+    "EmbeddingConfig",
     "FamilyOptions",
     "HubConfig",
     "LogConfig",

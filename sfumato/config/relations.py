@@ -173,13 +173,25 @@ CLASHES = (
         "text outputs cannot be kept while the text encoder is trained",
     ),
     Clash(
+        ("token_string",),
+        lambda s: s.method == "embedding" and not s.token_string,
+        "`train embedding` learns a word, which must be named",
+    ),
+    Clash(
+        ("cache_text_encoder_outputs", "cache_text_encoder_outputs_to_disk"),
+        lambda s: caches_text(s) and s.token_string,
+        "what captions say cannot be kept while a word of theirs is learnt",
+    ),
+    Clash(
         ("full_bf16",),
         lambda s: s.full_bf16 and _precision(s) != "bf16",
         "weights in bf16 are trained with mixed_precision bf16 alone; set it too, or leave full_bf16 out",
     ),
     Clash(
         ("save_model_as",),
-        lambda s: s.method in ("network", "lllite") and s.save_model_as in ("diffusers", "diffusers_safetensors"),
+        lambda s: (
+            s.method in ("network", "embedding", "lllite") and s.save_model_as in ("diffusers", "diffusers_safetensors")
+        ),
         "an adapter is saved as safetensors, ckpt or pt; for diffusers' key names set dialect peft",
     ),
 )

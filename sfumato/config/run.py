@@ -10,6 +10,7 @@ from annotated_types import Interval
 
 from sfumato.config.control import ControlConfig
 from sfumato.config.data import DataConfig
+from sfumato.config.embedding import EmbeddingConfig
 from sfumato.config.hub import HubConfig
 from sfumato.config.memory import MemoryConfig
 from sfumato.config.metadata import MetadataConfig
@@ -76,6 +77,7 @@ _RATIO = "save_n_epoch_ratio decides when results are saved"
 _ADAPTERS = Only("network", why="only `train network` trains an adapter")
 _SMALL_NETS = Only("network", "lllite", why="only `train network` and `train lllite` train small nets on its layers")
 _LITE = Only("lllite", why="only `train lllite` trains a ControlNet-LLLite")
+_SMALL = Only("network", "embedding", why="only files of adapters and embeddings have several")
 _ADAPTER_RATES = Only("network", why="only `train network` has it; all else goes by learning_rate")
 _WHOLE = Only("full", why="an adapter's text encoder goes by text_encoder_lr and network_train_unet_only")
 _FUSED = Needs("fused_backward_pass", "fused_optimizer_groups", "blockwise_fused_optimizers")
@@ -160,9 +162,10 @@ class OutputConfig(Record):
     """Save the whole state of the run when training ends."""
     resume: Annotated[str | None, PathTo("state")] = None
     """Resume from this state folder (`NAME-state`), or `auto` for the newest in output_dir."""
-    dialect: Annotated[Literal["kohya", "comfy", "peft", "diffusers", "lycoris"], _ADAPTERS] = "kohya"
+    dialect: Annotated[Literal["kohya", "comfy", "peft", "diffusers", "lycoris"], _SMALL] = "kohya"
     """Key names of a saved adapter; `kohya`, which LyCORIS' files have too, loads in ComfyUI, Forge and diffusers;
-    `diffusers` and `peft` are one."""
+    `diffusers` and `peft` are one. A saved embedding of one encoder is called by its word in these two, and
+    `emb_params` else."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -421,6 +424,7 @@ class Config:
     loss: LossConfig = field(default_factory=LossConfig)
     network: NetworkConfig = field(default_factory=NetworkConfig)
     control: ControlConfig = field(default_factory=ControlConfig)
+    embedding: EmbeddingConfig = field(default_factory=EmbeddingConfig)
     sample: SampleConfig = field(default_factory=SampleConfig)
     log: LogConfig = field(default_factory=LogConfig)
     family: FamilyOptions = field(default_factory=FamilyOptions)
@@ -440,6 +444,7 @@ class Settings(
     LossConfig,
     NetworkConfig,
     ControlConfig,
+    EmbeddingConfig,
     SampleConfig,
     LogConfig,
 ):

@@ -300,6 +300,8 @@ class Family:
     Errors: `UserError` if they contradict."""
     tokenizer_specs: Mapping[str, TokenizerSpec]
     """Text encoder, or the denoiser where that takes tokens itself -> its tokenizer."""
+    wordless: frozenset[str] = frozenset()
+    """Text encoders that cannot have new words, as they do not read the caption itself."""
     new_folder: Callable[[Models], NewFolder | None] | None = None
     """Its value None: what the folder that the model came from holds is copied. No function: it is saved as a diffusers
     folder only if it came as one."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,6 +21,7 @@ from sfumato import adapters, families
 from sfumato.adapters.insert import from_state
 from sfumato.config import Config, DatasetConfig, Method, Settings, SubsetConfig
 from sfumato.formats.files import read_header
+from sfumato.models import embedding_files, embeddings
 from sfumato.models.base import Models, SampleInfo
 from sfumato.models.loading import materialize, materialize_vae
 from sfumato.train import dist, loop, run
@@ -81,14 +82,14 @@ def trained(a_run: loop.Run) -> Models:
     return models
 
 
-def says(models: Models) -> Tensor:
-    """What a model says of fixed latents and a caption."""
+def says(models: Models, captions: Sequence[str] = ("image 1, red", "blue")) -> Tensor:
+    """What a model says of fixed latents and captions."""
     facts, n = models.family.latents, 2
     x = torch.randn(n, facts.channels, 8, 8, generator=torch.Generator().manual_seed(1))
     sizes = torch.tensor([[64, 64, 0, 0, 64, 64]] * n)
     materialize(models)  # where text outputs are kept, the encoders were not even read
     with torch.no_grad():
-        cond = models.condition(models.encode(models.tokenize(["image 1, red", "blue"])), SampleInfo(sizes=sizes))
+        cond = models.condition(models.encode(models.tokenize(captions)), SampleInfo(sizes=sizes))
         return models.predict(x, torch.tensor([100.0, 700.0]), cond)
 
 
@@ -217,6 +218,43 @@ def adapted(case: Case, files: Files, run: Adapted, components: set[str]) -> Non
     assert read_header(result).metadata["ss_base_model_version"] == families.facts(case.family).base_model_version(
         models.options
     )
+
+
+FIRST = [case for case in cases() if case.name == next(c.name for c in cases() if c.family == case.family)]
+
+
+@pytest.mark.parametrize("other", FIRST, ids=lambda case: case.family)
+def test_a_word(other: Case, images: Path, tmp_path: Path) -> None:
+    """Its vectors change in every text encoder that reads captions, and nothing else does; its file says what was trained;
+    a run that was resumed is the same bit for bit."""
+    for caption in images.glob("*.txt"):
+        caption.write_text(f"a red hoge, {caption.stem}")
+    files = other.write(tmp_path / "model")
+    word = {"token_string": "hoge", "init_word": "cat", "num_vectors_per_token": 2, "max_train_steps": 5}
+    a_run = prepared(other, files, images, tmp_path / "out", "embedding", save_every_n_steps=3, save_state=True, **word)
+    models: Models = a_run.trainable.models  # type: ignore[attr-defined]
+    before, rows = states(models), {name: p.detach().clone() for name, p in a_run.trainable.weights().items()}
+    assert rows.keys() == {f"{name}.hoge" for name in models.encoders if name != "byt5"}
+    trained(a_run)
+    assert not changed(before, states(models))
+    assert all((p != rows[name]).any(1).all() for name, p in a_run.trainable.weights().items())
+    captions = ["a hoge, (hoge)", "blue"]
+    wanted = says(models, captions)
+    result = tmp_path / "out" / "hoge.safetensors"
+    a_run.save_result(result, a_run.step, 0)
+    a_run.trainable.remove()
+    plain = says(models, captions)
+    assert (plain[0] - wanted[0]).abs().max() > 1e-4
+    torch.testing.assert_close(plain[1], wanted[1], atol=1e-5, rtol=1e-5)  # the padding of its batch is another
+    widths = {name: embeddings.layer_of(net).embedding_dim for name, net in models.encoders.items()}
+    read = embeddings.Words(models, embedding_files.read(result, widths, "weights"))
+    assert torch.equal(says(models, captions), wanted)
+    read.remove()
+
+    state = str(tmp_path / "out" / "out-step00000003-state")
+    again = prepared(other, files, images, tmp_path / "again", "embedding", resume=state, **word)
+    trained(again)
+    assert not changed(a_run.trainable.weights(), again.trainable.weights())
 
 
 def weight_of(models: Models, site: tuple[str, str]) -> Tensor:

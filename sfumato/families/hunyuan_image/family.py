@@ -243,6 +243,7 @@ FAMILY = Family(
         "qwen25vl": TokenizerSpec(folder="tokenizer", make=qwen_vocabulary, home=qwen_home),
         "byt5": TokenizerSpec(folder="tokenizer_2", make=byt5_vocabulary, home=byt5_home, alone=False),
     },
+    wordless=frozenset({"byt5"}),
     new_folder=new_folder,
     tokenize=tokenize,
     encode=lambda models: HunyuanEncode(),

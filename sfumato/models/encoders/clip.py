@@ -108,6 +108,12 @@ class ClipText(nn.Module):
         )
 
     @property
+    def embedding(self) -> nn.Embedding:
+        """Where tokens are looked up."""
+        layer: nn.Embedding = self.text_model.embeddings.token_embedding
+        return layer
+
+    @property
     def layers(self) -> nn.ModuleList:
         """The transformer's layers, in forward order."""
         layers: nn.ModuleList = self.text_model.encoder.layers

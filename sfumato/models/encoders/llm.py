@@ -136,6 +136,11 @@ class DecoderLM(nn.Module):
                 states = layer(states, position_embeddings=rope, attention_mask=attn_mask)
             return self.norm(states) if used == len(self.layers) else states
 
+    @property
+    def embedding(self) -> nn.Embedding:
+        """Where tokens are looked up."""
+        return self.embed_tokens
+
     def _attn_mask(self, ids: Tensor, mask: Tensor | None, dtype: torch.dtype) -> Tensor:
         """(1 or b, 1, n, n): which keys a query looks at, or what is added to its scores."""
         looks = causal(ids.shape[1], ids.device, mask)

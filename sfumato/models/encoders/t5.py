@@ -66,6 +66,11 @@ class T5Encoder(nn.Module):
         return torch.zeros(whole.shape, dtype=dtype, device=mask.device).masked_fill(~whole, torch.finfo(dtype).min)
 
     @property
+    def embedding(self) -> nn.Embedding:
+        """Where tokens are looked up."""
+        return self.shared
+
+    @property
     def layers(self) -> nn.ModuleList:
         """The transformer's blocks, in forward order."""
         blocks: nn.ModuleList = self.encoder.block

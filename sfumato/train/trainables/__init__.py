@@ -11,6 +11,7 @@ from sfumato.train.trainables.adapter_files import read_adapter
 from sfumato.train.trainables.adapters import Adapters, adapter_rates
 from sfumato.train.trainables.base import SAVE_DTYPES, Trainable, caches_latents, caches_text
 from sfumato.train.trainables.controlnet import ControlNet
+from sfumato.train.trainables.embedding import Embedding
 from sfumato.train.trainables.full import Full, net_rates, whole_nets
 from sfumato.train.trainables.lllite import LLLite
 
@@ -19,6 +20,7 @@ __all__ = [
     "SAVE_DTYPES",
     "Adapters",
     "ControlNet",
+    "Embedding",
     "Full",
     "LLLite",
     "Trainable",
@@ -34,6 +36,7 @@ __all__ = [
 
 MAKERS: Mapping[Method, Callable[[Models, Config], Trainable]] = {
     "full": Full,
+    "embedding": Embedding,
     "controlnet": ControlNet,
     "lllite": LLLite,
 }

@@ -1,0 +1,97 @@
+"""Files of learnt words: one tensor (A1111's, kohya's, diffusers'), one for each text encoder (kohya's for Stable
+Diffusion XL, ComfyUI's for all others), or kept in an adapter's file (`bundle_emb`)."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from pathlib import Path
+
+from torch import Tensor
+
+from sfumato.errors import UserError
+from sfumato.formats import files
+from sfumato.models.embeddings import Vectors
+
+KEYS: Mapping[str, tuple[str, ...]] = {
+    "clip_l": ("clip_l", "text_encoders_0"),
+    "clip_g": ("clip_g", "text_encoders_1"),
+    "clip_h": ("clip_h",),
+    "t5xxl": ("t5xxl", "t5"),
+    "gemma2": ("gemma2_2b",),
+    "qwen3": ("qwen3_06b",),
+    "qwen25vl": ("qwen25_7b",),
+}
+"""Text encoder -> what its vectors are called in files, by ComfyUI first; others are diffusers' scripts' and
+OneTrainer's."""
+ALONE = "emb_params"
+"""kohya's name of the vectors of the only text encoder."""
+NAMELESS = (ALONE, "*", "")
+"""Names of the only tensor that are not the word's."""
+STRINGS, IDLE = "string_to_param.", "string_to_token."
+"""A1111's: `string_to_param.*` has the vectors; the other tells which token stood for them."""
+BUNDLE = "bundle_emb."
+"""What stands before the names of words in an adapter's file: `bundle_emb.WORD.KEY`."""
+
+
+def read(path: Path, widths: Mapping[str, int], what: str) -> dict[str, dict[str, Tensor]]:
+    """Word -> its vectors (n, d) by encoder, of any such file. A word is called as its file, or as a tensor that is
+    called by none of the known names. `widths`: numbers of a vector in each encoder of the model; `what`: the setting.
+
+    Errors: `UserError` for a file that holds no words, or none for this model.
+    """
+    tensors, named = files.load(path), f"{what} {path}"
+    files.check_finite(tensors, named)
+    if any(name.startswith(BUNDLE) for name in tensors):
+        return bundled(tensors, widths, named)
+    tensors = {name: t for name, t in tensors.items() if not name.startswith(IDLE)}
+    found = by_encoder(tensors, widths, named)
+    (name,) = tensors if len(tensors) == 1 else ("",)
+    keys = {key for each in KEYS.values() for key in each}
+    own = name and name not in {*NAMELESS, *keys} and not name.startswith(STRINGS)
+    return {name if own else path.stem: found}
+
+
+def bundled(tensors: Mapping[str, Tensor], widths: Mapping[str, int], named: str) -> dict[str, dict[str, Tensor]]:
+    """The words in an adapter's file -> their vectors by encoder; other tensors are passed over. Errors: as `read`."""
+    words: dict[str, dict[str, Tensor]] = {}
+    for name, tensor in tensors.items():
+        if name.startswith(BUNDLE):
+            word, _, key = name.removeprefix(BUNDLE).partition(".")
+            words.setdefault(word, {})[key] = tensor
+    return {word: by_encoder(each, widths, f"{named}: {BUNDLE}{word}") for word, each in words.items()}
+
+
+def by_encoder(tensors: Mapping[str, Tensor], widths: Mapping[str, int], named: str) -> dict[str, Tensor]:
+    """The tensors of a word -> its vectors by encoder."""
+    out = {name: tensors[key] for name, keys in KEYS.items() for key in keys if key in tensors}
+    if not out and len(tensors) == 1:
+        (tensor,) = tensors.values()
+        fits = [name for name, width in widths.items() if width == tensor.shape[-1]] if tensor.ndim else []
+        out = {fits[0] if fits else next(iter(widths)): tensor}
+    elif len(out) != len(tensors):
+        strange = ", ".join(sorted(tensors)[:3])
+        raise UserError(f"{named}: no embedding is in it (its tensors: {len(tensors)}, {strange} ...)")
+    out = {name: t[None] if t.ndim == 1 else t for name, t in out.items()}
+    wrong = [
+        f"{named}: vectors {list(t.shape)} for {name}, which "
+        + (f"takes vectors of {widths[name]} numbers" if name in widths else "this model does not have")
+        for name, t in out.items()
+        if t.ndim != 2 or not len(t) or t.shape[1] != widths.get(name)
+    ]
+    if wrong:
+        raise UserError(*wrong)
+    return {name: t.float() for name, t in out.items()}
+
+
+def write(word: str, vectors: Vectors, encoders: Collection[str], *, by_word: bool = False) -> dict[str, Tensor]:
+    """The tensors of a file of one word. `encoders`: all of the model; `by_word`: of one encoder, as diffusers has
+    it."""
+    if len(encoders) == 1:
+        (tensor,) = vectors.values()
+        return {word if by_word else ALONE: tensor}
+    return {KEYS[name][0]: t for name, t in vectors.items()}
+
+
+def bundle(word: str, vectors: Vectors) -> dict[str, Tensor]:
+    """The tensors of a word in an adapter's file."""
+    return {f"{BUNDLE}{word}.{KEYS[name][0]}": t for name, t in vectors.items()}

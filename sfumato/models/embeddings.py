@@ -1,0 +1,204 @@
+"""New words of text encoders (textual inversion, arXiv:2208.01618): rows kept beside the table of embeddings.
+
+A word is put in from outside: its tokenizer knows further tokens, and hooks on the layer that looks embeddings up give
+their rows. The table stays as it is, so that no other word can change.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from functools import cached_property
+from hashlib import blake2b
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sfumato.models.base import Models
+from sfumato.models.encoders.tokenizers import fingerprint
+
+Vectors = Mapping[str, Tensor]
+"""Text encoder -> the vectors (n, d) of a word there."""
+PRIVATE = 0xF0000, 0xFFFE
+"""Where Unicode has characters for private use (Supplementary Private Use Area-A), and how many: each is a token."""
+
+
+def layer_of(net: nn.Module) -> nn.Embedding:
+    """Where a text encoder looks embeddings up."""
+    return cast(nn.Embedding, cast(Any, net).embedding)
+
+
+def encoders_of(models: Models) -> list[str]:
+    """The text encoders that can have new words: those that read the caption itself."""
+    return [name for name in models.encoders if name in models.tokenizers and name not in models.family.wordless]
+
+
+class Rows(nn.Module):
+    """The vectors of a word in one text encoder."""
+
+    def __init__(self, vectors: Tensor, *, learnt: bool) -> None:
+        super().__init__()
+        self.vectors = nn.Parameter(vectors, requires_grad=learnt)
+
+    def forward(self) -> Tensor:
+        """(n, d)"""
+        return self.vectors
+
+
+class WordTokenizer:
+    """A tokenizer that knows new words besides: each is as many tokens as it has vectors."""
+
+    def __init__(self, base: Any, words: Mapping[str, int], digest: str = "") -> None:
+        """`words`: word -> its tokens; `digest`: of what they mean, if that stays."""
+        self.base, self.words, self._digest = base, dict(words), digest
+        longest = sorted(self.words, key=len, reverse=True)
+        self._pattern = re.compile(rf"(?<!\w)(?:{'|'.join(map(re.escape, longest))})(?!\w)", re.IGNORECASE | re.ASCII)
+
+    @cached_property
+    def _own(self) -> Any:
+        """A copy that knows the tokens: nothing is ever taken from a tokenizer again."""
+        from transformers import AddedToken
+
+        made = copy.deepcopy(self.base)
+        # Not normalised: they are found before a text is changed in any way. A blank in front is the word's own.
+        tokens = [AddedToken(token, normalized=False, special=False, lstrip=True) for token in self._tokens]
+        made.add_tokens(tokens)
+        return made
+
+    @property
+    def _tokens(self) -> list[str]:
+        start, count = PRIVATE
+        return [chr(start + (len(self.base) + i) % count) for i in range(sum(self.words.values()))]
+
+    @cached_property
+    def first(self) -> int:
+        """The number of the first new token; the others follow."""
+        return int(self._own.convert_tokens_to_ids(self._tokens[0]))
+
+    @cached_property
+    def _spelling(self) -> dict[str, str]:
+        """Word in lower case -> its tokens."""
+        tokens = iter(self._tokens)
+        return {word.lower(): "".join(next(tokens) for _ in range(count)) for word, count in self.words.items()}
+
+    def _spelt(self, text: str) -> str:
+        return self._pattern.sub(lambda found: self._spelling[found[0].lower()], text)
+
+    def __call__(self, text: str | Sequence[str], *args: Any, **named: Any) -> Any:
+        texts = self._spelt(text) if isinstance(text, str) else [self._spelt(each) for each in text]
+        return self._own(texts, *args, **named)
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of the vocabulary, and of what the words mean."""
+        return f"{fingerprint(self.base)} {self.words} {self._digest}"
+
+    def add_tokens(self, tokens: Any) -> Any:
+        """As a tokenizer's own: where words stand on words."""
+        return self._own.add_tokens(tokens)
+
+    def convert_tokens_to_ids(self, tokens: Any) -> Any:
+        """As a tokenizer's own."""
+        return self._own.convert_tokens_to_ids(tokens)
+
+    def __len__(self) -> int:
+        return len(self.base) + sum(self.words.values())
+
+    def __bool__(self) -> bool:
+        return True
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__") or name == "base":  # copy asks for such before there is anything
+            raise AttributeError(name)
+        return getattr(self.base, name)
+
+
+class Lookup:
+    """Hooks on an embedding layer: ids of new tokens give the rows of their words."""
+
+    def __init__(self, layer: nn.Embedding, tokenizer: WordTokenizer, rows: Sequence[Rows]) -> None:
+        self.tokenizer, self.rows = tokenizer, rows
+        self._new = self._place = torch.zeros(())
+        self.handles = [layer.register_forward_pre_hook(self._before), layer.register_forward_hook(self._after)]
+
+    def _before(self, layer: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """ids (b, m) -> the same with any row of the table in the place of new ones."""
+        count = sum(self.tokenizer.words.values())
+        place = args[0] - self.tokenizer.first
+        self._new = (place >= 0) & (place < count)
+        self._place = place.clamp(0, count - 1)
+        return (args[0].masked_fill(self._new, 0),)
+
+    def _after(self, layer: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> Tensor:
+        """(b, m, d)"""
+        rows = torch.cat([each() for each in self.rows]).to(out.device, out.dtype)
+        new, place = self._new, self._place
+        self._new = self._place = torch.zeros(())
+        return torch.where(new[..., None], F.embedding(place, rows), out)
+
+    def remove(self) -> None:
+        for handle in self.handles:
+            handle.remove()
+
+
+class Words:
+    """New words in a model's text encoders, until they are removed; the last that came are removed first."""
+
+    def __init__(self, models: Models, words: Mapping[str, Vectors], *, learnt: bool = False) -> None:
+        """`words`: word -> its vectors by encoder; an encoder that is not named reads the word as any other text."""
+        self.models, self.before = models, models.tokenizers
+        self.rows: dict[tuple[str, str], Rows] = {}
+        """(encoder, word) -> its rows."""
+        self._lookups: list[Lookup] = []
+        tokenizers = dict(models.tokenizers)
+        for name in dict.fromkeys(name for vectors in words.values() for name in vectors):
+            mine = {word: vectors[name] for word, vectors in words.items() if name in vectors}
+            rows = {word: Rows(vectors.detach().clone(), learnt=learnt) for word, vectors in mine.items()}
+            counts = {word: vectors.shape[-2] for word, vectors in mine.items()}
+            digest = "" if learnt else _digest(mine.values())
+            tokenizers[name] = WordTokenizer(models.tokenizers[name], counts, digest)
+            self._lookups.append(Lookup(layer_of(models.encoders[name]), tokenizers[name], list(rows.values())))
+            self.rows |= {(name, word): each for word, each in rows.items()}
+        models.tokenizers = tokenizers
+
+    def vectors(self) -> dict[str, dict[str, Tensor]]:
+        """Word -> its vectors by encoder, as they are now."""
+        out: dict[str, dict[str, Tensor]] = {}
+        for (name, word), rows in self.rows.items():
+            out.setdefault(word, {})[name] = rows.vectors.detach()
+        return out
+
+    def remove(self) -> None:
+        """The encoders and tokenizers are as before."""
+        for lookup in self._lookups:
+            lookup.remove()
+        self.models.tokenizers = self.before
+
+
+def _digest(vectors: Iterable[Tensor]) -> str:
+    digest = blake2b(digest_size=8)
+    for each in vectors:
+        digest.update(each.float().contiguous().cpu().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def start(models: Models, encoder: str, text: str, count: int, generator: torch.Generator) -> Tensor:
+    """Vectors (count, d), fp32, for a word to begin with: what a text means to an encoder, cut or repeated; of an empty
+    one: numbers as the table has them."""
+    layer = layer_of(models.encoders[encoder])
+    table = layer.weight.detach()
+    ids = models.tokenizers[encoder](text, add_special_tokens=False).input_ids if text else []
+    if ids:
+        with torch.no_grad():
+            found: Tensor = layer(torch.tensor([ids[i % len(ids)] for i in range(count)], device=table.device))
+        return found.float()
+    some = table[:: max(1, len(table) // SAMPLED)].float()
+    chance = torch.randn(count, table.shape[1], generator=generator)
+    return some.mean(0) + 0.1 * some.std(0) * chance.to(some.device)
+
+
+SAMPLED = 4096
+"""Rows of a table of which mean and deviation are taken."""
