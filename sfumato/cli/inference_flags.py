@@ -26,6 +26,7 @@ SAMPLE = """
     sample_prompts sample_sampler output_dir output_name network_weights base_weights base_weights_multiplier seed
     mixed_precision xformers sdpa no_half_vae vae_tile_size stream_text_encoders blocks_to_swap zero_terminal_snr
     torch_compile dynamo_backend quantize quantize_text_encoders quantize_budget int8_matmul attn_mode
+    textual_inversion_embeddings
 """
 """What `sfumato sample` reads, besides the model and the family's own settings."""
 

@@ -3,6 +3,7 @@ things."""
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -27,6 +28,8 @@ class Script:
     """It trains the text encoder unless asked otherwise."""
     defaults: Mapping[str, object] = field(default_factory=dict)
     """Where kohya's defaults differ from ours and change the result."""
+    settings: Mapping[str, object] = field(default_factory=dict)
+    """What its name says."""
 
 
 @cache
@@ -37,8 +40,13 @@ def scripts() -> Mapping[str, Script]:
         facts = families.facts(family)
         for name, method in facts.scripts.items():
             others = found[name].families if name in found else ()
-            defaults = {**DEFAULTS, **facts.script_defaults.get(name, {})}
-            found[name] = Script(method, (*others, family), name in facts.trains_text, defaults)
+            found[name] = Script(
+                method,
+                (*others, family),
+                trains_text=name in facts.trains_text,
+                defaults={**DEFAULTS, **facts.script_defaults.get(name, {})},
+                settings=facts.script_settings.get(name, {}),
+            )
     return found
 
 
@@ -76,6 +84,7 @@ OURS = frozenset(
         "tokenizer",
         "vae_tile_size",
         "vram",
+        "xti",
     }
 )
 """Settings of all families that kohya's command lines do not have."""
@@ -130,6 +139,8 @@ def resolve(script: str, argv: Sequence[str]) -> flags.Resolved:
     what = scripts()[script]
 
     def adapt(given: dict[str, Given], report: Report) -> None:
+        for name, value in what.settings.items():
+            given[name] = Given(name, value, script, False, True)
         _adapt(what, given, report)
 
     found = flags.resolve_all(
@@ -166,6 +177,8 @@ def _adapt(script: Script, given: dict[str, Given], report: Report) -> None:
         given["train_text_encoder"] = Given("train_text_encoder", trains, "train_db", False, True)
         if not trains:
             del given["stop_text_encoder_training"]
+    if script.method == "embedding":
+        _named_as_the_word(given, report)
     _swapping(script, given, report)
     cached = next((given[name] for name in CACHED if name in given and given[name].value is not False), None)
     if cached and script.method == "network" and "network_train_unet_only" not in given:
@@ -197,6 +210,16 @@ def _negative_is_never(given: dict[str, Given]) -> None:
     each = given.get("stop_text_encoder_training")
     if each is not None and (_number(each) or 0) < 0:
         given[each.key] = replace(each, value=0, flag=False, where=each.where or f"--{each.key}")
+
+
+def _named_as_the_word(given: dict[str, Given], report: Report) -> None:
+    """The result of an embedding is called as its word, and pickled, unless asked otherwise."""
+    word = given.get("token_string")
+    name = re.sub(r'[<>:"|?*]', "", str(word.value)) if word else ""
+    for key, value in (("output_name", name), ("save_model_as", "pt")):
+        if value and key not in given:
+            given[key] = Given(key, value, "kohya's default", False, True)
+            report.note(f"--{key}: not given; kohya's default {value} is used")
 
 
 def _swapping(script: Script, given: dict[str, Given], report: Report) -> None:

@@ -36,6 +36,9 @@ class EmbeddingConfig(Record):
     use_style_template: Annotated[bool, _LEARNT, _WORD] = False
     """Train on sentences such as "a painting in the style of WORD", one by chance each time, in place of the
     captions."""
+    xti: Annotated[bool, Only("embedding", why="only `train embedding` has it"), _WORD] = False
+    """Learn other vectors for each block of the U-Net that attends to the text (extended textual inversion,
+    arXiv:2303.09522): Stable Diffusion 1.x and 2.x alone."""
     embedding_lr: Annotated[Rate | None, _LEARNT, _WORD] = None
     """Learning rate of the word; default: learning_rate."""
     textual_inversion_embeddings: Annotated[tuple[str, ...], PathTo("file")] = ()

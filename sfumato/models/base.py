@@ -358,6 +358,9 @@ class Family:
     rate: Callable[[FamilyOptions, str, str], float | None] = encoder_rate
     """(options, component, path of a weight) -> its rate when a whole model is trained; None: the common one; 0: it is
     not trained."""
+    readers: Callable[[nn.Module], Mapping[str, nn.Module]] | None = None
+    """The denoiser's blocks, called with (x, embedding, what the caption says), that read the caption each by itself:
+    name -> block, for words that mean something else to each (XTI); None: there are no such words."""
     encoder_lr_order: tuple[str, ...] = ()
     """Encoders in the order of kohya's text_encoder_lr values."""
     block_weights: BlockWeights | None = None

@@ -3,15 +3,20 @@ Diffusion XL, ComfyUI's for all others), or kept in an adapter's file (`bundle_e
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TypeVar
 
+import torch
 from torch import Tensor
 
 from sfumato.errors import UserError
 from sfumato.formats import files
-from sfumato.models.embeddings import Vectors
+from sfumato.models.base import Models
+from sfumato.models.embeddings import Vectors, encoders_of, readers_of, widths_of
 
+T = TypeVar("T")
 KEYS: Mapping[str, tuple[str, ...]] = {
     "clip_l": ("clip_l", "text_encoders_0"),
     "clip_g": ("clip_g", "text_encoders_1"),
@@ -29,26 +34,40 @@ NAMELESS = (ALONE, "*", "")
 """Names of the only tensor that are not the word's."""
 STRINGS, IDLE = "string_to_param.", "string_to_token."
 """A1111's: `string_to_param.*` has the vectors; the other tells which token stood for them."""
+READER = re.compile(r"(IN|OUT)\d\d|MID")
+"""Names of the tensors of extended textual inversion (XTI), as sd-scripts writes it: one for each block of the U-Net
+that attends to the text."""
 BUNDLE = "bundle_emb."
 """What stands before the names of words in an adapter's file: `bundle_emb.WORD.KEY`."""
 
 
-def read(path: Path, widths: Mapping[str, int], what: str) -> dict[str, dict[str, Tensor]]:
-    """Word -> its vectors (n, d) by encoder, of any such file. A word is called as its file, or as a tensor that is
-    called by none of the known names. `widths`: numbers of a vector in each encoder of the model; `what`: the setting.
+def read(path: Path, models: Models, what: str) -> dict[str, dict[str, Tensor]]:
+    """Word -> its vectors (n, d) by encoder, of any such file; (r, n, d) of one of extended textual inversion. A word
+    is called as its file, or as a tensor that is called by none of the known names. `what`: the setting, for messages.
 
     Errors: `UserError` for a file that holds no words, or none for this model.
     """
-    tensors, named = files.load(path), f"{what} {path}"
+    tensors, widths, named = files.load(path), widths_of(models), f"{what} {path}"
     files.check_finite(tensors, named)
     if any(name.startswith(BUNDLE) for name in tensors):
         return bundled(tensors, widths, named)
     tensors = {name: t for name, t in tensors.items() if not name.startswith(IDLE)}
+    if all(map(READER.fullmatch, tensors)):
+        return {path.stem: _of_readers(tensors, list(readers_of(models)), widths, named)}
     found = by_encoder(tensors, widths, named)
     (name,) = tensors if len(tensors) == 1 else ("",)
     keys = {key for each in KEYS.values() for key in each}
     own = name and name not in {*NAMELESS, *keys} and not name.startswith(STRINGS)
     return {name if own else path.stem: found}
+
+
+def _of_readers(
+    tensors: Mapping[str, Tensor], readers: Sequence[str], widths: Mapping[str, int], named: str
+) -> dict[str, Tensor]:
+    if tensors.keys() != set(readers) or len({t.shape for t in tensors.values()}) > 1:
+        raise UserError(f"{named}: vectors of one shape were expected for each of {', '.join(readers)}")
+    each = [by_encoder({ALONE: tensors[name]}, widths, named) for name in readers]
+    return {encoder: torch.stack([vectors[encoder] for vectors in each]) for encoder in each[0]}
 
 
 def bundled(tensors: Mapping[str, Tensor], widths: Mapping[str, int], named: str) -> dict[str, dict[str, Tensor]]:
@@ -83,15 +102,27 @@ def by_encoder(tensors: Mapping[str, Tensor], widths: Mapping[str, int], named: 
     return {name: t.float() for name, t in out.items()}
 
 
-def write(word: str, vectors: Vectors, encoders: Collection[str], *, by_word: bool = False) -> dict[str, Tensor]:
-    """The tensors of a file of one word. `encoders`: all of the model; `by_word`: of one encoder, as diffusers has
-    it."""
-    if len(encoders) == 1:
-        (tensor,) = vectors.values()
-        return {word if by_word else ALONE: tensor}
-    return {KEYS[name][0]: t for name, t in vectors.items()}
+def write(word: str, vectors: Vectors, models: Models, *, by_word: bool = False) -> dict[str, Tensor]:
+    """The tensors of a file of one word. `by_word`: of one encoder, as diffusers has it."""
+    if len(encoders_of(models)) > 1:
+        return {KEYS[name][0]: t for name, t in vectors.items()}
+    (tensor,) = vectors.values()
+    if tensor.ndim == 3:
+        return dict(zip(readers_of(models), tensor, strict=True))
+    return {word if by_word else ALONE: tensor}
 
 
 def bundle(word: str, vectors: Vectors) -> dict[str, Tensor]:
     """The tensors of a word in an adapter's file."""
     return {f"{BUNDLE}{word}.{KEYS[name][0]}": t for name, t in vectors.items()}
+
+
+def without_words(tensors: Mapping[str, T]) -> dict[str, T]:
+    """An adapter file's tensors without those of words."""
+    return {name: t for name, t in tensors.items() if not name.startswith(BUNDLE)}
+
+
+def in_adapter(path: Path, models: Models, what: str) -> dict[str, dict[str, Tensor]]:
+    """The words in an adapter's file, as `read`; of most files none."""
+    held = any(name.startswith(BUNDLE) for name in files.read_header(path).tensors)
+    return read(path, models, what) if held else {}

@@ -9,19 +9,26 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from functools import cached_property
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
 from hashlib import blake2b
 from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
+from sfumato.data.batch import Cond, Tokens
+from sfumato.data.strategies import TextEncodingStrategy
+from sfumato.errors import UserError
 from sfumato.models.base import Models
 from sfumato.models.encoders.tokenizers import fingerprint
 
 Vectors = Mapping[str, Tensor]
 """Text encoder -> the vectors (n, d) of a word there."""
+CONTEXT = 2
+"""Which argument of a part of the denoiser is what the caption says."""
 PRIVATE = 0xF0000, 0xFFFE
 """Where Unicode has characters for private use (Supplementary Private Use Area-A), and how many: each is a token."""
 
@@ -36,16 +43,33 @@ def encoders_of(models: Models) -> list[str]:
     return [name for name in models.encoders if name in models.tokenizers and name not in models.family.wordless]
 
 
+def widths_of(models: Models) -> dict[str, int]:
+    """Text encoder that can have new words -> numbers of a vector."""
+    return {name: layer_of(models.encoders[name]).embedding_dim for name in encoders_of(models)}
+
+
+def readers_of(models: Models) -> dict[str, nn.Module]:
+    """The parts of the denoiser that read the caption each by itself, by name. Errors: `UserError` if it has none."""
+    if models.family.readers is None:
+        raise UserError(
+            f"extended textual inversion is for Stable Diffusion 1.x and 2.x, not for {models.family.title}"
+        )
+    return dict(models.family.readers(models.denoiser))
+
+
 class Rows(nn.Module):
     """The vectors of a word in one text encoder."""
 
     def __init__(self, vectors: Tensor, *, learnt: bool) -> None:
+        """`vectors` (n, d), or (r, n, d): others for each of r parts of the denoiser that read the caption."""
         super().__init__()
         self.vectors = nn.Parameter(vectors, requires_grad=learnt)
+        self.reader = 0
+        """The part that the caption is encoded for."""
 
     def forward(self) -> Tensor:
         """(n, d)"""
-        return self.vectors
+        return self.vectors[self.reader] if self.vectors.ndim == 3 else self.vectors
 
 
 class WordTokenizer:
@@ -119,10 +143,13 @@ class WordTokenizer:
 class Lookup:
     """Hooks on an embedding layer: ids of new tokens give the rows of their words."""
 
-    def __init__(self, layer: nn.Embedding, tokenizer: WordTokenizer, rows: Sequence[Rows]) -> None:
+    def __init__(self, tokenizer: WordTokenizer, rows: Sequence[Rows]) -> None:
         self.tokenizer, self.rows = tokenizer, rows
         self._new = self._place = torch.zeros(())
-        self.handles = [layer.register_forward_pre_hook(self._before), layer.register_forward_hook(self._after)]
+
+    def on(self, layer: nn.Embedding) -> list[RemovableHandle]:
+        """The hooks, to be removed some day."""
+        return [layer.register_forward_pre_hook(self._before), layer.register_forward_hook(self._after)]
 
     def _before(self, layer: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """ids (b, m) -> the same with any row of the table in the place of new ones."""
@@ -139,9 +166,37 @@ class Lookup:
         self._new = self._place = torch.zeros(())
         return torch.where(new[..., None], F.embedding(place, rows), out)
 
-    def remove(self) -> None:
-        for handle in self.handles:
-            handle.remove()
+
+@dataclass(frozen=True)
+class EncodeForEach:
+    """Tokens -> cond of the strategy below, once for each of r parts of the denoiser that read the caption:
+    (b, r, ...)."""
+
+    below: TextEncodingStrategy
+    rows: Sequence[Rows]
+    count: int
+    """r"""
+
+    @property
+    def settings(self) -> Mapping[str, object]:
+        """What the states depend on besides tokens and encoders."""
+        return {**self.below.settings, "readers": self.count}
+
+    def encode(self, encoders: Mapping[str, nn.Module], tokens: Tokens) -> Cond:
+        """See the class."""
+        found = []
+        for reader in range(self.count):
+            for each in self.rows:
+                each.reader = reader
+            found.append(self.below.encode(encoders, tokens))
+        return {name: torch.stack([cond[name] for cond in found], 1) for name in found[0]}
+
+
+def _own(reader: int, part: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """A part of the denoiser takes what the caption says to it: (b, r, n, d) -> (b, n, d)."""
+    return tuple(
+        a[:, reader] if isinstance(a, Tensor) and i == CONTEXT and a.ndim == 4 else a for i, a in enumerate(args)
+    )
 
 
 class Words:
@@ -149,10 +204,10 @@ class Words:
 
     def __init__(self, models: Models, words: Mapping[str, Vectors], *, learnt: bool = False) -> None:
         """`words`: word -> its vectors by encoder; an encoder that is not named reads the word as any other text."""
-        self.models, self.before = models, models.tokenizers
+        self.models, self.before = models, (models.tokenizers, models.family)
         self.rows: dict[tuple[str, str], Rows] = {}
         """(encoder, word) -> its rows."""
-        self._lookups: list[Lookup] = []
+        self._handles: list[RemovableHandle] = []
         tokenizers = dict(models.tokenizers)
         for name in dict.fromkeys(name for vectors in words.values() for name in vectors):
             mine = {word: vectors[name] for word, vectors in words.items() if name in vectors}
@@ -160,9 +215,19 @@ class Words:
             counts = {word: vectors.shape[-2] for word, vectors in mine.items()}
             digest = "" if learnt else _digest(mine.values())
             tokenizers[name] = WordTokenizer(models.tokenizers[name], counts, digest)
-            self._lookups.append(Lookup(layer_of(models.encoders[name]), tokenizers[name], list(rows.values())))
+            self._handles += Lookup(tokenizers[name], list(rows.values())).on(layer_of(models.encoders[name]))
             self.rows |= {(name, word): each for word, each in rows.items()}
         models.tokenizers = tokenizers
+        if each := [rows for rows in self.rows.values() if rows.vectors.ndim == 3]:
+            self._extend(each)
+
+    def _extend(self, rows: Sequence[Rows]) -> None:
+        """Captions are encoded for each part of the denoiser that reads them (XTI, arXiv:2303.09522)."""
+        models, readers = self.models, readers_of(self.models)
+        encode = models.family.encode
+        models.family = replace(models.family, encode=lambda models: EncodeForEach(encode(models), rows, len(readers)))
+        for i, part in enumerate(readers.values()):
+            self._handles.append(part.register_forward_pre_hook(partial(_own, i)))
 
     def vectors(self) -> dict[str, dict[str, Tensor]]:
         """Word -> its vectors by encoder, as they are now."""
@@ -173,9 +238,9 @@ class Words:
 
     def remove(self) -> None:
         """The encoders and tokenizers are as before."""
-        for lookup in self._lookups:
-            lookup.remove()
-        self.models.tokenizers = self.before
+        for handle in self._handles:
+            handle.remove()
+        self.models.tokenizers, self.models.family = self.before
 
 
 def _digest(vectors: Iterable[Tensor]) -> str:

@@ -36,6 +36,8 @@ class Facts:
     """What of `WHOLE` a base model's file must hold; the rest may come from files of its own."""
     scripts: Mapping[str, Method] = field(default_factory=dict)
     """kohya's scripts -> what they train."""
+    script_settings: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    """One of `scripts` -> settings that its name says."""
     trains_text: tuple[str, ...] = ()
     """Those of `scripts` that train the text encoder unless asked otherwise."""
     script_defaults: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)

@@ -23,7 +23,7 @@ from sfumato.models.autoencoders import unscale
 from sfumato.models.base import Models, check_sizes
 from sfumato.models.loading import materialize, materialize_vae, unload
 from sfumato.models.streaming import encode_each
-from sfumato.train import dist, lengths
+from sfumato.train import dist, lengths, words
 from sfumato.train.devices import kept_in
 from sfumato.train.diagnose import blaming
 from sfumato.train.progress import console, progress
@@ -71,6 +71,7 @@ def open_data(
             control=control,
             progress=advance,
         )
+    plan = words.told(plan, config)
     if world.main:
         for line in dict.fromkeys([*plan.notes, *(f"left out: {skip.path}: {skip.reason}" for skip in plan.skipped)]):
             notify(line)

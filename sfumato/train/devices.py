@@ -20,7 +20,9 @@ from sfumato.memory.formats import Held, held, int8_kernel, told
 from sfumato.memory.plan import apply_memory_options
 from sfumato.memory.quantise import stored_layers
 from sfumato.memory.swap import Swap
+from sfumato.models import embedding_files
 from sfumato.models.base import Family, Models
+from sfumato.models.embeddings import Words
 from sfumato.models.kept import widened
 from sfumato.models.loading import keep_when_read, merge_when_read, outline, quantise_when_read, read_values
 from sfumato.models.streaming import LARGE, sizes
@@ -41,6 +43,10 @@ def outline_models(config: Config, method: Method | None = None) -> Models:
         vae=model.vae, tokenizer=model.tokenizer, later=_later(config, family),
     )  # fmt: skip
     choose_formats(config, models, method)
+    for path in config.embedding.textual_inversion_embeddings:
+        Words(models, embedding_files.read(Path(path), models, "textual_inversion_embeddings"))
+    for path in config.network.base_weights:
+        Words(models, embedding_files.in_adapter(Path(path), models, "base_weights"))
     return models
 
 

@@ -100,6 +100,8 @@ def _inputs(
         ("dataset_config", config.data.dataset_config),
         ("sample_prompts", config.sample.sample_prompts),
         *(("base_weights", path) for path in network.base_weights),
+        ("weights", config.embedding.weights),
+        *(("textual_inversion_embeddings", path) for path in config.embedding.textual_inversion_embeddings),
         *(("--config", path) for path in read),
         *(("metadata_file", subset.metadata_file) for dataset in datasets for subset in dataset.subsets),
     ]

@@ -15,8 +15,10 @@ from sfumato.config import Config
 from sfumato.data.store import Progress
 from sfumato.errors import UserError
 from sfumato.memory.plan import apply_memory_options
+from sfumato.models import embedding_files
 from sfumato.models.base import Models
 from sfumato.models.controlled import follow_by
+from sfumato.models.embeddings import Words
 from sfumato.models.loading import materialize, materialize_vae, unload
 from sfumato.sampling import prompts, sample
 from sfumato.sampling.following import check_images
@@ -62,6 +64,8 @@ class Pipeline:
         held = torch.device("cpu") if offload else device
         models = outline_models(config)
         _check_controls(models, controls)
+        for path, _ in adapters:
+            Words(models, embedding_files.in_adapter(path, models, "adapter"))
         choices = swapping.chosen(config, models)
         settle(config, models, adapters=adapters)
         encoded = _encoded(models, only, precision, device) if only else None
@@ -92,11 +96,12 @@ class Pipeline:
     def adapted(
         self, *paths: Path, strength: float = 1.0, skip: Callable[[str], bool] = lambda key: False
     ) -> Iterator[list[AdapterNetwork]]:
-        """Adapter files act for as long as the context lasts; their `multiplier` may be changed. `skip`: whether a key
-        of a file is left out."""
-        active = []
+        """Adapter files, and the words that they hold, act for as long as the context lasts; their `multiplier` may be
+        changed. `skip`: whether a key of a file is left out."""
+        active, words = [], list[Words]()
         try:
             for path in paths:
+                words.append(Words(self.models, embedding_files.in_adapter(path, self.models, "adapter")))
                 state = read_adapter(self.models, path, skip=skip)
                 network = from_state(self.models.nets(), state).to(self.device).eval()
                 network.multiplier = strength
@@ -105,6 +110,8 @@ class Pipeline:
         finally:
             for network in active:
                 network.remove()
+            for each in reversed(words):
+                each.remove()
 
     def sample(
         self,

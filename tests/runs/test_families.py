@@ -246,8 +246,7 @@ def test_a_word(other: Case, images: Path, tmp_path: Path) -> None:
     plain = says(models, captions)
     assert (plain[0] - wanted[0]).abs().max() > 1e-4
     torch.testing.assert_close(plain[1], wanted[1], atol=1e-5, rtol=1e-5)  # the padding of its batch is another
-    widths = {name: embeddings.layer_of(net).embedding_dim for name, net in models.encoders.items()}
-    read = embeddings.Words(models, embedding_files.read(result, widths, "weights"))
+    read = embeddings.Words(models, embedding_files.read(result, models, "weights"))
     assert torch.equal(says(models, captions), wanted)
     read.remove()
 

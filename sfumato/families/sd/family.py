@@ -17,7 +17,7 @@ from sfumato.families.sd.control import CONTROL
 from sfumato.families.sd.facts import Options, UnetOptions
 from sfumato.families.sd.folder import check_unet, new_folder
 from sfumato.families.sd.names import CLIP_H, CLIP_L, PASSTHROUGH, TARGETS, VAE, unet_keys
-from sfumato.families.sd.net import UNet, blocks
+from sfumato.families.sd.net import UNet, blocks, readers
 from sfumato.families.sd.network_args import target_layer
 from sfumato.families.sd.strategies import LATENTS, OUTPUTS, SdEncode, SdTokenize
 from sfumato.formats.dialect import Dialect, usual
@@ -204,6 +204,7 @@ FAMILY = Family(
     },
     target_layer=target_layer,
     block_weights=SD,
+    readers=readers,
     encoder_lr_order=("clip_l", "clip_h"),
     control=CONTROL,
 )

@@ -76,6 +76,14 @@ def blocks(net: nn.Module) -> Sequence[nn.Module]:
     return [*list(unet.input_blocks)[1:], unet.middle_block, *unet.output_blocks]
 
 
+def readers(net: nn.Module) -> dict[str, nn.Module]:
+    """The blocks that attend to the text, by the names of XTI (arXiv:2303.09522): IN01 ... MID, OUT03 ..."""
+    unet = cast(UNetBase, net)
+    named = [(f"IN{i:02}", block) for i, block in enumerate(unet.input_blocks)]
+    named += [("MID", unet.middle_block), *((f"OUT{i:02}", block) for i, block in enumerate(unet.output_blocks))]
+    return {name: block for name, block in named if any(isinstance(part, Transformer) for part in block.children())}
+
+
 class Block(nn.Module):
     """What stands between two skips: parts called 0, 1, 2, each known by the names of its tensors."""
 

@@ -155,6 +155,7 @@ FACTS = Facts(
     scripts={
         "sdxl_train_network": "network",
         "sdxl_train": "full",
+        "sdxl_train_textual_inversion": "embedding",
         "sdxl_train_control_net": "controlnet",
         "sdxl_train_control_net_lllite": "lllite",
         "sdxl_train_control_net_lllite_old": "lllite",

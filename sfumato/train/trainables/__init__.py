@@ -14,6 +14,7 @@ from sfumato.train.trainables.controlnet import ControlNet
 from sfumato.train.trainables.embedding import Embedding
 from sfumato.train.trainables.full import Full, net_rates, whole_nets
 from sfumato.train.trainables.lllite import LLLite
+from sfumato.train.trainables.pivotal import Pivotal
 
 __all__ = [
     "MAKERS",
@@ -23,6 +24,7 @@ __all__ = [
     "Embedding",
     "Full",
     "LLLite",
+    "Pivotal",
     "Trainable",
     "adapter_rates",
     "caches_latents",
@@ -48,4 +50,6 @@ def make(method: Method, models: Models, config: Config, plan: AdapterPlan | Non
 
     Errors: `UserError` for settings that do not go with the model.
     """
-    return MAKERS[method](models, config) if plan is None else Adapters(models, config, plan)
+    if plan is None:
+        return MAKERS[method](models, config)
+    return (Pivotal if config.embedding.token_string else Adapters)(models, config, plan)

@@ -13,13 +13,14 @@ from sfumato.families.detect import CALLED, identify
 from sfumato.formats import adapter_metadata, dialect
 from sfumato.formats.adapter_check import check_adapter
 from sfumato.models.base import Models
+from sfumato.models.embedding_files import without_words
 
 
 def read_adapter(
     models: Models, path: Path, flag: str = "adapter", *, skip: Callable[[str], bool] = lambda key: False
 ) -> dict[dialect.ModulePath, dialect.AdapterTensors]:
-    """An adapter file in any dialect of the family -> {path: tensors}. `flag`: what named it, for messages; `skip`:
-    whether a key is not asked for.
+    """An adapter file in any dialect of the family -> {path: tensors}; words that are kept in it are passed over.
+    `flag`: what named it, for messages; `skip`: whether a key is not asked for.
 
     Errors: `UserError` for keys that name no layer, and for tensors that no adapter can have.
     """
@@ -32,7 +33,7 @@ def read_adapter(
     ]
     try:
         check_adapter(tensors, f"{flag} {path}")
-        wanted = {key: t for key, t in tensors.items() if not skip(key)}
+        wanted = {key: t for key, t in without_words(tensors).items() if not skip(key)}
         return adapter_files.read(models.dialects.values(), wanted, by_path)
     except UserError as error:
         if kind := _other_kind(tensors):

@@ -14,7 +14,7 @@ from sfumato.errors import UserError
 from sfumato.formats import files
 from sfumato.models import embedding_files
 from sfumato.models.base import Models
-from sfumato.models.embeddings import Words, encoders_of, layer_of, start
+from sfumato.models.embeddings import Words, encoders_of, layer_of, readers_of, start
 from sfumato.optim.groups import Group
 from sfumato.tensors.random import generator
 from sfumato.train import checkpoints
@@ -29,17 +29,19 @@ class NewWord:
         e = config.embedding
         assert e.token_string
         self.name, self.encoders = e.token_string, encoders_of(models)
-        given = _given(models, config, self.encoders) if e.weights else {}
+        given = _given(models, config)
         self.notices = [
             f"weights {e.weights}: nothing for {name}, where the word starts anew"
             for name in self.encoders
-            if e.weights and name not in given
+            if given and name not in given
         ]
         vectors = {}
         for name in self.encoders:
             chance = generator(config.train.seed, "word", self.name, name)
             table = layer_of(models.encoders[name]).weight
             made = start(models, name, e.init_word or "", e.num_vectors_per_token, chance)
+            if e.xti:
+                made = made.repeat(len(readers_of(models)), 1, 1)
             vectors[name] = given[name].to(table.device) if name in given else made
         if e.init_word:
             self.notices += _counted(models, e.init_word, e.num_vectors_per_token, self.encoders)
@@ -52,22 +54,29 @@ class NewWord:
 
     def groups(self) -> list[Group]:
         """One for each encoder."""
-        return [Group(name=n, lr=self.lr, parameters=list(rows.parameters())) for n, rows in self.modules.items()]
+        return [
+            Group(name=f"{name} word", lr=self.lr, parameters=list(rows.parameters()))
+            for name, rows in self.modules.items()
+        ]
 
     def vectors(self) -> dict[str, Tensor]:
         """By encoder, as they are now."""
         return self.words.vectors()[self.name]
 
 
-def _given(models: Models, config: Config, encoders: Iterable[str]) -> dict[str, Tensor]:
-    """The vectors of `weights`, by encoder."""
-    e = config.embedding
-    widths = {name: layer_of(models.encoders[name]).embedding_dim for name in encoders}
-    found = embedding_files.read(Path(e.weights or ""), widths, "weights")
+def _given(models: Models, config: Config) -> dict[str, Tensor]:
+    """The vectors to start from, by encoder: of `weights`, or of an adapter's file that has the word."""
+    e, network = config.embedding, config.network.network_weights
+    if not e.weights:
+        held = embedding_files.in_adapter(Path(network), models, "network_weights") if network else {}
+        return held.get(e.token_string or "", {})
+    found = embedding_files.read(Path(e.weights), models, "weights")
     if e.token_string not in found and len(found) > 1:
         raise UserError(f"weights {e.weights}: {', '.join(found)} are in it, and not {e.token_string}")
     given = found.get(e.token_string or "", next(iter(found.values())))
-    if counts := {len(t) for t in given.values()} - {e.num_vectors_per_token}:
+    if any((t.ndim == 3) != e.xti for t in given.values()):
+        raise UserError(f"weights {e.weights}: it is {'no' if e.xti else 'a'} file of extended textual inversion (xti)")
+    if counts := {t.shape[-2] for t in given.values()} - {e.num_vectors_per_token}:
         raise UserError(
             f"weights {e.weights}: it has {min(counts)} vectors, and num_vectors_per_token is "
             f"{e.num_vectors_per_token}; set num_vectors_per_token to {min(counts)}"
@@ -133,7 +142,7 @@ class Embedding:
     def tensors(self) -> dict[str, Tensor]:
         """Those of the result's file."""
         by_word = self.config.output.dialect in ("diffusers", "peft")
-        return embedding_files.write(self.word.name, self.word.vectors(), self.word.encoders, by_word=by_word)
+        return embedding_files.write(self.word.name, self.word.vectors(), self.models, by_word=by_word)
 
     def save(self, path: Path, metadata: Mapping[str, str]) -> None:
         precision = self.config.output.save_precision
