@@ -8,10 +8,18 @@ from typing import Any
 
 import pytest
 import torch
-from runs.test_families import prepared, trained
+from runs.test_families import changed, prepared, says, trained
 from tinies.cases import Case, cases
+from training import Train, config
 
-from sfumato.formats.files import load
+import sfumato
+from sfumato.config import DatasetConfig, SubsetConfig
+from sfumato.errors import UserError
+from sfumato.formats.files import load, save
+from sfumato.models import embedding_files
+from sfumato.models.embeddings import Words, readers_of
+from sfumato.train import words
+from sfumato.train.pipeline import Pipeline
 
 CASES = {case.name: case for case in cases()}
 WORD: dict[str, Any] = {"token_string": "hoge", "num_vectors_per_token": 2}
@@ -48,3 +56,143 @@ def test_diffusers_loads_what_was_saved(case: Case, images: Path, tmp_path: Path
     a_run.trainable.remove()
     with torch.no_grad():
         assert (models.encode(models.tokenize(captions))["hidden"] - found["hidden"]).abs().max() > 1e-2
+
+
+def test_files_of_others_are_read(model: Path, tmp_path: Path) -> None:
+    """A1111's pickle, kohya's both, diffusers', its scripts', OneTrainer's beside an adapter, and one vector without rows."""
+    models, rows = sfumato.load(model), torch.randn(3, 64)
+    forms: dict[str, tuple[Any, str]] = {
+        "a1111.pt": ({"string_to_token": {"*": 265}, "string_to_param": {"*": rows}, "name": "x", "step": 9}, "a1111"),
+        "kohya.pt": ({"emb_params": rows.half()}, "kohya"),
+        "diffusers.bin": ({"<cat-toy>": rows}, "<cat-toy>"),
+        "bare.pt": (rows, "bare"),
+        "comfy.safetensors": ({"clip_l": rows}, "comfy"),
+        "scripts.safetensors": ({"text_encoders_0": rows}, "scripts"),
+        "bundle.safetensors": ({"bundle_emb.cat.string_to_param.*": rows, "lora_te_x.alpha": rows[0, :1]}, "cat"),
+    }
+    for name, (content, word) in forms.items():
+        path = tmp_path / name
+        save(path, content) if name.endswith("safetensors") else torch.save(content, path)
+        found = embedding_files.read(path, models, "weights")
+        torch.testing.assert_close(found, {word: {"clip_l": rows}}, atol=1e-2, rtol=1e-2)
+    save(tmp_path / "one.safetensors", {"emb_params": rows[0]})
+    assert sfumato.load(model, embeddings=[tmp_path / "one.safetensors"]).tokenizers["clip_l"].words == {"one": 1}
+
+
+@pytest.mark.parametrize(
+    ("tensors", "message"),
+    [
+        ({"emb_params": torch.ones(2, 7)}, r"vectors \[2, 7\] for clip_l, which takes vectors of 64 numbers"),
+        ({"clip_g": torch.ones(2, 64)}, "for clip_g, which this model does not have"),
+        ({"a": torch.ones(2, 64), "b": torch.ones(2, 64)}, "no embedding is in it"),
+        ({"emb_params": torch.full((1, 64), torch.nan)}, "NaN"),
+        ({"IN01": torch.ones(2, 64)}, "for each of IN01, IN03, MID"),
+    ],
+)
+def test_other_files_are_refused(model: Path, tmp_path: Path, tensors: dict[str, torch.Tensor], message: str) -> None:
+    save(tmp_path / "x.safetensors", tensors)
+    with pytest.raises(UserError, match=message):
+        sfumato.load(model, embeddings=[tmp_path / "x.safetensors"])
+
+
+def test_a_word_takes_the_place_of_as_many_tokens_as_it_has_vectors(model: Path) -> None:
+    """In any case and place, weighted, over several chunks, counted, and with other words beside it."""
+    models = sfumato.load(model, max_token_length=150, weighted_captions=True)
+    plain = models.tokenize(["x x x, y"])
+    inner = Words(models, {"hoge": {"clip_l": torch.randn(3, 64)}})
+    outer = Words(models, {"hoge2": {"clip_l": torch.randn(2, 64)}})
+    first = models.tokenizers["clip_l"].first
+    assert first == models.tokenizers["clip_l"].base.first + 3
+
+    def ids(caption: str) -> list[int]:
+        found: list[int] = models.tokenize([caption])["ids"].flatten().tolist()
+        return [i - first for i in found if i >= first - 3]
+
+    assert ids("a Hoge,(hoge2:1.5) hoge3 shoge") == [-3, -2, -1, 0, 1]
+    weights = models.tokenize(["a (hoge:1.5)"])["weights"][0, 0]
+    assert weights[:6].tolist() == [1, 1, 1.5, 1.5, 1.5, 1]
+    long = models.tokenize(["hoge " * 30])["ids"][0]
+    assert (long >= first - 3).sum(1).tolist() == [75, 15]
+    assert models.tokenize_strategy.limits()[0].count(["hoge " * 30 + "hoge2"]) == [92]
+    told = models.tokenize_strategy.settings["vocabulary"]
+    outer.remove(), inner.remove()  # type: ignore[func-returns-value]
+    assert torch.equal(models.tokenize(["x x x, y"])["ids"], plain["ids"])
+    again = Words(models, {"hoge": {"clip_l": torch.randn(3, 64)}})
+    assert models.tokenize_strategy.settings["vocabulary"] != told  # captions are encoded anew
+    again.remove()
+
+
+def test_a_word_is_learnt_for_each_block(train: Train, images: Path, model: Path, tmp_path: Path) -> None:
+    """Extended textual inversion: alike for all blocks it is a plain word; one for a single block changes what that reads."""
+    folder = train("xti", "embedding", xti=True, init_word="red", **WORD)
+    result, models = folder / "out.safetensors", sfumato.load(model)
+    captions, rows = ["a hoge", "blue hoge"], load(result)
+    assert list(readers_of(models)) == sorted(rows)
+    plain = Words(models, {"hoge": {"clip_l": rows["MID"]}})
+    wanted = says(models, captions)
+    plain.remove()
+    for name, same in (("alike", True), ("MID", False)):
+        tensors = {n: rows["MID"] if same or n != name else torch.randn(2, 64) for n in rows}
+        save(tmp_path / "hoge.safetensors", tensors)
+        each = Words(models, embedding_files.read(tmp_path / "hoge.safetensors", models, "weights"))
+        assert torch.allclose(says(models, captions), wanted, atol=1e-5) == same
+        each.remove()
+    assert all((rows[name] != rows["MID"]).any() for name in rows if name != "MID")
+
+
+def test_a_word_beside_an_adapter(train: Train, images: Path, model: Path) -> None:
+    """Both are in one file, by which both are sampled and trained further; without it nothing of them is left."""
+    folder = train(
+        "both", network_train_unet_only=True, embedding_lr=0.1, save_every_n_steps=1, save_state=True, **WORD
+    )
+    result = folder / "out.safetensors"
+    found = load(result)
+    assert found["bundle_emb.hoge.clip_l"].shape == (2, 64)
+    assert {name.split("_")[0] for name in found} == {"bundle", "lora"}
+    pipe = Pipeline.of(config(pretrained_model_name_or_path=str(model)), torch.device("cpu"))
+    captions = ["a hoge", "hoge"]
+    before = says(pipe.models, captions)
+    with pipe.adapted(result):
+        both = says(pipe.models, captions)
+        assert pipe.models.tokenizers["clip_l"].words == {"hoge": 2}
+    assert torch.equal(says(pipe.models, captions), before)
+    merged = Pipeline.of(config(pretrained_model_name_or_path=str(model)), torch.device("cpu"), [(result, 1.0)])
+    torch.testing.assert_close(says(merged.models, captions), both, atol=1e-5, rtol=1e-4)
+    assert (both - before).abs().max() > 1e-3
+    further = train(
+        "on",
+        network_train_unet_only=True,
+        network_weights=str(result),
+        learning_rate=0.0,
+        embedding_lr=0.1,
+        unet_lr=1e-3,
+        max_train_steps=1,
+        **WORD,
+    )
+    moved = load(further / "out.safetensors")["bundle_emb.hoge.clip_l"] - found["bundle_emb.hoge.clip_l"]
+    assert 0.05 < moved.abs().max() < 0.2
+    resumed = train(
+        "both2", network_train_unet_only=True, embedding_lr=0.1, resume=str(folder / "out-step00000001-state"), **WORD
+    )
+    assert not changed(load(resumed / "out.safetensors"), found)
+
+
+def test_captions_are_sentences_about_the_word(images: Path) -> None:
+    plain = config(token_string="hoge", use_object_template=True)
+    subset = SubsetConfig(image_dir=str(images), shuffle_caption=True, caption_prefix="x", caption_dropout_rate=0.1)
+    other = SubsetConfig(image_dir=str(images), is_reg=True)
+    from sfumato.data.plan import make_plan
+    from sfumato.data.store import FileIndex
+
+    plan = make_plan((DatasetConfig(subsets=(subset, other), resolution=(64, 64)),), FileIndex(None))
+    found = words.told(plan, plain)
+    lines = {line for item in found.items if not item.image.is_reg for line in item.image.captions}
+    assert len(words.OBJECT) == len(lines) == 27 and {"a photo of a hoge", "a photo of one hoge"} <= lines
+    assert len(words.STYLE) == 19
+    assert found.digest() == plan.digest()
+    options, kept = found.datasets[0].subsets
+    assert (options.enable_wildcard, options.shuffle_caption, options.caption_prefix) == (True, False, None)
+    assert options.caption_dropout_rate == 0.1 and kept == other
+    assert words.told(plan, config(token_string="HOGE")) is plan
+    with pytest.raises(UserError, match="token_string: 'hog' is in no caption"):
+        words.told(plan, config(token_string="hog"))

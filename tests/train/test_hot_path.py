@@ -140,6 +140,12 @@ def test_every_setting(name: str, images: Path, tmp_path: Path) -> None:
         assert len(seen.copies) == 1
 
 
+def test_words(images: Path, tmp_path: Path) -> None:
+    """That mean something else to each block of the U-Net."""
+    word = {"token_string": "red", "num_vectors_per_token": 2, "xti": True}
+    assert len(steps(FAMILIES["sd"], images, tmp_path, "embedding", live=True, short=True, **word).copies) == 1
+
+
 def test_streaming_reads_no_number(images: Path, tmp_path: Path) -> None:
     """On the CPU, as the stand-in has no memory to stream from."""
 
