@@ -14,7 +14,7 @@ from typing import Any
 
 from sfumato.cli import options, paths, rules, toml, values
 from sfumato.cli.report import Given, Report
-from sfumato.config import FOLLOWING, DatasetConfig, Settings, SubsetConfig
+from sfumato.config import FOLLOWING, DatasetConfig, Settings, SubsetConfig, ValidationConfig
 from sfumato.config.data import ONLY_REGULARISATION, CaptionOptions, ImageOptions
 from sfumato.config.relations import caches_text, follows_or_masks
 from sfumato.data import folders
@@ -35,11 +35,8 @@ SOURCES = ("dataset_config", "in_json", "dataset_class", "train_data_dir")
 """The settings that say which images there are; the first that is set counts."""
 INERT = {
     "cache_info": "sizes and captions are read from the files' headers, quickly, and remembered",
-    "validation_seed": "only matters with validation_split",
 }
-REFUSED = {
-    "validation_split": "is not supported yet",
-}
+REFUSED = {}
 
 
 def read(settings: Settings, given: Mapping[str, Given], report: Report) -> tuple[DatasetConfig, ...]:
@@ -356,10 +353,26 @@ def check(datasets: Iterable[DatasetConfig], settings: Settings, given: Mapping[
     if settings.masked_loss and not any(s.alpha_mask or (s.conditioning_data_dir and not follows) for s in subsets):
         set_them = "alpha_mask" if follows else "alpha_mask or conditioning_data_dir"
         report.error(f"{given.get('masked_loss', 'masked_loss')}: no folder has masks: set {set_them}")
+    _check_validation(subsets, settings, given, report)
     if "prior_loss_weight" in given and settings.prior_loss_weight != 1.0 and not any(s.is_reg for s in subsets):
         report.without_effect(
             given["prior_loss_weight"], "no folder holds regularisation images (is_reg, reg_data_dir)"
         )
+
+
+def _check_validation(
+    subsets: Iterable[SubsetConfig], settings: Settings, given: Mapping[str, Given], report: Report
+) -> None:
+    """Report what acts on held-out images alone where there are none."""
+    subsets = [s for s in subsets if not s.is_reg]
+    if any(s.validation_split for s in subsets):
+        return
+    why = "no images are held out of training (validation_split)"
+    for name in ("validation_seed", *options.of(ValidationConfig, "validation")):
+        if name in given and settings.value(name) != options.common()[name].default:
+            report.without_effect(given[name], why)
+    if any(s.validation_seed != settings.validation_seed for s in subsets):
+        report.note(f"validation_seed of a folder: accepted, no effect: {why}")
 
 
 def _check_buckets(dataset: DatasetConfig, report: Report) -> None:

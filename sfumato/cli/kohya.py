@@ -76,6 +76,7 @@ OURS = frozenset(
         "quantize",
         "quantize_budget",
         "quantize_text_encoders",
+        "save_best",
         "simulate_vram",
         "skip_unreadable",
         "stream_text_encoders",

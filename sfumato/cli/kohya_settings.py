@@ -31,7 +31,6 @@ _LIKE: Mapping[str, str] = {
 """Names of `RENAMED` by which a user may expect something else, and why ours does for it."""
 
 _KEYED = "what is cached is found by its content, and what does not fit is encoded again"
-_VALIDATION = "only matters with validation_split"
 _DEEPSPEED = "only matters with deepspeed"
 _CONSOLE = "everything is written to LOG.jsonl beside the result, and the console says what matters"
 _ENCODER_DEVICE = "text encoders are on the device while they are used, and on the CPU else"
@@ -56,7 +55,6 @@ INERT: Mapping[str, str] = {
     "log_config": "the resolved config is always written beside the result, and given to wandb",
     "lowvram": _GUI,
     "lowram": "weights are mapped from the file and read once",
-    "max_validation_steps": _VALIDATION,
     "mem_eff_save": "results are written tensor by tensor anyway",
     "noise_offset_type": _GUI,
     "offload_optimizer_device": _DEEPSPEED,
@@ -77,9 +75,6 @@ INERT: Mapping[str, str] = {
     "tokenizer_cache_dir": "the CLIP vocabulary comes with sfumato; see tokenizer",
     "vae_chunk_size": _CHUNKS,
     "vae_disable_cache": "a video VAE keeps nothing for frames that do not come",
-    "validate_every_n_epochs": _VALIDATION,
-    "validate_every_n_steps": _VALIDATION,
-    "validation_seed": _VALIDATION,
     "verbose": _PRINTS,
     "zero3_init_flag": _DEEPSPEED,
     "zero3_save_16bit_model": _DEEPSPEED,
@@ -109,7 +104,6 @@ REFUSED: Mapping[str, str] = {
     "output_config": "is a flag of kohya's command lines alone: every training writes its settings beside its result",
     "skip_until_initial_step": _INITIAL,
     "use_t5xxl_cache_only": f"{_LATER}: cache_text_encoder_outputs keeps the outputs of all text encoders",
-    "validation_split": _LATER,
     "wandb_api_key": f"{_SECRET}: use `wandb login` or the variable WANDB_API_KEY",
 }
 """Known and refused, and why or what to do instead."""

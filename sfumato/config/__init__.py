@@ -27,6 +27,7 @@ from sfumato.config.run import (
     Settings,
     TrainConfig,
 )
+from sfumato.config.validation import ValidationConfig
 
 rules.check_names(Settings, rules.hints(Settings), (*relations.IDLE, *relations.CLASHES))
 
@@ -52,4 +53,5 @@ __all__ = [
     "Settings",
     "SubsetConfig",
     "TrainConfig",
+    "ValidationConfig",
 ]

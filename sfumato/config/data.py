@@ -100,6 +100,11 @@ class ImageOptions:
     """Weigh the loss by the image's alpha channel."""
     resize_interpolation: Interpolation | None = None
     """How images are resized; default: area when shrinking, lanczos when enlarging."""
+    validation_split: Share = 0.0
+    """Share of a folder's images that are not trained on, but measured (1: all; regularisation images: never)."""
+    validation_seed: Natural = 42
+    """What decides which images validation_split takes, and on which noise they are measured: the same for every
+    seed."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -38,6 +38,7 @@ from sfumato.config.rules import (
     Weights,
     ZeroIsOff,
 )
+from sfumato.config.validation import ValidationConfig
 
 Method = Literal["network", "full", "embedding", "controlnet", "lllite"]
 """What is trained: an adapter, the whole model, words of a text encoder (textual inversion), a net that makes images
@@ -426,6 +427,7 @@ class Config:
     control: ControlConfig = field(default_factory=ControlConfig)
     embedding: EmbeddingConfig = field(default_factory=EmbeddingConfig)
     sample: SampleConfig = field(default_factory=SampleConfig)
+    validation: ValidationConfig = field(default_factory=ValidationConfig)
     log: LogConfig = field(default_factory=LogConfig)
     family: FamilyOptions = field(default_factory=FamilyOptions)
 
@@ -446,6 +448,7 @@ class Settings(
     ControlConfig,
     EmbeddingConfig,
     SampleConfig,
+    ValidationConfig,
     LogConfig,
 ):
     """All settings of a run side by side, as rules read them."""

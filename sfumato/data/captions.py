@@ -8,9 +8,11 @@ from collections.abc import Sequence
 from dataclasses import replace
 from itertools import product
 from math import floor, prod
+from typing import TypeVar
 
 from sfumato.config.data import CaptionOptions
 
+Options = TypeVar("Options", bound=CaptionOptions)
 _WILDCARD = re.compile(r"\{\{|\}\}|\{([^{}]+)\}")
 
 
@@ -140,7 +142,7 @@ def _longest(found: re.Match[str]) -> str:
     return max(found[1].split("|"), key=len) if found[1] else found[0][0]
 
 
-def unvaried(options: CaptionOptions) -> CaptionOptions:
+def unvaried(options: Options) -> Options:
     """The options with nothing dropped or moved."""
     return replace(
         options,

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections import defaultdict
-from collections.abc import Sequence
+from collections import Counter, defaultdict
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from hashlib import blake2b
 
 from sfumato.config import DatasetConfig, SubsetConfig, rules
 from sfumato.config.data import ONLY_REGULARISATION
+from sfumato.data import split
 from sfumato.data.batch import Size
 from sfumato.data.buckets import Placement, check, place, resolutions
 from sfumato.data.scan import ImageFile, Scan, SkippedFile, scan
@@ -53,6 +54,8 @@ class Plan:
     notes: tuple[str, ...]
     """What the user should know, one line each."""
     stride: int
+    held_out: tuple[Item, ...] = ()
+    """Images that are not trained on, but measured; each once."""
 
     def subset(self, item: Item) -> SubsetConfig:
         """The options of an image's folder."""
@@ -146,35 +149,53 @@ def make_plan(
     skipped: list[SkippedFile] = []
     notes: list[str] = []
     wrong: list[str] = []
+    held: list[Item] = []
+    train: list[list[Item]] = []
     for d, dataset in enumerate(datasets):
         found = scan(dataset, index, progress, control=control)
         placed, left = _placed(found, dataset, d)
         if placed and all(item.image.is_reg for item in placed):
             wrong.append(f"dataset {d + 1}: {ONLY_REGULARISATION}")
+        out = split.held_out([item.image for item in placed], dataset)
+        train.append([item for i, item in enumerate(placed) if i not in out])
+        held += [replace(item, repeats=1) for i, item in enumerate(placed) if i in out]
+        skipped += [replace(skip, dataset=d) for skip in (*found.skipped, *left)]
+        notes += found.notes
+    away = {item.image.digest for item in held}
+    for d, dataset in enumerate(datasets):
+        placed, copies = _without_copies(train[d], away)
         placed, unneeded = _repeat_regularisation(placed)
         items += placed
-        skipped += [replace(skip, dataset=d) for skip in (*found.skipped, *left, *unneeded)]
-        notes += found.notes + _notes(dataset, placed, unneeded, d)
+        skipped += [replace(skip, dataset=d) for skip in (*copies, *unneeded)]
+        notes += _notes(dataset, placed, unneeded, d)
+    notes += split.notes(datasets, *(Counter((i.dataset, i.image.subset) for i in some) for some in (held, items)))
     bad = [skip for skip in skipped if skip.unreadable]
     if bad and not skip_unreadable:
         wrong.append(_listed(bad))
-    if (samples := sum(item.repeats for item in items)) > LARGEST_EPOCH:
-        wrong.append(
-            f"images x num_repeats are {samples:,} samples an epoch, and each is placed by itself: at most "
-            f"{LARGEST_EPOCH:,} are possible; "
-            "lower num_repeats (dataset_repeats), and train longer by max_train_epochs or max_train_steps"
-        )
+    wrong += _too_many(items)
     if wrong:
         raise UserError(*wrong)
     if not items:
-        raise UserError("no image is left to train on", *([_listed(bad)] if bad else []))
+        why = f": validation_split holds all {len(held)} images out" if held else ""
+        raise UserError(f"no image is left to train on{why}", *([_listed(bad)] if bad else []))
     return Plan(
         datasets=tuple(datasets),
         items=tuple(items),
         skipped=tuple(skipped),
         notes=tuple(dict.fromkeys(notes)),
         stride=stride,
+        held_out=tuple(held),
     )
+
+
+def _too_many(items: Sequence[Item]) -> list[str]:
+    if (samples := sum(item.repeats for item in items)) <= LARGEST_EPOCH:
+        return []
+    return [
+        f"images x num_repeats are {samples:,} samples an epoch, and each is placed by itself: at most "
+        f"{LARGEST_EPOCH:,} are possible; "
+        "lower num_repeats (dataset_repeats), and train longer by max_train_epochs or max_train_steps"
+    ]
 
 
 def _listed(bad: Sequence[SkippedFile]) -> str:
@@ -223,6 +244,14 @@ def _placed(found: Scan, dataset: DatasetConfig, number: int) -> tuple[list[Item
             continue
         items.append(Item(image, placement, number, image.repeats))
     return items, left
+
+
+def _without_copies(items: Sequence[Item], held_out: Collection[str]) -> tuple[list[Item], list[SkippedFile]]:
+    """The items whose image is not held out elsewhere. `held_out`: digests of those that are."""
+    copies = [item for item in items if item.image.digest in held_out]
+    why = "held out of training (validation_split), where it stands once more"
+    left = [SkippedFile(item.image.path, why, unreadable=False, subset=item.image.subset) for item in copies]
+    return [item for item in items if item.image.digest not in held_out] if copies else list(items), left
 
 
 def _repeat_regularisation(items: Sequence[Item]) -> tuple[list[Item], list[SkippedFile]]:

@@ -66,9 +66,9 @@ class Flow:
         low = 0 if self.min_timestep is None else self.min_timestep
         return low, self.steps if self.max_timestep is None else self.max_timestep
 
-    def draw(self, shape: Sequence[int], rng: SampleRandom) -> Drawn:
+    def draw(self, shape: Sequence[int], rng: SampleRandom, level: float | None = None) -> Drawn:
         """See `NoiseProcess.draw`."""
-        sigma = self.sigmas(rng, *shape[-2:])
+        sigma = self.sigmas(rng, shape[-2], shape[-1], level)
         drawn = {
             "noise": rng.normal("noise", shape),
             "sigma": sigma,
@@ -87,27 +87,34 @@ class Flow:
         target = velocity - x if self.model_prediction_type == "additive" else velocity
         return NoisySample(x, drawn["t"], target, drawn["timestep_weight"], drawn["noise_to_signal"])
 
-    def sigmas(self, rng: SampleRandom, height: int, width: int) -> Tensor:
-        """(b,) how much of x is noise, in (0, 1), fp32 on the CPU; for latents of `height` x `width`."""
+    def sigmas(self, rng: SampleRandom, height: int, width: int, level: float | None = None) -> Tensor:
+        """(b,) how much of x is noise, in (0, 1), fp32 on the CPU; for latents of `height` x `width`. `level`: as in
+        `NoiseProcess.draw`."""
         shift = 1.0
         if self.timestep_sampling in ("sigma", "shift"):
             shift = _or(self.discrete_flow_shift, self.shift)
         elif self.timestep_sampling in ("flux_shift", "nextdit_shift"):
             shift = math.exp(flux_mu((height // 2) * (width // 2)))
         low, high = (edge / self.steps for edge in self._range)
-        s = low + (high - low) * shifted(self._random(rng), shift)
+        s = low + (high - low) * shifted(self._random(rng, level), shift)
         return s.clamp(max(low, SMALLEST), min(high, LARGEST))
 
-    def _random(self, rng: SampleRandom) -> Tensor:
-        """(b,) numbers in [0, 1], distributed as asked for but for shift and range."""
+    def _random(self, rng: SampleRandom, level: float | None = None) -> Tensor:
+        """(b,) numbers in [0, 1], distributed as asked for but for shift and range; or where so much of them is
+        below."""
+        fixed = None if level is None else torch.full((len(rng.keys),), level)
+
+        def normal() -> Tensor:
+            return rng.normal("timestep", ()) if fixed is None else torch.special.ndtri(fixed)
+
         if self.timestep_sampling in ("sigmoid", "shift", "flux_shift"):
-            return torch.sigmoid(_or(self.sigmoid_scale, 1.0) * rng.normal("timestep", ()))
+            return torch.sigmoid(_or(self.sigmoid_scale, 1.0) * normal())
         if self.weighting_scheme == "logit_normal":
-            return torch.sigmoid(_or(self.logit_mean, 0.0) + _or(self.logit_std, 1.0) * rng.normal("timestep", ()))
-        u = rng.uniform("timestep")
+            return torch.sigmoid(_or(self.logit_mean, 0.0) + _or(self.logit_std, 1.0) * normal())
         if self.weighting_scheme == "mode":
+            u = rng.uniform("timestep") if fixed is None else 1 - fixed
             return 1 - u - _or(self.mode_scale, 1.29) * (torch.cos(math.pi / 2 * u).square() - 1 + u)
-        return u
+        return rng.uniform("timestep") if fixed is None else fixed
 
     def weight(self, s: Tensor) -> Tensor:
         """(b,) sigmas in (0, 1) -> (b,) loss weights."""

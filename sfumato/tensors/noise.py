@@ -46,8 +46,12 @@ class NoiseProcess(Protocol):
         """Number of timesteps: t lies in [0, steps)."""
         ...
 
-    def draw(self, shape: Sequence[int], rng: SampleRandom) -> Drawn:
-        """What chance decides for latents of `shape` (c, h, w), on the CPU; sample i depends on `rng.keys[i]` alone."""
+    def draw(self, shape: Sequence[int], rng: SampleRandom, level: float | None = None) -> Drawn:
+        """What chance decides for latents of `shape` (c, h, w), on the CPU; sample i depends on `rng.keys[i]` alone.
+
+        `level`: in (0, 1), for a timestep that is not left to chance: the one below which this share of those that are
+        trained on lies.
+        """
         ...
 
     def noise(self, latents: Tensor, drawn: Drawn) -> NoisySample:
@@ -116,10 +120,13 @@ class DDPM:
         rescaled: Tensor = ((root - root[-1]) * (root[0] / (root[0] - root[-1]))).square()
         return rescaled
 
-    def draw(self, shape: Sequence[int], rng: SampleRandom) -> Drawn:
+    def draw(self, shape: Sequence[int], rng: SampleRandom, level: float | None = None) -> Drawn:
         """See `NoiseProcess.draw`."""
-        low, high = self._range
-        t = rng.integers("timestep", low, max(high, low + 1))
+        low, high = self._range[0], max(self._range[1], self._range[0] + 1)
+        if level is None:
+            t = rng.integers("timestep", low, high)
+        else:
+            t = torch.full((len(rng.keys),), int(low + level * (high - low)))
         signal = self.alphas_cumprod[t]
         drawn = {
             "noise": rng.normal("noise", shape),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -14,6 +14,7 @@ from sfumato import families
 from sfumato.config import Config, DatasetConfig
 from sfumato.data.batch import Cond
 from sfumato.data.cache import CachedLatents, CachedText, cache_latents, cache_texts, check_fixed, every_caption
+from sfumato.data.held_out import evaluation
 from sfumato.data.plan import Plan, make_plan
 from sfumato.data.store import FileIndex, Progress, TensorStore, default_root
 from sfumato.formats import files
@@ -39,6 +40,13 @@ class Data:
     latents: TensorStore
     texts: TensorStore
     index: FileIndex
+    evaluation: Plan | None = None
+    """Of held-out images, where there are some."""
+
+    @property
+    def plans(self) -> list[Plan]:
+        """All images, by what is done with them."""
+        return [self.plan, *([self.evaluation] if self.evaluation else [])]
 
 
 def open_data(
@@ -75,14 +83,17 @@ def open_data(
     if world.main:
         for line in dict.fromkeys([*plan.notes, *(f"left out: {skip.path}: {skip.reason}" for skip in plan.skipped)]):
             notify(line)
-    check_sizes(models, plan.largest())
-    if caches_text(config):
-        every_caption(plan)
+    measured = evaluation(plan, config.validation.max_validation_steps)
+    for each in (plan, measured) if measured else (plan,):
+        check_sizes(models, each.largest())
+        if caches_text(config):
+            every_caption(each)
     return Data(
         plan,
         TensorStore(root if d.cache_latents_to_disk else None),
         TensorStore(root if d.cache_text_encoder_outputs_to_disk else None),
         index,
+        measured,
     )
 
 
@@ -92,6 +103,8 @@ class Caches:
 
     latents: CachedLatents | None = None
     texts: CachedText | None = None
+    evaluation: Caches | None = None
+    """Those of `Data.evaluation`."""
 
 
 def fingerprint(config: Config, models: Models, component: str) -> str:
@@ -123,28 +136,32 @@ def fill_caches(config: Config, data: Data, models: Models, world: dist.World) -
 
     The VAE and the text encoders take turns in memory, where the denoiser is not yet.
     """
-    latents = texts = None
+    made = [Caches() for _ in data.plans]
     if caches_latents(config):
         with _caching("latents", models, ["vae"], world) as advance:
-            latents = _cache_latents(config, data, models, world.device, advance)
+            for i, plan in enumerate(data.plans):
+                made[i] = replace(made[i], latents=_cache_latents(config, data, plan, models, world.device, advance))
         unload(models)
     if caches_text(config):
         with _caching("text outputs", models, models.encoders, world) as advance:
-            texts = _cache_texts(config, data, models, world.device, advance)
+            for i, plan in enumerate(data.plans):
+                made[i] = replace(made[i], texts=_cache_texts(config, data, plan, models, world.device, advance))
     # Where all text outputs were found, the captions were counted when they were made.
-    if world.main and (texts is None or texts.encoded):
+    if world.main and any(each.texts is None or each.texts.encoded for each in made):
         warn_of_long_captions(data, models, console.print)
-    for name, cached in (("latents", latents), ("text outputs", texts)):
-        if cached and world.main:
-            console.print(f"{name}: {cached}")
-    return Caches(latents, texts)
+    for each, whose in zip(made, ("", " of what is measured"), strict=False):
+        for name, cached in (("latents", each.latents), ("text outputs", each.texts)):
+            if cached and world.main:
+                console.print(f"{name}{whose}: {cached}")
+    return replace(made[0], evaluation=made[1] if len(made) > 1 else None)
 
 
 def warn_of_long_captions(data: Data, models: Models, notify: Callable[[str], None]) -> None:
     """Print which captions are longer than the text encoders take; `models` needs no values."""
+    limits = models.tokenize_strategy.limits()
     with progress("counting tokens") as advance:
-        lines = lengths.too_long(data.plan, models.tokenize_strategy.limits(), advance)
-    for line in lines:
+        lines = [line for plan in data.plans for line in lengths.too_long(plan, limits, advance)]
+    for line in dict.fromkeys(lines):
         notify(line)
 
 
@@ -160,19 +177,21 @@ def _caching(what: str, models: Models, components: Iterable[str], world: dist.W
 
 
 def _cache_latents(
-    config: Config, data: Data, models: Models, device: torch.device, advance: Progress
+    config: Config, data: Data, plan: Plan, models: Models, device: torch.device, advance: Progress
 ) -> CachedLatents:
     def encode(pixels: Tensor) -> Tensor:
         materialize_vae(models, device)
         return models.encode_images(pixels)
 
     return cache_latents(
-        data.plan, data.latents, data.index, encode, fingerprint(config, models, "vae"), models.family.latents,
+        plan, data.latents, data.index, encode, fingerprint(config, models, "vae"), models.family.latents,
         unscale=lambda x: unscale(models.vae, x), batch_size=config.memory.vae_batch_size, progress=advance,
     )  # fmt: skip
 
 
-def _cache_texts(config: Config, data: Data, models: Models, device: torch.device, advance: Progress) -> CachedText:
+def _cache_texts(
+    config: Config, data: Data, plan: Plan, models: Models, device: torch.device, advance: Progress
+) -> CachedText:
     def encode(batches: Sequence[Sequence[str]]) -> Iterator[Cond]:
         if batches:
             materialize(models, device)
@@ -181,6 +200,6 @@ def _cache_texts(config: Config, data: Data, models: Models, device: torch.devic
 
     prints = ", ".join(f"{name} {fingerprint(config, models, name)}" for name in models.encoders)
     return cache_texts(
-        data.plan, data.texts, data.index, encode, prints, models.outputs,
+        plan, data.texts, data.index, encode, prints, models.outputs,
         settings={**models.tokenize_strategy.settings, **models.encode_strategy.settings}, progress=advance,
     )  # fmt: skip

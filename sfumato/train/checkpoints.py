@@ -32,6 +32,10 @@ def step_name(name: str, step: int) -> str:
     return f"{name}-step{step:08d}"
 
 
+def best_name(name: str) -> str:
+    return f"{name}-best"
+
+
 def state_name(result: str) -> str:
     return f"{result}-state"
 

@@ -123,10 +123,11 @@ class Log:
                 Wandb(config.log.log_tracker_name or "sfumato", config.log.wandb_run_name or name, settings)
             )
 
-    def write(self, step: int, **values: float) -> None:
+    def write(self, step: int, details: Mapping[str, Any] | None = None, /, **values: float) -> None:
+        """`details`: what only the lines hold besides, as JSON."""
         for sink in self.sinks:
             with self.mishaps.survived(f"{type(sink).__name__.lower()} of the log not written"):
-                sink.write(step, values)
+                sink.write(step, {**values, **(details or {})} if isinstance(sink, Lines) else values)
 
     def __enter__(self) -> Log:
         return self

@@ -31,13 +31,14 @@ from sfumato.memory.tracker import Tracker
 from sfumato.optim import build
 from sfumato.optim.ema import EMA
 from sfumato.optim.fused import FusedStep
-from sfumato.train import checkpoints, diagnose
+from sfumato.train import checkpoints, diagnose, validate
 from sfumato.train.dist import Vote, World
 from sfumato.train.hub import Uploads
 from sfumato.train.log import Log
 from sfumato.train.mishaps import Mishaps
 from sfumato.train.progress import Bar, console
 from sfumato.train.trainables import Trainable
+from sfumato.train.validate import Validation
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,6 +118,8 @@ class Run:
     """Where the optimizer steps in parts: while gradients come, or with its state on the host."""
     swaps: Sequence[Swap] = ()
     """What streams blocks."""
+    validation: Validation | None = None
+    """What measures held-out images, where there are some."""
 
 
 @dataclass(slots=True)
@@ -183,6 +186,8 @@ def train(run: Run) -> bool:
     budget, pending, stops = run.budget, PendingMetrics(), Vote(run.world)
     bar = Bar("training", budget.steps, run.step, quiet=not run.world.main)
     run.optimizer.zero_grad(set_to_none=True)
+    if run.step == 0:
+        _validate(run, -1)
     if run.step == 0 and run.config.sample.sample_at_first:
         _sample(run, 0)
     try:
@@ -334,10 +339,13 @@ def _due_actions(run: Run, epoch: int) -> Callable[[], None] | None:
     every, epochs = sample.sample_every_n_steps, sample.sample_every_n_epochs
     samples = (every and step % every == 0) or (epochs and ended and (epoch + 1) % epochs == 0)
     freeze = run.config.train.stop_text_encoder_training == step
-    if not (any(events) or samples or freeze):
+    validates = run.validation and validate.due(run.config.validation, step, epoch + 1, budget.steps, ended=ended)
+    if not (any(events) or samples or freeze or validates):
         return None
 
     def act() -> None:
+        if validates:  # before a state is saved, which has it then
+            _validate(run, epoch)
         for event in events:
             if event:
                 _save(run, event, epoch)
@@ -414,6 +422,24 @@ def _sample(run: Run, epoch: int) -> None:
             evaluation_weights(run),
         ):
             run.sample(run.step, epoch)
+    run.world.wait()
+
+
+def _validate(run: Run, epoch: int) -> None:
+    """Measure held-out images, log it, and keep the result if it is the best so far. A failure ends the run only before
+    its first step."""
+    if run.validation is None:
+        return
+    with (
+        run.mishaps.survived("held-out images not measured") if run.step else nullcontext(),
+        evaluation_weights(run),
+    ):
+        found = run.validation.measure(run.config.memory.micro_batch)
+        if run.log:
+            run.log.write(run.step, {"validation": found.details()}, epoch=epoch + 1, **found.scalars())
+        if run.step and run.validation.is_best(found, run.step) and run.config.validation.save_best and run.world.main:
+            name = checkpoints.best_name(run.config.output.output_name)
+            run.save_result(Path(run.config.output.output_dir) / f"{name}{run.trainable.suffix()}", run.step, epoch)
     run.world.wait()
 
 

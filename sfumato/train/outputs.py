@@ -14,7 +14,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from sfumato.config import Config, DatasetConfig, Method, OutputConfig
+from sfumato.config import Config, DatasetConfig, Method
 from sfumato.data.folders import SUFFIXES
 from sfumato.errors import UserError
 from sfumato.formats.folders import irreplaceable
@@ -141,21 +141,25 @@ def _existing(config: Config, suffix: str, components: Sequence[str]) -> Iterato
             rest = entry[len(name) :].lower()
             if entry[: len(name)].casefold() != name.casefold() or not os.path.lexists(folder / f"{name}{rest}"):
                 continue
-            is_folder = _written(config.output, rest, suffix, components)
+            is_folder = _written(config, rest, suffix, components)
             if is_folder is not None:
                 yield folder / f"{name}{rest}", is_folder
 
 
-def _written(output: OutputConfig, rest: str, suffix: str, components: Sequence[str]) -> bool | None:
+def _written(config: Config, rest: str, suffix: str, components: Sequence[str]) -> bool | None:
     """Whether `NAME` + `rest` is written as a folder (True) or as a file (False), or not at all (None)."""
     if rest in (".toml", ".jsonl", "-loss.png"):
         return False
     beside = "|".join(re.escape(f"_{name}") for name in components)
     match = re.fullmatch(
-        rf"(-(?P<epoch>\d{{6}})|-step\d{{8}})?(?P<beside>{beside})?(?P<kind>{re.escape(suffix)}|-state)", rest
+        rf"(-(?P<epoch>\d{{6}})|-step\d{{8}}|(?P<best>-best))?(?P<beside>{beside})?(?P<kind>{re.escape(suffix)}|-state)",
+        rest,
     )
     if not match or (match["beside"] and (match["kind"] == "-state" or not suffix)):
         return None
+    if match["best"] and (match["kind"] == "-state" or not config.validation.save_best):
+        return None
+    output = config.output
     every = 1 if output.save_n_epoch_ratio else output.save_every_n_epochs
     if match["epoch"] and (not every or int(match["epoch"]) % every):
         return None  # not an epoch after which something is saved; after which step one is stopped is not known

@@ -26,7 +26,7 @@ from sfumato.optim.trial import Trial
 from sfumato.train import checkpoints, dist, hub
 from sfumato.train.progress import console
 
-_NOT_COMPARED = ("model", "data", "output", "metadata", "hub", "memory", "sample", "log")
+_NOT_COMPARED = ("model", "data", "output", "metadata", "hub", "memory", "sample", "validation", "log")
 """Sections that do not change what is trained, or are compared by what they name: the base model, the datasets."""
 _COMPARED_APART = (
     "max_train_steps", "max_train_epochs", "max_data_loader_n_workers", "persistent_data_loader_workers",

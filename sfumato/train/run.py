@@ -7,17 +7,19 @@ import tempfile
 import time
 from collections.abc import Callable, Collection, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from sfumato.config import FOLLOWING, Config, DatasetConfig, Method
 from sfumato.data.batch import Batch
+from sfumato.data.held_out import noise_seed
 from sfumato.data.loader import AHEAD, Loader
+from sfumato.data.plan import Plan
 from sfumato.errors import UserError, WriteError
 from sfumato.formats import files
 from sfumato.models.base import Models
@@ -25,7 +27,7 @@ from sfumato.models.loading import materialize, unload
 from sfumato.optim import build, schedules
 from sfumato.sampling.prompts import Prompt
 from sfumato.sampling.sample import EncodedPrompts, encode_prompts, sample
-from sfumato.tensors.noise import NoiseProcess
+from sfumato.tensors.noise import Drawn, NoiseProcess
 from sfumato.train import (
     checkpoints,
     dist,
@@ -49,6 +51,7 @@ from sfumato.train.progress import console, progress
 from sfumato.train.recover import Recovery
 from sfumato.train.step import Step, autocast, draw
 from sfumato.train.trainables import Trainable, caches_text
+from sfumato.train.validate import Validation
 
 
 def cache(config: Config, datasets: tuple[DatasetConfig, ...], method: Method = "network") -> Caches:
@@ -136,13 +139,14 @@ def prepare(
     trainable = trainables.make(method, models, config, plan)
     placed = place_models(config, models, trainable, world.device)
     optimizer = _optimizer(config, trainable, world.device)
-    step = _distributed(Step(models, trainable, process, config.loss, precision), trainable, world)
-    loader = _loader(config, data, models, process, caches, budget, world)
+    step = Step(models, trainable, process, config.loss, precision)
+    loader = _loader(config, data.plan, models, caches, budget, world, partial(draw, models, process))
     uploads = hub.uploads(config.hub, main=world.main)
     facts = provenance.Facts(config, models, data.plan, budget, plan, type(optimizer), trainable.kind)
     run = loop.Run(
         config=config, world=world, budget=budget, plan=data.plan, loader=loader, trainable=trainable,
-        training_step=step, optimizer=optimizer, schedule=schedules.schedule(config.optimizer, optimizer, budget.steps),
+        training_step=_distributed(step, trainable, world), optimizer=optimizer,
+        schedule=schedules.schedule(config.optimizer, optimizer, budget.steps),
         fused=fusing.fused_step(config, models, trainable, optimizer, world.device), swaps=placed.swaps,
         ema=fusing.moving_average(config.optimizer, trainable, world.device),
         scaler=torch.amp.GradScaler(world.device.type, enabled=precision == "fp16"),
@@ -150,6 +154,7 @@ def prepare(
         save_result=hub.uploading(uploads, lambda path, step, epoch: trainable.save(path, facts.at(step, epoch))),
         save_state=hub.uploading(uploads, lambda path: state.save(run, path), state=True), uploads=uploads,
         identity=resume.identity(config, plan, models.source), predicted=found.chosen.device if found else None,
+        validation=_validation(config, data, step, caches, budget, world),
         tracker=measure.tracker(config, models, trainable, world.device),
         recover=Recovery(method, plan, data.plan, models, trainable, placed, given) if world.size == 1 else None,
     )  # fmt: skip
@@ -177,16 +182,15 @@ def _read(config: Config, models: Models, world: dist.World) -> None:
 
 def _loader(
     config: Config,
-    data: Data,
+    plan: Plan,
     models: Models,
-    process: NoiseProcess,
     caches: Caches,
     budget: loop.StepBudget,
     world: dist.World,
+    draw: Callable[[Tensor, Sequence[int]], Drawn],
 ) -> Loader:
     return Loader(
-        plan=data.plan, seed=config.train.seed, tokenize=models.tokenize, draw=partial(draw, models, process),
-        pack=_packing(world.device),
+        plan=plan, seed=config.train.seed, tokenize=models.tokenize, draw=draw, pack=_packing(world.device),
         latents=caches.latents, texts=caches.texts, prior_loss_weight=config.loss.prior_loss_weight,
         accumulation=budget.accumulation, rank=world.rank, world=world.size,
         steps=budget.steps, workers=config.train.max_data_loader_n_workers,
@@ -194,6 +198,19 @@ def _loader(
         # A CPU that computes the steps has no time to spare, and threads of two teams are in each other's way.
         ahead=0 if world.device.type == "cpu" else AHEAD,
     )  # fmt: skip
+
+
+def _validation(
+    config: Config, data: Data, step: Step, caches: Caches, budget: loop.StepBudget, world: dist.World
+) -> Validation | None:
+    """What measures the loss on held-out images, if there are some."""
+    plan, (models, _) = data.evaluation, step.unowned
+    if plan is None or caches.evaluation is None:
+        return None
+    alone = replace(budget, accumulation=1)
+    loader = _loader(config, plan, models, caches.evaluation, alone, world, lambda sizes, keys: {})
+    loader = replace(loader, seed=noise_seed(plan), workers=0, pack=lambda batch: batch)
+    return Validation(plan=plan, loader=loader, step=step, models=models, process=step.process, world=world)
 
 
 def _packing(device: torch.device) -> Callable[[Batch], Batch]:

@@ -237,8 +237,8 @@ def test_a_rate_of_text_encoders_that_are_not_trained_is_stated(home: Path) -> N
 def test_validation_seed_without_a_split_is_stated(home: Path) -> None:
     Path("data.toml").write_text("[general]\nvalidation_seed = 3\n" + Path("data.toml").read_text())
     found = kohya.resolve("train_network", [*BASE, "--validation_seed=4"])
-    said = [n for n in found.notices if "validation_seed: accepted, no effect: only matters with validation_split" in n]
-    assert [n.split(":")[0] for n in said] == ["--validation_seed", "data.toml"]
+    said = [n for n in found.notices if "accepted, no effect: no images are held out" in n]
+    assert [n.split(":")[0] for n in said] == ["--validation_seed", "validation_seed of a folder"]
 
 
 def test_a_config_file_of_a_front_end_is_read_whole(home: Path) -> None:

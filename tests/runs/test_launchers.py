@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from sfumato.formats.files import load
+from sfumato.train.log import read
 
 ROOT = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent
@@ -106,6 +107,8 @@ def test_two_processes_do_the_steps_of_one_that_accumulates(
         "1",
         "--text_encoder_lr",
         "1",
+        "--validation_split",
+        "0.4",
     ]
     one = launch([], model, folder, folder.parent / "one", "--gradient_accumulation_steps", "2", *plain)
     run = [
@@ -122,3 +125,7 @@ def test_two_processes_do_the_steps_of_one_that_accumulates(
     assert max(t.abs().max() for name, t in one.items() if name.endswith("lora_up.weight")) > 1e-3
     for name in one:
         torch.testing.assert_close(two[name], one[name], rtol=0, atol=2e-5, msg=name)
+    measured = [read(folder.parent / name / "out.jsonl")["loss/validation/mean"] for name in ("one", "two")]
+    assert [step for step, _ in measured[0]] == [0, 1, 2, 3]
+    for (step, a), (other, b) in zip(*measured, strict=True):
+        assert step == other and a == pytest.approx(b, abs=2e-5)
