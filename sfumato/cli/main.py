@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from io import TextIOWrapper
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sfumato import __version__
@@ -257,6 +258,19 @@ def _doctor(words: list[str]) -> int:
     return 1 if doctor.broken(facts) else 0
 
 
+def _overfit(words: list[str]) -> int:
+    parser = _parser("overfit", "Which step of a training to take, by its loss on held-out images (validation_split).")
+    parser.add_argument("logs", nargs="+", metavar="LOG.jsonl", type=Path, help="log that stands beside a result")
+    parser.add_argument("--json", action="store_true", help="machine-readable, one object a log")
+    args = parser.parse_args(words)
+    from sfumato.train import monitor
+
+    for log in args.logs:
+        found = monitor.read(log.expanduser())
+        print(json.dumps(found.facts()) if args.json else f"{log}: {found.text()}")
+    return 0
+
+
 def _verify(words: list[str]) -> int:
     from sfumato.cli import adapter_tools
 
@@ -279,6 +293,7 @@ COMMANDS: Mapping[str, Command] = {
     "extract": Command(_extract, "a LoRA file of what two models differ in"),
     "resize": Command(_resize, "a LoRA file with smaller ranks"),
     "verify": Command(_verify, "whether two adapters, or two checkpoints, have the same effect"),
+    "overfit": Command(_overfit, "which step of a training to take, by its loss on held-out images"),
     "show": Command(_show, "say what a weight file is"),
     "bench": Command(_bench, "measure what a training step takes on this machine"),
     "doctor": Command(_doctor, "say what this machine has and whether it can train"),

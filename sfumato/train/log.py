@@ -14,6 +14,9 @@ from sfumato.errors import UserError
 from sfumato.formats import files
 from sfumato.train.mishaps import Mishaps
 
+PREFIX = "loss/validation/"
+"""Names of what is measured of held-out images begin with it."""
+
 
 class Sink(Protocol):
     """A place for numbers."""
@@ -158,23 +161,19 @@ def smooth(values: list[float], weight: float) -> list[float]:
 
 
 def curve(log: Path, image: Path) -> None:
-    """Plot the loss and the learning rates of a log as a PNG."""
+    """Plot the loss and the learning rates of a log as a PNG; where held-out images were measured, their loss too."""
     from matplotlib.figure import Figure
 
     numbers = read(log)
     if not numbers.get("loss"):
         return
-    steps, loss = (list(column) for column in zip(*numbers["loss"], strict=True))
-    figure = Figure(figsize=(8, 4.5), dpi=120, layout="constrained")
-    axes = figure.add_subplot()
-    axes.plot(steps, loss, color="#c8c8d8", linewidth=0.7, label="loss of a step")
-    axes.plot(
-        steps,
-        smooth([float(v) for v in loss], 0.98 if len(loss) > 200 else 0.9),
-        color="#2040c0",
-        linewidth=1.8,
-        label="smoothed",
-    )
+    measured = f"{PREFIX}mean" in numbers
+    figure = Figure(figsize=(11 if measured else 8, 4.5), dpi=120, layout="constrained")
+    axes, *levels = figure.subplots(1, 1 + measured, squeeze=False, width_ratios=(3, 1.5)[: 1 + measured])[0]
+    _losses(axes, numbers)
+    if measured:
+        _held_out(axes, numbers)
+        _levels(levels[0], numbers)
     axes.set_xlabel("optimizer step")
     axes.set_ylabel("loss")
     rates = axes.twinx()
@@ -185,3 +184,42 @@ def curve(log: Path, image: Path) -> None:
     axes.legend(handles=handles, loc="upper right", frameon=False)
     with files.aside(image) as path:
         figure.savefig(path, format="png")
+
+
+Numbers = Mapping[str, list[tuple[int, float]]]
+
+
+def _losses(axes: Any, numbers: Numbers) -> None:
+    steps, loss = (list(column) for column in zip(*numbers["loss"], strict=True))
+    axes.plot(steps, loss, color="#c8c8d8", linewidth=0.7, label="loss of a step")
+    axes.plot(
+        steps,
+        smooth([float(v) for v in loss], 0.98 if len(loss) > 200 else 0.9),
+        color="#2040c0",
+        linewidth=1.8,
+        label="smoothed",
+    )
+
+
+def _held_out(axes: Any, numbers: Numbers) -> None:
+    """The loss on held-out images, and at the same noise levels on some that are trained on."""
+    for name, colour, label in (("mean", "#d04020", "held-out images"), ("trained", "#208050", "trained, same noise")):
+        points = numbers.get(f"{PREFIX}{name}", [])
+        axes.plot(*zip(*points, strict=True), color=colour, linewidth=1.6, marker="o", markersize=3, label=label)
+    step, loss = min(numbers[f"{PREFIX}mean"], key=lambda point: point[1])
+    axes.plot([step], [loss], marker="o", markersize=9, fillstyle="none", color="#d04020")
+    axes.annotate(f"best: {step}", (step, loss), textcoords="offset points", xytext=(0, 9), ha="center")
+
+
+def _levels(axes: Any, numbers: Numbers) -> None:
+    """How the loss on held-out images stands to that at the start, by noise level."""
+    mean, levels = numbers[f"{PREFIX}mean"], [numbers[n] for n in numbers if n.startswith(f"{PREFIX}level_")]
+    best = min(range(len(mean)), key=lambda i: mean[i][1])
+    for place in sorted({best, len(mean) - 1} - {0}):
+        ratios = [level[place][1] / level[0][1] for level in levels]
+        axes.plot(range(1, len(levels) + 1), ratios, marker="o", markersize=3, label=f"step {mean[place][0]}")
+    axes.axhline(1.0, color="#808080", linewidth=0.8)
+    axes.set_xlabel("noise level, least to most")
+    axes.set_title("held-out loss / that at the start", fontsize=9)
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(frameon=False)

@@ -58,7 +58,7 @@ def show(
     )
     if found := fit.fitted(config, method, checked.plan, data.plan, given, card=True):
         fit.show(found)
-    print_table(RESULTS, _results(config, budget, checked))
+    print_table(RESULTS, _results(config, budget, checked, data.evaluation))
     for each in checked.loads_in:
         answers.print(each.text())
     if other := lock.taken(config):
@@ -92,7 +92,7 @@ def facts(
         "epochs": budget.epochs,
         "kept": _cached(config),
         "another_run": lock.taken(config),
-        "results": [dict(zip(RESULTS, row, strict=True)) for row in _results(config, budget, checked)],
+        "results": [dict(zip(RESULTS, row, strict=True)) for row in _results(config, budget, checked, data.evaluation)],
         "loads_in": [asdict(each) for each in checked.loads_in],
         "memory": fit.facts(found) if found else None,
     }
@@ -102,6 +102,7 @@ def folder_rows(plan: Plan) -> list[tuple[str | int, ...]]:
     """One row per folder, in the columns of `FOLDERS`."""
     rows: list[tuple[str | int, ...]] = []
     folders, left = plan.folders(), Counter((skip.dataset, skip.subset) for skip in plan.skipped)
+    held = Counter((item.dataset, item.image.subset) for item in plan.held_out)
     for d, dataset in enumerate(plan.datasets):
         for s, subset in enumerate(dataset.subsets):
             items = folders[d, s]
@@ -109,7 +110,10 @@ def folder_rows(plan: Plan) -> list[tuple[str | int, ...]]:
             counts = sorted({item.repeats for item in items}) or [subset.num_repeats]
             repeats = " or ".join(str(n) for n in counts)
             kind = "regularisation" if subset.is_reg else "training"
-            rows.append((d + 1, subset.source, kind, len(items), repeats, samples, left[d, s]))
+            if items or not held[d, s]:
+                rows.append((d + 1, subset.source, kind, len(items), repeats, samples, left[d, s]))
+            if held[d, s]:
+                rows.append((d + 1, subset.source, "held out", held[d, s], 0, 0, 0 if items else left[d, s]))
     return rows
 
 
@@ -186,7 +190,7 @@ def _cached(config: Config) -> list[str]:
     ]
 
 
-def _results(config: Config, budget: StepBudget, checked: Checked) -> list[tuple[str, str]]:
+def _results(config: Config, budget: StepBudget, checked: Checked, evaluation: Plan | None) -> list[tuple[str, str]]:
     """When which files are written."""
     output, sample, end = config.output, config.sample, checked.suffix
     folder, rows = Path(output.output_dir), []
@@ -202,5 +206,13 @@ def _results(config: Config, budget: StepBudget, checked: Checked) -> list[tuple
     for every, unit in ((sample.sample_every_n_steps, "steps"), (sample.sample_every_n_epochs, "epochs")):
         if every:
             rows.append((f"every {every} {unit}", f"{len(checked.prompts)} images in {folder / 'sample'}"))
+    if evaluation:
+        v, held = config.validation, len(evaluation.held_out)
+        steps = f"every {v.validate_every_n_steps} steps" if v.validate_every_n_steps else ""
+        epochs = f"every {v.validate_every_n_epochs or 1} epochs" if v.validate_every_n_epochs or not steps else ""
+        when = ", ".join(filter(None, ("the start", steps, epochs, "the end")))
+        rows.append((when, f"the loss of {held} held-out images and {len(evaluation.items) - held} trained ones"))
+        if v.save_best:
+            rows.append(("the best of these", f"{folder / checkpoints.best_name(output.output_name)}{end}"))
     rows.append((f"step {budget.steps}", f"{folder / output.output_name}{end}"))
     return rows

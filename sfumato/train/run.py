@@ -38,6 +38,7 @@ from sfumato.train import (
     log,
     loop,
     measure,
+    monitor,
     provenance,
     resume,
     state,
@@ -279,6 +280,10 @@ def _finish(run: loop.Run, ended: bool) -> None:
     if run.log:
         with run.mishaps.survived("the curve of the loss not plotted"):
             log.curve(run.log.path, folder / f"{name}-loss.png")
+    if run.log and run.validation:
+        with run.mishaps.survived("the measurements of held-out images not compared"):
+            if said := monitor.verdict(monitor.points(run.log.path)):
+                console.print(said.text())
     seconds = time.monotonic() - run.began
     first = run.first_step_after or seconds
     speed = (step - run.start_step - 1) / max(seconds - first, 1e-9)

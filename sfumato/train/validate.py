@@ -25,12 +25,13 @@ from sfumato.models.base import Models
 from sfumato.tensors.noise import Drawn, NoiseProcess
 from sfumato.tensors.random import SampleRandom, key
 from sfumato.train.dist import World
+from sfumato.train.log import PREFIX
+from sfumato.train.monitor import margin
 from sfumato.train.progress import progress
 from sfumato.train.step import Step, autocast
 
 LEVELS = tuple((i + 0.5) / 8 for i in range(8))
 """Noise levels at which an image is measured: shares of those that are trained on that lie below."""
-PREFIX = "loss/validation/"
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +53,7 @@ class Evaluation:
         images = self.samples()
         found = {"mean": self.mean, "trained": float(self.trained.nanmean())}
         if len(images) > 1:
-            found["ci95"] = 1.96 * float(images.std()) / math.sqrt(len(images))
+            found["ci95"] = margin(images.tolist())
         found |= {f"level_{i}": float(loss) for i, loss in enumerate(self.held_out.nanmean(0), 1)}
         return {f"{PREFIX}{name}": value for name, value in found.items()}
 

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
+import shutil
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -84,3 +87,72 @@ def test_training_does_not_notice(there: Path) -> None:
     assert same(there / "without" / "out.safetensors", there / "resumed" / "out.safetensors")
     assert lines(there / "resumed") == lines(there / "with")
     assert (there / "resumed" / "out.jsonl").read_text(encoding="utf-8").startswith(log)
+
+
+@pytest.fixture(scope="module")
+def ready(there: Path) -> loop.Run:
+    """A run that is ready for its first step; its captions are encoded in each step."""
+    return prepare(there, "ready", method="full", train_text_encoder=True, cache_latents=False, flip_aug=True)
+
+
+def prepare(there: Path, name: str, method: Any = "network", *, flip_aug: bool = False, **changed: Any) -> loop.Run:
+    changed = {"max_train_steps": 1, "mixed_precision": "bf16", **changed}
+    if method == "full":
+        changed |= {"network_dim": None, "network_dropout": None, "network_train_unet_only": False}
+    a_run = run.prepare(options(there, name, **changed), method, data(there, flip_aug=flip_aug), ALONE, 0.0)
+    with a_run.log:  # type: ignore[union-attr]
+        a_run.log = None
+    return a_run
+
+
+def measured(a_run: loop.Run, most: int | None = None) -> torch.Tensor:
+    with loop.evaluation_weights(a_run):
+        found = a_run.validation.measure(most)  # type: ignore[union-attr]
+    assert found.held_out.shape == found.trained.shape == (2, 8)
+    return torch.cat([found.held_out, found.trained])
+
+
+def test_two_measurements_with_no_step_between_are_equal(ready: loop.Run) -> None:
+    """And the global source of randomness is not touched; a step moves every number; every level has its own noise."""
+    state = torch.get_rng_state()
+    before, again = measured(ready), measured(ready)
+    assert torch.equal(before, again) and torch.equal(torch.get_rng_state(), state)
+    assert before.isfinite().all() and before.unique().numel() == before.numel()
+    torch.testing.assert_close(measured(ready, 1), before, rtol=1e-2, atol=1e-3)  # in parts of one sample
+    assert loop.train(ready)
+    assert (measured(ready) != before).all()
+
+
+def test_caches_change_nothing_but_rounding(there: Path) -> None:
+    settings = {"mixed_precision": "no", "flip_aug": True}
+    live = measured(prepare(there, "live", cache_latents=False, **settings))
+    cached = measured(prepare(there, "cached", cache_text_encoder_outputs=True, **settings))
+    torch.testing.assert_close(cached, live, rtol=2e-3, atol=1e-3)
+
+
+def test_the_best_result_is_kept_and_told(there: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """With a rate that goes through the roof, the best is not the last; what is kept is what was saved then."""
+    steps = {"validate_every_n_steps": 1, "save_every_n_steps": 1, "max_train_steps": 3, "learning_rate": 0.3}
+    out = train(there, "best", save_best=True, max_validation_steps=1, **steps)
+    found = {line["step"]: line["loss/validation/mean"] for line in lines(out)}
+    assert list(found) == [0, 1, 2, 3] and min(found[step] for step in (1, 2)) < found[3]
+    best = min((1, 2, 3), key=found.__getitem__)
+    assert same(out / "out-best.safetensors", out / f"out-step{best:08d}.safetensors")
+    assert found[0] <= found[best] or f"recommended: step {best}" in capsys.readouterr().err
+    with pytest.raises(UserError, match=r"out-best\.safetensors"):  # which a second run would start from and write over
+        train(there, "best", save_best=True, network_weights=str(out / "out-best.safetensors"), **steps)
+
+
+def test_an_image_that_is_gone_is_left_out_and_no_training_ends_for_it(there: Path, tmp_path: Path) -> None:
+    shutil.copytree(there / "other", tmp_path / "other")
+    folders = data(there, listed=False)[0].subsets
+    other = SubsetConfig(image_dir=str(tmp_path / "other"), validation_split=1.0)
+    datasets = (DatasetConfig(subsets=(*folders, other), resolution=(64, 64), batch_size=2),)
+    settings = options(there, "gone", cache_latents=False, max_train_steps=1)
+    a_run = run.prepare(settings, "network", datasets, ALONE, 0.0)
+    (tmp_path / "other" / "0.png").unlink()
+    with a_run.log or nullcontext():
+        found = a_run.validation.measure(None)  # type: ignore[union-attr]
+        assert found.held_out[0].isnan().all() and found.held_out[1].isfinite().all() and math.isfinite(found.mean)
+        assert found.details()["held_out"][0] is None and json.loads(json.dumps(found.scalars()))
+        assert loop.train(a_run)
