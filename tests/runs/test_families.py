@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
@@ -12,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from run_fixtures import make_images
 from tinies.cases import Case, Files, cases
 from torch import Tensor
@@ -25,6 +27,7 @@ from sfumato.models import embedding_files, embeddings
 from sfumato.models.base import Models, SampleInfo
 from sfumato.models.loading import materialize, materialize_vae
 from sfumato.train import dist, loop, run
+from sfumato.train.log import read
 from sfumato.train.trainables import read_adapter
 
 ALL = [pytest.param(case, id=case.name) for case in cases()]
@@ -50,7 +53,13 @@ def prepared(case: Case, files: Files, images: Path, out: Path, method: Method, 
 
 
 def configured(
-    case: Case, files: Files, images: Path, out: Path, method: Method, **settings: Any
+    case: Case,
+    files: Files,
+    images: Path,
+    out: Path,
+    method: Method,
+    held_out: tuple[SubsetConfig, ...] = (),
+    **settings: Any,
 ) -> tuple[Config, tuple[DatasetConfig, ...]]:
     """Its settings and images."""
     facts = families.facts(case.family)
@@ -68,7 +77,7 @@ def configured(
         **facts.defaults,
         **settings,
     }
-    data = DatasetConfig(subsets=(SubsetConfig(image_dir=str(images)),), resolution=(128, 64), batch_size=2)
+    data = DatasetConfig(subsets=(SubsetConfig(image_dir=str(images)), *held_out), resolution=(128, 64), batch_size=2)
     made: Config = config(**flat, family=facts.options(**options))
     idle = facts.without_effect(Settings.of(made, method))
     made = replace(made, family=facts.options(**{name: v for name, v in options.items() if name not in idle}))
@@ -159,18 +168,36 @@ class Adapted:
         return cls(a_run, before, out)
 
     def losses(self) -> list[float]:
-        return [json.loads(line)["loss"] for line in (self.out / "out.jsonl").read_text(encoding="utf-8").splitlines()]
+        return [loss for _, loss in read(self.out / "out.jsonl")["loss"]]
 
 
 @pytest.fixture(scope="module")
 def kept(case: Case, files: Files, tmp_path_factory: pytest.TempPathFactory) -> Adapted:
-    """Adapters on the denoiser, 20 steps on what is kept of images and captions."""
+    """Adapters on the denoiser, 20 steps on what is kept of images and captions; another image is measured."""
     where = tmp_path_factory.mktemp("kept")
-    return Adapted.by(case, files, make_images(where), where / "out", KINDS[0], **KEPT)
+    images, more = make_images(where), where / "more"
+    more.mkdir()
+    with Image.open(images / "4.png") as image:
+        image.rotate(90).save(more / "turned.png")
+    held_out = (SubsetConfig(image_dir=str(more), class_tokens="picture 4, turned", validation_split=1.0),)
+    every = {"validate_every_n_steps": 1000}
+    return Adapted.by(case, files, images, where / "out", KINDS[0], held_out=held_out, **every, **KEPT)
 
 
 def test_adapters_on_what_is_kept(case: Case, files: Files, kept: Adapted) -> None:
     adapted(case, files, kept, {"denoiser"})
+
+
+def test_images_that_are_held_out_are_measured(kept: Adapted) -> None:
+    """Before and after the training, which made a difference; and again, which makes none."""
+    numbers = read(kept.out / "out.jsonl")
+    assert [step for step, _ in numbers["loss/validation/mean"]] == [0, 20]
+    for name in ("mean", "trained", *(f"level_{i}" for i in range(1, 9))):
+        (_, before), (_, after) = numbers[f"loss/validation/{name}"]
+        assert math.isfinite(before) and before != after
+    with loop.evaluation_weights(kept.a_run):
+        again = kept.a_run.validation.measure(None).scalars()  # type: ignore[union-attr]
+    assert again == {name: numbers[name][-1][1] for name in again}
 
 
 def test_adapters_with_text_encoders(case: Case, files: Files, images: Path, tmp_path: Path) -> None:

@@ -45,6 +45,30 @@ def of(noise: NoiseConfig | None = None, shift: float = 1.0, **chosen: Any) -> F
     return Flow.of(Options(**chosen), noise or NoiseConfig(), shift=shift)
 
 
+@pytest.mark.parametrize(
+    "process",
+    [
+        *(Flow(timestep_sampling=kind, discrete_flow_shift=2.5, sigmoid_scale=1.4) for kind in KINDS),
+        *(Flow(weighting_scheme=scheme, logit_mean=0.3) for scheme in ("logit_normal", "mode", "sigma_sqrt")),
+        Flow(min_timestep=200, max_timestep=600),
+        DDPM(min_timestep=100, max_timestep=900),
+        DDPM(),
+    ],
+    ids=str,
+)
+def test_a_level_is_the_share_of_chance_below_it(process: Flow | DDPM) -> None:
+    """Its noise is of the sample, its weight of the timestep, as where chance chooses it."""
+    by_chance = process.draw((4, 6, 8), MANY)["t"].float()
+    levels = (0.0625, 0.4375, 0.5, 0.9375)
+    found = [process.draw((4, 6, 8), RANDOM, level) for level in levels]
+    for level, drawn in zip(levels, found, strict=True):
+        assert drawn["t"].unique().numel() == 1 and drawn["t"].shape == (64,)
+        assert (by_chance < drawn["t"][0]).float().mean().item() == pytest.approx(level, abs=0.025)
+        assert torch.equal(drawn["noise"], RANDOM.normal("noise", (4, 6, 8)))
+    chance = process.draw((4, 6, 8), RANDOM)
+    assert all(each.keys() == chance.keys() for each in found)
+
+
 # --- what the net sees and should say ---
 
 
