@@ -36,7 +36,6 @@ SOURCES = ("dataset_config", "in_json", "dataset_class", "train_data_dir")
 INERT = {
     "cache_info": "sizes and captions are read from the files' headers, quickly, and remembered",
 }
-REFUSED = {}
 
 
 def read(settings: Settings, given: Mapping[str, Given], report: Report) -> tuple[DatasetConfig, ...]:
@@ -156,10 +155,6 @@ def _setting(given: Given, known: set[str], report: Report) -> Given | None:
     """A setting with its value converted, or None when it was answered: stated or refused."""
     if given.key in INERT:
         report.note(f"{given}: accepted, no effect: {INERT[given.key]}")
-        return None
-    if given.key in REFUSED:
-        if given.value not in (0, "", None, {}):
-            report.error(f"{given}: {REFUSED[given.key]}")
         return None
     if given.key not in known:
         elsewhere = (

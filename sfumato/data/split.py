@@ -40,8 +40,8 @@ def notes(datasets: Sequence[DatasetConfig], held: Counter[Folder], trained: Cou
         for s, subset in enumerate(dataset.subsets):
             if subset.validation_split and not subset.is_reg:
                 count = held[d, s] + trained[d, s]
-                lines.append(f"{subset.image_dir}: {held[d, s]} of {count} images are held out (validation_split)")
-                asked.append(f"{subset.validation_split:g} of {count} images in {subset.image_dir}")
+                lines.append(f"{subset.source}: {held[d, s]} of {count} images are held out (validation_split)")
+                asked.append(f"{subset.validation_split:g} of {count} images in {subset.source}")
     if asked and not held.total():
         raise UserError(f"validation_split holds no image out ({'; '.join(asked)}): raise it, or leave it out")
     return lines
