@@ -17,8 +17,9 @@ from tiny import short_sd1
 from training import config
 
 from sfumato.config import DatasetConfig, SubsetConfig
+from sfumato.errors import UserError
 from sfumato.formats.files import load
-from sfumato.train import dist, run
+from sfumato.train import dist, loop, run
 
 ALONE = dist.World(0, 1, torch.device("cpu"))
 
