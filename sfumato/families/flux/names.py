@@ -29,6 +29,16 @@ DOUBLE, SINGLE = "double_blocks.{i}", "single_blocks.{i}"
 FOREIGN_DOUBLE, FOREIGN_SINGLE = "transformer_blocks.{i}", "single_transformer_blocks.{i}"
 
 
+_HINT = ("conv_in", *(f"blocks.{i}" for i in range(6)), "conv_out")
+CONTROL = (
+    rule("controlnet_blocks.{i}"),
+    rule("controlnet_single_blocks.{i}"),
+    rule("pos_embed_input", "controlnet_x_embedder"),
+    *(rule(f"input_hint_block.{2 * i}", f"input_hint_block.{name}") for i, name in enumerate(_HINT)),
+)
+"""What a control net has besides the layers of the transformer."""
+
+
 def flux_keys(shapes: Shapes) -> KeyMap:
     """native: Black Forest Labs. foreign: diffusers' FluxTransformer2DModel. For a net with tensors of these shapes, of
     either side."""
@@ -100,3 +110,9 @@ def _rows(shapes: Shapes) -> tuple[int, int, int, int] | None:
         rows, width = shapes["single_transformer_blocks.0.proj_mlp.weight"]
         return width, width, width, rows
     return None
+
+
+def control_keys(shapes: Shapes) -> KeyMap:
+    """native: XLabs' and sd-scripts' control nets. foreign: diffusers' FluxControlNetModel. For a net with tensors of
+    these shapes, of either side."""
+    return KeyMap(*flux_keys(shapes).rules, *CONTROL)

@@ -7,8 +7,8 @@ tokens in every attention, in the blocks of two streams after Esser et al. 2024 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from typing import cast
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Protocol, cast
 
 import torch
 import torch.nn.functional as F
@@ -39,8 +39,8 @@ PATCH = 2
 THETA = 10_000
 
 
-class FluxBase(Denoiser):
-    """What FLUX and Chroma share: all but where the modulation comes from."""
+class FluxTrunk(Denoiser):
+    """Tokens of image and text, and the blocks that they pass: what denoisers and their control nets share."""
 
     def __init__(self, shapes: Shapes, modulation: Modulation) -> None:
         super().__init__(shapes)
@@ -55,6 +55,40 @@ class FluxBase(Denoiser):
         self.single_blocks = nn.ModuleList(
             SingleBlock(shapes, name, modulation) for name in numbered(shapes, "single_blocks")
         )
+
+    def states(
+        self,
+        img: Tensor,
+        context: Tensor,
+        size: tuple[int, int],
+        double: Iterable[tuple[Tensor, Tensor]],
+        single: Iterable[Tensor],
+        mask: Tensor | None,
+    ) -> Iterator[Tensor]:
+        """The tokens of the image (b, h * w, c) after each block.
+
+        img: the same before the first; context (b, n, d), size (h, w), `vec` of each block, mask (b, n) or None.
+        """
+        txt = self.txt_in(context)
+        pe = rope(positions(txt.shape[1], *size, img.device), self.axes, THETA)
+        # Without a mask none is made: kernels that take no mask stay usable.
+        attn_mask = (
+            None if mask is None else torch.cat([mask, mask.new_ones(img.shape[:2])], 1)[:, None, None]
+        )  # (b, 1, 1, n + m)
+        for block, (img_vec, txt_vec) in zip(self.double_blocks, double, strict=True):
+            img, txt = block(img, txt, img_vec, txt_vec, pe, attn_mask)
+            yield img
+        tokens = torch.cat([txt, img], 1)
+        for block, vec in zip(self.single_blocks, single, strict=True):
+            tokens = block(tokens, vec, pe, attn_mask)
+            yield tokens[:, txt.shape[1] :]
+
+
+class FluxBase(FluxTrunk):
+    """What FLUX and Chroma share: all but where the modulation comes from."""
+
+    def __init__(self, shapes: Shapes, modulation: Modulation) -> None:
+        super().__init__(shapes, modulation)
         self.final_layer = FinalLayer(shapes, "final_layer", modulation)
 
     def forward_blocks(
@@ -68,23 +102,11 @@ class FluxBase(Denoiser):
     ) -> Tensor:
         """x (b, c, h, w), context (b, n, d), `vec` of each block and of the last layer, mask (b, n) or None -> (b, c',
         h, w)."""
-        h, w = x.shape[-2:]
-        if h % PATCH or w % PATCH:
-            raise UserError(
-                f"latents of {h} x {w} cannot be cut into patches of {PATCH} x {PATCH}: both sides must be even"
-            )
-        img, txt = self.img_in(pack(x)), self.txt_in(context)
-        pe = rope(positions(txt.shape[1], h // PATCH, w // PATCH, x.device), self.axes, THETA)
-        # Without a mask none is made: kernels that take no mask stay usable.
-        attn_mask = (
-            None if mask is None else torch.cat([mask, mask.new_ones(img.shape[:2])], 1)[:, None, None]
-        )  # (b, 1, 1, n + m)
-        for block, (img_vec, txt_vec) in zip(self.double_blocks, double, strict=True):
-            img, txt = block(img, txt, img_vec, txt_vec, pe, attn_mask)
-        tokens = torch.cat([txt, img], 1)
-        for block, vec in zip(self.single_blocks, single, strict=True):
-            tokens = block(tokens, vec, pe, attn_mask)
-        return unpack(self.final_layer(tokens[:, txt.shape[1] :], last), h, w)
+        size = patches(x)
+        img: Tensor = self.img_in(pack(x))
+        for state in self.states(img, context, size, double, single, mask):
+            img = state
+        return unpack(self.final_layer(img, last), *x.shape[-2:])
 
 
 class Flux(FluxBase):
@@ -94,9 +116,7 @@ class Flux(FluxBase):
         super().__init__(shapes, modulation)
         self.time_in, self.vector_in = embedder(shapes, "time_in"), embedder(shapes, "vector_in")
         # The distilled dev has it, schnell has not.
-        self.guidance_in = (
-            embedder(shapes, "guidance_in") if any(name.startswith("guidance_in.") for name in shapes) else None
-        )
+        self.guidance_in = guidance_embedder(shapes)
 
     def forward(
         self,
@@ -116,16 +136,27 @@ class Flux(FluxBase):
             raise ValueError(
                 f"guidance is {guidance}, but the net {'has no' if self.guidance_in is None else 'has a'} guidance_in"
             )
-        vec = self.time_in(timestep_embedding(1000 * t.float(), self.time_in.in_features).to(x.dtype)) + self.vector_in(
-            y
-        )
-        if self.guidance_in is not None and guidance is not None:
-            vec = vec + self.guidance_in(
-                timestep_embedding(1000 * guidance.float(), self.guidance_in.in_features).to(x.dtype)
-            )
+        vec = embed(self, t, y, guidance, x.dtype)
         return self.forward_blocks(
             x, context, [(vec, vec)] * len(self.double_blocks), [vec] * len(self.single_blocks), vec, mask
         )
+
+
+class Embedders(Protocol):
+    """Of what a forward is conditioned on besides the text's tokens."""
+
+    time_in: MLP
+    vector_in: MLP
+    guidance_in: MLP | None
+
+
+def embed(net: Embedders, t: Tensor, y: Tensor, guidance: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """t (b,), y (b, d), guidance (b,) or None -> `vec` (b, c) of every block."""
+    vec: Tensor = net.time_in(timestep_embedding(1000 * t.float(), net.time_in.in_features).to(dtype))
+    vec = vec + net.vector_in(y)
+    if net.guidance_in is not None and guidance is not None:
+        vec = vec + net.guidance_in(timestep_embedding(1000 * guidance.float(), net.guidance_in.in_features).to(dtype))
+    return vec
 
 
 class DoubleBlock(nn.Module):
@@ -232,6 +263,11 @@ def embedder(shapes: Shapes, name: str) -> MLP:
     return MLP(shapes, name, names=("in_layer", "out_layer"))
 
 
+def guidance_embedder(shapes: Shapes) -> MLP | None:
+    """That of a net that takes a guidance."""
+    return embedder(shapes, "guidance_in") if any(name.startswith("guidance_in.") for name in shapes) else None
+
+
 def attend(q: Tensor, k: Tensor, v: Tensor, pe: Tensor, attn_mask: Tensor | None) -> Tensor:
     """q, k, v (b, heads, n, d), their rope and mask -> (b, n, heads * d)"""
     return attention(rotate(q, pe), rotate(k, pe), v, attn_mask).transpose(1, 2).flatten(2)
@@ -249,6 +285,16 @@ def positions(text: int, h: int, w: int, device: torch.device) -> Tensor:
     y, x = torch.meshgrid(torch.arange(h, device=device), torch.arange(w, device=device), indexing="ij")
     image = torch.stack([torch.zeros_like(y), y, x], -1).flatten(0, 1)
     return F.pad(image, (0, 0, text, 0))
+
+
+def patches(x: Tensor) -> tuple[int, int]:
+    """Rows and columns of patches of latents x (b, c, h, w). Errors: `UserError` for odd sides."""
+    h, w = x.shape[-2:]
+    if h % PATCH or w % PATCH:
+        raise UserError(
+            f"latents of {h} x {w} cannot be cut into patches of {PATCH} x {PATCH}: both sides must be even"
+        )
+    return h // PATCH, w // PATCH
 
 
 def pack(x: Tensor) -> Tensor:

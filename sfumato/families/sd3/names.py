@@ -61,6 +61,15 @@ _BLOCK: dict[str, tuple[str, ...]] = {
 }
 
 
+_RULES = (
+    *(rule(native, foreign) for native, foreign in _ENDS.items()),
+    *(
+        rule(f"joint_blocks.{{i}}.{n}", *(f"transformer_blocks.{{i}}.{f}" for f in foreign))
+        for n, foreign in _BLOCK.items()
+    ),
+)
+
+
 def transformer_keys(names: Collection[str]) -> KeyMap:
     """native: Stability's. foreign: diffusers' SD3Transformer2DModel. For a net with tensors of these names, of either
     side."""
@@ -73,13 +82,14 @@ def transformer_keys(names: Collection[str]) -> KeyMap:
         rule(f"{block}.context_block.adaLN_modulation.1", f"{theirs}.norm1_context.linear", change=SWAP_HALVES),
         rule("final_layer.adaLN_modulation.1", "norm_out.linear", change=SWAP_HALVES),
     ]
-    ends = [rule(native, foreign) for native, foreign in _ENDS.items()]
-    inner = [
-        rule(f"joint_blocks.{{i}}.{n}", *(f"transformer_blocks.{{i}}.{f}" for f in foreign))
-        for n, foreign in _BLOCK.items()
-    ]
     # The rule with a number stands before the one for any number, which would claim its name as well.
-    return KeyMap(*swapped, *ends, *inner)
+    return KeyMap(*swapped, *_RULES)
+
+
+def control_keys() -> KeyMap:
+    """native: the transformer's for what both have. foreign: diffusers' SD3ControlNetModel, in whose last block the
+    text goes on."""
+    return KeyMap(*_RULES, rule("controlnet_blocks.{i}"), rule("pos_embed_input.proj"))
 
 
 def dialects(names: Collection[str]) -> Mapping[str, Dialect]:

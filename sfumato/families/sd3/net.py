@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import cast
 
 import torch
@@ -38,31 +38,78 @@ HEAD_WIDTH = 64
 """Channels of an attention head in every published model."""
 
 
-class MMDiT(Denoiser):
-    """x (b, 16, h, w), t (b,) in [0, 1000], context (b, n, 4096), y (b, 2048) -> (b, 16, h, w)."""
+class MMDiTBase(Denoiser):
+    """Tokens of image and text, and the blocks that they pass: what the denoiser and its control nets share."""
 
     pos_embed: Tensor
     """(1, side * side, c) sines and cosines of rows and columns; not trained."""
 
-    def __init__(self, shapes: Shapes) -> None:
+    def __init__(self, shapes: Shapes, *, ends: bool) -> None:
+        """`ends`: whether the text ends in the last block."""
         super().__init__(shapes)
         self.patch = shapes["x_embedder.proj.weight"][-1]
         self.side = _side(shapes)
         self.register_buffer("pos_embed", torch.empty(shapes["pos_embed"]))
-        self.x_embedder = nn.Sequential(OrderedDict(proj=_patches(shapes, "x_embedder.proj")))
+        self.x_embedder = nn.Sequential(OrderedDict(proj=patch_embedder(shapes, "x_embedder.proj")))
         self.t_channels = shapes["t_embedder.mlp.0.weight"][1]
         self.t_embedder, self.y_embedder = (
             nn.Sequential(OrderedDict(mlp=MLP(shapes, f"{name}.mlp"))) for name in ("t_embedder", "y_embedder")
         )
         self.context_embedder = linear(shapes, "context_embedder")
         names = numbered(shapes, "joint_blocks")
-        self.joint_blocks = nn.ModuleList(JointBlock(shapes, name, last=name == names[-1]) for name in names)
-        self.final_layer = FinalLayer(shapes, "final_layer")
+        self.joint_blocks = nn.ModuleList(JointBlock(shapes, name, last=ends and name == names[-1]) for name in names)
 
     @property
     def largest(self) -> int:
         """The largest height and width of latents that there are positions for."""
         return self.side * self.patch
+
+    def embed(self, t: Tensor, y: Tensor, dtype: torch.dtype) -> Tensor:
+        """t (b,), y (b, d) -> what every block is modulated by (b, c)."""
+        c: Tensor = self.t_embedder(timestep_embedding(t, self.t_channels).to(dtype)) + self.y_embedder(y)
+        return c
+
+    def tokens(self, x: Tensor, crop: Crop | None, positions: Tensor | None) -> Tensor:
+        """Those of the image, (b, h * w, c); see `MMDiT.forward`."""
+        h, w = self.patches(*x.shape[-2:])
+        z: Tensor = self.x_embedder(x).flatten(2).transpose(1, 2)
+        # In rows again, or every norm would have to copy; and the table may be of more bits than the rest.
+        return (z + (self.positions(h, w, crop) if positions is None else positions)).to(z.dtype).contiguous()
+
+    def states(self, z: Tensor, context: Tensor, c: Tensor) -> Iterator[Tensor]:
+        """The tokens of the image after each block; z: before the first; c: of `embed`."""
+        context = self.context_embedder(context)
+        for block in self.joint_blocks:
+            context, z = block(context, z, c)
+            yield z
+
+    def positions(self, h: int, w: int, crop: Crop | None) -> Tensor:
+        """The part of the table for h x w patches: (1, h * w, c), or (b, h * w, c) with one place per sample."""
+        table = self.pos_embed.reshape(self.side, self.side, -1)
+        if isinstance(crop, Tensor):
+            rows, columns = (crop[:, i, None] + torch.arange(n, device=crop.device) for i, n in enumerate((h, w)))
+            return table[rows[:, :, None], columns[:, None, :]].flatten(1, 2)
+        top, left = ((self.side - h) // 2, (self.side - w) // 2) if crop is None else crop
+        return table[None, top : top + h, left : left + w].flatten(1, 2)
+
+    def patches(self, h: int, w: int) -> tuple[int, int]:
+        """Patches of h x w latents."""
+        if h % self.patch or w % self.patch:
+            raise UserError(f"latents of {h} x {w} cannot be cut into patches of {self.patch} x {self.patch}")
+        if max(h, w) > self.largest:
+            most = f"{self.largest} x {self.largest}"
+            raise UserError(
+                f"latents of {h} x {w} are too large for this model, which knows the positions of at most {most}"
+            )
+        return h // self.patch, w // self.patch
+
+
+class MMDiT(MMDiTBase):
+    """x (b, 16, h, w), t (b,) in [0, 1000], context (b, n, 4096), y (b, 2048) -> (b, 16, h, w)."""
+
+    def __init__(self, shapes: Shapes) -> None:
+        super().__init__(shapes, ends=True)
+        self.final_layer = FinalLayer(shapes, "final_layer")
 
     def forward(
         self,
@@ -79,39 +126,15 @@ class MMDiT(Denoiser):
         table of positions; positions (1 or b, h * w, c): those of the patches, in place of the table's.
         Errors: `UserError` for sizes that are no whole number of patches, or larger than the table.
         """
-        h, w = self._patches(*x.shape[-2:])
-        z = self.x_embedder(x).flatten(2).transpose(1, 2)  # (b, h * w, c)
-        # In rows again, or every norm would have to copy; and the table may be of more bits than the rest.
-        z = (z + (self.positions(h, w, crop) if positions is None else positions)).to(z.dtype).contiguous()
-        c = self.t_embedder(timestep_embedding(t, self.t_channels).to(x.dtype)) + self.y_embedder(y)
-        context = self.context_embedder(context)
-        for block in self.joint_blocks:
-            context, z = block(context, z, c)
+        z = self.tokens(x, crop, positions)
+        c = self.embed(t, y, x.dtype)
+        for state in self.states(z, context, c):
+            z = state
         out = (
-            self.final_layer(z, c).unflatten(1, (h, w)).unflatten(-1, (self.patch, self.patch, -1))
+            self.final_layer(z, c).unflatten(1, self.patches(*x.shape[-2:])).unflatten(-1, (self.patch, self.patch, -1))
         )  # (b, h, w, p, p, 16)
         velocity: Tensor = out.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)
         return velocity
-
-    def positions(self, h: int, w: int, crop: Crop | None) -> Tensor:
-        """The part of the table for h x w patches: (1, h * w, c), or (b, h * w, c) with one place per sample."""
-        table = self.pos_embed.reshape(self.side, self.side, -1)
-        if isinstance(crop, Tensor):
-            rows, columns = (crop[:, i, None] + torch.arange(n, device=crop.device) for i, n in enumerate((h, w)))
-            return table[rows[:, :, None], columns[:, None, :]].flatten(1, 2)
-        top, left = ((self.side - h) // 2, (self.side - w) // 2) if crop is None else crop
-        return table[None, top : top + h, left : left + w].flatten(1, 2)
-
-    def _patches(self, h: int, w: int) -> tuple[int, int]:
-        """Patches of h x w latents."""
-        if h % self.patch or w % self.patch:
-            raise UserError(f"latents of {h} x {w} cannot be cut into patches of {self.patch} x {self.patch}")
-        if max(h, w) > self.largest:
-            most = f"{self.largest} x {self.largest}"
-            raise UserError(
-                f"latents of {h} x {w} are too large for this model, which knows the positions of at most {most}"
-            )
-        return h // self.patch, w // self.patch
 
 
 def blocks(net: nn.Module) -> Sequence[nn.Module]:
@@ -223,6 +246,7 @@ def _side(shapes: Shapes) -> int:
     return side
 
 
-def _patches(shapes: Shapes, name: str) -> nn.Conv2d:
+def patch_embedder(shapes: Shapes, name: str) -> nn.Conv2d:
+    """Latents -> a token for each patch."""
     out, into, patch, _ = shapes[f"{name}.weight"]
     return nn.Conv2d(into, out, patch, stride=patch)
