@@ -304,11 +304,9 @@ def matching(pattern: str) -> Callable[[Collection[str]], Collection[str]]:
 
 
 def check_config(config: Config, expected: Mapping[str, Any]) -> None:
-    """Errors: `UserError` for each thing in which a transformer's config asks for another net than its tensors make."""
+    """Errors: `UserError` for each thing in which a net's config asks for another net than its tensors make."""
     if wrong := [
-        f"transformer/config.json: {k} is {config[k]!r}; {v!r} was expected"
-        for k, v in expected.items()
-        if config.get(k, v) != v
+        f"config.json: {k} is {config[k]!r}; {v!r} was expected" for k, v in expected.items() if config.get(k, v) != v
     ]:
         raise UserError(*wrong)
 

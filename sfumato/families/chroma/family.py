@@ -24,9 +24,8 @@ from sfumato.families.flux.family import (
     check_patches,
     counts,
     process,
-    transformer_config,
 )
-from sfumato.families.flux.net import PATCH, blocks
+from sfumato.families.flux.net import PATCH, blocks, transformer_config
 from sfumato.families.flux.network_args import target_layer
 from sfumato.families.flux.strategies import LATENTS
 from sfumato.formats.dialect import Dialect

@@ -16,6 +16,7 @@ from sfumato.config import FamilyOptions, LossConfig, NoiseConfig
 from sfumato.data.batch import Cond
 from sfumato.data.strategies import TextEncoderOutputsCachingStrategy
 from sfumato.errors import UserError
+from sfumato.families.flux.control import CONTROL
 from sfumato.families.flux.facts import (
     CLIP_L,
     GUIDANCE,
@@ -27,7 +28,7 @@ from sfumato.families.flux.facts import (
     Options,
 )
 from sfumato.families.flux.names import TARGETS, flux_keys, xlabs_keys
-from sfumato.families.flux.net import PATCH, Flux, FluxBase, blocks
+from sfumato.families.flux.net import PATCH, Flux, blocks, transformer_config
 from sfumato.families.flux.network_args import target_layer
 from sfumato.families.flux.strategies import LATENTS, FluxEncode, FluxTokenize, outputs
 from sfumato.formats.dialect import Dialect, usual
@@ -123,22 +124,6 @@ def width_mismatches(source: Checkpoint, widths: Mapping[str, int]) -> list[str]
 def counts(shapes: Shapes) -> dict[str, int]:
     """How many blocks of each kind there are, by the options' names."""
     return {name: len(numbered(shapes, name)) for name in ("double_blocks", "single_blocks")}
-
-
-def transformer_config(net: FluxBase, kind: str) -> dict[str, Any]:
-    """What diffusers' class `kind` has in its config of a transformer like this one."""
-    width = net.img_in.out_features
-    return {
-        "_class_name": kind,
-        "patch_size": 1,
-        "in_channels": net.img_in.in_features,
-        "num_layers": len(net.double_blocks),
-        "num_single_layers": len(net.single_blocks),
-        "attention_head_dim": sum(net.axes),
-        "num_attention_heads": width // sum(net.axes),
-        "joint_attention_dim": net.txt_in.in_features,
-        "axes_dims_rope": list(net.axes),
-    }
 
 
 SCHEDULE = {"use_dynamic_shifting": True, "base_shift": 0.5, "max_shift": 1.15, "shift": 3.0}
@@ -258,4 +243,5 @@ FAMILY = Family(
     target_layer=target_layer,
     trainable=trainable,
     encoder_lr_order=("clip_l", "t5xxl"),
+    control=CONTROL,
 )

@@ -8,7 +8,7 @@ tokens in every attention, in the blocks of two streams after Esser et al. 2024 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Protocol, cast
+from typing import Any, Protocol, cast
 
 import torch
 import torch.nn.functional as F
@@ -253,9 +253,9 @@ class QKNorm(nn.Module):
 
 
 def blocks(net: nn.Module) -> Sequence[nn.Module]:
-    """The blocks of a `FluxBase` in forward order: those of two streams, then those of one."""
-    base = cast(FluxBase, net)
-    return [*base.double_blocks, *base.single_blocks]
+    """The blocks of a `FluxTrunk` in forward order: those of two streams, then those of one."""
+    trunk = cast(FluxTrunk, net)
+    return [*trunk.double_blocks, *trunk.single_blocks]
 
 
 def embedder(shapes: Shapes, name: str) -> MLP:
@@ -305,3 +305,19 @@ def pack(x: Tensor) -> Tensor:
 def unpack(x: Tensor, h: int, w: int) -> Tensor:
     """The inverse of `pack`, to (b, c, h, w)."""
     return F.pixel_shuffle(torch.unflatten(x.transpose(1, 2), 2, (h // PATCH, w // PATCH)), PATCH)
+
+
+def transformer_config(net: FluxTrunk, kind: str) -> dict[str, Any]:
+    """What diffusers' class `kind` has in its config of a transformer like this one."""
+    width = net.img_in.out_features
+    return {
+        "_class_name": kind,
+        "patch_size": 1,
+        "in_channels": net.img_in.in_features,
+        "num_layers": len(net.double_blocks),
+        "num_single_layers": len(net.single_blocks),
+        "attention_head_dim": sum(net.axes),
+        "num_attention_heads": width // sum(net.axes),
+        "joint_attention_dim": net.txt_in.in_features,
+        "axes_dims_rope": list(net.axes),
+    }
