@@ -18,6 +18,8 @@ from sfumato.models.flow_options import FlowOptions, Scheme, Shift
 from sfumato.models.text_options import OWN_RATES, T5Rate, TextEncoderRate, TrainT5
 
 FAMILY = "sd3"
+SCALE, VAE_SHIFT = 1.5305, 0.0609
+"""From raw latents to those of the transformer: (x - shift) * scale."""
 SHIFT = 3.0
 """Towards noise, of training and of samplers (arXiv:2403.03206, 5.3.2)."""
 Version = Literal["medium", "3.5-medium", "3.5-large"]

@@ -19,8 +19,9 @@ from sfumato.data.batch import Cond
 from sfumato.data.strategies import TextEncoderOutputsCachingStrategy
 from sfumato.errors import UserError
 from sfumato.families.sd3 import facts, names
+from sfumato.families.sd3.control import CONTROL
 from sfumato.families.sd3.facts import Completed, Options
-from sfumato.families.sd3.net import HEAD_WIDTH, MMDiT, blocks
+from sfumato.families.sd3.net import HEAD_WIDTH, MMDiT, blocks, transformer_config
 from sfumato.families.sd3.network_args import target_layer
 from sfumato.families.sd3.positions import embedded, places, scaled
 from sfumato.families.sd3.strategies import CLIPS, LATENTS, Sd3Encode, Sd3Tokenize, outputs
@@ -38,10 +39,6 @@ from sfumato.tensors.noise import Drawn, NoiseProcess
 from sfumato.tensors.random import SampleRandom
 from sfumato.tensors.shapes import per_sample
 
-SCALE, VAE_SHIFT = 1.5305, 0.0609
-"""From raw latents to those of the transformer: (x - shift) * scale."""
-SAMPLE_SIZE = 128
-"""Latent pixels a side of the images that the published models are made for."""
 PASSTHROUGH = re.compile(r"text_encoders\.(clip_l|clip_g|t5xxl)\.logit_scale")
 """What ComfyUI writes into bundles besides the nets."""
 PROJECTION = "text_projection.weight"
@@ -80,7 +77,7 @@ COMPONENTS = (
     ),
     clip_component("clip_g", (names.CLIP_G,), "text_encoder_2", "gelu", flag="clip_g", projected=True, bundled=False),
     t5_component((names.T5,), "text_encoder_3"),
-    vae_component((names.VAE,), SCALE, VAE_SHIFT, channels=LATENTS.channels),
+    vae_component((names.VAE,), facts.SCALE, facts.VAE_SHIFT, channels=LATENTS.channels),
 )
 
 
@@ -154,26 +151,7 @@ def _without_clips_own(source: Checkpoint) -> Checkpoint:
 def new_folder(models: Models) -> NewFolder | None:
     """What `StableDiffusion3Pipeline.from_pretrained` reads besides weights; it wants a projection of CLIP-L, which is
     the identity where its file has none."""
-    net = cast(MMDiT, models.denoiser)
-    shapes = {name: tuple(t.shape) for name, t in net.state_dict().items()}
-    width = shapes["x_embedder.proj.weight"][0]
-    dual = [i for i in range(len(net.joint_blocks)) if f"joint_blocks.{i}.x_block.attn2.qkv.weight" in shapes]
-    transformer = {
-        "_class_name": "SD3Transformer2DModel",
-        "sample_size": SAMPLE_SIZE,
-        "patch_size": net.patch,
-        "in_channels": LATENTS.channels,
-        "out_channels": LATENTS.channels,
-        "num_layers": len(net.joint_blocks),
-        "attention_head_dim": HEAD_WIDTH,
-        "num_attention_heads": width // HEAD_WIDTH,
-        "joint_attention_dim": net.context_embedder.in_features,
-        "caption_projection_dim": width,
-        "pooled_projection_dim": shapes["y_embedder.mlp.0.weight"][1],
-        "pos_embed_max_size": net.side,
-        "dual_attention_layers": dual,
-        "qk_norm": "rms_norm" if "joint_blocks.0.x_block.attn.ln_q.weight" in shapes else None,
-    }
+    transformer = transformer_config(cast(MMDiT, models.denoiser), "SD3Transformer2DModel")
     made = flow_folder(
         models, "StableDiffusion3Pipeline", transformer, {"shift": facts.SHIFT}, "CLIPTextModelWithProjection"
     )
@@ -341,4 +319,5 @@ FAMILY = Family(
     trainable=trainable,
     rate=rate,
     encoder_lr_order=("clip_l", "clip_g", "t5xxl"),
+    control=CONTROL,
 )

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -34,6 +34,8 @@ Crop = Tensor | tuple[int, int]
 """Where in the table of positions an image lies: the row and column of its first patch; (b, 2), or one for all
 samples."""
 
+SAMPLE_SIZE = 128
+"""Latent pixels a side of the images that the published models are made for."""
 HEAD_WIDTH = 64
 """Channels of an attention head in every published model."""
 
@@ -139,7 +141,7 @@ class MMDiT(MMDiTBase):
 
 def blocks(net: nn.Module) -> Sequence[nn.Module]:
     """The repeated blocks, in forward order."""
-    return list(cast(MMDiT, net).joint_blocks)
+    return list(cast(MMDiTBase, net).joint_blocks)
 
 
 class JointBlock(nn.Module):
@@ -250,3 +252,26 @@ def patch_embedder(shapes: Shapes, name: str) -> nn.Conv2d:
     """Latents -> a token for each patch."""
     out, into, patch, _ = shapes[f"{name}.weight"]
     return nn.Conv2d(into, out, patch, stride=patch)
+
+
+def transformer_config(net: MMDiTBase, kind: str) -> dict[str, Any]:
+    """What diffusers' class `kind` has in its config of a transformer like this one."""
+    shapes = {name: tuple(t.shape) for name, t in net.state_dict().items()}
+    width, channels = shapes["x_embedder.proj.weight"][:2]
+    dual = [i for i in range(len(net.joint_blocks)) if f"joint_blocks.{i}.x_block.attn2.qkv.weight" in shapes]
+    return {
+        "_class_name": kind,
+        "sample_size": SAMPLE_SIZE,
+        "patch_size": net.patch,
+        "in_channels": channels,
+        "out_channels": channels,
+        "num_layers": len(net.joint_blocks),
+        "attention_head_dim": HEAD_WIDTH,
+        "num_attention_heads": width // HEAD_WIDTH,
+        "joint_attention_dim": net.context_embedder.in_features,
+        "caption_projection_dim": width,
+        "pooled_projection_dim": shapes["y_embedder.mlp.0.weight"][1],
+        "pos_embed_max_size": net.side,
+        "dual_attention_layers": dual,
+        "qk_norm": "rms_norm" if "joint_blocks.0.x_block.attn.ln_q.weight" in shapes else None,
+    }
