@@ -187,7 +187,9 @@ def test_a_folder_of_another_net_is_refused(tmp_path: Path, setting: str, other:
     config = tmp_path / "transformer" / "config.json"
     assert setting in config.read_text()
     config.write_text(config.read_text().replace(setting, other))
-    with pytest.raises(UserError, match=rf"transformer/config\.json: {setting.split(chr(34))[1]} is"):
+    with pytest.raises(
+        UserError, match=rf"transformer .the transformer.: config\.json: {setting.split(chr(34))[1]} is"
+    ):
         loading.load(FAMILY, str(tmp_path), Options())
 
 

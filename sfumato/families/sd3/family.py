@@ -59,8 +59,7 @@ def transformer(shapes: Shapes, config: Config) -> MMDiT:
         )
     if config.get("attention_head_dim", HEAD_WIDTH) != HEAD_WIDTH:
         raise UserError(
-            f"transformer/config.json: attention_head_dim is {config['attention_head_dim']}; only {HEAD_WIDTH} is "
-            "supported"
+            f"config.json: attention_head_dim is {config['attention_head_dim']}; only {HEAD_WIDTH} is supported"
         )
     return MMDiT.of(shapes)
 
