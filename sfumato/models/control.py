@@ -72,6 +72,11 @@ class ControlSpec:
     """(denoiser, control net) -> where its residuals go. Errors: `UserError` if they do not fit."""
     blocks: Callable[[nn.Module], Sequence[nn.Module]]
     """The control net's repeated blocks, in forward order: what checkpointing and compiling act on."""
+    arguments: Callable[[nn.Module, Sequence[Any]], Sequence[Any]] = lambda denoiser, args: args
+    """(denoiser, its arguments) -> those of the net's forward."""
+    unused: Callable[[nn.Module], str] = lambda net: r"(?!)"
+    """Pattern of whole names: tensors of this control net that its residuals do not depend on, which are not
+    trained."""
     takes_latents: Callable[[nn.Module], bool] = lambda net: False
     """Whether this control net's `hint` are the images' latents, as the denoiser takes them, and not their pixels
     (b, 3, H, W) in [0, 1]."""

@@ -57,7 +57,7 @@ class Controlled:
         x = args[0]
         # A sampler asks for all predictions with negative prompts and all with prompts at once.
         hint = self._hint.to(x.device, x.dtype).repeat(len(x) // len(self._hint), 1, *[1] * (self._hint.ndim - 2))
-        self._residuals = self.net(*args, hint=hint, **kwargs)
+        self._residuals = self.net(*self._spec.arguments(denoiser, args), hint=hint, **kwargs)
 
     def _forget(self, *_: object) -> None:
         self._residuals = ()

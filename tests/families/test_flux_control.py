@@ -104,11 +104,11 @@ def test_theirs_and_ours_say_the_same(models: Models, theirs: Any, tmp_path: Pat
     ours = said(models, what)
     follower.remove()
     assert (ours - said(models, what)).abs().max() > 1e-2
-    save_net(models, net, tmp_path / "ours", metadata={})
+    save_net(models, net.state_dict(), tmp_path / "ours", {})
     again = FluxControlNetModel.from_pretrained(tmp_path / "ours")
     same(again.state_dict(), theirs.state_dict())
     torch.testing.assert_close(ours, they_say(models, again, what), atol=1e-5, rtol=1e-5)
-    save_net(models, net, tmp_path / "ours.safetensors", metadata={})
+    save_net(models, net.state_dict(), tmp_path / "ours.safetensors", {})
     same(read_net(models, str(tmp_path / "ours.safetensors")).state_dict(), net.state_dict())
 
 

@@ -21,7 +21,8 @@ from sfumato.models.base import Models
 from sfumato.models.controlled import Controlled, read_net
 from sfumato.train import dist, loop, run
 
-CASES = {case.name: case for case in cases() if families.family(case.family).control}
+CASES = {case.family: case for case in reversed(cases()) if families.family(case.family).control}
+"""One of each family: what differs within one is compared in `tests/families/`."""
 STEPS = 5
 """The doors open in the first; what is behind two of them has a gradient from the third on."""
 SETTINGS: dict[str, Any] = {

@@ -12,6 +12,7 @@ from sfumato.adapters import AdapterPlan
 from sfumato.config import FamilyOptions
 from sfumato.data.batch import Cond
 from sfumato.errors import UserError
+from sfumato.families.chroma.control import CONTROL
 from sfumato.families.chroma.facts import MARK, Completed, Options
 from sfumato.families.chroma.names import TARGETS, chroma_keys
 from sfumato.families.chroma.net import Chroma
@@ -151,4 +152,5 @@ FAMILY = Family(
     trainable=trainable,
     rate=rate,
     encoder_lr_order=("t5xxl",),
+    control=CONTROL,
 )

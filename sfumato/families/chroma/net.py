@@ -6,6 +6,8 @@ makes all modulations of a forward at once (github.com/lodestone-rock/flow).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
@@ -29,18 +31,22 @@ class Chroma(FluxBase):
         context: states of T5. mask: (b, n) bool, False for tokens of the text that no token attends to; None: all are
         attended to.
         """
+        single, img, txt, last = self.vectors(t, x.dtype)
+        doubles, singles = len(self.double_blocks), len(self.single_blocks)
+        double = zip(cut(img, DOUBLE, doubles), cut(txt, DOUBLE, doubles), strict=True)
+        return self.forward_blocks(x, context, double, cut(single, SINGLE, singles), last, mask)
+
+    def vectors(self, t: Tensor, dtype: torch.dtype) -> Sequence[Tensor]:
+        """Every modulation vector at time t (b,): of single blocks, of images of double blocks, of their texts, of the
+        last layer; (b, 344, c) together in the real model, in this order."""
         doubles, singles = len(self.double_blocks), len(self.single_blocks)
         counts = [SINGLE * singles, DOUBLE * doubles, DOUBLE * doubles, LAST]
-        # (b, 344, c) in the real model, in this order: single blocks, images of double blocks, their texts, last layer.
-        single, img, txt, last = self.distilled_guidance_layer(t, sum(counts), x.dtype).split(counts, 1)
-        return self.forward_blocks(
-            x,
-            context,
-            zip(img.split(DOUBLE, 1), txt.split(DOUBLE, 1), strict=True),
-            single.split(SINGLE, 1),
-            last,
-            mask,
-        )
+        return torch.split(self.distilled_guidance_layer(t, sum(counts), dtype), counts, 1)
+
+
+def cut(vectors: Tensor, each: int, blocks: int) -> list[Tensor]:
+    """(b, n, c) -> for each of so many blocks, from the first, its own (b, each, c)."""
+    return [vectors[:, i * each : (i + 1) * each] for i in range(blocks)]
 
 
 class Approximator(nn.Module):

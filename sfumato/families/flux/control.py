@@ -227,6 +227,13 @@ def _onto_last(tokens: Tensor, residual: Tensor) -> Tensor:
     return torch.cat([tokens[:, :text], tokens[:, text:] + residual], 1)
 
 
+def unused(net: nn.Module) -> str:
+    """What becomes of the text in the last block, which is the end of it."""
+    control = cast(ControlTrunk, net)
+    last = len(control.double_blocks) - 1
+    return r"(?!)" if control.single_blocks else rf"double_blocks\.{last}\.txt_(mlp|attn\.(proj|norm\.query_norm))\..*"
+
+
 def takes_latents(net: nn.Module) -> bool:
     """Whether it follows latents, not pixels."""
     return cast(ControlTrunk, net).input_hint_block is None
@@ -238,6 +245,7 @@ CONTROL = ControlSpec(
     zero=ZEROS,
     doors=doors,
     blocks=blocks,
+    unused=unused,
     takes_latents=takes_latents,
     config=lambda shapes: flux_config(FluxControlNet.of(shapes)),
 )

@@ -117,6 +117,12 @@ def doors(denoiser: nn.Module, net: nn.Module) -> Sequence[Door]:
     ]
 
 
+def unused(net: nn.Module) -> str:
+    """What becomes of the text in the last block, which is the end of it."""
+    last = len(cast(MMDiTControlNet, net).joint_blocks) - 1
+    return rf"joint_blocks\.{last}\.context_block\.(mlp|attn\.(proj|ln_q))\..*"
+
+
 def _onto_image(output: tuple[Tensor, Tensor], residual: Tensor) -> tuple[Tensor, Tensor]:
     context, x = output
     return context, x + residual
@@ -137,6 +143,7 @@ CONTROL = ControlSpec(
     zero=r"(controlnet_blocks|pos_embed_input)\..*",
     doors=doors,
     blocks=blocks,
+    unused=unused,
     takes_latents=lambda net: True,
     config=lambda shapes: control_config(MMDiTControlNet.of(shapes)),
 )

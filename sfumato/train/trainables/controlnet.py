@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from sfumato.config import Config
 from sfumato.data.batch import Batch
 from sfumato.formats import files
 from sfumato.models.base import Models
-from sfumato.models.controlled import Controlled, new_net, read_net, save_net
+from sfumato.models.controlled import Controlled, new_net, read_net, save_net, spec_of
 from sfumato.optim.groups import Group
 from sfumato.tensors.random import generator
 from sfumato.train import checkpoints
@@ -35,18 +36,22 @@ class ControlNet:
             net = read_net(models, name, dtype)
         else:
             net = new_net(models, generator(NAME, config.train.seed))
-        self.net = net.to(dtype).requires_grad_(True)
+        self.net = net.to(dtype)
+        unused = spec_of(models).unused(net)
+        for name, p in net.named_parameters():
+            p.requires_grad_(not re.fullmatch(unused, name))
         self.control = Controlled(models, self.net)
         models.followers.append(self.control)
         self._copied = models.denoiser.state_dict().keys()
 
     def weights(self) -> dict[str, nn.Parameter]:
-        return {f"{NAME}.{name}": p for name, p in self.net.named_parameters()}
+        return {f"{NAME}.{name}": p for name, p in self.net.named_parameters() if p.requires_grad}
 
     def groups(self) -> list[Group]:
         common, own = self.config.optimizer.learning_rate, self.config.control.control_net_lr
         rates: dict[float, list[nn.Parameter]] = {}
-        for name, p in self.net.named_parameters():
+        for path, p in self.weights().items():
+            name = path.removeprefix(f"{NAME}.")
             rate = common if own is None or name in self._copied else own
             rates.setdefault(rate, []).append(p)
         return [
