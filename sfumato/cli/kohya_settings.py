@@ -66,6 +66,9 @@ INERT: Mapping[str, str] = {
     "save_t5xxl": "trained text encoders are written with the result anyway",
     "skip_cache_check": _KEYED,
     "skip_latents_validity_check": _KEYED,
+    "skip_until_initial_step": (
+        "initial_step and initial_epoch always skip what lies before, and a resumed run goes on where its state ends"
+    ),
     "split_attn": "padding is hidden by a mask, so that no sample has to be attended to by itself",
     "split_mode": "sd-scripts has taken it back",
     "t5xxl_device": _ENCODER_DEVICE,
@@ -84,7 +87,6 @@ INERT: Mapping[str, str] = {
 
 _SECRET = "does not belong into command lines and files, which others read"
 _LATER = "is not supported yet"
-_INITIAL = f"{_LATER}: save_state and resume continue a run exactly"
 _MEMORY = f"{_LATER}: gradient_checkpointing, full_bf16 and cached latents spare memory"
 
 REFUSED: Mapping[str, str] = {
@@ -92,17 +94,11 @@ REFUSED: Mapping[str, str] = {
     "deepspeed": f"{_LATER}: leave it out; several cards work through torchrun or accelerate launch alone",
     "full_fp16": "is not supported, as weights and gradients overflow in fp16: use full_bf16, or mixed_precision fp16",
     "huggingface_token": f"{_SECRET}: use `hf auth login` or the variable HF_TOKEN",
-    "initial_epoch": _INITIAL,
-    "initial_step": _INITIAL,
     "lllite_cond_in_channels": "is not supported: the images to follow are RGB, 3 channels; leave it out",
     "lllite_inpaint_masked_input": "is not supported: a ControlNet-LLLite follows RGB images, without a mask",
     "lllite_multiplier": "is network_multiplier of a dataset, in the dataset file; leave it out for 1",
     "llm_adapter_path": "is not supported: the text adapter is read from the base model's file, as by sd-scripts",
-    "log_tracker_config": _LATER,
-    "no_token_padding": f"{_LATER}: captions are padded to the encoder's length, as inference does",
-    "num_last_block_to_freeze": f"{_LATER}: network_args train_block_indices chooses blocks for an adapter",
     "output_config": "is a flag of kohya's command lines alone: every training writes its settings beside its result",
-    "skip_until_initial_step": _INITIAL,
     "use_t5xxl_cache_only": f"{_LATER}: cache_text_encoder_outputs keeps the outputs of all text encoders",
     "wandb_api_key": f"{_SECRET}: use `wandb login` or the variable WANDB_API_KEY",
 }

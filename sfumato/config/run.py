@@ -85,6 +85,7 @@ _FUSED = Needs("fused_backward_pass", "fused_optimizer_groups", "blockwise_fused
 _DENOISER = Excludes("network_train_text_encoder_only", why="network_train_text_encoder_only leaves the denoiser alone")
 _HUBER = ("huber", "smooth_l1")
 _THRESHOLD = Needs("loss_type", among=_HUBER, why=f"only loss_type {' and '.join(_HUBER)} have a threshold")
+_OF_STATES = Excludes("resume", why="a state says itself where its run goes on")
 _SAMPLED = Needs("sample_every_n_steps", "sample_every_n_epochs", "sample_at_first")
 _TENSORBOARD = Needs("log_with", among=("tensorboard", "all"), why="it needs log_with tensorboard")
 _WANDB = Needs("log_with", among=("wandb", "all"), why="it needs log_with wandb")
@@ -247,6 +248,13 @@ class TrainConfig(Record):
     """Optimizer steps in all, a resumed run's earlier ones included; default: 1600, unless max_train_epochs is set."""
     max_train_epochs: CountOrOff = None
     """Epochs in all; overrides max_train_steps."""
+    initial_step: Annotated[NaturalOrOff, _OF_STATES] = None
+    """Count this many optimizer steps as done: a run that has weights (network_weights, a saved model) but no state
+    goes on with the images, the schedule and the names of results from there. The optimizer starts anew."""
+    initial_epoch: Annotated[
+        CountOrOff, _OF_STATES, Excludes("initial_step", why="initial_step says it by the step")
+    ] = None
+    """The same by epochs: begin with this one, counted from 1."""
     gradient_accumulation_steps: Count = 1
     """Batches whose gradients are averaged for one optimizer step."""
     mixed_precision: Literal["no", "fp16", "bf16"] | None = None
@@ -260,6 +268,10 @@ class TrainConfig(Record):
     """Number from which all randomness of the run follows."""
     train_text_encoder: Annotated[bool, _WHOLE] = False
     """Train the text encoder as well, when a whole model is trained."""
+    num_last_block_to_freeze: Annotated[
+        CountOrOff, Only("full", why="network_args train_block_indices chooses the blocks that get adapters")
+    ] = None
+    """Leave the last n blocks of the denoiser as they are, when a whole model is trained."""
     stop_text_encoder_training: Natural | None = None
     """Freeze the text encoder after this many optimizer steps (0: do not train it)."""
     max_data_loader_n_workers: Natural = 0
@@ -389,6 +401,9 @@ class LogConfig(Record):
     """Project name for wandb; default: sfumato."""
     wandb_run_name: Annotated[str | None, _WANDB] = None
     """Run name for wandb; default: output_name."""
+    log_tracker_config: Annotated[File, Needs("log_with")] = None
+    """TOML file of what else the trackers are started with: `[wandb]` for wandb.init (entity, tags ...),
+    `[tensorboard]` for its SummaryWriter."""
 
 
 Own = TypeVar("Own", bound="FamilyOptions")

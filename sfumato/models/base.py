@@ -77,12 +77,13 @@ class Models:
     tile: int | None = None
     """Side of the tiles, in pixels, in which larger pictures pass through the VAE; None: they pass whole."""
 
-    def tokenize(self, captions: Sequence[str], *, negative: bool = False) -> Tokens:
-        """b captions, or `negative` prompts -> named tensors whose first dimension is b, on the CPU. From any
-        thread."""
-        negated = self.family.tokenize_negative if negative else None
+    def tokenize(self, captions: Sequence[str], *, negative: bool = False, training: bool = False) -> Tokens:
+        """b captions, or `negative` prompts -> named tensors whose first dimension is b, on the CPU. `training`: for a
+        step, where nothing is cached. From any thread."""
+        f = self.family
+        other = f.tokenize_negative if negative else f.tokenize_training if training else None
         with _TOKENIZING:
-            return (negated(self) if negated else self.tokenize_strategy).tokenize(captions)
+            return (other(self) if other else self.tokenize_strategy).tokenize(captions)
 
     def encode(self, tokens: Tokens) -> Cond:
         """Tokens -> the outputs of the text encoders, by name, on the encoders' device. Differentiable."""
@@ -311,6 +312,8 @@ class Family:
     """Captions -> tokens."""
     tokenize_negative: Callable[[Models], TokenizeStrategy] | None = None
     """Negative prompts of samples -> tokens; None: as captions."""
+    tokenize_training: Callable[[Models], TokenizeStrategy] | None = None
+    """Captions of a training step -> tokens; None: as all others."""
     encode: Callable[[Models], TextEncodingStrategy]
     """Tokens -> cond."""
     latents: LatentsCachingStrategy

@@ -12,8 +12,10 @@ from typing import Any, Protocol
 from sfumato.config import Config, LogConfig
 from sfumato.errors import UserError
 from sfumato.formats import files
+from sfumato.formats.text import parse_toml, read_text
 from sfumato.train.mishaps import Mishaps
 
+TRACKERS = ("tensorboard", "wandb")
 PREFIX = "loss/validation/"
 """Names of what is measured of held-out images begin with it."""
 
@@ -61,7 +63,7 @@ def _step_of(line: str) -> float:
 
 
 class Tensorboard:
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, more: Mapping[str, Any]) -> None:
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError as error:
@@ -69,7 +71,9 @@ class Tensorboard:
                 "--log_with tensorboard: the library is not installed; run `pip install tensorboard`"
             ) from error
         try:
-            self.writer: Any = SummaryWriter(str(folder))  # type: ignore[no-untyped-call]
+            self.writer: Any = SummaryWriter(str(folder), **more)  # type: ignore[no-untyped-call]
+        except TypeError as error:
+            raise UserError(f"log_tracker_config, [tensorboard]: {error}") from error
         except OSError as error:
             raise UserError(f"--log_with tensorboard: {folder} cannot be written ({error.strerror})") from error
 
@@ -82,13 +86,13 @@ class Tensorboard:
 
 
 class Wandb:
-    def __init__(self, project: str, name: str, settings: Mapping[str, Any]) -> None:
+    def __init__(self, settings: Mapping[str, Any], **started: Any) -> None:
         try:
             import wandb
         except ImportError as error:
             raise UserError("--log_with wandb: the library is not installed; run `pip install wandb`") from error
         try:
-            self.run: Any = wandb.init(project=project, name=name, config=dict(settings))
+            self.run: Any = wandb.init(config=dict(settings), **started)
         except Exception as error:  # it has many kinds: no key, no network, no such project
             raise UserError(
                 f"--log_with wandb: it cannot be started ({error}); run `wandb login`, or set WANDB_MODE=offline"
@@ -101,9 +105,24 @@ class Wandb:
         self.run.finish()
 
 
+def tracker_config(config: LogConfig) -> dict[str, dict[str, Any]]:
+    """Tracker -> what else it is started with. Errors: `UserError` for what no tracker that is asked for takes."""
+    path, asked = config.log_tracker_config, config.log_with
+    if path is None:
+        return {}
+    tables = parse_toml(path, read_text(path))
+    if odd := [n for n, t in tables.items() if asked not in (n, "all") or n not in TRACKERS or not isinstance(t, dict)]:
+        raise UserError(
+            f"{path}: {odd[0]}: expected a table for a tracker of log_with {asked}: "
+            f"{' or '.join(f'[{name}]' for name in TRACKERS if asked in (name, 'all'))}"
+        )
+    return tables
+
+
 def check(config: LogConfig) -> None:
-    """Errors: `UserError` for a tracker that is not installed."""
-    missing = [name for name in ("tensorboard", "wandb") if config.log_with in (name, "all") and not find_spec(name)]
+    """Errors: `UserError` for a tracker that is not installed, and as `tracker_config`."""
+    tracker_config(config)
+    missing = [name for name in TRACKERS if config.log_with in (name, "all") and not find_spec(name)]
     if missing:
         raise UserError(
             *(f"--log_with {config.log_with}: {name} is not installed; run `pip install {name}`" for name in missing)
@@ -118,13 +137,13 @@ class Log:
         folder, name, asked = Path(config.output.output_dir), config.output.output_name, config.log.log_with
         self.path, self.mishaps = folder / f"{name}.jsonl", Mishaps()
         self.sinks: list[Sink] = [Lines(self.path, start)]
+        more = tracker_config(config.log)
         if asked in ("tensorboard", "all"):
             base = Path(config.log.logging_dir) if config.log.logging_dir else folder / "logs"
-            self.sinks.append(Tensorboard(base / f"{config.log.log_prefix or ''}{name}"))
+            self.sinks.append(Tensorboard(base / f"{config.log.log_prefix or ''}{name}", more.get("tensorboard", {})))
         if asked in ("wandb", "all"):
-            self.sinks.append(
-                Wandb(config.log.log_tracker_name or "sfumato", config.log.wandb_run_name or name, settings)
-            )
+            named = {"project": config.log.log_tracker_name or "sfumato", "name": config.log.wandb_run_name or name}
+            self.sinks.append(Wandb(settings, **{**named, **more.get("wandb", {})}))
 
     def write(self, step: int, details: Mapping[str, Any] | None = None, /, **values: float) -> None:
         """`details`: what only the lines hold besides, as JSON."""

@@ -53,6 +53,8 @@ class StepBudget:
     steps_per_epoch: int
     steps: int
     """Optimizer steps in all."""
+    first: int = 0
+    """Steps that count as done before the first one."""
 
     @property
     def epochs(self) -> int:
@@ -68,7 +70,18 @@ class StepBudget:
             )
         an_epoch = math.ceil(batches / (t.gradient_accumulation_steps * processes))
         steps = an_epoch * t.max_train_epochs if t.max_train_epochs else (t.max_train_steps or 1600)
-        return cls(batches, t.gradient_accumulation_steps, processes, an_epoch, steps)
+        first = t.initial_step or an_epoch * ((t.initial_epoch or 1) - 1)
+        if first >= steps:
+            raise UserError(
+                f"initial_step, initial_epoch: {first} steps count as done, of {steps} in all; raise "
+                "--max_train_steps or --max_train_epochs"
+            )
+        return cls(batches, t.gradient_accumulation_steps, processes, an_epoch, steps, first)
+
+    def text(self) -> str:
+        """In words."""
+        done = f", of which {self.first} count as done; the optimizer starts anew" if self.first else ""
+        return f"{self.steps} steps in {self.epochs} epochs{done}"
 
 
 @dataclass(slots=True)
@@ -188,8 +201,8 @@ def train(run: Run) -> bool:
     run.optimizer.zero_grad(set_to_none=True)
     if run.step == 0:
         _validate(run, -1)
-    if run.step == 0 and run.config.sample.sample_at_first:
-        _sample(run, 0)
+    if run.config.sample.sample_at_first:
+        _sample(run, max(0, -(-run.step // budget.steps_per_epoch) - 1))
     try:
         with Interrupt() as interrupt:
             for epoch in range(run.step // budget.steps_per_epoch, budget.epochs):

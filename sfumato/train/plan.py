@@ -52,7 +52,7 @@ def show(
     print_table(FOLDERS, folder_rows(data.plan))
     print_table(BUCKETS, bucket_rows(data.plan))
     answers.print(steps_line(data.plan, budget))
-    answers.print(f"{budget.steps} steps in all, {budget.epochs} epochs")
+    answers.print(budget.text())
     answers.print(
         f"cached: {' and '.join(_cached(config)) or 'nothing: images and captions are encoded in every step'}"
     )
@@ -89,6 +89,7 @@ def facts(
         "batches_per_epoch": budget.batches,
         "steps_per_epoch": budget.steps_per_epoch,
         "steps": budget.steps,
+        "first_step": budget.first,
         "epochs": budget.epochs,
         "kept": _cached(config),
         "another_run": lock.taken(config),

@@ -29,7 +29,8 @@ from sfumato.train.progress import console
 _NOT_COMPARED = ("model", "data", "output", "metadata", "hub", "memory", "sample", "validation", "log")
 """Sections that do not change what is trained, or are compared by what they name: the base model, the datasets."""
 _COMPARED_APART = (
-    "max_train_steps", "max_train_epochs", "max_data_loader_n_workers", "persistent_data_loader_workers",
+    "max_train_steps", "max_train_epochs", "initial_step", "initial_epoch",
+    "max_data_loader_n_workers", "persistent_data_loader_workers",
     "mixed_precision", "optimizer_type", "optimizer_args", "ema_decay",
     "network_module", "network_dim", "network_weights", "dim_from_weights",
 )  # fmt: skip

@@ -130,7 +130,7 @@ def prepare(
     budget = loop.StepBudget.of(config, data.plan.batches_per_epoch, world.size)
     if world.main:
         notes = [*checked.notes, *check_length(config, budget.steps), *(found.notes if found else ())]
-        for line in (*notes, steps_line(data.plan, budget), f"{budget.steps} steps in {budget.epochs} epochs"):
+        for line in (*notes, steps_line(data.plan, budget), budget.text()):
             console.print(line)
     settle(config, models, method)
     process = models.process(config.noise, config.loss)
@@ -191,7 +191,8 @@ def _loader(
     draw: Callable[[Tensor, Sequence[int]], Drawn],
 ) -> Loader:
     return Loader(
-        plan=plan, seed=config.train.seed, tokenize=models.tokenize, draw=draw, pack=_packing(world.device),
+        plan=plan, seed=config.train.seed, tokenize=partial(models.tokenize, training=True), draw=draw,
+        pack=_packing(world.device),
         latents=caches.latents, texts=caches.texts, prior_loss_weight=config.loss.prior_loss_weight,
         accumulation=budget.accumulation, rank=world.rank, world=world.size,
         steps=budget.steps, workers=config.train.max_data_loader_n_workers,

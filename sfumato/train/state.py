@@ -56,6 +56,9 @@ def save(run: Run, folder: Path) -> None:
 def resume(run: Run) -> None:
     """Load the state in the folder that the config names, if it names one, and print what is different now."""
     if run.config.output.resume is None:
+        if run.budget.first:
+            run.step = run.start_step = run.budget.first
+            run.schedule.to(run.step)
         return
     folder = Path(run.config.output.resume)
     parts, facts = runs.load_run(folder)

@@ -73,6 +73,9 @@ def test_a_caption_that_fits_is_tokenized_as_transformers_does() -> None:
             CAPTIONS, padding="max_length", truncation=True, max_length=77, return_tensors="pt"
         ).input_ids
         assert torch.equal(SdTokenize(tokenizer).tokenize(CAPTIONS)["ids"][:, 0], expected)
+        for few in (CAPTIONS, CAPTIONS[:1]):
+            expected = tokenizer(few, padding=True, truncation=True, max_length=77, return_tensors="pt").input_ids
+            assert torch.equal(SdTokenize(tokenizer, padded=False).tokenize(few)["ids"][:, 0], expected)
 
 
 def test_rows_of_chunks() -> None:

@@ -6,6 +6,7 @@ import json
 import re
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import tiny
@@ -16,6 +17,8 @@ from training import Train, config
 
 from sfumato.config import DatasetConfig, SubsetConfig
 from sfumato.errors import UserError
+from sfumato.families.sd.facts import Options
+from sfumato.families.sd.strategies import SdEncode
 from sfumato.formats.files import load
 from sfumato.models.components import ComponentWeights
 from sfumato.train import checkpoints, pipeline, run
@@ -46,6 +49,16 @@ def test_full_training_changes_what_it_says(train: Train, model: Path, text: boo
     assert not any(n.startswith(VAE) for n in names)
     # Every tensor of the U-Net: none hangs loose.
     assert {n for n in after if n.startswith(UNET)} <= names
+
+
+def test_the_last_blocks_stay_as_they_are(train: Train, model: Path) -> None:
+    after = load(train("full", "full", num_last_block_to_freeze=2, max_train_steps=1) / "out.safetensors")
+    unet = {n for n in after if n.startswith(UNET)}
+    last = sorted({int(n.split(".")[3]) for n in unet if n.startswith(f"{UNET}output_blocks.")})[-2:]
+    frozen = {n for n in unet if n.startswith(tuple(f"{UNET}output_blocks.{i}." for i in last))}
+    assert frozen and changed(without_average(model), after) == unet - frozen
+    with pytest.raises(UserError, match=r"num_last_block_to_freeze 99: the denoiser has [0-9]+ blocks"):
+        train("more", "full", num_last_block_to_freeze=99)
 
 
 @pytest.mark.parametrize(
@@ -319,3 +332,16 @@ def test_what_is_cached_beforehand_is_what_training_would_cache(
         max_train_steps=1,
     )
     assert before and before == cached(tmp_path / "other")
+
+
+def test_captions_without_padding_train_and_samples_have_it(train: Train, tmp_path: Path) -> None:
+    (tmp_path / "prompts.txt").write_text("a picture --w 64 --h 64 --s 2 --d 1")
+    family, lengths = Options(no_token_padding=True), list[int]()
+    encode = SdEncode.encode
+    with patch.object(
+        SdEncode, "encode", lambda s, e, tokens: lengths.append(tokens["ids"].shape[2]) or encode(s, e, tokens)
+    ):
+        train("plain", "full", family=family, sample_prompts=str(tmp_path / "prompts.txt"), sample_every_n_steps=2)
+    assert max(lengths[:2]) < 77 and set(lengths[2:]) == {77}
+    with pytest.raises(UserError, match="no_token_padding: captions that are cached or longer than 75 tokens"):
+        train("cached", family=family, cache_text_encoder_outputs=True)

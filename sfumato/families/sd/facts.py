@@ -6,8 +6,8 @@ import re
 from dataclasses import dataclass
 from typing import Literal
 
-from sfumato.config import FamilyOptions
-from sfumato.config.rules import Count
+from sfumato.config import FamilyOptions, Settings, relations
+from sfumato.config.rules import Clash, Count
 from sfumato.families.sd.clients import LOADS_IN
 from sfumato.families.sd.network_args import NetworkArgs
 from sfumato.models.detection import DOWN, Detected, Shapes, Signature, Single, clip, has, marked, parts, vae, width
@@ -39,6 +39,9 @@ class Options(UnetOptions):
     """The base model is Stable Diffusion 2.x; default: as the file says."""
     clip_skip: Count | None = None
     """Use the text encoder's n-th layer from the end; default 1 (the last)."""
+    no_token_padding: bool = False
+    """Fill captions up to the longest of their batch alone, in the training's steps, as diffusers' DreamBooth does;
+    samples have captions of full length."""
 
 
 def architecture(options: FamilyOptions) -> str:
@@ -53,6 +56,19 @@ def base_model_version(options: FamilyOptions) -> str:
     """The model's name in sd-scripts' metadata, `ss_base_model_version`."""
     o = Options.of(options)
     return ("sd_v2" if o.v2 else "sd_v1") + ("_v" if o.v_parameterization else "")
+
+
+CLASHES = (
+    Clash(
+        ("no_token_padding",),
+        lambda s: Options.of(s.family).no_token_padding and (relations.caches_text(s) or _chunked(s)),
+        "captions that are cached or longer than 75 tokens are always padded; leave one of the two out",
+    ),
+)
+
+
+def _chunked(settings: Settings) -> bool:
+    return Options.of(settings.family).max_token_length > 75
 
 
 # --- files ---
@@ -145,6 +161,7 @@ FACTS = Facts(
     },
     script_settings={"train_textual_inversion_XTI": {"xti": True}},
     trains_text=("train_db",),
+    clashes=CLASHES,
     loads_in=LOADS_IN,
     network_args=NetworkArgs,
 )

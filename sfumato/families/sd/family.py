@@ -142,6 +142,11 @@ def tokenize(models: Models) -> SdTokenize:
     return SdTokenize(tokenizer, o.max_token_length, o.weighted_captions)
 
 
+def tokenize_training(models: Models) -> SdTokenize:
+    """Captions of a step -> tokens."""
+    return replace(tokenize(models), padded=not Options.of(models.options).no_token_padding)
+
+
 def encode(models: Models) -> SdEncode:
     """Tokens -> cond."""
     (name,) = models.encoders
@@ -189,6 +194,7 @@ FAMILY = Family(
     new_folder=new_folder,
     adjust_single_file=adjust_single_file,
     tokenize=tokenize,
+    tokenize_training=tokenize_training,
     encode=encode,
     latents=LATENTS,
     outputs=lambda models: OUTPUTS,

@@ -32,12 +32,15 @@ OUTPUTS = TextEncoderOutputsCachingStrategy(fields=("hidden",))
 
 @dataclass(frozen=True)
 class SdTokenize:
-    """Captions -> {"ids": (b, chunks, 77)}, and {"weights": (b, chunks, 77)} for weighted captions."""
+    """Captions -> {"ids": (b, chunks, 77)}, and {"weights": (b, chunks, 77)} for weighted captions; without padding (b,
+    1, n)."""
 
     tokenizer: Any
     max_length: int = CHUNK
     """Tokens of a caption, a multiple of 75; further ones are cut."""
     weighted: bool = False
+    padded: bool = True
+    """Or as long as the longest caption given, which is no longer than one chunk."""
 
     @property
     def settings(self) -> Mapping[str, object]:
@@ -55,7 +58,8 @@ class SdTokenize:
         tokens = {"ids": torch.tensor([chunks(ids, self.max_length, *self._marks()) for ids, _ in rows])}
         if self.weighted:
             tokens["weights"] = torch.tensor([chunks(w, self.max_length, 1.0, 1.0, 1.0) for _, w in rows])
-        return tokens
+        longest = CHUNK if self.padded else min(CHUNK, max(len(ids) for ids, _ in rows))
+        return {name: each[..., : longest + 2] for name, each in tokens.items()}
 
     def limits(self) -> list[Limit]:
         """The chunks together."""

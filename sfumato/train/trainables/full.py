@@ -40,9 +40,11 @@ class Full:
         self.trained: tuple[str, ...] = whole_nets(models.family, config, models.encoders)
         self._weights: dict[str, nn.Parameter] = {}
         self._rates: dict[str, dict[float, list[nn.Parameter]]] = {name: {} for name in self.trained}
-        common = net_rates(models.family, models.encoders, config)
+        common, frozen = net_rates(models.family, models.encoders, config), last_blocks(models, config)
         for name in self.trained:
             for path, p in models.nets()[name].named_parameters():
+                if p in frozen:
+                    continue
                 own = models.family.rate(models.options, name, path)
                 if rate := common[name] if own is None else own:
                     p.requires_grad_(True)
@@ -100,6 +102,14 @@ class Full:
 
     def remove(self) -> None:
         pass
+
+
+def last_blocks(models: Models, config: Config) -> set[nn.Parameter]:
+    """What num_last_block_to_freeze keeps as it is. Errors: `UserError` if there are fewer blocks."""
+    number, blocks = config.train.num_last_block_to_freeze or 0, models.family.blocks(models.denoiser)
+    if number > len(blocks):
+        raise UserError(f"num_last_block_to_freeze {number}: the denoiser has {len(blocks)} blocks")
+    return {p for block in blocks[len(blocks) - number :] for p in block.parameters()}
 
 
 def net_rates(family: Family, encoders: Collection[str], config: Config) -> dict[str, float]:
