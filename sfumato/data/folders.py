@@ -9,7 +9,7 @@ from pathlib import Path
 
 from sfumato.formats.paths import trouble
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif", ".jxl")
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif", ".jxl", ".heic", ".heif")
 """Endings of images; in capitals too."""
 
 

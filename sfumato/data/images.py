@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import struct
 from contextlib import suppress
+from functools import cache
 from importlib import import_module
 from pathlib import Path
-from typing import IO
+from typing import IO, NamedTuple
 
 import numpy as np
-from PIL import AvifImagePlugin, ExifTags, Image, TiffImagePlugin, UnidentifiedImageError, WebPImagePlugin
+from PIL import AvifImagePlugin, ExifTags, Image, TiffImagePlugin, UnidentifiedImageError, WebPImagePlugin, features
 
 _FORMATS: tuple[str, ...] = (
     *("PNG", "JPEG", "BMP", "DIB", "GIF"),
@@ -20,6 +21,26 @@ _FORMATS: tuple[str, ...] = (
 )
 """What Pillow may open, whatever the ending says: it would start other programs for some other formats (Ghostscript for
 EPS)."""
+
+
+class _PlugIn(NamedTuple):
+    """What makes Pillow read a format."""
+
+    title: str
+    format: str
+    """As Pillow calls it."""
+    module: str
+    package: str
+
+
+_HEIF = _PlugIn("HEIC", "HEIF", "pillow_heif", "pillow-heif")
+_PLUG_INS = {
+    ".jxl": _PlugIn("JPEG XL", "JXL", "pillow_jxl", "pillow-jxl-plugin"),
+    ".heic": _HEIF,
+    ".heif": _HEIF,
+    **({} if features.check("avif") else {".avif": _PlugIn("AVIF", "AVIF", "pillow_avif", "pillow-avif-plugin")}),
+}
+"""Ending of a name -> what must be installed for it; Pillow itself reads AVIF as it usually comes."""
 
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -76,12 +97,9 @@ def flat(image: Image.Image, colour: str = "white") -> Image.Image:
 
 def _open(source: Path | IO[bytes], suffix: str) -> Image.Image:
     formats: tuple[str, ...] = _FORMATS
-    if suffix.lower() == ".jxl":
-        try:
-            import_module("pillow_jxl")  # registers itself with Pillow
-        except ImportError as error:
-            raise Unreadable("JPEG XL needs a plug-in: pip install pillow-jxl-plugin") from error
-        formats = (*_FORMATS, "JXL")
+    if plug_in := _PLUG_INS.get(suffix.lower()):
+        _register(plug_in)
+        formats = (*_FORMATS, plug_in.format)
     try:
         return Image.open(source, formats=formats)
     except UnidentifiedImageError as error:
@@ -92,12 +110,27 @@ def _open(source: Path | IO[bytes], suffix: str) -> Image.Image:
         raise Unreadable(f"damaged: {error}") from error
 
 
+def _register(plug_in: _PlugIn) -> None:
+    """Have Pillow know a format. Raises Unreadable where its plug-in is not installed."""
+    try:
+        _registered(plug_in.module)
+    except ImportError as error:
+        raise Unreadable(f"{plug_in.title} needs a plug-in: pip install {plug_in.package}") from error
+
+
+@cache
+def _registered(module: str) -> None:
+    made = import_module(module)  # most register themselves with Pillow
+    if register := getattr(made, "register_heif_opener", None):
+        register()
+
+
 def _unidentified(source: Path | IO[bytes], suffix: str) -> str:
     start = _start(source)
     if not start:
         return "the file is empty"
     if kind := _seems(start):
-        return f"{kind}, whatever its name says: save it as PNG or JPEG"
+        return f"{kind}, whatever its name says: give it its own ending, or save it as PNG or JPEG"
     return f"not an image that this Pillow reads (is it really {suffix.lower()}, and whole?)"
 
 
@@ -128,8 +161,8 @@ def _seems(start: bytes) -> str:
 
 def _orientation(image: Image.Image) -> int:
     """EXIF orientation, 1 (upright) to 8, of a decoded image: a PNG may have its EXIF data behind its pixels."""
-    if image.format == "TIFF":
-        return 1  # Pillow turns these itself
+    if image.format in ("TIFF", "JXL", "HEIF"):
+        return 1  # these are upright when they are decoded
     # An image with broken EXIF data is still an image; other readers show it as it lies.
     with suppress(Exception):
         return int(image.getexif().get(ExifTags.Base.Orientation, 1))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import subprocess
+import sys
 from io import BytesIO
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import pytest
 from folders import noise
 from PIL import Image, ImageOps, PngImagePlugin, features
 
+from sfumato.data import images
 from sfumato.data.images import flat, read
 from sfumato.data.scan import open_image
 from sfumato.errors import UserError
@@ -159,3 +161,34 @@ def test_the_first_frame_of_an_animation(tmp_path: Path) -> None:
     frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "blue")]
     frames[0].save(tmp_path / "a.gif", save_all=True, append_images=frames[1:])
     assert read(tmp_path / "a.gif", ".gif").convert("RGB").getpixel((0, 0)) == (255, 0, 0)
+
+
+@pytest.mark.parametrize(
+    ("name", "module", "package"),
+    [("a.JXL", "pillow_jxl", "pillow-jxl-plugin"), ("a.heic", "pillow_heif", "pillow-heif")],
+)
+def test_a_plug_in_that_is_missing_is_named(
+    tmp_path: Path, name: str, module: str, package: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images._registered.cache_clear()
+    monkeypatch.setitem(sys.modules, module, None)
+    (tmp_path / name).write_bytes(b"\x00\x00\x00\x18ftypheic" + bytes(60))
+    with pytest.raises(UserError, match=f"needs a plug-in: pip install {package}"):
+        open_image(tmp_path / name)
+
+
+@pytest.mark.parametrize(("name", "module"), [("a.jxl", "pillow_jxl"), ("a.heic", "pillow_heif")])
+def test_formats_of_plug_ins_are_read_upright(tmp_path: Path, name: str, module: str) -> None:
+    pytest.importorskip(module)
+    images._registered.cache_clear()
+    images._register(images._PLUG_INS[Path(name).suffix])
+    exif = Image.Exif()
+    exif[0x0112] = 6  # of which neither format makes anything, for both are turned when they are decoded
+    smooth = noise((6, 4), 3).resize((48, 32), Image.Resampling.BICUBIC)
+    smooth.save(tmp_path / name, exif=exif.tobytes())
+    opened = open_image(tmp_path / name)
+    assert opened.size == (48, 32) and np.abs(np.asarray(opened, float) - np.asarray(smooth)).mean() < 8
+    clear = smooth.copy()
+    clear.putalpha(128)
+    clear.save(tmp_path / name)
+    assert open_image(tmp_path / name).mode == "RGBA"
