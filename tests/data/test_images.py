@@ -183,11 +183,13 @@ def test_formats_of_plug_ins_are_read_upright(tmp_path: Path, name: str, module:
     images._registered.cache_clear()
     images._register(images._PLUG_INS[Path(name).suffix])
     exif = Image.Exif()
-    exif[0x0112] = 6  # of which neither format makes anything, for both are turned when they are decoded
+    exif[0x0112] = 6
     smooth = noise((6, 4), 3).resize((48, 32), Image.Resampling.BICUBIC)
     smooth.save(tmp_path / name, exif=exif.tobytes())
-    opened = open_image(tmp_path / name)
-    assert opened.size == (48, 32) and np.abs(np.asarray(opened, float) - np.asarray(smooth)).mean() < 8
+    # HEIC has a turn of its own, made when it is decoded; in JPEG XL what EXIF says does not count.
+    expected = np.asarray(smooth.transpose(Image.Transpose.ROTATE_270) if name == "a.heic" else smooth, float)
+    opened = np.asarray(open_image(tmp_path / name), float)
+    assert opened.shape == expected.shape and np.abs(opened - expected).mean() < 8
     clear = smooth.copy()
     clear.putalpha(128)
     clear.save(tmp_path / name)
