@@ -54,6 +54,11 @@ class AdapterContext:
     noise_level: Tensor | None = None
     """(b,) how much noise the latents of this batch have, 0 to 1; None outside of training."""
 
+    @property
+    def acts(self) -> bool:
+        """Whether there is a change at all: not at the number 0."""
+        return isinstance(self.multiplier, Tensor) or self.multiplier != 0
+
 
 class Adapter(nn.Module):
     """One layer's change. Subclasses fill in `__init__`, `read`, `forward` and `delta_weight`; their parameters are the

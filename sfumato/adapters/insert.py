@@ -309,14 +309,14 @@ def check_kinds(
 
 def _input_hook(adapter: Adapter) -> Callable[[nn.Module, tuple[Tensor, ...]], tuple[Tensor, ...]]:
     def hook(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        return adapter.adapt_input(args[0]), *args[1:]
+        return (adapter.adapt_input(args[0]), *args[1:]) if adapter.context.acts else args
 
     return hook
 
 
 def _hook(adapter: Adapter) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
     def hook(layer: nn.Module, args: tuple[Tensor, ...], y: Tensor) -> Tensor:
-        out: Tensor = adapter(args[0], y, layer)
+        out: Tensor = adapter(args[0], y, layer) if adapter.context.acts else y
         return out
 
     return hook

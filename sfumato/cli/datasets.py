@@ -15,7 +15,7 @@ from typing import Any
 from sfumato.cli import options, paths, rules, toml, values
 from sfumato.cli.report import Given, Report
 from sfumato.config import FOLLOWING, DatasetConfig, Settings, SubsetConfig, ValidationConfig
-from sfumato.config.data import ONLY_REGULARISATION, CaptionOptions, ImageOptions
+from sfumato.config.data import ONLY_REGULARISATION, PRESERVED, CaptionOptions, ImageOptions
 from sfumato.config.relations import caches_text, follows_or_masks
 from sfumato.data import folders
 from sfumato.errors import UserError, nearest
@@ -348,11 +348,27 @@ def check(datasets: Iterable[DatasetConfig], settings: Settings, given: Mapping[
     if settings.masked_loss and not any(s.alpha_mask or (s.conditioning_data_dir and not follows) for s in subsets):
         set_them = "alpha_mask" if follows else "alpha_mask or conditioning_data_dir"
         report.error(f"{given.get('masked_loss', 'masked_loss')}: no folder has masks: set {set_them}")
+    _check_preserved(subsets, settings, report)
     _check_validation(subsets, settings, given, report)
-    if "prior_loss_weight" in given and settings.prior_loss_weight != 1.0 and not any(s.is_reg for s in subsets):
+    prior = settings.prior_preservation_class or any(s.is_reg for s in subsets)
+    if "prior_loss_weight" in given and settings.prior_loss_weight != 1.0 and not prior:
         report.without_effect(
-            given["prior_loss_weight"], "no folder holds regularisation images (is_reg, reg_data_dir)"
+            given["prior_loss_weight"],
+            "no folder holds regularisation images (is_reg, reg_data_dir), nor is there a prior_preservation_class",
         )
+
+
+def _check_preserved(subsets: Iterable[SubsetConfig], settings: Settings, report: Report) -> None:
+    """Report attributes of images that cannot act."""
+    for subset in subsets:
+        for name in subset.custom_attributes:
+            if name != PRESERVED:
+                report.note(f"{subset.source}: custom_attributes.{name}: accepted, no effect: nothing reads it")
+        if subset.preserved and settings.method != "network":
+            report.error(
+                f"{subset.source}: custom_attributes.{PRESERVED}: only an adapter can be left out to see what the "
+                "model predicted before; leave it out"
+            )
 
 
 def _check_validation(

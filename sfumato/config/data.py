@@ -28,6 +28,8 @@ from sfumato.config.rules import (
     Side,
 )
 
+PRESERVED = "diff_output_preservation"
+"""sd-scripts' name of an attribute of images: what they teach is the model's own prediction."""
 ONLY_REGULARISATION = (
     "all of its folders hold regularisation images (is_reg), which are used only beside training images of the same "
     "dataset: "
@@ -130,12 +132,18 @@ class SubsetConfig(CaptionOptions, ImageOptions):
     custom_attributes: Annotated[
         Mapping[str, Any], Must(_all_plain, "values that are true, false, numbers or texts")
     ] = field(default_factory=dict, hash=False)
-    """What else is to be known of these images, by name: a table of true, false, numbers and texts."""
+    """What else is to be known of these images, by name: a table of true, false, numbers and texts.
+    diff_output_preservation: their target is what the model predicts without its adapter."""
 
     @property
     def source(self) -> str:
         """What names the images: a class, a metadata file or a folder."""
         return self.dataset_class or self.metadata_file or self.image_dir
+
+    @property
+    def preserved(self) -> bool:
+        """Whether its images teach what the model predicts without its adapter."""
+        return bool(self.custom_attributes.get(PRESERVED))
 
 
 @dataclass(frozen=True, kw_only=True)  # no slots: two slotted bases cannot be joined

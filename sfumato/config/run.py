@@ -79,6 +79,7 @@ _ADAPTERS = Only("network", why="only `train network` trains an adapter")
 _SMALL_NETS = Only("network", "lllite", why="only `train network` and `train lllite` train small nets on its layers")
 _LITE = Only("lllite", why="only `train lllite` trains a ControlNet-LLLite")
 _SMALL = Only("network", "embedding", why="only files of adapters and embeddings have several")
+_OWN_PRIOR = Only("network", why="only an adapter can be left out to see what the model predicted before")
 _ADAPTER_RATES = Only("network", why="only `train network` has it; all else goes by learning_rate")
 _WHOLE = Only("full", why="an adapter's text encoder goes by text_encoder_lr and network_train_unet_only")
 _FUSED = Needs("fused_backward_pass", "fused_optimizer_groups", "blockwise_fused_optimizers")
@@ -331,6 +332,12 @@ class LossConfig(Record):
     """Weigh the loss by each image's mask (its alpha channel or a mask image)."""
     prior_loss_weight: Amount = 1.0
     """Weight of regularisation images."""
+    prior_preservation_class: Annotated[str | None, _OWN_PRIOR] = None
+    """Keep what the model makes of this caption (such as `person`), without class images: each image is shown once more
+    with it, and has to give what the model predicts without the adapter; weighed by prior_loss_weight."""
+    masked_prior_weight: Annotated[Amount, _OWN_PRIOR, Needs("masked_loss")] = 0.0
+    """Where masks take weight from an image, put this share of it on staying with what the model predicts without the
+    adapter."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -43,6 +43,8 @@ class Batch:
     """(b, 3, H, W) in [-1, 1]."""
     cond: Cond | None = None
     tokens: Tokens | None = None
+    preserve: Tensor | None = None
+    """(b,) 1 where the target is what the model predicts without its adapter, 0 elsewhere; None: nowhere."""
     mask: Tensor | None = None
     """(b, 1, h, w) in [0, 1], at latent size."""
     control: Tensor | None = None

@@ -285,12 +285,14 @@ class Loader:
         texts = [self._caption(item, ref.key, batch) for item, ref in zip(items, batch.samples, strict=True)]
         weights = [self.prior_loss_weight if item.image.is_reg else 1.0 for item in items]
         weights = [0.0 if batch.spare or place in data.lost else weight for place, weight in enumerate(weights)]
+        kept = [self.plan.subset(item).preserved for item in items]
         stacked = {name: torch.stack(values) for name, values in data.tensors.items()}
         keys = [ref.key for ref in batch.samples]
         made = Batch(
             captions=texts,
             keys=keys,
             weight=torch.tensor(weights),
+            preserve=torch.tensor(kept, dtype=torch.float32) if any(kept) else None,
             multiplier=torch.tensor([self.plan.datasets[item.dataset].network_multiplier for item in items]),
             sizes=stacked["sizes"],
             latents=stacked.get("latents"),

@@ -16,6 +16,7 @@ from sfumato.data.batch import Cond
 from sfumato.data.cache import CachedLatents, CachedText, cache_latents, cache_texts, check_fixed, every_caption
 from sfumato.data.held_out import evaluation
 from sfumato.data.plan import Plan, make_plan
+from sfumato.data.prior import with_class
 from sfumato.data.store import FileIndex, Progress, TensorStore, default_root
 from sfumato.formats import files
 from sfumato.formats.files import file_digest
@@ -80,6 +81,8 @@ def open_data(
             progress=advance,
         )
     plan = words.told(plan, config)
+    if word := config.loss.prior_preservation_class:
+        plan = with_class(plan, word)
     if world.main:
         for line in dict.fromkeys([*plan.notes, *(f"left out: {skip.path}: {skip.reason}" for skip in plan.skipped)]):
             notify(line)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -12,8 +13,9 @@ from sfumato.config import LossConfig
 from sfumato.data.batch import Batch, Cond
 from sfumato.models.base import Models, SampleInfo
 from sfumato.tensors import losses
-from sfumato.tensors.noise import Drawn, NoiseProcess
+from sfumato.tensors.noise import Drawn, NoiseProcess, NoisySample
 from sfumato.tensors.random import SampleRandom
+from sfumato.tensors.shapes import per_sample
 from sfumato.train.dist import DTYPES, Precision
 from sfumato.train.trainables import Trainable
 
@@ -61,8 +63,8 @@ class Step(nn.Module):
         with autocast(latents.device, self.precision):
             noised = self.process.noise(latents.float(), batch.drawn)
             trainable.on_noise(noised.t / self.process.steps)
-            cond = models.condition(self.cond(batch), SampleInfo(sizes=batch.sizes, drawn=batch.drawn))
-            prediction = models.predict(noised.x, noised.t, cond)
+            prior = self._prior(batch, noised)
+            prediction = self._prediction(batch, noised)
         threshold = losses.huber_threshold(
             self.loss.huber_schedule,
             self.loss.huber_c,
@@ -71,8 +73,31 @@ class Step(nn.Module):
             noised.noise_to_signal,
             self.process.steps,
         )
-        error = losses.loss(self.loss.loss_type, prediction.float(), noised.target.float(), c=threshold)
-        return losses.sample_losses(error, batch.mask, noised.weight, batch.weight)
+        error = partial(losses.loss, self.loss.loss_type, prediction.float(), c=threshold)
+        target, mask = noised.target.float(), batch.mask
+        if prior is None:
+            return losses.sample_losses(error(target), mask, noised.weight, batch.weight)
+        if batch.preserve is not None:
+            target = torch.where(per_sample(batch.preserve, prior) > 0, prior, target)
+        wrong = error(target)
+        if mask is not None:
+            wrong = wrong * mask + error(prior) * (1 - mask) * self.loss.masked_prior_weight
+        return losses.sample_losses(wrong, None, noised.weight, batch.weight)
+
+    def _prediction(self, batch: Batch, noised: NoisySample) -> Tensor:
+        models, _ = self.unowned
+        cond = models.condition(self.cond(batch), SampleInfo(sizes=batch.sizes, drawn=batch.drawn))
+        return models.predict(noised.x, noised.t, cond)
+
+    def _prior(self, batch: Batch, noised: NoisySample) -> Tensor | None:
+        """What the base model predicts, fp32, where it is a target of some sample, or of what its mask leaves out."""
+        _, trainable = self.unowned
+        if batch.preserve is None and (batch.mask is None or not self.loss.masked_prior_weight):
+            return None
+        context = trainable.without()
+        assert context is not None  # checked by `train/check.py`
+        with torch.no_grad(), context:
+            return self._prediction(batch, noised).float()
 
     def cond(self, batch: Batch) -> Cond:
         """The batch's cond, as cached or encoded now."""

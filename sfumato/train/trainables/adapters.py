@@ -159,6 +159,15 @@ class Adapters:
         self.network.rng = SampleRandom(batch.keys)
         self._strength(batch.multiplier)
 
+    @contextmanager
+    def without(self) -> Iterator[None]:
+        before = self.network.multiplier
+        self._strength(0.0)
+        try:
+            yield
+        finally:
+            self._strength(before)
+
     def on_noise(self, level: Tensor) -> None:
         self.network.noise_level = level
 

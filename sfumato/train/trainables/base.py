@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Protocol
 
@@ -45,6 +46,11 @@ class Trainable(Protocol):
 
     def on_batch(self, batch: Batch) -> None:
         """Called before each batch, on its device."""
+        ...
+
+    def without(self) -> AbstractContextManager[None] | None:
+        """A context in which nothing of it acts, so that the nets are those of the base model; None: there is no such
+        thing."""
         ...
 
     def on_noise(self, level: Tensor) -> None:

@@ -70,6 +70,9 @@ class ControlNet:
             raise RuntimeError("a batch without images to follow")
         self.control.follow(batch.control)
 
+    def without(self) -> None:
+        pass
+
     def on_noise(self, level: Tensor) -> None:
         pass
 

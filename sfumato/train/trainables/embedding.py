@@ -121,6 +121,9 @@ class Embedding:
     def on_batch(self, batch: Batch) -> None:
         pass
 
+    def without(self) -> None:
+        pass
+
     def on_noise(self, level: Tensor) -> None:
         pass
 

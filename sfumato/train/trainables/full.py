@@ -75,6 +75,9 @@ class Full:
     def on_batch(self, batch: Batch) -> None:
         pass
 
+    def without(self) -> None:
+        pass
+
     def on_noise(self, level: Tensor) -> None:
         pass
 

@@ -64,6 +64,9 @@ class LLLite:
         mask = torch.stack([torch.rand(x.shape[1:], generator=each, device=x.device) for each in made]) >= chance
         return x * mask.to(x.dtype) / (1 - chance)
 
+    def without(self) -> None:
+        pass
+
     def on_noise(self, level: Tensor) -> None:
         pass
 
