@@ -31,7 +31,10 @@ _LIKE: Mapping[str, str] = {
 """Names of `RENAMED` by which a user may expect something else, and why ours does for it."""
 
 _KEYED = "what is cached is found by its content, and what does not fit is encoded again"
-_DEEPSPEED = "only matters with deepspeed"
+_DEEPSPEED = (
+    "several cards exchange gradients by torch's own means, with the same result; blocks_to_swap, fused_backward_pass "
+    "and optimizer_state_on_cpu spare their memory"
+)
 _CONSOLE = "everything is written to LOG.jsonl beside the result, and the console says what matters"
 _ENCODER_DEVICE = "text encoders are on the device while they are used, and on the CPU else"
 _ENCODER_FORMAT = "text encoders run in the format of mixed_precision; what would overflow in it is computed in fp32"
@@ -48,6 +51,7 @@ INERT: Mapping[str, str] = {
     "ddp_gradient_as_bucket_view": "it never changes results, and sfumato sets it up itself",
     "ddp_static_graph": "it never changes results, and sfumato sets it up itself",
     "ddp_timeout": "sfumato waits an hour for the slowest process",
+    "deepspeed": _DEEPSPEED,
     "disable_mmap_load_safetensors": "it never changes results",
     "epoch": _GUI,
     "fp16_master_weights_and_gradients": _DEEPSPEED,
@@ -87,11 +91,9 @@ INERT: Mapping[str, str] = {
 
 _SECRET = "does not belong into command lines and files, which others read"
 _LATER = "is not supported yet"
-_MEMORY = f"{_LATER}: gradient_checkpointing, full_bf16 and cached latents spare memory"
 
 REFUSED: Mapping[str, str] = {
     "debug_dataset": "is a flag of kohya's command lines alone: `sfumato plan` shows images, buckets and steps",
-    "deepspeed": f"{_LATER}: leave it out; several cards work through torchrun or accelerate launch alone",
     "full_fp16": "is not supported, as weights and gradients overflow in fp16: use full_bf16, or mixed_precision fp16",
     "huggingface_token": f"{_SECRET}: use `hf auth login` or the variable HF_TOKEN",
     "lllite_cond_in_channels": "is not supported: the images to follow are RGB, 3 channels; leave it out",

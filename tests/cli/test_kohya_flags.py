@@ -129,6 +129,12 @@ def place(folder: Path) -> Iterator[None]:
         os.chdir(here)
 
 
+def family_of(script: str) -> str:
+    """The family that a script is named by, or its first."""
+    theirs = kohya.scripts()[script].families
+    return next((each for each in theirs if script.startswith(each)), theirs[0])
+
+
 def table() -> dict[str, dict[str, str]]:
     """Script -> flag -> what is said of it."""
     found = {}
@@ -136,8 +142,7 @@ def table() -> dict[str, dict[str, str]]:
         for script in pairs():
             if script not in kohya.scripts():
                 continue
-            theirs = kohya.scripts()[script].families
-            family = next((each for each in theirs if script.startswith(each)), theirs[0])
+            family = family_of(script)
             with patch("sfumato.families.detect.detect_file", lambda _, family=family: SimpleNamespace(family=family)):
                 found[script] = answers(script, family)
     return found
