@@ -20,11 +20,13 @@ from cli_files import SHAPES, pairs, safetensors
 from PIL import Image
 
 from sfumato.cli import flags, kohya, kohya_settings, options, values
+from sfumato.cli.report import Report
 from sfumato.config import relations, rules
 from sfumato.errors import UserError
 
 HERE = Path(__file__).parent
 DOCS = HERE.parents[1] / "docs" / "kohya-flags.md"
+BASE = {"pretrained_model_name_or_path": "base.safetensors", "dataset_config": "data.toml"}
 NO_EFFECT = "accepted, no effect: "
 PATHS = {"file": "file.txt", "folder": "folder", "new folder": "new", "weights": "base.safetensors", "state": "folder"}
 GIVEN = {
@@ -81,8 +83,16 @@ def line(family: str, flag: str, seen: tuple[str, ...] = ()) -> dict[str, str]:
 
 
 def answers(script: str, family: str) -> dict[str, str]:
-    """Flag -> what is said of it: nothing where it acts."""
-    return {flag: said(script, family, flag) for flag in pairs()[script]}
+    """Flag -> what is said of it: nothing where it acts. All are given at once, and by themselves those of which
+    something was said then."""
+    report, words = Report(), dict[str, str]()
+    for flag in set(pairs()[script]) - {*flags.CONFIGS, *kohya_settings.INERT}:
+        words |= line(family, flag)
+    with patch.object(flags, "Report", lambda: report), pytest.raises(UserError):
+        kohya.resolve(script, [f"--{name}={value}" for name, value in {**BASE, **words}.items()])
+    spoken = {text.partition(":")[0].removeprefix("--") for text in (*report.errors, *report.notices)}
+    kept = spoken | kohya_settings.INERT.keys()
+    return {flag: said(script, family, flag) if flag in kept else "" for flag in pairs()[script]}
 
 
 def said(script: str, family: str, flag: str) -> str:
@@ -91,7 +101,7 @@ def said(script: str, family: str, flag: str) -> str:
         return f"{NO_EFFECT}{kohya_settings.INERT[flag]}"
     if flag in flags.CONFIGS or f"--{flag}" in kohya.TAKEN:
         return ""
-    words = {"pretrained_model_name_or_path": "base.safetensors", "dataset_config": "data.toml", **line(family, flag)}
+    words = {**BASE, **line(family, flag)}
     if {"train_data_dir", "reg_data_dir"} & words.keys():
         words["train_data_dir"] = "images"
         del words["dataset_config"]
@@ -162,4 +172,6 @@ PENDING = {"controlnet_model_name_or_path"}
 
 
 if __name__ == "__main__":
-    print(table())
+    for script, answers_ in table().items():
+        for flag, text in answers_.items():
+            print(script, flag, text)
