@@ -131,6 +131,7 @@ def resolve_all(
     read = tuple(dict.fromkeys(g.source for g in given.values() if g.source))
     if adapt:
         adapt(given, report)
+    kohya_settings.settle(given, report)
     given = paths.settled(given, report)
     family = family or find_family(given, report)
     facts = families.facts(family)

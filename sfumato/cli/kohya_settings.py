@@ -90,7 +90,6 @@ INERT: Mapping[str, str] = {
 """Accepted without effect, and why."""
 
 _SECRET = "does not belong into command lines and files, which others read"
-_LATER = "is not supported yet"
 
 REFUSED: Mapping[str, str] = {
     "debug_dataset": "is a flag of kohya's command lines alone: `sfumato plan` shows images, buckets and steps",
@@ -101,11 +100,12 @@ REFUSED: Mapping[str, str] = {
     "lllite_multiplier": "is network_multiplier of a dataset, in the dataset file; leave it out for 1",
     "llm_adapter_path": "is not supported: the text adapter is read from the base model's file, as by sd-scripts",
     "output_config": "is a flag of kohya's command lines alone: every training writes its settings beside its result",
-    "use_t5xxl_cache_only": f"{_LATER}: cache_text_encoder_outputs keeps the outputs of all text encoders",
+    "use_t5xxl_cache_only": "is a setting of kohya's: cache_text_encoder_outputs keeps what all text encoders say",
     "wandb_api_key": f"{_SECRET}: use `wandb login` or the variable WANDB_API_KEY",
 }
 """Known and refused, and why or what to do instead."""
 
+_T5_ALONE = "use_t5xxl_cache_only"
 _OFF: tuple[object, ...] = (False, None, "", "no", "none", 0, "0", "0.0", "false", "False", [])
 
 
@@ -129,11 +129,31 @@ def translate(given: Given, report: Report) -> Given | None:
         if value is None:
             return ours
         return replace(ours, value=value, flag=False) if not off(given) else None
+    if given.key == _T5_ALONE and given.lenient:
+        return given
     if given.key in INERT:
         report.note(f"{given}: accepted, no effect: {INERT[given.key]}")
     elif not off(given):
         report.error(f"{given}: {REFUSED[given.key]}")
     return None
+
+
+def settle(given: dict[str, Given], report: Report) -> None:
+    """Settings of kohya's whose meaning depends on others, in our words."""
+    each, trained = given.pop(_T5_ALONE, None), given.get("train_text_encoder")
+    if each is None or off(each):
+        return
+    if trained is not None and not off(trained):
+        report.note(
+            f"{each}: accepted, no effect: text encoders are trained, and T5 is encoded beside them in each step, with "
+            "the same result; quantize_text_encoders and text_encoder_blocks_to_swap spare its memory"
+        )
+        return
+    report.note(f"{each}: read as cache_text_encoder_outputs, which gives the same where no text encoder is trained")
+    given.setdefault(
+        "cache_text_encoder_outputs",
+        replace(each, key="cache_text_encoder_outputs", value=True, flag=False, where=each.where or f"--{each.key}"),
+    )
 
 
 def alone(given: Given) -> object:

@@ -171,6 +171,20 @@ def test_no_flag_is_unknown(said_of: dict[str, dict[str, str]]) -> None:
 PENDING = {"controlnet_model_name_or_path"}
 
 
+def test_t5_alone_is_cached_by_what_gives_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with place(tmp_path):
+        monkeypatch.setattr("sfumato.families.detect.detect_file", lambda _: SimpleNamespace(family="sd3"))
+        words = [*(f"--{name}={value}" for name, value in BASE.items()), "--use_t5xxl_cache_only"]
+        found = kohya.resolve("sd3_train", words)
+        assert found.config.data.cache_text_encoder_outputs
+        assert any(n.startswith("--use_t5xxl_cache_only: read as cache_text_encoder") for n in found.notices)
+        found = kohya.resolve("sd3_train", [*words, "--train_text_encoder"])
+        assert not found.config.data.cache_text_encoder_outputs and found.config.train.train_text_encoder
+        assert any(n.startswith("--use_t5xxl_cache_only: accepted, no effect: text enc") for n in found.notices)
+        with pytest.raises(UserError, match="--use_t5xxl_cache_only: is a setting of kohya's"):
+            flags.resolve_all(words, "full")
+
+
 if __name__ == "__main__":
     for script, answers_ in table().items():
         for flag, text in answers_.items():
