@@ -11,7 +11,7 @@ from typing import Any, Literal, Union, get_args, get_origin
 
 from sfumato.errors import nearest
 
-PAIR = tuple[int, int]
+PAIR, SPAN = tuple[int, int], tuple[float, float]
 PERCENT = re.compile(r"\d+(\.\d+)?%")
 
 
@@ -39,6 +39,8 @@ def _shaped(inner: tuple[Any, ...], value: object, *, text: bool) -> object:
     """Kohya's spellings in the form that the type has: "512,768", a lone value for a list, "10%"."""
     if PAIR in inner:
         return _pair(value)
+    if SPAN in inner:
+        return _numbers(tuple(value) if isinstance(value, (list, tuple)) else (value,))
     if any(get_origin(i) is tuple for i in inner):
         found = tuple(value) if isinstance(value, (list, tuple)) else (value,)
         return found if tuple[float, ...] not in inner else _numbers(found)
@@ -97,6 +99,8 @@ def expected(kind: Any) -> str:
 def _word(kind: Any) -> str:
     if kind == PAIR:
         return "one whole number or two (width, height)"
+    if kind == SPAN:
+        return "two numbers"
     if get_origin(kind) is Literal:
         return "one of " + ", ".join(str(c) for c in get_args(kind))
     if get_origin(kind) is tuple:

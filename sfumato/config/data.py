@@ -35,7 +35,7 @@ ONLY_REGULARISATION = (
     "dataset: "
     "put them into the [[datasets]] of the folder that they go with, or leave is_reg out"
 )
-_SPAN = Must(re.compile(r"[\d.]+,[\d.]+").fullmatch, '"min,max" such as "2.0,4.0"')
+_SPAN = Must(lambda span: 0 < span[0] <= span[1], "min,max such as 2.0,4.0, above 0")
 
 
 def _all_plain(attributes: Mapping[str, Any]) -> bool:
@@ -96,8 +96,9 @@ class ImageOptions:
     """Mirror half of the images."""
     random_crop: bool = False
     """Crop at a random place instead of the centre (not with cached latents)."""
-    face_crop_aug_range: Annotated[str | None, _SPAN] = None
-    """Crop around the face named in the file name (`_x_y_w_h`), scaled by "min,max" (not with cached latents)."""
+    face_crop_aug_range: Annotated[tuple[float, float] | None, _SPAN] = None
+    """`min,max`: cut out so many times the size of the face that the file's name tells (`name_x_y_w_h.png`: its centre
+    and size in pixels), around it, by chance between the two (not with cached latents)."""
     alpha_mask: bool = False
     """Weigh the loss by the image's alpha channel."""
     resize_interpolation: Interpolation | None = None

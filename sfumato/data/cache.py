@@ -212,7 +212,9 @@ def check_fixed(datasets: Iterable[DatasetConfig], *, latents: bool = False, tex
     """Errors: `UserError` for options that change each time what is to be cached."""
     wrong: list[str] = []
     for subset in (subset for dataset in datasets for subset in dataset.subsets):
-        moving = [name for name in ("random_crop", "color_aug") if latents and getattr(subset, name)]
+        moving = [
+            name for name in ("random_crop", "color_aug", "face_crop_aug_range") if latents and getattr(subset, name)
+        ]
         wrong += [
             f"{subset.source}: {name} changes the image each time, so its latents cannot be cached: turn one off"
             for name in moving

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from sfumato.config import SubsetConfig
-from sfumato.data import augment, captions
+from sfumato.data import augment, captions, faces
 from sfumato.data.ahead import read_ahead
 from sfumato.data.batch import Batch, Tokens
 from sfumato.data.buckets import Crop
@@ -86,9 +86,8 @@ class _ImageReader(Dataset[_BatchData]):
         return _BatchData({name: [self._or_ones(sample, name) for sample in samples] for name in sorted(names)}, lost)
 
     def _sample(self, ref: SampleRef) -> dict[str, Tensor]:
-        item = self.plan.items[ref.item]
-        options = self.plan.subset(item)
-        crop, flip = _crop_and_flip(item, options, ref.key)
+        options = self.plan.subset(self.plan.items[ref.item])
+        item, crop, flip = _cut(self.plan.items[ref.item], options, ref.key)
         sizes = {"sizes": torch.tensor(_sizes(item, crop, flip))}
         if item.image.control_path:
             sizes["control"] = augment.control(item.image, options, item.placement, crop, flip=flip)
@@ -118,14 +117,16 @@ class _ImageReader(Dataset[_BatchData]):
         return torch.ones(1, height // self.plan.stride, width // self.plan.stride)
 
 
-def _crop_and_flip(item: Item, options: SubsetConfig, key: int) -> tuple[Crop, bool]:
-    """Where a sample is cut out of its image, and whether it is mirrored."""
-    crop = (
-        augment.random_crop(item.placement, python_random(key, "crop"))
-        if options.random_crop
-        else item.placement.centre
-    )
-    return crop, options.flip_aug and python_random(key, "flip").random() < 0.5
+def _cut(item: Item, options: SubsetConfig, key: int) -> tuple[Item, Crop, bool]:
+    """An image as it is resized for a sample, where that is cut out of it, and whether it is mirrored."""
+    flip = options.flip_aug and python_random(key, "flip").random() < 0.5
+    if options.face_crop_aug_range and (face := faces.face(item.image.path)):
+        size = item.image.width, item.image.height
+        placement, crop = faces.around(size, face, item.placement, options, python_random(key, "crop"))
+        return replace(item, placement=placement), crop, flip
+    if options.random_crop:
+        return item, augment.random_crop(item.placement, python_random(key, "crop")), flip
+    return item, item.placement.centre, flip
 
 
 def _sizes(item: Item, crop: Crop, flip: bool) -> list[int]:

@@ -224,8 +224,6 @@ def _check_options(datasets: Sequence[DatasetConfig], multiple: int, control: bo
 
 def _check_subset(subset: SubsetConfig, control: bool) -> list[str]:
     wrong = [f"{name}: {message}" for name, message in rules.mistakes(subset)]
-    if subset.face_crop_aug_range is not None:
-        wrong.append("face_crop_aug_range is not supported yet: leave it out")
     if control and not subset.conditioning_data_dir:
         wrong.append("conditioning_data_dir is missing: the folder of the images that these are to follow")
     if subset.alpha_mask and subset.conditioning_data_dir and not control:

@@ -14,7 +14,7 @@ from pathlib import Path
 from PIL import Image
 
 from sfumato.config import DatasetConfig, SubsetConfig
-from sfumato.data import classes, metadata
+from sfumato.data import classes, faces, metadata
 from sfumato.data.folders import Listing, listing
 from sfumato.data.images import Unreadable, read
 from sfumato.data.sources import Source, sources
@@ -115,6 +115,8 @@ def scan(dataset: DatasetConfig, index: FileIndex, progress: Progress | None = N
         result.skipped += [SkippedFile(path, reason, subset=i) for path, reason in listings[i].troubles]
         made = _of_class(given[i], progress)
         _add_subset(result, i, subset, given[i], pairs[i], facts | made if made else facts, control)
+    pictures = (each.listing.images for each in given)
+    result.notes += faces.notes(zip(dataset.subsets, pictures, strict=True))
     return result
 
 
@@ -211,7 +213,10 @@ def _pairs(subset: SubsetConfig, paths: Sequence[Path]) -> dict[Path, Path]:
     if wrong := trouble(folder, "folder"):
         raise UserError(f"conditioning_data_dir {subset.conditioning_data_dir!r}: {wrong}")
     by_stem = {p.relative_to(folder).with_suffix("").as_posix(): p for p in listing(folder, recursive=True).images}
-    stems = {p: p.relative_to(root).with_suffix("").as_posix() for p in paths}
+    # Images that a metadata file names may lie elsewhere; those of a class have no folder.
+    inside = root.as_posix().rstrip("/") + "/"
+    names = {p: Path(p.name) if p.is_absolute() and not p.is_relative_to(root) else p for p in paths}
+    stems = {p: Path(name.as_posix().removeprefix(inside)).with_suffix("").as_posix() for p, name in names.items()}
     return {p: by_stem[stem] for p, stem in stems.items() if stem in by_stem}
 
 

@@ -89,7 +89,7 @@ def test_all_wrong_options_are_reported_at_once(tmp_path: Path) -> None:
     root = folder(tmp_path)
     with pytest.raises(UserError) as caught:
         plan(
-            dataset(subset(root, face_crop_aug_range="1,2"), batch_size=0),
+            dataset(subset(root, face_crop_aug_range=(2.0, 1.0)), batch_size=0),
             dataset(subset(root, alpha_mask=True, conditioning_data_dir="x")),
         )
     assert len(caught.value.messages) == 3
