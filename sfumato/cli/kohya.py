@@ -80,6 +80,7 @@ OURS = frozenset(
         "quantize_text_encoders",
         "save_best",
         "simulate_vram",
+        "skip_image_resolution",  # since sd-scripts of spring 2026
         "skip_unreadable",
         "stream_text_encoders",
         "text_encoder_blocks_to_swap",

@@ -163,6 +163,9 @@ class BucketOptions:
     """Sides of buckets are multiples of this."""
     bucket_no_upscale: bool = False
     """Never enlarge an image."""
+    skip_image_resolution: tuple[Side, Side] | None = None
+    """Leave out images of at most this many pixels, `512` or `W,H`: of small ones in a folder that stands in several
+    datasets of other resolutions, say."""
 
     @property
     def bucket_limits(self) -> tuple[int, int]:

@@ -234,14 +234,28 @@ def _check_subset(subset: SubsetConfig, control: bool) -> list[str]:
 def _placed(found: Scan, dataset: DatasetConfig, number: int) -> tuple[list[Item], list[SkippedFile]]:
     buckets = resolutions(dataset)
     items, left = [], []
-    for image in found.images:
+    images, small = _large_enough(found.images, dataset)
+    if small:
+        found.notes.append(f"dataset {number + 1}: {len(small)} images are left out: {small[0].reason}")
+    for image in images:
         try:
             placement = place((image.width, image.height), dataset, buckets)
         except ValueError as error:
             left.append(SkippedFile(image.path, str(error), subset=image.subset))
             continue
         items.append(Item(image, placement, number, image.repeats))
-    return items, left
+    return items, left + small
+
+
+def _large_enough(images: Sequence[ImageFile], dataset: DatasetConfig) -> tuple[list[ImageFile], list[SkippedFile]]:
+    """Those of more pixels than skip_image_resolution, and the others."""
+    limit = dataset.skip_image_resolution
+    small = [i for i in images if limit and i.width * i.height <= limit[0] * limit[1]]
+    why = f"of no more pixels than skip_image_resolution, {limit[0]}x{limit[1]}" if limit else ""
+    away = {i.path for i in small}
+    return [i for i in images if i.path not in away], [
+        SkippedFile(i.path, why, unreadable=False, subset=i.subset) for i in small
+    ]
 
 
 def _without_copies(items: Sequence[Item], held_out: Collection[str]) -> tuple[list[Item], list[SkippedFile]]:

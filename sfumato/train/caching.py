@@ -84,7 +84,8 @@ def open_data(
     if word := config.loss.prior_preservation_class:
         plan = with_class(plan, word)
     if world.main:
-        for line in dict.fromkeys([*plan.notes, *(f"left out: {skip.path}: {skip.reason}" for skip in plan.skipped)]):
+        wrong = [f"left out: {skip.path}: {skip.reason}" for skip in plan.skipped if skip.unreadable]
+        for line in dict.fromkeys([*plan.notes, *wrong]):  # those that are not needed are counted in the notes
             notify(line)
     measured = evaluation(plan, config.validation.max_validation_steps)
     for each in (plan, measured) if measured else (plan,):

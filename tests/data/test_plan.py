@@ -106,6 +106,21 @@ def test_images_without_a_bucket_are_listed(tmp_path: Path) -> None:
         plan(dataset(subset(tmp_path), bucket_no_upscale=True))
 
 
+def test_small_images_stay_out_of_the_datasets_that_say_so(tmp_path: Path) -> None:
+    """The same folder at two resolutions, as sd-scripts documents it."""
+    root = folder(tmp_path, [(64, 64), (96, 64), (65, 63)])
+    made = plan(
+        dataset(subset(root)), dataset(subset(root), resolution=(96, 96), skip_image_resolution=(64, 64), batch_size=1)
+    )
+    assert [(item.dataset, item.image.name) for item in made.items] == [
+        (0, "0.png"), (0, "1.png"), (0, "2.png"), (1, "1.png"),
+    ]  # fmt: skip
+    assert [(skip.dataset, skip.path.name, skip.unreadable) for skip in made.skipped] == [
+        (1, "0.png", False), (1, "2.png", False),
+    ]  # fmt: skip
+    assert "dataset 2: 2 images are left out: of no more pixels than skip_image_resolution, 64x64" in made.notes
+
+
 def test_the_digest_changes_when_the_batches_do(tmp_path: Path) -> None:
     root = folder(tmp_path)
     same = plan(dataset(subset(root))).digest()
