@@ -285,6 +285,13 @@ def test_token_warmup_follows_the_optimizer_step(images: Path) -> None:
     shown = [len(b.captions[0].split(", ")) for epoch in batches for b in epoch]
     assert shown == [1, 1, 1, 1, 2, 2, 3, 3] + [4] * 8
 
+    def long(epoch: int, start_step: int = 0) -> list[int]:
+        batches = read(loader(of, accumulation=2, steps=16), epoch, start_step)
+        return [len(b.captions[0].split(", ")) for b in batches]
+
+    assert long(0) + long(1) == [1] * 6 + [2] * 6 + [3] * 4, "over an epoch's end"
+    assert long(1, start_step=2) == long(1)[4:], "and taken up within one"
+
 
 def test_a_share_of_an_unknown_run_is_refused(images: Path) -> None:
     with pytest.raises(UserError, match="token_warmup_step"):

@@ -187,7 +187,8 @@ def write_latents(models: Models, of: Plan, change: Callable[[Tensor], Tensor] =
         key = "" if family in ONE_SIZE else f"_{h}x{w}"
         size = f"_{item.image.width:04d}x{item.image.height:04d}"
         path = item.image.path.with_name(f"{item.image.path.stem}{size}{ENDINGS[family][0]}")
-        np.savez(path, **{name + key: value for name, value in arrays.items()})
+        before = dict(np.load(path)) if key and path.exists() else {}  # files of several sizes hold all of them
+        np.savez(path, **before, **{name + key: value for name, value in arrays.items()})
 
 
 def test_latents_of_sd_scripts_are_taken_over_raw(case: Case, models: Models, planned: Plan) -> None:
@@ -219,6 +220,19 @@ def test_latents_of_another_vae_or_size_or_image_are_not(case: Case, models: Mod
         os.utime(item.image.path, ns=(2**62, 2**62))
     made, _ = cached_latents(models, planned)
     assert (made.imported, made.encoded, made.refused) == (0, 5, "")
+
+
+def test_one_folder_at_two_sizes_has_both_in_its_files(case: Case, models: Models, planned: Plan) -> None:
+    if case.family != "flux" or case in MASKED:
+        return
+    [small] = planned.datasets
+    both = plan(
+        small, replace(small, resolution=(96, 128)), stride=planned.stride, multiple=models.family.latents.multiple
+    )
+    assert len({item.placement.bucket for item in both.items}) > len({item.placement.bucket for item in planned.items})
+    write_latents(models, both)
+    made, _ = cached_latents(models, both)
+    assert (made.imported, made.encoded) == (2 * len(IMAGES) - 4, 4)
 
 
 def write_texts(models: Models, of: Plan, change: Callable[[np.ndarray], np.ndarray] = lambda x: x) -> None:
