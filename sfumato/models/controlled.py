@@ -97,7 +97,7 @@ def spec_of(models: Models) -> ControlSpec:
 def new_net(models: Models, generator: torch.Generator) -> nn.Module:
     """A control net that changes nothing yet, in fp32; without values (on the meta device) if the denoiser is."""
     spec = spec_of(models)
-    net = spec.component.net(spec.shapes(_denoiser_shapes(models)), {})
+    net = spec.component.net(spec.shapes(denoiser_shapes(models)), {})
     if is_outline(models):
         return net
     known = dict(_denoiser_values(models, net.state_dict().keys()))
@@ -109,8 +109,8 @@ def is_outline(models: Models) -> bool:
     return next(models.denoiser.parameters()).is_meta
 
 
-def _denoiser_shapes(models: Models) -> Shapes:
-    """Of the denoiser's weights, in however few bits they are kept."""
+def denoiser_shapes(models: Models) -> Shapes:
+    """Of the denoiser's weights by name, in however few bits they are kept."""
     weights = models.source.components.get("denoiser")
     return weights.shapes() if weights else shapes(models.denoiser.state_dict())
 

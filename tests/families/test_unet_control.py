@@ -8,11 +8,14 @@ from typing import Any
 import pytest
 import torch
 from diffusers import ControlNetModel
+from diffusers.loaders.single_file_utils import convert_controlnet_checkpoint
 from tinies import headers
 from tinies.cases import Case, cases
 from torch import Tensor
 
 from sfumato import families
+from sfumato.families.detect import identify
+from sfumato.formats.names import add_prefix
 from sfumato.models.base import Models, SampleInfo
 from sfumato.models.controlled import Controlled, new_net, read_net, save_net
 
@@ -112,11 +115,37 @@ def test_a_new_net_changes_nothing(models: Models) -> None:
     assert not models.denoiser._forward_hooks
 
 
-@pytest.mark.parametrize(("family", "unet", "wanted"), [("sdxl", "sdxl.unet", "sdxl.controlnet")])
-def test_names_and_shapes_of_real_files(family: str, unet: str, wanted: str) -> None:
+REAL: dict[str, tuple[str, headers.Table, dict[str, Any]]] = {
+    "sd1": ("sd", headers.below(headers.NET, headers.sd(1)), {"cross_attention_dim": 768}),
+    "sd2": (
+        "sd",
+        headers.below(headers.NET, headers.sd(2)),
+        {"cross_attention_dim": 1024, "attention_head_dim": (5, 10, 20, 20), "use_linear_projection": True},
+    ),
+    "sdxl": ("sdxl", headers.table("sdxl.unet"), {}),
+}
+"""Model -> family, U-Net, and what diffusers' own ControlNet of it is made with."""
+
+
+@pytest.mark.parametrize("name", REAL)
+def test_names_and_shapes_of_real_ones(name: str) -> None:
+    """diffusers', of which those of Stable Diffusion XL are sd-scripts' as well; and the first ones'."""
+    family, unet, made_with = REAL[name]
     spec = families.family(family).control
     assert spec is not None
-    shapes = spec.shapes(headers.table(unet))
-    net = spec.component.net(shapes, {})
-    made = spec.component.single(shapes).write(net.state_dict())
-    assert {name: tuple(t.shape) for name, t in made.items()} == headers.table(wanted)
+    shapes = spec.shapes(unet)
+    tensors = spec.component.net(shapes, {}).state_dict()
+    if made_with:
+        with torch.device("meta"):
+            wanted = {n: tuple(t.shape) for n, t in ControlNetModel(**made_with).state_dict().items()}
+    else:
+        wanted = headers.table("sdxl.controlnet")
+    assert {n: tuple(t.shape) for n, t in spec.component.diffusers(shapes).write(tensors).items()} == wanted
+    theirs = convert_controlnet_checkpoint(add_prefix(tensors, "control_model."), spec.config(shapes))
+    if made_with:  # what diffusers makes of the first ones' names, which it reads for Stable Diffusion 1 and 2
+        assert {n: tuple(t.shape) for n, t in theirs.items()} == wanted
+    for prefix in ("", "control_model."):
+        found = identify({prefix + n: tuple(t.shape) for n, t in tensors.items()})
+        assert found and (found.family, found.kind) == (family, "controlnet")
+    found = identify(wanted)
+    assert found and (found.family, found.kind, found.dialect) == (family, "controlnet", "diffusers")

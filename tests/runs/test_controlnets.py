@@ -4,11 +4,13 @@ training goes on as if it had not stopped."""
 from __future__ import annotations
 
 import shutil
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny
 import torch
 from run_fixtures import make_images
 from runs.test_families import changed, configured, says, states, trained
@@ -16,10 +18,12 @@ from tinies.cases import Case, Files, cases
 from torch import Tensor
 
 from sfumato import families
-from sfumato.formats.files import read_header
+from sfumato.config import Method
+from sfumato.formats.files import load, read_header
 from sfumato.models.base import Models
 from sfumato.models.controlled import Controlled, read_net
-from sfumato.train import dist, loop, run
+from sfumato.train import dist, loop, measure, run
+from sfumato.train.fit import Forecast
 
 CASES = {case.family: case for case in reversed(cases()) if families.family(case.family).control}
 """One of each family: what differs within one is compared in `tests/families/`."""
@@ -51,11 +55,14 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return where
 
 
-def prepared(case: Case, files: Files, images: Path, out: Path, **settings: Any) -> loop.Run:
-    made, (data,) = configured(case, files, images / "images", out, "controlnet", **SETTINGS, **settings)
+def prepared(
+    case: Case, files: Files, images: Path, out: Path, method: Method = "controlnet", **settings: Any
+) -> loop.Run:
+    """A run on images that follow others."""
+    made, (data,) = configured(case, files, images / "images", out, method, **{**SETTINGS, **settings})
     (subset,) = data.subsets
     pairs = replace(subset, conditioning_data_dir=str(images / "follow"))
-    return run.prepare(made, "controlnet", (replace(data, subsets=(pairs,)),), dist.world(), 0.0)
+    return run.prepare(made, method, (replace(data, subsets=(pairs,)),), dist.world(), 0.0)
 
 
 def weights(a_run: loop.Run) -> dict[str, Tensor]:
@@ -95,3 +102,82 @@ def test_a_control_net_is_trained_alone(case: Case, files: Files, images: Path, 
     trained(resumed)
     assert not changed(after, weights(resumed))
     resumed.trainable.remove()
+
+
+SGD: dict[str, Any] = {
+    # Its first step does not make a difference in the last bits of a gradient that is almost 0 as large as any.
+    "optimizer_type": "SGDNesterov",
+    "learning_rate": 0.1,
+    "control_net_lr": None,
+    "max_train_steps": 3,
+    "save_every_n_steps": None,
+    "save_state": False,
+    "cache_latents": True,
+    "cache_text_encoder_outputs": True,
+}
+SPARED: dict[str, dict[str, Any]] = {
+    "streamed": {"blocks_to_swap": 3, "gradient_checkpointing": True, "cpu_offload_checkpointing": True},
+    "fused": {"blockwise_fused_optimizers": True, "optimizer_state_on_cpu": True, "gradient_checkpointing": True},
+    "in parts": {"micro_batch": 1, "fused_backward_pass": True},
+}
+"""Settings that spare memory and change no number."""
+
+
+@pytest.fixture(scope="module")
+def short(tmp_path_factory: pytest.TempPathFactory) -> Files:
+    """A Stable Diffusion of few blocks."""
+    return Files(model=tiny.short_sd1(tmp_path_factory.mktemp("short")))
+
+
+@pytest.fixture(scope="module")
+def whole(short: Files, images: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Tensor]:
+    """The weights after three steps with no such setting."""
+    return steps(short, images, tmp_path_factory.mktemp("whole"))
+
+
+def steps(short: Files, images: Path, out: Path, **settings: Any) -> dict[str, Tensor]:
+    a_run = prepared(CASES["sd"], short, images, out, **{**SGD, **settings})
+    trained(a_run)
+    a_run.trainable.remove()
+    return weights(a_run)
+
+
+@pytest.mark.parametrize("name", SPARED)
+def test_what_spares_memory_changes_nothing(
+    name: str, short: Files, images: Path, whole: dict[str, Tensor], tmp_path: Path
+) -> None:
+    found = steps(short, images, tmp_path, **SPARED[name])
+    assert found.keys() == whole.keys()
+    for weight, value in found.items():
+        torch.testing.assert_close(value, whole[weight], rtol=1e-3, atol=1e-6, msg=weight)
+
+
+def test_it_grows_beside_a_model_in_fewer_bits(short: Files, images: Path, tmp_path: Path) -> None:
+    """From the values of the file; what it needs of memory is predicted; it starts again from what it gave."""
+    room = {
+        "quantize": "int8",
+        "gradient_checkpointing": True,
+        "simulate_vram": "1GB",
+        "control_net_lr": 0.2,
+        "max_train_steps": 2,
+    }
+    a_run = prepared(CASES["sd"], short, images, tmp_path / "out", **{**SGD, **room})
+    grown, file = weights(a_run), load(short.model)
+    copied = {name: f"model.diffusion_model.{name.removeprefix('controlnet.')}" for name in grown}
+    assert sum(name in file for name in copied.values()) > 50
+    assert all(torch.equal(grown[ours], file[name].float()) for ours, name in copied.items() if name in file)
+    slow, fast = sorted(a_run.trainable.groups(), key=lambda group: group.lr)
+    assert (slow.lr, fast.lr) == (0.1, 0.2) and len(slow.parameters) == sum(name in file for name in copied.values())
+    assert a_run.tracker and a_run.log
+    with a_run.log, a_run.tracker:
+        assert loop.train(a_run)
+        taken = measure.peak(a_run)
+    forecast = Forecast(a_run.config, "controlnet", None, a_run.plan, ("micro_batch",), card=False)
+    assert forecast.of(forecast.now()).device == pytest.approx(taken, rel=0.05)
+    a_run.save_result(tmp_path / "out.safetensors", a_run.step, 0)
+    held = weights(a_run)
+    a_run.trainable.remove()
+    start = {"controlnet_model_name_or_path": str(tmp_path / "out.safetensors")}
+    again = prepared(CASES["sd"], short, images, tmp_path / "again", **{**SGD, **start})
+    with again.log or nullcontext():
+        assert not changed(held, weights(again))

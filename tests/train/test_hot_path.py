@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from contextlib import suppress
 from copy import deepcopy
@@ -16,6 +17,7 @@ from memory.settings import SETTINGS
 from oncard import CARD, Seen, Wait, batch_of, on_card, step, watched
 from peft import LoraConfig, inject_adapter_in_model
 from run_fixtures import make_images
+from runs.test_controlnets import prepared as following
 from runs.test_families import prepared
 from tinies.cases import Case, Files, cases
 from torch import Tensor, nn
@@ -79,10 +81,18 @@ def kept(a_run: loop.Run, batch: Batch) -> Batch:
 
 
 def steps(
-    case: Case, images: Path, where: Path, method: Any, *, live: bool = False, short: bool = False, **settings: Any
+    case: Case,
+    images: Path,
+    where: Path,
+    method: Any,
+    *,
+    live: bool = False,
+    short: bool = False,
+    prepare: Any = prepared,
+    **settings: Any,
 ) -> Seen:
     """A step of a run. `live`: everything is encoded in the step."""
-    a_run = on_card(prepared, case, case.write(where / "model"), images, where / "out", method, short=short, **settings)
+    a_run = on_card(prepare, case, case.write(where / "model"), images, where / "out", method, short=short, **settings)
     # What is copied once in a run.
     a_run.trainable.models.scaled(torch.zeros(1, 1, 1, 1, device=CARD))  # type: ignore[attr-defined]
     batch = batch_of(a_run)
@@ -138,6 +148,14 @@ def test_every_setting(name: str, images: Path, tmp_path: Path) -> None:
         assert len(seen.copies) > 1 and seen.back
     else:
         assert len(seen.copies) == 1
+
+
+@pytest.mark.parametrize(("method", "family"), [("controlnet", "sd"), ("lllite", "sdxl")])
+def test_images_that_are_followed(method: Any, family: str, images: Path, tmp_path: Path) -> None:
+    shutil.copytree(images, tmp_path / "images")
+    shutil.copytree(images, tmp_path / "follow", ignore=shutil.ignore_patterns("*.txt"))
+    seen = steps(FAMILIES[family], tmp_path, tmp_path, method, prepare=following)
+    assert len(seen.copies) == 1
 
 
 def test_words(images: Path, tmp_path: Path) -> None:

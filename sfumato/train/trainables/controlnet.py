@@ -13,7 +13,7 @@ from sfumato.config import Config
 from sfumato.data.batch import Batch
 from sfumato.formats import files
 from sfumato.models.base import Models
-from sfumato.models.controlled import Controlled, new_net, read_net, save_net, spec_of
+from sfumato.models.controlled import Controlled, denoiser_shapes, new_net, read_net, save_net, spec_of
 from sfumato.optim.groups import Group
 from sfumato.tensors.random import generator
 from sfumato.train import checkpoints
@@ -42,7 +42,7 @@ class ControlNet:
             p.requires_grad_(not re.fullmatch(unused, name))
         self.control = Controlled(models, self.net)
         models.followers.append(self.control)
-        self._copied = models.denoiser.state_dict().keys()
+        self._copied = denoiser_shapes(models).keys()
 
     def weights(self) -> dict[str, nn.Parameter]:
         return {f"{NAME}.{name}": p for name, p in self.net.named_parameters() if p.requires_grad}
