@@ -170,6 +170,10 @@ class Models:
         encoders = {name: partial(self.encoders.__getitem__, name) for name in self.encoders}
         return OnDemand({"denoiser": lambda: self.denoiser, **encoders})
 
+    def encodes(self) -> bool:
+        """Whether the VAE is needed for what the denoiser follows."""
+        return any(follower.takes_latents for follower in self.followers)
+
     def denoising(self) -> list[nn.Module]:
         """The denoiser, and what makes it follow images."""
         return [self.denoiser, *(follower.net for follower in self.followers)]

@@ -29,6 +29,8 @@ class Follower(Protocol):
     """0: the denoiser is bit for bit what it is alone."""
     net: nn.Module
     """What it consists of, besides the denoiser."""
+    takes_latents: bool
+    """Whether the VAE encodes what it follows."""
     blocks: Sequence[nn.Module]
     """Its repeated blocks, which run before the denoiser's: what checkpointing and compiling act on."""
 

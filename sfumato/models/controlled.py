@@ -31,7 +31,7 @@ class Controlled:
         """Errors: `UserError` if the net is not for this denoiser."""
         spec = spec_of(models)
         self.models, self.net, self.strength, self._spec = models, net, strength, spec
-        self.blocks = spec.blocks(net)
+        self.blocks, self.takes_latents = spec.blocks(net), spec.takes_latents(net)
         self._hint: Tensor | None = None
         self._residuals: Residuals = ()
         doors = spec.doors(models.denoiser, net)
@@ -42,7 +42,7 @@ class Controlled:
         ]
 
     def follow(self, images: Tensor | None) -> None:
-        if images is not None and self.strength and self._spec.takes_latents(self.net):
+        if images is not None and self.strength and self.takes_latents:
             images = self.models.scaled(self.models.encode_images(2 * images - 1))
         self._hint = images
 

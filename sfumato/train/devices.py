@@ -24,7 +24,14 @@ from sfumato.models import embedding_files
 from sfumato.models.base import Family, Models
 from sfumato.models.embeddings import Words
 from sfumato.models.kept import widened
-from sfumato.models.loading import keep_when_read, merge_when_read, outline, quantise_when_read, read_values
+from sfumato.models.loading import (
+    keep_when_read,
+    materialize_vae,
+    merge_when_read,
+    outline,
+    quantise_when_read,
+    read_values,
+)
 from sfumato.models.streaming import LARGE, sizes
 from sfumato.tensors import attention
 from sfumato.train import dist, swapping
@@ -248,8 +255,8 @@ class Placed:
 def place_models(config: Config, models: Models, trainable: Trainable, device: torch.device) -> Placed:
     """Nets to the device they are used on, those that leave it first; what spares memory around their blocks."""
     attention.choose(config.memory.attention, training=True, card=dist.capability(device))
-    if models.vaes is not None and not caches_latents(config):
-        models.vae.to(device)
+    if models.encodes() or (models.vaes is not None and not caches_latents(config)):
+        materialize_vae(models, device)
     placed = spare(config, models, trainable, device)
     trainable.modules().to(device)
     models.source.check()  # but for frozen blocks that could not be pinned, nothing is backed by files from here on

@@ -101,7 +101,8 @@ def predict_of(
 def used(config: Config, models: Models) -> list[str]:
     """Components that are on the device in a step."""
     encoders = [] if caches_text(config) else list(models.encoders)
-    return ["denoiser", *encoders, *([] if caches_latents(config) or models.vaes is None else ["vae"])]
+    vae = models.vaes is not None and (models.encodes() or not caches_latents(config))
+    return ["denoiser", *encoders, *(["vae"] if vae else [])]
 
 
 def _traced(config: Config, models: Models, trainable: Trainable, batch: Batch, *, card: bool) -> Predicted:

@@ -34,6 +34,9 @@ SETTINGS: dict[str, Any] = {
     "save_every_n_steps": 3,
     "save_state": True,
     "control_net_lr": 2e-3,
+    # The VAE and the text encoders are not there any more when a step begins, but for what latents are followed by.
+    "cache_latents": True,
+    "cache_text_encoder_outputs": True,
 }
 
 

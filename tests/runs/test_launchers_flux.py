@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 from launching import launch
-from tinies import flux
+from tinies import flux, headers
 
 from sfumato import __version__
 from sfumato.families.flux.facts import SIGNATURE
@@ -25,6 +26,11 @@ NETWORK = """
     --network_module networks.lora_flux --network_dim 2 --network_train_unet_only --learning_rate 1e-3 --guidance_scale 1.0
     --network_args train_double_block_indices=0 single_mod_dim=0 in_dims=[2,0,0,0,2] split_qkv=True --apply_t5_attn_mask --model_type flux
     --blocks_to_swap 1
+"""
+CONTROL_NET = "flux_train_control_net"
+CONTROL = """
+    --learning_rate 2e-5 --guidance_scale 1.0 --double_blocks_to_swap 1 --single_blocks_to_swap 2 --mem_eff_save
+    --skip_latents_validity_check --model_type flux
 """
 FULL = "--learning_rate 5e-5 --full_bf16 --t5xxl_max_token_length 256 --blocks_to_swap 1 --fused_backward_pass"
 
@@ -65,3 +71,29 @@ def test_a_usual_command_line(images: Path, tmp_path: Path, script: str, flags: 
     assert len(list((tmp_path / "out" / "sample").glob("*.png"))) == 1
     losses = [json.loads(line)["loss"] for line in (tmp_path / "out" / "out.jsonl").read_text().splitlines()]
     assert len(losses) == 2 and all(0 < loss < 20 for loss in losses)
+
+
+def test_a_usual_command_line_of_a_control_net(images: Path, tmp_path: Path) -> None:
+    """What it writes has the names of sd-scripts' own, and samples follow an image."""
+    files, dataset, prompts = flux.write(True, tmp_path / "model"), tmp_path / "data.toml", tmp_path / "prompts.txt"
+    follow = tmp_path / "follow"
+    shutil.copytree(images, follow, ignore=shutil.ignore_patterns("*.txt"))
+    dataset.write_text(
+        f'[general]\ncaption_extension = ".txt"\n[[datasets]]\nresolution = 64\nbatch_size = 2\n[[datasets.subsets]]\n'
+        f'image_dir = "{images}"\nconditioning_data_dir = "{follow}"\n'
+    )
+    image = next(iter(sorted(follow.glob("*.png"))))
+    prompts.write_text(f"a cat --w 32 --h 32 --s 2 --d 1 --l 1.0 --cn {image}\n")
+    named = {"pretrained_model_name_or_path": files.model, "dataset_config": dataset, "output_dir": tmp_path / "out"}
+    words = [
+        word
+        for name, value in {**named, **files.options, "ae": files.vae}.items()
+        for word in (f"--{name}", str(value))
+    ]
+    said = launch(CONTROL_NET, [*words, *(SHARED + CONTROL).replace("PROMPTS", str(prompts)).split()], tmp_path)
+    assert "5 of 5 blocks wait in the CPU's memory" in said
+    header = read_header(tmp_path / "out" / "out.safetensors")
+    real = headers.table("flux.controlnet")
+    assert header.tensors.keys() == real.keys() and {info.dtype for info in header.tensors.values()} == {"BF16"}
+    assert header.metadata["modelspec.architecture"] == "flux-1-dev/controlnet"
+    assert len(list((tmp_path / "out" / "sample").glob("*.png"))) == 1

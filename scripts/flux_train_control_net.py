@@ -1,0 +1,11 @@
+"""Runs the command lines of kohya's flux_train_control_net.py under python, accelerate launch and torchrun."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from sfumato.cli.kohya import run
+
+if __name__ == "__main__":
+    raise SystemExit(run("flux_train_control_net", sys.argv[1:]))
