@@ -84,6 +84,7 @@ class Lite:
 
     blocks: Sequence[nn.Module] = ()
     """None are large enough to be recomputed or swapped by themselves."""
+    takes_latents = False
 
     def __init__(self, models: Models, net: LiteNet, strength: float = 1.0) -> None:
         """Errors: `UserError` if the net is not for this denoiser."""
