@@ -13,6 +13,7 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 
+from sfumato.config import FamilyOptions
 from sfumato.models.components import Component, Config
 from sfumato.models.detection import Shapes
 
@@ -65,11 +66,12 @@ class ControlSpec:
     """The net for tensors of given shapes, and its names in files; the denoiser's names for what both have. The net's
     forward takes the denoiser's arguments, and `hint` by name; it gives `Residuals`. A new file has the first of
     `prefixes` before its names, which are those of `single`."""
-    shapes: Callable[[Shapes], Shapes]
-    """The denoiser's tensors -> those of a new control net."""
-    zero: str
-    """Pattern of whole names: tensors that are zeros in a new net. Others have the values of the denoiser's of that
-    name, or random ones if it has none."""
+    shapes: Callable[[Shapes, FamilyOptions], Shapes]
+    """(the denoiser's tensors, options) -> those of a new control net. Errors: `UserError` for options that do not go
+    with the denoiser."""
+    zero: Callable[[Shapes], str]
+    """The tensors of a new net -> pattern of whole names: those that are zeros. Others have the values of the
+    denoiser's of that name, or random ones if it has none."""
     doors: Callable[[nn.Module, nn.Module], Sequence[Door]]
     """(denoiser, control net) -> where its residuals go. Errors: `UserError` if they do not fit."""
     blocks: Callable[[nn.Module], Sequence[nn.Module]]

@@ -97,11 +97,12 @@ def spec_of(models: Models) -> ControlSpec:
 def new_net(models: Models, generator: torch.Generator) -> nn.Module:
     """A control net that changes nothing yet, in fp32; without values (on the meta device) if the denoiser is."""
     spec = spec_of(models)
-    net = spec.component.net(spec.shapes(denoiser_shapes(models)), {})
+    net = spec.component.net(spec.shapes(denoiser_shapes(models), models.options), {})
     if is_outline(models):
         return net
     known = dict(_denoiser_values(models, net.state_dict().keys()))
-    return fill(net, dict(_first_values(net, spec.zero, known, generator)), spec.component.title)
+    zero = spec.zero(shapes(net.state_dict()))
+    return fill(net, dict(_first_values(net, zero, known, generator)), spec.component.title)
 
 
 def is_outline(models: Models) -> bool:

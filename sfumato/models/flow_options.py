@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 from annotated_types import Interval
 
 from sfumato.config import FamilyOptions, Settings, rules
-from sfumato.config.rules import Idle, Needs, Positive
+from sfumato.config.rules import Excludes, Idle, Needs, Only, Positive
 
 Sampling = Literal["sigma", "uniform", "sigmoid", "shift", "flux_shift"]
 NextditSampling = Literal["sigma", "uniform", "sigmoid", "shift", "flux_shift", "nextdit_shift"]
@@ -31,6 +31,10 @@ Shift = Annotated[
 ]
 _NORMAL = Needs("weighting_scheme", among=("logit_normal",), why="only weighting_scheme logit_normal has it")
 _MODE = Needs("weighting_scheme", among=("mode",), why="only weighting_scheme mode has it")
+
+OF_CONTROLNET = Only("controlnet", why="only `train controlnet` trains a ControlNet")
+OF_NEW = Excludes("controlnet_model_name_or_path", why="that ControlNet is as it is")
+"""For settings of what a new ControlNet is made of."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

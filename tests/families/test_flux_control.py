@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,6 +19,7 @@ from sfumato.errors import UserError
 from sfumato.families.flux.control import spread
 from sfumato.models.base import Models
 from sfumato.models.controlled import Controlled, new_net, read_net, save_net
+from sfumato.models.meta_init import shapes
 
 H, W, TOKENS, STRENGTH = 8, 12, 9, 0.7
 KINDS = {"pixels": (16, 0), "latents": (None, 2)}
@@ -120,30 +122,42 @@ def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
 def test_names_and_shapes_of_a_real_file() -> None:
     spec = families.family("flux").control
     assert spec is not None
-    shapes = spec.shapes(headers.table("flux_dev.transformer"))
-    made = spec.component.single(shapes).write(spec.component.net(shapes, {}).state_dict())
+    wanted = spec.shapes(headers.table("flux_dev.transformer"), families.facts("flux").options())
+    made = spec.component.single(wanted).write(spec.component.net(wanted, {}).state_dict())
     assert {name: tuple(t.shape) for name, t in made.items()} == headers.table("flux.controlnet")
 
 
-def test_a_new_net_is_the_first_blocks(models: Models) -> None:
-    """Through doors that let all pass, its states are those of the model."""
-    net: Any = new_net(models, torch.Generator().manual_seed(1))
-    for door in net.controlnet_blocks:
-        door.weight.data = torch.eye(len(door.weight))
-    what, states = told(), []
-    hooks = [
-        b.register_forward_hook(lambda module, args, output: states.append(output[0]))
-        for b in models.denoiser.get_submodule("double_blocks")
-    ]
-    said(models, what)
+@pytest.mark.parametrize(
+    ("settings", "blocks"),
+    [({}, 2), ({"controlnet_latents": True, "controlnet_single_blocks": 3}, 5)],
+    ids=["pixels", "latents"],
+)
+def test_a_new_net_is_the_first_blocks(models: Models, settings: dict[str, Any], blocks: int) -> None:
+    """Through doors that let all pass, its states are those of the model; as they are at first, it changes nothing."""
+    what, made = told(), replace(models, options=replace(models.options, **settings), followers=[])
+    net: Any = new_net(made, torch.Generator().manual_seed(1))
+    follower = Controlled(made, net)
+    follower.follow(what.images)
+    followed = said(models, what)
+    follower.remove()
+    states: list[Tensor] = []
+
+    def keep(module: Any, args: Any, out: Any) -> None:
+        states.append(out[0] if isinstance(out, tuple) else out[:, TOKENS:])
+
+    hooks = [block.register_forward_hook(keep) for block in models.family.blocks(models.denoiser)[:blocks]]
+    assert torch.equal(said(models, what), followed)
     for hook in hooks:
         hook.remove()
-    cond = what.cond
+    for door in net.doors():
+        door.weight.data = torch.eye(len(door.weight))
+    hint, cond = torch.ones_like(what.x) if settings else what.images, what.cond
     with torch.no_grad():
-        got = net(what.x, what.t / 1000, cond["t5"], cond["pooled"], cond["guidance"], hint=what.images)
-    assert len(got) == len(states) == 2
-    for a, b in zip(got, states, strict=True):
-        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
+        got = net(what.x, what.t / 1000, cond["t5"], cond["pooled"], cond["guidance"], hint=hint)
+    torch.testing.assert_close(got, states, atol=1e-5, rtol=1e-5)
+    spec = models.family.control
+    assert spec is not None
+    assert spec.component.single(shapes(net.state_dict())).name == ("diffusers" if settings else "native")
 
 
 def test_what_a_net_is_not_for_is_refused(models: Models, tmp_path: Path) -> None:
@@ -159,6 +173,13 @@ def test_what_a_net_is_not_for_is_refused(models: Models, tmp_path: Path) -> Non
     small.save_pretrained(tmp_path / "small")
     with pytest.raises(UserError, match=r"32 wide, the model's 64: it is for another model"):
         Controlled(models, read_net(models, str(tmp_path / "small")))
+
+
+@pytest.mark.parametrize(("kind", "most"), [("double_blocks", 2), ("single_blocks", 3)])
+def test_more_blocks_than_there_are_are_refused(models: Models, kind: str, most: int) -> None:
+    options = replace(models.options, **{f"controlnet_{kind}": most + 1})
+    with pytest.raises(UserError, match=f"controlnet_{kind}: {most + 1}; the model has {most}"):
+        new_net(replace(models, options=options), torch.Generator())
 
 
 def test_which_residual_each_block_gets() -> None:

@@ -133,7 +133,7 @@ def test_names_and_shapes_of_real_ones(name: str) -> None:
     family, unet, made_with = REAL[name]
     spec = families.family(family).control
     assert spec is not None
-    shapes = spec.shapes(unet)
+    shapes = spec.shapes(unet, families.facts(family).options())
     tensors = spec.component.net(shapes, {}).state_dict()
     if made_with:
         with torch.device("meta"):

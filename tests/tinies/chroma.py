@@ -158,6 +158,15 @@ HEADERS: headers.Headers = {
         "",
         headers.SMALL,
     ),
+    "chroma controlnet": (
+        lambda: {
+            name: shape
+            for name, shape in headers.table("flux.controlnet").items()
+            if "_mod." not in name and name.partition(".")[0] not in ("time_in", "vector_in", "guidance_in")
+        },
+        "chroma controlnet ",
+        headers.CONTROL,
+    ),
     # An adapter that leaves the modulations alone is the same for FLUX.1 and Chroma.
     "chroma lora": (lambda: headers.table("adapter.chroma.lora"), "(flux|chroma) adapter .*", headers.ADAPTER),
     "chroma lora of comfy": (

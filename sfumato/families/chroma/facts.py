@@ -9,11 +9,11 @@ from typing import Annotated, Literal
 from sfumato.config.rules import Count, Must, Only, Weights
 from sfumato.families.chroma.clients import LOADS_IN
 from sfumato.families.flux import network_args
-from sfumato.families.flux.facts import ADAPTERS, FOREIGN, VAE
+from sfumato.families.flux.facts import ADAPTERS, FOREIGN, VAE, ControlOptions
 from sfumato.models import flow_options
 from sfumato.models.detection import Detected, Shapes, Signature, has, marked, parts
 from sfumato.models.facts import Facts
-from sfumato.models.flow_options import FlowOptions, Sampling, Shift
+from sfumato.models.flow_options import Sampling, Shift
 
 FAMILY = "chroma"
 
@@ -26,7 +26,7 @@ _MASKED = Must(bool, "true, as Chroma was trained with T5's padding hidden")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Options(FlowOptions):
+class Options(ControlOptions):
     """Settings of Chroma alone."""
 
     family = FAMILY
@@ -89,6 +89,7 @@ class NetworkArgs(network_args.NetworkArgs):
 MARK = "distilled_guidance_layer"
 """The net that makes all modulations, which no other model has."""
 _MARKS = {"diffusers": (f"{MARK}.in_proj.weight", "x_embedder.weight"), "bfl": (f"{MARK}.in_proj.weight",)}
+_CONTROL = {"bfl": ("pos_embed_input.weight", "img_in.weight", "double_blocks.0.img_attn.qkv.weight")}
 
 _MODULATED = r".*([._]mod[._]lin|modulation|(time|vector|guidance)_in|norm1?(_context)?\.linear|text_embed).*"
 """Layers that FLUX.1 alone has: those that make modulations within the blocks, and those that take their input."""
@@ -96,7 +97,8 @@ _MODULATED = r".*([._]mod[._]lin|modulation|(time|vector|guidance)_in|norm1?(_co
 
 def _denoiser(shapes: Shapes) -> Detected | None:
     if (found := marked(shapes, _MARKS)) is None:
-        return None
+        control = marked(shapes, _CONTROL) if not has(shapes, _MODULATED) else None
+        return Detected(family=FAMILY, kind="controlnet", dialect=control[0]) if control else None
     return Detected(family=FAMILY, kind="checkpoint", dialect=found[0], parts=parts(shapes, vae=VAE))
 
 
@@ -123,7 +125,7 @@ FACTS = Facts(
     base_model_version=lambda options: "chroma",
     swaps_pairs=True,
     pipelines=("ChromaPipeline", "ChromaImg2ImgPipeline", "ChromaInpaintPipeline"),
-    scripts={"flux_train_network": "network", "flux_train": "full"},
+    scripts={"flux_train_network": "network", "flux_train": "full", "flux_train_control_net": "controlnet"},
     defaults={"sample_sampler": "euler"},
     prompt={"width": 1024, "height": 1024, "sample_steps": 35, "scale": 5.0},
     refused=flow_options.REFUSED,

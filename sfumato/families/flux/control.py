@@ -15,8 +15,9 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+from sfumato.config import FamilyOptions
 from sfumato.errors import UserError
-from sfumato.families.flux.facts import SAMPLE_GUIDANCE
+from sfumato.families.flux.facts import SAMPLE_GUIDANCE, ControlOptions
 from sfumato.families.flux.names import control_keys
 from sfumato.families.flux.net import (
     PATCH,
@@ -39,8 +40,9 @@ from sfumato.models.layers import Shapes, linear, modulation, numbered
 HINT_WIDTH, HINT_STRIDES = 16, (1, 1, 2, 1, 2, 1, 2, 1)
 """Channels and steps of the convolutions from pixels to something shaped as latents."""
 HINT = "input_hint_block"
-DEPTH = 2
-"""Blocks of two streams of a new net, as of XLabs' and sd-scripts'; it has none of one stream."""
+DOORS = {"double_blocks": "controlnet_blocks", "single_blocks": "controlnet_single_blocks"}
+"""Blocks -> what their states go out by."""
+INPUTS = ("img_in", "txt_in", "time_in", "vector_in", "guidance_in")
 
 
 class ControlTrunk(FluxTrunk):
@@ -51,8 +53,7 @@ class ControlTrunk(FluxTrunk):
         self.input_hint_block = hint_block(shapes) if f"{HINT}.0.weight" in shapes else None
         self.pos_embed_input = linear(shapes, "pos_embed_input")
         self.controlnet_blocks, self.controlnet_single_blocks = (
-            nn.ModuleList(linear(shapes, name) for name in numbered(shapes, doors))
-            for doors in ("controlnet_blocks", "controlnet_single_blocks")
+            nn.ModuleList(linear(shapes, name) for name in numbered(shapes, doors)) for doors in DOORS.values()
         )
 
     def residuals(
@@ -150,23 +151,38 @@ def flux_config(net: FluxControlNet) -> Config:
     }
 
 
-def control_shapes(shapes: Shapes) -> Shapes:
-    """The tensors of a transformer -> those of a new control net of its first blocks, which takes pixels."""
-    ours = re.compile(rf"(img|txt|time|vector|guidance)_in\..*|double_blocks\.({'|'.join(map(str, range(DEPTH)))})\..*")
+def control_shapes(shapes: Shapes, options: FamilyOptions) -> Shapes:
+    """The tensors of a transformer -> those of a new control net of its first blocks. Errors: `UserError` if it is to
+    have more of them."""
+    o = ControlOptions.of(options)
+    depths = {"double_blocks": o.controlnet_double_blocks, "single_blocks": o.controlnet_single_blocks}
+    for kind, depth in depths.items():
+        if depth > (most := len(numbered(shapes, kind))):
+            raise UserError(f"controlnet_{kind}: {depth}; the model has {most}")
     width, patch = shapes["img_in.weight"]
     own: dict[str, tuple[int, ...]] = {"pos_embed_input": (width, patch)}
-    own |= {f"controlnet_blocks.{i}": (width, width) for i in range(DEPTH)}
-    channels = (3, *[HINT_WIDTH] * len(HINT_STRIDES))
-    own |= {f"{HINT}.{2 * i}": (out, into, 3, 3) for i, (into, out) in enumerate(pairwise(channels))}
+    own |= {f"{DOORS[kind]}.{i}": (width, width) for kind, depth in depths.items() for i in range(depth)}
+    if not o.controlnet_latents:
+        channels = (3, *[HINT_WIDTH] * len(HINT_STRIDES))
+        own |= {f"{HINT}.{2 * i}": (out, into, 3, 3) for i, (into, out) in enumerate(pairwise(channels))}
+
+    def copied(name: str) -> bool:
+        kind, number, *_ = name.split(".")
+        return int(number) < depths[kind] if kind in depths else kind in INPUTS
+
     return {
-        **{name: shape for name, shape in shapes.items() if ours.fullmatch(name)},
+        **{name: shape for name, shape in shapes.items() if copied(name)},
         **{f"{name}.weight": shape for name, shape in own.items()},
         **{f"{name}.bias": shape[:1] for name, shape in own.items()},
     }
 
 
-ZEROS = rf"controlnet_(single_)?blocks\..*|{HINT}\.{2 * len(HINT_STRIDES) - 2}\..*|pos_embed_input\.bias"
-"""Of a new net: its doors, and what the image comes in by."""
+def zeros(shapes: Shapes) -> str:
+    """Of a new net: its doors, and the last layer before the image meets the latents; of a layer behind that one, which
+    learns from it, the bias."""
+    last = f"{HINT}.{2 * len(HINT_STRIDES) - 2}"
+    given = rf"{re.escape(last)}\..*|pos_embed_input\.bias" if f"{last}.weight" in shapes else r"pos_embed_input\..*"
+    return rf"controlnet_(single_)?blocks\..*|{given}"
 
 
 def control_component(net: Callable[[Shapes, Config], nn.Module]) -> Component:
@@ -242,7 +258,7 @@ def takes_latents(net: nn.Module) -> bool:
 CONTROL = ControlSpec(
     component=control_component(control_net),
     shapes=control_shapes,
-    zero=ZEROS,
+    zero=zeros,
     doors=doors,
     blocks=blocks,
     unused=unused,

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 from sfumato.config import FamilyOptions, Settings
-from sfumato.config.rules import Amount, Count, Idle, Weights
+from sfumato.config.rules import Amount, Count, Idle, Natural, Needs, Weights
 from sfumato.families.flux.clients import LOADS_IN
 from sfumato.families.flux.network_args import NetworkArgs
 from sfumato.models import flow_options
 from sfumato.models.detection import DOWN, Detected, Shapes, Signature, has, marked, parts, t5, vae, width
 from sfumato.models.facts import Facts
-from sfumato.models.flow_options import FlowOptions, Sampling, Shift
+from sfumato.models.flow_options import OF_CONTROLNET, OF_NEW, FlowOptions, Sampling, Shift
 from sfumato.models.text_options import OWN_RATES, T5Rate, TextEncoderRate, TrainT5
 
 FAMILY = "flux"
@@ -23,7 +23,25 @@ GUIDANCE = 1.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Options(FlowOptions):
+class ControlOptions(FlowOptions):
+    """What a new ControlNet of FLUX.1 or Chroma is made of."""
+
+    controlnet_latents: Annotated[bool, OF_CONTROLNET, OF_NEW] = False
+    """A new ControlNet follows the VAE's latents of an image, as InstantX' do, not its pixels, as XLabs' and
+    sd-scripts' do."""
+    controlnet_double_blocks: Annotated[Count, OF_CONTROLNET, OF_NEW] = 2
+    """How many of the model's first double blocks a new ControlNet has; sd-scripts' have 2."""
+    controlnet_single_blocks: Annotated[
+        Natural,
+        OF_CONTROLNET,
+        OF_NEW,
+        Needs("controlnet_latents", why="programs differ in how single blocks of nets that follow pixels act"),
+    ] = 0
+    """How many of the model's first single blocks a new ControlNet has."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Options(ControlOptions):
     """Settings of FLUX.1 alone."""
 
     family = FAMILY

@@ -10,6 +10,7 @@ from typing import Any, cast
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sfumato.config import FamilyOptions
 from sfumato.errors import UserError
 from sfumato.families.sd.folder import check_unet, half_config
 from sfumato.families.sd.names import unet_keys
@@ -81,7 +82,7 @@ def control_keys(unet: Callable[[Collection[str]], KeyMap], names: Collection[st
     )
 
 
-def control_shapes(unet: Shapes) -> Shapes:
+def control_shapes(unet: Shapes, options: FamilyOptions) -> Shapes:
     """A U-Net's tensors -> those of a new ControlNet of it."""
     copied = {n: s for n, s in unet.items() if not n.startswith(("output_blocks.", "out."))}
     outs = _widths(unet)
@@ -160,7 +161,7 @@ def spec(
         diffusers=diffusers,
     )  # fmt: skip
     return ControlSpec(
-        component=component, shapes=control_shapes, zero=ZEROS, doors=doors, config=config,
+        component=component, shapes=control_shapes, zero=lambda shapes: ZEROS, doors=doors, config=config,
         blocks=lambda net: [*list(cast(ControlBase, net).input_blocks)[1:], cast(ControlBase, net).middle_block],
     )  # fmt: skip
 

@@ -11,8 +11,9 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+from sfumato.config import FamilyOptions
 from sfumato.errors import UserError
-from sfumato.families.sd3.facts import SCALE, VAE_SHIFT
+from sfumato.families.sd3.facts import SCALE, VAE_SHIFT, Options
 from sfumato.families.sd3.names import control_keys
 from sfumato.families.sd3.net import HEAD_WIDTH, Crop, MMDiT, MMDiTBase, blocks, patch_embedder, transformer_config
 from sfumato.models.components import Component, Config, check_config
@@ -73,9 +74,13 @@ def control_config(net: MMDiTControlNet) -> Config:
     return {**transformer_config(net, "SD3ControlNetModel"), "extra_conditioning_channels": 0, **AS_RUN}
 
 
-def control_shapes(shapes: Shapes) -> Shapes:
-    """The tensors of a transformer -> those of a new control net of the first half of its blocks."""
-    depth = len(numbered(shapes, "joint_blocks")) // 2
+def control_shapes(shapes: Shapes, options: FamilyOptions) -> Shapes:
+    """The tensors of a transformer -> those of a new control net of its first blocks. Errors: `UserError` if it is to
+    have the last one, in which the text ends."""
+    count = len(numbered(shapes, "joint_blocks"))
+    depth = Options.of(options).controlnet_blocks or count // 2
+    if depth >= count:
+        raise UserError(f"controlnet_blocks: {depth}; of this model {count - 1} can be copied")
     kept = rf"pos_embed|[a-z]+_embedder\..*|joint_blocks\.({'|'.join(map(str, range(depth)))})\..*"
     patches = shapes["x_embedder.proj.weight"]
     own = {INPUT: patches, **{f"controlnet_blocks.{i}": (patches[0], patches[0]) for i in range(depth)}}
@@ -140,7 +145,7 @@ CONTROL = ControlSpec(
         diffusers=diffusers,
     ),
     shapes=control_shapes,
-    zero=r"(controlnet_blocks|pos_embed_input)\..*",
+    zero=lambda shapes: r"(controlnet_blocks|pos_embed_input)\..*",
     doors=doors,
     blocks=blocks,
     unused=unused,

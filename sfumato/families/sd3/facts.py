@@ -8,13 +8,13 @@ from typing import Annotated, Literal
 from annotated_types import Interval
 
 from sfumato.config import FamilyOptions, Settings
-from sfumato.config.rules import Clash, Idle, Positive, Share, Weights
+from sfumato.config.rules import Clash, Count, Idle, Positive, Share, Weights
 from sfumato.families.sd3.clients import LOADS_IN
 from sfumato.families.sd3.network_args import NetworkArgs
 from sfumato.models import flow_options
 from sfumato.models.detection import DOWN, Detected, Shapes, Signature, has, marked, parts, width
 from sfumato.models.facts import Facts
-from sfumato.models.flow_options import FlowOptions, Scheme, Shift
+from sfumato.models.flow_options import OF_CONTROLNET, OF_NEW, FlowOptions, Scheme, Shift
 from sfumato.models.text_options import OWN_RATES, T5Rate, TextEncoderRate, TrainT5
 
 FAMILY = "sd3"
@@ -55,6 +55,8 @@ class Options(FlowOptions):
     """Make zero what CLIP-L and CLIP-G say of padding, which the model otherwise takes, as in pipelines."""
     apply_t5_attn_mask: bool = False
     """Hide padding from T5 and make zero what it says of it, which the model otherwise takes, as in pipelines."""
+    controlnet_blocks: Annotated[Count | None, OF_CONTROLNET, OF_NEW] = None
+    """How many of the model's first blocks a new ControlNet has; default: half of them."""
     clip_l_dropout_rate: Share = 0.0
     """Chance that a sample is trained without what CLIP-L says."""
     clip_g_dropout_rate: Share = 0.0
