@@ -16,7 +16,7 @@ from sfumato.errors import UserError
 from sfumato.formats import files
 from sfumato.formats.folders import aside_folder
 from sfumato.formats.names import add_prefix
-from sfumato.models import lllite
+from sfumato.models import lllites
 from sfumato.models.base import Models
 from sfumato.models.components import open_component
 from sfumato.models.control import ControlSpec, Door, Follower, Residuals
@@ -77,10 +77,10 @@ def follow_by(models: Models, name: str, strength: float = 1.0, dtype: torch.dty
     """Have a model follow images by what a file, a folder or the hub holds. Errors: `UserError` if it is for another
     model."""
     follower: Follower
-    if lllite.is_lite(name):
+    if lllites.is_lite(name):
         outline = next(models.denoiser.parameters()).is_meta
-        small = lllite.read_net(models, Path(name).expanduser(), outline=outline)
-        follower = lllite.Lite(models, small.to(dtype), strength)
+        small = lllites.read_net(models, Path(name).expanduser(), outline=outline)
+        follower = lllites.Lite(models, small.to(dtype), strength)
     else:
         follower = Controlled(models, read_net(models, name, dtype), strength)
     models.followers.append(follower)

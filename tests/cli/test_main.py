@@ -54,7 +54,7 @@ def test_commands_hand_over_the_config(home: Path, monkeypatch: pytest.MonkeyPat
         SimpleNamespace(show=lambda config, method, datasets, *_: calls.append(("plan", method, len(datasets)))),
         raising=False,
     )
-    monkeypatch.setattr(run, "cache", lambda config, datasets: calls.append(("cache", "network", len(datasets))))
+    monkeypatch.setattr(run, "cache", lambda config, datasets, method: calls.append(("cache", method, len(datasets))))
     monkeypatch.setattr(pipeline, "main", lambda config, *_: [Path(config.sample.sample_prompts)])
     Path("prompts.txt").write_text("a cat\n")
     for argv in (

@@ -26,7 +26,8 @@ from sfumato.families.sdxl import lllite as sdxl
 from sfumato.formats.files import load, read_header, save
 from sfumato.models.base import Models
 from sfumato.models.controlled import follow_by
-from sfumato.models.lllite import Lite, LiteNet, new_net, read_net, save_net
+from sfumato.models.lllite import LiteNet
+from sfumato.models.lllites import Lite, new_net, read_net, save_net
 from sfumato.models.meta_init import shapes
 from sfumato.sampling.sample import sample_latents
 

@@ -20,7 +20,7 @@ from sfumato import families
 from sfumato.errors import UserError
 from sfumato.formats.files import read_header
 from sfumato.models.base import Models
-from sfumato.models.lllite import Lite, read_net
+from sfumato.models.lllites import Lite, read_net
 from sfumato.train import dist, loop, run
 
 CASES = {case.name: case for case in cases() if families.family(case.family).lllite}

@@ -12,7 +12,8 @@ from sfumato.config import Config
 from sfumato.data.batch import Batch
 from sfumato.errors import UserError
 from sfumato.models.base import Models
-from sfumato.models.lllite import Lite, LiteNet, new_net, read_net, save_net
+from sfumato.models.lllite import LiteNet
+from sfumato.models.lllites import Lite, new_net, read_net, save_net
 from sfumato.optim.groups import Group
 from sfumato.tensors.random import generator
 from sfumato.train import checkpoints
