@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 
 from sfumato import __version__, families
@@ -61,10 +61,11 @@ class Facts:
         return families.facts(self.models.family.name)
 
     def _modelspec(self) -> dict[str, str]:
-        noise, options = self.config.noise, self.models.options
+        noise, options, given = self.config.noise, self.models.options, self.config.metadata
+        called = given.metadata_trigger_phrase or self.config.embedding.token_string
         return metadata.modelspec(
             self._family().architecture(options),
-            self.config.metadata,
+            replace(given, metadata_trigger_phrase=called),
             title=self.config.output.output_name,
             implementation=(self._family().implementation if self.adapter else "") or f"sfumato {__version__}",
             resolution=self.plan.datasets[0].resolution,

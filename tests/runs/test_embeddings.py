@@ -8,11 +8,13 @@ from typing import Any
 
 import pytest
 import torch
+from launching import launch
 from runs.test_families import changed, prepared, says, trained
 from tinies.cases import Case, cases
 from training import Train, config
 
 import sfumato
+from sfumato.cli.main import main
 from sfumato.config import DatasetConfig, SubsetConfig
 from sfumato.errors import UserError
 from sfumato.formats.files import load, save
@@ -196,3 +198,31 @@ def test_captions_are_sentences_about_the_word(images: Path) -> None:
     assert words.told(plan, config(token_string="HOGE")) is plan
     with pytest.raises(UserError, match="token_string: 'hog' is in no caption"):
         words.told(plan, config(token_string="hog"))
+
+
+def test_kohyas_command_line_learns_what_ours_draws(model: Path, images: Path, tmp_path: Path) -> None:
+    """The script for extended textual inversion, with kohya's defaults; its file is drawn by `sfumato sample`."""
+    folder = tmp_path / "set"
+    folder.mkdir()
+    images.rename(folder / "1_images")
+    said = launch(
+        "train_textual_inversion_XTI",
+        f"""
+        --pretrained_model_name_or_path {model} --train_data_dir {folder} --output_dir {tmp_path / "out"} --token_string <hoge>
+        --init_word red --num_vectors_per_token 2 --use_style_template --max_train_steps 1 --learning_rate 0.1 --resolution 64
+        --caption_extension .txt --cache_latents --seed 1
+        """.split(),
+        tmp_path,
+    )
+    result = tmp_path / "out" / "hoge.pt"
+    assert result.is_file() and "kohya's default pt is used" in said
+    command = (
+        f"--pretrained_model_name_or_path {model} --output_dir {tmp_path} --width 64 --height 64 --steps 1 --seed 1"
+    )
+    drawn = []
+    for more in (["--textual_inversion_embeddings", str(result)], []):
+        assert not main(["sample", *command.split(), "--prompt", "a hoge", *more])
+        (path,) = (tmp_path / "sample").glob("*.png")
+        drawn.append(path.read_bytes())
+        path.unlink()
+    assert drawn[0] != drawn[1]
