@@ -14,7 +14,7 @@ import json
 import os
 import sys
 from collections.abc import Sequence
-from pathlib import Path
+from dataclasses import replace
 
 import numpy as np
 from PIL import ImageDraw
@@ -37,14 +37,15 @@ def main() -> int:
     for i, picture in enumerate(pictures):
         picture.save(folder / f"{i}.png")
     (OUT / "dataset.toml").write_text(
-        f"[[datasets]]\nresolution = {SIZE}\nbatch_size = 8\n[[datasets.subsets]]\nimage_dir = {json.dumps(str(folder))}\n"
-        f'class_tokens = "{WORD}"\nnum_repeats = 1\n',
+        f"[[datasets]]\nresolution = {SIZE}\nbatch_size = 8\n\n[[datasets.subsets]]\nimage_dir = "
+        f'{json.dumps(str(folder))}\nclass_tokens = "{WORD}"\n',
         encoding="utf-8",
     )
     command = f"""
-        train embedding --pretrained_model_name_or_path {HERE / "model.safetensors"} --dataset_config {OUT / "dataset.toml"}
-        --token_string {WORD} --num_vectors_per_token {VECTORS} --cache_latents --debiased_estimation_loss --seed 1
-        --learning_rate 3e-2 --lr_scheduler cosine --max_train_steps 250 --output_dir {OUT} --output_name {WORD}
+        train embedding --pretrained_model_name_or_path {HERE / "model.safetensors"}
+        --dataset_config {OUT / "dataset.toml"} --cache_latents --debiased_estimation_loss --seed 1
+        --token_string {WORD} --num_vectors_per_token {VECTORS} --learning_rate 3e-2 --lr_scheduler cosine
+        --max_train_steps 250 --output_dir {OUT} --output_name {WORD}
     """
     if code := sfumato([*command.split(), "--init_word", START]):
         return code
@@ -85,11 +86,11 @@ def show(pictures: Sequence[Image]) -> None:
         )
     )
 
-    def drawn(texts: Sequence[str]) -> list[Image]:
-        prompts = [Prompt(prompt=t, width=SIZE, height=SIZE, sample_steps=20, scale=3.0, seed=i) for i, t in enumerate(texts)]
-        return pipeline.sample(prompts)
+    def drawn(text: str) -> list[Image]:
+        one = Prompt(prompt=text, width=SIZE, height=SIZE, sample_steps=20, scale=3.0)
+        return pipeline.sample([replace(one, seed=seed) for seed in SEEDS])
 
-    before, after = (drawn([text] * len(SEEDS)) for text in (START, WORD))
+    before, after = drawn(START), drawn(WORD)
     rows = [list(pictures), before, after]
     names = ["learnt from", f"before: {START}", f"after: {WORD}"]
     grid(rows, names, [f"seed {seed}" for seed in SEEDS], enlarge=2).save(OUT / "embedding.png")

@@ -50,10 +50,12 @@ class Single:
     tensors: Mapping[str, tuple[int | None, ...] | None]
     """Pattern of a name -> the tensor's shape; None: any number, or any shape. All of them must be there."""
     variant: str = ""
+    alone: bool = False
+    """Whether the file holds nothing else."""
 
     def fits(self, shapes: Shapes) -> bool:
         """Whether all `tensors` are among these."""
-        return all(
+        return (not self.alone or len(shapes) == len(self.tensors)) and all(
             any(_has(shape, wanted) and re.fullmatch(pattern, name) for name, shape in shapes.items())
             for pattern, wanted in self.tensors.items()
         )
@@ -63,6 +65,11 @@ def _has(shape: tuple[int, ...], wanted: tuple[int | None, ...] | None) -> bool:
     return wanted is None or (
         len(shape) == len(wanted) and all(n in (None, m) for n, m in zip(wanted, shape, strict=True))
     )
+
+
+def words(*keys: str, dialect: str = "comfy") -> Single:
+    """An embedding with vectors for these text encoders, by ComfyUI's names."""
+    return Single(kind="embedding", dialect=dialect, tensors=dict.fromkeys(keys, (None, None)), alone=True)
 
 
 def vae(channels: int, prefix: str) -> tuple[Single, ...]:

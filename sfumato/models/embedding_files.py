@@ -28,8 +28,8 @@ KEYS: Mapping[str, tuple[str, ...]] = {
 }
 """Text encoder -> what its vectors are called in files, by ComfyUI first; others are diffusers' scripts' and
 OneTrainer's."""
-ALONE = "emb_params"
-"""kohya's name of the vectors of the only text encoder."""
+ALONE, CLIPS = "emb_params", ("clip_l", "clip_h")
+"""kohya's and A1111's name of the vectors of the only text encoder, which is one of these."""
 NAMELESS = (ALONE, "*", "")
 """Names of the only tensor that are not the word's."""
 STRINGS, IDLE = "string_to_param.", "string_to_token."
@@ -106,10 +106,10 @@ def write(word: str, vectors: Vectors, models: Models, *, by_word: bool = False)
     """The tensors of a file of one word. `by_word`: of one encoder, as diffusers has it."""
     if len(encoders_of(models)) > 1:
         return {KEYS[name][0]: t for name, t in vectors.items()}
-    (tensor,) = vectors.values()
+    ((encoder, tensor),) = vectors.items()
     if tensor.ndim == 3:
         return dict(zip(readers_of(models), tensor, strict=True))
-    return {word if by_word else ALONE: tensor}
+    return {word if by_word else ALONE if encoder in CLIPS else KEYS[encoder][0]: tensor}
 
 
 def bundle(word: str, vectors: Vectors) -> dict[str, Tensor]:

@@ -38,13 +38,14 @@ def told(plan: Plan, config: Config) -> Plan:
         _check(plan, e.token_string)
         return plan
     lines = tuple(text.format(e.token_string) for text in (OBJECT if e.use_object_template else STYLE))
-    items = tuple(
-        item if item.image.is_reg else replace(item, image=replace(item.image, captions=lines)) for item in plan.items
+    items, held_out = (
+        tuple(i if i.image.is_reg else replace(i, image=replace(i.image, captions=lines)) for i in each)
+        for each in (plan.items, plan.held_out)
     )
     datasets = tuple(
         replace(d, subsets=tuple(s if s.is_reg else _one_of_them(s) for s in d.subsets)) for d in plan.datasets
     )
-    return replace(plan, items=items, datasets=datasets)
+    return replace(plan, items=items, held_out=held_out, datasets=datasets)
 
 
 def _one_of_them(subset: SubsetConfig) -> SubsetConfig:

@@ -92,6 +92,11 @@ def test_parts_of_a_single_file(keys: Keys) -> None:
     [
         ({"emb_params": (4, 768)}, "embedding"),
         ({"string_to_param.*": (4, 1024)}, "embedding"),
+        ({"IN01": (4, 768), "MID": (4, 768)}, "embedding"),
+        ({"clip_l": (4, 768), "clip_g": (4, 1280)}, "embedding"),
+        ({"clip_l": (4, 768), "clip_g": (4, 1280), "t5xxl": (4, 4096)}, "embedding"),
+        ({"clip_l": (4, 768), "t5xxl": (4, 4096)}, "embedding"),
+        ({"qwen3_06b": (4, 1024)}, "embedding"),
         ({"unet.down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k.lora_A.weight": (4, 768)}, "adapter"),
         ({"diffusion_model.input_blocks.1.1.transformer_blocks.0.attn2.to_k.lora_A.weight": (4, 768)}, "adapter"),
         (

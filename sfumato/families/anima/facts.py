@@ -23,6 +23,7 @@ from sfumato.models.detection import (
     parts,
     qwen_vae,
     width,
+    words,
 )
 from sfumato.models.facts import Facts
 from sfumato.models.flow_options import FlowOptions, Sampling, Shift
@@ -168,7 +169,7 @@ SIGNATURE = Signature(
     },
     fits=lambda shapes: width(shapes, rf".*blocks[._]\d+[._](self_attn[._][qkv]_proj|mlp[._]layer1){DOWN}") != _LARGER,
     own=_own,
-    singles=(*qwen_vae(VAE), *language_model("qwen3", _QWEN3_WIDTH)),
+    singles=(*qwen_vae(VAE), *language_model("qwen3", _QWEN3_WIDTH), words("qwen3_06b")),
 )
 
 

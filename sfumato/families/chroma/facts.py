@@ -11,7 +11,7 @@ from sfumato.families.chroma.clients import LOADS_IN
 from sfumato.families.flux import network_args
 from sfumato.families.flux.facts import ADAPTERS, FOREIGN, VAE, ControlOptions
 from sfumato.models import flow_options
-from sfumato.models.detection import Detected, Shapes, Signature, has, marked, parts
+from sfumato.models.detection import Detected, Shapes, Signature, has, marked, parts, words
 from sfumato.models.facts import Facts
 from sfumato.models.flow_options import Sampling, Shift
 
@@ -115,6 +115,7 @@ SIGNATURE = Signature(
     foreign=rf"{FOREIGN}|{_MODULATED}",
     # All other names are FLUX.1's as well, which answers for an adapter that does not say whose it is.
     own=lambda shapes: has(shapes, rf".*{MARK}.*|lora_te1_encoder_block_.*"),
+    singles=(words("t5xxl"),),
 )
 
 

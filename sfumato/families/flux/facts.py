@@ -10,7 +10,7 @@ from sfumato.config.rules import Amount, Count, Idle, Natural, Needs, Weights
 from sfumato.families.flux.clients import LOADS_IN
 from sfumato.families.flux.network_args import NetworkArgs
 from sfumato.models import flow_options
-from sfumato.models.detection import DOWN, Detected, Shapes, Signature, has, marked, parts, t5, vae, width
+from sfumato.models.detection import DOWN, Detected, Shapes, Signature, has, marked, parts, t5, vae, width, words
 from sfumato.models.facts import Facts
 from sfumato.models.flow_options import OF_CONTROLNET, OF_NEW, FlowOptions, Sampling, Shift
 from sfumato.models.text_options import OWN_RATES, T5Rate, TextEncoderRate, TrainT5
@@ -160,6 +160,7 @@ SIGNATURE = Signature(
     singles=(
         *vae(16, VAE),
         *t5(4096),
+        words("clip_l", "t5xxl"),
     ),
 )
 

@@ -22,6 +22,7 @@ from sfumato.models.detection import (
     parts,
     t5,
     width,
+    words,
 )
 from sfumato.models.facts import Facts
 from sfumato.models.flow_options import FlowOptions, Shift
@@ -147,7 +148,7 @@ SIGNATURE = Signature(
     # FLUX.1's and HunyuanVideo's, which have ComfyUI's and diffusers' names.
     fits=lambda shapes: width(shapes, _INPUTS) != 3072,
     own=_own,
-    singles=(*hunyuan_vae(VAE), *language_model("qwen25vl", WIDTH), *t5(GLYPHS_WIDTH)),
+    singles=(*hunyuan_vae(VAE), *language_model("qwen25vl", WIDTH), *t5(GLYPHS_WIDTH), words("qwen25_7b")),
 )
 
 _FROZEN = "Qwen2.5-VL and byT5 are never trained"

@@ -8,7 +8,7 @@ from sfumato.config.rules import Count, Weights
 from sfumato.families.lumina2.clients import LOADS_IN
 from sfumato.families.lumina2.network_args import NetworkArgs
 from sfumato.models import flow_options
-from sfumato.models.detection import DOWN, Detected, Shapes, Signature, has, language_model, marked, parts, width
+from sfumato.models.detection import DOWN, Detected, Shapes, Signature, has, language_model, marked, parts, width, words
 from sfumato.models.facts import Facts
 from sfumato.models.flow_options import FlowOptions, NextditSampling, Shift
 
@@ -104,7 +104,7 @@ SIGNATURE = Signature(
     # Z-Image's and NewBie's.
     foreign=r".*attention[._]to_[qkv]([._].*)?|.*adaLN_modulation[._]0[._].*|.*(clip_text_pooled_proj|time_text_embed).*",
     own=_own,
-    singles=language_model("gemma2", WIDTH),
+    singles=(*language_model("gemma2", WIDTH), words("gemma2_2b")),
 )
 
 

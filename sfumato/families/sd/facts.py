@@ -134,8 +134,8 @@ SIGNATURE = Signature(
         *vae(4, "first_stage_model."),
         *(single for columns, variant in _CLIP.items() for single in clip(columns, variant)),
         *(
-            Single(kind="embedding", dialect=dialect, tensors={name: (None, columns)}, variant=variant)
-            for dialect, name in (("kohya", "emb_params"), ("a1111", r"string_to_param\..*"))
+            Single(kind="embedding", dialect=dialect, tensors=dict.fromkeys(names, (None, columns)), variant=variant)
+            for dialect, *names in (("kohya", "emb_params"), ("a1111", r"string_to_param\..*"), ("xti", "IN01", "MID"))
             for columns, variant in _CLIP.items()
         ),
     ),

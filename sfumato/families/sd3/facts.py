@@ -12,7 +12,7 @@ from sfumato.config.rules import Clash, Count, Idle, Positive, Share, Weights
 from sfumato.families.sd3.clients import LOADS_IN
 from sfumato.families.sd3.network_args import NetworkArgs
 from sfumato.models import flow_options
-from sfumato.models.detection import DOWN, Detected, Shapes, Signature, has, marked, parts, width
+from sfumato.models.detection import DOWN, Detected, Shapes, Signature, has, marked, parts, width, words
 from sfumato.models.facts import Facts
 from sfumato.models.flow_options import OF_CONTROLNET, OF_NEW, FlowOptions, Scheme, Shift
 from sfumato.models.text_options import OWN_RATES, T5Rate, TextEncoderRate, TrainT5
@@ -198,6 +198,7 @@ SIGNATURE = Signature(
     # Other models have `transformer_blocks` as well, of other widths.
     own=lambda shapes: has(shapes, r".*joint_blocks.*") or width(shapes, _TO_BLOCKS) in _WIDTHS,
     variant=_version_of_adapter,
+    singles=(words("clip_l", "clip_g", "t5xxl"),),
 )
 
 

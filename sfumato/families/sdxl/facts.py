@@ -11,7 +11,7 @@ from sfumato.families.sd.facts import CONTEXT_XL, TO_K, UNET, UNET_DIFFUSERS, Un
 from sfumato.families.sd.network_args import total
 from sfumato.families.sdxl.clients import LOADS_IN
 from sfumato.families.sdxl.network_args import UNET_BLOCKS, NetworkArgs
-from sfumato.models.detection import DOWN, Detected, Shapes, Signature, Single, clip, has, marked, parts, width
+from sfumato.models.detection import DOWN, Detected, Shapes, Signature, clip, has, marked, parts, width, words
 from sfumato.models.facts import Facts
 from sfumato.models.text_options import OWN_RATES, TextEncoderRate
 
@@ -114,7 +114,7 @@ SIGNATURE = Signature(
     own=_own,
     singles=(
         *clip(1280),
-        Single(kind="embedding", dialect="kohya", tensors={"clip_l": (None, None), "clip_g": (None, None)}),
+        words("clip_l", "clip_g", dialect="kohya"),
     ),
 )
 
