@@ -43,12 +43,6 @@ _FIXED: Mapping[str, object] = {
     "sd_scripts_commit_hash": "",
     "full_fp16": False,
     "lowram": False,
-    "num_validation_images": 0,
-    "validation_seed": None,
-    "validation_split": 0.0,
-    "max_validation_steps": None,
-    "validate_every_n_epochs": None,
-    "validate_every_n_steps": None,
 }
 """Fields of sd-scripts for what sfumato does not do; programs that show a file's metadata look for them."""
 _OF_ADAPTERS = (
@@ -70,6 +64,7 @@ _OPTIONS = {  # section of the config -> its fields that are written, as ss_<fie
         "learning_rate_te"
     ),
     "train": "gradient_accumulation_steps seed full_bf16 stop_text_encoder_training train_text_encoder",
+    "validation": "max_validation_steps validate_every_n_epochs validate_every_n_steps",
     "memory": "gradient_checkpointing",
     "data": (
         "cache_latents caption_dropout_rate caption_dropout_every_n_epochs caption_tag_dropout_rate "
@@ -190,6 +185,9 @@ class RunFacts:
     num_train_images: int
     """Repeats counted."""
     num_reg_images: int
+    num_validation_images: int = 0
+    validation_split: float = 0.0
+    validation_seed: int | None = None
     num_batches_per_epoch: int
     total_batch_size: int | None = None
     """Images an optimizer step, over all processes."""

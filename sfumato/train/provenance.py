@@ -7,6 +7,7 @@ import time
 from collections import Counter
 from dataclasses import dataclass, field, replace
 from datetime import datetime
+from typing import Any
 
 from sfumato import __version__, families
 from sfumato.adapters import AdapterPlan
@@ -103,6 +104,7 @@ class Facts:
             mixed_precision=dist.precision(self.config.train.mixed_precision),
             num_train_images=self.plan.train_samples,
             num_reg_images=self.plan.reg_samples,
+            **self._held_out(),
             num_batches_per_epoch=self.budget.batches,
             total_batch_size=self.plan.datasets[0].batch_size * self.budget.accumulation * self.budget.processes,
             num_epochs=self.budget.epochs,
@@ -117,6 +119,14 @@ class Facts:
             family={name: getattr(options, name) for name in self._family().metadata},
             network_args=dict(text.split("=", 1) for text in network.network_args) if self.adapter else None,
         )
+
+    def _held_out(self) -> dict[str, Any]:
+        """Of the first folder that has some, as sd-scripts has one split alone."""
+        if not (held := self.plan.held_out):
+            return {}
+        subset = self.plan.subset(held[0])
+        split, seed = subset.validation_split, subset.validation_seed
+        return {"num_validation_images": len(held), "validation_split": split, "validation_seed": seed}
 
 
 def _as_kohya_calls(module: str | None, plan: AdapterPlan) -> str:

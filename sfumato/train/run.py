@@ -129,9 +129,7 @@ def prepare(
     plan, models = checked.plan, checked.models
     budget = loop.StepBudget.of(config, data.plan.batches_per_epoch, world.size)
     if world.main:
-        notes = [*checked.notes, *check_length(config, budget.steps), *(found.notes if found else ())]
-        for line in (*notes, steps_line(data.plan, budget), budget.text()):
-            console.print(line)
+        _say([*checked.notes, *check_length(config, budget.steps), *(found.notes if found else ())], data.plan, budget)
     settle(config, models, method)
     process = models.process(config.noise, config.loss)
     caches = fill_caches(config, data, models, world)
@@ -169,6 +167,12 @@ def prepare(
     if world.main:
         run.log = log.Log(config, run.step, asdict(config))
     return run
+
+
+def _say(notes: Sequence[str], plan: Plan, budget: loop.StepBudget) -> None:
+    """Print what a run will do."""
+    for line in (*notes, steps_line(plan, budget), budget.text()):
+        console.print(line)
 
 
 def _read(config: Config, models: Models, world: dist.World) -> None:

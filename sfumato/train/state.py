@@ -48,7 +48,7 @@ def save(run: Run, folder: Path) -> None:
         "seed": run.config.train.seed,
         "identity": run.identity,
         "carried": run.trainable.frozen_digest(),
-        "best": run.validation.best if run.validation else None,
+        "best": run.validation.state() if run.validation else None,
     }
     runs.save_run(folder, parts, facts)
 
@@ -70,8 +70,8 @@ def resume(run: Run) -> None:
         if facts["scaler"]:
             run.scaler.load_state_dict(facts["scaler"])
         run.step = run.start_step = int(facts["step"])
-        if run.validation and (best := facts.get("best")):
-            run.validation.best = (float(best[0]), int(best[1]))
+        if run.validation and facts.get("best"):
+            run.validation.resume(facts["best"])
         notices = _differences(run, facts)
     except (LookupError, ValueError, TypeError, AttributeError, RuntimeError) as error:
         raise UserError(

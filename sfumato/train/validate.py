@@ -8,6 +8,7 @@ two part, images are learned by heart.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -108,6 +109,16 @@ class Validation:
             return False
         self.best = (found.mean, step)
         return True
+
+    def state(self) -> list[Any]:
+        """What a resumed run needs: the best so far, and of which images, in JSON's values."""
+        return [*(self.best or (None, None)), self.plan.digest()]
+
+    def resume(self, saved: Sequence[Any]) -> None:
+        """Go on from `state`; the best of other images says nothing of these."""
+        loss, step, images = saved
+        if loss is not None and images == self.plan.digest():
+            self.best = (float(loss), int(step))
 
     @torch.no_grad()
     def _measure(self, found: Tensor, most: int | None) -> None:

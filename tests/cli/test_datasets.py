@@ -353,3 +353,21 @@ def test_what_is_written_of_a_name_that_is_no_text_can_be_saved_and_read(home: P
     made = DatasetConfig(subsets=(SubsetConfig(image_dir="caf\udce9", caption_suffix="\x7f"),))
     Path("out.toml").write_text(datasets.write([made]), encoding="utf-8")
     assert toml.read("out.toml")[0]["datasets"][0]["subsets"][0]["image_dir"] == "caf\\xe9"
+
+
+@pytest.mark.parametrize(
+    "flag",
+    [
+        "validate_every_n_steps=5",
+        "validate_every_n_epochs=2",
+        "max_validation_steps=3",
+        "save_best",
+        "validation_seed=3",
+    ],
+)
+def test_what_needs_held_out_images_is_refused_without_them(flag: str, home: Path) -> None:
+    text = Path("data.toml").read_text()
+    with pytest.raises(UserError, match=rf"--{flag.split('=')[0]}: would have no effect: no images are held out"):
+        read(text, f"--{flag}")
+    assert read(text, f"--{flag}", "--validation_split=0.5")[0].subsets[0].validation_split == 0.5
+    assert read(f"{text}validation_split = 1\n", f"--{flag}")[0].subsets[0].validation_split == 1.0

@@ -18,7 +18,7 @@ from training import config
 
 from sfumato.config import DatasetConfig, SubsetConfig
 from sfumato.errors import UserError
-from sfumato.formats.files import load
+from sfumato.formats.files import load, read_header
 from sfumato.train import dist, loop, run
 
 ALONE = dist.World(0, 1, torch.device("cpu"))
@@ -139,6 +139,9 @@ def test_the_best_result_is_kept_and_told(there: Path, capsys: pytest.CaptureFix
     assert list(found) == [0, 1, 2, 3] and min(found[step] for step in (1, 2)) < found[3]
     best = min((1, 2, 3), key=found.__getitem__)
     assert same(out / "out-best.safetensors", out / f"out-step{best:08d}.safetensors")
+    fields = read_header(out / "out-best.safetensors").metadata
+    wanted = {"num_validation_images": 2, "validation_split": 1.0, "validation_seed": 42, "validate_every_n_steps": 1}
+    assert {name: fields[f"ss_{name}"] for name in wanted} == {name: str(value) for name, value in wanted.items()}
     assert found[0] <= found[best] or f"recommended: step {best}" in capsys.readouterr().err
     with pytest.raises(UserError, match=r"out-best\.safetensors"):  # which a second run would start from and write over
         train(there, "best", save_best=True, network_weights=str(out / "out-best.safetensors"), **steps)
