@@ -6,6 +6,7 @@ import json
 import math
 import shutil
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +14,19 @@ import pytest
 import torch
 from PIL import Image
 from run_fixtures import make_images
+from runs.test_families import configured
+from tinies.cases import Files, cases
 from tiny import short_sd1
 from training import config
 
+from sfumato import families
 from sfumato.config import DatasetConfig, SubsetConfig
 from sfumato.errors import UserError
 from sfumato.formats.files import load, read_header
 from sfumato.train import dist, loop, run
+from sfumato.train.trainables import MAKERS
 
+FOLDERS = ("images", "other")
 ALONE = dist.World(0, 1, torch.device("cpu"))
 
 
@@ -160,3 +166,29 @@ def test_an_image_that_is_gone_is_left_out_and_no_training_ends_for_it(there: Pa
         assert found.held_out[0].isnan().all() and found.held_out[1].isfinite().all() and math.isfinite(found.mean)
         assert found.details()["held_out"][0] is None and json.loads(json.dumps(found.scalars()))
         assert loop.train(a_run)
+
+
+FOLLOWING = {"controlnet": "control", "lllite": "lllite"}
+"""What follows images -> what a family says of it."""
+
+
+@pytest.mark.parametrize("method", [method for method in MAKERS if method != "full"])
+def test_every_trainable_is_measured(method: Any, there: Path, tmp_path: Path) -> None:
+    """On the first family that has it: twice alike, and otherwise after two steps. What is followed and what is learnt is
+    there of held-out images too."""
+    having = [case for case in cases() if getattr(families.family(case.family), FOLLOWING.get(method, "name"))]
+    case = next((case for case in having if case.family == "sd"), having[0])
+    files = Files(model=there / "model.safetensors") if case.family == "sd" else case.write(tmp_path)
+    word = {"token_string": "hoge", "use_object_template": True} if method == "embedding" else {}
+    folders = [SubsetConfig(image_dir=str(there / name), validation_split=float(name == "other")) for name in FOLDERS]
+    if method in FOLLOWING:
+        folders = [replace(folder, conditioning_data_dir=folder.image_dir) for folder in folders]
+    made, (dataset,) = configured(case, files, there / "images", tmp_path, method, learning_rate=0.1, **word)
+    a_run = run.prepare(made, method, (replace(dataset, subsets=tuple(folders)),), ALONE, 0.0)
+    with a_run.log or nullcontext():
+        before = measured(a_run)
+        assert torch.equal(measured(a_run), before) and before.isfinite().all()
+        assert loop.train(a_run)
+    assert (measured(a_run) != before).all()
+    captions = [line for item in a_run.validation.plan.items for line in item.image.captions]  # type: ignore[union-attr]
+    assert method != "embedding" or all("hoge" in line for line in captions)
