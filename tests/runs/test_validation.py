@@ -85,15 +85,14 @@ def test_training_does_not_notice(there: Path) -> None:
     is measured."""
     much = {"save_state": True, "ema_decay": 0.9, "optimizer_type": "ScheduleFreeAdamW", "save_every_n_steps": 2}
     train(there, "without", datasets=data(there, listed=False), **much)
-    train(there, "with", validate_every_n_steps=1, **much)
+    train(there, "with", validate_every_n_steps=2, **much)
     for name in ("out.safetensors", "out-step00000002.safetensors", "out-state/weights.safetensors"):
         assert same(there / "without" / name, there / "with" / name)
-    train(there, "resumed", validate_every_n_steps=1, max_train_steps=2, **much)
-    log = (there / "resumed" / "out.jsonl").read_text(encoding="utf-8")
-    train(there, "resumed", validate_every_n_steps=1, resume="auto", **much)
+    state = str(there / "with" / "out-step00000002-state")
+    train(there, "resumed", validate_every_n_steps=2, resume=state, **(much | {"save_state": False}))
     assert same(there / "without" / "out.safetensors", there / "resumed" / "out.safetensors")
-    assert lines(there / "resumed") == lines(there / "with")
-    assert (there / "resumed" / "out.jsonl").read_text(encoding="utf-8").startswith(log)
+    assert [line["step"] for line in lines(there / "with")] == [0, 2, 4]
+    assert lines(there / "resumed") == lines(there / "with")[-1:]
 
 
 @pytest.fixture(scope="module")
@@ -184,7 +183,8 @@ def test_every_trainable_is_measured(method: Any, there: Path, tmp_path: Path) -
     if method in FOLLOWING:
         folders = [replace(folder, conditioning_data_dir=folder.image_dir) for folder in folders]
     made, (dataset,) = configured(case, files, there / "images", tmp_path, method, learning_rate=0.1, **word)
-    a_run = run.prepare(made, method, (replace(dataset, subsets=tuple(folders)),), ALONE, 0.0)
+    dataset = replace(dataset, subsets=tuple(folders), resolution=(64, 64), batch_size=4)
+    a_run = run.prepare(made, method, (dataset,), ALONE, 0.0)
     with a_run.log or nullcontext():
         before = measured(a_run)
         assert torch.equal(measured(a_run), before) and before.isfinite().all()

@@ -232,6 +232,21 @@ def test_results_are_named_with_their_ending(
     assert not (tmp_path / "out").exists()
 
 
+def test_what_is_held_out_is_said_and_refused_where_there_is_nothing_of_it(
+    model: Path, images: Path, tmp_path: Path, refused: Refused
+) -> None:
+    given = settings(model, tmp_path, validate_every_n_steps=2, save_best=True)
+    found = plan.facts(given, "network", data(images, validation_split=0.4))
+    rows = [(row["kind"], row["images"], row["samples an epoch"]) for row in found["folders"]]
+    assert rows == [("training", 3, 3), ("held out", 2, 0)]
+    assert [row["after"] for row in found["results"]] == [
+        "the start, every 2 steps, the end", "the best of these", "step 4",
+    ]  # fmt: skip
+    assert found["results"][0]["files"] == "the loss of 2 held-out images and 2 trained ones"
+    assert found["results"][1]["files"].endswith("lora-best.safetensors")
+    assert "validation_split holds no image out" in refused(subset={"validation_split": 0.01})
+
+
 def test_what_other_programs_will_load_is_said_before_and_after_the_training(
     model: Path, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
