@@ -6,6 +6,8 @@ from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from functools import partial
+from hashlib import blake2b
 from typing import TypeVar
 
 import torch
@@ -15,10 +17,12 @@ from sfumato.config import DatasetConfig
 from sfumato.data import augment, captions, imported
 from sfumato.data.batch import Cond
 from sfumato.data.entries import Damaged
+from sfumato.data.many import uncollected
 from sfumato.data.plan import Item, Plan
-from sfumato.data.store import FileIndex, KeyParts, Progress, TensorStore, key, trust, unusable, why, writing
+from sfumato.data.store import FileIndex, KeyParts, Keys, Progress, TensorStore, trust, unusable, why, writing
 from sfumato.data.strategies import LatentsCachingStrategy, TextEncoderOutputsCachingStrategy
 from sfumato.errors import UserError
+from sfumato.formats.paths import absolute
 
 VERSION = 2
 """Raised whenever the same image or caption would give other numbers than before."""
@@ -113,14 +117,25 @@ class _Counted:
 
 
 @dataclass(frozen=True, slots=True)
+class _Wanted:
+    """The entries that a plan needs, in its order."""
+
+    owners: Sequence[str]
+    """What each is for."""
+    keys: Sequence[str]
+    parts: Callable[[int], KeyParts]
+    """Place -> what its key was made of."""
+
+
+@dataclass(frozen=True, slots=True)
 class _Job:
     """An entry to be made."""
 
     key: str
     owner: str
-    parts: KeyParts
     reason: str
-    item: int = -1
+    item: int
+    """Its place among those wanted."""
 
 
 def latent_parts(plan: Plan, item: Item, vae_fingerprint: str, dtype: torch.dtype) -> KeyParts:
@@ -140,6 +155,20 @@ def latent_parts(plan: Plan, item: Item, vae_fingerprint: str, dtype: torch.dtyp
         "dtype": str(dtype).removeprefix("torch."),
         "stride": plan.stride,
     }
+
+
+@uncollected
+def _latent_keys(plan: Plan, parts: Callable[[int], KeyParts]) -> list[str]:
+    """The key of each item's latents."""
+    alike: dict[Hashable, Keys] = {}
+    keys = []
+    for i, item in enumerate(plan.items):
+        image = item.image
+        same = item.dataset, image.subset, item.placement, image.mask_digest
+        if (found := alike.get(same)) is None:
+            found = alike[same] = Keys("picture", partial(parts, i))
+        keys.append(found.of(image.digest))
+    return keys
 
 
 def cache_latents(
@@ -162,15 +191,17 @@ def cache_latents(
     more, and for latents that are not finite.
     """
     check_fixed(plan.datasets, latents=True)
-    parts = [latent_parts(plan, item, vae_fingerprint, strategy.dtype) for item in plan.items]
-    keys = [key(p) for p in parts]
-    owners = [_owner(item) for item in plan.items]
+
+    def parts(place: int) -> KeyParts:
+        return latent_parts(plan, plan.items[place], vae_fingerprint, strategy.dtype)
+
+    keys = _latent_keys(plan, parts)
+    wanted = _Wanted([_owner(item) for item in plan.items], keys, parts)
     places = {name: i for i, name in enumerate(keys)}
 
     def mismatch(name: str, entry: Mapping[str, Tensor]) -> str:
         return latents_mismatch(entry, plan, plan.items[places[name]], strategy)
 
-    wanted = [_Job(keys[i], owners[i], parts[i], "", i) for i in range(len(keys))]
     jobs = _missing(store, index, "latents", wanted, mismatch, progress)
     counted = _Counted(progress, len(jobs))
 
@@ -184,9 +215,8 @@ def cache_latents(
     shapes = {job.key: (plan.items[job.item], latents_shape(plan, plan.items[job.item], strategy)) for job in jobs}
     read = imported.latent_readers(plan, shapes, strategy, unscale)
     adopted = _adopt(store, jobs, read, make, imported.FARTHEST_LATENTS, counted)
-    owned = dict(zip(owners, parts, strict=True))
     cached = CachedLatents(store=store, keys=dict(enumerate(keys)), strategy=strategy)
-    return _finish(cached, index, "latents", owned, jobs, adopted)
+    return _finish(cached, index, "latents", wanted, jobs, adopted)
 
 
 def latents_shape(plan: Plan, item: Item, strategy: LatentsCachingStrategy) -> tuple[int, int, int]:
@@ -227,19 +257,22 @@ def check_fixed(datasets: Iterable[DatasetConfig], *, latents: bool = False, tex
         raise UserError(*wrong)
 
 
+@uncollected
 def _missing(
     store: TensorStore,
     index: FileIndex,
     kind: str,
-    jobs: Sequence[_Job],
+    wanted: _Wanted,
     mismatch: Callable[[str, Mapping[str, Tensor]], str],
     progress: Progress | None,
 ) -> list[_Job]:
     """The entries that must be made, each key once, with the reason."""
-    wrong = unusable(store, index, [job.key for job in jobs], mismatch, progress)
-    lacking = list({job.key: job for job in reversed(jobs) if job.key in wrong}.values())[::-1]
-    last = index.read(kind, [job.owner for job in lacking])
-    return [replace(job, reason=wrong[job.key] or why(last.get(job.owner), job.parts)) for job in lacking]
+    keys, owners = wanted.keys, wanted.owners
+    wrong = unusable(store, index, keys, mismatch, progress)
+    lacking = list({keys[i]: i for i in reversed(range(len(keys))) if keys[i] in wrong}.values())[::-1]
+    last = index.read(kind, [owners[i] for i in lacking])
+    reasons = [wrong[keys[i]] or why(last.get(owners[i]), wanted.parts(i)) for i in lacking]
+    return [_Job(keys[i], owners[i], reason, i) for i, reason in zip(lacking, reasons, strict=True)]
 
 
 def _adopt(
@@ -354,8 +387,9 @@ def cache_texts(
     owners = every_caption(plan)
     common = {"version": VERSION, "text encoder": fingerprint, "dtype": str(strategy.dtype).removeprefix("torch.")}
     common |= {f"setting {name}": value for name, value in {**strategy.settings, **settings}.items()}
-    parts: dict[str, KeyParts] = {owner: {"caption": caption, **common} for owner, caption in owners.items()}
-    keys: dict[Hashable, str] = {caption: key(parts[owner]) for owner, caption in owners.items()}
+    texts, of = list(owners.values()), Keys("caption", lambda: common).of
+    keys: dict[Hashable, str] = {caption: of(caption) for caption in dict.fromkeys(texts)}
+    wanted = _Wanted(list(owners), [keys[text] for text in texts], lambda place: {"caption": texts[place], **common})
     stored = set(strategy.fields) - set(strategy.ragged.values())
 
     def mismatch(_: str, entry: Mapping[str, Tensor]) -> str:
@@ -364,24 +398,24 @@ def cache_texts(
         same = all(t.dtype == strategy.dtype for t in entry.values() if t.is_floating_point())
         return "" if same else "its entry is of another dtype"
 
-    wanted = [_Job(keys[caption], owner, parts[owner], "") for owner, caption in owners.items()]
     jobs = _missing(store, index, "texts", wanted, mismatch, progress)
 
     def make(jobs: Sequence[_Job]) -> None:
         portions = [jobs[start : start + batch_size] for start in range(0, len(jobs), batch_size)]
-        conds = encode([[owners[job.owner] for job in portion] for portion in portions])
+        conds = encode([[texts[job.item] for job in portion] for portion in portions])
         with writing(store) as put:
             for portion, cond in zip(portions, conds, strict=True):
                 for i, job in enumerate(portion):
                     entry = strategy.entry(cond, i)
-                    put(job.key, {name: _stored(t, strategy.dtype, owners[job.owner]) for name, t in entry.items()})
+                    put(job.key, {name: _stored(t, strategy.dtype, texts[job.item]) for name, t in entry.items()})
 
-    read = imported.text_readers(plan, {owners[job.owner]: job.key for job in jobs}, strategy)
+    read = imported.text_readers(plan, {texts[job.item]: job.key for job in jobs}, strategy)
     adopted = _adopt(store, jobs, read, make, imported.FARTHEST_TEXTS, _Counted(progress, len(jobs)))
     cached = CachedText(store=store, keys=keys, strategy=strategy)
-    return _finish(cached, index, "texts", parts, jobs, adopted)
+    return _finish(cached, index, "texts", wanted, jobs, adopted)
 
 
+@uncollected
 def every_caption(plan: Plan) -> dict[str, str]:
     """Owner (an image, and the number of its caption) -> caption, for all captions that the plan can give. Errors:
     `UserError`."""
@@ -408,22 +442,21 @@ def _stored(value: Tensor, dtype: torch.dtype, caption: str) -> Tensor:
 
 
 def _owner(item: Item) -> str:
-    return f"{item.dataset}.{item.image.subset}:{item.image.path.absolute()}"
+    return f"{item.dataset}.{item.image.subset}:{absolute(item.image.path)}"
 
 
 def _finish(
     cached: _Cached,
     index: FileIndex,
     kind: str,
-    parts: Mapping[str, KeyParts],
+    wanted: _Wanted,
     jobs: Sequence[_Job],
     adopted: imported.Adopted,
 ) -> _Cached:
     """The cache with its counts, once `jobs` are made. Remembers what every owner now depends on, those found by
     another's entry too."""
     trust(cached.store, index, [job.key for job in jobs])
-    last = index.read(kind, parts)
-    index.write(kind, {owner: p for owner, p in parts.items() if last.get(owner) != p})
+    _remember(index, kind, wanted)
     taken = set(adopted.taken)
     changed = tuple((job.owner.partition(":")[2], job.reason) for job in jobs if job.key not in taken)
     found = len(set(cached.keys.values())) - len(jobs)
@@ -435,3 +468,15 @@ def _finish(
         imported=len(taken),
         refused=adopted.refused,
     )
+
+
+@uncollected
+def _remember(index: FileIndex, kind: str, wanted: _Wanted) -> None:
+    """Note what every owner depends on, unless these very ones were the last that were noted: then nothing is read."""
+    pairs = "\n".join(map(" ".join, zip(wanted.keys, wanted.owners, strict=True)))
+    now = blake2b(pairs.encode("utf-8", "surrogatepass"), digest_size=20).hexdigest()
+    if index.read(kind, [""]).get("") == now:
+        return
+    parts = {owner: wanted.parts(i) for i, owner in enumerate(wanted.owners)}
+    last = index.read(kind, parts)
+    index.write(kind, {owner: p for owner, p in parts.items() if last.get(owner) != p} | {"": now})

@@ -109,6 +109,8 @@ def endless(options: CaptionOptions) -> list[str]:
     return [name for name in names if getattr(options, name)]
 
 
+_UNUSED = random.Random(0)
+"""To make one takes longer than all else."""
 MOST_CAPTIONS = 256
 """Captions of an image that are encoded beforehand."""
 
@@ -124,7 +126,7 @@ def every(lines: Sequence[str], options: CaptionOptions) -> list[str] | None:
         if spelt is None or len(found) + len(spelt) > MOST_CAPTIONS:
             return None
         # No random number is taken: with nothing endless set, the tags do not move.
-        found += [_varied_tags(caption, options, random.Random(0), 0) for caption in spelt]
+        found += [_varied_tags(caption, options, _UNUSED, 0) for caption in spelt]
     return list(dict.fromkeys(found + [""] * drops))
 
 
@@ -135,7 +137,7 @@ def whole(lines: Sequence[str], options: CaptionOptions) -> list[str]:
     if options.enable_wildcard:
         texts = [_WILDCARD.sub(_longest, text) for text in texts]
     # No random number is taken: nothing moves.
-    return [_varied_tags(text, options, random.Random(0), 0) for text in texts]
+    return [_varied_tags(text, options, _UNUSED, 0) for text in texts]
 
 
 def _longest(found: re.Match[str]) -> str:

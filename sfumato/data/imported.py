@@ -20,8 +20,9 @@ from torch import Tensor
 
 from sfumato.data import augment
 from sfumato.data.batch import Size
+from sfumato.data.caption_files import caption_files
 from sfumato.data.plan import Item, Plan
-from sfumato.data.scan import ImageFile, caption_files
+from sfumato.data.scan import ImageFile
 from sfumato.data.strategies import KohyaLatents, LatentsCachingStrategy, TextEncoderOutputsCachingStrategy
 
 Entry = Mapping[str, Tensor]

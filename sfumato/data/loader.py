@@ -191,6 +191,7 @@ class Loader:
     _queue: _Queue = field(init=False, default_factory=_Queue)
     _coming: tuple[int, Iterator[Batch]] | None = field(init=False, default=None)
     """The next epoch, and the batches from there on."""
+    _cut: tuple[int, list[tuple[list[_BatchPlan], int]]] = field(init=False, default=(-1, []))
     _reader: DataLoader[_BatchData] = field(init=False)
     _subsets: list[list[SubsetConfig]] = field(init=False)
 
@@ -235,7 +236,15 @@ class Loader:
         self._coming = None
 
     def _steps(self, epoch: int) -> list[tuple[list[_BatchPlan], int]]:
-        """The batches of this process in each step of an epoch, and the number of samples in those of all."""
+        """The batches of this process in each step of an epoch, and the number of samples in those of all; those of the
+        last epoch that was asked for are kept, as reading them and counting them both ask."""
+        known, steps = self._cut
+        if known != epoch:
+            steps = self._cut_steps(epoch)
+            self._cut = epoch, steps
+        return steps
+
+    def _cut_steps(self, epoch: int) -> list[tuple[list[_BatchPlan], int]]:
         batches, group = self.plan.batches(epoch, self.seed), self.accumulation * self.world
         starts = range(0, len(batches), group)
         steps = []

@@ -13,6 +13,7 @@ from sfumato.config.data import ONLY_REGULARISATION
 from sfumato.data import split
 from sfumato.data.batch import Size
 from sfumato.data.buckets import Placement, check, place, resolutions
+from sfumato.data.many import uncollected
 from sfumato.data.scan import ImageFile, Scan, SkippedFile, scan
 from sfumato.data.store import FileIndex, Progress
 from sfumato.errors import UserError
@@ -82,6 +83,7 @@ class Plan:
             longest[dataset] = max(bucket, longest.get(dataset, bucket), key=max)
         return [(f"dataset {d + 1}", *size, "lower its resolution or max_bucket_reso") for d, size in longest.items()]
 
+    @uncollected
     def batches(self, epoch: int, seed: int) -> list[tuple[SampleRef, ...]]:
         """The batches of an epoch (counted from 0), over all processes; each bucket's last batch may be smaller."""
         cut: list[tuple[SampleRef, ...]] = []
@@ -126,6 +128,7 @@ LARGEST_EPOCH = 2**22
 """Samples of an epoch, of all datasets together: their order is shuffled in memory, with some 150 bytes per sample."""
 
 
+@uncollected
 def make_plan(
     datasets: Sequence[DatasetConfig],
     index: FileIndex,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import os
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -10,18 +9,20 @@ from dataclasses import dataclass, field
 from hashlib import blake2b
 from io import BytesIO
 from pathlib import Path
+from types import MappingProxyType
 
 from PIL import Image
 
 from sfumato.config import DatasetConfig, SubsetConfig
 from sfumato.data import classes, faces, metadata
+from sfumato.data.caption_files import ending, read_captions
 from sfumato.data.folders import Listing, listing
 from sfumato.data.images import Unreadable, read
-from sfumato.data.sources import Source, sources
+from sfumato.data.sources import Captions, Source, sources
 from sfumato.data.store import FileIndex, Progress
 from sfumato.errors import UserError
 from sfumato.formats.files import stamp
-from sfumato.formats.paths import kind, trouble
+from sfumato.formats.paths import absolute, trouble
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -108,38 +109,51 @@ def scan(dataset: DatasetConfig, index: FileIndex, progress: Progress | None = N
     pairs = [_pairs(subset, found.images) for subset, found in zip(dataset.subsets, listings, strict=True)]
     wanted = [p for each in given if not each.images for p in each.listing.images]
     wanted += [m for of in pairs for m in of.values()]
-    facts = examine(wanted, index, progress)
+    stamps: dict[Path, list[int]] = {}
+    for listed in listings:
+        stamps |= listed.stamps
+    facts = examine(wanted, index, progress, stamps)
     result = Scan()
     for i, subset in enumerate(dataset.subsets):
         result.notes += _left_alone(subset, listings[i])
         result.skipped += [SkippedFile(path, reason, subset=i) for path, reason in listings[i].troubles]
+        paths = listings[i].images
         made = _of_class(given[i], progress)
-        _add_subset(result, i, subset, given[i], pairs[i], facts | made if made else facts, control)
+        lines = given[i].lines
+        captions = list(map(lines, paths)) if lines else read_captions(paths, subset, index)
+        _add_subset(result, i, subset, given[i], pairs[i], facts | made if made else facts, captions, control)
     pictures = (each.listing.images for each in given)
     result.notes += faces.notes(zip(dataset.subsets, pictures, strict=True))
     return result
 
 
-def examine(paths: Sequence[Path], index: FileIndex, progress: Progress | None = None) -> dict[Path, Facts]:
-    """What each image file is, from the index where the file has not changed since (size and times), else from the
-    file."""
-    paths = list(dict.fromkeys(paths))
-    known = index.read("picture", [str(p.absolute()) for p in paths])
+def examine(
+    paths: Sequence[Path],
+    index: FileIndex,
+    progress: Progress | None = None,
+    stamps: Mapping[Path, list[int]] = MappingProxyType({}),
+) -> dict[Path, Facts]:
+    """What each image file is, from the index where the file has not changed since (its stamp: size, times, number),
+    else from the file. `stamps`: of those that were looked at just now."""
+    names = {path: absolute(path) for path in paths}
+    known = index.read("picture", names.values())
     facts: dict[Path, Facts] = {}
-    for path in paths:
-        row = known.get(str(path.absolute()))
-        if isinstance(row, dict) and (found := _remembered(row, stamp(path))):
+    todo = []
+    for path, name in names.items():
+        row = known.get(name)
+        if isinstance(row, dict) and (found := _remembered(row, stamps.get(path) or stamp(path))):
             facts[path] = found
-    todo = [p for p in paths if p not in facts]
+        else:
+            todo.append(path)
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         # In portions, so that a run that is killed here has stored most of what it found.
         for start in range(0, len(todo), 256):
             portion = todo[start : start + 256]
-            stamps = {p: stamp(p) for p in portion}
+            before = {p: stamp(p) for p in portion}
             fresh = dict(zip(portion, pool.map(_examine, portion), strict=True))
             facts |= fresh
             # A problem is not remembered: it may be fixed without touching the file (a plug-in that was missing).
-            rows = {str(p.absolute()): _row(f, stamps[p]) for p, f in fresh.items() if not f.problem}
+            rows = {names[p]: _row(f, before[p]) for p, f in fresh.items() if not f.problem}
             index.write("picture", rows)
             if progress:
                 progress(start + len(portion), len(todo))
@@ -192,17 +206,12 @@ def _digest(data: bytes) -> str:
 
 def _left_alone(subset: SubsetConfig, found: Listing) -> list[str]:
     unknown = [
-        f"{n} {suffix}" for suffix, n in found.others.most_common() if suffix not in (*_EXPECTED, _suffix(subset))
+        f"{n} {suffix}" for suffix, n in found.others.most_common() if suffix not in (*_EXPECTED, ending(subset))
     ]
     return [f"{subset.image_dir}: not images, left alone: {', '.join(unknown)}"] if unknown else []
 
 
 _EXPECTED = (".txt", ".caption", ".json", ".jsonl", ".npz", ".safetensors", ".toml", ".md")
-
-
-def _suffix(subset: SubsetConfig) -> str:
-    ending = subset.caption_extension
-    return ending if ending.startswith(".") else f".{ending}"
 
 
 def _pairs(subset: SubsetConfig, paths: Sequence[Path]) -> dict[Path, Path]:
@@ -227,37 +236,35 @@ def _add_subset(
     given: Source,
     pairs: dict[Path, Path],
     facts: dict[Path, Facts],
+    captions: Sequence[Captions],
     control: bool,
 ) -> None:
     bare, blank, long = [], [], []
     # `relative_to` takes long for many images. A class gives names that stand in no folder.
     inside = "" if given.images else Path(subset.image_dir).as_posix().rstrip("/") + "/"
-    for path in given.listing.images:
-        pair = pairs.get(path)
-        captions = given.lines(path) if given.lines else _captions(path, subset)
-        if reason := _problem(
-            subset, facts[path], pair, facts, captions, "image to follow" if control else "mask image"
-        ):
+    for path, found in zip(given.listing.images, captions, strict=True):
+        pair, image = pairs.get(path), facts[path]
+        if reason := _problem(subset, image, pair, facts, found, "image to follow" if control else "mask image"):
             result.skipped.append(SkippedFile(path, reason, subset=number))
             continue
-        assert not isinstance(captions, str)
-        lines = captions if captions is not None else (subset.class_tokens or "",)
-        bare += [path] if captions is None and not subset.class_tokens else []
-        blank += [path] if captions == ("",) else []
+        assert not isinstance(found, str)
+        lines = found if found is not None else (subset.class_tokens or "",)
+        bare += [path] if found is None and not subset.class_tokens else []
+        blank += [path] if found == ("",) else []
         long += [path] if len(lines) > 1 and not subset.enable_wildcard else []
         result.images.append(
             ImageFile(
                 path=path,
                 name=path.as_posix().removeprefix(inside),
-                width=facts[path].width,
-                height=facts[path].height,
+                width=image.width,
+                height=image.height,
                 captions=lines,
                 subset=number,
                 is_reg=subset.is_reg,
                 repeats=subset.num_repeats,
                 mask_path=None if control else pair,
                 control_path=pair if control else None,
-                digest=facts[path].digest,
+                digest=image.digest,
                 mask_digest=facts[pair].digest if pair and not control else "",
                 control_digest=facts[pair].digest if pair and control else "",
                 source=given.images,
@@ -277,7 +284,7 @@ def _problem(
     image: Facts,
     pair: Path | None,
     facts: dict[Path, Facts],
-    captions: tuple[str, ...] | str | None,
+    captions: Captions,
     kind: str,
 ) -> str:
     """Why an image cannot be used, or nothing. `kind`: what its pair is."""
@@ -302,57 +309,16 @@ def _problem(
     return ""
 
 
-def _captions(path: Path, subset: SubsetConfig) -> tuple[str, ...] | str | None:
-    """The lines of an image's caption file, None when there is no file, or a string: what is wrong with it."""
-    for file in caption_files(path, subset):
-        try:
-            status = file.stat()
-        except OSError as error:
-            if error.errno in (errno.ENOENT, errno.ENAMETOOLONG):
-                continue
-            return f"its caption {file}: {error.strerror}"
-        return _lines(file, status)
-    return None
-
-
-def caption_files(path: Path, subset: SubsetConfig) -> list[Path]:
-    """Where an image's caption may stand: `name.txt` serves `name_a_b_c_d.png` too, whose numbers say where a face
-    is."""
-    names = path.stem.split("_")
-    stems = [path.stem, "_".join(names[:-4])] if len(names) >= 5 else [path.stem]
-    return [path.with_name(f"{stem}{_suffix(subset)}") for stem in stems]
-
-
-def _lines(file: Path, status: os.stat_result) -> tuple[str, ...] | str:
-    """A caption file's lines that are not blank, an empty one if there is none; or a string: what is wrong with
-    it."""
-    if (found := kind(status.st_mode)) != "file":
-        return f"its caption {file} is a {found}, not a file"
-    if status.st_size > LONGEST_CAPTION:
-        return f"its caption {file} is {status.st_size:,} bytes long: more than any text encoder reads"
-    try:
-        text = file.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError:
-        return f"its caption {file} is not UTF-8 text: save it as UTF-8"
-    except OSError as error:
-        return f"its caption {file}: {error.strerror}"
-    return tuple(line.strip() for line in text.splitlines() if line.strip()) or ("",)
-
-
-LONGEST_CAPTION = 2**20
-"""Bytes of a caption file; more is something else under its name."""
-
-
 def _caption_notes(
     subset: SubsetConfig, bare: Sequence[Path], blank: Sequence[Path], long: Sequence[Path]
 ) -> list[str]:
     notes, files = [], not (subset.metadata_file or subset.dataset_class)
     if bare:
         other = next(
-            (s for s in (".txt", ".caption") if s != _suffix(subset) and os.path.exists(bare[0].with_suffix(s))), None
+            (s for s in (".txt", ".caption") if s != ending(subset) and os.path.exists(bare[0].with_suffix(s))), None
         )
         hint = f"; there are {other} files: set caption_extension" if other else ""
-        what = f"a {_suffix(subset)} caption" if files else "a caption from it"
+        what = f"a {ending(subset)} caption" if files else "a caption from it"
         notes.append(
             f"{subset.source}: {len(bare)} images have neither {what} nor class_tokens and train with an empty "
             f"caption ({_some(bare)}){hint}"

@@ -439,15 +439,19 @@ def fingerprint(tensors: Mapping[str, Writable]) -> str:
     return digest.hexdigest()
 
 
-def stamp(path: Path) -> list[int]:
+def stamp(path: str | Path) -> list[int]:
     """Changes whenever a file does: what is known of its content may be remembered by this.
 
     Size and time of writing alone would not do: a copy may keep another file's. Empty when the file is gone.
     """
     try:
-        status = path.stat()
+        return stamp_of(os.stat(path))
     except OSError:
         return []  # reading it says why
+
+
+def stamp_of(status: os.stat_result) -> list[int]:
+    """The stamp of a file that was looked at already."""
     return [status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino]
 
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 import re
 import stat
+from pathlib import Path
 
 _NOT_TEXT = re.compile("[\ud800-\udfff]")
 _KINDS = (
@@ -20,7 +21,9 @@ _KINDS = (
 def printable(path: str | os.PathLike[str]) -> str:
     """A path's text with `\\xff` for each byte that is not UTF-8: Python's own marks for them can be neither printed
     nor stored."""
-    return _NOT_TEXT.sub(lambda found: _spelt(ord(found[0])), os.fspath(path))
+    if (text := os.fspath(path)).isascii():
+        return text
+    return _NOT_TEXT.sub(lambda found: _spelt(ord(found[0])), text)
 
 
 def _spelt(mark: int) -> str:
@@ -30,6 +33,12 @@ def _spelt(mark: int) -> str:
 def is_text(value: str) -> bool:
     """Whether a string can be written as UTF-8."""
     return not _NOT_TEXT.search(value)
+
+
+def absolute(path: str | os.PathLike[str]) -> str:
+    """A path's text from the root on, as `Path.absolute` gives it, in a fraction of its time."""
+    text = os.fspath(path)
+    return text if text.startswith("/") and os.sep == "/" else str(Path(text).absolute())
 
 
 def kind(mode: int) -> str:

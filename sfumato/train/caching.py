@@ -90,8 +90,8 @@ def open_data(
     measured = evaluation(plan, config.validation.max_validation_steps)
     for each in (plan, measured) if measured else (plan,):
         check_sizes(models, each.largest())
-        if caches_text(config):
-            every_caption(each)
+        if caches_text(config) and any(subset.enable_wildcard for dataset in datasets for subset in dataset.subsets):
+            every_caption(each)  # only wildcards may give too many
     return Data(
         plan,
         TensorStore(root if d.cache_latents_to_disk else None),

@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from sfumato.data.cache import CachedEntries, CachedLatents, CachedText
-from sfumato.data.store import FileIndex, TensorStore
+from sfumato.data.store import FileIndex, Keys, TensorStore, key
 from sfumato.errors import UserError
 
 
@@ -106,6 +106,19 @@ def test_exactly_the_latents_concerned(
     options = change(images)
     assert counts(run(images, cache, **options)) == expected
     assert run(images, cache, **options).encoded == 0
+
+
+@pytest.mark.parametrize("value", ["", "a", "caf\xe9, \u732b", 'say "\\"', "\0", "\udcff", "\n"])
+def test_keys_made_at_once_are_those_of_their_parts(value: str) -> None:
+    others = {"version": 2, "VAE": "a", "bucket": [1, 2], "setting caption": None}
+    assert Keys("caption", lambda: others).of(value) == key({**others, "caption": value})
+
+
+def test_what_an_image_last_depended_on_is_known_after_runs_to_and_fro(images: Path, cache: Path) -> None:
+    other = folder(images.parent / "other", seed=9)
+    for flip, where in ((False, images), (True, images), (False, other), (False, images), (False, images)):
+        run(where, cache, flip_aug=flip)
+    assert run(images, cache, vae="another").reasons == {"VAE changed": 5}
 
 
 def test_another_resolution_keeps_the_first(images: Path, cache: Path) -> None:

@@ -13,8 +13,8 @@ import pytest
 from folders import dataset, folder, latents, noise, plan, subset
 from PIL import Image
 
+from sfumato.data import caption_files, sources
 from sfumato.data import scan as module
-from sfumato.data import sources
 from sfumato.data.scan import Scan, scan
 from sfumato.data.store import FileIndex, TensorStore
 from sfumato.errors import UserError
@@ -273,3 +273,34 @@ def test_a_caption_of_megabytes_is_reported(tmp_path: Path) -> None:
     folder(tmp_path)
     (tmp_path / "0.txt").write_bytes(b"word, " * 200_000)
     assert "bytes long" in look(tmp_path).skipped[0].reason
+
+
+def test_a_second_look_reads_no_caption_that_is_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder(tmp_path)
+    (tmp_path / "3.txt").unlink()
+    read: list[str] = []
+    lines = caption_files._lines
+    monkeypatch.setattr(
+        caption_files, "_lines", lambda file, status: (read.append(Path(file).name), lines(file, status))[1]
+    )
+    monkeypatch.setattr(caption_files, "SETTLED", 0)
+    index = FileIndex(tmp_path / "cache")
+
+    def found() -> tuple[list[str], list[str]]:
+        read.clear()
+        return [p.captions[0] for p in look(tmp_path, index).images], read
+
+    texts, _ = found()
+    assert found() == (texts, [])
+    old = (tmp_path / "1.txt").stat()
+    (tmp_path / "other").write_text(texts[1].upper() + "\n")  # of the same size
+    os.replace(tmp_path / "other", tmp_path / "1.txt")
+    os.utime(tmp_path / "1.txt", ns=(old.st_atime_ns, old.st_mtime_ns))
+    (tmp_path / "2.txt").unlink()
+    (tmp_path / "3.txt").write_text("new")
+    assert found() == ([texts[0], texts[1].upper(), "", "new", texts[4]], ["1.txt", "3.txt"])
+    index.write("caption", {str(tmp_path / "0.txt"): [1, 2], str(tmp_path / "4.txt"): "damaged"})
+    assert found() == ([texts[0], texts[1].upper(), "", "new", texts[4]], ["0.txt", "4.txt"])
+    monkeypatch.setattr(caption_files, "SETTLED", 3600 * 10**9)
+    (tmp_path / "0.txt").write_text("written just now")
+    assert [found()[1], found()[1]] == [["0.txt"], ["0.txt"]]
