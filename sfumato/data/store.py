@@ -18,7 +18,7 @@ from torch import Tensor
 
 from sfumato.data.entries import Damaged, facts, unpack
 from sfumato.errors import UserError
-from sfumato.formats import files
+from sfumato.formats import files, leftovers
 from sfumato.formats.paths import printable
 
 KeyParts = Mapping[str, object]
@@ -52,11 +52,7 @@ class Keys:
 
 
 _HOLE = "\0"
-
-
 _TABLE = "CREATE TABLE IF NOT EXISTS known (kind TEXT, name TEXT, value TEXT, PRIMARY KEY (kind, name)) WITHOUT ROWID"
-
-
 _AT_ONCE = 500
 """Rows that are asked for at once: SQLite takes 999 values in a query, or more."""
 
@@ -111,21 +107,35 @@ class TensorStore:
         if self.root is None:
             self._memory[name] = stored
             return
-        path = self.path(name)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        files.save(path, stored, facts(name, stored))
+        size = sum(t.nbytes for t in stored.values())
+        with files.aside(self.path(name), size, of_many=True) as temp, temp.open("wb") as file:
+            for part in files.serialise(stored, facts(name, stored)):
+                file.write(part)
+
+    def clear(self) -> None:
+        """Remove what killed processes left half-written."""
+        assert self.root is not None
+        for folder in (self.root / "entries").glob("??"):
+            for left in leftovers.found(folder, lambda _: True, leftovers.STALE):
+                if left.kind == "file":
+                    left.path.unlink(missing_ok=True)
 
 
 @contextmanager
 def writing(store: TensorStore, ahead: int = 8) -> Iterator[Callable[[str, Mapping[str, Tensor]], None]]:
     """`store.put` beside other work: the disk is waited for only when more than `ahead` entries are on their way, and
-    at the end.
+    at the end. What killed processes left is cleared away before the first.
 
     Raises what `put` raises, at a later `put` or at the end.
     """
     waiting: deque[Future[None]] = deque()
+    cleared = store.root is None
 
     def put(name: str, tensors: Mapping[str, Tensor]) -> None:
+        nonlocal cleared
+        if not cleared:
+            store.clear()
+            cleared = True
         waiting.append(pool.submit(store.put, name, tensors))
         if len(waiting) > ahead:
             waiting.popleft().result()
@@ -252,8 +262,10 @@ def _wrong(store: TensorStore, name: str, mismatch: Callable[[str, Mapping[str, 
 
 
 def trust(store: TensorStore, index: FileIndex, names: Iterable[str]) -> None:
-    """Remember entries that were made just now as verified."""
-    if store.root is not None:
+    """Remember entries that were made just now as verified, once they are on the disk itself."""
+    names = list(names)
+    if store.root is not None and names:
+        files.sync_all()
         index.write("entry", store.stamps(names))
 
 

@@ -213,24 +213,28 @@ def _pickle_header(path: Path) -> Header:
 
 
 @contextmanager
-def aside(path: str | Path, needed: int = 0) -> Iterator[Path]:
+def aside(path: str | Path, needed: int = 0, *, of_many: bool = False) -> Iterator[Path]:
     """A temporary path in the same folder, which becomes `path` when the block ends well.
 
     `path` holds its old content or the whole new one, whatever happens; after a failure the temporary file is
-    gone. `needed`: bytes about to be written, for the message. Errors: `WriteError` when the disk is full or
-    the folder cannot be written.
+    gone. `needed`: bytes about to be written, for the message. `of_many`: it is one of many files, whose leftovers
+    the caller clears, and which it syncs all at once (`sync_all`). Errors: `WriteError` when the disk is full or the
+    folder cannot be written.
     """
     path = Path(path)
+    of_many = of_many and hasattr(os, "sync")
     temp = leftovers.file_beside(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        leftovers.clear_file(path)
+        if not of_many:
+            leftovers.clear_file(path)
         temp.touch()
     except OSError as error:
         raise WriteError(f"{path}: cannot be written: {error.strerror}") from None
     try:
         yield temp
-        _sync(temp)
+        if not of_many:
+            _sync(temp)
         os.replace(temp, path)
     except BaseException as error:
         with suppress(OSError):
@@ -240,7 +244,14 @@ def aside(path: str | Path, needed: int = 0) -> Iterator[Path]:
         if isinstance(error, OSError):
             raise WriteError(f"{path}: could not be written: {error.strerror or error}") from error
         raise
-    _sync(path.parent)
+    if not of_many:
+        _sync(path.parent)
+
+
+def sync_all() -> None:
+    """Have on the disk itself what was written `of_many`."""
+    if hasattr(os, "sync"):
+        os.sync()
 
 
 def save(
