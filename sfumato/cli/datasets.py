@@ -331,7 +331,7 @@ def _unused_flags(
 _CUTS = ("shuffle_caption", "caption_tag_dropout_rate", "token_warmup_step")
 _BUCKETS = ("min_bucket_reso", "max_bucket_reso", "bucket_reso_steps", "bucket_no_upscale")
 _NOT_CACHED = ("color_aug", "random_crop", "face_crop_aug_range")
-_NOT_FINITE = ("shuffle_caption", "caption_tag_dropout_rate", "token_warmup_step", "enable_wildcard")
+_NOT_FINITE = ("shuffle_caption", "caption_tag_dropout_rate", "token_warmup_step")
 
 
 def check(datasets: Iterable[DatasetConfig], settings: Settings, given: Mapping[str, Given], report: Report) -> None:

@@ -91,6 +91,13 @@ def test_attributes_of_ones_own_are_read_and_written(home: Path) -> None:
         read(f"{text}x = [1]\n")
 
 
+def test_wildcards_and_cached_text_go_together(home: Path) -> None:
+    text = "[general]\nenable_wildcard = true\n[[datasets]]\n[[datasets.subsets]]\nimage_dir = 'images'\n"
+    assert read(text, "--cache_text_encoder_outputs")[0].subsets[0].enable_wildcard
+    with pytest.raises(UserError, match="shuffle_caption cannot be used with cache_text_encoder_outputs"):
+        read(text.replace("enable_wildcard", "shuffle_caption"), "--cache_text_encoder_outputs")
+
+
 def test_every_mistake_is_told_with_its_line(home: Path) -> None:
     text = FULL.replace('image_dir = "more"\n  is_reg', 'image_dir = "image"\n  is_reg').replace(
         "batch_size = 3", 'batch_size = "3"'
