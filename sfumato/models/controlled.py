@@ -19,7 +19,7 @@ from sfumato.formats.names import add_prefix
 from sfumato.models import lllites
 from sfumato.models.base import Models
 from sfumato.models.components import open_component
-from sfumato.models.control import ControlSpec, Door, Follower, Residuals
+from sfumato.models.control import FLAG, ControlSpec, Door, Follower, Residuals
 from sfumato.models.detection import Shapes
 from sfumato.models.meta_init import fill, shapes
 
@@ -146,8 +146,15 @@ def _first_values(
 
 def read_net(models: Models, name: str, dtype: torch.dtype | None = None) -> nn.Module:
     """The control net of a file, a folder or the hub, frozen; without values (on the meta device) if the denoiser is.
-    Errors: `UserError` for one of another kind, or that does not fit its net."""
+    Errors: `UserError` for one of another kind, for another model, or that does not fit its net."""
     weights = open_component(spec_of(models).component, name)
+    found, wanted = weights.shapes(), denoiser_shapes(models)
+    for key in found.keys() & wanted.keys():
+        if key.endswith(".weight") and found[key] != wanted[key]:
+            raise UserError(
+                f"{FLAG}: {weights.where} is for another model than {models.source.path}: its {key} is {found[key]}, "
+                f"the model's {wanted[key]}"
+            )
     return weights.empty() if is_outline(models) else weights.build(dtype, map=False)
 
 

@@ -14,7 +14,9 @@ from tinies.cases import Case, cases
 from torch import Tensor
 
 from sfumato import families
+from sfumato.errors import UserError
 from sfumato.families.detect import identify
+from sfumato.formats.files import load, save
 from sfumato.formats.names import add_prefix
 from sfumato.models.base import Models, SampleInfo
 from sfumato.models.controlled import Controlled, new_net, read_net, save_net
@@ -96,6 +98,20 @@ def test_a_file_comes_back(models: Models, theirs: Any, tmp_path: Path) -> None:
 def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
     assert a.keys() == b.keys()
     assert not [name for name, value in a.items() if not torch.equal(value, b[name])]
+
+
+def test_one_of_another_model_is_refused(models: Models, theirs: Any, tmp_path: Path) -> None:
+    theirs.save_pretrained(tmp_path / "net")
+    file = tmp_path / "net" / "diffusion_pytorch_model.safetensors"
+    tensors = load(file)
+    for t in [name for name in tensors if name.endswith("attn2.to_k.weight")]:
+        tensors[t] = torch.cat([tensors[t], tensors[t]], 1)
+    save(file, tensors)
+    with pytest.raises(UserError, match=r"controlnet_model_name_or_path: .* is for another model than .*to_k\.weight"):
+        read_net(models, str(file))
+    save(tmp_path / "lora.safetensors", {"lora_unet_mid_block.lora_down.weight": torch.zeros(1, 1)})
+    with pytest.raises(UserError, match="does not hold the ControlNet"):
+        read_net(models, str(tmp_path / "lora.safetensors"))
 
 
 def test_a_new_net_changes_nothing(models: Models) -> None:
