@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from sfumato.config import Config, Method
     from sfumato.train.outlines import Parts
 
-SECTIONS = ("noise", "loss", "optimizer", "memory", "network")
+SECTIONS = ("noise", "loss", "optimizer", "memory", "network", "control")
 """Of settings that change a step, besides these and the family's own."""
 SETTINGS = ("mixed_precision", "full_bf16", "kahan_summation")
 CACHED = {"cache_latents": True, "cache_text_encoder_outputs": True}

@@ -24,6 +24,7 @@ from sfumato import adapters, families
 from sfumato.config import Config, Method
 from sfumato.data.batch import Batch
 from sfumato.data.loader import StepBatches
+from sfumato.errors import UserError
 from sfumato.memory.swap_plan import bytes_of
 from sfumato.models.base import Models
 from sfumato.models.loading import read_values
@@ -183,7 +184,10 @@ def _loaded(case: Case, folder: Path, device: torch.device) -> tuple[Config, Mod
     plan = None
     if case.method == "network":
         plan = adapters.parse(config.network, families.facts(case.family).network_args)
-    return config, models, trainables.make(case.method, models, config, plan)
+    trainable = trainables.make(case.method, models, config, plan)
+    if models.encodes():
+        raise UserError("what this ControlNet follows passes through the VAE, which is not measured here")
+    return config, models, trainable
 
 
 def _assembled(config: Config, models: Models, trainable: Trainable, device: torch.device) -> loop.Run:
@@ -215,12 +219,13 @@ def _batches(case: Case, models: Models, config: Config, device: torch.device) -
     latents = torch.randn(count, facts.channels, side, side, generator=g)
     cond = dict(_captions(models.family.caption(shapes(models.denoiser.state_dict())), count, g))
     sizes = torch.tensor([[pixels, pixels, 0, 0, pixels, pixels]] * count)
+    followed = torch.rand(count, 3, pixels, pixels, generator=g) if models.followers else None
     process, pack, step = models.process(config.noise, config.loss), run._packing(device), 0
     while True:
         keys = [step * count + i for i in range(count)]
         batch = Batch(
             captions=[""] * count, keys=keys, weight=torch.ones(count), multiplier=torch.ones(count), sizes=sizes,
-            latents=latents, cond=cond, drawn=draw(models, process, sizes, keys),
+            latents=latents, cond=cond, control=followed, drawn=draw(models, process, sizes, keys),
         )  # fmt: skip
         yield pack(batch)
         step += 1

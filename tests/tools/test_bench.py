@@ -64,6 +64,16 @@ def test_steps_are_measured_as_the_settings_ask(
     assert "--fused_backward_pass" in shown[3] and len(shown) == 4, "it was not measured before"
 
 
+def test_a_control_net_follows_made_up_images(chroma: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(steps, "MATMUL", {"cpu": 256})
+    monkeypatch.setattr(steps, "COPIED", {"cpu": 1 << 16})
+    words = ["--resolution", "64", "--rounds", "1", "--steps", "1", "--json", str(tmp_path / "a.json")]
+    with HERE:
+        assert main(["bench", "controlnet", "--model", str(chroma), *words, "--control_net_lr", "0.1"]) == 0
+    (row,) = json.loads((tmp_path / "a.json").read_text(encoding="utf-8"))["rows"]
+    assert row["trained"] > row["parameters"] / 10
+
+
 def test_a_case_that_failed_is_a_line_and_the_others_have_ratios() -> None:
     rows = [
         {"model": "a", "method": "full", "setting": "", "error": "no"},
