@@ -11,11 +11,13 @@ from diffusers import ChromaPipeline
 from tinies import chroma
 from tinies.encoders import T5_WIDTH
 from torch import Tensor
+from training import config
 
 from sfumato.errors import UserError
 from sfumato.families.chroma.control import arguments
 from sfumato.models.base import Models
 from sfumato.models.controlled import Controlled, new_net, read_net, save_net
+from sfumato.train.trainables.controlnet import ControlNet
 
 H, W, TOKENS, STRENGTH = 8, 12, 9, 0.7
 
@@ -86,6 +88,6 @@ def test_the_model_takes_what_it_gives_as_diffusers_does(models: Models, tmp_pat
     assert (ours - said(models, x, t, t5)).abs().max() > 1e-2
     wanted, _ = they_say(x, t, t5, [STRENGTH * each for each in residuals(models, net)])
     torch.testing.assert_close(ours, wanted, atol=1e-5, rtol=1e-5)
-    with pytest.raises(UserError, match="diffusers has no ControlNet of Chroma"):
-        save_net(models, net.state_dict(), tmp_path / "folder", {})
-    assert not (tmp_path / "folder").exists()
+    # Before the training, not after it.
+    with pytest.raises(UserError, match="save_model_as: diffusers has no ControlNet of Chroma"):
+        ControlNet(models, config(save_model_as="diffusers"))

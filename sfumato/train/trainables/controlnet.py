@@ -14,6 +14,7 @@ from sfumato.data.batch import Batch
 from sfumato.formats import files
 from sfumato.models.base import Models
 from sfumato.models.controlled import Controlled, denoiser_shapes, new_net, read_net, save_net, spec_of
+from sfumato.models.meta_init import shapes
 from sfumato.optim.groups import Group
 from sfumato.tensors.random import generator
 from sfumato.train import checkpoints
@@ -37,7 +38,10 @@ class ControlNet:
         else:
             net = new_net(models, generator(NAME, config.train.seed))
         self.net = net.to(dtype)
-        unused = spec_of(models).unused(net)
+        spec = spec_of(models)
+        if not self.suffix():
+            spec.config(shapes(net.state_dict()))  # what diffusers has no class for is reported now
+        unused = spec.unused(net)
         for name, p in net.named_parameters():
             p.requires_grad_(not re.fullmatch(unused, name))
         self.control = Controlled(models, self.net)
