@@ -150,11 +150,12 @@ def test_every_setting(name: str, images: Path, tmp_path: Path) -> None:
         assert len(seen.copies) == 1
 
 
-@pytest.mark.parametrize(("method", "family"), [("controlnet", "sd"), ("lllite", "sdxl")])
+@pytest.mark.parametrize(("method", "family"), [("controlnet", "sd"), ("controlnet", "sd3"), ("lllite", "sdxl")])
 def test_images_that_are_followed(method: Any, family: str, images: Path, tmp_path: Path) -> None:
     shutil.copytree(images, tmp_path / "images")
     shutil.copytree(images, tmp_path / "follow", ignore=shutil.ignore_patterns("*.txt"))
-    seen = steps(FAMILIES[family], tmp_path, tmp_path, method, prepare=following)
+    live = {"cache_latents": False, "cache_text_encoder_outputs": False}
+    seen = steps(FAMILIES[family], tmp_path, tmp_path, method, prepare=following, **live)
     assert len(seen.copies) == 1
 
 
