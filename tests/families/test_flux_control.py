@@ -119,12 +119,20 @@ def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
     assert not [name for name, value in a.items() if not torch.equal(value, b[name])]
 
 
-def test_names_and_shapes_of_a_real_file() -> None:
+@pytest.mark.parametrize("model", ["flux_dev", "flux_schnell"])
+@pytest.mark.parametrize("latents", [False, True], ids=["pixels", "latents"])
+def test_names_and_shapes_of_real_ones(model: str, latents: bool) -> None:
+    """sd-scripts' where pixels are followed, and diffusers'."""
     spec = families.family("flux").control
     assert spec is not None
-    wanted = spec.shapes(headers.table("flux_dev.transformer"), families.facts("flux").options())
-    made = spec.component.single(wanted).write(spec.component.net(wanted, {}).state_dict())
-    assert {name: tuple(t.shape) for name, t in made.items()} == headers.table("flux.controlnet")
+    options = families.facts("flux").options(controlnet_latents=latents, controlnet_single_blocks=int(latents))
+    wanted = spec.shapes(headers.table(f"{model}.transformer"), options)
+    tensors = spec.component.net(wanted, {}).state_dict()
+    if model == "flux_dev" and not latents:
+        assert shapes(spec.component.single(wanted).write(tensors)) == headers.table("flux.controlnet")
+    with torch.device("meta"):
+        theirs: Any = FluxControlNetModel.from_config(dict(spec.config(wanted)))
+    assert shapes(spec.component.diffusers(wanted).write(tensors)) == shapes(theirs.state_dict())
 
 
 @pytest.mark.parametrize(

@@ -10,13 +10,15 @@ import pytest
 import torch
 from diffusers import SD3ControlNetModel
 from safetensors import safe_open
-from tinies import sd3
+from tinies import headers, sd3
 from tinies.cases import Case
 from torch import Tensor
 
+from sfumato import families
 from sfumato.errors import UserError
 from sfumato.models.base import Models
 from sfumato.models.controlled import Controlled, new_net, read_net, save_net
+from sfumato.models.meta_init import shapes
 
 KINDS: tuple[sd3.Kind, ...] = ("medium", "3.5_medium")
 H, W, STRENGTH = 8, 12, 0.7
@@ -90,6 +92,19 @@ def test_a_single_file_has_the_names_that_programs_look_for(models: Models, thei
         assert set(file.keys()) == theirs.state_dict().keys()
     again = read_net(models, str(tmp_path / "ours.safetensors")).state_dict()
     assert not [name for name, t in net.state_dict().items() if not torch.equal(t, again[name])]
+
+
+@pytest.mark.parametrize("model", ["sd3_medium", "sd3.5_medium", "sd3.5_large"])
+def test_names_and_shapes_of_real_ones(model: str) -> None:
+    """diffusers', for a net of the size that its own are of."""
+    spec = families.family("sd3").control
+    assert spec is not None
+    wanted = spec.shapes(headers.table(f"{model}.transformer"), families.facts("sd3").options())
+    with torch.device("meta"):
+        theirs: Any = SD3ControlNetModel.from_config(dict(spec.config(wanted)))
+    assert theirs.config.num_layers == (19 if model == "sd3.5_large" else 12)
+    tensors = spec.component.net(wanted, {}).state_dict()
+    assert shapes(spec.component.single(wanted).write(tensors)) == shapes(theirs.state_dict())
 
 
 def test_a_new_net_is_the_first_blocks(models: Models) -> None:
