@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 from PIL.Image import Image
-from quickstart import HERE, ROOT, saturation
+from quickstart import HERE, ROOT, pipeline, saturation
 
 OUT = ROOT / "runs" / "quantised"
 STEPS = 200
@@ -53,22 +53,15 @@ def file_of(name: str) -> Path:
 
 def show() -> None:
     """Sample the held-out prompts without and with each LoRA; write the grid and the measures."""
-    from sfumato import families
-    from sfumato.config import Config, ModelConfig
-    from sfumato.families.detect import detect_file
     from sfumato.sampling.image_files import grid
     from sfumato.sampling.prompts import read_prompts
-    from sfumato.train.pipeline import Pipeline
     from sfumato.train.progress import console
 
-    model = str(HERE / "model.safetensors")
-    options = families.facts(detect_file(model).family).options()
-    pipeline = Pipeline.of(Config(model=ModelConfig(pretrained_model_name_or_path=model), family=options))
-    prompts = read_prompts(HERE / "prompts.txt")
-    rows = {"no LoRA": pipeline.sample(prompts)}
+    model, prompts = pipeline(), read_prompts(HERE / "prompts.txt")
+    rows = {"no LoRA": model.sample(prompts)}
     for name in RUNS:
-        with pipeline.adapted(file_of(name)):
-            rows[name] = pipeline.sample(prompts)
+        with model.adapted(file_of(name)):
+            rows[name] = model.sample(prompts)
     grid(list(rows.values()), list(rows), [p.prompt for p in prompts], enlarge=2).save(OUT / "quantised.png")
     effect = difference(rows["no LoRA"], rows["fp32"])
     found = {

@@ -11,10 +11,14 @@ import json
 import os
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from PIL import ImageDraw, ImageFilter, ImageOps
 from PIL.Image import Image, fromarray
+
+if TYPE_CHECKING:
+    from sfumato.train.pipeline import Pipeline
 
 ROOT = Path(__file__).resolve().parents[2]
 HERE = ROOT / "examples" / "emoji"
@@ -36,22 +40,15 @@ def main() -> int:
 
 def show(adapter: Path) -> None:
     """Sample the held-out prompts without and with the adapter; write the grid and the measure."""
-    from sfumato import families
-    from sfumato.config import Config, ModelConfig
-    from sfumato.families.detect import detect_file
     from sfumato.sampling.image_files import grid
     from sfumato.sampling.prompts import read_prompts
-    from sfumato.train.pipeline import Pipeline
     from sfumato.train.progress import console, progress
 
-    model = str(HERE / "model.safetensors")
-    options = families.facts(detect_file(model).family).options()
-    pipeline = Pipeline.of(Config(model=ModelConfig(pretrained_model_name_or_path=model), family=options))
-    prompts = read_prompts(HERE / "prompts.txt")
+    model, prompts = pipeline(), read_prompts(HERE / "prompts.txt")
     with progress("sampling before and after") as advance:
-        before = pipeline.sample(prompts, progress=advance)
-        with pipeline.adapted(adapter):
-            after = pipeline.sample(prompts, progress=advance)
+        before = model.sample(prompts, progress=advance)
+        with model.adapted(adapter):
+            after = model.sample(prompts, progress=advance)
     titles = [p.prompt for p in prompts]
     grid([before, after], ["before", "after"], titles, enlarge=2).save(OUT / "before-after.png")
     effect = {"saturation_before": saturation(before), "saturation_after": saturation(after)}
@@ -69,6 +66,18 @@ def show(adapter: Path) -> None:
     console.print(
         f"look at {(OUT / 'before-after.png').relative_to(ROOT)} and {(OUT / 'lineart-loss.png').relative_to(ROOT)}"
     )
+
+
+def pipeline() -> Pipeline:
+    """The model in the box, to sample from."""
+    from sfumato import families
+    from sfumato.config import Config, ModelConfig
+    from sfumato.families.detect import detect_file
+    from sfumato.train.pipeline import Pipeline
+
+    model = str(HERE / "model.safetensors")
+    options = families.facts(detect_file(model).family).options()
+    return Pipeline.of(Config(model=ModelConfig(pretrained_model_name_or_path=model), family=options))
 
 
 def saturation(images: list[Image]) -> float:
