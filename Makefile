@@ -36,6 +36,7 @@ docs: .venv/dev
 	$(BIN)/python -m sfumato.cli.reference > docs/options.md
 	$(BIN)/python -m sfumato.cli.loads_in > docs/loads-in.md
 	$(BIN)/python -m sfumato.cli.adapter_reference > docs/adapters.md
+	PYTHONPATH=tests/cli $(BIN)/python tests/cli/test_kohya_flags.py > docs/kohya-flags.md
 
 clean:
 	rm -rf .venv runs

@@ -63,8 +63,8 @@ def settle(given: Given, report: Report) -> Given:
 
 def _settled(given: Given, value: object, beside: Path | None, report: Report) -> object:
     kind = _kinds()[given.key]
-    if not isinstance(value, str) or not value or (kind == "state" and value == "auto"):
-        return value  # of the wrong type, or not set
+    if not isinstance(value, str) or not value or (kind == "state" and value == "auto") or value.startswith("data:"):
+        return value  # of the wrong type, or not set, or the picture itself
     path = expanded(value)
     if beside is not None and not path.is_absolute() and not os.path.exists(path) and os.path.exists(beside / path):
         value, path = str(beside / path), beside / path

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated
 
-from sfumato.config.rules import Only, Record
+from sfumato.config.rules import File, Only, Record
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,7 +30,7 @@ class MetadataConfig(Record):
     """modelspec: how to use the file."""
     metadata_trigger_phrase: str | None = None
     """modelspec: the phrase that calls the trained thing."""
-    metadata_thumbnail: str | None = None
+    metadata_thumbnail: File = None
     """modelspec: a small picture of what the file makes: an image file, which is written as it is, or a data URL."""
     metadata_merged_from: str | None = None
     """modelspec: names of the models that the base model was merged from, separated by commas."""

@@ -68,11 +68,16 @@ class Uploads:
         self._thread.join(PATIENCE)
         if self.done:
             console.print(f"{self.done} uploaded to {self.config.huggingface_repo_id}")
+        kind = self.config.huggingface_repo_type
         for path in [*self.failed, *self.waiting]:
             by_hand = f"hf upload {self.config.huggingface_repo_id} {path} {self._name(path)}"
+            by_hand += "" if kind == "model" else f" --repo-type {kind}"
             console.print(f"{path}: not uploaded to {self.config.huggingface_repo_id}; later: `{by_hand}`")
 
     def _work(self) -> None:
+        from huggingface_hub.utils.tqdm import disable_progress_bars
+
+        disable_progress_bars()  # they would be drawn over the training's
         while (path := self._queue.get()) is not None:
             if path.exists() and not self._uploaded(path):
                 self.failed.append(path)

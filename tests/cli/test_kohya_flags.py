@@ -1,7 +1,5 @@
 """Every flag of every trainer of sd-scripts, given to ours one by one: it acts, or is accepted or refused with a reason.
-
-PYTHONPATH=tests/cli python tests/cli/test_kohya_flags.py > docs/kohya-flags.md
-"""
+`make docs` writes docs/kohya-flags.md by it."""
 
 from __future__ import annotations
 
@@ -232,7 +230,7 @@ def test_what_is_refused_is_not_refused_for_being_unfinished(found: dict[str, di
 
 
 def test_the_table_in_the_docs_is_this_one(found: dict[str, dict[str, str]]) -> None:
-    assert DOCS.read_text() == text(found), "make it anew, as the head of this file says"
+    assert DOCS.read_text() == text(found), "make it anew: make docs"
 
 
 def test_t5_alone_is_cached_by_what_gives_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

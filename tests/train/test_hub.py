@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import inspect
 import shutil
 import threading
+from collections.abc import Callable
 from dataclasses import replace
+from functools import wraps
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import pytest
+from huggingface_hub import HfApi
 from safetensors.torch import load_file
 from training import Train, config
 
@@ -17,6 +21,18 @@ from sfumato.errors import UserError
 from sfumato.train import check, hub, resume
 
 TOKEN = "hf_verysecret"
+
+
+def as_there(method: Callable[..., Any]) -> Callable[..., Any]:
+    """Takes what the real method takes."""
+    signature = inspect.signature(getattr(HfApi, method.__name__))
+
+    @wraps(method)
+    def call(self: object, **given: Any) -> Any:
+        signature.bind(self, **given)
+        return method(self, **given)
+
+    return call
 
 
 class FakeHub:
@@ -28,15 +44,19 @@ class FakeHub:
     """Raised one after another by uploads; None: it goes well."""
     hanging: ClassVar[threading.Event | None]
 
+    @as_there
     def repo_exists(self, repo_id: str, repo_type: str) -> bool:
         return repo_id in self.private
 
+    @as_there
     def create_repo(self, repo_id: str, repo_type: str, private: bool, exist_ok: bool) -> None:
         self.private[repo_id] = private
 
+    @as_there
     def upload_file(self, path_or_fileobj: Path, path_in_repo: str, repo_id: str, repo_type: str) -> None:
         shutil.copy(path_or_fileobj, self._at(repo_type, repo_id, path_in_repo))
 
+    @as_there
     def upload_folder(self, folder_path: Path, path_in_repo: str, repo_id: str, repo_type: str) -> None:
         shutil.copytree(folder_path, self._at(repo_type, repo_id, path_in_repo))
 
