@@ -239,7 +239,8 @@ def _placed(found: Scan, dataset: DatasetConfig, number: int) -> tuple[list[Item
     items, left = [], []
     images, small = _large_enough(found.images, dataset)
     if small:
-        found.notes.append(f"dataset {number + 1}: {len(small)} images are left out: {small[0].reason}")
+        some = ", ".join(skip.path.name for skip in small[:5]) + (" ..." if len(small) > 5 else "")
+        found.notes.append(f"dataset {number + 1}: {len(small)} images are left out, {small[0].reason} ({some})")
     for image in images:
         try:
             placement = place((image.width, image.height), dataset, buckets)
