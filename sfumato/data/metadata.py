@@ -62,22 +62,20 @@ def describe(metadata_file: str, image_dir: str, *, recursive: bool = False) -> 
     What is not there, or stands there twice, is among the troubles of `listing`. `recursive`: images of sub-folders
     that the file does not name are told too. Errors: `UserError` for a file that cannot be read as metadata.
     """
-    records = read(metadata_file)
     folders = _Folders()
-    found = Described()
-    for key, record in records.items():
+    inside = folders.listing(os.path.normpath(image_dir), recursive=recursive) if image_dir else Listing()
+    found = Described(Listing(others=inside.others))
+    for key, record in read(metadata_file).items():
         path, problem = _find(key, image_dir, folders)
         if not problem and path in found.records:
-            problem = f"{metadata_file} names it twice"
+            problem = "{file} names it twice"
         if problem:
             found.listing.troubles.append((path, problem.replace("{file}", metadata_file)))
         else:
             found.records[path] = record
     found.listing.images = sorted(found.records, key=Path.as_posix)
-    if image_dir:
-        inside = listing(Path(image_dir), recursive=recursive)
-        found.listing.others = inside.others
-        found.others = [path for path in inside.images if path not in found.records]
+    found.listing.stamps = {path: stamp for path, stamp in folders.stamps.items() if path in found.records}
+    found.others = [path for path in inside.images if path not in found.records]
     return found
 
 
@@ -85,30 +83,41 @@ class _Folders:
     """Folders of images, each listed once."""
 
     def __init__(self) -> None:
-        self._known: dict[Path, tuple[dict[str, Path], dict[str, list[Path]]]] = {}
+        self.stamps: dict[Path, list[int]] = {}
+        self._names: dict[str, dict[str, Path]] = {}
+        self._stems: dict[str, dict[str, list[Path]]] = {}
 
-    def look(self, path: Path) -> list[Path]:
+    def listing(self, folder: str, *, recursive: bool = False) -> Listing:
+        """What lies in a folder, of a normal path, whose images `look` then knows."""
+        found = listing(Path(folder), recursive=recursive)
+        self.stamps |= found.stamps
+        names, stems = self._names.setdefault(folder, {}), self._stems.setdefault(folder, {})
+        for image in found.images:
+            if not recursive or str(image.parent) == folder:
+                names[image.name] = image
+                stems.setdefault(os.path.splitext(image.name)[0], []).append(image)
+        return found
+
+    def look(self, folder: str, name: str) -> list[Path]:
         """The images of exactly this name, or else of this name with any image's ending."""
-        if path.parent not in self._known:
-            images = listing(path.parent).images
-            stems: dict[str, list[Path]] = {}
-            for image in images:
-                stems.setdefault(image.stem, []).append(image)
-            self._known[path.parent] = {image.name: image for image in images}, stems
-        names, stems = self._known[path.parent]
-        return [names[path.name]] if path.name in names else stems.get(path.name, [])
+        if folder not in self._names:
+            self.listing(folder)
+        image = self._names[folder].get(name)
+        return [image] if image else self._stems[folder].get(name, [])
 
 
 def _find(key: str, image_dir: str, folders: _Folders) -> tuple[Path, str]:
     """The image that a key names, or why there is none."""
-    name = key if os.path.isabs(key) else key.replace("\\", "/")  # written under Windows
-    if not os.path.isabs(name) and not image_dir:
+    whole = os.path.isabs(key)
+    if not whole and not image_dir:
         return Path(key), "{file} names it relative to a folder: set image_dir"
-    path = Path(os.path.normpath(os.path.join(image_dir, name)) if image_dir else os.path.normpath(name))
-    found = folders.look(path)
+    # Backslashes are those of a file that was written under Windows.
+    place = os.path.normpath(key if whole else os.path.join(image_dir, key.replace("\\", "/")))
+    found = folders.look(*os.path.split(place))
     if len(found) > 1:
-        return path, f"{{file}} means several images by this: {', '.join(p.name for p in found)}; write the ending"
-    return (found[0], "") if found else (path, "is named in {file}, and there is no such image")
+        means = ", ".join(p.name for p in found)
+        return Path(place), f"{{file}} means several images by this: {means}; write the ending"
+    return (found[0], "") if found else (Path(place), "is named in {file}, and there is no such image")
 
 
 def read(path: str) -> dict[str, Record]:
