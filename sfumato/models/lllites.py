@@ -38,8 +38,12 @@ class Lite:
         """(b,) strength on each of the samples, times `strength`."""
         self.drop: Callable[[str, Tensor], Tensor] | None = None
         """(path of a layer, what is inside the net there) -> what is left of it."""
+        self.apart = False
+        """Whether gradients end at the hint, which all parts share: for blocks that are traced one by one."""
         self._images: Tensor | None = None
         self._hint: Tensor | None = None
+        self._seen: Tensor | None = None
+        """The hint with what it was made by."""
         self.parts = at_layers(models, net)
         """Path of a layer -> what stands there."""
         self._handles = [models.denoiser.register_forward_pre_hook(self._look)]
@@ -49,7 +53,8 @@ class Lite:
 
     def follow(self, images: Tensor | None) -> None:
         """The images (b, 3, H, W) in [0, 1] of the samples to come, or of every b-th of them; None: it does nothing."""
-        self._images, self._hint = None if images is None else images * 2 - 1, None
+        self._images = None if images is None else images * 2 - 1
+        self._hint = self._seen = None
 
     def remove(self) -> None:
         """The denoiser is again as it was."""
@@ -57,10 +62,16 @@ class Lite:
             handle.remove()
         self._handles = []
 
+    def backward(self) -> None:
+        """What `apart` leaves out of a backward pass, without values."""
+        if self._seen is not None and self._seen.requires_grad:
+            torch.autograd.backward(self._seen, torch.empty_like(self._seen))
+
     def _look(self, _: nn.Module, args: tuple[Any, ...]) -> None:
         # Before the blocks: what is recomputed in the backward pass finds the same hint.
         if self._images is not None and self.strength != 0:
-            self._hint = self._hint_of(_as(self._images.to(args[0].device), self.net))
+            self._seen = self._hint_of(_as(self._images.to(args[0].device), self.net))
+            self._hint = self._seen.detach() if self.apart else self._seen
 
     def _at(self, path: str, part: nn.Module) -> Callable[[nn.Module, tuple[Any, ...]], tuple[Any, ...] | None]:
         def hook(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:

@@ -120,6 +120,8 @@ def _traced(config: Config, models: Models, trainable: Trainable, batch: Batch, 
         dist.precision(config.train.mixed_precision),
     )  # fmt: skip
     trainable.train(True)
+    if isinstance(trainable, LLLite):
+        trainable.lite.apart = True
     before = [b for n in models.encoders if n in names for b in _encoder_blocks(models, n)]
     before += [block for follower in models.followers for block in follower.blocks]
     tracer = BlockTracer(tracker, _signatures(trainable, models))
@@ -133,6 +135,8 @@ def _traced(config: Config, models: Models, trainable: Trainable, batch: Batch, 
         tracer.on([*before, *blocks], inner) as trace,
     ):
         step(batch).backward()
+        if isinstance(trainable, LLLite):
+            trainable.lite.backward()
     state, update = _optimizer(config, trainable, card=card)
     if config.optimizer.ema_decay:
         state += sum(p.nbytes for p in trainable.weights().values())

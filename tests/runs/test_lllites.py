@@ -11,17 +11,21 @@ from typing import Any
 
 import pytest
 import torch
+from oncard import CARD, batch_of, on_card, step
 from run_fixtures import make_images
 from runs.test_families import changed, configured, says, states, trained
 from tinies.cases import Case, Files, cases
 from torch import Tensor
+from train.test_hot_path import kept
 
 from sfumato import families
+from sfumato.config import Method
 from sfumato.errors import UserError
 from sfumato.formats.files import read_header
 from sfumato.models.base import Models
 from sfumato.models.lllites import Lite, read_net
-from sfumato.train import dist, loop, run
+from sfumato.train import dist, loop, measure, run
+from sfumato.train.fit import Forecast
 
 CASES = {case.name: case for case in cases() if families.family(case.family).lllite}
 SETTINGS: dict[str, Any] = {
@@ -95,7 +99,13 @@ def test_it_is_trained_alone(case: Case, files: Files, images: Path, tmp_path: P
     resumed.trainable.remove()
 
 
+def one(case: Case) -> None:
+    if case.name != min(CASES):
+        pytest.skip("another family is tried")
+
+
 def test_a_file_to_start_from(case: Case, files: Files, images: Path, tmp_path: Path) -> None:
+    one(case)
     a_run = prepared(case, files, images, tmp_path / "out", max_train_steps=1, save_every_n_steps=None)
     trained(a_run)
     a_run.save_result(tmp_path / "first.safetensors", 1, 0)
@@ -105,3 +115,32 @@ def test_a_file_to_start_from(case: Case, files: Files, images: Path, tmp_path: 
         assert not changed(first, weights(again))
     with pytest.raises(UserError, match=r"network_dim 5: the nets of network_weights .* are 6 wide"):
         prepared(case, files, images, tmp_path / "third", network_dim=5, **start)
+
+
+def test_memory_is_foreseen(case: Case, files: Files, images: Path, tmp_path: Path) -> None:
+    one(case)
+    caches = {"cache_latents": True, "cache_text_encoder_outputs": True, "simulate_vram": "1GB"}
+    a_run = prepared(case, files, images, tmp_path / "out", max_train_steps=2, **caches)
+    with a_run.tracker or nullcontext():
+        trained(a_run)
+    forecast = Forecast(a_run.config, "lllite", None, a_run.plan, ("micro_batch",), card=False)
+    # Its own part is large beside a tiny denoiser.
+    assert forecast.of(forecast.now()).device == pytest.approx(measure.peak(a_run), rel=0.2)
+
+
+def test_beside_what_spares_memory(case: Case, files: Files, images: Path, tmp_path: Path) -> None:
+    """Frozen layers in fewer bits, blocks on the host, half of a batch at a time; and nothing waits for a card."""
+    one(case)
+    settings = {"quantize": "int8", "blocks_to_swap": 1, "mixed_precision": "bf16", "micro_batch": 1}
+    a_run = prepared(case, files, images, tmp_path / "out", max_train_steps=2, **settings)
+    before = weights(a_run)
+    trained(a_run)
+    assert len(changed(before, weights(a_run))) > len(before) / 2
+
+    def prepare(case: Case, files: Files, images: Path, out: Path, method: Method, **settings: Any) -> loop.Run:
+        return prepared(case, files, images, out, **settings)
+
+    a_run = on_card(prepare, case, files, images, tmp_path / "card", "lllite")
+    a_run.trainable.models.scaled(torch.zeros(1, 1, 1, 1, device=CARD))  # type: ignore[attr-defined]
+    seen = step(a_run, kept(a_run, batch_of(a_run)))
+    assert (len(seen.copies), seen.back) == (1, [])
