@@ -3,9 +3,9 @@ itself does not change.
 
     python examples/emoji/embedding.py
 
-Writes into runs/embedding: symbol.safetensors (the word, 8 vectors), embedding.png (the pictures; what the model draws
-for the word before and after it is learnt, from the same seeds; and the word among others), embedding.json (the mean
-difference of a pixel to the nearest picture, as a share of white to black, before and after).
+Writes into runs/embedding: symbol.safetensors (the word, 8 vectors), embedding.png (the pictures, and what the model
+draws from the same seeds for what the word began as and for the word), embedding.json (the mean difference of a pixel to
+the nearest picture, as a share of black to white, before and after).
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from PIL.Image import Image, Resampling, new
 from quickstart import HERE, ROOT
 
 OUT = ROOT / "runs" / "embedding"
-WORD, START, VECTORS = "symbol", "four leaf clover", 8
+WORD, START, VECTORS = "symbol", "red heart", 8
 SIZE, FINE = 64, 4
 SEEDS = range(8)
 
@@ -44,7 +44,7 @@ def main() -> int:
     command = f"""
         train embedding --pretrained_model_name_or_path {HERE / "model.safetensors"}
         --dataset_config {OUT / "dataset.toml"} --cache_latents --debiased_estimation_loss --seed 1
-        --token_string {WORD} --num_vectors_per_token {VECTORS} --learning_rate 3e-2 --lr_scheduler cosine
+        --token_string {WORD} --num_vectors_per_token {VECTORS} --learning_rate 2e-2 --lr_scheduler cosine
         --max_train_steps 250 --output_dir {OUT} --output_name {WORD}
     """
     if code := sfumato([*command.split(), "--init_word", START]):
@@ -54,16 +54,15 @@ def main() -> int:
 
 
 def symbol(number: int) -> Image:
-    """A green cross with a yellow disc on it, each time in another place and size."""
+    """A red diamond with a white disc on it, each time in another place and size."""
     chance = np.random.default_rng(number)
     side = SIZE * FINE
     image = new("RGB", (side, side), "white")
     draw = ImageDraw.Draw(image)
     x, y = side / 2 + chance.uniform(-0.03, 0.03, 2) * side
-    r = side * chance.uniform(0.38, 0.43)
-    for across, along in ((0.4 * r, r), (r, 0.4 * r)):
-        draw.rounded_rectangle([x - across, y - along, x + across, y + along], 0.12 * r, fill=(30, 150, 60))
-    draw.ellipse([x - 0.45 * r, y - 0.45 * r, x + 0.45 * r, y + 0.45 * r], fill=(250, 205, 50))
+    r, inner = side * chance.uniform(0.41, 0.45), side * 0.15
+    draw.polygon([(x - r, y), (x, y - r), (x + r, y), (x, y + r)], fill=(225, 50, 40))
+    draw.ellipse([x - inner, y - inner, x + inner, y + inner], fill="white")
     return image.resize((SIZE, SIZE), Resampling.LANCZOS)
 
 
@@ -87,7 +86,7 @@ def show(pictures: Sequence[Image]) -> None:
     )
 
     def drawn(text: str) -> list[Image]:
-        one = Prompt(prompt=text, width=SIZE, height=SIZE, sample_steps=20, scale=3.0)
+        one = Prompt(prompt=text, width=SIZE, height=SIZE, sample_steps=20, scale=2.0)
         return pipeline.sample([replace(one, seed=seed) for seed in SEEDS])
 
     before, after = drawn(START), drawn(WORD)

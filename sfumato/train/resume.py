@@ -32,7 +32,7 @@ _COMPARED_APART = (
     "max_train_steps", "max_train_epochs", "initial_step", "initial_epoch",
     "max_data_loader_n_workers", "persistent_data_loader_workers",
     "mixed_precision", "optimizer_type", "optimizer_args", "ema_decay",
-    "network_module", "network_dim", "network_weights", "dim_from_weights",
+    "network_module", "network_dim", "network_weights", "dim_from_weights", "init_word", "weights",
 )  # fmt: skip
 """Settings that change nothing, or have a message of their own."""
 _QUANTISING = (

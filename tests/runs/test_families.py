@@ -247,18 +247,19 @@ def adapted(case: Case, files: Files, run: Adapted, components: set[str]) -> Non
     )
 
 
-FIRST = [case for case in cases() if case.name == next(c.name for c in cases() if c.family == case.family)]
+FIRST = {case.family: case.name for case in reversed(cases())}
 
 
-@pytest.mark.parametrize("other", FIRST, ids=lambda case: case.family)
-def test_a_word(other: Case, images: Path, tmp_path: Path) -> None:
+def test_a_word(case: Case, files: Files, images: Path, tmp_path: Path) -> None:
     """Its vectors change in every text encoder that reads captions, and nothing else does; its file says what was trained;
-    a run that was resumed is the same bit for bit."""
+    a run that was resumed is the same bit for bit. One variant of each family."""
+    if FIRST[case.family] != case.name:
+        pytest.skip("another variant of the family is tried")
     for caption in images.glob("*.txt"):
         caption.write_text(f"a red hoge, {caption.stem}")
-    files = other.write(tmp_path / "model")
-    word = {"token_string": "hoge", "init_word": "cat", "num_vectors_per_token": 2, "max_train_steps": 5}
-    a_run = prepared(other, files, images, tmp_path / "out", "embedding", save_every_n_steps=3, save_state=True, **word)
+    word = {"token_string": "hoge", "num_vectors_per_token": 2, "max_train_steps": 5, "cache_latents": True}
+    state = {"save_every_n_steps": 4, "save_state": True}
+    a_run = prepared(case, files, images, tmp_path / "out", "embedding", **word, **state)
     models: Models = a_run.trainable.models  # type: ignore[attr-defined]
     before, rows = states(models), {name: p.detach().clone() for name, p in a_run.trainable.weights().items()}
     assert rows.keys() == {f"{name}.hoge" for name in models.encoders if name != "byt5"}
@@ -277,8 +278,8 @@ def test_a_word(other: Case, images: Path, tmp_path: Path) -> None:
     assert torch.equal(says(models, captions), wanted)
     read.remove()
 
-    state = str(tmp_path / "out" / "out-step00000003-state")
-    again = prepared(other, files, images, tmp_path / "again", "embedding", resume=state, **word)
+    after = str(tmp_path / "out" / "out-step00000004-state")
+    again = prepared(case, files, images, tmp_path / "again", "embedding", resume=after, **word)
     trained(again)
     assert not changed(a_run.trainable.weights(), again.trainable.weights())
 
