@@ -4,8 +4,8 @@ itself does not change.
     python examples/emoji/embedding.py
 
 Writes into runs/embedding: symbol.safetensors (the word, 8 vectors), embedding.png (the pictures, and what the model
-draws from the same seeds for what the word began as and for the word), embedding.json (the mean difference of a pixel to
-the nearest picture, as a share of black to white, before and after).
+draws from the same seeds for what the word began as, and for the word), embedding.json (the mean difference of a pixel
+to the nearest picture, as a share of black to white, before and after).
 """
 
 from __future__ import annotations
