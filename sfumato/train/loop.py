@@ -199,8 +199,8 @@ def train(run: Run) -> bool:
     budget, pending, stops = run.budget, PendingMetrics(), Vote(run.world)
     bar = Bar("training", budget.steps, run.step, quiet=not run.world.main)
     run.optimizer.zero_grad(set_to_none=True)
-    if run.step == 0:
-        _validate(run, -1)
+    if run.config.output.resume is None:  # else it was measured before the state was saved
+        _validate(run, -(-run.step // budget.steps_per_epoch) - 1)
     if run.config.sample.sample_at_first:
         _sample(run, max(0, -(-run.step // budget.steps_per_epoch) - 1))
     try:
@@ -443,17 +443,23 @@ def _validate(run: Run, epoch: int) -> None:
     its first step."""
     if run.validation is None:
         return
+    begun = run.step > run.start_step
     with (
-        run.mishaps.survived("held-out images not measured") if run.step else nullcontext(),
+        run.mishaps.survived("held-out images not measured") if begun else nullcontext(),
         evaluation_weights(run),
     ):
         found = run.validation.measure(run.config.memory.micro_batch)
         if run.log:
             run.log.write(run.step, {"validation": found.details()}, epoch=epoch + 1, **found.scalars())
-        if run.step and run.validation.is_best(found, run.step) and run.config.validation.save_best and run.world.main:
-            name = checkpoints.best_name(run.config.output.output_name)
-            run.save_result(Path(run.config.output.output_dir) / f"{name}{run.trainable.suffix()}", run.step, epoch)
+        if begun and run.validation.is_best(found, run.step) and run.config.validation.save_best and run.world.main:
+            _save_best(run, epoch)
     run.world.wait()
+
+
+def _save_best(run: Run, epoch: int) -> None:
+    name = checkpoints.best_name(run.config.output.output_name)
+    with run.mishaps.survived(f"{name} not saved", WriteError):
+        run.save_result(Path(run.config.output.output_dir) / f"{name}{run.trainable.suffix()}", run.step, epoch)
 
 
 @contextmanager

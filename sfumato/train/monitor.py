@@ -98,9 +98,9 @@ class Verdict:
     def text(self) -> str:
         """In words, with the evidence."""
         b, start, last = self.best, self.start, self.last
-        if not b.step:
+        if b == start:
             return (
-                f"no step was better than the start on {self.images} held-out images: their loss was "
+                f"no step was better than {start.where} on {self.images} held-out images: their loss was "
                 f"{start.held_out:.4f}, and {last.held_out:.4f} after {last.where}; lower the learning rate, or look "
                 "at what differs between them and the images that are trained on"
             )
