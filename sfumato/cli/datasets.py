@@ -375,8 +375,7 @@ def _check_validation(
     subsets: Iterable[SubsetConfig], settings: Settings, given: Mapping[str, Given], report: Report
 ) -> None:
     """Report what acts on held-out images alone where there are none."""
-    subsets = [s for s in subsets if not s.is_reg]
-    if any(s.validation_split for s in subsets):
+    if any(s.validation_split and s.learnt for s in subsets):
         return
     why = "no images are held out of training (validation_split)"
     for name in ("validation_seed", *options.of(ValidationConfig, "validation")):

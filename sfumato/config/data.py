@@ -104,7 +104,8 @@ class ImageOptions:
     resize_interpolation: Interpolation | None = None
     """How images are resized; default: area when shrinking, lanczos when enlarging."""
     validation_split: Share = 0.0
-    """Share of a folder's images that are not trained on, but measured (1: all; regularisation images: never)."""
+    """Share of a folder's images that are not trained on, but measured (1: all; of regularisation images and
+    preserved ones: none)."""
     validation_seed: Natural = 42
     """What decides which images validation_split takes, and on which noise they are measured: the same for every
     seed."""
@@ -145,6 +146,11 @@ class SubsetConfig(CaptionOptions, ImageOptions):
     def preserved(self) -> bool:
         """Whether its images teach what the model predicts without its adapter."""
         return bool(self.custom_attributes.get(PRESERVED))
+
+    @property
+    def learnt(self) -> bool:
+        """Whether its images are what is to be learnt, not what is to stay as it is."""
+        return not (self.is_reg or self.preserved)
 
 
 @dataclass(frozen=True, kw_only=True)  # no slots: two slotted bases cannot be joined

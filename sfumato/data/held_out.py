@@ -20,7 +20,7 @@ def evaluation(plan: Plan, most: int | None = None) -> Plan | None:
     seed = noise_seed(plan)
     whole = replace(plan, datasets=datasets, items=plan.held_out)
     held = [plan.held_out[i] for i in sorted(ref.item for batch in whole.batches(0, seed)[:most] for ref in batch)]
-    seen = [replace(item, repeats=1) for item in plan.items if not item.image.is_reg]
+    seen = [replace(item, repeats=1) for item in plan.items if plan.subset(item).learnt]
     python_random(seed, "trained images that are measured").shuffle(seen)
     return replace(whole, items=(*held, *seen[: len(held)]), held_out=tuple(held))
 

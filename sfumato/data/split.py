@@ -19,7 +19,7 @@ def held_out(images: Sequence[ImageFile], dataset: DatasetConfig) -> set[int]:
 
     A folder's images, by name, are shuffled by `validation_seed` and the last round(count * validation_split) of them
     held out, which are sd-scripts' (sd-scripts trains on ceil(count * (1 - validation_split)), so that one image may be
-    in both; here it is held out). Regularisation images never are.
+    in both; here it is held out). Regularisation images and preserved ones never are.
     """
     folders: dict[int, list[int]] = defaultdict(list)
     for place, image in enumerate(images):
@@ -27,7 +27,7 @@ def held_out(images: Sequence[ImageFile], dataset: DatasetConfig) -> set[int]:
     held: set[int] = set()
     for number, places in folders.items():
         options = dataset.subsets[number]
-        if options.validation_split and not options.is_reg:
+        if options.validation_split and options.learnt:
             random.Random(options.validation_seed).shuffle(places)
             held |= {*places[len(places) - round(len(places) * options.validation_split) :]}
     return held
@@ -38,7 +38,7 @@ def notes(datasets: Sequence[DatasetConfig], held: Counter[Folder], trained: Cou
     lines, asked = [], []
     for d, dataset in enumerate(datasets):
         for s, subset in enumerate(dataset.subsets):
-            if subset.validation_split and not subset.is_reg:
+            if subset.validation_split and subset.learnt:
                 count = held[d, s] + trained[d, s]
                 lines.append(f"{subset.source}: {held[d, s]} of {count} images are held out (validation_split)")
                 asked.append(f"{subset.validation_split:g} of {count} images in {subset.source}")

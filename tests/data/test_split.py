@@ -42,7 +42,7 @@ def test_the_held_out_images_are_sd_scripts_and_none_is_trained_on(tmp_path: Pat
 
 
 def test_an_image_is_on_one_side_wherever_it_stands(tmp_path: Path) -> None:
-    """Copies, the folder in a second dataset, and regularisation images, which are never held out themselves."""
+    """Copies, the folder in a second dataset, and what is to stay as it is, which is never held out itself."""
     root, other = folder(tmp_path / "a", [(64, 64)] * 4), folder(tmp_path / "b", [(64, 64)] * 2, seed=9)
     copy(root / "0.png", other / "copy.png")
     reg = folder(tmp_path / "reg", [(64, 64)], seed=20)
@@ -50,6 +50,7 @@ def test_an_image_is_on_one_side_wherever_it_stands(tmp_path: Path) -> None:
     made = plan(
         dataset(subset(other), subset(reg, is_reg=True, validation_split=1.0)),
         dataset(subset(root), resolution=(96, 96)),
+        dataset(subset(root, custom_attributes={"diff_output_preservation": True}, validation_split=1.0)),
         dataset(subset(root, validation_split=1.0)),
     )
     assert {item.image.path.parent.name for item in made.held_out} == {"a"} and len(made.held_out) == 4
