@@ -15,6 +15,7 @@ import os
 import shutil
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import quickstart
@@ -89,19 +90,11 @@ def show() -> None:
 
 def sampled(adapter: str | None) -> list[Image]:
     """What the model makes of the prompts, with an adapter or without."""
-    from contextlib import nullcontext
-
-    from sfumato import families
-    from sfumato.config import Config, ModelConfig
-    from sfumato.families.detect import detect_file
     from sfumato.sampling.prompts import read_prompts
-    from sfumato.train.pipeline import Pipeline
 
-    model = str(HERE / "model.safetensors")
-    options = families.facts(detect_file(model).family).options()
-    pipeline = Pipeline.of(Config(model=ModelConfig(pretrained_model_name_or_path=model), family=options))
-    with pipeline.adapted(OUT / f"{adapter}.safetensors") if adapter else nullcontext():
-        return pipeline.sample(read_prompts(HERE / "prompts.txt"))
+    model = quickstart.pipeline()
+    with model.adapted(OUT / f"{adapter}.safetensors") if adapter else nullcontext():
+        return model.sample(read_prompts(HERE / "prompts.txt"))
 
 
 def measured(before: Sequence[Image], after: Sequence[Image]) -> dict[str, float]:
