@@ -16,6 +16,7 @@ from torch import Tensor
 from sfumato.config import DatasetConfig
 from sfumato.data import augment, captions, imported
 from sfumato.data.batch import Cond
+from sfumato.data.claims import shares
 from sfumato.data.entries import Damaged
 from sfumato.data.many import uncollected
 from sfumato.data.plan import Item, Plan
@@ -205,18 +206,23 @@ def cache_latents(
     jobs = _missing(store, index, "latents", wanted, mismatch, progress)
     counted = _Counted(progress, len(jobs))
 
+    made: set[str] = set()
+
     def make(jobs: Sequence[_Job]) -> None:
-        with writing(store) as put:
-            for portion, tensors in _read_ahead(plan, _portions(plan, jobs, batch_size)):
-                for job, entry in zip(portion, _entries(plan, portion, tensors, encode, strategy), strict=True):
-                    put(job.key, entry)
-                counted.add(len(portion))
+        portions = list(_portions(plan, jobs, batch_size))
+        for share in shares(store, index, portions):
+            with writing(store) as put:
+                for portion, tensors in _read_ahead(plan, share):
+                    for job, entry in zip(portion, _entries(plan, portion, tensors, encode, strategy), strict=True):
+                        put(job.key, entry)
+                    made.update(job.key for job in portion)
+                    counted.add(len(portion))
 
     shapes = {job.key: (plan.items[job.item], latents_shape(plan, plan.items[job.item], strategy)) for job in jobs}
     read = imported.latent_readers(plan, shapes, strategy, unscale)
     adopted = _adopt(store, jobs, read, make, imported.FARTHEST_LATENTS, counted)
     cached = CachedLatents(store=store, keys=dict(enumerate(keys)), strategy=strategy)
-    return _finish(cached, index, "latents", wanted, jobs, adopted)
+    return _finish(cached, index, "latents", wanted, _done_here(jobs, made, adopted), adopted)
 
 
 def latents_shape(plan: Plan, item: Item, strategy: LatentsCachingStrategy) -> tuple[int, int, int]:
@@ -295,6 +301,11 @@ def _adopt(
     done = {*adopted.taken, *adopted.encoded}
     make([job for job in jobs if job.key not in done])
     return adopted
+
+
+def _done_here(jobs: Sequence[_Job], made: set[str], adopted: imported.Adopted) -> list[_Job]:
+    """Without those that another process has made meanwhile."""
+    return [job for job in jobs if job.key in made or job.key in adopted.taken]
 
 
 def _portions(plan: Plan, jobs: Sequence[_Job], batch_size: int) -> Iterator[list[_Job]]:
@@ -399,20 +410,24 @@ def cache_texts(
         return "" if same else "its entry is of another dtype"
 
     jobs = _missing(store, index, "texts", wanted, mismatch, progress)
+    made: set[str] = set()
 
     def make(jobs: Sequence[_Job]) -> None:
         portions = [jobs[start : start + batch_size] for start in range(0, len(jobs), batch_size)]
-        conds = encode([[texts[job.item] for job in portion] for portion in portions])
-        with writing(store) as put:
-            for portion, cond in zip(portions, conds, strict=True):
-                for i, job in enumerate(portion):
-                    entry = strategy.entry(cond, i)
-                    put(job.key, {name: _stored(t, strategy.dtype, texts[job.item]) for name, t in entry.items()})
+        # In one share: encoders that are read block by block are read once for it.
+        for share in shares(store, index, portions, len(jobs)):
+            conds = encode([[texts[job.item] for job in portion] for portion in share])
+            with writing(store) as put:
+                for portion, cond in zip(share, conds, strict=True):
+                    for i, job in enumerate(portion):
+                        entry = strategy.entry(cond, i)
+                        put(job.key, {name: _stored(t, strategy.dtype, texts[job.item]) for name, t in entry.items()})
+                    made.update(job.key for job in portion)
 
     read = imported.text_readers(plan, {texts[job.item]: job.key for job in jobs}, strategy)
     adopted = _adopt(store, jobs, read, make, imported.FARTHEST_TEXTS, _Counted(progress, len(jobs)))
     cached = CachedText(store=store, keys=keys, strategy=strategy)
-    return _finish(cached, index, "texts", wanted, jobs, adopted)
+    return _finish(cached, index, "texts", wanted, _done_here(jobs, made, adopted), adopted)
 
 
 @uncollected

@@ -53,7 +53,7 @@ class Keys:
 
 _HOLE = "\0"
 _TABLE = "CREATE TABLE IF NOT EXISTS known (kind TEXT, name TEXT, value TEXT, PRIMARY KEY (kind, name)) WITHOUT ROWID"
-_AT_ONCE = 500
+AT_ONCE = 500
 """Rows that are asked for at once: SQLite takes 999 values in a query, or more."""
 
 
@@ -67,6 +67,7 @@ class TensorStore:
 
     root: Path | None = None
     _memory: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    _cleared: bool = False
 
     def path(self, name: str) -> Path:
         """The file of an entry; folders are named by its first two letters, which keeps them short."""
@@ -113,8 +114,10 @@ class TensorStore:
                 file.write(part)
 
     def clear(self) -> None:
-        """Remove what killed processes left half-written."""
-        assert self.root is not None
+        """Remove what killed processes left half-written, once."""
+        if self.root is None or self._cleared:
+            return
+        self._cleared = True
         for folder in (self.root / "entries").glob("??"):
             for left in leftovers.found(folder, lambda _: True, leftovers.STALE):
                 if left.kind == "file":
@@ -129,13 +132,9 @@ def writing(store: TensorStore, ahead: int = 8) -> Iterator[Callable[[str, Mappi
     Raises what `put` raises, at a later `put` or at the end.
     """
     waiting: deque[Future[None]] = deque()
-    cleared = store.root is None
 
     def put(name: str, tensors: Mapping[str, Tensor]) -> None:
-        nonlocal cleared
-        if not cleared:
-            store.clear()
-            cleared = True
+        store.clear()
         waiting.append(pool.submit(store.put, name, tensors))
         if len(waiting) > ahead:
             waiting.popleft().result()
@@ -166,9 +165,9 @@ class FileIndex:
         if not asked:
             return {}
         stored, rows = list(asked), list[tuple[str, Any]]()
-        with self._connection() as connection:
-            for start in range(0, len(stored), _AT_ONCE):
-                some = stored[start : start + _AT_ONCE]
+        with self.connection() as connection:
+            for start in range(0, len(stored), AT_ONCE):
+                some = stored[start : start + AT_ONCE]
                 marks = ",".join("?" * len(some))
                 query = f"SELECT name, value FROM known WHERE kind = ? AND name IN ({marks})"
                 rows += connection.execute(query, (kind, *some))
@@ -182,11 +181,12 @@ class FileIndex:
         if self.root is None:
             self._memory.update({(k, n): v for k, n, v in rows})
             return
-        with self._connection() as connection:
+        with self.connection() as connection:
             connection.executemany("INSERT OR REPLACE INTO known VALUES (?, ?, ?)", rows)
 
     @contextmanager
-    def _connection(self) -> Iterator[sqlite3.Connection]:
+    def connection(self) -> Iterator[sqlite3.Connection]:
+        """The database, for one transaction. Errors: `UserError`."""
         assert self.root is not None
         file = self.root / "index.sqlite"
         try:
@@ -258,7 +258,10 @@ def _wrong(store: TensorStore, name: str, mismatch: Callable[[str, Mapping[str, 
         entry = store.get(name)
     except Damaged as error:
         return str(error)
-    return "" if entry is None else mismatch(name, entry) or None
+    wrong = None if entry is None else mismatch(name, entry)
+    if wrong:
+        store.path(name).unlink(missing_ok=True)  # what is there is good, then
+    return "" if wrong is None else wrong or None
 
 
 def trust(store: TensorStore, index: FileIndex, names: Iterable[str]) -> None:
