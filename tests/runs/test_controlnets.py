@@ -76,6 +76,10 @@ def test_a_control_net_is_trained_alone(case: Case, files: Files, images: Path, 
     a_run = prepared(case, files, images, tmp_path / "out", gradient_checkpointing=True)
     models: Models = a_run.trainable.models  # type: ignore[attr-defined]
     nets, before = states(models), weights(a_run)
+    (follower,) = models.followers
+    image = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(2))
+    follower.follow(image)
+    born = says(models)
     trained(a_run)
     assert not changed(nets, states(models))
     after = weights(a_run)
@@ -83,13 +87,14 @@ def test_a_control_net_is_trained_alone(case: Case, files: Files, images: Path, 
     result = tmp_path / "out" / "out.safetensors"
     a_run.save_result(result, a_run.step, 0)
     assert read_header(result).metadata["modelspec.architecture"].endswith("/controlnet")
-    (follower,) = models.followers
-    image = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(2))
     follower.follow(image)
     wanted = says(models)
+    follower.strength = 0.0
+    weightless = says(models)
     a_run.trainable.remove()
     alone = says(models)
     assert (wanted - alone).abs().max() > 1e-4
+    assert torch.equal(born, alone) and torch.equal(weightless, alone)
     again = Controlled(models, read_net(models, str(result)))
     again.follow(image)
     torch.testing.assert_close(says(models), wanted, atol=1e-6, rtol=1e-6)
