@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from folders import noise
+from PIL import Image
 
 from sfumato.cli import datasets, kohya
 from sfumato.config import DatasetConfig, SubsetConfig
@@ -156,7 +156,7 @@ def folders(home: Path) -> Path:
     for i, name in enumerate(("cat", "dog", "any", "owl", "cat_masks", "10_a dog", "1_animal")):
         (home / name).mkdir()
         for j, size in enumerate(((64, 64), (128, 128), (256, 256))):
-            noise(size, 10 * i + j).save(home / name / f"{j}_{size[0] // 2}_{size[1] // 2}_20_20.png")
+            Image.new("RGB", size, (i, j, 0)).save(home / name / f"{j}_{size[0] // 2}_{size[1] // 2}_20_20.png")
             (home / name / f"{j}.txt").write_text(f"{name} {j}, one, two\nanother line")
     sizes = {path.stem: path for path in sorted((home / "owl").glob("*.png"))}
     said = {name: {"caption": f"owl {name[0]}\ntwice", "tags": "bird, night"} for name in sizes}
