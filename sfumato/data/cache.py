@@ -290,14 +290,14 @@ def _adopt(
     counted: _Counted,
 ) -> imported.Adopted:
     """Do all jobs: those that have a file of sd-scripts by that if it fits, the others by encoding."""
-
     by_key = {job.key: job for job in jobs}
+    with writing(store) as write:
 
-    def put(key: str, entry: imported.Entry) -> None:
-        store.put(key, entry)
-        counted.add(1)
+        def put(key: str, entry: imported.Entry) -> None:
+            write(key, entry)
+            counted.add(1)
 
-    adopted = imported.adopt(read, lambda keys: make([by_key[k] for k in keys]), store.get, put, farthest)
+        adopted = imported.adopt(read, lambda keys: make([by_key[k] for k in keys]), store.get, put, farthest)
     done = {*adopted.taken, *adopted.encoded}
     make([job for job in jobs if job.key not in done])
     return adopted
