@@ -159,12 +159,15 @@ def read_net(models: Models, name: str, dtype: torch.dtype | None = None) -> nn.
 
 
 def save_net(models: Models, tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str]) -> None:
-    """Write a control net's native tensors: as diffusers' folder where `path` has no ending, else as a single file."""
+    """Write a control net's native tensors as a single file."""
+    spec = spec_of(models)
+    written = spec.component.single(shapes(tensors)).write(tensors)
+    files.save(path, add_prefix(written, spec.component.prefixes[0]), metadata)
+
+
+def save_folder(models: Models, tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str]) -> None:
+    """Write a control net's native tensors as a folder that diffusers reads; it appears whole or not at all."""
     spec, found = spec_of(models), shapes(tensors)
-    if path.suffix:
-        written = spec.component.single(found).write(tensors)
-        files.save(path, add_prefix(written, spec.component.prefixes[0]), metadata)
-        return
     with aside_folder(path, sum(t.nbytes for t in tensors.values())) as folder:
         files.write_text(folder / "config.json", json.dumps(spec.config(found), indent=2, sort_keys=True) + "\n")
         file = folder / "diffusion_pytorch_model.safetensors"

@@ -18,7 +18,7 @@ from sfumato import families
 from sfumato.errors import UserError
 from sfumato.families.flux.control import spread
 from sfumato.models.base import Models
-from sfumato.models.controlled import Controlled, new_net, read_net, save_net
+from sfumato.models.controlled import Controlled, new_net, read_net, save_folder, save_net
 from sfumato.models.meta_init import shapes
 
 H, W, TOKENS, STRENGTH = 8, 12, 9, 0.7
@@ -106,7 +106,7 @@ def test_theirs_and_ours_say_the_same(models: Models, theirs: Any, tmp_path: Pat
     ours = said(models, what)
     follower.remove()
     assert (ours - said(models, what)).abs().max() > 1e-2
-    save_net(models, net.state_dict(), tmp_path / "ours", {})
+    save_folder(models, net.state_dict(), tmp_path / "ours", {})
     again = FluxControlNetModel.from_pretrained(tmp_path / "ours")
     same(again.state_dict(), theirs.state_dict())
     torch.testing.assert_close(ours, they_say(models, again, what), atol=1e-5, rtol=1e-5)

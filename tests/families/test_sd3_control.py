@@ -17,7 +17,7 @@ from torch import Tensor
 from sfumato import families
 from sfumato.errors import UserError
 from sfumato.models.base import Models
-from sfumato.models.controlled import Controlled, new_net, read_net, save_net
+from sfumato.models.controlled import Controlled, new_net, read_net, save_folder, save_net
 from sfumato.models.meta_init import shapes
 
 KINDS: tuple[sd3.Kind, ...] = ("medium", "3.5_medium")
@@ -73,7 +73,7 @@ def test_theirs_and_ours_say_the_same(kind: sd3.Kind, models: Models, theirs: An
     ours = said(models, x, t, cond)
     follower.remove()
     assert (ours - said(models, x, t, cond)).abs().max() > 1e-2
-    save_net(models, net.state_dict(), tmp_path / "ours", {})
+    save_folder(models, net.state_dict(), tmp_path / "ours", {})
     again = SD3ControlNetModel.from_pretrained(tmp_path / "ours")
     assert again.config.force_zeros_for_pooled_projection
     assert not [n for n, p in again.state_dict().items() if not torch.equal(p, theirs.state_dict()[n])]

@@ -19,7 +19,7 @@ from sfumato.families.detect import identify
 from sfumato.formats.files import load, save
 from sfumato.formats.names import add_prefix
 from sfumato.models.base import Models, SampleInfo
-from sfumato.models.controlled import Controlled, new_net, read_net, save_net
+from sfumato.models.controlled import Controlled, new_net, read_net, save_folder, save_net
 
 SIZES = torch.tensor([[80, 56, 0, 0, 80, 56]] * 2)
 CASES = {case.name: case for case in cases() if case.family in ("sd", "sdxl")}
@@ -80,7 +80,7 @@ def test_theirs_and_ours_say_the_same(case: Case, models: Models, theirs: Any, t
     ours = said(models, x, t, cond)
     follower.remove()
     assert (ours - said(models, x, t, cond)).abs().max() > 1e-2
-    save_net(models, net.state_dict(), tmp_path / "ours", {})
+    save_folder(models, net.state_dict(), tmp_path / "ours", {})
     again = ControlNetModel.from_pretrained(tmp_path / "ours")
     same(again.state_dict(), theirs.state_dict())
     for control in (theirs, again):

@@ -168,6 +168,7 @@ def test_it_grows_beside_a_model_in_fewer_bits(short: Files, images: Path, tmp_p
         "simulate_vram": "1GB",
         "control_net_lr": 0.2,
         "max_train_steps": 2,
+        "save_model_as": "diffusers",
     }
     a_run = prepared(CASES["sd"], short, images, tmp_path / "out", **{**SGD, **room})
     grown, file = weights(a_run), load(short.model)
@@ -182,10 +183,10 @@ def test_it_grows_beside_a_model_in_fewer_bits(short: Files, images: Path, tmp_p
         taken = measure.peak(a_run)
     forecast = Forecast(a_run.config, "controlnet", None, a_run.plan, ("micro_batch",), card=False)
     assert forecast.of(forecast.now()).device == pytest.approx(taken, rel=0.05)
-    a_run.save_result(tmp_path / "out.safetensors", a_run.step, 0)
+    a_run.save_result(tmp_path / "out-v1.0", a_run.step, 0)
     held = weights(a_run)
     a_run.trainable.remove()
-    start = {"controlnet_model_name_or_path": str(tmp_path / "out.safetensors")}
+    start = {"controlnet_model_name_or_path": str(tmp_path / "out-v1.0")}
     again = prepared(CASES["sd"], short, images, tmp_path / "again", **{**SGD, **start})
     with again.log or nullcontext():
         assert not changed(held, weights(again))

@@ -13,7 +13,7 @@ from sfumato.config import Config
 from sfumato.data.batch import Batch
 from sfumato.formats import files
 from sfumato.models.base import Models
-from sfumato.models.controlled import Controlled, denoiser_shapes, new_net, read_net, save_net, spec_of
+from sfumato.models.controlled import Controlled, denoiser_shapes, new_net, read_net, save_folder, save_net, spec_of
 from sfumato.models.meta_init import shapes
 from sfumato.optim.groups import Group
 from sfumato.tensors.random import generator
@@ -101,7 +101,8 @@ class ControlNet:
         if dtype:
             tensors = {name: t.to(dtype) for name, t in tensors.items()}
         files.check_finite(tensors, f"the ControlNet {path.name}", dtype)
-        save_net(self.models, tensors, path, metadata)
+        save = save_net if self.suffix() else save_folder  # a name may have a dot in it
+        save(self.models, tensors, path, metadata)
 
     def remove(self) -> None:
         self.control.remove()
