@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 Shape = tuple[int, ...]
 
@@ -29,6 +29,8 @@ class Kind:
 
 
 _LORA = r"lora_(down|up|mid)\.weight|lora_[AB](\.default)?\.weight|lora\.(down|up)\.weight"
+WORDS = "bundle_emb."
+"""What stands before the names of words that are kept beside an adapter (textual inversion)."""
 KINDS = {
     "lora": Kind(title="LoRA", tensors=_LORA),
     "dora": Kind(
@@ -85,6 +87,8 @@ class Client:
     """Tensors that it may not know in a file; of a file with more of them it loads nothing."""
     stops: bool = False
     """Whether it loads nothing of a file where a layer that it knows by name holds a kind that it does not know."""
+    of_words: str = ""
+    """What it makes of words beside the adapter, where it does not just read them."""
 
 
 _ROWS = (
@@ -121,6 +125,7 @@ CLIENTS = (
         kinds={"lora": "", "dora_peft": ""},
         misreads=dict.fromkeys(("dora", "dora_rows"), f"{_DROPS}, which it knows in PEFT's names"),
         stops=True,
+        of_words="for most families it refuses a file with words in it: `sfumato convert --to diffusers` omits them",
     ),
     Client(
         name="A1111",
@@ -213,9 +218,11 @@ class Loaded:
 def loads_in(shapes: Mapping[str, Shape], family: Sequence[Names]) -> list[Loaded]:
     """What each program loads of an adapter file with tensors of these names and shapes. `family`: its
     `Facts.loads_in`."""
-    layers = _layers(shapes)
+    words = any(name.startswith(WORDS) for name in shapes)
+    layers = _layers({name: shape for name, shape in shapes.items() if not name.startswith(WORDS)})
     rows = {name: next((row for row in family if re.fullmatch(row.names, name)), None) for name in layers}
-    return [_loaded(client, layers, rows, family) for client in CLIENTS if runs(client, family)]
+    found = [(client.of_words, _loaded(client, layers, rows, family)) for client in CLIENTS if runs(client, family)]
+    return [replace(each, remarks=(*each.remarks, said)) if words and said else each for said, each in found]
 
 
 def runs(client: Client, family: Sequence[Names]) -> bool:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from sfumato.errors import UserError
 from sfumato.formats import files
+from sfumato.formats.clients import WORDS as BUNDLE
 from sfumato.models.base import Models
 from sfumato.models.embeddings import Vectors, encoders_of, readers_of, widths_of
 
@@ -37,8 +38,6 @@ STRINGS, IDLE = "string_to_param.", "string_to_token."
 READER = re.compile(r"(IN|OUT)\d\d|MID")
 """Names of the tensors of extended textual inversion (XTI), as sd-scripts writes it: one for each block of the U-Net
 that attends to the text."""
-BUNDLE = "bundle_emb."
-"""What stands before the names of words in an adapter's file: `bundle_emb.WORD.KEY`."""
 
 
 def read(path: Path, models: Models, what: str) -> dict[str, dict[str, Tensor]]:

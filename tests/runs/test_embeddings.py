@@ -14,9 +14,11 @@ from tinies.cases import Case, cases
 from training import Train, config
 
 import sfumato
+from sfumato import families
 from sfumato.cli.main import main
 from sfumato.config import DatasetConfig, SubsetConfig
 from sfumato.errors import UserError
+from sfumato.formats.clients import loads_in
 from sfumato.formats.files import load, save
 from sfumato.models import embedding_files
 from sfumato.models.embeddings import Words, readers_of
@@ -52,6 +54,11 @@ def test_diffusers_loads_what_was_saved(case: Case, images: Path, tmp_path: Path
     captions = ["a hoge in the rain", "rain"]
     with torch.no_grad():
         wanted = case.encoded(pipe, captions)
+    if "emb_params" in vectors:
+        pipe.unload_textual_inversion()
+        pipe.load_textual_inversion(embedding_files.write("hoge", a_run.trainable.word.vectors(), models, by_word=True))  # type: ignore[attr-defined]
+        assert torch.equal(case.encoded(pipe, captions)["hidden"], wanted["hidden"])
+    with torch.no_grad():
         found = models.encode(models.tokenize(captions))
     for name, value in wanted.items():
         torch.testing.assert_close(found[name], value, atol=1e-4, rtol=1e-4)
@@ -161,6 +168,9 @@ def test_a_word_beside_an_adapter(train: Train, images: Path, model: Path) -> No
     merged = Pipeline.of(config(pretrained_model_name_or_path=str(model)), torch.device("cpu"), [(result, 1.0)])
     torch.testing.assert_close(says(merged.models, captions), both, atol=1e-5, rtol=1e-4)
     assert (both - before).abs().max() > 1e-3
+    facts = families.facts("sd").loads_in
+    said = {each.client: each.text() for each in loads_in({name: tuple(t.shape) for name, t in found.items()}, facts)}
+    assert "refuses a file with words in it" in said["diffusers"] and "words" not in said["ComfyUI"]
     further = train(
         "on",
         network_train_unet_only=True,

@@ -3,13 +3,10 @@ arXiv:2106.05744)."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 from torch import Tensor, nn
 
 from sfumato.adapters import AdapterPlan
 from sfumato.config import Config
-from sfumato.formats.clients import Loaded
 from sfumato.models import embedding_files
 from sfumato.models.base import Models
 from sfumato.optim.groups import Group
@@ -37,9 +34,6 @@ class Pivotal(Adapters):
 
     def tensors(self) -> dict[str, Tensor]:
         return {**super().tensors(), **embedding_files.bundle(self.word.name, self.word.vectors())}
-
-    def loads_in(self, tensors: Mapping[str, Tensor]) -> list[Loaded]:
-        return super().loads_in(embedding_files.without_words(tensors))
 
     def freeze_encoders(self) -> None:
         super().freeze_encoders()
