@@ -28,10 +28,10 @@ from sfumato.tensors.random import SampleRandom
 from sfumato.train import checkpoints, targets
 from sfumato.train.progress import console
 from sfumato.train.trainables.adapter_files import read_adapter
-from sfumato.train.trainables.base import SAVE_DTYPES, caches_text
+from sfumato.train.trainables.base import Trainable, caches_text, save_dtype
 
 
-class Adapters:
+class Adapters(Trainable):
     """Small changes to chosen layers of frozen nets."""
 
     def __init__(self, models: Models, config: Config, plan: AdapterPlan) -> None:
@@ -207,9 +207,8 @@ class Adapters:
         return checkpoints.ending(self.config.output, "network", "single_file")
 
     def save(self, path: Path, metadata: Mapping[str, str]) -> None:
-        precision = self.config.output.save_precision
         tensors = self.tensors()
-        dtype = SAVE_DTYPES[precision] if precision else None
+        dtype = save_dtype(self.config)
         if dtype:
             tensors = {name: t.to(dtype) for name, t in tensors.items()}
         files.check_finite(tensors, f"the adapter {path.name}", dtype)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from sfumato.config import Config
 from sfumato.data.batch import Batch
@@ -18,16 +18,15 @@ from sfumato.models.meta_init import shapes
 from sfumato.optim.groups import Group
 from sfumato.tensors.random import generator
 from sfumato.train import checkpoints
-from sfumato.train.trainables.base import SAVE_DTYPES
+from sfumato.train.trainables.base import Trainable, save_dtype
 
 NAME = "controlnet"
 
 
-class ControlNet:
+class ControlNet(Trainable):
     """A control net at work on the denoiser, which samples follow as well."""
 
     kind = NAME
-    notices: tuple[str, ...] = ()
     trained: tuple[str, ...] = (NAME,)
 
     def __init__(self, models: Models, config: Config) -> None:
@@ -66,38 +65,16 @@ class ControlNet:
     def modules(self) -> nn.Module:
         return self.net
 
-    def train(self, mode: bool) -> None:
-        self.net.train(mode)
-
     def on_batch(self, batch: Batch) -> None:
         if batch.control is None:
             raise RuntimeError("a batch without images to follow")
         self.control.follow(batch.control)
 
-    def without(self) -> None:
-        pass
-
-    def on_noise(self, level: Tensor) -> None:
-        pass
-
-    def kept_gradients(self) -> Iterable[nn.Parameter]:
-        return ()
-
-    def after_step(self) -> Mapping[str, Tensor]:
-        return {}
-
-    def freeze_encoders(self) -> None:
-        pass
-
-    def frozen_digest(self) -> str:
-        return ""
-
     def suffix(self) -> str:
         return checkpoints.ending(self.config.output, "controlnet", "single_file")
 
     def save(self, path: Path, metadata: Mapping[str, str]) -> None:
-        precision = self.config.output.save_precision
-        dtype, tensors = SAVE_DTYPES[precision] if precision else None, self.net.state_dict()
+        dtype, tensors = save_dtype(self.config), self.net.state_dict()
         if dtype:
             tensors = {name: t.to(dtype) for name, t in tensors.items()}
         files.check_finite(tensors, f"the ControlNet {path.name}", dtype)

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 
 from sfumato.config import Config
-from sfumato.data.batch import Batch
 from sfumato.errors import UserError
 from sfumato.formats import files
 from sfumato.models import embedding_files
@@ -18,7 +17,7 @@ from sfumato.models.embeddings import Words, encoders_of, layer_of, readers_of, 
 from sfumato.optim.groups import Group
 from sfumato.tensors.random import generator
 from sfumato.train import checkpoints
-from sfumato.train.trainables.base import SAVE_DTYPES
+from sfumato.train.trainables.base import Trainable, save_dtype
 
 
 class NewWord:
@@ -95,7 +94,7 @@ def _counted(models: Models, text: str, count: int, encoders: Iterable[str]) -> 
     ]
 
 
-class Embedding:
+class Embedding(Trainable):
     """The vectors of a new word."""
 
     kind = "textual-inversion"
@@ -115,29 +114,8 @@ class Embedding:
     def modules(self) -> nn.Module:
         return self.word.modules
 
-    def train(self, mode: bool) -> None:
-        pass
-
-    def on_batch(self, batch: Batch) -> None:
-        pass
-
-    def without(self) -> None:
-        pass
-
-    def on_noise(self, level: Tensor) -> None:
-        pass
-
-    def kept_gradients(self) -> Iterable[nn.Parameter]:
-        return ()
-
-    def after_step(self) -> Mapping[str, Tensor]:
-        return {}
-
     def freeze_encoders(self) -> None:
         self.word.modules.requires_grad_(False)
-
-    def frozen_digest(self) -> str:
-        return ""
 
     def suffix(self) -> str:
         return checkpoints.ending(self.config.output, "embedding", "single_file")
@@ -148,8 +126,7 @@ class Embedding:
         return embedding_files.write(self.word.name, self.word.vectors(), self.models, by_word=by_word)
 
     def save(self, path: Path, metadata: Mapping[str, str]) -> None:
-        precision = self.config.output.save_precision
-        dtype = SAVE_DTYPES[precision] if precision else None
+        dtype = save_dtype(self.config)
         tensors = {name: t.to(dtype) for name, t in self.tensors().items()}
         files.check_finite(tensors, f"the embedding {path.name}", dtype)
         files.save(path, tensors, metadata)

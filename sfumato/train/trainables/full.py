@@ -5,16 +5,15 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 
-from torch import Tensor, nn
+from torch import nn
 
 from sfumato.config import Config
-from sfumato.data.batch import Batch
 from sfumato.errors import UserError
 from sfumato.models.base import Family, Models
 from sfumato.models.loading import check_folder, save
 from sfumato.optim.groups import Group
 from sfumato.train import checkpoints
-from sfumato.train.trainables.base import SAVE_DTYPES
+from sfumato.train.trainables.base import Trainable, save_dtype
 
 
 def whole_nets(family: Family, config: Config, encoders: Iterable[str]) -> tuple[str, ...]:
@@ -28,11 +27,10 @@ def whole_nets(family: Family, config: Config, encoders: Iterable[str]) -> tuple
     return ("denoiser", *text)
 
 
-class Full:
+class Full(Trainable):
     """The denoiser's own weights, and the text encoders' if asked for."""
 
     kind = ""
-    notices: tuple[str, ...] = ()
 
     def __init__(self, models: Models, config: Config) -> None:
         self.models, self.config = models, config
@@ -72,39 +70,17 @@ class Full:
         for name in self.trained:
             self.models.nets()[name].train(mode)
 
-    def on_batch(self, batch: Batch) -> None:
-        pass
-
-    def without(self) -> None:
-        pass
-
-    def on_noise(self, level: Tensor) -> None:
-        pass
-
-    def kept_gradients(self) -> Iterable[nn.Parameter]:
-        return ()
-
-    def after_step(self) -> Mapping[str, Tensor]:
-        return {}
-
     def freeze_encoders(self) -> None:
         for name in self.trained[1:]:
             self.models.nets()[name].requires_grad_(False)
-
-    def frozen_digest(self) -> str:
-        return ""
 
     def suffix(self) -> str:
         return checkpoints.ending(self.config.output, "full", self.models.source.layout)
 
     def save(self, path: Path, metadata: Mapping[str, str]) -> None:
-        precision = self.config.output.save_precision
-        dtype = SAVE_DTYPES[precision] if precision else None
+        dtype = save_dtype(self.config)
         layout = "single_file" if self.suffix() else "diffusers"
         save(self.models, path, layout=layout, dtype=dtype, metadata=metadata, trained=self.trained)
-
-    def remove(self) -> None:
-        pass
 
 
 def last_blocks(models: Models, config: Config) -> set[nn.Parameter]:

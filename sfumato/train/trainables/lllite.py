@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -17,18 +17,17 @@ from sfumato.models.lllites import Lite, new_net, read_net, save_net
 from sfumato.optim.groups import Group
 from sfumato.tensors.random import generator
 from sfumato.train import checkpoints
-from sfumato.train.trainables.base import SAVE_DTYPES
+from sfumato.train.trainables.base import Trainable, save_dtype
 
 NAME = "lllite"
 DIM = 64
 
 
-class LLLite:
+class LLLite(Trainable):
     """A net at work on the denoiser, which samples follow as well."""
 
     kind = "control-net-lllite"
     trained: tuple[str, ...] = (NAME,)
-    notices: tuple[str, ...] = ()
 
     def __init__(self, models: Models, config: Config) -> None:
         self.models, self.config = models, config
@@ -65,30 +64,11 @@ class LLLite:
         mask = torch.stack([torch.rand(x.shape[1:], generator=each, device=x.device) for each in made]) >= chance
         return x * mask.to(x.dtype) / (1 - chance)
 
-    def without(self) -> None:
-        pass
-
-    def on_noise(self, level: Tensor) -> None:
-        pass
-
-    def kept_gradients(self) -> Iterable[nn.Parameter]:
-        return ()
-
-    def after_step(self) -> Mapping[str, Tensor]:
-        return {}
-
-    def freeze_encoders(self) -> None:
-        pass
-
-    def frozen_digest(self) -> str:
-        return ""
-
     def suffix(self) -> str:
         return checkpoints.ending(self.config.output, "lllite", "single_file")
 
     def save(self, path: Path, metadata: Mapping[str, str]) -> None:
-        precision = self.config.output.save_precision
-        save_net(self.models, self.net, path, metadata=metadata, dtype=SAVE_DTYPES[precision] if precision else None)
+        save_net(self.models, self.net, path, metadata=metadata, dtype=save_dtype(self.config))
 
     def remove(self) -> None:
         self.lite.remove()
