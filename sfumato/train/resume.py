@@ -29,7 +29,7 @@ from sfumato.train.progress import console
 _NOT_COMPARED = ("model", "data", "output", "metadata", "hub", "memory", "sample", "validation", "log")
 """Sections that do not change what is trained, or are compared by what they name: the base model, the datasets."""
 _COMPARED_APART = (
-    "max_train_steps", "max_train_epochs", "initial_step", "initial_epoch",
+    "max_train_steps", "max_train_epochs", "initial_step", "initial_epoch", "num_last_block_to_freeze",
     "max_data_loader_n_workers", "persistent_data_loader_workers",
     "mixed_precision", "optimizer_type", "optimizer_args", "ema_decay",
     "network_module", "network_dim", "network_weights", "dim_from_weights", "init_word", "weights",
@@ -162,7 +162,7 @@ def _other_adapter(
     if (then is None) != (adapter is None):
         return [f"it is of a run that trained {'a whole model' if then is None else 'an adapter'}"]
     if adapter is None:
-        return []
+        return _other_blocks(saved, now)
     flags = {"kind": "network_module", "rank": "network_dim", "conv_rank": "conv_dim"}
     fixed = (
         ("kind",) if config.network.dim_from_weights or saved["config"]["network"]["dim_from_weights"] else tuple(flags)
@@ -181,6 +181,13 @@ def _other_adapter(
             "cannot change"
         )
     return out
+
+
+def _other_blocks(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """A state holds the weights of the blocks that were trained."""
+    name = "num_last_block_to_freeze"
+    then, here = (each["config"]["train"].get(name) for each in (saved, now))
+    return [] if then == here else [f"{name} was {_shown(then)} and is now {_shown(here)}; it cannot change"]
 
 
 # --- what is reported ---

@@ -13,6 +13,7 @@ import torch
 
 from sfumato.errors import UserError
 from sfumato.formats import files
+from sfumato.formats import run as runs
 from sfumato.train import run
 
 
@@ -112,6 +113,14 @@ def test_what_cannot_change_is_refused_before_weights_are_read(
         _resumed(before, tmp_path, **options)
 
 
+def test_the_blocks_that_are_trained_cannot_change(before: Path, tmp_path: Path) -> None:
+    parts, facts = runs.load_run(before / "first" / "out-state")
+    facts["identity"]["adapter"] = None  # as of a whole model, but for its weights, which are not read
+    runs.save_run(tmp_path / "full-state", parts, facts)
+    with pytest.raises(UserError, match="num_last_block_to_freeze was not set and is now 2; it cannot change"):
+        _resumed(before, tmp_path, "full", resume=str(tmp_path / "full-state"), num_last_block_to_freeze=2)
+
+
 def test_a_state_that_is_not_whole_is_refused_before_weights_are_read(
     before: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -136,8 +145,6 @@ def test_prodigys_start_cannot_be_changed_later() -> None:
 def test_a_state_of_before_the_settings_were_kept_resumes(
     before: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from sfumato.formats import run as runs
-
     parts, facts = runs.load_run(before / "first" / "out-state")
     new = ("identity", "optimizer_class", "datasets", "steps", "carried")
     runs.save_run(tmp_path / "old-state", parts, {name: value for name, value in facts.items() if name not in new})
