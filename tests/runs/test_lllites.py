@@ -13,7 +13,7 @@ import pytest
 import torch
 from oncard import CARD, batch_of, on_card, step
 from run_fixtures import make_images
-from runs.test_families import changed, configured, says, states, trained
+from runs.test_families import CACHED, changed, configured, says, states, trained
 from tinies.cases import Case, Files, cases
 from torch import Tensor
 from train.test_hot_path import kept
@@ -37,6 +37,7 @@ SETTINGS: dict[str, Any] = {
     "cond_emb_dim": 8,
     "network_dropout": 0.25,
     "gradient_checkpointing": True,
+    **CACHED,
 }
 
 
@@ -119,8 +120,7 @@ def test_a_file_to_start_from(case: Case, files: Files, images: Path, tmp_path: 
 
 def test_memory_is_foreseen(case: Case, files: Files, images: Path, tmp_path: Path) -> None:
     one(case)
-    caches = {"cache_latents": True, "cache_text_encoder_outputs": True, "simulate_vram": "1GB"}
-    a_run = prepared(case, files, images, tmp_path / "out", max_train_steps=2, **caches)
+    a_run = prepared(case, files, images, tmp_path / "out", max_train_steps=2, simulate_vram="1GB")
     with a_run.tracker or nullcontext():
         trained(a_run)
     forecast = Forecast(a_run.config, "lllite", None, a_run.plan, ("micro_batch",), card=False)
@@ -140,7 +140,8 @@ def test_beside_what_spares_memory(case: Case, files: Files, images: Path, tmp_p
     def prepare(case: Case, files: Files, images: Path, out: Path, method: Method, **settings: Any) -> loop.Run:
         return prepared(case, files, images, out, **settings)
 
-    a_run = on_card(prepare, case, files, images, tmp_path / "card", "lllite")
+    live = dict.fromkeys(CACHED, False)
+    a_run = on_card(prepare, case, files, images, tmp_path / "card", "lllite", **live)
     a_run.trainable.models.scaled(torch.zeros(1, 1, 1, 1, device=CARD))  # type: ignore[attr-defined]
     seen = step(a_run, kept(a_run, batch_of(a_run)))
     assert (len(seen.copies), seen.back) == (1, [])
