@@ -106,6 +106,11 @@ REFUSED: Mapping[str, str] = {
 """Known and refused, and why or what to do instead."""
 
 _T5_ALONE = "use_t5xxl_cache_only"
+_AS_HERE: Mapping[str, tuple[object, ...]] = {
+    "lllite_cond_in_channels": (3, "3"),
+    "lllite_multiplier": (1, "1", "1.0"),
+}
+"""Values of refused settings that are all that there is here."""
 _OFF: tuple[object, ...] = (False, None, "", "no", "none", 0, "0", "0.0", "false", "False", [])
 
 
@@ -133,7 +138,7 @@ def translate(given: Given, report: Report) -> Given | None:
         return given
     if given.key in INERT:
         report.note(f"{given}: accepted, no effect: {INERT[given.key]}")
-    elif not off(given):
+    elif not off(given) and alone(given) not in _AS_HERE.get(given.key, ()):
         report.error(f"{given}: {REFUSED[given.key]}")
     return None
 
