@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from hashlib import blake2b
@@ -241,6 +242,17 @@ class Words:
         for handle in self._handles:
             handle.remove()
         self.models.tokenizers, self.models.family = self.before
+
+
+@contextmanager
+def known(models: Models, word: str, count: int) -> Iterator[None]:
+    """Within, the tokenizers know a word of `count` vectors, so that captions are counted with it."""
+    before, encoders = models.tokenizers, encoders_of(models)
+    models.tokenizers = {n: WordTokenizer(t, {word: count}) if n in encoders else t for n, t in before.items()}
+    try:
+        yield
+    finally:
+        models.tokenizers = before
 
 
 def _digest(vectors: Iterable[Tensor]) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -23,6 +23,7 @@ from sfumato.formats.files import file_digest
 from sfumato.formats.metadata import remembered
 from sfumato.models.autoencoders import unscale
 from sfumato.models.base import Models, check_sizes
+from sfumato.models.embeddings import known
 from sfumato.models.loading import materialize, materialize_vae, unload
 from sfumato.models.streaming import encode_each
 from sfumato.train import dist, lengths, words
@@ -152,7 +153,7 @@ def fill_caches(config: Config, data: Data, models: Models, world: dist.World) -
                 made[i] = replace(made[i], texts=_cache_texts(config, data, plan, models, world.device, advance))
     # Where all text outputs were found, the captions were counted when they were made.
     if world.main and any(each.texts is None or each.texts.encoded for each in made):
-        warn_of_long_captions(data, models, console.print)
+        warn_of_long_captions(config, data, models, console.print)
     for each, whose in zip(made, ("", " of what is measured"), strict=False):
         for name, cached in (("latents", each.latents), ("text outputs", each.texts)):
             if cached and world.main:
@@ -160,9 +161,12 @@ def fill_caches(config: Config, data: Data, models: Models, world: dist.World) -
     return replace(made[0], evaluation=made[1] if len(made) > 1 else None)
 
 
-def warn_of_long_captions(data: Data, models: Models, notify: Callable[[str], None]) -> None:
-    """Print which captions are longer than the text encoders take; `models` needs no values."""
-    limits = models.tokenize_strategy.limits()
+def warn_of_long_captions(config: Config, data: Data, models: Models, notify: Callable[[str], None]) -> None:
+    """Print which captions are longer than the text encoders take, with the word that is learnt; `models` needs no
+    values."""
+    e = config.embedding
+    with known(models, e.token_string, e.num_vectors_per_token) if e.token_string else nullcontext():
+        limits = models.tokenize_strategy.limits()
     with progress("counting tokens") as advance:
         lines = [line for plan in data.plans for line in lengths.too_long(plan, limits, advance)]
     for line in dict.fromkeys(lines):

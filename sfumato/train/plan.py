@@ -39,7 +39,7 @@ def show(
     config = resume.resolve_auto(config)
     checked = _checked(config, method, datasets, read)
     data = open_data(config, datasets, dist.outside(), checked.models, answers.print, control=method in FOLLOWING)
-    warn_of_long_captions(data, checked.models, answers.print)
+    warn_of_long_captions(config, data, checked.models, answers.print)
     budget = _budget(config, data)
     for note in (*checked.notes, *check_length(config, budget.steps)):
         answers.print(note)
@@ -76,7 +76,7 @@ def facts(
     config, notes = resume.resolve_auto(config), list[str]()
     checked = _checked(config, method, datasets, read)
     data = open_data(config, datasets, dist.outside(), checked.models, notes.append, control=method in FOLLOWING)
-    warn_of_long_captions(data, checked.models, notes.append)
+    warn_of_long_captions(config, data, checked.models, notes.append)
     budget = _budget(config, data)
     found = fit.fitted(config, method, checked.plan, data.plan, given, card=True)
     return {

@@ -218,12 +218,13 @@ def test_kohyas_command_line_learns_what_ours_draws(model: Path, images: Path, t
     said = launch(
         "train_textual_inversion_XTI",
         f"""
-        --pretrained_model_name_or_path {model} --train_data_dir {folder} --output_dir {tmp_path / "out"} --token_string <hoge>
-        --init_word red --num_vectors_per_token 2 --use_style_template --max_train_steps 1 --learning_rate 0.1 --resolution 64
+        --pretrained_model_name_or_path {model} --train_data_dir {folder} --output_dir {tmp_path / "out"} --token_string hoge
+        --init_word red --num_vectors_per_token 71 --max_train_steps 1 --learning_rate 0.1 --resolution 64
         --caption_extension .txt --cache_latents --seed 1
         """.split(),
         tmp_path,
     )
+    assert "5 of 5 captions have more than the 75 tokens that CLIP reads" in said
     result = tmp_path / "out" / "hoge.pt"
     assert result.is_file() and "kohya's default pt is used" in said
     command = (
