@@ -65,12 +65,17 @@ class Rows(nn.Module):
         """`vectors` (n, d), or (r, n, d): others for each of r parts of the denoiser that read the caption."""
         super().__init__()
         self.vectors = nn.Parameter(vectors, requires_grad=learnt)
+        self.first: Tensor | None
+        self.register_buffer("first", vectors.clone() if learnt else None, persistent=False)
         self.reader = 0
         """The part that the caption is encoded for."""
+        self.unlearnt = False
+        """Whether it means what it meant first."""
 
     def forward(self) -> Tensor:
         """(n, d)"""
-        return self.vectors[self.reader] if self.vectors.ndim == 3 else self.vectors
+        vectors = self.first if self.unlearnt and self.first is not None else self.vectors
+        return vectors[self.reader] if vectors.ndim == 3 else vectors
 
 
 class WordTokenizer:
@@ -236,6 +241,17 @@ class Words:
         for (name, word), rows in self.rows.items():
             out.setdefault(word, {})[name] = rows.vectors.detach()
         return out
+
+    @contextmanager
+    def unlearnt(self) -> Iterator[None]:
+        """Within, words that are learnt mean what they meant first."""
+        for rows in self.rows.values():
+            rows.unlearnt = True
+        try:
+            yield
+        finally:
+            for rows in self.rows.values():
+                rows.unlearnt = False
 
     def remove(self) -> None:
         """The encoders and tokenizers are as before."""

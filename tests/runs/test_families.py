@@ -268,6 +268,8 @@ def test_a_word(case: Case, files: Files, images: Path, tmp_path: Path) -> None:
     assert all((p != rows[name]).any(1).all() for name, p in a_run.trainable.weights().items())
     captions = ["a hoge, (hoge)", "blue"]
     wanted = says(models, captions)
+    with a_run.trainable.without():
+        assert (says(models, captions)[0] - wanted[0]).abs().max() > 1e-5
     result = tmp_path / "out" / "hoge.safetensors"
     a_run.save_result(result, a_run.step, 0)
     a_run.trainable.remove()

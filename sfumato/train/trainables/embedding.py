@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import torch
@@ -113,6 +114,9 @@ class Embedding(Trainable):
 
     def modules(self) -> nn.Module:
         return self.word.modules
+
+    def without(self) -> AbstractContextManager[None]:
+        return self.word.words.unlearnt()
 
     def freeze_encoders(self) -> None:
         self.word.modules.requires_grad_(False)

@@ -3,6 +3,9 @@ arXiv:2106.05744)."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 from torch import Tensor, nn
 
 from sfumato.adapters import AdapterPlan
@@ -31,6 +34,11 @@ class Pivotal(Adapters):
 
     def modules(self) -> nn.Module:
         return nn.ModuleList([super().modules(), self.word.modules])
+
+    @contextmanager
+    def without(self) -> Iterator[None]:
+        with super().without(), self.word.words.unlearnt():
+            yield
 
     def tensors(self) -> dict[str, Tensor]:
         return {**super().tensors(), **embedding_files.bundle(self.word.name, self.word.vectors())}
