@@ -62,7 +62,7 @@ def test_each_flag_without_effect_is_stated_once(home: Path) -> None:
 
 def test_each_unsupported_flag_is_refused_by_name(home: Path) -> None:
     with pytest.raises(UserError) as e:
-        flags.resolve_all([*BASE, *(f"--{flag}=3" for flag in kohya_settings.REFUSED)], "network")
+        flags.resolve_all([*BASE, *(f"--{flag}=5" for flag in kohya_settings.REFUSED)], "network")
     assert sorted(m.split(":")[0] for m in e.value.messages) == sorted(f"--{flag}" for flag in kohya_settings.REFUSED)
 
 

@@ -54,6 +54,8 @@ def test_kohyas_script_for_anima(pairs: Path, monkeypatch: pytest.MonkeyPatch) -
         "--lllite_target_layers=self_attn_q_pre,mlp_fc1_pre",
         "--lllite_cond_resblocks=2",
         "--lllite_use_aspp",
+        "--lllite_multiplier=1.0",
+        "--lllite_cond_in_channels=3",
     ]
     found = kohya.resolve("anima_train_control_net_lllite", [*BASE, *words]).config
     assert (found.network.network_dim, found.network.network_dropout) == (48, 0.2)
