@@ -65,8 +65,11 @@ def _caption_file(image: str, suffix: str) -> tuple[str, os.stat_result | str | 
 
 def _candidates(image: str, suffix: str) -> list[str]:
     stem = os.path.splitext(image)[0]
-    parts = os.path.basename(stem).rsplit("_", 4)
-    return [f"{stem}{suffix}", os.path.join(os.path.dirname(stem), parts[0] + suffix)][: 1 + (len(parts) == 5)]
+    if stem.count("_") < 4:
+        return [stem + suffix]
+    folder, name = os.path.split(stem)
+    parts = name.rsplit("_", 4)
+    return [stem + suffix, os.path.join(folder, parts[0] + suffix)] if len(parts) == 5 else [stem + suffix]
 
 
 def caption_files(image: Path, subset: SubsetConfig) -> list[Path]:

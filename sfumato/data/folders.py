@@ -13,6 +13,7 @@ from sfumato.formats.paths import trouble
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif", ".jxl", ".heic", ".heif")
 """Endings of images; in capitals too."""
+_SUFFIXES = frozenset(SUFFIXES)
 
 
 @dataclass(slots=True)
@@ -31,15 +32,23 @@ class Listing:
 
 def listing(folder: Path, *, recursive: bool = False) -> Listing:
     """What lies in a folder. Names that begin with a dot are left by other systems (`._a.png`), not images."""
-    found = Listing()
+    found, rows = Listing(), list[tuple[str, Path, list[int]]]()
     for root, _, names in os.walk(folder, onerror=lambda error: found.troubles.append(_unread(error))):
         inside, start = Path(root), os.path.join(root, "")
         for name in names:
-            if not name.startswith("."):
-                _add(found, inside, start + name, name)
+            if name.startswith("."):
+                continue
+            suffix = os.path.splitext(name)[1].lower()
+            if suffix not in _SUFFIXES:
+                found.others[suffix.rstrip(".") or "(no ending)"] += 1
+            elif seen := _look(found, path := inside / name, start + name):
+                rows.append((start + name, path, seen))
         if not recursive:
             break
-    found.images.sort(key=Path.as_posix)  # as by the names inside the folder: all begin with the folder's own
+    # In the order of the names inside the folder: all begin with the folder's own.
+    rows.sort(key=lambda row: row[0].replace(os.sep, "/"))
+    found.images = [path for _, path, _ in rows]
+    found.stamps = {path: seen for _, path, seen in rows}
     return found
 
 
@@ -47,19 +56,13 @@ def _unread(error: OSError) -> tuple[Path, str]:
     return Path(error.filename), f"cannot be read: {error.strerror}"
 
 
-def _add(found: Listing, inside: Path, text: str, name: str) -> None:
-    suffix = os.path.splitext(name)[1].lower().rstrip(".")
-    if suffix not in SUFFIXES:
-        found.others[suffix or "(no ending)"] += 1
-        return
-    path, seen = inside / name, None
+def _look(found: Listing, path: Path, text: str) -> list[int]:
+    """The stamp of a file; nothing, and a line among the troubles, where there is none."""
     try:
         status = os.stat(text)
-        seen = stamp_of(status) if stat.S_ISREG(status.st_mode) else None
+        if stat.S_ISREG(status.st_mode):
+            return stamp_of(status)
     except (OSError, ValueError):
         pass  # `trouble` says which
-    if seen is None and (reason := trouble(path)):
-        found.troubles.append((path, reason))
-        return
-    found.images.append(path)
-    found.stamps[path] = seen or []
+    found.troubles.append((path, trouble(path) or "could not be read just now"))
+    return []

@@ -235,7 +235,7 @@ def _check_subset(subset: SubsetConfig, control: bool) -> list[str]:
 
 
 def _placed(found: Scan, dataset: DatasetConfig, number: int) -> tuple[list[Item], list[SkippedFile]]:
-    buckets = resolutions(dataset)
+    buckets, known = resolutions(dataset), dict[Size, Placement]()
     items, left = [], []
     images, small = _large_enough(found.images, dataset)
     if small:
@@ -243,7 +243,8 @@ def _placed(found: Scan, dataset: DatasetConfig, number: int) -> tuple[list[Item
         found.notes.append(f"dataset {number + 1}: {len(small)} images are left out, {small[0].reason} ({some})")
     for image in images:
         try:
-            placement = place((image.width, image.height), dataset, buckets)
+            size = image.width, image.height
+            placement = known.get(size) or known.setdefault(size, place(size, dataset, buckets))
         except ValueError as error:
             left.append(SkippedFile(image.path, str(error), subset=image.subset))
             continue

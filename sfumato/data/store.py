@@ -164,7 +164,7 @@ class FileIndex:
         asked = {printable(name): name for name in names}
         if not asked:
             return {}
-        stored, rows = list(asked), list[tuple[str, Any]]()
+        stored, rows = sorted(asked), list[tuple[str, Any]]()  # in the order in which they lie in the file
         with self.connection() as connection:
             for start in range(0, len(stored), AT_ONCE):
                 some = stored[start : start + AT_ONCE]
