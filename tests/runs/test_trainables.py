@@ -341,7 +341,7 @@ def test_captions_without_padding_train_and_samples_have_it(train: Train, tmp_pa
     with patch.object(
         SdEncode, "encode", lambda s, e, tokens: lengths.append(tokens["ids"].shape[2]) or encode(s, e, tokens)
     ):
-        train("plain", "full", family=family, sample_prompts=str(tmp_path / "prompts.txt"), sample_every_n_steps=2)
+        train("plain", family=family, sample_prompts=str(tmp_path / "prompts.txt"), sample_every_n_steps=2)
     assert max(lengths[:2]) < 77 and set(lengths[2:]) == {77}
     with pytest.raises(UserError, match="no_token_padding: captions that are cached or longer than 75 tokens"):
         train("cached", family=family, cache_text_encoder_outputs=True)
