@@ -47,9 +47,10 @@ def read(path: Path, models: Models, what: str) -> dict[str, dict[str, Tensor]]:
     Errors: `UserError` for a file that holds no words, or none for this model.
     """
     tensors, widths, named = files.load(path), widths_of(models), f"{what} {path}"
+    if held := {name: t for name, t in tensors.items() if name.startswith(BUNDLE)}:
+        files.check_finite(held, named)
+        return bundled(held, widths, named)
     files.check_finite(tensors, named)
-    if any(name.startswith(BUNDLE) for name in tensors):
-        return bundled(tensors, widths, named)
     tensors = {name: t for name, t in tensors.items() if not name.startswith(IDLE)}
     if all(map(READER.fullmatch, tensors)):
         return {path.stem: _of_readers(tensors, list(readers_of(models)), widths, named)}
@@ -70,12 +71,11 @@ def _of_readers(
 
 
 def bundled(tensors: Mapping[str, Tensor], widths: Mapping[str, int], named: str) -> dict[str, dict[str, Tensor]]:
-    """The words in an adapter's file -> their vectors by encoder; other tensors are passed over. Errors: as `read`."""
+    """The words beside an adapter -> their vectors by encoder. Errors: as `read`."""
     words: dict[str, dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
-        if name.startswith(BUNDLE):
-            word, _, key = name.removeprefix(BUNDLE).partition(".")
-            words.setdefault(word, {})[key] = tensor
+        word, _, key = name.removeprefix(BUNDLE).partition(".")
+        words.setdefault(word, {})[key] = tensor
     return {word: by_encoder(each, widths, f"{named}: {BUNDLE}{word}") for word, each in words.items()}
 
 
@@ -123,5 +123,10 @@ def without_words(tensors: Mapping[str, T]) -> dict[str, T]:
 
 def in_adapter(path: Path, models: Models, what: str) -> dict[str, dict[str, Tensor]]:
     """The words in an adapter's file, as `read`; of most files none."""
-    held = any(name.startswith(BUNDLE) for name in files.read_header(path).tensors)
-    return read(path, models, what) if held else {}
+    return read(path, models, what) if named_in(path) else {}
+
+
+def named_in(path: Path) -> list[str]:
+    """The words in an adapter's file, by its header."""
+    names = [name.removeprefix(BUNDLE) for name in files.read_header(path).tensors if name.startswith(BUNDLE)]
+    return list(dict.fromkeys(name.partition(".")[0] for name in names))

@@ -14,7 +14,7 @@ from tinies.cases import Case, cases
 from training import Train, config
 
 import sfumato
-from sfumato import families
+from sfumato import adapters, families
 from sfumato.cli.main import main
 from sfumato.config import DatasetConfig, SubsetConfig
 from sfumato.errors import UserError
@@ -24,6 +24,7 @@ from sfumato.models import embedding_files
 from sfumato.models.embeddings import Words, readers_of
 from sfumato.train import words
 from sfumato.train.pipeline import Pipeline
+from sfumato.train.trainables import Adapters
 
 CASES = {case.name: case for case in cases()}
 WORD: dict[str, Any] = {"token_string": "hoge", "num_vectors_per_token": 2}
@@ -169,8 +170,8 @@ def test_a_word_beside_an_adapter(train: Train, images: Path, model: Path) -> No
     torch.testing.assert_close(says(merged.models, captions), both, atol=1e-5, rtol=1e-4)
     assert (both - before).abs().max() > 1e-3
     facts = families.facts("sd").loads_in
-    said = {each.client: each.text() for each in loads_in({name: tuple(t.shape) for name, t in found.items()}, facts)}
-    assert "refuses a file with words in it" in said["diffusers"] and "words" not in said["ComfyUI"]
+    told = {each.client: each.text() for each in loads_in({name: tuple(t.shape) for name, t in found.items()}, facts)}
+    assert "refuses a file with words in it" in told["diffusers"] and "words" not in told["ComfyUI"]
     further = train(
         "on",
         network_train_unet_only=True,
@@ -183,6 +184,9 @@ def test_a_word_beside_an_adapter(train: Train, images: Path, model: Path) -> No
     )
     moved = load(further / "out.safetensors")["bundle_emb.hoge.clip_l"] - found["bundle_emb.hoge.clip_l"]
     assert 0.05 < moved.abs().max() < 0.2
+    given = config(network_weights=str(result), network_dim=2, network_train_unet_only=True)
+    (said,) = Adapters(merged.models, given, adapters.parse(given.network)).notices
+    assert said == "network_weights has words, too, which are left out: hoge; token_string goes on learning one"
     resumed = train(
         "both2", network_train_unet_only=True, embedding_lr=0.1, resume=str(folder / "out-step00000001-state"), **WORD
     )

@@ -22,6 +22,7 @@ from sfumato.errors import UserError
 from sfumato.formats import dialect, files
 from sfumato.formats.clients import Loaded, loads_in
 from sfumato.formats.metadata import hashes
+from sfumato.models import embedding_files
 from sfumato.models.base import Family, Models
 from sfumato.optim.groups import Group
 from sfumato.tensors.random import SampleRandom
@@ -55,6 +56,11 @@ class Adapters(Trainable):
             self.notices += (
                 f"network_weights: {names} is not trained; the file's part for it acts and goes into the result as it "
                 "is",
+            )
+        words = embedding_files.named_in(Path(network.network_weights)) if network.network_weights else []
+        if others := ", ".join(word for word in words if word != config.embedding.token_string):
+            self.notices += (
+                f"network_weights has words, too, which are left out: {others}; token_string goes on learning one",
             )
         if network.dim_from_weights:
             self.trained = _in_file(self.trained, loaded, config)
