@@ -45,6 +45,8 @@ def shares(
     is left out, and comes at the end if they ended without it. A share must be in the store when the next one is asked
     for.
     """
+    if not portions:
+        return
     with _owner(store, index) as owner:
         if owner is None:
             yield [list(portion) for portion in portions]

@@ -260,7 +260,8 @@ def _wrong(store: TensorStore, name: str, mismatch: Callable[[str, Mapping[str, 
         return str(error)
     wrong = None if entry is None else mismatch(name, entry)
     if wrong:
-        store.path(name).unlink(missing_ok=True)  # what is there is good, then
+        with suppress(OSError):
+            store.path(name).unlink(missing_ok=True)  # so that what another process makes meanwhile is known
     return "" if wrong is None else wrong or None
 
 
