@@ -27,6 +27,7 @@ from sfumato.train.fit import Forecast
 
 CASES = {case.family: case for case in reversed(cases()) if families.family(case.family).control}
 """One of each family: what differs within one is compared in `tests/families/`."""
+CASES["sd"] = replace(CASES["sd"], write=lambda folder: Files(model=tiny.short_sd1(folder)))
 STEPS = 5
 """The doors open in the first; what is behind two of them has a gradient from the third on."""
 SETTINGS: dict[str, Any] = {
@@ -117,16 +118,20 @@ SGD: dict[str, Any] = {
     "optimizer_type": "SGDNesterov",
     "learning_rate": 0.1,
     "control_net_lr": None,
-    "max_train_steps": 3,
+    "max_train_steps": 2,
     "save_every_n_steps": None,
     "save_state": False,
     "cache_latents": True,
     "cache_text_encoder_outputs": True,
 }
 SPARED: dict[str, dict[str, Any]] = {
-    "streamed": {"blocks_to_swap": 3, "gradient_checkpointing": True, "cpu_offload_checkpointing": True},
+    "streamed, in parts": {
+        "blocks_to_swap": 3,
+        "gradient_checkpointing": True,
+        "cpu_offload_checkpointing": True,
+        "micro_batch": 1,
+    },
     "fused": {"blockwise_fused_optimizers": True, "optimizer_state_on_cpu": True, "gradient_checkpointing": True},
-    "in parts": {"micro_batch": 1, "fused_backward_pass": True},
 }
 """Settings that spare memory and change no number."""
 
@@ -134,12 +139,12 @@ SPARED: dict[str, dict[str, Any]] = {
 @pytest.fixture(scope="module")
 def short(tmp_path_factory: pytest.TempPathFactory) -> Files:
     """A Stable Diffusion of few blocks."""
-    return Files(model=tiny.short_sd1(tmp_path_factory.mktemp("short")))
+    return CASES["sd"].write(tmp_path_factory.mktemp("short"))
 
 
 @pytest.fixture(scope="module")
 def whole(short: Files, images: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Tensor]:
-    """The weights after three steps with no such setting."""
+    """The weights after two steps with no such setting."""
     return steps(short, images, tmp_path_factory.mktemp("whole"))
 
 
@@ -161,28 +166,16 @@ def test_what_spares_memory_changes_nothing(
 
 
 def test_it_grows_beside_a_model_in_fewer_bits(short: Files, images: Path, tmp_path: Path) -> None:
-    """From the values of the file; what it needs of memory is predicted; it starts again from what it gave."""
-    room = {
-        "quantize": "int8",
-        "gradient_checkpointing": True,
-        "simulate_vram": "1GB",
-        "control_net_lr": 0.2,
-        "max_train_steps": 2,
-        "save_model_as": "diffusers",
-    }
-    a_run = prepared(CASES["sd"], short, images, tmp_path / "out", **{**SGD, **room})
+    """From the values of the file; it starts again from the folder that it gave."""
+    fewer = {"quantize": "int8", "control_net_lr": 0.2, "save_model_as": "diffusers"}
+    a_run = prepared(CASES["sd"], short, images, tmp_path / "out", **{**SGD, **fewer})
     grown, file = weights(a_run), load(short.model)
     copied = {name: f"model.diffusion_model.{name.removeprefix('controlnet.')}" for name in grown}
     assert sum(name in file for name in copied.values()) > 50
     assert all(torch.equal(grown[ours], file[name].float()) for ours, name in copied.items() if name in file)
     slow, fast = sorted(a_run.trainable.groups(), key=lambda group: group.lr)
     assert (slow.lr, fast.lr) == (0.1, 0.2) and len(slow.parameters) == sum(name in file for name in copied.values())
-    assert a_run.tracker and a_run.log
-    with a_run.log, a_run.tracker:
-        assert loop.train(a_run)
-        taken = measure.peak(a_run)
-    forecast = Forecast(a_run.config, "controlnet", None, a_run.plan, ("micro_batch",), card=False)
-    assert forecast.of(forecast.now()).device == pytest.approx(taken, rel=0.05)
+    trained(a_run)
     a_run.save_result(tmp_path / "out-v1.0", a_run.step, 0)
     held = weights(a_run)
     a_run.trainable.remove()
@@ -190,3 +183,14 @@ def test_it_grows_beside_a_model_in_fewer_bits(short: Files, images: Path, tmp_p
     again = prepared(CASES["sd"], short, images, tmp_path / "again", **{**SGD, **start})
     with again.log or nullcontext():
         assert not changed(held, weights(again))
+
+
+def test_what_it_needs_of_memory_is_predicted(short: Files, images: Path, tmp_path: Path) -> None:
+    settings = {**SGD, "gradient_checkpointing": True, "simulate_vram": "1GB"}
+    a_run = prepared(CASES["sd"], short, images, tmp_path, **settings)
+    assert a_run.tracker and a_run.log
+    with a_run.log, a_run.tracker:
+        assert loop.train(a_run)
+        taken = measure.peak(a_run)
+    forecast = Forecast(a_run.config, "controlnet", None, a_run.plan, ("micro_batch",), card=False)
+    assert forecast.of(forecast.now()).device == pytest.approx(taken, rel=0.05)
