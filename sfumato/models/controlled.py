@@ -42,7 +42,7 @@ class Controlled:
         ]
 
     def follow(self, images: Tensor | None) -> None:
-        if images is not None and self.strength and self.takes_latents:
+        if images is not None and self.takes_latents:
             images = self.models.scaled(self.models.encode_images(2 * images - 1))
         self._hint = images
 
