@@ -20,6 +20,7 @@ from sfumato.errors import Mistakes, UserError, nearest
 from sfumato.families import detect
 from sfumato.formats import adapter_metadata, files
 from sfumato.formats.adapter_check import check_adapter
+from sfumato.formats.clients import WORDS
 from sfumato.formats.dialect import ALPHA, DOWN, UP, AdapterTensors, Dialect, ModulePath
 from sfumato.formats.names import Rule
 from sfumato.formats.planned import Writable
@@ -32,8 +33,6 @@ from sfumato.tools import checkpoints
 
 WEIGHTS = ("adapter_model.safetensors", "pytorch_lora_weights.safetensors")
 """What a folder that PEFT or diffusers saved holds."""
-NOT_OF_LAYERS = {"bundle_emb.": "an embedding that OneTrainer puts beside the adapter"}
-"""Beginnings of keys that belong to no adapter -> what they are."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,8 +57,8 @@ class AdapterFile:
     state: dict[ModulePath, AdapterTensors]
     """In native names and kohya's leaves, in the order of the nets."""
     metadata: dict[str, str]
-    left_out: dict[str, str] = field(default_factory=dict)
-    """Keys that belong to no adapter -> what they are."""
+    words: dict[str, Tensor] = field(default_factory=dict)
+    """The tensors of words that are kept beside the adapter (textual inversion)."""
 
     @property
     def kinds(self) -> set[str]:
@@ -80,22 +79,22 @@ def read(
     usual models; its header alone is read. `inexact`: as `adapters.files.read`. Errors: `UserError` for what is no
     adapter, for keys that name no layer and for shapes that do not fit.
     """
-    file, tensors, metadata, left_out = _opened(path)
+    file, tensors, metadata, words = _opened(path)
     outline, state = _fitting(file, tensors, _outlines(file, tensors, metadata, family, model), inexact)
-    return AdapterFile(path=file, outline=outline, state=state, metadata=metadata, left_out=left_out)
+    return AdapterFile(path=file, outline=outline, state=state, metadata=metadata, words=words)
 
 
 def read_like(path: str | Path, outline: Outline) -> tuple[AdapterFile, list[str]]:
     """An adapter file as one for the same model, whatever its shapes; and the keys that name no layer of it."""
-    file, tensors, metadata, left_out = _opened(path)
+    file, tensors, metadata, words = _opened(path)
     strange = [key for key, named in outline.spellings.claimed(tensors) if named is None]
     claimed = {key: t for key, t in tensors.items() if key not in set(strange)}
     state = adapter_files.read_as(outline.spellings, claimed)
-    return AdapterFile(path=file, outline=outline, state=state, metadata=metadata, left_out=left_out), strange
+    return AdapterFile(path=file, outline=outline, state=state, metadata=metadata, words=words), strange
 
 
-def _opened(path: str | Path) -> tuple[Path, dict[str, Tensor], dict[str, str], dict[str, str]]:
-    """(file, tensors of layers, metadata, keys that belong to no adapter -> what they are)"""
+def _opened(path: str | Path) -> tuple[Path, dict[str, Tensor], dict[str, str], dict[str, Tensor]]:
+    """(file, tensors of layers, metadata, tensors of words)"""
     file = _file(Path(path).expanduser())
     header = files.read_header(file)
     found = detect.identify({name: info.shape for name, info in header.tensors.items()}, header.metadata)
@@ -104,8 +103,8 @@ def _opened(path: str | Path) -> tuple[Path, dict[str, Tensor], dict[str, str], 
         raise UserError(f"{file} is {what}, not an adapter (such as a LoRA)")
     tensors, metadata = adapter_metadata.load(file)
     check_adapter(tensors, str(file))
-    left_out = {key: what for key in tensors for start, what in NOT_OF_LAYERS.items() if key.startswith(start)}
-    return file, {key: t for key, t in tensors.items() if key not in left_out}, metadata, left_out
+    words = {key: t for key, t in tensors.items() if key.startswith(WORDS)}
+    return file, {key: t for key, t in tensors.items() if key not in words}, metadata, words
 
 
 def adapter_of(path: ModulePath, tensors: AdapterTensors, weight: Tensor) -> Adapter:

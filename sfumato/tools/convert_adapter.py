@@ -84,7 +84,8 @@ def convert(
     nearest_lora = None if rank is None else Nearest(rank, model)
     read = adapter_file.read(source, family=family, model=model, inexact=nearest_lora.joined if nearest_lora else None)
     dialect = read.outline.dialects[dialect_name]
-    tensors = _written(read, dialect, nearest_lora, progress)
+    apart = read.words if dialect_name == "peft" else {}
+    tensors = _written(read, dialect, nearest_lora, progress) | ({} if apart else read.words)
     if dtype is not None:
         tensors = {name: _cast(name, t, DTYPES[dtype]) for name, t in tensors.items()}
     files.check_finite(tensors, f"the adapter {path.name}", DTYPES[dtype] if dtype else None)
@@ -98,7 +99,7 @@ def convert(
         layers=len(read.state),
         keys_in=len(files.read_header(read.path).tensors),
         keys_out=len(tensors),
-        left_out=read.left_out,
+        left_out=dict.fromkeys(apart, "a word beside the adapter, for which diffusers refuses a file"),
         errors=nearest_lora.errors if nearest_lora else {},
         approximated=nearest_lora.layers if nearest_lora else 0,
         dialect=to,

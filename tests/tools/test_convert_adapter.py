@@ -45,10 +45,14 @@ def test_metadata_stay_and_hashes_are_new(tmp_path: Path) -> None:
 def test_what_is_not_of_a_layer_is_listed(tmp_path: Path) -> None:
     one = a_file(tmp_path / "one.safetensors")
     files.save(one, {**files.load(one), "bundle_emb.cat.clip_l": torch.zeros(2, 8)}, {})
-    found = convert(one, tmp_path / "other.safetensors", "comfy", model=str(model("flux")))
+    found = convert(one, tmp_path / "words.safetensors", "comfy", model=str(model("flux")))
+    assert not found.left_out and "bundle_emb.cat.clip_l" in files.load(tmp_path / "words.safetensors")
+    found = convert(
+        tmp_path / "words.safetensors", tmp_path / "other.safetensors", "diffusers", model=str(model("flux"))
+    )
     assert list(found.left_out) == ["bundle_emb.cat.clip_l"]
-    assert "left out: bundle_emb.cat.clip_l: an embedding that OneTrainer puts beside" in found.text(one)
-    assert found.keys_in == found.keys_out + 1
+    assert "left out: bundle_emb.cat.clip_l: a word beside the adapter" in found.text(one)
+    assert not [name for name in files.load(tmp_path / "other.safetensors") if name.startswith("bundle_emb")]
     files.save(one, {**files.load(one), "lora_unet_double_blocks_0_img_mlp_1.alpha": torch.zeros(())}, {})
     with pytest.raises(UserError, match="1 of 13 keys of the adapter name no layer"):
         convert(one, tmp_path / "other.safetensors", "comfy", model=str(model("flux")))

@@ -40,7 +40,7 @@ class Adapters(Trainable):
         self.kind = plan.kind.file_kind()
         network = config.network
         nets = models.nets()
-        self.notices: tuple[str, ...] = targets.check_sets(models.family.targets, plan)
+        self.notices: tuple[str, ...] = targets.check_sets(models.family.targets, plan) + _left_out(config)
         self.rates = adapter_rates(models.family, models.options, models.encoders, config, plan)
         self.trained: tuple[str, ...] = tuple(self.rates)
         _check(models, config, plan, self.trained)
@@ -56,11 +56,6 @@ class Adapters(Trainable):
             self.notices += (
                 f"network_weights: {names} is not trained; the file's part for it acts and goes into the result as it "
                 "is",
-            )
-        words = embedding_files.named_in(Path(network.network_weights)) if network.network_weights else []
-        if others := ", ".join(word for word in words if word != config.embedding.token_string):
-            self.notices += (
-                f"network_weights has words, too, which are left out: {others}; token_string goes on learning one",
             )
         if network.dim_from_weights:
             self.trained = _in_file(self.trained, loaded, config)
@@ -221,6 +216,14 @@ class Adapters(Trainable):
         files.save(path, tensors, {**metadata, **hashes(tensors, metadata)})
         for each in self.loads_in(tensors):
             console.print(f"{path.name} in {each.text()}")
+
+
+def _left_out(config: Config) -> tuple[str, ...]:
+    """A notice of words in `network_weights` that are not learnt on."""
+    file, word = config.network.network_weights, config.embedding.token_string
+    others = ", ".join(each for each in embedding_files.named_in(Path(file)) if each != word) if file else ""
+    text = f"network_weights has words, too, which are left out: {others}; token_string goes on learning one"
+    return (text,) if others else ()
 
 
 def _frozen_adapters(
