@@ -103,6 +103,27 @@ def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
     assert not [name for name, value in a.items() if not torch.equal(value, b[name])]
 
 
+@pytest.mark.parametrize("case", [CASES["sdxl-base"]], indirect=True, ids=["sdxl"])
+def test_one_without_transformers(case: Case, models: Models, tmp_path: Path) -> None:
+    """As the small ones that there are of Stable Diffusion XL."""
+    unet = case.pipeline().unet
+    kept = ("block_out_channels", "attention_head_dim", "cross_attention_dim", "addition_embed_type")
+    kept += ("addition_time_embed_dim", "projection_class_embeddings_input_dim", "use_linear_projection")
+    small = ControlNetModel(
+        **{name: unet.config[name] for name in kept}, down_block_types=("DownBlock2D",) * 3,
+        mid_block_type="UNetMidBlock2D",
+    )  # fmt: skip
+    for p in small.eval().parameters():
+        p.data += 0.02 * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel()))
+    small.save_pretrained(tmp_path / "small")
+    x, t, cond, images = inputs(models)
+    follower = Controlled(models, read_net(models, str(tmp_path / "small")), 0.7)
+    follower.follow(images)
+    ours = said(models, x, t, cond)
+    follower.remove()
+    torch.testing.assert_close(ours, they_say(unet, small, x, t, cond, images), atol=1e-5, rtol=1e-5)
+
+
 def test_one_of_another_model_is_refused(models: Models, theirs: Any, tmp_path: Path) -> None:
     theirs.save_pretrained(tmp_path / "net")
     file = tmp_path / "net" / "diffusion_pytorch_model.safetensors"

@@ -101,7 +101,8 @@ def _widths(unet: Mapping[str, Tensor]) -> list[int]:
 
 
 def _heads(unet: Mapping[str, Tensor], widths: list[int]) -> list[int]:
-    linear = unet[_MIDDLE].ndim == 2
+    # A ControlNet may have no transformers at all.
+    linear = _MIDDLE not in unet or unet[_MIDDLE].ndim == 2
     return [width // LINEAR_HEAD_WIDTH if linear else CONV_HEADS for width in widths]
 
 
