@@ -25,7 +25,8 @@ FOLDER = re.compile(r"(\d+)_(.*)")
 Found = dict[str, Given]
 Value = Callable[[str], Any]
 
-_SHARED = {f.name for record in (CaptionOptions, ImageOptions) for f in fields(record)} | {"class_tokens"}
+_SHARED = {f.name for record in (CaptionOptions, ImageOptions) for f in fields(record)}
+_SHARED |= {"class_tokens", "custom_attributes"}
 _SUBSET = {f.name for f in fields(SubsetConfig)}
 _DATASET = ({f.name for f in fields(DatasetConfig)} - {"subsets"}) | _SHARED
 _FLAGS = {"batch_size": "train_batch_size", "num_repeats": "dataset_repeats"}
@@ -243,14 +244,14 @@ def _folders(key: str, root: Path, given: Mapping[str, Given], report: Report) -
 
 
 def _acting(subsets: Iterable[SubsetConfig], lenient: bool, left_out: list[str]) -> tuple[SubsetConfig, ...]:
-    """Each folder, metadata file or class once; without those that kohya's scripts pass over where its file or command
-    is read (`lenient`).
+    """Each folder, metadata file or class once, and once more as what is to stay as it is; without those that kohya's
+    scripts pass over where its file or command is read (`lenient`).
 
     What is left out is added to `left_out`, with the reason.
     """
-    kept: dict[tuple[str, ...], SubsetConfig] = {}
+    kept: dict[tuple[object, ...], SubsetConfig] = {}
     for subset in subsets:
-        place = (*map(_real, (subset.image_dir, subset.metadata_file)), subset.dataset_class or "")
+        place = (*map(_real, (subset.image_dir, subset.metadata_file)), subset.dataset_class, subset.preserved)
         if place in kept:
             left_out.append(
                 f"{subset.source}: stands twice in one dataset, and is taken once, with the settings that stand first"
@@ -341,6 +342,8 @@ def check(datasets: Iterable[DatasetConfig], settings: Settings, given: Mapping[
         if all(s.is_reg for s in dataset.subsets):
             report.error(f"dataset {number}: {ONLY_REGULARISATION}")
         _check_buckets(dataset, report)
+        if dataset.network_multiplier != 1.0 and settings.method not in ("network", "lllite"):
+            report.note(f"dataset {number}: network_multiplier: no effect: no adapter is trained, whose strength it is")
         for subset in dataset.subsets:
             _check_subset(subset, settings, report)
     subsets = [s for d in datasets for s in d.subsets]

@@ -42,6 +42,10 @@ def _all_plain(attributes: Mapping[str, Any]) -> bool:
     return all(isinstance(value, (bool, int, float, str)) for value in attributes.values())
 
 
+def _says_whether(attributes: Mapping[str, Any]) -> bool:
+    return isinstance(attributes.get(PRESERVED, False), bool)
+
+
 _CLASS = Must(re.compile(r"\w+(\.\w+)+").fullmatch, "module.Class")
 _DATASET_FILE = Excludes("dataset_config", why="dataset_config names the folders")
 Interpolation = Literal["lanczos", "nearest", "bilinear", "linear", "bicubic", "cubic", "area", "box"]
@@ -132,7 +136,9 @@ class SubsetConfig(CaptionOptions, ImageOptions):
     """Class of yours that gives images and captions, as `module.Class`; it is made with image_dir (see
     docs/datasets.md)."""
     custom_attributes: Annotated[
-        Mapping[str, Any], Must(_all_plain, "values that are true, false, numbers or texts")
+        Mapping[str, Any],
+        Must(_all_plain, "values that are true, false, numbers or texts"),
+        Must(_says_whether, f"{PRESERVED} = true or false"),
     ] = field(default_factory=dict, hash=False)
     """What else is to be known of these images, by name: a table of true, false, numbers and texts.
     diff_output_preservation: their target is what the model predicts without its adapter."""

@@ -89,6 +89,11 @@ def test_attributes_of_ones_own_are_read_and_written(home: Path) -> None:
     assert read(datasets.write(found)) == found and hash(found)
     with pytest.raises(UserError, match=r"data\.toml:4: custom_attributes: expected values that are true"):
         read(f"{text}x = [1]\n")
+    with pytest.raises(UserError, match=r"custom_attributes: expected diff_output_preservation = true or false, found"):
+        read(f'{text}diff_output_preservation = "false"\n')
+    general = "[general.custom_attributes]\ndiff_output_preservation = true\n[[datasets]]\n"
+    both = f"{general}{SUBSET.format('images')}{SUBSET.format('more')}custom_attributes = {{}}\n"
+    assert [subset.preserved for subset in read(both)[0].subsets] == [True, False]
 
 
 def test_wildcards_and_cached_text_go_together(home: Path) -> None:
@@ -297,6 +302,21 @@ def test_the_same_folder_is_taken_once_in_a_dataset(home: Path) -> None:
     found = flags.resolve_all(BASE, "network")
     assert [[s.num_repeats for s in d.subsets] for d in found.datasets] == [[3], [3]]
     assert [n for n in found.notices if "stands twice in one dataset, and is taken once" in n]
+
+
+def test_the_same_folder_may_be_learnt_and_preserved(home: Path) -> None:
+    kept = "custom_attributes.diff_output_preservation = true\n"
+    text = "[[datasets]]\n" + SUBSET.format("images") + 2 * (SUBSET.format("images") + kept)
+    assert [subset.preserved for subset in read(text)[0].subsets] == [False, True]
+
+
+def test_a_strength_of_no_adapter_is_told(home: Path) -> None:
+    Path("data.toml").write_text("[[datasets]]\nnetwork_multiplier = -1.0\n" + SUBSET.format("images"))
+    said = [[n for n in flags.resolve_all(BASE, m).notices if "network_multiplier" in n] for m in ("full", "network")]
+    assert (
+        said[0] == ["dataset 1: network_multiplier: no effect: no adapter is trained, whose strength it is"]
+        and not said[1]
+    )
 
 
 def test_regularisation_alone_is_refused_with_the_cure(home: Path) -> None:
