@@ -15,6 +15,7 @@ from PIL import Image
 
 from sfumato.data.images import Unreadable, read, upright
 from sfumato.errors import UserError
+from sfumato.formats.paths import is_text
 
 
 class ImageSource(Protocol):
@@ -60,7 +61,7 @@ def names(source: ImageSource, dataset_class: str) -> list[str]:
         found = list(source.names())
     except Exception as error:
         raise UserError(f"dataset_class {dataset_class}: names(): {_told(error)}") from error
-    if not found or not all(isinstance(n, str) and PurePath(n).as_posix() == n for n in found):
+    if not found or not all(isinstance(n, str) and is_text(n) and PurePath(n).as_posix() == n for n in found):
         raise UserError(f"dataset_class {dataset_class}: names(): expected texts such as a/b.png, at least one")
     if len(set(found)) < len(found):
         raise UserError(f"dataset_class {dataset_class}: names(): expected each name once")
@@ -78,6 +79,8 @@ def lines(source: ImageSource, name: str) -> tuple[str, ...] | str | None:
         return None
     if not isinstance(caption, str):
         return f"caption(): expected text or None, found {type(caption).__name__}"
+    if not is_text(caption):
+        return f"caption(): expected text, found half of a character: {caption!r:.80}"
     return tuple(line.strip() for line in caption.splitlines() if line.strip()) or ("",)
 
 

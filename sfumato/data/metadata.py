@@ -13,6 +13,7 @@ from sfumato.config.data import CaptionOptions
 from sfumato.data.batch import Size
 from sfumato.data.folders import Listing, listing
 from sfumato.errors import UserError
+from sfumato.formats.paths import is_text
 from sfumato.formats.text import parse_json, read_text
 
 MOST = 5
@@ -113,7 +114,7 @@ def _find(key: str, image_dir: str, folders: _Folders) -> tuple[Path, str]:
         return Path(key), "{file} names it relative to a folder: set image_dir"
     # Backslashes are those of a file that was written under Windows.
     place = os.path.normpath(key if whole else os.path.join(image_dir, key.replace("\\", "/")))
-    found = folders.look(*os.path.split(place))
+    found = [] if "\0" in place else folders.look(*os.path.split(place))
     if len(found) > 1:
         means = ", ".join(p.name for p in found)
         return Path(place), f"{{file}} means several images by this: {means}; write the ending"
@@ -175,6 +176,8 @@ def _record(content: Any) -> Record:
         texts[name] = content.get(name)
         if texts[name] is not None and not isinstance(texts[name], str):
             raise ValueError(f"{name}: expected text, found {texts[name]!r:.80}")
+        if not is_text(texts[name] or ""):
+            raise ValueError(f"{name}: expected text, found half of a character: {texts[name]!r:.80}")
     size = content.get("image_size")
     if size is None and {"width", "height"} <= content.keys():
         size = [content["width"], content["height"]]

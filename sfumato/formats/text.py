@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -51,15 +52,24 @@ def parse_toml(path: str | Path, text: str) -> dict[str, Any]:
 def parse_json(path: str | Path, text: str) -> Any:
     """The content of a JSON text; `path` begins messages. Errors: `UserError`."""
     try:
-        content = json.loads(text)
+        content = json.loads(text, object_pairs_hook=_once)
     except RecursionError:
         raise _too_deep(path, "JSON") from None
     except json.JSONDecodeError as e:
         raise UserError(f"{path}:{e.lineno}: is not JSON: {e.msg}") from None
-    except ValueError as e:  # a number of thousands of digits
+    except ValueError as e:  # a number of thousands of digits, or a name that stands twice
         raise UserError(f"{path}: is not JSON: {e}") from None
     _check_depth(path, content, "JSON")
     return content
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object, whose names stand there once each. Errors: `ValueError`."""
+    made = dict(pairs)
+    if len(made) < len(pairs):
+        twice = next(name for name, n in Counter(name for name, _ in pairs).items() if n > 1)
+        raise ValueError(f"{twice!r} stands twice in an object")
+    return made
 
 
 def _check_depth(path: str | Path, content: Any, kind: str) -> None:

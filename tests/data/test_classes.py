@@ -21,7 +21,7 @@ class Squares:
     """Squares in shades, one of them by the bytes of a file."""
     def __init__(self, folder): self.folder = folder
     def names(self): return ["a/0.png", "a/1.png", "2"]
-    def caption(self, name): return {"2": None}.get(name, f"{self.folder} {name}\\n\\nsecond")
+    def caption(self, name): return {"2": None, "half": "\\ud800"}.get(name, f"{self.folder} {name}\\n\\nsecond")
     def image(self, name):
         image = Image.new("RGBA", (64, 96), (50, 100, 150, 255))
         if name != "a/1.png":
@@ -34,6 +34,10 @@ class Bad(Squares):
     def image(self, name): return "no image" if name == "a/0.png" else super().image(name)
 class Twice(Squares):
     def names(self): return ["a", "a"]
+class Half(Squares):
+    def names(self): return ["half"]
+class Halved(Squares):
+    def names(self): return ["\\udcff"]
 class Few:
     def __init__(self, folder): ...
 '''
@@ -83,6 +87,8 @@ def test_what_a_class_cannot_give_is_listed_as_files_are(module: str) -> None:
     [
         ("nowhere_to_be_found.Class", "ModuleNotFoundError"),
         ("{}.Nothing", "AttributeError"),
+        ("{}.Half", "caption\\(\\): expected text, found half of a character"),
+        ("{}.Halved", "expected texts such as a/b.png"),
         ("{}.Few", "has no names, caption, image: it needs names\\(\\) ->"),
         ("{}.Twice", "expected each name once"),
     ],

@@ -112,6 +112,8 @@ def test_what_changes_in_the_file_is_encoded_again_and_nothing_else(tmp_path: Pa
         ("m.json", "{}", "names no image"),
         ("m.json", '{"a": {"caption": 1}, "b": "x"}', "'a': caption: expected text, found 1"),
         ("m.json", '{"a": {"image_size": [1.5, 2]}}', "image_size: expected [width, height]"),
+        ("m.json", '{"a": {"caption": "\\ud800"}}', "'a': caption: expected text, found half of a character"),
+        ("m.json", '{"a": {"caption": "x"}, "a": {}}', "m.json: is not JSON: 'a' stands twice"),
         ("m.json", '{"a": ', "m.json:1: is not JSON"),
         ("m.jsonl", '{"image_path": "a"}\n{"image_path": 1}', "m.jsonl:2: expected an object with"),
         ("m.jsonl", '{"image_path": "a"}\n{"image_path": "a"}', "m.jsonl:2: 'a' stands there twice"),
@@ -129,11 +131,11 @@ def test_images_that_are_not_there_are_listed_at_once(tmp_path: Path) -> None:
     root = folder(tmp_path, [(64, 64)])
     noise((64, 64), 1).save(root / "0.jpg")
     noise((64, 64), 1).save(root / "1.png")
-    file = written(tmp_path / "meta.json", {key: {"caption": "x"} for key in ("0", "gone", "1", "1.png")})
+    file = written(tmp_path / "meta.json", {key: {"caption": "x"} for key in ("0", "gone", "1", "1.png", "a\0/0")})
     with pytest.raises(UserError) as caught:
         plan(dataset(subset(root, metadata_file=str(file))))
     text = str(caught.value)
-    assert "3 images cannot be used" in text and f"gone: is named in {file}, and there is no such image" in text
+    assert "4 images cannot be used" in text and f"gone: is named in {file}, and there is no such image" in text
     assert "means several images by this: 0.jpg, 0.png" in text and "names it twice" in text
     with pytest.raises(UserError, match="relative to a folder: set image_dir"):
         plan(dataset(SubsetConfig(metadata_file=str(file))))
