@@ -178,8 +178,9 @@ def text_readers(plan: Plan, wanted: Mapping[str, str], strategy: TextEncoderOut
         return _finite({name: t.to(like[name].dtype) for name, t in found.items()})
 
     for item in plan.items if kohya and wanted else ():
-        # sd-scripts keeps the outputs of the caption as it is written.
-        key = wanted.get(item.image.captions[0])
+        # sd-scripts keeps the outputs of the caption as it is written: not those of a prior_preservation_class.
+        other = item.image.is_reg and plan.subset(item).preserved
+        key = None if other else wanted.get(item.image.captions[0])
         if kohya and key and key not in readers and (path := _text_file(files, plan, item, kohya.suffix)):
             readers[key] = partial(read, path)
     return readers

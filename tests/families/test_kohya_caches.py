@@ -21,6 +21,7 @@ from torch import Tensor
 from sfumato.data import augment
 from sfumato.data.cache import CachedLatents, CachedText, cache_latents, cache_texts
 from sfumato.data.plan import Plan
+from sfumato.data.prior import with_class
 from sfumato.data.store import FileIndex, TensorStore
 from sfumato.models.autoencoders import unscale
 from sfumato.models.base import Models
@@ -254,6 +255,8 @@ def test_text_outputs_of_other_encoders_or_old_captions_are_not(models: Models, 
     made, count = cached_texts(models, planned)
     assert (made.imported, made.encoded, count) == (0, 5, 5) and "5 files of sd-scripts" in str(made)
     write_texts(models, planned)
+    made, count = cached_texts(models, with_class(planned, "thing"))  # a caption that no file is of
+    assert (made.imported, made.encoded, count) == (1, 5, 5), made
     for item in planned.items[:-1]:
         os.utime(item.image.path.with_suffix(".txt"), ns=(2**62, 2**62))
     made, _ = cached_texts(models, planned)
