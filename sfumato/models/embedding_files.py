@@ -123,7 +123,11 @@ def without_words(tensors: Mapping[str, T]) -> dict[str, T]:
 
 def in_adapter(path: Path, models: Models, what: str) -> dict[str, dict[str, Tensor]]:
     """The words in an adapter's file, as `read`; of most files none."""
-    return read(path, models, what) if named_in(path) else {}
+    try:
+        held = named_in(path)
+    except UserError as error:
+        raise UserError(*(f"{what} {path}: {m.removeprefix(f'{path}: ')}" for m in error.messages)) from None
+    return read(path, models, what) if held else {}
 
 
 def named_in(path: Path) -> list[str]:

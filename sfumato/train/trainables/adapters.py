@@ -40,13 +40,14 @@ class Adapters(Trainable):
         self.kind = plan.kind.file_kind()
         network = config.network
         nets = models.nets()
-        self.notices: tuple[str, ...] = targets.check_sets(models.family.targets, plan) + _left_out(config)
+        self.notices: tuple[str, ...] = targets.check_sets(models.family.targets, plan)
         self.rates = adapter_rates(models.family, models.options, models.encoders, config, plan)
         self.trained: tuple[str, ...] = tuple(self.rates)
         _check(models, config, plan, self.trained)
         given = (
             read_adapter(models, Path(network.network_weights), "network_weights") if network.network_weights else {}
         )
+        self.notices += _left_out(config)
         loaded = {path: tensors for path, tensors in given.items() if path[0] in self.trained}
         self.frozen = _frozen_adapters(
             models, config, {path: tensors for path, tensors in given.items() if path not in loaded}
