@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from launching import launch
-from runs.test_families import changed, prepared, says, trained
+from runs.test_families import changed, says
 from tinies.cases import Case, cases
 from training import Train, config
 
@@ -21,7 +21,7 @@ from sfumato.errors import UserError
 from sfumato.formats.clients import loads_in
 from sfumato.formats.files import load, save
 from sfumato.models import embedding_files
-from sfumato.models.embeddings import Words, readers_of
+from sfumato.models.embeddings import Words, readers_of, widths_of
 from sfumato.train import words
 from sfumato.train.pipeline import Pipeline
 from sfumato.train.trainables import Adapters
@@ -38,34 +38,30 @@ def images(images: Path) -> Path:
 
 
 @pytest.mark.parametrize("case", [CASES["sd-1"], CASES["sdxl-base"]], ids=lambda case: case.name)
-def test_diffusers_loads_what_was_saved(case: Case, images: Path, tmp_path: Path) -> None:
-    files = case.write(tmp_path / "model")
-    a_run = prepared(case, files, images, tmp_path / "out", "embedding", learning_rate=0.1, **WORD)
-    models = trained(a_run)
-    result = tmp_path / "hoge.safetensors"
-    a_run.save_result(result, a_run.step, 0)
-    pipe, vectors = copy.deepcopy(case.pipeline()), load(result)
+def test_diffusers_loads_what_was_saved(case: Case, tmp_path: Path) -> None:
+    models, pipe, result = case.models(case.write(tmp_path)), copy.deepcopy(case.pipeline()), tmp_path / "x.safetensors"
+    captions, vectors = ["a hoge in the rain", "rain"], {n: torch.randn(2, d) for n, d in widths_of(models).items()}
+    with torch.no_grad():
+        before = models.encode(models.tokenize(captions))
+    learnt = Words(models, {"hoge": vectors})
+    save(result, embedding_files.write("hoge", learnt.vectors()["hoge"], models))
     parts = {"clip_l": ("text_encoder", "tokenizer"), "clip_g": ("text_encoder_2", "tokenizer_2")}
-    if "emb_params" in vectors:
+    tensors = load(result)
+    if "emb_params" in tensors:
         pipe.load_textual_inversion(str(result), token="hoge")
     else:
-        for name, tensor in vectors.items():
+        for name, tensor in tensors.items():
             encoder, tokenizer = (getattr(pipe, part) for part in parts[name])
             pipe.load_textual_inversion({"hoge": tensor}, text_encoder=encoder, tokenizer=tokenizer)
-    captions = ["a hoge in the rain", "rain"]
     with torch.no_grad():
-        wanted = case.encoded(pipe, captions)
-    if "emb_params" in vectors:
-        pipe.unload_textual_inversion()
-        pipe.load_textual_inversion(embedding_files.write("hoge", a_run.trainable.word.vectors(), models, by_word=True))  # type: ignore[attr-defined]
-        assert torch.equal(case.encoded(pipe, captions)["hidden"], wanted["hidden"])
-    with torch.no_grad():
-        found = models.encode(models.tokenize(captions))
+        wanted, found = case.encoded(pipe, captions), models.encode(models.tokenize(captions))
+        if "emb_params" in tensors:
+            pipe.unload_textual_inversion()
+            pipe.load_textual_inversion(embedding_files.write("hoge", vectors, models, by_word=True))
+            assert torch.equal(case.encoded(pipe, captions)["hidden"], wanted["hidden"])
     for name, value in wanted.items():
         torch.testing.assert_close(found[name], value, atol=1e-4, rtol=1e-4)
-    a_run.trainable.remove()
-    with torch.no_grad():
-        assert (models.encode(models.tokenize(captions))["hidden"] - found["hidden"]).abs().max() > 1e-2
+    assert (before["hidden"] - found["hidden"]).abs().max() > 1e-2
 
 
 def test_files_of_others_are_read(model: Path, tmp_path: Path) -> None:

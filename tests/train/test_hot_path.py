@@ -112,6 +112,7 @@ DRAWN: dict[str, dict[str, Any]] = {
         "min_snr_gamma": 5.0,
         "loss_type": "huber",
         "huber_schedule": "snr",
+        "token_string": "red",
         "options": {"weighted_captions": True},
     },
     "flux": {**NOISE, "loss_type": "smooth_l1", "huber_schedule": "exponential", "scale_weight_norms": 1.0},
@@ -157,12 +158,6 @@ def test_images_that_are_followed(method: Any, family: str, images: Path, tmp_pa
     live = {"cache_latents": False, "cache_text_encoder_outputs": False}
     seen = steps(FAMILIES[family], tmp_path, tmp_path, method, prepare=following, **live)
     assert len(seen.copies) == 1
-
-
-def test_words(images: Path, tmp_path: Path) -> None:
-    """That mean something else to each block of the U-Net."""
-    word = {"token_string": "red", "num_vectors_per_token": 2, "xti": True}
-    assert len(steps(FAMILIES["sd"], images, tmp_path, "embedding", live=True, short=True, **word).copies) == 1
 
 
 def test_streaming_reads_no_number(images: Path, tmp_path: Path) -> None:
