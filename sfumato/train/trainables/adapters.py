@@ -76,6 +76,11 @@ class Adapters(Trainable):
             if loaded:
                 with _named(network.network_weights):
                     self.notices += self._load(loaded)
+        self._settle_rates()
+
+    def _settle_rates(self) -> None:
+        """The rate of each layer, and what is checked of the network as a whole."""
+        models, config, plan = self.models, self.config, self.plan
         self.called = called = targets.named_layers(models, self.trained)
         """What every layer of what is trained is called, with an adapter or without."""
         targets.check_trained(plan, self.trained, called)
