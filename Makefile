@@ -17,7 +17,7 @@ quickstart: .venv/run
 	$(BIN)/python examples/emoji/quickstart.py
 
 # Each draws one picture into runs/, beside the numbers that it stands for; minutes in all on two cores.
-EXAMPLES := $(wildcard $(addprefix examples/emoji/,validation.py embedding.py controlnet.py slider.py prior.py))
+EXAMPLES := $(addprefix examples/emoji/,embedding.py controlnet.py slider.py prior.py validation.py)
 
 examples: .venv/run
 	set -e; for example in $(EXAMPLES); do $(BIN)/python $$example; done
