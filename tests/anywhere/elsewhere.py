@@ -1,6 +1,6 @@
 """Imports all of sfumato and trains one step as on Windows: without POSIX's modules, with data loader workers that are spawned.
 
-Run by `test_anywhere.py` in a process of its own: MODEL PICTURES OUT.
+Run by `test_anywhere.py` in a fork of its own: MODEL PICTURES OUT.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def main(model: str, images: str, out: str) -> None:
     for module in pkgutil.walk_packages(sfumato.__path__, "sfumato."):
         if not module.name.endswith("__main__"):
             import_module(module.name)
-    multiprocessing.set_start_method("spawn")
+    multiprocessing.set_start_method("spawn", force=True)
     from sfumato.cli.main import main as run
 
     words = (

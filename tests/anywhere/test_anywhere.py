@@ -5,11 +5,12 @@ from __future__ import annotations
 import ast
 import io
 import os
-import subprocess
+import runpy
 import sys
 from pathlib import Path
 
 import pytest
+from launching import forked
 
 from sfumato.cli.main import guarded
 
@@ -42,14 +43,20 @@ def test_nothing_is_used_that_only_posix_has(path: Path) -> None:
 
 def test_a_training_starts_without_posix_and_with_spawned_workers(model: Path, images: Path, tmp_path: Path) -> None:
     folder = images.rename(images.with_name("1_images")).parent
-    done = subprocess.run(
-        [sys.executable, str(Path(__file__).with_name("elsewhere.py")), str(model), str(folder), str(tmp_path / "out")],
-        env={**os.environ, "PYTHONPATH": str(ROOT), "PYTHONIOENCODING": "cp1252"},
-        capture_output=True,
-        timeout=600,
-    )
-    assert done.returncode == 0, done.stderr.decode(errors="replace")
+    assert forked(elsewhere, str(model), str(folder), str(tmp_path / "out")) == 0
     assert (tmp_path / "out" / "out.safetensors").is_file()
+
+
+def elsewhere(*words: str) -> None:
+    """`PYTHONIOENCODING=cp1252 python elsewhere.py WORDS`, by a process that has imported nothing of sfumato."""
+    for name in [name for name in sys.modules if name.split(".")[0] == "sfumato"]:
+        del sys.modules[name]
+    os.environ |= {"PYTHONPATH": str(ROOT), "PYTHONIOENCODING": "cp1252"}
+    for stream in (sys.stdout, sys.stderr):
+        assert isinstance(stream, io.TextIOWrapper)
+        stream.reconfigure(encoding="cp1252")
+    sys.argv = ["elsewhere.py", *words]
+    runpy.run_path(str(Path(__file__).with_name("elsewhere.py")), run_name="__main__")
 
 
 def test_a_console_that_lacks_a_letter_does_not_stop_a_run(monkeypatch: pytest.MonkeyPatch) -> None:

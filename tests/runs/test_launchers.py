@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -15,11 +14,11 @@ from sfumato.formats.files import load
 from sfumato.train.log import read
 
 ROOT = Path(__file__).parents[2]
-BIN = Path(sys.executable).parent
 
 
 def launch(launcher: list[str], model: Path, images: Path, out: Path, *flags: str) -> dict[str, torch.Tensor]:
-    """Run scripts/train_network.py with the flags of a usual command line, without a launcher in this process; returns the adapter."""
+    """Run scripts/train_network.py with the flags of a usual command line, under torchrun with these words, or without it; returns the
+    adapter."""
     dataset = images.parent / "data.toml"
     dataset.write_text(
         f'[general]\ncaption_extension = ".txt"\n[[datasets]]\nresolution = 64\nbatch_size = 2\n[[datasets.subsets]]\nimage_dir = "{images}"\n'
@@ -33,17 +32,11 @@ def launch(launcher: list[str], model: Path, images: Path, out: Path, *flags: st
         --max_grad_norm 1.0 --gradient_checkpointing --gradient_accumulation_steps 1 --max_data_loader_n_workers 1
         --persistent_data_loader_workers --xformers --save_every_n_epochs 1 --training_comment test --loss_type l2
     """.split()
-    if not launcher:
-        launching.launch("train_network", [*command, *flags], images.parent)
-        return load(out / "out.safetensors")
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    ran = subprocess.run(
-        [*launcher, str(ROOT / "scripts" / "train_network.py"), *command, *flags],
-        capture_output=True,
-        text=True,
-        env=env,
-    )
-    assert ran.returncode == 0, ran.stderr[-3000:]
+    words = [*command, *flags]
+    if launcher:
+        assert launching.forked(launching.torchrun, launcher, "train_network", words, images.parent) == 0
+    else:
+        launching.launch("train_network", words, images.parent)
     return load(out / "out.safetensors")
 
 
@@ -111,15 +104,7 @@ def test_two_processes_do_the_steps_of_one_that_accumulates(
         "0.4",
     ]
     one = launch([], model, folder, folder.parent / "one", "--gradient_accumulation_steps", "2", *plain)
-    run = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--nproc_per_node",
-        "2",
-        "--master_port",
-        str(20000 + os.getpid() % 20000),
-    ]
+    run = ["--nproc_per_node", "2", "--master_port", str(20000 + os.getpid() % 20000)]
     two = launch(run, model, folder, folder.parent / "two", *plain)
     assert one.keys() == two.keys()
     assert max(t.abs().max() for name, t in one.items() if name.endswith("lora_up.weight")) > 1e-3
