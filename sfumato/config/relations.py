@@ -59,6 +59,11 @@ IDLE = (
         "it holds masks for masked_loss, or the images that a ControlNet follows",
     ),
     Idle(
+        ("prior_preservation_class",),
+        lambda s: s.prior_preservation_class and not s.prior_loss_weight,
+        "prior_loss_weight 0 leaves it no weight",
+    ),
+    Idle(
         ("fused_clipping",),
         lambda s: s.fused_clipping != "host" and not s.max_grad_norm and _precision(s) != "fp16",
         "max_grad_norm 0 clips nothing",

@@ -61,7 +61,7 @@ def names(source: ImageSource, dataset_class: str) -> list[str]:
         found = list(source.names())
     except Exception as error:
         raise UserError(f"dataset_class {dataset_class}: names(): {_told(error)}") from error
-    if not found or not all(isinstance(n, str) and is_text(n) and PurePath(n).as_posix() == n for n in found):
+    if not found or not all(isinstance(n, str) and is_text(n) and PurePath(n).as_posix() == n != "." for n in found):
         raise UserError(f"dataset_class {dataset_class}: names(): expected texts such as a/b.png, at least one")
     if len(set(found)) < len(found):
         raise UserError(f"dataset_class {dataset_class}: names(): expected each name once")

@@ -83,6 +83,8 @@ def upright(image: Image.Image) -> Image.Image:
     ) as error:
         # Pillow's decoders raise all of these on damaged data.
         raise Unreadable(f"damaged: {error}") from error
+    if 0 in plain.size:
+        raise Unreadable(f"has no pixels: it is {plain.width}x{plain.height}")
     turn = _UPRIGHT.get(_orientation(image))
     return plain.transpose(turn) if turn is not None else plain
 

@@ -215,18 +215,30 @@ _EXPECTED = (".txt", ".caption", ".json", ".jsonl", ".npz", ".safetensors", ".to
 
 
 def _pairs(subset: SubsetConfig, paths: Sequence[Path]) -> dict[Path, Path]:
-    """The image in `conditioning_data_dir` that belongs to each: the same relative name, with any image ending."""
+    """The image in `conditioning_data_dir` that belongs to each: the same relative name, or else with any image ending.
+    Errors: `UserError` where several have that."""
     if not subset.conditioning_data_dir:
         return {}
     folder, root = Path(subset.conditioning_data_dir), Path(subset.image_dir)
     if wrong := trouble(folder, "folder"):
         raise UserError(f"conditioning_data_dir {subset.conditioning_data_dir!r}: {wrong}")
-    by_stem = {p.relative_to(folder).with_suffix("").as_posix(): p for p in listing(folder, recursive=True).images}
+    by_stem: dict[str, list[Path]] = {}
+    for found in listing(folder, recursive=True).images:
+        by_stem.setdefault(os.path.splitext(found.relative_to(folder).as_posix())[0], []).append(found)
     # Images that a metadata file names may lie elsewhere; those of a class have no folder.
     inside = root.as_posix().rstrip("/") + "/"
     names = {p: Path(p.name) if p.is_absolute() and not p.is_relative_to(root) else p for p in paths}
-    stems = {p: Path(name.as_posix().removeprefix(inside)).with_suffix("").as_posix() for p, name in names.items()}
-    return {p: by_stem[stem] for p, stem in stems.items() if stem in by_stem}
+    pairs: dict[Path, Path] = {}
+    several: list[str] = []
+    for path, name in names.items():
+        like = by_stem.get(os.path.splitext(name.as_posix().removeprefix(inside))[0], [])
+        if exact := [other for other in like if other.name == path.name] or like:
+            pairs[path] = exact[0]
+            several += [f"{path.name} ({', '.join(other.name for other in exact)})"] * (len(exact) > 1)
+    if several:
+        some = ", ".join(several[:5]) + (" ..." if len(several) > 5 else "")
+        raise UserError(f"conditioning_data_dir {folder}: several images go with one: {some}; leave one for each")
+    return pairs
 
 
 def _add_subset(

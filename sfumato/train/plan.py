@@ -110,7 +110,7 @@ def folder_rows(plan: Plan) -> list[tuple[str | int, ...]]:
             samples = sum(item.repeats for item in items)
             counts = sorted({item.repeats for item in items}) or [subset.num_repeats]
             repeats = " or ".join(str(n) for n in counts)
-            kind = "regularisation" if subset.is_reg else "training"
+            kind = "preserved" if subset.preserved else "regularisation" if subset.is_reg else "training"
             if items or not held[d, s]:
                 rows.append((d + 1, subset.source, kind, len(items), repeats, samples, left[d, s]))
             if held[d, s]:

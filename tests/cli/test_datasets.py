@@ -310,6 +310,12 @@ def test_the_same_folder_may_be_learnt_and_preserved(home: Path) -> None:
     assert [subset.preserved for subset in read(text)[0].subsets] == [False, True]
 
 
+def test_preservation_without_weight_is_refused(home: Path) -> None:
+    Path("data.toml").write_text("[[datasets]]\n" + SUBSET.format("images"))
+    with pytest.raises(UserError, match="--prior_preservation_class: would have no effect: prior_loss_weight 0 leaves"):
+        flags.resolve_all([*BASE, "--prior_preservation_class=thing", "--prior_loss_weight=0"], "network")
+
+
 def test_a_strength_of_no_adapter_is_told(home: Path) -> None:
     Path("data.toml").write_text("[[datasets]]\nnetwork_multiplier = -1.0\n" + SUBSET.format("images"))
     said = [[n for n in flags.resolve_all(BASE, m).notices if "network_multiplier" in n] for m in ("full", "network")]

@@ -38,6 +38,10 @@ class Half(Squares):
     def names(self): return ["half"]
 class Halved(Squares):
     def names(self): return ["\\udcff"]
+class Dot(Squares):
+    def names(self): return ["."]
+class Blank(Squares):
+    def image(self, name): return Image.new("RGB", (0, 64))
 class Few:
     def __init__(self, folder): ...
 '''
@@ -89,6 +93,8 @@ def test_what_a_class_cannot_give_is_listed_as_files_are(module: str) -> None:
         ("{}.Nothing", "AttributeError"),
         ("{}.Half", "caption\\(\\): expected text, found half of a character"),
         ("{}.Halved", "expected texts such as a/b.png"),
+        ("{}.Blank", "a/0.png: has no pixels: it is 0x64"),
+        ("{}.Dot", "expected texts such as a/b.png"),
         ("{}.Few", "has no names, caption, image: it needs names\\(\\) ->"),
         ("{}.Twice", "expected each name once"),
     ],

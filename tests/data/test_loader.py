@@ -235,6 +235,19 @@ def test_images_that_have_none_to_follow_are_all_named_at_once(tmp_path: Path) -
         plan(dataset(subset(tmp_path / "p")), control=True)
 
 
+def test_of_several_images_to_follow_the_one_of_the_whole_name_is_followed(tmp_path: Path) -> None:
+    folder(tmp_path / "p", [(64, 64)])
+    pair = folder(tmp_path / "c", [(64, 64)])
+    (pair / "0.png").rename(pair / "0.jpg")
+    for other in ("0.png", "0.webp"):
+        (pair / other).write_bytes((pair / "0.jpg").read_bytes())
+    of = dataset(subset(tmp_path / "p", conditioning_data_dir=str(pair)))
+    assert plan(of, control=True).items[0].image.control_path == pair / "0.png"
+    (pair / "0.png").unlink()
+    with pytest.raises(UserError, match=r"several images go with one: 0\.png \(0\.jpg, 0\.webp\); leave one"):
+        plan(of, control=True)
+
+
 def test_an_image_that_is_gone_leaves_zeros_to_follow(tmp_path: Path) -> None:
     root, pair = folder(tmp_path / "p", [(64, 64)] * 3), folder(tmp_path / "c", [(64, 64)] * 3)
     of = plan(dataset(subset(root, conditioning_data_dir=str(pair)), batch_size=3), control=True)

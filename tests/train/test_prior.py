@@ -14,6 +14,7 @@ from torch import Tensor
 from sfumato.data.batch import Batch
 from sfumato.tensors.random import generator
 from sfumato.train.loop import Run
+from sfumato.train.plan import folder_rows
 
 KEPT = {"custom_attributes": {"diff_output_preservation": True}}
 ENCODED = {"network_train_unet_only": False}
@@ -91,3 +92,4 @@ def test_each_image_comes_again_under_the_class(folder: Path) -> None:
     ours = [("sks picture 0", 1.0, 0.0), ("sks picture 1", 1.0, 0.0)]
     assert rows == sorted([*ours, *ours, *[("drawing", 0.25, 1.0)] * 4])
     assert a_run.plan.train_samples == a_run.plan.reg_samples == 4
+    assert [row[2] for row in folder_rows(a_run.plan)] == ["training", "preserved"]
