@@ -70,10 +70,12 @@ def _decode(command: Command) -> Iterable[Path]:
 
 def _sample(command: Command) -> Iterator[Path]:
     """Sample the prompts, or those that are asked for; the files as they are written."""
+    from sfumato.sampling.following import check_images
     from sfumato.train import inference
     from sfumato.train.pipeline import Pipeline
 
     args, output = command.args, _output(command)
+    check_images(command.prompts, len(command.controls))  # before the weights are read
     merged = [] if beside(args) else command.adapters
     pipeline = Pipeline.of(command.config, _device(args), merged, offload=args.offload, controls=command.controls)
     with ExitStack() as stack:

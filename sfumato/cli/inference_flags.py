@@ -3,6 +3,7 @@ flag is here."""
 
 from __future__ import annotations
 
+import math
 import re
 from argparse import SUPPRESS, Namespace
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -418,6 +419,7 @@ def _adapters(args: Namespace) -> list[tuple[Path, float]]:
     for i, file in enumerate(args.lora_weight):
         found.append((Path(file).expanduser(), [*args.lora_multiplier, *[1.0] * (i + 1)][i]))
     wrong += [f"no such adapter file: {path}" for path, _ in found if not path.is_file()]
+    wrong += [f"{path}: its strength {x} is no finite number" for path, x in found if not math.isfinite(x)]
     for name in ("include_patterns", "exclude_patterns"):
         if len(getattr(args, name)) > len(found):
             wrong.append(f"--{name}: {len(getattr(args, name))} for {len(found)} adapters")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from itertools import takewhile
 from pathlib import Path
@@ -160,17 +161,28 @@ def take_adapters(words: list[str], flag: str) -> list[tuple[Path, float]]:
 
 
 def take_values(words: list[str], flag: str) -> list[str]:
-    """Take a flag of several values off a command line; none if it is not there."""
-    values = _values(words, flag)
-    if f"--{flag}" in words:
-        at = words.index(f"--{flag}")
-        del words[at : at + 1 + len(values)]
+    """Take a flag of several values off a command line; none if it is not there. Errors: `UserError` for one that
+    stands there twice, or without a value."""
+    values, places = _values(words, flag), _places(words, flag)
+    if len(places) > 1:
+        raise UserError(f"--{flag}: stands there twice; give all its values behind one")
+    if places and not values:
+        raise UserError(f"--{flag}: expected a value")
+    for at in places:
+        joined = "=" in words[at]
+        words[at : at + 1 + len(values) - joined] = []
     return values
 
 
 def _values(words: Sequence[str], flag: str) -> list[str]:
-    rest = words[words.index(f"--{flag}") + 1 :] if f"--{flag}" in words else []
-    return list(takewhile(lambda word: not word.startswith("--"), rest))
+    for at in _places(words, flag):
+        _, *joined = words[at].split("=", 1)
+        return [*joined, *takewhile(lambda word: not word.startswith("--"), words[at + 1 :])]
+    return []
+
+
+def _places(words: Sequence[str], flag: str) -> list[int]:
+    return [i for i, word in enumerate(words) if word.partition("=")[0] == f"--{flag}"]
 
 
 def with_strengths(values: Sequence[str], flag: str, *, files: bool = True) -> list[tuple[Path, float]]:
@@ -187,6 +199,8 @@ def with_strengths(values: Sequence[str], flag: str, *, files: bool = True) -> l
             found.append((path, 1.0))
         elif strong:
             wrong.append(f"--{flag} {value}: a strength stands after its file, as in `--{flag} a.safetensors 0.8`")
+        elif not math.isfinite(number):
+            wrong.append(f"--{flag} {value}: a strength is a finite number, such as 0.8")
         else:
             found[-1] = found[-1][0], number
         strong = number is not None

@@ -18,9 +18,9 @@ from sfumato.sampling.prompts import Prompt
 
 
 def check_images(prompts: Iterable[Prompt], nets: int, *, needed: bool = True) -> None:
-    """That each prompt names an image for each of the control nets that there are; `needed`: or else for none of them.
-    Errors: `UserError`, with all that is missing."""
-    wrong = []
+    """That each prompt names an image for each of the control nets that there are; `needed`: or else for none of them;
+    and that these can be read. Errors: `UserError`, with all that is wrong."""
+    wrong, files = [], dict[Path, None]()
     for prompt in prompts:
         found, where = _files(prompt), f"the prompt {prompt.prompt!r}"
         if found and not nets:
@@ -31,6 +31,12 @@ def check_images(prompts: Iterable[Prompt], nets: int, *, needed: bool = True) -
             wrong.append(f"{where}: {len(found)} images to follow (controlnet_image, --cn) for {nets} ControlNets")
         else:
             wrong += [f"{where}: controlnet_image {path}: no such file" for path in found if not path.is_file()]
+            files |= dict.fromkeys(path for path in found if path.is_file())
+    for path in files:
+        try:
+            _opened(path)
+        except UserError as error:
+            wrong += error.messages
     if wrong:
         raise UserError(*dict.fromkeys(wrong))
 
@@ -58,12 +64,17 @@ def _files(prompt: Prompt) -> list[Path]:
     return [Path(name.strip()).expanduser() for name in (prompt.controlnet_image or "").split(";") if name.strip()]
 
 
-def _read(path: Path, width: int, height: int) -> Tensor:
-    """(3, height, width) in [0, 1]; black where it is transparent, as in training."""
+def _opened(path: Path) -> Image.Image:
+    """Black where it is transparent, as in training. Errors: `UserError`."""
     try:
-        image = images.flat(images.read(path, path.suffix), "black")
+        return images.flat(images.read(path, path.suffix), "black")
     except (images.Unreadable, OSError) as error:
         raise UserError(f"controlnet_image {path}: {error}") from error
+
+
+def _read(path: Path, width: int, height: int) -> Tensor:
+    """(3, height, width) in [0, 1]"""
+    image = _opened(path)
     if image.size != (width, height):
         image = image.resize((width, height), Image.Resampling.LANCZOS)
     return torch.from_numpy(np.array(image, dtype=np.float32) / 255).permute(2, 0, 1)

@@ -194,6 +194,7 @@ def test_defaults_are_kohyas(xl: Tiny, medium: Tiny, dev: Tiny, schnell: Tiny, l
         ("--sample_prompts p.txt", "--sample_prompts: is not a flag of `flux_minimal_inference.py`"),
         ("--lora_weights none.safetensors;1 a;b", "--lora_weights a;b: expected FILE;STRENGTH"),
         ("--lora_weights none.safetensors;1", "no such adapter file: none.safetensors"),
+        ("--lora_weights none.safetensors;nan", "none.safetensors: its strength nan is no finite number"),
         ("--lora_multiplier 1", "--lora_multiplier: 1 for 0 files"),
     ],
 )

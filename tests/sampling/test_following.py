@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from PIL import Image
 from tinies.cases import PROMPT, cases
 from torch import Tensor
 
+from sfumato.cli.inference_flags import take_controls
 from sfumato.cli.main import main
 from sfumato.config import LossConfig, NoiseConfig
 from sfumato.errors import UserError
@@ -24,6 +26,7 @@ from sfumato.models.controlled import follow_by
 from sfumato.sampling.following import check_images
 from sfumato.sampling.sample import sample_latents, scheduler_for
 from sfumato.tensors.noise import DDPM
+from sfumato.train.pipeline import Pipeline
 
 CASE = next(case for case in cases() if case.name == "sd-1")
 NOISE = torch.randn(1, 4, 4, 6, generator=torch.Generator().manual_seed(1))
@@ -136,6 +139,8 @@ def test_the_command_line_names_nets_strengths_and_images(
         found.append(load(file)["latent"])
         file.unlink()
     assert (found[0] - found[1]).abs().max() > 1e-3
+    with patch.object(Pipeline, "of", side_effect=RuntimeError("weights are read")):
+        assert main([*words, *(word.format("1.0") for word in followed[:-1])]) == 2
     (tmp_path / "p.txt").write_text(f"a cat --w 48 --h 32 --s 1 --cn {pictures[0]}")
     words = [*words[:5], "--sample_prompts", str(tmp_path / "p.txt")]
     assert main([*words, "--controlnet_model_name_or_path", str(nets[0])]) == 0
@@ -154,3 +159,34 @@ def test_images_and_nets_must_go_together(pictures: list[Path]) -> None:
         check_images([one], 2, needed=False)
     with pytest.raises(UserError, match=r"nothing\.png: no such file"):
         check_images([replace(one, controlnet_image="nothing.png")], 1)
+    with pytest.raises(UserError, match=r"controlnet_image .*test_following\.py: not an image"):
+        check_images([replace(one, controlnet_image=__file__)], 1)
+
+
+@pytest.mark.parametrize(
+    ("words", "nets", "images"),
+    [
+        ("--seed 1 --controlnet_model_name_or_path=a 0.5 b --control_image=c d", [("a", 0.5), ("b", 1.0)], "c;d"),
+        ("--controlnet_model_name_or_path a -1 --control_image c --seed 1", [("a", -1.0)], "c"),
+        ("--seed 1", [], None),
+    ],
+)
+def test_nets_and_images_are_taken_off_a_command_line(words: str, nets: list[Any], images: str | None) -> None:
+    given = words.split()
+    assert take_controls(given) == ([(Path(name), strength) for name, strength in nets], images)
+    assert given == [word for word in ("--seed", "1") if word in words]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("a --control_image c --control_image d", "control_image: stands there twice"),
+        ("a --controlnet_model_name_or_path b --control_image c d", "path: stands there twice"),
+        ("a --control_image", "control_image: expected a value"),
+        ("--control_image c", "controlnet_model_name_or_path: expected a value"),
+        ("a nan --control_image c", "nan: a strength is a finite number"),
+    ],
+)
+def test_what_is_set_of_nets_and_images_acts_or_fails(words: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        take_controls(["--controlnet_model_name_or_path", *words.split()])
