@@ -5,8 +5,10 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,6 +20,7 @@ from runs.test_families import configured, prepared
 from tinies.cases import Case, Files, cases
 from torch import nn
 
+from sfumato.config import Config, MemoryConfig, OutputConfig
 from sfumato.errors import UserError
 from sfumato.train import fit, loop, plan, recover, run
 from sfumato.train.dist import World
@@ -31,6 +34,7 @@ SETTINGS: dict[str, Any] = {
     "max_train_steps": 2,
 }
 Where = tuple[Case, Files, Path]
+PREDICT = fit.predict
 
 
 @pytest.fixture(scope="module")
@@ -38,6 +42,27 @@ def where(tmp_path_factory: pytest.TempPathFactory) -> Where:
     case = next(case for case in cases() if case.name == "flux-dev")
     folder = tmp_path_factory.mktemp("fit")
     return case, case.write(folder / "model"), make_images(folder)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def traced_once() -> Iterator[None]:
+    """A step of the same shapes and formats is traced once for all tests: what it says is compared in `test_predict.py`."""
+    plain, found = MemoryConfig(), dict[str, Any]()
+    levers = {name for names in fit._FREE.values() for name in names} - fit._FREE["quantize"]
+    kept = {name: getattr(plain, name) for name in (levers & fit._KNOWN) | {"vram", "simulate_vram"}}
+
+    def predict(config: Config, method: Any, plan: Any, batches: Sequence[partial[Any]], *, card: bool) -> Any:
+        train = replace(config.train, max_train_steps=1)
+        alike = replace(config, memory=replace(config.memory, **kept), output=OutputConfig(), train=train)
+        largest = [(batch.func.__self__, batch.keywords) for batch in batches]  # type: ignore[attr-defined]
+        key = repr((alike, method, plan, largest, card))
+        if key not in found:
+            found[key] = PREDICT(config, method, plan, batches, card=card)
+        return found[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fit, "predict", predict)
+        yield
 
 
 def ready(where: Where, out: Path, **settings: Any) -> loop.Run:
