@@ -41,7 +41,7 @@ def show(
     data = open_data(config, datasets, dist.outside(), checked.models, answers.print, control=method in FOLLOWING)
     warn_of_long_captions(config, data, checked.models, answers.print)
     budget = _budget(config, data)
-    for note in (*checked.notes, *check_length(config, budget.steps)):
+    for note in _notes(config, checked, data, budget):
         answers.print(note)
     answers.print(_model(config))
     print_table(TRAINED, [_trained_row(each) for each in checked.trained])
@@ -85,7 +85,7 @@ def facts(
         "quantised": [dict(zip(QUANTISED, row, strict=True)) for row in _quantised(config, method, checked)],
         "folders": [dict(zip(FOLDERS, row, strict=True)) for row in folder_rows(data.plan)],
         "buckets": [dict(zip(BUCKETS, row, strict=True)) for row in bucket_rows(data.plan)],
-        "notes": [*notes, *checked.notes, *check_length(config, budget.steps)],
+        "notes": [*notes, *_notes(config, checked, data, budget)],
         "batches_per_epoch": budget.batches,
         "steps_per_epoch": budget.steps_per_epoch,
         "steps": budget.steps,
@@ -151,6 +151,12 @@ def _checked(config: Config, method: Method, datasets: tuple[DatasetConfig, ...]
     checked = check(config, method, datasets, read)
     checked.models.make(checked.models.source.components)
     return checked
+
+
+def _notes(config: Config, checked: Checked, data: Data, budget: StepBudget) -> list[str]:
+    """What a user should know of the settings, their length, and what a state that is resumed has otherwise."""
+    changed = resume.planned(config, data.plan, budget.steps_per_epoch, budget.steps)
+    return [*checked.notes, *check_length(config, budget.steps), *changed]
 
 
 def _budget(config: Config, data: Data) -> StepBudget:

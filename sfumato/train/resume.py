@@ -17,6 +17,7 @@ import torch
 from sfumato import families
 from sfumato.adapters import AdapterPlan
 from sfumato.config import Config, DatasetConfig
+from sfumato.data.plan import Plan
 from sfumato.errors import UserError
 from sfumato.formats import run as runs
 from sfumato.formats.lazy import Lazy
@@ -245,6 +246,29 @@ def _args(optimizer: Mapping[str, Any], kind: type[torch.optim.Optimizer]) -> di
     return build.spelled(arguments.literals("optimizer_args", optimizer["optimizer_args"]), kind)
 
 
+def planned(config: Config, plan: Plan, steps_per_epoch: int, steps: int) -> list[str]:
+    """A line for each difference of the images to the state that `resume` names, for who trains nothing. Errors:
+    `UserError`."""
+    if (folder := config.output.resume) is None:
+        return []
+    try:
+        lines = image_changes(config, read_facts(Path(folder)), plan, steps_per_epoch, steps)
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        raise UserError(f"resume {folder}: facts.json is damaged ({error!r})") from error
+    return [f"resume: {line}" for line in lines]
+
+
+def image_changes(config: Config, facts: Mapping[str, Any], plan: Plan, steps_per_epoch: int, steps: int) -> list[str]:
+    """What only the images show, and what a state of an older sfumato records. Errors: as a damaged state gives."""
+    out = []
+    if facts["dataset"] != plan.digest():
+        out.append(f"the dataset has changed ({facts['steps_per_epoch']} steps an epoch then, {steps_per_epoch} now)")
+    if "identity" not in facts and facts["seed"] != config.train.seed:
+        out.append(f"the seed was {facts['seed']} and is now {config.train.seed}")
+    out += dataset_changes(facts.get("datasets", []), plan.datasets)
+    return out + length_change(facts.get("steps"), steps, config)
+
+
 def dataset_changes(saved: Sequence[Any], datasets: Sequence[DatasetConfig]) -> list[str]:
     """A line for each option of a dataset or folder that differs from the state's; [] where they cannot be compared."""
     here = as_json([asdict(d) for d in datasets])
@@ -286,7 +310,7 @@ def path_of(optimizer: torch.optim.Optimizer) -> str:
 
 
 def _shown(value: Any) -> str:
-    if value is None or value == []:
+    if value in (None, [], {}):
         return "not set"
     return " ".join(map(_shown, value)) if isinstance(value, (list, tuple)) else str(value)
 

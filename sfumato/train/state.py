@@ -124,13 +124,4 @@ def _differences(run: Run, facts: dict[str, Any]) -> list[str]:
         raise ValueError(
             "the parts of network_weights that are not trained have changed; give the file that the run began with"
         )
-    out = []
-    if facts["dataset"] != run.plan.digest():
-        out.append(
-            f"the dataset has changed ({facts['steps_per_epoch']} steps an epoch then, {run.budget.steps_per_epoch} "
-            "now)"
-        )
-    if "identity" not in facts and facts["seed"] != run.config.train.seed:
-        out.append(f"the seed was {facts['seed']} and is now {run.config.train.seed}")
-    out += resuming.dataset_changes(facts.get("datasets", []), run.plan.datasets)
-    return out + resuming.length_change(facts.get("steps"), run.budget.steps, run.config)
+    return resuming.image_changes(run.config, facts, run.plan, run.budget.steps_per_epoch, run.budget.steps)

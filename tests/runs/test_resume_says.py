@@ -14,7 +14,7 @@ import torch
 from sfumato.errors import UserError
 from sfumato.formats import files
 from sfumato.formats import run as runs
-from sfumato.train import run
+from sfumato.train import plan, run
 
 
 @pytest.fixture(scope="module")
@@ -78,6 +78,19 @@ def test_other_settings_are_reported(
     assert says in capsys.readouterr().err
     if a_run.ema:
         assert all(torch.equal(a_run.ema.average[name], w) for name, w in a_run.trainable.weights().items())
+
+
+def test_a_dry_run_says_what_the_images_have_otherwise(before: Path, tmp_path: Path) -> None:
+    state = str(before / "first" / "out-state")
+    config = prepared.options(before, resume=state, max_train_steps=4, output_dir=str(tmp_path), lr_scheduler="cosine")
+    kept = prepared.data(before, num_repeats=3, custom_attributes={"diff_output_preservation": True})
+    said = [note for note in plan.facts(config, "network", kept)["notes"] if note.startswith("resume: ")]
+    assert [line.removeprefix("resume: ") for line in said if "lr_scheduler" not in line] == [
+        "the dataset has changed (1 steps an epoch then, 3 now)",
+        "custom_attributes was not set and is now {'diff_output_preservation': True}: it acts from here on",
+        "num_repeats was 1 and is now 3: it acts from here on",
+        "the run had 2 steps in all and has 4 now: cosine goes over the new number",
+    ]
 
 
 @pytest.mark.parametrize(
