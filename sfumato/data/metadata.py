@@ -13,7 +13,7 @@ from sfumato.config.data import CaptionOptions
 from sfumato.data.batch import Size
 from sfumato.data.folders import Listing, listing
 from sfumato.errors import UserError
-from sfumato.formats.paths import is_text
+from sfumato.formats.paths import absolute, is_text
 from sfumato.formats.text import parse_json, read_text
 
 MOST = 5
@@ -63,11 +63,11 @@ def describe(metadata_file: str, image_dir: str, *, recursive: bool = False) -> 
     What is not there, or stands there twice, is among the troubles of `listing`. `recursive`: images of sub-folders
     that the file does not name are told too. Errors: `UserError` for a file that cannot be read as metadata.
     """
-    folders = _Folders()
+    folders = _Folders(image_dir)
     inside = folders.listing(os.path.normpath(image_dir), recursive=recursive) if image_dir else Listing()
     found = Described(Listing(others=inside.others))
     for key, record in read(metadata_file).items():
-        path, problem = _find(key, image_dir, folders)
+        path, problem = folders.find(key)
         if not problem and path in found.records:
             problem = "{file} names it twice"
         if problem:
@@ -83,7 +83,11 @@ def describe(metadata_file: str, image_dir: str, *, recursive: bool = False) -> 
 class _Folders:
     """Folders of images, each listed once."""
 
-    def __init__(self) -> None:
+    def __init__(self, image_dir: str) -> None:
+        self.image_dir = image_dir
+        whole = (absolute(os.path.normpath(image_dir)), os.path.realpath(image_dir)) if image_dir else ()
+        self._spelt = tuple(os.path.join(folder, "") for folder in whole)
+        """The folder as the names of images may begin with it."""
         self.stamps: dict[Path, list[int]] = {}
         self._names: dict[str, dict[str, Path]] = {}
         self._stems: dict[str, dict[str, list[Path]]] = {}
@@ -106,19 +110,25 @@ class _Folders:
         image = self._names[folder].get(name)
         return [image] if image else self._stems[folder].get(name, [])
 
+    def find(self, key: str) -> tuple[Path, str]:
+        """The image that a key names, or why there is none."""
+        if not os.path.isabs(key) and not self.image_dir:
+            return Path(key), "{file} names it relative to a folder: set image_dir"
+        place = self._place(key)
+        found = [] if "\0" in place else self.look(*os.path.split(place))
+        if len(found) > 1:
+            means = ", ".join(p.name for p in found)
+            return Path(place), f"{{file}} means several images by this: {means}; write the ending"
+        return (found[0], "") if found else (Path(place), "is named in {file}, and there is no such image")
 
-def _find(key: str, image_dir: str, folders: _Folders) -> tuple[Path, str]:
-    """The image that a key names, or why there is none."""
-    whole = os.path.isabs(key)
-    if not whole and not image_dir:
-        return Path(key), "{file} names it relative to a folder: set image_dir"
-    # Backslashes are those of a file that was written under Windows.
-    place = os.path.normpath(key if whole else os.path.join(image_dir, key.replace("\\", "/")))
-    found = [] if "\0" in place else folders.look(*os.path.split(place))
-    if len(found) > 1:
-        means = ", ".join(p.name for p in found)
-        return Path(place), f"{{file}} means several images by this: {means}; write the ending"
-    return (found[0], "") if found else (Path(place), "is named in {file}, and there is no such image")
+    def _place(self, key: str) -> str:
+        """Where a key says that its image is: inside image_dir, if it is there, however that is spelt."""
+        if not os.path.isabs(key):
+            # Backslashes are those of a file that was written under Windows.
+            return os.path.normpath(os.path.join(self.image_dir, key.replace("\\", "/")))
+        place = os.path.normpath(key)
+        spelt = next((folder for folder in self._spelt if place.startswith(folder)), None)
+        return os.path.normpath(os.path.join(self.image_dir, place.removeprefix(spelt))) if spelt else place
 
 
 def read(path: str) -> dict[str, Record]:

@@ -68,6 +68,23 @@ def test_keys_are_absolute_or_relative_with_or_without_an_ending(tmp_path: Path)
     assert "2 images of the folder are not named in it and are left out (3.png, 4.png)" in note
 
 
+@pytest.mark.parametrize("link", [False, True])
+def test_a_whole_name_is_of_the_folder_however_that_is_spelt(
+    link: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = folder(tmp_path / "images", [(64, 64)] * 3)
+    if link:
+        (tmp_path / "link").symlink_to(root)
+    monkeypatch.chdir(tmp_path)
+    file = written(tmp_path / "meta.json", {"0.png": {}, str(root / "0"): {}, str(root / "1.png"): {}})
+    found = look(file, Path("link" if link else "images"))
+    assert [image.name for image in found.images] == ["0.png", "1.png"]
+    assert [(skip.path.name, "names it twice" in skip.reason) for skip in found.skipped] == [
+        ("0.png", True),
+        ("2.png", False),
+    ]
+
+
 def test_jsonl_has_an_object_in_each_line(tmp_path: Path) -> None:
     root = folder(tmp_path, [(64, 64), (96, 64)])
     rows = [
