@@ -78,6 +78,8 @@ _RATIO = "save_n_epoch_ratio decides when results are saved"
 _ADAPTERS = Only("network", why="only `train network` trains an adapter")
 _SMALL_NETS = Only("network", "lllite", why="only `train network` and `train lllite` train small nets on its layers")
 _LITE = Only("lllite", why="only `train lllite` trains a ControlNet-LLLite")
+OF_NEW_LITE = Excludes("network_weights", why="that ControlNet-LLLite is as it is")
+"""For settings of what a new ControlNet-LLLite is made of."""
 _SMALL = Only("network", "embedding", why="only files of adapters and embeddings have several")
 _OWN_PRIOR = Only("network", why="only an adapter can be left out to see what the model predicted before")
 _ADAPTER_RATES = Only("network", why="only `train network` has it; all else goes by learning_rate")
@@ -366,7 +368,7 @@ class NetworkConfig(Record):
     """Put adapters on the denoiser only."""
     network_train_text_encoder_only: Annotated[bool, _ADAPTERS] = False
     """Put adapters on the text encoder only."""
-    cond_emb_dim: Annotated[Channels, _LITE] = 32
+    cond_emb_dim: Annotated[Channels, _LITE, OF_NEW_LITE] = 32
     """Channels that the image to be followed becomes for each layer of a ControlNet-LLLite."""
     scale_weight_norms: Annotated[Amount | None, ZeroIsOff(), _ADAPTERS] = None
     """Keep the norm of each layer's change below this (max-norm regularisation)."""

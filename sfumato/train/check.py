@@ -109,7 +109,7 @@ def check(config: Config, method: Method, datasets: tuple[DatasetConfig, ...], r
             notes += [
                 *tried.notices,
                 *fusing.check(config, tried, trainable),
-                *resume.check(config, plan, models.source, tried),
+                *resume.check(config, plan, models.source, tried, trainable.weights()),
             ]
         wrong.raise_all()
         loads = trainable.loads_in(trainable.tensors()) if isinstance(trainable, Adapters) else []

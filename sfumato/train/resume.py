@@ -13,12 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from sfumato import families
 from sfumato.adapters import AdapterPlan
 from sfumato.config import Config, DatasetConfig
 from sfumato.data.plan import Plan
 from sfumato.errors import UserError
+from sfumato.formats import files
 from sfumato.formats import run as runs
 from sfumato.formats.lazy import Lazy
 from sfumato.models.components import Checkpoint, ComponentWeights
@@ -34,6 +36,7 @@ _COMPARED_APART = (
     "max_data_loader_n_workers", "persistent_data_loader_workers",
     "mixed_precision", "optimizer_type", "optimizer_args", "ema_decay",
     "network_module", "network_dim", "network_weights", "dim_from_weights", "init_word", "weights",
+    "controlnet_model_name_or_path",
 )  # fmt: skip
 """Settings that change nothing, or have a message of their own."""
 _QUANTISING = (
@@ -70,9 +73,11 @@ def identity(config: Config, plan: AdapterPlan | None, source: Checkpoint) -> di
     }
 
 
-def check(config: Config, plan: AdapterPlan | None, source: Checkpoint, tried: Trial) -> list[str]:
-    """A line for each difference to the state that `resume` names. Errors: `UserError` for what a resumed run cannot
-    change."""
+def check(
+    config: Config, plan: AdapterPlan | None, source: Checkpoint, tried: Trial, weights: Mapping[str, nn.Parameter]
+) -> list[str]:
+    """A line for each difference to the state that `resume` names. `weights`: what is trained, by name. Errors:
+    `UserError` for what a resumed run cannot change."""
     if config.output.resume is None:
         return []
     folder = Path(config.output.resume)
@@ -92,6 +97,7 @@ def check(config: Config, plan: AdapterPlan | None, source: Checkpoint, tried: T
             notices += changes(saved, now, type(tried.optimizer))
         except (LookupError, TypeError, ValueError, AttributeError) as error:
             raise UserError(f"resume {folder}: facts.json is damaged ({error!r})") from error
+    refused = refused or _other_weights(folder, facts, tried, weights)
     if refused:
         raise UserError(*(f"resume {folder}: {each}" for each in dict.fromkeys(refused)))
     return [f"resume: {notice}" for notice in notices]
@@ -161,7 +167,7 @@ def _other_adapter(
 ) -> list[str]:
     then, adapter = saved["adapter"], now["adapter"]
     if (then is None) != (adapter is None):
-        return [f"it is of a run that trained {'a whole model' if then is None else 'an adapter'}"]
+        return [f"it is of a run that trained {'no' if then is None else 'an'} adapter"]
     if adapter is None:
         return _other_blocks(saved, now)
     flags = {"kind": "network_module", "rank": "network_dim", "conv_rank": "conv_dim"}
@@ -191,6 +197,23 @@ def _other_blocks(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]
     return [] if then == here else [f"{name} was {_shown(then)} and is now {_shown(here)}; it cannot change"]
 
 
+def _other_weights(
+    folder: Path, facts: Mapping[str, Any], tried: Trial, weights: Mapping[str, nn.Parameter]
+) -> list[str]:
+    """A state's weights and moments are those of one net, in the same groups."""
+    saved = {
+        name: tuple(info.shape) for name, info in files.read_header(folder / "weights.safetensors").tensors.items()
+    }
+    here = {name: tuple(p.shape) for name, p in weights.items()}
+    if odd := sorted(saved.keys() ^ here.keys()):
+        return [f"{len(odd)} weights are in it or in this run alone, such as {odd[0]}; what is trained cannot change"]
+    for name, shape in here.items():
+        if saved[name] != shape:
+            return [f"{name} has the shape {saved[name]} in it and {shape} in this run; it cannot change"]
+    then, now = len(facts["optimizer"]["param_groups"]), len(tried.optimizer.param_groups)
+    return [] if then == now else [f"its weights had {then} learning rates and have {now} now; that cannot change"]
+
+
 # --- what is reported ---
 
 
@@ -206,6 +229,9 @@ def changes(saved: Mapping[str, Any], now: Mapping[str, Any], kind: type[torch.o
         lines.append(changed("mixed_precision", a, b))
     if then["network"]["network_weights"] != (file := here["network"]["network_weights"]) and file:
         lines.append(f"network_weights {file} does not act: the weights are those of the state")
+    name = "controlnet_model_name_or_path"
+    if then.get("control", {}).get(name) != (file := here["control"][name]) and file:
+        lines.append(f"{name} {file} does not act: the weights are those of the state")
     if saved["base"].get("vae") != now["base"].get("vae"):
         lines.append("the VAE is another one: its latents are what is trained on from here on")
     before, after = then["optimizer"]["ema_decay"], here["optimizer"]["ema_decay"]

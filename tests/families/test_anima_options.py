@@ -132,3 +132,11 @@ def test_what_is_written_into_results() -> None:
     assert set(METADATA) <= set(FACTS.metadata) and all(hasattr(o, name) for name in FACTS.metadata)
     assert (FACTS.architecture(o), FACTS.base_model_version(o)) == ("anima-preview", "anima")
     assert FAMILY.encoder_lr_order == ("qwen3",)
+
+
+def test_of_a_lllite_that_is_there_nothing_is_asked(base: list[str], files: Files) -> None:
+    more = ["--network_weights", str(files.model), "--cond_emb_dim", "16", "--lllite_use_aspp"]
+    with pytest.raises(UserError) as refused:
+        resolve_all([*base, *more], "lllite", prog="sfumato train lllite")
+    for name in ("cond_emb_dim", "lllite_use_aspp"):
+        assert f"--{name}: would have no effect: that ControlNet-LLLite is as it is" in str(refused.value)

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import os
 import shutil
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import prepared
 import pytest
 import torch
+from training import config
 
 from sfumato.errors import UserError
 from sfumato.formats import files
 from sfumato.formats import run as runs
-from sfumato.train import plan, run
+from sfumato.train import plan, resume, run
 
 
 @pytest.fixture(scope="module")
@@ -132,6 +134,33 @@ def test_the_blocks_that_are_trained_cannot_change(before: Path, tmp_path: Path)
     runs.save_run(tmp_path / "full-state", parts, facts)
     with pytest.raises(UserError, match="num_last_block_to_freeze was not set and is now 2; it cannot change"):
         _resumed(before, tmp_path, "full", resume=str(tmp_path / "full-state"), num_last_block_to_freeze=2)
+
+
+def test_other_weights_and_rates_are_refused_before_weights_are_read(
+    before: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run, "settle", lambda *_: pytest.fail("weights were read"))
+    parts, facts = runs.load_run(before / "first" / "out-state")
+    facts["identity"]["adapter"] = None
+    runs.save_run(tmp_path / "other-state", parts, facts)
+    with pytest.raises(UserError, match=r"in it or in this run alone, such as .*; what is trained cannot change"):
+        _resumed(before, tmp_path, "full", resume=str(tmp_path / "other-state"))
+    facts["identity"]["adapter"] = runs.load_run(before / "first" / "out-state")[1]["identity"]["adapter"]
+    name, cut = next((name, t[:1]) for name, t in parts["weights"].items() if t.shape[0] > 1)
+    parts["weights"][name] = cut
+    runs.save_run(tmp_path / "other-state", parts, facts)
+    with pytest.raises(UserError, match=rf"{name} has the shape \({cut.shape[0]}, .*; it cannot change"):
+        _resumed(before, tmp_path, resume=str(tmp_path / "other-state"))
+
+
+def test_a_file_to_start_from_does_not_act() -> None:
+    then, now = (
+        {"config": resume.as_json(asdict(config(**options))), "precision": "no", "base": {}}
+        for options in ({}, {"controlnet_model_name_or_path": "a"})
+    )
+    assert resume.changes(then, now, torch.optim.AdamW) == [
+        "controlnet_model_name_or_path a does not act: the weights are those of the state"
+    ]
 
 
 def test_a_state_that_is_not_whole_is_refused_before_weights_are_read(

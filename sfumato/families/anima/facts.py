@@ -8,6 +8,7 @@ from typing import Annotated
 from annotated_types import Interval
 
 from sfumato.config.rules import Folder, Must, Only, Rate, Weights
+from sfumato.config.run import OF_NEW_LITE
 from sfumato.families.anima.clients import LOADS_IN
 from sfumato.families.anima.network_args import NetworkArgs
 from sfumato.models import flow_options
@@ -61,6 +62,7 @@ _LiteLayers = Annotated[
     str,
     Must(lite_layers, f"one of {', '.join(LITE_SETS)}, or some of {', '.join(LITE_LAYERS)} with commas between"),
     _LITE,
+    OF_NEW_LITE,
 ]
 _ComponentRate = Annotated[Rate | None, Only("full", why="adapters have unet_lr and, in network_args, network_reg_lrs")]
 
@@ -97,11 +99,11 @@ class Options(FlowOptions):
     lllite_target_layers: _LiteLayers = "self_attn_q"
     """Layers of each block that a ControlNet-LLLite stands at: self_attn_q, self_attn_qkv, self_attn_qkv_cross_q, or
     some of self_attn_q_pre, self_attn_kv_pre, cross_attn_q_pre, mlp_fc1_pre with commas between."""
-    lllite_cond_dim: Annotated[Even, _LITE] = 64
+    lllite_cond_dim: Annotated[Even, _LITE, OF_NEW_LITE] = 64
     """Channels of the net by which a ControlNet-LLLite looks at the image: an even number."""
-    lllite_cond_resblocks: Annotated[int, Interval(ge=0, le=64), _LITE] = 1
+    lllite_cond_resblocks: Annotated[int, Interval(ge=0, le=64), _LITE, OF_NEW_LITE] = 1
     """Residual blocks of that net: more see farther."""
-    lllite_use_aspp: Annotated[bool, _LITE] = False
+    lllite_use_aspp: Annotated[bool, _LITE, OF_NEW_LITE] = False
     """Let that net look at the image near, far and as a whole (ASPP): for depth or regions more than for lines."""
 
 
