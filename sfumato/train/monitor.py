@@ -21,7 +21,7 @@ class Change:
 
     mean: float
     margin: float
-    """Half of the 95 % confidence interval; infinite for a single image."""
+    """Half of the 95 % confidence interval; infinite for a single image, and for a loss that is not a number."""
 
     def __str__(self) -> str:
         return f"{self.mean:+.4f} ± {self.margin:.4f}" if math.isfinite(self.margin) else f"{self.mean:+.4f}"
@@ -29,12 +29,12 @@ class Change:
     @property
     def rose(self) -> bool:
         """Whether it is more than chance that the loss has risen."""
-        return self.mean > self.margin
+        return self.mean > self.margin or self.mean == math.inf
 
     @property
     def fell(self) -> bool:
         """Whether it is more than chance that the loss has fallen."""
-        return -self.mean > self.margin
+        return -self.mean > self.margin or self.mean == -math.inf
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +57,7 @@ class Point:
 def margin(values: Sequence[float]) -> float:
     """Half of the 95 % confidence interval of the mean of values: Student's t by Cornish and Fisher's expansion."""
     n, z = len(values), 1.959964
-    if n < 2:
+    if n < 2 or not all(map(math.isfinite, values)):
         return math.inf
     t = z + (z**3 + z) / (4 * (n - 1)) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * (n - 1) ** 2)
     return t * stdev(values) / math.sqrt(n)
@@ -134,6 +134,8 @@ def _finite(value: Any) -> Any:
     """Without what JSON has no number for."""
     if isinstance(value, dict):
         return {name: _finite(each) for name, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(each) for each in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
@@ -173,9 +175,9 @@ def points(log: Path) -> list[Point]:
                 epoch=int(entry["epoch"]),
                 held_out=float(entry["loss/validation/mean"]),
                 trained=float(entry["loss/validation/trained"]),
-                images=tuple(entry["validation"]["held_out"]),
+                images=tuple(None if x is None else float(x) for x in entry["validation"]["held_out"]),
             )
-        except (ValueError, LookupError, TypeError, RecursionError):
+        except (ValueError, LookupError, TypeError, OverflowError, RecursionError):
             continue  # a line of something else, or one that a crash cut off
         found[point.step] = point
     return [found[step] for step in sorted(found)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import random
 from pathlib import Path
 from statistics import stdev
@@ -63,6 +64,24 @@ def test_it_sees_what_is_learned_by_heart() -> None:
 def test_it_says_what_else_there_is(held_out: list[float], trained: list[float], says: str) -> None:
     found = said(held_out, trained)
     assert says in found.text() and not (found.overfits and found.best.step)
+
+
+def test_a_training_that_broke_down_has_risen(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A loss without bounds is no chance; what says it in JSON is JSON, and lines of something else are left out."""
+    inf = math.inf
+    found = said([0.5, 0.4, 0.3, inf, inf], [1.0, 0.9, 0.8, inf, inf])
+    assert found.rise.rose and [p.step for p in found.as_good] == [40, 40] and "not stable" in found.text()
+    assert said([inf, 0.4, 0.3], [inf, 0.9, 0.8]).gain.fell and said([inf, inf], [inf, inf]).best.step == 0
+    entries: list[dict[str, object]] = [
+        {"step": p.step, "epoch": p.epoch, "loss/validation/mean": p.held_out, "loss/validation/trained": p.trained}
+        | {"validation": {"held_out": p.images}}
+        for p in (found.start, found.best, found.last)
+    ]
+    odd = [{**entries[0], "epoch": inf}, {**entries[0], "validation": {"held_out": ["a"]}}]
+    (tmp_path / "x.jsonl").write_text("\n".join(map(json.dumps, [*odd, *entries, *odd])))
+    assert main(["overfit", str(tmp_path / "x.jsonl"), "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out, parse_constant=pytest.fail)
+    assert facts["best"]["step"] == 40 and facts["last"]["images"] == [None] * 12
 
 
 def test_the_log_of_a_run_is_read_by_the_command_and_drawn(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
