@@ -109,6 +109,11 @@ def run_merge(what: Merging, *, as_json: bool = False) -> int:
     for each in facts["adapters"]:
         layers = ", ".join(f"{count:,} layers of {component}" for component, count in each["layers"].items())
         lines.append(f"{each['path']} at {each['ratio']:g}: {layers} ({', '.join(each['kinds'])})")
+    lines += (
+        f"{path}: its words are not part of a model: {', '.join(words)}; `--textual_inversion_embeddings {path}` adds "
+        "them where it is sampled"
+        for path, words in facts["words"].items()
+    )
     say(facts, "\n".join([*lines, f"written: {', '.join([facts['out'], *facts['beside']])}"]), as_json)
     return 0
 
@@ -128,7 +133,8 @@ def run_join(what: Joining, *, as_json: bool = False) -> int:
         if facts["error"]
         else ", exact but for rounding to the number format"
     )
-    say(facts, f"{facts['out']}: {len(facts['layers']):,} layers{of}{lost}", as_json)
+    left_out = "".join(f"\n  left out: {each}" for each in facts["left_out"])
+    say(facts, f"{facts['out']}: {len(facts['layers']):,} layers{of}{lost}{left_out}", as_json)
     return 0
 
 

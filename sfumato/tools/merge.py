@@ -30,6 +30,7 @@ from sfumato.formats.planned import Writable
 from sfumato.models import locate
 from sfumato.models.base import Models
 from sfumato.models.components import ComponentWeights
+from sfumato.models.embedding_files import named_in
 from sfumato.models.loading import merge_when_read, outline_parts
 from sfumato.models.merged import merged
 from sfumato.tools.merge_adapters import strengths_of
@@ -68,8 +69,8 @@ def merge(what: Merging, progress: Progress | None = None) -> dict[str, Any]:
     """Write the merged model. Everything is checked before anything is written.
 
     Returns JSON-able facts: `out`; `beside`, further files; `adapters`: of each {path, ratio, layers of each
-    component, kinds}. Errors: `UserError` for adapters that are damaged, of another model, or do not fit; for results
-    that would be written over what is read.
+    component, kinds}; `words`: those beside an adapter, which no model holds. Errors: `UserError` for adapters that are
+    damaged, of another model, or do not fit; for results that would be written over what is read.
     """
     facts = families.facts(detect_file(what.model, "model").family)
     family = families.family(facts.signature.family)
@@ -90,6 +91,7 @@ def merge(what: Merging, progress: Progress | None = None) -> dict[str, Any]:
         "out": str(what.out),
         "beside": [str(path) for path in beside],
         "adapters": [{"path": str(path), "ratio": ratio, **_counts(state)} for path, ratio, state in read],
+        "words": {str(path): words for path, _, _ in read if (words := named_in(path))},
     }
 
 

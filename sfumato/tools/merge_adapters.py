@@ -67,8 +67,9 @@ def join(what: Joining, progress: Progress | None = None) -> dict[str, Any]:
     """Write the sum of the adapters' changes, each times its ratio, as one adapter.
 
     Returns JSON-able facts: `layers` of {component, path, rank (None: not a LoRA), error (Frobenius norm of what is
-    missing, as a share of the change's own)}, and `error`, the same over all layers. Errors: `UserError` for files of
-    two families, and for changes whose sum has no exact form, and nothing is written.
+    missing, as a share of the change's own)}, `error`, the same over all layers, and `left_out`, what is not in the
+    result. Errors: `UserError` for files of two families, and for changes whose sum has no exact form, and nothing is
+    written.
     """
     check_output_file(what.out, *(path for path, _ in what.adapters))
     check_dialect(what.dialect)
@@ -93,11 +94,12 @@ def join(what: Joining, progress: Progress | None = None) -> dict[str, Any]:
         raise UserError(*mistakes.messages[:3], *([f"... and {more} more such layers"] if more > 0 else []))
     if not state:
         raise UserError("nothing is left of the adapters: every ratio is 0")
-    tensors = _cast(adapter_files.write(dialect, state), what.dtype or _widest(read))
+    words, left_out = _words(read, kept=dialect.name != "peft")
+    tensors = _cast(adapter_files.write(dialect, state) | words, what.dtype or _widest(read))
     files.check_finite(tensors, f"the adapter {what.out.name}", what.dtype)
     metadata = _metadata(what, read, state)
     files.save(what.out, tensors, {**metadata, **hashes(tensors, metadata)})
-    return {"out": str(what.out), "layers": layers, "error": missing.share}
+    return {"out": str(what.out), "layers": layers, "error": missing.share, "left_out": left_out}
 
 
 def strengths_of(
@@ -215,6 +217,22 @@ def _common(read: Sequence[AdapterFile]) -> adapter_file.Outline:
             of = [f"{each.path} is for {each.outline.family.title} {each.outline.variant}" for each in (first, other)]
             raise UserError(f"{', and '.join(of)}: they act on different layers")
     return first.outline
+
+
+def _words(read: Sequence[AdapterFile], *, kept: bool) -> tuple[dict[str, Tensor], list[str]]:
+    """The tensors of the words beside all adapters, and what is left out: of a word that two have, the later
+    vectors; all of them unless they are `kept`."""
+    words: dict[str, Tensor] = {}
+    left_out = []
+    for each in read:
+        for key, tensor in each.words.items():
+            if not kept:
+                left_out.append(f"{key} of {each.path}: a word beside the adapter, for which diffusers refuses a file")
+            elif key in words and not (words[key].shape == tensor.shape and torch.equal(words[key], tensor)):
+                left_out.append(f"{key} of {each.path}: an earlier adapter has the same word, with other vectors")
+            else:
+                words[key] = tensor
+    return words, left_out
 
 
 def _widest(read: Sequence[AdapterFile]) -> torch.dtype:

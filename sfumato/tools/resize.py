@@ -14,6 +14,7 @@ from sfumato.data.store import Progress
 from sfumato.errors import UserError
 from sfumato.formats import files
 from sfumato.formats.adapter_check import check_adapter
+from sfumato.formats.clients import WORDS
 from sfumato.formats.dialect import ALPHA, DORA, DOWN, READ_AS, UP
 from sfumato.formats.metadata import hashes
 from sfumato.tensors.low_rank import product
@@ -121,8 +122,8 @@ def lora_layers(source: Path, tensors: Mapping[str, Tensor]) -> dict[str, dict[s
     layers: dict[str, dict[str, str]] = {}
     odd = []
     for key in tensors:
-        if key.endswith((f".{DORA}", ".lora_magnitude_vector")):
-            continue  # goes with the layer as it is
+        if key.endswith((f".{DORA}", ".lora_magnitude_vector")) or key.startswith(WORDS):
+            continue  # goes with the layer, or beside the adapter, as it is
         spelled = next((s for s in _LEAVES if key.endswith(f".{s}")), None)
         if spelled is None:
             odd.append(key)

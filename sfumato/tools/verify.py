@@ -16,7 +16,7 @@ from sfumato.errors import UserError
 from sfumato.families import detect
 from sfumato.formats import files
 from sfumato.formats.dialect import ALPHA, DOWN, UP, AdapterTensors, ModulePath
-from sfumato.formats.planned import made
+from sfumato.formats.planned import Writable, made
 from sfumato.models import locate
 from sfumato.tools import adapter_file
 from sfumato.tools.adapter_file import AdapterFile
@@ -80,8 +80,8 @@ def verify(
         pair = first.state.get(path), second.state.get(path)
         weight = weights.get(path)
         found.append(_layer(path, *pair, first.outline.layers[path], made(weight) if weight else None))
-    tensors = [t for file in (first, second) for each in file.state.values() for t in each.values()]
-    return _judged([*found, *wrong], tensors)
+    tensors = [t for file in (first, second) for each in (*file.state.values(), file.words) for t in each.values()]
+    return _judged([*found, *_words(first, second), *wrong], tensors)
 
 
 def _judged(found: list[Difference], tensors: list[Tensor]) -> Verified:
@@ -117,6 +117,14 @@ def _both(
 
 def _strange(names: list[str]) -> list[Difference]:
     return [Difference(name, 1.0, float("nan"), "names no layer") for name in names]
+
+
+def _words(one: AdapterFile, other: AdapterFile) -> list[Difference]:
+    """Of the words beside two adapters."""
+    return [
+        _tensor(key, one.words.get(key), other.words.get(key), (one.path, other.path))
+        for key in dict.fromkeys([*one.words, *other.words])
+    ]
 
 
 def _layer(
@@ -198,6 +206,15 @@ def _equal(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:
     )
 
 
+def _tensor(name: str, one: Writable | None, other: Writable | None, paths: tuple[Path, Path]) -> Difference:
+    """The difference of two tensors of files, one of which may be missing."""
+    if one is None or other is None:
+        return Difference(name, 1.0, float("nan"), f"only in {paths[one is None]}")
+    if one.shape != other.shape:
+        return Difference(name, 1.0, float("nan"), f"{list(one.shape)} and {list(other.shape)}")
+    return _difference(name, made(one), made(other))
+
+
 def _difference(name: str, one: Tensor, other: Tensor) -> Difference:
     one, other = one.float(), other.float()
     norm = max(float(one.norm()), float(other.norm()))
@@ -231,11 +248,6 @@ def _checkpoints(one: Path, other: Path, progress: Progress) -> Verified:
         for name in dict.fromkeys([*a, *b]):
             progress(len(found), total)
             full = f"{part}.{name}"
-            if name not in a or name not in b:
-                found.append(Difference(full, 1.0, float("nan"), f"only in {one if name in a else other}"))
-            elif a[name].shape != b[name].shape:
-                found.append(Difference(full, 1.0, float("nan"), f"{list(a[name].shape)} and {list(b[name].shape)}"))
-            else:
-                found.append(_difference(full, made(a[name]), made(b[name])))
-                dtypes += [torch.empty(0, dtype=t[name].dtype) for t in (a, b)]
+            found.append(_tensor(full, a.get(name), b.get(name), (one, other)))
+            dtypes += [torch.empty(0, dtype=t[name].dtype) for t in (a, b) if name in t]
     return _judged(found, dtypes)

@@ -68,6 +68,27 @@ def test_changes_of_mixed_dialects_ranks_and_alphas_add_up(where: Path, models: 
     assert read_header(out).metadata["ss_network_dim"] == "Dynamic"
 
 
+def test_words_beside_adapters_stay_or_are_told(where: Path, models: Models, tmp_path: Path, capsys: Any) -> None:
+    a, b, out = (tmp_path / f"{name}.safetensors" for name in ("a", "b", "out"))
+    write_adapter(models, a, every=9)
+    vectors = torch.randn(2, 64)
+    save(b, {**load(a), "bundle_emb.cat.clip_l": vectors + 1, "bundle_emb.dog.clip_l": vectors})
+    save(a, {**load(a), "bundle_emb.cat.clip_l": vectors})
+    model = str(where / "model.safetensors")
+    command = ["merge", "--adapters", str(a), str(b), "--out", str(out)]
+    assert main([*command, "--layers_of", model]) == 0
+    found = load(out)
+    assert torch.equal(found["bundle_emb.cat.clip_l"], vectors) and "bundle_emb.dog.clip_l" in found
+    said = capsys.readouterr().err
+    assert "left out: bundle_emb.cat.clip_l of" in said and "dog" not in said
+    assert main([*command, "--layers_of", model, "--to", "diffusers"]) == 0
+    assert not [name for name in load(out) if name.startswith("bundle")]
+    assert "left out: bundle_emb.dog.clip_l of" in capsys.readouterr().err
+    assert main([*command, "--model", model]) == 0
+    said = " ".join(capsys.readouterr().err.split())
+    assert "its words are not part of a model: cat, dog; `--textual_inversion_embeddings" in said
+
+
 def test_two_halves_are_the_whole_to_the_bit(where: Path, models: Models, tmp_path: Path) -> None:
     """sd-scripts squares ratios, mixes the factors of different files, and keeps alpha where ranks add up."""
     a, b, out = (tmp_path / f"{name}.safetensors" for name in ("a", "b", "out"))

@@ -62,6 +62,12 @@ def test_never_worse_than_the_plain_decomposition(tmp_path: Path, peft: bool) ->
     assert "sshs_model_hash" in metadata
 
 
+def test_a_word_beside_the_adapter_stays(tmp_path: Path) -> None:
+    word = {"bundle_emb.cat.clip_l": torch.randn(2, 8)}
+    after, _ = resized(tmp_path, lora() | word, Resizing(rank=3))
+    assert torch.equal(after["bundle_emb.cat.clip_l"], word["bundle_emb.cat.clip_l"])
+
+
 def test_the_same_rank_changes_nothing(tmp_path: Path) -> None:
     before = lora()
     after, _ = resized(tmp_path, before, Resizing(rank=6))

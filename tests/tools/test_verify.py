@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from conversions import a_file, model, opened_once, outline
 from tinies import sdxl
 from tinies.cases import cases
@@ -77,6 +78,19 @@ def test_what_is_wrong_is_found(
     assert found.facts()["differences"][0]["layer"] == found.differences[0].layer
     same = verify(one, one, model=str(model("flux")))
     assert (same.same, same.verdict, same.differences, same.compared) == (True, "exact", (), 5)
+
+
+@pytest.mark.parametrize(
+    "word", [{}, {"cat": torch.ones(2, 8)}, {"cat": torch.zeros(3, 8)}, {"dog": torch.zeros(2, 8)}]
+)
+def test_words_beside_adapters_are_compared(tmp_path: Path, word: dict[str, Tensor]) -> None:
+    one, other = a_file(tmp_path / "one.safetensors"), tmp_path / "other.safetensors"
+    tensors = files.load(one)
+    files.save(one, {**tensors, "bundle_emb.cat.clip_l": torch.zeros(2, 8)}, {})
+    files.save(other, {**tensors, **{f"bundle_emb.{name}.clip_l": t for name, t in word.items()}}, {})
+    found = verify(one, other, model=str(model("flux")))
+    assert not found.same and found.differences[0].layer.startswith("bundle_emb.")
+    assert verify(one, one, model=str(model("flux"))).verdict == "exact"
 
 
 @pytest.mark.parametrize("kind", ["oft", "ia3", "dora"])
