@@ -52,6 +52,8 @@ def read(path: Path, models: Models, what: str) -> dict[str, dict[str, Tensor]]:
         return bundled(held, widths, named)
     files.check_finite(tensors, named)
     tensors = {name: t for name, t in tensors.items() if not name.startswith(IDLE)}
+    if not tensors:
+        raise UserError(f"{named}: no embedding is in it")
     if all(map(READER.fullmatch, tensors)):
         return {path.stem: _of_readers(tensors, list(readers_of(models)), widths, named)}
     found = by_encoder(tensors, widths, named)
@@ -74,7 +76,9 @@ def bundled(tensors: Mapping[str, Tensor], widths: Mapping[str, int], named: str
     """The words beside an adapter -> their vectors by encoder. Errors: as `read`."""
     words: dict[str, dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
-        word, _, key = name.removeprefix(BUNDLE).partition(".")
+        word, key = _bundle_name(name)
+        if not word:
+            raise UserError(f"{named}: {name} names no word")
         words.setdefault(word, {})[key] = tensor
     return {word: by_encoder(each, widths, f"{named}: {BUNDLE}{word}") for word, each in words.items()}
 
@@ -132,5 +136,15 @@ def in_adapter(path: Path, models: Models, what: str) -> dict[str, dict[str, Ten
 
 def named_in(path: Path) -> list[str]:
     """The words in an adapter's file, by its header."""
-    names = [name.removeprefix(BUNDLE) for name in files.read_header(path).tensors if name.startswith(BUNDLE)]
-    return list(dict.fromkeys(name.partition(".")[0] for name in names))
+    names = [name for name in files.read_header(path).tensors if name.startswith(BUNDLE)]
+    return list(dict.fromkeys(_bundle_name(name)[0] for name in names))
+
+
+def _bundle_name(name: str) -> tuple[str, str]:
+    """A tensor beside an adapter: its word, which may have dots, and what it is called in files of words."""
+    name = name.removeprefix(BUNDLE)
+    for key in (*(key for keys in KEYS.values() for key in keys), ALONE, f"{STRINGS}*"):
+        if name.endswith(f".{key}"):
+            return name.removesuffix(f".{key}"), key
+    word, _, key = name.partition(".")
+    return word, key

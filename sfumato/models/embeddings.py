@@ -84,7 +84,8 @@ class WordTokenizer:
     def __init__(self, base: Any, words: Mapping[str, int], digest: str = "") -> None:
         """`words`: word -> its tokens; `digest`: of what they mean, if that stays."""
         self.base, self.words, self._digest = base, dict(words), digest
-        longest = sorted(self.words, key=len, reverse=True)
+        # Words below are not cut by shorter ones of this one.
+        longest = sorted(known_to(self), key=len, reverse=True)
         self._pattern = re.compile(rf"(?<!\w)(?:{'|'.join(map(re.escape, longest))})(?!\w)", re.IGNORECASE | re.ASCII)
 
     @cached_property
@@ -115,7 +116,7 @@ class WordTokenizer:
         return {word.lower(): "".join(next(tokens) for _ in range(count)) for word, count in self.words.items()}
 
     def _spelt(self, text: str) -> str:
-        return self._pattern.sub(lambda found: self._spelling[found[0].lower()], text)
+        return self._pattern.sub(lambda found: self._spelling.get(found[0].lower(), found[0]), text)
 
     def __call__(self, text: str | Sequence[str], *args: Any, **named: Any) -> Any:
         texts = self._spelt(text) if isinstance(text, str) else [self._spelt(each) for each in text]
@@ -144,6 +145,21 @@ class WordTokenizer:
         if name.startswith("__") or name == "base":  # copy asks for such before there is anything
             raise AttributeError(name)
         return getattr(self.base, name)
+
+
+def known_to(tokenizer: Any) -> set[str]:
+    """The new words of a tokenizer, and of those below it, in lower case."""
+    words = set[str]()
+    while isinstance(tokenizer, WordTokenizer):
+        words |= {word.lower() for word in tokenizer.words}
+        tokenizer = tokenizer.base
+    return words
+
+
+def hidden_by(models: Models, words: Iterable[str]) -> list[str]:
+    """Those of some words that a model knows already, which the new ones hide."""
+    there = {word for tokenizer in models.tokenizers.values() for word in known_to(tokenizer)}
+    return [word for word in words if word.lower() in there]
 
 
 class Lookup:
@@ -231,7 +247,14 @@ class Words:
         """Captions are encoded for each part of the denoiser that reads them (XTI, arXiv:2303.09522)."""
         models, readers = self.models, readers_of(self.models)
         encode = models.family.encode
-        models.family = replace(models.family, encode=lambda models: EncodeForEach(encode(models), rows, len(readers)))
+
+        def for_each(models: Models) -> TextEncodingStrategy:
+            below = encode(models)
+            if isinstance(below, EncodeForEach):  # there are such words already: they are encoded together
+                return replace(below, rows=[*below.rows, *rows])
+            return EncodeForEach(below, rows, len(readers))
+
+        models.family = replace(models.family, encode=for_each)
         for i, part in enumerate(readers.values()):
             self._handles.append(part.register_forward_pre_hook(partial(_own, i)))
 

@@ -4,7 +4,7 @@ not."""
 from __future__ import annotations
 
 import sys
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,7 +22,7 @@ from sfumato.memory.quantise import stored_layers
 from sfumato.memory.swap import Swap
 from sfumato.models import embedding_files
 from sfumato.models.base import Family, Models
-from sfumato.models.embeddings import Words
+from sfumato.models.embeddings import Vectors, Words, hidden_by
 from sfumato.models.kept import widened
 from sfumato.models.loading import (
     keep_when_read,
@@ -51,10 +51,17 @@ def outline_models(config: Config, method: Method | None = None) -> Models:
     )  # fmt: skip
     choose_formats(config, models, method)
     for path in config.embedding.textual_inversion_embeddings:
-        Words(models, embedding_files.read(Path(path), models, "textual_inversion_embeddings"))
+        add_words(models, embedding_files.read(Path(path), models, "textual_inversion_embeddings"), path)
     for path in config.network.base_weights:
-        Words(models, embedding_files.in_adapter(Path(path), models, "base_weights"))
+        add_words(models, embedding_files.in_adapter(Path(path), models, "base_weights"), path)
     return models
+
+
+def add_words(models: Models, words: Mapping[str, Vectors], path: str | Path) -> Words:
+    """The words of a file act in a model; those that they hide are told."""
+    if hidden := hidden_by(models, words):
+        console.print(f"{path}: another file has the same word, which this one's takes the place of: {hidden[0]}")
+    return Words(models, words)
 
 
 def choose_formats(config: Config, models: Models, method: Method | None) -> None:

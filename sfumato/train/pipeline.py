@@ -25,7 +25,7 @@ from sfumato.sampling.following import check_images
 from sfumato.tensors import attention
 from sfumato.tensors.noise import NoiseProcess
 from sfumato.train import dist, outputs, swapping
-from sfumato.train.devices import outline_models, read_models, settle, vae_dtype
+from sfumato.train.devices import add_words, outline_models, read_models, settle, vae_dtype
 from sfumato.train.progress import console, progress
 from sfumato.train.step import autocast
 from sfumato.train.trainables import read_adapter
@@ -65,7 +65,7 @@ class Pipeline:
         models = outline_models(config)
         _check_controls(models, controls)
         for path, _ in adapters:
-            Words(models, embedding_files.in_adapter(path, models, "adapter"))
+            add_words(models, embedding_files.in_adapter(path, models, "adapter"), path)
         choices = swapping.chosen(config, models)
         settle(config, models, adapters=adapters)
         encoded = _encoded(models, only, precision, device) if only else None
@@ -101,7 +101,7 @@ class Pipeline:
         active, words = [], list[Words]()
         try:
             for path in paths:
-                words.append(Words(self.models, embedding_files.in_adapter(path, self.models, "adapter")))
+                words.append(add_words(self.models, embedding_files.in_adapter(path, self.models, "adapter"), path))
                 state = read_adapter(self.models, path, skip=skip)
                 network = from_state(self.models.nets(), state).to(self.device).eval()
                 network.multiplier = strength

@@ -22,9 +22,10 @@ from sfumato.formats.clients import loads_in
 from sfumato.formats.files import load, save
 from sfumato.models import embedding_files
 from sfumato.models.embeddings import Words, readers_of, widths_of
-from sfumato.train import words
+from sfumato.train import devices, words
 from sfumato.train.pipeline import Pipeline
 from sfumato.train.trainables import Adapters
+from sfumato.train.trainables.embedding import NewWord
 
 CASES = {case.name: case for case in cases()}
 WORD: dict[str, Any] = {"token_string": "hoge", "num_vectors_per_token": 2}
@@ -74,6 +75,7 @@ def test_files_of_others_are_read(model: Path, tmp_path: Path) -> None:
         "bare.pt": (rows, "bare"),
         "comfy.safetensors": ({"clip_l": rows}, "comfy"),
         "scripts.safetensors": ({"text_encoders_0": rows}, "scripts"),
+        "dots.safetensors": ({"bundle_emb.my.cat.clip_l": rows}, "my.cat"),
         "bundle.safetensors": ({"bundle_emb.cat.string_to_param.*": rows, "lora_te_x.alpha": rows[0, :1]}, "cat"),
     }
     for name, (content, word) in forms.items():
@@ -93,6 +95,9 @@ def test_files_of_others_are_read(model: Path, tmp_path: Path) -> None:
         ({"a": torch.ones(2, 64), "b": torch.ones(2, 64)}, "no embedding is in it"),
         ({"emb_params": torch.full((1, 64), torch.nan)}, "NaN"),
         ({"IN01": torch.ones(2, 64)}, "for each of IN01, IN03, MID"),
+        ({}, "no embedding is in it"),
+        ({"string_to_token.*": torch.ones(1)}, "no embedding is in it"),
+        ({"bundle_emb..clip_l": torch.ones(2, 64)}, "names no word"),
     ],
 )
 def test_other_files_are_refused(model: Path, tmp_path: Path, tensors: dict[str, torch.Tensor], message: str) -> None:
@@ -120,6 +125,13 @@ def test_a_word_takes_the_place_of_as_many_tokens_as_it_has_vectors(model: Path)
     long = models.tokenize(["hoge " * 30])["ids"][0]
     assert (long >= first - 3).sum(1).tolist() == [75, 15]
     assert models.tokenize_strategy.limits()[0].count(["hoge " * 30 + "hoge2"]) == [92]
+    for short, inside in (("hoge", "hoge-x"), ("ge-x", "hoge-x")):
+        for order in ((short, inside), (inside, short)):
+            both = [Words(models, {word: {"clip_l": torch.randn(len(word), 64)}}) for word in order]
+            own = {word: len([i for i in models.tokenize([word])["ids"].flatten() if i >= first + 2]) for word in order}
+            assert own == {short: len(short), inside: len(inside)}  # neither takes the other apart
+            for each in reversed(both):
+                each.remove()
     told = models.tokenize_strategy.settings["vocabulary"]
     outer.remove(), inner.remove()  # type: ignore[func-returns-value]
     assert torch.equal(models.tokenize(["x x x, y"])["ids"], plain["ids"])
@@ -144,6 +156,15 @@ def test_a_word_is_learnt_for_each_block(train: Train, images: Path, model: Path
         assert torch.allclose(says(models, captions), wanted, atol=1e-5) == same
         each.remove()
     assert all((rows[name] != rows["MID"]).any() for name in rows if name != "MID")
+    # Two such words at once; of the second each block takes its own, too.
+    first, alike = ({"clip_l": torch.randn(1, 64).repeat(len(rows), 1, 1)} for _ in range(2))
+    both = [Words(models, {"hoge": first}), Words(models, {"piyo": alike})]
+    found = says(models, ["a hoge piyo"])
+    for each in reversed(both):
+        each.remove()
+    plain = Words(models, {"hoge": {"clip_l": first["clip_l"][0]}, "piyo": {"clip_l": alike["clip_l"][0]}})
+    torch.testing.assert_close(found, says(models, ["a hoge piyo"]), atol=1e-5, rtol=1e-4)
+    plain.remove()
 
 
 def test_a_word_beside_an_adapter(train: Train, images: Path, model: Path) -> None:
@@ -187,6 +208,23 @@ def test_a_word_beside_an_adapter(train: Train, images: Path, model: Path) -> No
         "both2", network_train_unet_only=True, embedding_lr=0.1, resume=str(folder / "out-step00000001-state"), **WORD
     )
     assert not changed(load(resumed / "out.safetensors"), found)
+
+
+def test_a_word_that_hides_another_is_told(
+    model: Path, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    one, other = tmp_path / "hoge.safetensors", tmp_path / "more" / "Hoge.safetensors"
+    other.parent.mkdir()
+    for path in (one, other):
+        save(path, {"emb_params": torch.randn(2, 64)})
+    files = config(
+        pretrained_model_name_or_path=str(model), textual_inversion_embeddings=(str(one), str(other)), **WORD
+    )
+    models = devices.outline_models(files)
+    told = " ".join(capsys.readouterr().err.split())
+    assert f"{other}: another file has the same word, which this one's takes the place of: Hoge" in told
+    (said,) = NewWord(models, files).notices
+    assert said == "token_string hoge: a file has the same word, which it takes the place of"
 
 
 def test_captions_are_sentences_about_the_word(images: Path) -> None:

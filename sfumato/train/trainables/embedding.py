@@ -14,7 +14,7 @@ from sfumato.errors import UserError
 from sfumato.formats import files
 from sfumato.models import embedding_files
 from sfumato.models.base import Models
-from sfumato.models.embeddings import Words, encoders_of, layer_of, readers_of, start
+from sfumato.models.embeddings import Words, encoders_of, hidden_by, layer_of, readers_of, start
 from sfumato.optim.groups import Group
 from sfumato.tensors.random import generator
 from sfumato.train import checkpoints
@@ -35,6 +35,8 @@ class NewWord:
             for name in self.encoders
             if given and name not in given
         ]
+        if hidden_by(models, [self.name]):
+            self.notices.append(f"token_string {self.name}: a file has the same word, which it takes the place of")
         vectors = {}
         for name in self.encoders:
             chance = generator(config.train.seed, "word", self.name, name)
