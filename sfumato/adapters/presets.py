@@ -11,14 +11,13 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import tomllib
-
 from sfumato.adapters import values
 from sfumato.adapters.find import LYCORIS, kind
 from sfumato.adapters.plan import DROPOUTS, NONE, TEXT, AdapterPlan, LayerRule
 from sfumato.config import rules
 from sfumato.config.rules import Amount, Natural
 from sfumato.errors import UserError, nearest
+from sfumato.formats.text import parse_toml, read_text
 
 if TYPE_CHECKING:
     from sfumato.adapters.base import Adapter
@@ -111,13 +110,13 @@ def _map(told: Mapping[str, Any], of: str) -> Iterable[tuple[str, Mapping[str, A
 def _read(path: str) -> Mapping[str, Any]:
     """A preset file. Errors: `UserError` for one that is not there, is not TOML, or has keys of another kind."""
     try:
-        told = tomllib.loads(Path(path).read_text(encoding="utf-8"))
-    except OSError:
-        raise UserError(
-            f"network_args preset={path}: expected {', '.join(PRESETS)}, or a TOML file{nearest(path, PRESETS)}"
-        ) from None
-    except (ValueError, UnicodeError) as error:
-        raise UserError(f"network_args preset={path}: cannot be read as TOML: {error}") from None
+        told = parse_toml(path, read_text(path))
+    except UserError as error:
+        if not Path(path).is_file():
+            raise UserError(
+                f"network_args preset={path}: expected {', '.join(PRESETS)}, or a TOML file{nearest(path, PRESETS)}"
+            ) from None
+        raise UserError(*(f"network_args preset={message}" for message in error.messages)) from None
     if wrong := list(_mistakes(told)):
         raise UserError(*(f"network_args preset={path}: {message}" for message in wrong))
     return told
