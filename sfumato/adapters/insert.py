@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from fnmatch import fnmatchcase
+from fnmatch import translate
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -59,7 +61,7 @@ def choose(
         if not isinstance(module, nn.Linear | nn.Conv2d):
             continue
         names = layer_names(component, path, targets, kohya)
-        if not plan.wants(names, named=any(fnmatchcase(path, p) for p in patterns)):
+        if not plan.wants(names, named=_among(path, patterns)):
             continue
         if target := _target(path, module, plan, names, target_layer):
             chosen.append(target)
@@ -110,8 +112,18 @@ def layer_names(component: str, path: str, targets: Mapping[str, tuple[str, ...]
     theirs = match.foreign()[0] if match else path
     paths = dict.fromkeys((path, theirs))
     lora = kohya.prefix.get(component, "") + theirs.replace(".", "_")
-    sets = frozenset(name for name, patterns in targets.items() if any(fnmatchcase(path, p) for p in patterns))
+    sets = frozenset(name for name, patterns in targets.items() if _among(path, patterns))
     return LayerNames((*paths, *(f"{component}.{p}" for p in paths)), lora, sets)
+
+
+@cache
+def _pattern(patterns: tuple[str, ...]) -> re.Pattern[str]:
+    return re.compile("|".join(map(translate, patterns)) or "(?!)")
+
+
+def _among(path: str, patterns: tuple[str, ...]) -> bool:
+    """Whether one of these patterns (fnmatch) is of a path: a run asks for each of its layers, several times."""
+    return bool(_pattern(patterns).match(path))
 
 
 def _check_ranks(component: str, chosen: Sequence[TargetLayer]) -> None:

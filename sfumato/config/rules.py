@@ -8,7 +8,7 @@ relates several settings otherwise is an `Idle` or a `Clash`, a typed function o
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import MISSING, dataclass, fields, is_dataclass
 from functools import cache
 from types import UnionType
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Union, cast, get_args, get_origin, get_type_hints
@@ -143,14 +143,23 @@ class Record:
 
 def mistakes(record: object) -> Iterator[tuple[str, str]]:
     """Each field whose value breaks the rules of its own, and what is wrong with it."""
+    defaults = _defaults(cast(Hashable, type(record)))
     for name, hint in hints(type(record)).items():
-        if message := mistake(hint, getattr(record, name)):
+        value = getattr(record, name)
+        if value is not defaults.get(name) and (message := mistake(hint, value)):
             yield name, message
 
 
 def hints(record: type[Any]) -> Mapping[str, Any]:
     """Field -> its type with the rules that stand with it."""
     return _hints(cast(Hashable, record))
+
+
+@cache
+def _defaults(record: Any) -> Mapping[str, Any]:
+    """Those that keep the rules: most values are these very objects, and a run makes hundreds of records."""
+    found, given = hints(record), {f.name: f.default for f in fields(record) if f.default is not MISSING}
+    return {name: value for name, value in given.items() if not mistake(found[name], value)}
 
 
 @cache

@@ -275,7 +275,7 @@ class Lazy(Mapping[str, Tensor]):
     @property
     def paths(self) -> list[Path]:
         """The files that hold them."""
-        return sorted({file.path.resolve() for file, _ in self.places.values()})
+        return sorted({file.path.resolve() for file in self._files()})
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
