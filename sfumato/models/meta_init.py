@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from sfumato.errors import UserError, nearest
 from sfumato.formats.planned import Writable
-from sfumato.memory.quantise import stored_layers
+from sfumato.memory.quantise import Stored, stored_layers
 
 Net = TypeVar("Net", bound=nn.Module)
 SHOWN = 5
@@ -28,13 +28,27 @@ def fill(net: Net, tensors: Mapping[str, Tensor], what: str) -> Net:
     """
     stored = {f"{path}.weight": tuple(layer.shape) for path, layer in stored_layers(net).items()}
     check(net, {**stored, **shapes(tensors)}, what)
-    net.load_state_dict(dict(tensors), strict=True, assign=True)
+    _assign(net, tensors)
     return net.eval().requires_grad_(False)
 
 
 def drop(net: nn.Module) -> None:
     """Give up the tensors that `fill` gave the net; buffers that no file holds stay."""
-    net.load_state_dict({name: t.to("meta") for name, t in net.state_dict().items()}, assign=True)
+    _assign(net, {name: t.to("meta") for name, t in net.state_dict().items()})
+
+
+def _assign(net: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """`load_state_dict(tensors, assign=True)` for names that are known to fit, which it goes through for each part."""
+    for path, part in net.named_modules(remove_duplicate=False):
+        prefix = f"{path}." if path else ""
+        if isinstance(part, Stored) and f"{prefix}weight" in tensors:
+            part.put(tensors[f"{prefix}weight"])
+        for name, held in part._parameters.items():
+            if held is not None and prefix + name in tensors:
+                part._parameters[name] = nn.Parameter(tensors[prefix + name], held.requires_grad)
+        for name in part._buffers:
+            if prefix + name in tensors:
+                part._buffers[name] = tensors[prefix + name]
 
 
 def check(net: nn.Module, given: Mapping[str, tuple[int, ...]], what: str) -> None:

@@ -26,4 +26,4 @@ class _NoStarts(DeviceContext):  # type: ignore[misc]
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in STARTS:
             return args[0] if args else kwargs["tensor"]
-        return super().__torch_function__(func, types, args, kwargs)
+        return super().__torch_function__(func, types, args, kwargs)  # type: ignore[no-untyped-call]
