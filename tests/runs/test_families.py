@@ -46,6 +46,12 @@ def files(case: Case, tmp_path_factory: pytest.TempPathFactory) -> Files:
     return case.write(tmp_path_factory.mktemp("model"))
 
 
+@pytest.fixture(scope="module")
+def fresh(case: Case, files: Files) -> Models:
+    """The model as its files have it, to be left as it is."""
+    return case.models(files)
+
+
 def prepared(case: Case, files: Files, images: Path, out: Path, method: Method, **settings: Any) -> loop.Run:
     """A run of two steps, ready to go: in the first one, an adapter whose other half is zero does not learn."""
     made, data = configured(case, files, images, out, method, **settings)
@@ -118,11 +124,12 @@ def test_a_whole_model_without_its_text_encoders(case: Case, files: Files, image
     whole(case, files, images, tmp_path, {"denoiser"}, gradient_checkpointing=True, **CACHED)
 
 
-def test_a_whole_model_with_its_text_encoders(case: Case, files: Files, images: Path, tmp_path: Path) -> None:
+def test_a_whole_model_with_its_text_encoders(
+    case: Case, files: Files, images: Path, tmp_path: Path, fresh: Models
+) -> None:
     options = families.facts(case.family).options(**{**files.options, **case.options})
     may = families.family(case.family).trainable(options, None)
-    unread = [part.name for part in families.family(case.family).components]
-    encoders = set(case.models(files, later=unread).encoders)
+    encoders = set(fresh.encoders)
     encoders &= encoders if may is None else may
     whole(case, files, images, tmp_path, {"denoiser", *encoders}, train_text_encoder=True)
 
@@ -184,8 +191,8 @@ def kept(case: Case, files: Files, tmp_path_factory: pytest.TempPathFactory) -> 
     return Adapted.by(case, files, images, where / "out", KINDS[0], held_out=held_out, **every, **KEPT)
 
 
-def test_adapters_on_what_is_kept(case: Case, files: Files, kept: Adapted) -> None:
-    adapted(case, files, kept, {"denoiser"})
+def test_adapters_on_what_is_kept(case: Case, fresh: Models, kept: Adapted) -> None:
+    adapted(case, fresh, kept, {"denoiser"})
 
 
 def test_images_that_are_held_out_are_measured(kept: Adapted) -> None:
@@ -200,11 +207,11 @@ def test_images_that_are_held_out_are_measured(kept: Adapted) -> None:
     assert again == {name: numbers[name][-1][1] for name in again}
 
 
-def test_adapters_with_text_encoders(case: Case, files: Files, images: Path, tmp_path: Path) -> None:
+def test_adapters_with_text_encoders(case: Case, files: Files, images: Path, tmp_path: Path, fresh: Models) -> None:
     run = Adapted.by(case, files, images, tmp_path / "out", KINDS[0])
     may = families.family(case.family).trainable(run.a_run.trainable.models.options, run.a_run.trainable.plan)  # type: ignore[attr-defined]
     encoders = run.a_run.trainable.models.encoders  # type: ignore[attr-defined]
-    adapted(case, files, run, {"denoiser", *(encoders if may is None else may)})
+    adapted(case, fresh, run, {"denoiser", *(encoders if may is None else may)})
 
 
 @pytest.mark.parametrize(
@@ -215,13 +222,13 @@ def test_every_kind_of_adapter(kind: str, other: Case, images: Path, tmp_path: P
     files = other.write(tmp_path / "model")
     adapted(
         other,
-        files,
+        other.models(files),
         Adapted.by(other, files, images, tmp_path / "out", kind, network_train_unet_only=True),
         {"denoiser"},
     )
 
 
-def adapted(case: Case, files: Files, run: Adapted, components: set[str]) -> None:
+def adapted(case: Case, fresh: Models, run: Adapted, components: set[str]) -> None:
     """The nets stay as they are, every layer's adapter changes, and the file does what the training did."""
     a_run, models = run.a_run, run.a_run.trainable.models  # type: ignore[attr-defined]
     assert not changed(run.before, states(models))
@@ -237,7 +244,6 @@ def adapted(case: Case, files: Files, run: Adapted, components: set[str]) -> Non
     a_run.save_result(result, a_run.step, 0)
     a_run.trainable.train(False)
     wanted = says(models)
-    fresh = case.models(files)
     held = from_state(fresh.nets(), read_adapter(fresh, result)).eval()
     torch.testing.assert_close(says(fresh), wanted, atol=1e-6, rtol=1e-6)
     held.remove()
