@@ -17,12 +17,28 @@ from sfumato.sampling.sample import sample_latents
 from sfumato.train.pipeline import Pipeline
 
 PROMPT = Prompt(prompt="image 1, red", negative_prompt="blue", width=64, height=64, sample_steps=2, scale=5.0, seed=3)
+NOISE = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """With all blocks, for it is the net's names that are tried."""
     return tiny.tiny_sd1(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def drawer(model: Path) -> Pipeline:
+    """Our model, to be left as it is."""
+    return Pipeline.of(config(pretrained_model_name_or_path=str(model)), torch.device("cpu"))
+
+
+def ours(drawer: Pipeline) -> torch.Tensor:
+    return sample_latents(drawer.models, [PROMPT], process=drawer.process, sampler="ddim", noise=NOISE)[0]
+
+
+@pytest.fixture(scope="module")
+def plain(drawer: Pipeline) -> torch.Tensor:
+    return ours(drawer)
 
 
 def theirs(adapter: Path | None, noise: torch.Tensor) -> torch.Tensor:
@@ -51,21 +67,16 @@ DORA = {"network_module": "dora", "network_args": ("conv_dim=2",)}
 
 
 @pytest.mark.parametrize(("dialect", "kind"), [("kohya", {}), ("peft", {}), ("peft", DORA)])
-def test_the_same_latents(train: Train, model: Path, dialect: str, kind: dict[str, Any]) -> None:
+def test_the_same_latents(
+    train: Train, drawer: Pipeline, plain: torch.Tensor, dialect: str, kind: dict[str, Any]
+) -> None:
     """DoRA in PEFT's names alone: diffusers drops the magnitudes of others, with a warning."""
     options = {"dialect": dialect, "network_alpha": 1.0, "learning_rate": 4e-2, "max_train_steps": 3, **kind}
     adapter = train("a", **options) / "out.safetensors"
-    noise = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
-    drawer = Pipeline.of(config(pretrained_model_name_or_path=str(model)), torch.device("cpu"))
-
-    def ours() -> torch.Tensor:
-        return sample_latents(drawer.models, [PROMPT], process=drawer.process, sampler="ddim", noise=noise)[0]
-
-    plain = ours()
     with drawer.adapted(adapter):
-        adapted = ours()
+        adapted = ours(drawer)
     assert (adapted - plain).abs().max() > 0.01, "the adapter must do something, or this test proves nothing"
-    torch.testing.assert_close(adapted, theirs(adapter, noise)[0], rtol=0, atol=1e-3)
+    torch.testing.assert_close(adapted, theirs(adapter, NOISE)[0], rtol=0, atol=1e-3)
 
 
 def test_every_key_is_used(train: Train, monkeypatch: pytest.MonkeyPatch) -> None:
