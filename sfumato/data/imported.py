@@ -7,8 +7,7 @@ run's own net gives, and the others are believed when those agree; a file older 
 from __future__ import annotations
 
 import os
-import zipfile
-import zlib
+import stat
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -210,7 +209,7 @@ def arrays(path: Path) -> dict[str, Tensor]:
     try:
         with np.load(path, allow_pickle=False) as file:
             return {name: torch.from_numpy(file[name]) for name in file.files}
-    except (OSError, ValueError, TypeError, KeyError, EOFError, AttributeError, zipfile.BadZipFile, zlib.error):
+    except Exception:  # NumPy and zipfile raise many kinds on damaged files, and of memory that a header makes up
         return {}
 
 
@@ -234,6 +233,8 @@ class _Files:
                 self._known[folder] = frozenset()
         path = next((folder / n for ending in endings if (n := image.stem + ending) in self._known[folder]), None)
         try:
-            return path if path and since.stat().st_mtime_ns <= path.stat().st_mtime_ns else None
+            found = path.stat() if path else None
+            fits = found and stat.S_ISREG(found.st_mode) and since.stat().st_mtime_ns <= found.st_mtime_ns
+            return path if fits else None
         except OSError:
             return None

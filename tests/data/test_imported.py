@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import zipfile
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -99,6 +100,28 @@ def test_nothing_in_a_file_is_executed(tmp_path: Path) -> None:
 
     np.savez(tmp_path / "a.npz", latents=np.array([Bomb()], dtype=object))
     assert arrays(tmp_path / "a.npz") == {} and not (tmp_path / "executed").exists()
+
+
+def test_a_file_that_makes_sizes_up_or_is_encrypted_gives_nothing(tmp_path: Path) -> None:
+    for header in ("'shape': (1000000000000,)", f"'shape': (1{'0' * 30},)", "(" * 400):
+        text = f"{{'descr': '<f4', 'fortran_order': False, {header}}}".encode()
+        with zipfile.ZipFile(tmp_path / "a.npz", "w") as file:
+            file.writestr("latents.npy", b"\x93NUMPY\x01\x00" + len(text).to_bytes(2, "little") + text)
+        assert arrays(tmp_path / "a.npz") == {}
+    np.savez(tmp_path / "a.npz", latents=np.zeros(1))
+    content = bytearray((tmp_path / "a.npz").read_bytes())
+    for mark, flags in ((b"PK\x03\x04", 6), (b"PK\x01\x02", 8)):
+        content[content.index(mark) + flags] |= 1
+    (tmp_path / "a.npz").write_bytes(content)
+    assert arrays(tmp_path / "a.npz") == {}
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no pipes")
+def test_a_pipe_is_not_waited_for(planned: Plan) -> None:
+    for path in write(planned, ".npz"):
+        path.unlink()
+        os.mkfifo(path)
+    assert str(cached(planned)) == f"0 found, {COUNT} encoded ({COUNT} new)"
 
 
 def test_states_are_compared_token_by_token() -> None:
