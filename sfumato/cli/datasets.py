@@ -6,7 +6,7 @@ from __future__ import annotations
 import os
 import re
 import textwrap
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import fields, replace
 from functools import cache
 from pathlib import Path
@@ -361,7 +361,7 @@ def check(datasets: Iterable[DatasetConfig], settings: Settings, given: Mapping[
         )
 
 
-def _check_preserved(subsets: Iterable[SubsetConfig], settings: Settings, report: Report) -> None:
+def _check_preserved(subsets: Sequence[SubsetConfig], settings: Settings, report: Report) -> None:
     """Report attributes of images that cannot act."""
     for subset in subsets:
         for name in subset.custom_attributes:
@@ -372,6 +372,8 @@ def _check_preserved(subsets: Iterable[SubsetConfig], settings: Settings, report
                 f"{subset.source}: custom_attributes.{PRESERVED}: only an adapter can be left out to see what the "
                 "model predicted before; leave it out"
             )
+    if any(s.preserved for s in subsets) and not any(s.learnt for s in subsets):
+        report.note(f"nothing is to be learnt: all folders have custom_attributes.{PRESERVED}, or are regularisation")
 
 
 def _check_validation(

@@ -308,6 +308,8 @@ def test_the_same_folder_may_be_learnt_and_preserved(home: Path) -> None:
     kept = "custom_attributes.diff_output_preservation = true\n"
     text = "[[datasets]]\n" + SUBSET.format("images") + 2 * (SUBSET.format("images") + kept)
     assert [subset.preserved for subset in read(text)[0].subsets] == [False, True]
+    Path("data.toml").write_text("[[datasets]]\n" + SUBSET.format("images") + kept)
+    assert any(n.startswith("nothing is to be learnt: all folders") for n in flags.resolve_all(BASE, "network").notices)
 
 
 def test_preservation_without_weight_is_refused(home: Path) -> None:
