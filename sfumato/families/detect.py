@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -104,6 +104,30 @@ def detect_file(name: str | Path, flag: str = "pretrained_model_name_or_path") -
             "a diffusers folder"
         )
     return found
+
+
+@contextmanager
+def control_net(name: str, family: str, *, lite: bool = False) -> Iterator[None]:
+    """Where the file of a control net for this family cannot be read as one, the error says what it is, if that is
+    known. `lite`: whether a ControlNet-LLLite would do."""
+    try:
+        yield
+    except UserError as error:
+        path = Path(name).expanduser()
+        if path.is_file() and (what := _other_than_control(path, family, lite)):
+            raise UserError(f"{path} is {what}, not a ControlNet of {families.family(family).title}") from error
+        raise
+
+
+def _other_than_control(path: Path, family: str, lite: bool) -> str:
+    with suppress(UserError):
+        found = identify(*_header([path], ""))
+        if found and found.kind != "controlnet":
+            return CALLED.get(found.kind, "a base model").partition(",")[0]
+        small = found and found.dialect == "lllite"
+        if found and (found.family != family or (small and not lite)):
+            return f"a ControlNet{'-LLLite' if small else ''} of {families.family(found.family).title}"
+    return ""
 
 
 def unknown(shapes: Shapes) -> str:

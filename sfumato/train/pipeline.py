@@ -14,6 +14,7 @@ from sfumato.adapters.insert import AdapterNetwork, from_state
 from sfumato.config import Config
 from sfumato.data.store import Progress
 from sfumato.errors import UserError
+from sfumato.families.detect import control_net
 from sfumato.memory.plan import apply_memory_options
 from sfumato.models import embedding_files
 from sfumato.models.base import Models
@@ -132,7 +133,8 @@ class Pipeline:
 def _check_controls(models: Models, controls: Sequence[tuple[Path, float]]) -> None:
     """That control nets fit an outline. Errors: `UserError`."""
     for path, strength in controls:
-        follow_by(models, str(path), strength).remove()
+        with control_net(str(path), models.family.name, lite=True):
+            follow_by(models, str(path), strength).remove()
     models.followers.clear()
 
 

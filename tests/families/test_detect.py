@@ -39,7 +39,7 @@ from tinies.headers import (
 
 from sfumato import families
 from sfumato.errors import UserError
-from sfumato.families.detect import Detected, detect_file, identify
+from sfumato.families.detect import Detected, control_net, detect_file, identify
 from sfumato.families.sd.facts import Options, architecture, base_model_version
 from sfumato.formats.files import save
 from sfumato.models.saving import by_folder
@@ -379,3 +379,19 @@ def test_folders_of_other_pipelines(tmp_path: Path, cls: str) -> None:
         str(error.value)
         == f"pretrained_model_name_or_path: the folder {tmp_path} holds a {cls}, which is not supported yet"
     )
+
+
+def test_what_is_read_in_place_of_a_control_net_is_named(tmp_path: Path) -> None:
+    flux, lite = (sparse(tmp_path / name, table(name)) for name in ("flux.controlnet", "sdxl.lllite"))
+    told = {
+        (flux, "sdxl", False): "is a ControlNet of FLUX.1, not a ControlNet of Stable Diffusion XL",
+        (lite, "sdxl", False): "is a ControlNet-LLLite of Stable Diffusion XL, not a ControlNet of",
+        (lite, "anima", True): "is a ControlNet-LLLite of Stable Diffusion XL, not a ControlNet of Anima",
+        # What is wrong with one of this model is said by who reads it.
+        (flux, "flux", False): "^no such tensor$",
+        (lite, "sdxl", True): "^no such tensor$",
+        (tmp_path / "nothing", "sdxl", True): "^no such tensor$",
+    }
+    for (path, family, small), message in told.items():
+        with pytest.raises(UserError, match=message), control_net(str(path), family, lite=small):
+            raise UserError("no such tensor")

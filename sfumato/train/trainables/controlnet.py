@@ -11,6 +11,7 @@ from torch import nn
 
 from sfumato.config import Config
 from sfumato.data.batch import Batch
+from sfumato.families.detect import control_net
 from sfumato.formats import files
 from sfumato.models.base import Models
 from sfumato.models.controlled import Controlled, denoiser_shapes, new_net, read_net, save_folder, save_net, spec_of
@@ -33,7 +34,8 @@ class ControlNet(Trainable):
         self.models, self.config = models, config
         dtype = torch.bfloat16 if config.train.full_bf16 else torch.float32
         if name := config.control.controlnet_model_name_or_path:
-            net = read_net(models, name, dtype)
+            with control_net(name, models.family.name):
+                net = read_net(models, name, dtype)
         else:
             net = new_net(models, generator(NAME, config.train.seed))
         self.net = net.to(dtype)
