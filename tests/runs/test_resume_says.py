@@ -128,6 +128,26 @@ def test_what_cannot_change_is_refused_before_weights_are_read(
         _resumed(before, tmp_path, **options)
 
 
+def test_the_word_that_is_learnt_cannot_change(
+    before: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plain: dict[str, Any] = {"network_dim": None, "network_train_unet_only": False}
+    word = {**plain, "token_string": "picture", "num_vectors_per_token": 2, "init_word": "a b"}
+    run.train(prepared.options(before, output_dir=str(tmp_path), **word), "embedding", prepared.data(before))
+    word |= {"resume": str(tmp_path / "out-state")}
+    monkeypatch.setattr(run, "settle", lambda *_: pytest.fail("weights were read"))
+    for changed, says in (
+        ({"num_vectors_per_token": 3}, r"clip_l.picture has shape \(2, 64\) there and \(3, 64\) here; that cannot"),
+        ({"token_string": "0"}, "2 weights are in one of them only, such as clip_l.0; that cannot change"),
+        ({"xti": True}, r"and \(7, 2, 64\) here"),
+    ):
+        with pytest.raises(UserError, match=says):
+            _resumed(before, tmp_path, "embedding", **{**word, **changed})
+    monkeypatch.undo()
+    _resumed(before, tmp_path, "embedding", **{**word, "init_word": "b"})
+    assert "init_word b does not act: the weights are those of the state" in capsys.readouterr().err
+
+
 def test_the_blocks_that_are_trained_cannot_change(before: Path, tmp_path: Path) -> None:
     parts, facts = runs.load_run(before / "first" / "out-state")
     facts["identity"]["adapter"] = None  # as of a whole model, but for its weights, which are not read
