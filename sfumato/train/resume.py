@@ -39,6 +39,13 @@ _COMPARED_APART = (
     "controlnet_model_name_or_path",
 )  # fmt: skip
 """Settings that change nothing, or have a message of their own."""
+_STARTS = (
+    ("network", "network_weights"),
+    ("embedding", "init_word"),
+    ("embedding", "weights"),
+    ("control", "controlnet_model_name_or_path"),
+)
+"""Sections and settings of what a run starts from."""
 _QUANTISING = (
     "quantize", "quantize_text_encoders", "quantize_budget", "int8_matmul", "fp8_base", "fp8_base_unet", "fp8_scaled",
 )  # fmt: skip
@@ -227,11 +234,9 @@ def changes(saved: Mapping[str, Any], now: Mapping[str, Any], kind: type[torch.o
     ]
     if (a := saved["precision"]) != (b := now["precision"]):
         lines.append(changed("mixed_precision", a, b))
-    if then["network"]["network_weights"] != (file := here["network"]["network_weights"]) and file:
-        lines.append(f"network_weights {file} does not act: the weights are those of the state")
-    name = "controlnet_model_name_or_path"
-    if then.get("control", {}).get(name) != (file := here["control"][name]) and file:
-        lines.append(f"{name} {file} does not act: the weights are those of the state")
+    for section, name in _STARTS:
+        if then.get(section, {}).get(name) != (start := here[section][name]) and start:
+            lines.append(f"{name} {start} does not act: the weights are those of the state")
     if saved["base"].get("vae") != now["base"].get("vae"):
         lines.append("the VAE is another one: its latents are what is trained on from here on")
     before, after = then["optimizer"]["ema_decay"], here["optimizer"]["ema_decay"]

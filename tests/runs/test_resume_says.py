@@ -137,9 +137,9 @@ def test_the_word_that_is_learnt_cannot_change(
     word |= {"resume": str(tmp_path / "out-state")}
     monkeypatch.setattr(run, "settle", lambda *_: pytest.fail("weights were read"))
     for changed, says in (
-        ({"num_vectors_per_token": 3}, r"clip_l.picture has shape \(2, 64\) there and \(3, 64\) here; that cannot"),
-        ({"token_string": "0"}, "2 weights are in one of them only, such as clip_l.0; that cannot change"),
-        ({"xti": True}, r"and \(7, 2, 64\) here"),
+        ({"num_vectors_per_token": 3}, r"clip_l.picture has the shape \(2, 64\) in it and \(3, 64\) in this run"),
+        ({"token_string": "0"}, "2 weights are in it or in this run alone, such as clip_l.0; what is trained"),
+        ({"xti": True}, r"and \(7, 2, 64\) in this run"),
     ):
         with pytest.raises(UserError, match=says):
             _resumed(before, tmp_path, "embedding", **{**word, **changed})
