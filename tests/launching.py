@@ -42,6 +42,7 @@ def forked(job: Callable[..., Any], *args: Any) -> int | None:
     process = multiprocessing.get_context("fork").Process(target=job, args=args)
     process.start()
     process.join(600)
+    process.kill()  # one that hangs
     return process.exitcode
 
 
