@@ -38,7 +38,9 @@ def notes(datasets: Sequence[DatasetConfig], held: Counter[Folder], trained: Cou
     lines, asked = [], []
     for d, dataset in enumerate(datasets):
         for s, subset in enumerate(dataset.subsets):
-            if subset.validation_split and subset.learnt:
+            if subset.validation_split and not subset.learnt:
+                lines.append(f"{subset.source}: validation_split: no effect where nothing is learnt")
+            elif subset.validation_split:
                 count = held[d, s] + trained[d, s]
                 lines.append(f"{subset.source}: {held[d, s]} of {count} images are held out (validation_split)")
                 asked.append(f"{subset.validation_split:g} of {count} images in {subset.source}")

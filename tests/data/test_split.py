@@ -56,6 +56,7 @@ def test_an_image_is_on_one_side_wherever_it_stands(tmp_path: Path) -> None:
     assert {item.image.path.parent.name for item in made.held_out} == {"a"} and len(made.held_out) == 4
     assert {item.image.path.parent.name for item in made.items} == {"b", "reg"}
     assert "copy.png" not in names(made, False)
+    assert f"{reg}: validation_split: no effect where nothing is learnt" in made.notes
     assert {skip.path.name for skip in made.skipped if "held out" in skip.reason} == {
         "copy.png", "0.png", "1.png", "2.png", "3.png",
     }  # fmt: skip
