@@ -28,7 +28,7 @@ from sfumato.train.fit import Forecast
 CASES = {case.family: case for case in reversed(cases()) if families.family(case.family).control}
 """One of each family: what differs within one is compared in `tests/families/`."""
 CASES["sd"] = replace(CASES["sd"], write=lambda folder: Files(model=tiny.short_sd1(folder)))
-STEPS = 4
+STEPS = 5
 """The doors open in the first; what is behind two of them has a gradient from the third on."""
 SETTINGS: dict[str, Any] = {
     "max_train_steps": STEPS,

@@ -29,7 +29,7 @@ from sfumato.train.fit import Forecast
 
 CASES = {case.name: case for case in cases() if families.family(case.family).lllite}
 SETTINGS: dict[str, Any] = {
-    "max_train_steps": 4,  # the last layer moves in the first, what is behind it from the second on
+    "max_train_steps": 5,  # the last layer moves in the first, what is behind it from the second on
     "save_every_n_steps": 3,
     "save_state": True,
     "network_dim": 6,
