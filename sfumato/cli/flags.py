@@ -14,7 +14,7 @@ from sfumato import families
 from sfumato.cli import habits, kohya_settings, options, paths, rules, toml, values
 from sfumato.cli.report import Given, Report
 from sfumato.config import Config, DatasetConfig, Method, Settings
-from sfumato.config.rules import zero_is_off
+from sfumato.config.rules import Only, marks, zero_is_off
 from sfumato.errors import UserError, nearest
 from sfumato.formats.paths import trouble
 from sfumato.models.facts import Facts
@@ -41,8 +41,8 @@ class Parser(argparse.ArgumentParser):
         return parsed
 
 
-def parser(prog: str, *, names: Iterable[str] | None = None) -> Parser:
-    """Flags for all settings (or those in `names`), grouped as the config is.
+def parser(prog: str, *, names: Iterable[str] | None = None, method: Method | None = None) -> Parser:
+    """Flags for all settings (or those in `names`), grouped as the config is; help tells those of `method` alone.
 
     Values stay strings: they are checked together with those of the files.
     """
@@ -60,7 +60,9 @@ def parser(prog: str, *, names: Iterable[str] | None = None) -> Parser:
         if wanted is None or option.name in wanted:
             if option.section not in groups:
                 groups[option.section] = made.add_argument_group(option.section)
-            groups[option.section].add_argument(f"--{option.name}", **_argument(option))
+            others = method and any(isinstance(m, Only) and method not in m.methods for m in marks(option.hint))
+            argument = _argument(option) | ({"help": argparse.SUPPRESS} if others else {})
+            groups[option.section].add_argument(f"--{option.name}", **argument)
     for name in sorted(kohya_settings.names()) if wanted is None else ():
         made.add_argument(f"--{name}", nargs="*", help=argparse.SUPPRESS)
     return made
@@ -127,7 +129,7 @@ def resolve_all(
     `adapt`: changes what was given before it is checked.
     """
     report = Report()
-    given = gather(argv, report, prog=prog, lenient=kohya, only=only, short=short)
+    given = gather(argv, report, prog=prog, lenient=kohya, only=only, method=method if data else None, short=short)
     read = tuple(dict.fromkeys(g.source for g in given.values() if g.source))
     if adapt:
         adapt(given, report)
@@ -137,12 +139,13 @@ def resolve_all(
     facts = families.facts(family)
     known = {**options.common(), **options.of_family(family)}
     plain = {name: o.default for name, o in known.items()} | dict(facts.defaults) | dict(defaults or {})
-    found = plain | checked(known, given, report)
+    valid = checked(known, given, report)
+    found = plain | valid
     settings = _settings(found, facts, method)
     datasets = _datasets(settings, given, report) if data else ()
     rules.idle(settings, plain, given, facts, report, trains=data)
     settings = _settings(found | {name: plain[name] for name in report.idle}, facts, method)
-    rules.clashes(settings, given, facts, report)
+    rules.clashes(settings, given, facts, report, wrong=given.keys() - valid.keys())
     report.finish()
     return Resolved(build(settings), datasets, tuple(report.notices), read, frozenset(given))
 
@@ -171,10 +174,11 @@ def gather(
     prog: str = "sfumato",
     lenient: bool = False,
     only: Iterable[str] | None = None,
+    method: Method | None = None,
     short: Collection[str] = (),
 ) -> dict[str, Given]:
     """The settings of the command line and of the files that it names; flags win."""
-    parsed, strange = parser(prog, names=only).parse_known_args(
+    parsed, strange = parser(prog, names=only, method=method).parse_known_args(
         [habits.full_name(word, short, report) for word in argv]
     )
     flag_values, flag_names = vars(parsed), every_name() if only is None else [*only, *CONFIGS]

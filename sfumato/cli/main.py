@@ -21,7 +21,13 @@ if TYPE_CHECKING:
     from sfumato.cli.flags import Resolved
     from sfumato.config import Config, Method
 
-METHODS: tuple[Method, ...] = ("network", "full", "embedding", "controlnet", "lllite")
+METHODS: Mapping[Method, str] = {
+    "network": "an adapter, such as a LoRA",
+    "full": "the whole model",
+    "embedding": "a new word",
+    "controlnet": "a net that makes images follow others",
+    "lllite": "a small one",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,11 +192,12 @@ def _method(words: list[str], command: str, default: Method | None) -> Method:
         raise UserError(
             f"sfumato {command} {words[0]}: expected one of {', '.join(METHODS)}{nearest(words[0], METHODS)}"
         )
-    if default is None and not {"-h", "--help"} & set(words):
-        raise UserError(
-            f"sfumato {command}: say what to train: `sfumato {command} network` (an adapter), full (the whole model), "
-            "embedding (a new word), controlnet or lllite (what makes images follow others)"
-        )
+    if {"-h", "--help"} & {*words}:
+        lines = [f"  {f'sfumato {command} {method}':26}  {what}" for method, what in METHODS.items()]
+        print("\n".join([*lines, "", "Each has a --help of its own; this is the first one's:", ""]))
+    elif default is None:
+        each = ", ".join(f"{method} ({what})" for method, what in METHODS.items())
+        raise UserError(f"sfumato {command}: say what to train: {each}")
     return default or "network"
 
 
@@ -284,7 +291,7 @@ def _parser(command: str, description: str) -> argparse.ArgumentParser:
 
 
 COMMANDS: Mapping[str, Command] = {
-    "train": Command(_train, "train an adapter (train network) or a whole model (train full)"),
+    "train": Command(_train, "train an adapter, a whole model, a word, a ControlNet (`sfumato train --help`)"),
     "plan": Command(_plan, "check everything and say what a training would do, without training"),
     "cache": Command(_cache, "encode images and captions for later trainings"),
     "sample": Command(_sample, "sample images"),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 from sfumato.cli.options import Option
 from sfumato.cli.report import Given, Report
@@ -20,9 +20,11 @@ def mistake(option: Option, value: object) -> str:
     return rules.mistake(option.hint, value)
 
 
-def clashes(settings: Settings, given: Mapping[str, Given], facts: Facts, report: Report) -> None:
-    """Report what cannot stand together."""
-    for rule in facts.clashing(settings):
+def clashes(
+    settings: Settings, given: Mapping[str, Given], facts: Facts, report: Report, *, wrong: Collection[str] = ()
+) -> None:
+    """Report what cannot stand together. `wrong`: settings that were reported already."""
+    for rule in (r for r in facts.clashing(settings) if not {*r.names} & {*wrong}):
         first = next((given[name] for name in rule.names if name in given), None)
         report.error(f"{first or rule.names[0]}: {rule.why}")
 

@@ -180,7 +180,7 @@ CLASHES = (
     Clash(
         ("token_string",),
         lambda s: s.method == "embedding" and not s.token_string,
-        "`train embedding` learns a word, which must be named",
+        "`train embedding` learns a word: name it (--token_string sks)",
     ),
     Clash(
         ("cache_text_encoder_outputs", "cache_text_encoder_outputs_to_disk"),

@@ -13,7 +13,7 @@ from sfumato.errors import UserError
 def test_mistakes_of_embeddings_are_told(home: Path) -> None:
     base = ["--pretrained_model_name_or_path=base.safetensors", "--dataset_config=data.toml"]
     for line, message in (
-        ("", "token_string: `train embedding` learns a word, which must be named"),
+        ("", "token_string: `train embedding` learns a word: name it (--token_string sks)"),
         ("--token_string hoge --cache_text_encoder_outputs", "cannot be kept while a word of theirs is learnt"),
         ("--token_string two,words", "--token_string: expected one word without blanks"),
         ("--token_string hoge --network_dim 4", "--network_dim: would have no effect: only `train network`"),
@@ -22,3 +22,6 @@ def test_mistakes_of_embeddings_are_told(home: Path) -> None:
         with pytest.raises(UserError) as e:
             flags.resolve_all([*base, *line.split()], "embedding")
         assert message in str(e.value)
+    with pytest.raises(UserError) as e:
+        flags.resolve_all([*base, "--token_string=two,words"], "embedding")
+    assert "name it" not in str(e.value)  # one mistake, one message

@@ -23,6 +23,16 @@ def test_help_and_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--version"]) == 0 and capsys.readouterr().out.startswith("sfumato ")
 
 
+def test_help_tells_the_methods_and_the_flags_of_the_one_that_is_asked_for(capsys: pytest.CaptureFixture[str]) -> None:
+    said = []
+    for words in (["train"], ["train", "embedding"]):
+        with pytest.raises(SystemExit, match="0"):
+            main([*words, "--help"])
+        said.append(capsys.readouterr().out)
+    assert "sfumato train lllite " in said[0] and "--network_dim" in said[0] and "--learning_rate_te" not in said[0]
+    assert "--token_string" in said[1] and "--network_dim" not in said[1] and "control:" not in said[1]
+
+
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
