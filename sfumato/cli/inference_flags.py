@@ -108,8 +108,8 @@ PROMPT = {
     "discrete_flow_shift": "flow_shift",
     "cfg_trunc_ratio": "cfg_trunc_ratio",
     "renorm_cfg": "renorm_cfg",
-    "apg_start_step_ocr": "apg_start_step_ocr",
     "apg_start_step_general": "apg_start_step_general",
+    "apg_start_step_ocr": "apg_start_step_ocr",
     "guidance_rescale": "guidance_rescale",
     "guidance_rescale_apg": "guidance_rescale_apg",
 }
@@ -236,24 +236,27 @@ def help_text() -> str:
 
 
 def _parser(prog: str) -> Parser:
-    made = Parser(prog=prog, description=f"With --{', --'.join(BY_PROMPT)}:", allow_abbrev=False)
-    shown = set[str]()
+    from sfumato.sampling.prompts import Prompt
+
+    made = Parser(prog=prog, description=f"Flags beside --{', --'.join(BY_PROMPT)}:", allow_abbrev=False)
+    shown, texts = set[str](), options.help_texts(Prompt)
     for flag, name in {**PROMPT, "guidance_scale": "guidance_scale", "guidance": "guidance_scale"}.items():
-        made.add_argument(f"--{flag}", metavar="X", help=SUPPRESS if name in shown else f"{name} of the prompt")
+        made.add_argument(f"--{flag}", metavar="X", help=SUPPRESS if name in shown else texts[name])
         shown.add(name)
-    made.add_argument("--image_size", nargs=2, metavar=("H", "W"))
+    made.add_argument("--image_size", nargs=2, metavar=("H", "W"), help="--height and --width")
     made.add_argument("--from_file", type=Path, metavar="FILE", help="prompts, one per line with options")
     made.add_argument("--interactive", action="store_true", help="ask for prompts; the model is loaded once")
-    made.add_argument("--output_dir", type=Path, metavar="DIR")
-    made.add_argument("--output_type", choices=("images", "latent", "latent_images"), default="images")
-    made.add_argument("--latent_path", nargs="*", type=Path, default=[], metavar="FILE", help="only decode these")
+    made.add_argument("--output_dir", type=Path, metavar="DIR", help="folder for the images")
+    kinds = ("images", "latent", "latent_images")
+    made.add_argument("--output_type", choices=kinds, default="images", help="images, latents in files, or both")
+    made.add_argument("--latent_path", nargs="*", type=Path, default=[], metavar="FILE", help="latents to decode")
     made.add_argument("--no_metadata", action="store_true", help="files do not say how they were sampled")
-    made.add_argument("--lora_weights", nargs="*", default=[], metavar="FILE;STRENGTH")
-    made.add_argument("--lora_weight", nargs="*", default=[], metavar="FILE")
+    made.add_argument("--lora_weights", nargs="*", default=[], metavar="FILE;STRENGTH", help="adapters")
+    made.add_argument("--lora_weight", nargs="*", default=[], metavar="FILE", help="adapters, of these strengths:")
     made.add_argument("--lora_multiplier", nargs="*", type=float, default=[], metavar="X")
     made.add_argument("--merge_lora_weights", action="store_true", help="merge adapters, which takes less time")
     made.add_argument("--include_patterns", nargs="*", default=[], metavar="REGEX", help="keys of each adapter")
-    made.add_argument("--exclude_patterns", nargs="*", default=[], metavar="REGEX")
+    made.add_argument("--exclude_patterns", nargs="*", default=[], metavar="REGEX", help="keys left out")
     made.add_argument(f"--{CONTROLNET}", nargs="*", metavar="FILE [STRENGTH]", help="ControlNets to follow images by")
     made.add_argument("--control_image", nargs="*", metavar="IMAGE", help="what each of them follows")
     made.add_argument("--save_merged_model", type=Path, metavar="FILE", help="merge adapters, sample nothing")

@@ -48,6 +48,9 @@ OTHERS = {
 
 SEEMS = {
     "an adapter (such as a LoRA) for a model that its names do not tell, not a base model": ADAPTER_TENSOR,
+    "an embedding (textual inversion) for a text encoder of unusual size, not a base model": (
+        r"(string_to_param\.)?emb_params|bundle_emb\..*"
+    ),
     "a VAE of a model that is not supported yet": r"(encoder|decoder)\.conv_in\.weight",
     "a language model, such as some models read captions with, not a base model": (
         r"(model\.|language_model\.)*layers\.\d+\.self_attn\.q_proj\.weight"

@@ -111,6 +111,7 @@ def folder_rows(plan: Plan) -> list[tuple[str | int, ...]]:
             counts = sorted({item.repeats for item in items}) or [subset.num_repeats]
             repeats = " or ".join(str(n) for n in counts)
             kind = "preserved" if subset.preserved else "regularisation" if subset.is_reg else "training"
+            kind += f" at strength {dataset.network_multiplier:g}" if dataset.network_multiplier != 1 else ""
             if items or not held[d, s]:
                 rows.append((d + 1, subset.source, kind, len(items), repeats, samples, left[d, s]))
             if held[d, s]:

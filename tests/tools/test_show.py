@@ -93,6 +93,8 @@ def test_unknown_files_say_what_they_seem_to_be(tmp_path: Path) -> None:
     assert "upscaler" in show.text(facts)
     other = show.describe(file_of(tmp_path / "b.safetensors", {"hello": (2, 2)}))
     assert "'hello'" in other["seems"]
+    word = show.describe(file_of(tmp_path / "c.safetensors", {"emb_params": (4, 128)}))
+    assert "embedding (textual inversion)" in word["seems"]
 
 
 @pytest.mark.parametrize(

@@ -232,6 +232,13 @@ def test_results_are_named_with_their_ending(
     assert not (tmp_path / "out").exists()
 
 
+def test_what_images_are_for_is_said(model: Path, images: Path, tmp_path: Path) -> None:
+    (learnt,) = data(images)
+    (kept,) = data(images, custom_attributes={"diff_output_preservation": True})
+    found = plan.facts(settings(model, tmp_path), "network", (dataclasses.replace(learnt, network_multiplier=-1.0), kept))
+    assert [row["kind"] for row in found["folders"]] == ["training at strength -1", "preserved"]
+
+
 def test_what_is_held_out_is_said_and_refused_where_there_is_nothing_of_it(
     model: Path, images: Path, tmp_path: Path, refused: Refused
 ) -> None:
