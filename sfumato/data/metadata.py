@@ -61,12 +61,20 @@ def describe(metadata_file: str, image_dir: str, *, recursive: bool = False) -> 
     image's ending.
 
     What is not there, or stands there twice, is among the troubles of `listing`. `recursive`: images of sub-folders
-    that the file does not name are told too. Errors: `UserError` for a file that cannot be read as metadata.
+    that the file does not name are told too. Errors: `UserError` for a file that cannot be read as metadata, or whose
+    folder is not told.
     """
     folders = _Folders(image_dir)
     inside = folders.listing(os.path.normpath(image_dir), recursive=recursive) if image_dir else Listing()
     found = Described(Listing(others=inside.others))
-    for key, record in read(metadata_file).items():
+    records = read(metadata_file)
+    relative = next((key for key in records if not os.path.isabs(key)), None)
+    if relative is not None and not image_dir:
+        raise UserError(
+            f"{metadata_file}: names images relative to a folder ({relative!r} ...): set image_dir, or beside in_json "
+            "train_data_dir, to that folder"
+        )
+    for key, record in records.items():
         path, problem = folders.find(key)
         if not problem and path in found.records:
             problem = "{file} names it twice"
@@ -112,8 +120,6 @@ class _Folders:
 
     def find(self, key: str) -> tuple[Path, str]:
         """The image that a key names, or why there is none."""
-        if not os.path.isabs(key) and not self.image_dir:
-            return Path(key), "{file} names it relative to a folder: set image_dir"
         place = self._place(key)
         found = [] if "\0" in place else self.look(*os.path.split(place))
         if len(found) > 1:

@@ -206,7 +206,7 @@ def _listed(bad: Sequence[SkippedFile]) -> str:
         dict.fromkeys(f"  {skip.path}: {skip.reason}" for skip in bad)
     )  # a folder may stand in several datasets
     advice = "fix or remove them, or train without them by skip_unreadable (--skip_unreadable)"
-    return "\n".join([f"{len(lines)} images cannot be used; {advice}:", *lines])
+    return "\n".join([f"{len(lines)} image{'s' * (len(lines) != 1)} cannot be used; {advice}:", *lines])
 
 
 def _check_options(datasets: Sequence[DatasetConfig], multiple: int, control: bool) -> None:

@@ -154,5 +154,5 @@ def test_images_that_are_not_there_are_listed_at_once(tmp_path: Path) -> None:
     text = str(caught.value)
     assert "4 images cannot be used" in text and f"gone: is named in {file}, and there is no such image" in text
     assert "means several images by this: 0.jpg, 0.png" in text and "names it twice" in text
-    with pytest.raises(UserError, match="relative to a folder: set image_dir"):
+    with pytest.raises(UserError, match=r"meta.json: names images relative to a folder \('0' ...\): set"):
         plan(dataset(SubsetConfig(metadata_file=str(file))))

@@ -235,7 +235,9 @@ def test_results_are_named_with_their_ending(
 def test_what_images_are_for_is_said(model: Path, images: Path, tmp_path: Path) -> None:
     (learnt,) = data(images)
     (kept,) = data(images, custom_attributes={"diff_output_preservation": True})
-    found = plan.facts(settings(model, tmp_path), "network", (dataclasses.replace(learnt, network_multiplier=-1.0), kept))
+    found = plan.facts(
+        settings(model, tmp_path), "network", (dataclasses.replace(learnt, network_multiplier=-1.0), kept)
+    )
     assert [row["kind"] for row in found["folders"]] == ["training at strength -1", "preserved"]
 
 
