@@ -8,7 +8,7 @@ loaded where a program knows both its name and all kinds of tensors that it has.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 Shape = tuple[int, ...]
@@ -213,6 +213,14 @@ class Loaded:
             cures += [f"leave {', '.join(self.without)} untrained"] if self.without else []
             line += f": {' and '.join(cures)}"
         return "; ".join((line, *self.remarks))
+
+
+def together(programs: Iterable[Loaded]) -> list[str]:
+    """A line for all programs of which the same is to be said."""
+    same: dict[str, list[str]] = {}
+    for each in programs:
+        same.setdefault(each.text().removeprefix(f"{each.client}: "), []).append(each.client)
+    return [f"{', '.join(clients)}: {what}" for what, clients in same.items()]
 
 
 def loads_in(shapes: Mapping[str, Shape], family: Sequence[Names]) -> list[Loaded]:

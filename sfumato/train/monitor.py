@@ -105,9 +105,11 @@ class Verdict:
                 "at what differs between them and the images that are trained on"
             )
         lines = [
-            f"recommended: {b.where}: loss {b.held_out:.4f} on {self.images} held-out images, {self.gain} from the "
-            "start"
+            f"recommended: {b.where}: loss {b.held_out:.4f} on {self.images} held-out image{'s' * (self.images != 1)}, "
+            f"{self.gain} from the start"
         ]
+        if self.images == 1:
+            lines.append("one image does not tell what is chance: raise validation_split or max_validation_steps")
         first, end = self.as_good
         if first != end:
             lines.append(f"as good but for chance: {first.where} to {end.where}")

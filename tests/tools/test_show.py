@@ -20,6 +20,7 @@ from tinies import headers
 from sfumato.errors import UserError
 from sfumato.families.detect import detect_file
 from sfumato.formats import files
+from sfumato.formats.clients import Loaded, together
 from sfumato.tools import show
 
 Shapes = dict[str, tuple[int, ...]]
@@ -85,6 +86,11 @@ def test_what_other_programs_load_of_an_adapter(tmp_path: Path, keys: Callable[[
     assert "loads in diffusers: none of" in show.text(facts)
     assert "convert it with --to peft" in show.text(facts)
     assert show.describe(file_of(tmp_path / "b.safetensors", keys("sd1.single_file")))["loads_in"] == []
+
+
+def test_what_is_the_same_of_several_programs_is_said_once() -> None:
+    each = [Loaded(client=name, loaded=loaded, layers=3) for name, loaded in (("A", 3), ("B", 0), ("C", 3))]
+    assert together(each) == ["A, C: 3 of 3 layers", "B: none of 3 layers"]
 
 
 def test_unknown_files_say_what_they_seem_to_be(tmp_path: Path) -> None:

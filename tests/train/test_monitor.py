@@ -52,6 +52,11 @@ def test_it_sees_what_is_learned_by_heart() -> None:
     assert "went from" in text and "0.5000" in text
 
 
+def test_one_image_is_no_evidence() -> None:
+    found = verdict(points([0.5, 0.4], [0.5, 0.4], images=1))
+    assert found and "on 1 held-out image, " in found.text() and "raise validation_split" in found.text()
+
+
 @pytest.mark.parametrize(
     ("held_out", "trained", "says"),
     [

@@ -20,7 +20,7 @@ from sfumato.config import Config, FamilyOptions
 from sfumato.data.batch import Batch
 from sfumato.errors import UserError
 from sfumato.formats import dialect, files
-from sfumato.formats.clients import Loaded, loads_in
+from sfumato.formats.clients import Loaded, loads_in, together
 from sfumato.formats.metadata import hashes
 from sfumato.models import embedding_files
 from sfumato.models.base import Family, Models
@@ -220,8 +220,8 @@ class Adapters(Trainable):
             tensors = {name: t.to(dtype) for name, t in tensors.items()}
         files.check_finite(tensors, f"the adapter {path.name}", dtype)
         files.save(path, tensors, {**metadata, **hashes(tensors, metadata)})
-        for each in self.loads_in(tensors):
-            console.print(f"{path.name} in {each.text()}")
+        for line in together(self.loads_in(tensors)):
+            console.print(f"{path.name} in {line}")
 
 
 def _left_out(config: Config) -> tuple[str, ...]:
