@@ -159,10 +159,11 @@ def _datasets(settings: Settings, given: Mapping[str, Given], report: Report) ->
     from sfumato.cli import datasets
 
     if not any(getattr(settings, name) for name in datasets.SOURCES):
-        report.error(
-            "no images: set dataset_config (a dataset file) or train_data_dir (a folder of folders `<repeats>_<class "
-            "tokens>`)"
-        )
+        if not given.keys() & {*datasets.SOURCES}:  # else it is told what is wrong with it
+            report.error(
+                "no images: set dataset_config (a dataset file) or train_data_dir (a folder of folders `<repeats>_"
+                "<class tokens>`), in_json or dataset_class"
+            )
         return ()
     return datasets.read(settings, given, report)
 

@@ -103,4 +103,5 @@ def digest(image: Image.Image) -> str:
 
 
 def _told(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}"
+    where = f" (looked for in {os.getcwd()} as well)" if isinstance(error, ModuleNotFoundError) else ""
+    return f"{type(error).__name__}: {error}{where}"

@@ -224,6 +224,7 @@ def test_datasets_in_a_config_file_are_told_where_to_go(home: Path) -> None:
 
 def test_no_model_and_no_images_are_told_together(home: Path) -> None:
     assert [m.split(":")[0] for m in errors([])] == ["no base model", "no images"]
+    assert [m.split(":")[0] for m in errors(["--dataset_class", "none"])] == ["no base model", "--dataset_class"]
 
 
 def test_paths_may_stand_beside_the_file_that_names_them(home: Path) -> None:
