@@ -123,6 +123,8 @@ class Verdict:
             lines.append(f"worse since then, {self.rise}, on trained images too: the training is not stable")
         elif self.still_falling:
             lines.append("no overfitting: the loss fell until the end, a longer training may be better still")
+        elif b == last:
+            lines.append("no overfitting: the last step is the best")
         else:
             lines.append(f"no overfitting: to {last.where} the loss changed by {self.rise}")
         return "\n".join(lines)

@@ -55,6 +55,7 @@ def test_it_sees_what_is_learned_by_heart() -> None:
 def test_one_image_is_no_evidence() -> None:
     found = verdict(points([0.5, 0.4], [0.5, 0.4], images=1))
     assert found and "on 1 held-out image, " in found.text() and "raise validation_split" in found.text()
+    assert found.text().endswith("no overfitting: the last step is the best")
 
 
 @pytest.mark.parametrize(
