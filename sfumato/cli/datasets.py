@@ -351,7 +351,7 @@ def check(datasets: Iterable[DatasetConfig], settings: Settings, given: Mapping[
     if settings.masked_loss and not any(s.alpha_mask or (s.conditioning_data_dir and not follows) for s in subsets):
         set_them = "alpha_mask" if follows else "alpha_mask or conditioning_data_dir"
         report.error(f"{given.get('masked_loss', 'masked_loss')}: no folder has masks: set {set_them}")
-    _check_preserved(subsets, settings, report)
+    _check_preserved(subsets, report)
     _check_validation(subsets, settings, given, report)
     prior = settings.prior_preservation_class or any(s.is_reg for s in subsets)
     if "prior_loss_weight" in given and settings.prior_loss_weight != 1.0 and not prior:
@@ -361,17 +361,12 @@ def check(datasets: Iterable[DatasetConfig], settings: Settings, given: Mapping[
         )
 
 
-def _check_preserved(subsets: Sequence[SubsetConfig], settings: Settings, report: Report) -> None:
+def _check_preserved(subsets: Sequence[SubsetConfig], report: Report) -> None:
     """Report attributes of images that cannot act."""
     for subset in subsets:
         for name in subset.custom_attributes:
             if name != PRESERVED:
                 report.note(f"{subset.source}: custom_attributes.{name}: accepted, no effect: nothing reads it")
-        if subset.preserved and settings.method != "network":
-            report.error(
-                f"{subset.source}: custom_attributes.{PRESERVED}: only an adapter can be left out to see what the "
-                "model predicted before; leave it out"
-            )
     if any(s.preserved for s in subsets) and not any(s.learnt for s in subsets):
         report.note(f"nothing is to be learnt: all folders have custom_attributes.{PRESERVED}, or are regularisation")
 

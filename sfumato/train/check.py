@@ -11,7 +11,8 @@ from pathlib import Path
 from sfumato import adapters, families
 from sfumato.adapters import AdapterPlan
 from sfumato.config import FOLLOWING, Config, DatasetConfig, Method, Settings
-from sfumato.errors import Mistakes
+from sfumato.config.data import PRESERVED
+from sfumato.errors import Mistakes, UserError
 from sfumato.formats.clients import Loaded
 from sfumato.formats.metadata import thumbnail
 from sfumato.memory.plan import check_memory_options
@@ -101,6 +102,8 @@ def check(config: Config, method: Method, datasets: tuple[DatasetConfig, ...], r
     wrong.raise_all()
     assert models is not None
     with outlined(models, config, method, plan) as trainable:
+        with wrong:
+            _check_preserved(trainable, datasets)
         notes = [*plan.notices, *_rates_notes(config, models)] if plan else []
         notes += [*trainable.notices, *streaming_notes(config, models, method), *swapping.notes(config, models)]
         notes += [*widening_notes(config, models, method), *_parts_notes(config, datasets)]
@@ -115,6 +118,14 @@ def check(config: Config, method: Method, datasets: tuple[DatasetConfig, ...], r
         loads = trainable.loads_in(trainable.tensors()) if isinstance(trainable, Adapters) else []
         trained = tuple(_trained(trainable))
         return Checked(prompts, plan, models, trained, trainable.suffix(), tuple(notes), tuple(loads))
+
+
+def _check_preserved(trainable: Trainable, datasets: tuple[DatasetConfig, ...]) -> None:
+    """Errors: `UserError` for images whose target is the model's own prediction, where that cannot be had."""
+    kept = [subset.source for dataset in datasets for subset in dataset.subsets if subset.preserved]
+    if kept and trainable.without() is None:
+        why = "only an adapter can be left out to see what the model predicted before; leave it out"
+        raise UserError(*(f"{each}: custom_attributes.{PRESERVED}: {why}" for each in kept))
 
 
 def _parts_notes(config: Config, datasets: tuple[DatasetConfig, ...]) -> list[str]:

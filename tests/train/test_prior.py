@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from sfumato.data.batch import Batch
+from sfumato.errors import UserError
 from sfumato.tensors.random import generator
 from sfumato.train.loop import Run
 from sfumato.train.plan import folder_rows
@@ -93,3 +94,8 @@ def test_each_image_comes_again_under_the_class(folder: Path) -> None:
     assert rows == sorted([*ours, *ours, *[("drawing", 0.25, 1.0)] * 4])
     assert a_run.plan.train_samples == a_run.plan.reg_samples == 4
     assert [row[2] for row in folder_rows(a_run.plan)] == ["training", "preserved"]
+
+
+def test_a_model_that_changes_itself_has_no_prediction_of_before(folder: Path) -> None:
+    with pytest.raises(UserError, match=r"images: custom_attributes\.diff_output_preservation: only an adapter can be"):
+        prepared.prepare(folder, "full", subset=KEPT)
