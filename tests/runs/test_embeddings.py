@@ -201,6 +201,8 @@ def test_a_word_beside_an_adapter(train: Train, images: Path, model: Path) -> No
     )
     moved = load(further / "out.safetensors")["bundle_emb.hoge.clip_l"] - found["bundle_emb.hoge.clip_l"]
     assert 0.05 < moved.abs().max() < 0.2
+    with pytest.raises(UserError, match=r"network_weights .*: its word has 2 vectors, and num_vectors_per_token is 3"):
+        NewWord(merged.models, config(network_weights=str(result), token_string="hoge", num_vectors_per_token=3))
     given = config(network_weights=str(result), network_dim=2, network_train_unet_only=True)
     (said,) = Adapters(merged.models, given, adapters.parse(given.network)).notices
     assert said == "network_weights has words, too, which are left out: hoge; token_string goes on learning one"

@@ -69,18 +69,20 @@ class NewWord:
 def _given(models: Models, config: Config) -> dict[str, Tensor]:
     """The vectors to start from, by encoder: of `weights`, or of an adapter's file that has the word."""
     e, network = config.embedding, config.network.network_weights
-    if not e.weights:
-        held = embedding_files.in_adapter(Path(network), models, "network_weights") if network else {}
-        return held.get(e.token_string or "", {})
-    found = embedding_files.read(Path(e.weights), models, "weights")
-    if e.token_string not in found and len(found) > 1:
-        raise UserError(f"weights {e.weights}: {', '.join(found)} are in it, and not {e.token_string}")
-    given = found.get(e.token_string or "", next(iter(found.values())))
+    if e.weights:
+        named, found = f"weights {e.weights}", embedding_files.read(Path(e.weights), models, "weights")
+        if e.token_string not in found and len(found) > 1:
+            raise UserError(f"{named}: {', '.join(found)} are in it, and not {e.token_string}")
+        given = found.get(e.token_string or "", next(iter(found.values())))
+    else:
+        named = f"network_weights {network}"
+        found = embedding_files.in_adapter(Path(network), models, "network_weights") if network else {}
+        given = found.get(e.token_string or "", {})
     if any((t.ndim == 3) != e.xti for t in given.values()):
-        raise UserError(f"weights {e.weights}: it is {'no' if e.xti else 'a'} file of extended textual inversion (xti)")
+        raise UserError(f"{named}: it is {'no' if e.xti else 'a'} file of extended textual inversion (xti)")
     if counts := {t.shape[-2] for t in given.values()} - {e.num_vectors_per_token}:
         raise UserError(
-            f"weights {e.weights}: it has {min(counts)} vectors, and num_vectors_per_token is "
+            f"{named}: its word has {min(counts)} vectors, and num_vectors_per_token is "
             f"{e.num_vectors_per_token}; set num_vectors_per_token to {min(counts)}"
         )
     return given
