@@ -144,7 +144,7 @@ def test_the_preset_of_ia3_is_on_keys_values_and_the_second_layer_of_the_mlp(mod
         ("[name_algo_map.X]\nalpha = nan", "alpha=nan: expected a finite number"),
         ("[name_algo_map.'(']", r"preset=.*: '\(' is no regular expression: "),
         ("exclude_name = ['(']", r"preset=.*: '\(' is no regular expression: "),
-        ("no toml", "cannot be read as TOML"),
+        ("no toml", r"preset=.*preset\.toml:1: is not TOML"),
     ],
 )
 def test_mistakes_in_a_file(tmp_path: Path, text: str, says: str) -> None:
