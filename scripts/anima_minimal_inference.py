@@ -1,4 +1,4 @@
-"""Runs the command lines of kohya's anima_minimal_inference.py."""
+"""Runs command lines of kohya's anima_minimal_inference.py."""
 
 import sys
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Runs the command lines of kohya's sdxl_train_network.py under python, accelerate launch and torchrun."""
+"""Runs command lines of kohya's sdxl_train_network.py under python, accelerate launch and torchrun."""
 
 import sys
 from pathlib import Path
