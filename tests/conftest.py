@@ -38,6 +38,7 @@ def on_disk(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(metadata, "MEMO", tmp_path_factory.mktemp("memo") / "hashes.json")
         patch.setattr(files, "_sync", lambda path: None)
+        patch.setattr(files, "sync_all", lambda: None)
         yield
 
 
