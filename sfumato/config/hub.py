@@ -22,7 +22,9 @@ class HubConfig(Record):
     """Upload every result to this repository of the hub, `owner/name`; it is made where it is missing."""
     huggingface_repo_type: Annotated[Literal["model", "dataset", "space"], _UPLOADED] = "model"
     """What kind of repository it is."""
-    huggingface_path_in_repo: Annotated[str | None, _UPLOADED] = None
+    huggingface_path_in_repo: Annotated[
+        str | None, _UPLOADED, Must(lambda path: ".." not in path.split("/"), "a folder in the repository, without ..")
+    ] = None
     """Folder in the repository; default: its top."""
     huggingface_repo_visibility: Annotated[Literal["private", "public"], _UPLOADED] = "private"
     """Who sees a repository that is made."""

@@ -156,6 +156,13 @@ def known_to(tokenizer: Any) -> set[str]:
     return words
 
 
+def unasked(models: Models, texts: Iterable[str]) -> list[str]:
+    """The new words of a model that are in none of the texts."""
+    there = sorted({word for tokenizer in models.tokenizers.values() for word in known_to(tokenizer)})
+    text = "\n".join(texts)
+    return [w for w in there if not re.search(rf"(?<!\w){re.escape(w)}(?!\w)", text, re.IGNORECASE | re.ASCII)]
+
+
 def hidden_by(models: Models, words: Iterable[str]) -> list[str]:
     """Those of some words that a model knows already, which the new ones hide."""
     there = {word for tokenizer in models.tokenizers.values() for word in known_to(tokenizer)}

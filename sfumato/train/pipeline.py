@@ -19,7 +19,7 @@ from sfumato.memory.plan import apply_memory_options
 from sfumato.models import embedding_files
 from sfumato.models.base import Models
 from sfumato.models.controlled import follow_by
-from sfumato.models.embeddings import Words
+from sfumato.models.embeddings import Words, unasked
 from sfumato.models.loading import materialize, materialize_vae, unload
 from sfumato.sampling import prompts, sample
 from sfumato.sampling.following import check_images
@@ -69,6 +69,8 @@ class Pipeline:
             add_words(models, embedding_files.in_adapter(path, models, "adapter"), path)
         choices = swapping.chosen(config, models)
         settle(config, models, adapters=adapters)
+        if only and (idle := unasked(models, (text for p in only for text in (p.prompt, p.negative_prompt)))):
+            console.print(f"{', '.join(idle)}: no prompt has this word, which therefore does nothing")
         encoded = _encoded(models, only, precision, device) if only else None
         read_models(config, models, later=list(models.encoders) if only else ())
         blocks = models.family.blocks(models.denoiser)

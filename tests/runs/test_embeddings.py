@@ -21,11 +21,12 @@ from sfumato.errors import UserError
 from sfumato.formats.clients import loads_in
 from sfumato.formats.files import load, save
 from sfumato.models import embedding_files
-from sfumato.models.embeddings import Words, readers_of, widths_of
+from sfumato.models.embeddings import Words, readers_of, unasked, widths_of
+from sfumato.sampling.prompts import Prompt
 from sfumato.train import devices, words
 from sfumato.train.pipeline import Pipeline
 from sfumato.train.trainables import Adapters
-from sfumato.train.trainables.embedding import NewWord
+from sfumato.train.trainables.embedding import Embedding, NewWord
 
 CASES = {case.name: case for case in cases()}
 WORD: dict[str, Any] = {"token_string": "hoge", "num_vectors_per_token": 2}
@@ -227,6 +228,22 @@ def test_a_word_that_hides_another_is_told(
     assert f"{other}: another file has the same word, which this one's takes the place of: Hoge" in told
     (said,) = NewWord(models, files).notices
     assert said == "token_string hoge: a file has the same word, which it takes the place of"
+    assert unasked(models, ["blue", "a HOGE"]) == [] and unasked(models, ["hogehoge"]) == ["hoge"]
+
+
+def test_what_does_nothing_for_a_word_is_told(
+    model: Path, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = {"pretrained_model_name_or_path": str(model), "dialect": "diffusers", **WORD}
+    trained = [Embedding(sfumato.load(model), config(**base, xti=xti)) for xti in (True, False)]
+    assert ["dialect diffusers: no effect" in " ".join(each.notices) for each in trained] == [True, False]
+    save(tmp_path / "unasked.safetensors", {"emb_params": torch.randn(2, 64)})
+    given = config(
+        pretrained_model_name_or_path=str(model), textual_inversion_embeddings=(str(tmp_path / "unasked.safetensors"),)
+    )
+    for text in ("a cat", "an unasked cat"):
+        Pipeline.of(given, torch.device("cpu"), only=[Prompt(prompt=text, width=64, height=64)])
+    assert capsys.readouterr().err.count("unasked: no prompt has this word") == 1
 
 
 def test_captions_are_sentences_about_the_word(images: Path) -> None:

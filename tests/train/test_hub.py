@@ -166,3 +166,8 @@ def test_a_state_that_the_hub_does_not_have_is_told(name: str, message: str, the
         resume.resolve_auto(settings)
     known = replace(settings, output=OutputConfig(resume="me/thing/a:main:dataset"))
     assert resume.resolve_auto(known).output.resume == str(there / "dataset" / "me" / "thing" / "a")
+
+
+def test_results_stay_in_their_repository() -> None:
+    with pytest.raises(UserError, match="huggingface_path_in_repo: expected a folder in the repository, without"):
+        HubConfig(huggingface_repo_id="me/it", huggingface_path_in_repo="../other")

@@ -109,6 +109,16 @@ class Embedding(Trainable):
         self.word = NewWord(models, config)
         self.trained: tuple[str, ...] = tuple(self.word.encoders)
         self.notices: tuple[str, ...] = tuple(self.word.notices)
+        if self._by_word and (config.embedding.xti or len(self.trained) > 1):
+            self.notices += (
+                f"dialect {config.output.dialect}: no effect: diffusers' names are for a word of one text encoder that "
+                "means the same to all blocks",
+            )
+
+    @property
+    def _by_word(self) -> bool:
+        """Whether the file is to have diffusers' names."""
+        return self.config.output.dialect in ("diffusers", "peft")
 
     def weights(self) -> dict[str, nn.Parameter]:
         return self.word.weights
@@ -130,8 +140,7 @@ class Embedding(Trainable):
 
     def tensors(self) -> dict[str, Tensor]:
         """Those of the result's file."""
-        by_word = self.config.output.dialect in ("diffusers", "peft")
-        return embedding_files.write(self.word.name, self.word.vectors(), self.models, by_word=by_word)
+        return embedding_files.write(self.word.name, self.word.vectors(), self.models, by_word=self._by_word)
 
     def save(self, path: Path, metadata: Mapping[str, str]) -> None:
         dtype = save_dtype(self.config)
